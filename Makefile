@@ -1,0 +1,50 @@
+# Everything a developer does, by name. Each target makes the .venv it needs; nothing else has to be installed first.
+#
+# constraints.txt holds torch back to one version. On a Linux machine without a GPU add
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# or pip fetches gigabytes of CUDA libraries with it. `make quickstart` needs no torch at all.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Stamps, newer than what they were made from: `run` has what quickstart needs, `dev` has everything.
+RUN := .venv/.installed-run
+DEV := .venv/.installed-dev
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check bench docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
+
+quickstart: $(RUN) ## ingest a real corpus, run SQL over it, read it back, print a report (no torch needed)
+	$(BIN)/python -m emberline.quickstart
+
+test: $(DEV) ## run every test
+	$(BIN)/pytest -q
+
+check: $(DEV) ## what CI runs: format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+bench: $(DEV) ## run every benchmark (one alone: .venv/bin/python -m benchmarks NAME)
+	$(BIN)/python -m benchmarks all
+
+docs: $(DEV) ## check that every link in the documents resolves and every command they show exists
+	$(BIN)/pytest -q tests/test_docs.py
+
+clean: ## remove what make, the tools and quickstart made, .venv too
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .bench build dist quickstart-store
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN): $(INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart]'
+	@touch $@
+
+$(DEV): $(INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(RUN)

@@ -1,0 +1,1 @@
+"""The MoE model: training, inference, serving. No public API yet."""
