@@ -1,0 +1,72 @@
+"""Group commit: many callers, one flush in the air, everyone who came meanwhile shares the next.
+
+The first caller to find no flush running becomes the leader and flushes in its own call (no thread or task switch for
+a lone writer). A leader serves at most one batch besides its own; what is queued then goes to a task, so that no
+caller works for others for ever.
+
+Relies on callers that are not cancelled while they wait (see `portal`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+from .runtime import Runtime
+
+Item = TypeVar("Item")
+
+
+class GroupCommit(Generic[Item]):
+    """Hands lists of submitted items to `flush`, one at a time. An error of `flush` goes to everyone in the list."""
+
+    def __init__(self, runtime: Runtime, flush: Callable[[list[Item]], Awaitable[None]], *, items_max: int) -> None:
+        self._runtime = runtime
+        self._flush = flush
+        self._items_max = items_max
+        self._queue: list[tuple[Item, asyncio.Future[None]]] = []
+        self._flushing = False
+        self._drained: list[asyncio.Future[None]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item) -> None:
+        """Return once a flush that contains `item` has succeeded."""
+        future = self._runtime.future()
+        self._queue.append((item, future))
+        if not self._flushing:
+            self._flushing = True
+            await self._lead(rounds=2)
+        await future
+
+    async def _lead(self, *, rounds: int | None) -> None:
+        """Flush until the queue is empty; after `rounds` lists leave the rest to a task."""
+        while self._queue and rounds != 0:
+            batch, self._queue = self._queue[: self._items_max], self._queue[self._items_max :]
+            await self._flush_batch(batch)
+            rounds = None if rounds is None else rounds - 1
+        if self._queue:
+            self._task = self._runtime.spawn(self._lead(rounds=None), "group-commit")
+        else:
+            self._flushing = False
+            for drained in self._drained:
+                drained.set_result(None)
+            self._drained.clear()
+
+    async def _flush_batch(self, batch: list[tuple[Item, asyncio.Future[None]]]) -> None:
+        try:
+            await self._flush([item for item, _ in batch])
+        except Exception as error:
+            for _, future in batch:
+                future.set_exception(error)
+                future.exception()  # Marks it as seen, for a waiter that is gone.
+        else:
+            for _, future in batch:
+                future.set_result(None)
+
+    async def drain(self) -> None:
+        """Wait until nothing is queued or in the air."""
+        while self._flushing:
+            drained = self._runtime.future()
+            self._drained.append(drained)
+            await drained

@@ -1,0 +1,185 @@
+"""The disk seam: one directory of files, as a chunk engine sees it.
+
+Reads and writes come in batches. `LocalDisk` tries a whole batch inline (`RWF_NOWAIT`) and hands only what was cold to
+a worker; `tests/sim` has a disk in memory that loses unsynced data, tears, flips bits and fills up.
+
+Contract, the same for every implementation:
+  - A write is durable only after `sync` of its file returned. Until then a crash may keep any part of it, in any order.
+  - A failed `sync` loses the right to be tried again: what it covered may be gone although a second call would succeed.
+  - Reading past the end of the file, or in a hole, gives zeros up to the asked length only where bytes exist; short
+    reads are reported by their count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from .runtime import Runtime
+
+Buffer = memoryview
+
+ReadItem = tuple[int, Sequence[Buffer], int]
+"""(file, destinations filled in order, offset in bytes)"""
+WriteItem = tuple[int, Buffer, int]
+"""(file, payload, offset in bytes)"""
+
+
+class Disk(Protocol):
+    """A flat directory of files, addressed by small integers from `open`."""
+
+    def open(self, name: str) -> int:
+        """Open a file for reading and writing, made when absent. The name is durable after `sync_directory`."""
+
+    def size(self, file: int) -> int:
+        """The file's length in bytes."""
+
+    def allocate(self, file: int, offset: int, length: int) -> None:
+        """Reserve space for [offset, offset+length); the file grows to hold it. Raises OSError ENOSPC."""
+
+    def punch(self, file: int, offset: int, length: int) -> None:
+        """Give the space of [offset, offset+length) back; it reads as zeros afterwards."""
+
+    def free_bytes(self) -> int:
+        """Bytes that can still be allocated on the file system."""
+
+    def drop_cache(self, file: int, offset: int, length: int) -> None:
+        """Ask that the next read of the range comes from the medium, not from memory."""
+
+    async def read(self, items: Sequence[ReadItem]) -> list[int]:
+        """Fill the destinations; returns the bytes read per item. Raises the first OSError."""
+
+    async def write(self, items: Sequence[WriteItem]) -> None:
+        """Write every payload in full, or raise the first OSError."""
+
+    async def sync(self, files: Sequence[int]) -> None:
+        """Make every earlier write to `files` durable."""
+
+    async def sync_directory(self) -> None:
+        """Make the names made by `open` durable."""
+
+    def close(self) -> None:
+        """Close every file. Makes nothing durable."""
+
+
+class LocalDisk:
+    """A directory of the local file system. Files are opened once and kept."""
+
+    def __init__(self, directory: str, runtime: Runtime) -> None:
+        self._directory = directory
+        self._runtime = runtime
+        self._files: dict[str, int] = {}
+
+    def open(self, name: str) -> int:
+        if name not in self._files:
+            path = os.path.join(self._directory, name)
+            self._files[name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._files[name]
+
+    def size(self, file: int) -> int:
+        return os.fstat(file).st_size
+
+    def allocate(self, file: int, offset: int, length: int) -> None:
+        os.posix_fallocate(file, offset, length)
+
+    def punch(self, file: int, offset: int, length: int) -> None:
+        keep_size_and_punch = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+        if _libc.fallocate(file, keep_size_and_punch, offset, length) != 0:
+            error = ctypes.get_errno()
+            if error != errno.EOPNOTSUPP:
+                raise OSError(error, os.strerror(error))
+
+    def free_bytes(self) -> int:
+        status = os.statvfs(self._directory)
+        return status.f_bavail * status.f_frsize
+
+    def drop_cache(self, file: int, offset: int, length: int) -> None:
+        os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
+
+    async def read(self, items: Sequence[ReadItem]) -> list[int]:
+        if self._runtime.may_block():
+            return await self._runtime.offload(_read_all, items)
+        counts: list[int] = []
+        cold: list[tuple[int, ReadItem]] = []
+        for index, (file, destinations, offset) in enumerate(items):
+            try:
+                count = os.preadv(file, destinations, offset, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                    raise
+                count = -1
+            counts.append(count)
+            # A short count is either the end of the file or where the page cache ended: the worker finds out.
+            if count < sum(map(len, destinations)):
+                cold.append((index, items[index]))
+        if cold:
+            late = await self._runtime.offload(_read_all, [item for _, item in cold])
+            for (index, _), count in zip(cold, late, strict=True):
+                counts[index] = count
+        return counts
+
+    async def write(self, items: Sequence[WriteItem]) -> None:
+        await self._runtime.offload(_write_all, items)
+
+    async def sync(self, files: Sequence[int]) -> None:
+        await self._runtime.offload(_sync_all, files)
+
+    async def sync_directory(self) -> None:
+        await self._runtime.offload(_sync_path, self._directory)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def _read_all(items: Sequence[ReadItem]) -> list[int]:
+    counts = []
+    for file, destinations, offset in items:
+        count = os.preadv(file, destinations, offset)
+        if count and count < sum(map(len, destinations)):
+            count = _read_rest(file, destinations, offset, count)
+        counts.append(count)
+    return counts
+
+
+def _read_rest(file: int, destinations: Sequence[Buffer], offset: int, done: int) -> int:
+    """Go on after a short read until the end of the file or of the destinations."""
+    skipped = 0
+    for destination in destinations:
+        start = max(done - skipped, 0)
+        while start < len(destination):
+            count = os.preadv(file, [destination[start:]], offset + skipped + start)
+            if count == 0:
+                return done
+            start += count
+            done += count
+        skipped += len(destination)
+    return done
+
+
+def _write_all(items: Sequence[WriteItem]) -> None:
+    for file, payload, offset in items:
+        done = 0
+        while done < len(payload):
+            done += os.pwrite(file, payload[done:] if done else payload, offset + done)
+
+
+def _sync_all(files: Sequence[int]) -> None:
+    for file in files:
+        os.fdatasync(file)
+
+
+def _sync_path(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]

@@ -1,0 +1,155 @@
+"""Every error the store raises on purpose.
+
+A class exists only where a caller can react to it, and each also derives from the builtin a Python
+programmer would catch. Our own mistakes are `assert`, never one of these.
+
+    EmberError
+    ├── NotFound (FileNotFoundError)          no such path, or the file was removed under an open handle
+    ├── AlreadyExists (FileExistsError)
+    ├── NotADirectory (NotADirectoryError)
+    ├── IsADirectory (IsADirectoryError)
+    ├── DirectoryNotEmpty (OSError ENOTEMPTY)
+    ├── InvalidPath (ValueError)              a bad URL, name, component length, or a rename into itself
+    ├── LimitExceeded (ValueError)            a key, value, batch or link count over its stated limit
+    ├── NoSpace (OSError ENOSPC)              refused before the disk is full; deletes still work
+    ├── Corruption (OSError EIO)              bytes do not match their checksum; never returned as data
+    ├── TargetFailed (OSError EIO)            the disk failed an fsync or a write; reopen the store
+    ├── StoreBusy (BlockingIOError)           another process owns the store
+    ├── StoreFormat (ValueError)              not a store, or written by a newer emberline
+    ├── StoreClosed (ValueError)              the client or store was closed
+    ├── Conflict (OSError EAGAIN)             a transaction lost a race; run it again
+    ├── StaleChunk (OSError ESTALE)           a chunk version or truncate generation has moved on
+    └── UpdateUnknown (OSError EIO)           a write may or may not have happened; read to find out
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+class EmberError(Exception):
+    """Base of every error raised on purpose by emberfs."""
+
+
+class _OSEmberError(EmberError, OSError):
+    """An `EmberError` with an errno, so that code written for `OSError` reacts rightly."""
+
+    errno_default = errno.EIO
+
+    def __init__(self, message: str, path: str | None = None) -> None:
+        if path is None:
+            OSError.__init__(self, self.errno_default, message)
+        else:
+            OSError.__init__(self, self.errno_default, message, path)
+        self.message = message
+        self.path = path
+
+    def __str__(self) -> str:
+        return self.message if self.path is None else f"{self.message}: {self.path!r}"
+
+    def __reduce__(self) -> tuple[type[_OSEmberError], tuple[str, str | None]]:
+        return (type(self), (self.message, self.path))
+
+
+class NotFound(_OSEmberError, FileNotFoundError):
+    """No such path, inode, session or trash entry."""
+
+    errno_default = errno.ENOENT
+
+
+class AlreadyExists(_OSEmberError, FileExistsError):
+    """The path exists and the call asked for a new one."""
+
+    errno_default = errno.EEXIST
+
+
+class NotADirectory(_OSEmberError, NotADirectoryError):
+    """A component of the path is not a directory."""
+
+    errno_default = errno.ENOTDIR
+
+
+class IsADirectory(_OSEmberError, IsADirectoryError):
+    """A file was needed and the path is a directory."""
+
+    errno_default = errno.EISDIR
+
+
+class DirectoryNotEmpty(_OSEmberError):
+    """The directory still has entries; pass `recursive=True` to remove them too."""
+
+    errno_default = errno.ENOTEMPTY
+
+
+class InvalidPath(EmberError, ValueError):
+    """A path, name or URL that can never be right."""
+
+
+class LimitExceeded(EmberError, ValueError):
+    """A request larger than a stated limit."""
+
+
+class NoSpace(_OSEmberError):
+    """The store refuses new data before the disk is full. Removing files and emptying the trash still work."""
+
+    errno_default = errno.ENOSPC
+
+
+class Corruption(_OSEmberError):
+    """Stored bytes do not match their checksum. Names the file (when known), the chunk and the offset in the chunk."""
+
+    errno_default = errno.EIO
+
+    def __init__(self, message: str, path: str | None = None, *, chunk: str | None = None, offset: int | None = None):
+        super().__init__(message, path)
+        self.chunk = chunk
+        self.offset = offset
+
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return (_corruption, (self.message, self.path, self.chunk, self.offset))
+
+
+def _corruption(message: str, path: str | None, chunk: str | None, offset: int | None) -> Corruption:
+    return Corruption(message, path, chunk=chunk, offset=offset)
+
+
+class TargetFailed(_OSEmberError):
+    """The disk failed a write or an fsync. The target takes no more writes until the store is opened again."""
+
+    errno_default = errno.EIO
+
+
+class StoreBusy(_OSEmberError, BlockingIOError):
+    """Another process owns the store. `pid` names it when the lock file says so."""
+
+    errno_default = errno.EAGAIN
+
+    def __init__(self, message: str, path: str | None = None, *, pid: int | None = None) -> None:
+        super().__init__(message, path)
+        self.pid = pid
+
+
+class StoreFormat(EmberError, ValueError):
+    """Not an emberline store, a damaged superblock, or a format newer than this program."""
+
+
+class StoreClosed(EmberError, ValueError):
+    """The client, file or store was closed before the call."""
+
+
+class Conflict(_OSEmberError):
+    """A transaction read something that changed before it committed. Nothing was applied; run it again."""
+
+    errno_default = errno.EAGAIN
+
+
+class StaleChunk(_OSEmberError):
+    """The caller acted on a chunk version or a truncate generation that has moved on. Nothing was applied."""
+
+    errno_default = errno.ESTALE
+
+
+class UpdateUnknown(_OSEmberError):
+    """A write was sent and its outcome is not known: it may or may not have happened."""
+
+    errno_default = errno.EIO

@@ -1,0 +1,355 @@
+"""Every request and reply between a client and the services. The embedded store speaks these too, over `memory`.
+
+A request is a struct plus a list of buffers handed beside it: for reads the destinations (writable), for writes the
+payloads. The server writes into, or reads from, memory the client handed over; payload bytes are never in the struct.
+
+Does not know: who serves a message, or how it travels.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .types import Chunks, Inode
+
+
+class Message(msgspec.Struct, array_like=True, tag=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# --- storage -------------------------------------------------------------------------------------------------------
+
+
+class ReadChunks(Message):
+    """Read [offset, offset+length) of each chunk into the buffer of its index. Parallel lists, no object per item."""
+
+    chains: list[int]
+    chunks: list[bytes]
+    offsets: list[int]
+
+
+class ChunksRead(Message):
+    """Bytes read per item: fewer than asked at the chunk's end, 0 for a chunk that does not exist (a hole)."""
+
+    counts: list[int]
+    errors: dict[int, tuple[str, str, int]] = {}
+    """Per failed item: (kind, message, offset). Kind "corrupt"; the item's buffer holds nothing to rely on."""
+
+
+class WriteChunks(Message):
+    """Write the buffer of the same index at `offset` of each chunk: each chunk write is atomic, the batch is not."""
+
+    client: bytes
+    channel: int
+    sequence: int
+    """One sequence number for the batch; (client, channel, sequence, chunk) names a write for ever: a retry is not
+    applied twice."""
+    chains: list[int]
+    chunks: list[bytes]
+    offsets: list[int]
+    chunk_size_bytes: int
+    replace: bool = False
+    """The chunk becomes exactly the payload (offset 0): what was there is gone."""
+
+
+class TruncateChunk(Message):
+    """Cut a chunk to `length` bytes (never extends; an absent chunk stays absent)."""
+
+    chain: int
+    chunk: bytes
+    length: int
+
+
+class RemoveChunks(Message):
+    """Remove chunks; absent ones are fine."""
+
+    chains: list[int]
+    chunks: list[bytes]
+
+
+class ListChunks(Message):
+    """Committed chunks of [begin, end) on one chain, in order, at most `limit`."""
+
+    chain: int
+    begin: bytes
+    end: bytes
+    limit: int = 1000
+    reverse: bool = False
+
+
+class ChunkList(Message):
+    """(chunk, committed length) pairs."""
+
+    chunks: list[tuple[bytes, int]]
+
+
+class Done(Message):
+    """It is done, durably."""
+
+
+# --- metadata ------------------------------------------------------------------------------------------------------
+# Paths are absolute, normalised by the client: "/" or "/a/b", no "." or "..", no doubled slash.
+
+
+class Stat(Message):
+    path: str
+    follow: bool = True
+    inode: int = 0
+    """Used instead of `path` when not 0: an open handle follows its file through renames and unlink."""
+
+
+class InodeReply(Message):
+    inode: Inode
+
+
+class Open(Message):
+    """Open for writing: opens a session, so that the length survives a crash of the writer."""
+
+    path: str
+    create: bool
+    exclusive: bool
+    truncate: bool
+    mode: int
+    chunk_size_bytes: int
+    uid: int = 0
+    gid: int = 0
+    append: bool = False
+    """An append session: at most one per file at a time, a second one raises Conflict."""
+
+
+class Opened(Message):
+    inode: Inode
+    session: bytes
+
+
+class CloseSession(Message):
+    """End a session. Carries the last length report, durable when this returns."""
+
+    session: bytes
+    inode: int
+    end: int
+    """The largest acknowledged end offset of this session; 0 when nothing was written."""
+    truncate_generation: int
+
+
+class ReportLength(Message):
+    """The file now reaches at least `end`. Raises StaleChunk if `truncate_generation` is not the file's own."""
+
+    session: bytes
+    inode: int
+    end: int
+    truncate_generation: int
+    durable: bool
+
+
+class Reserve(Message):
+    """A new inode id and a layout, named by nobody yet: `put` writes its chunks, then commits them."""
+
+    chunk_size_bytes: int
+
+
+class Reserved(Message):
+    inode: int
+    layout: Chunks
+
+
+class CommitPut(Message):
+    """Make `inode` (reserved, or 0 with inline `data`) the file at `path`, in one transaction."""
+
+    path: str
+    inode: int
+    layout: Chunks | None
+    data: bytes
+    length: int
+    mode: int
+    overwrite: bool
+    uid: int = 0
+    gid: int = 0
+
+
+class Abandon(Message):
+    """A reserved inode will not be committed: its chunks may go now."""
+
+    inode: int
+    layout: Chunks
+
+
+class WriteInline(Message):
+    """Write `data` at `offset` of a file that is inline and stays within INLINE_BYTES_MAX; else raises StaleChunk."""
+
+    session: bytes
+    inode: int
+    offset: int
+    data: bytes
+    append: bool = False
+    """Ignore `offset` and write at the end."""
+
+
+class Promote(Message):
+    """A chunk layout for a file that outgrows its inode row. Changes nothing yet: see AdoptChunks. -> Promoted"""
+
+    inode: int
+    chunk_size_bytes: int
+
+
+class Promoted(Message):
+    """`inode` is the row as it is now (inline data and revision included)."""
+
+    inode: Inode
+    layout: Chunks
+
+
+class AdoptChunks(Message):
+    """The inline file `inode` becomes `layout`, whose chunks the client wrote. StaleChunk if it changed meanwhile."""
+
+    session: bytes
+    inode: int
+    revision: int
+    layout: Chunks
+    length: int
+
+
+class Truncate(Message):
+    """Set the length: bytes past it are gone, bytes up to it read as zero."""
+
+    path: str
+    inode: int
+    """Used instead of `path` when not 0."""
+    length: int
+
+
+class SetAttr(Message):
+    path: str
+    mode: int | None = None
+    mtime_ns: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    follow: bool = True
+
+
+class Mkdir(Message):
+    path: str
+    mode: int
+    parents: bool
+    exist_ok: bool
+    uid: int = 0
+    gid: int = 0
+
+
+class List(Message):
+    """Entries of a directory in byte order of their names, after `after`, at most `limit`."""
+
+    path: str
+    after: str
+    limit: int
+
+
+class Listing(Message):
+    entries: list[tuple[str, Inode]]
+    more: bool
+
+
+class Remove(Message):
+    path: str
+    recursive: bool
+    trash: bool
+    """Move it to the trash instead of removing it for good."""
+    want: str
+    """"any", "file" or "directory": anything else there raises."""
+
+
+class Removed(Message):
+    trash_id: str
+    """What `TrashRestore` takes; empty when removed for good."""
+
+
+class Rename(Message):
+    """Atomic; over an existing file or an empty directory when `overwrite`."""
+
+    source: str
+    target: str
+    overwrite: bool
+
+
+class Link(Message):
+    source: str
+    target: str
+
+
+class Symlink(Message):
+    target: str
+    path: str
+    uid: int = 0
+    gid: int = 0
+
+
+class GetXattrs(Message):
+    path: str
+    follow: bool = True
+
+
+class Xattrs(Message):
+    values: dict[str, bytes]
+
+
+class SetXattr(Message):
+    path: str
+    name: str
+    value: bytes | None
+    """None removes it."""
+
+
+class TrashList(Message):
+    pass
+
+
+class TrashEntry(msgspec.Struct, frozen=True, array_like=True):
+    id: str
+    path: str
+    """Where it was."""
+    deleted_ns: int
+    inode: Inode
+
+
+class TrashListing(Message):
+    entries: list[TrashEntry]
+
+
+class TrashRestore(Message):
+    id: str
+    path: str
+    """Where to; empty means where it was."""
+
+
+class TrashEmpty(Message):
+    older_than_s: float
+
+
+class CollectGarbage(Message):
+    """Remove chunks of files unlinked longer than gc_delay ago (`force`: all of them), and expired trash."""
+
+    force: bool
+
+
+class Collected(Message):
+    files: int
+    chunks: int
+    pending: int
+    """Files still waiting for their delay."""
+
+
+class Usage(Message):
+    pass
+
+
+class UsageReply(Message):
+    files: int
+    directories: int
+    length_bytes: int
+    """Sum of file lengths, trash included."""
+    trash_entries: int
+    gc_pending: int
+
+
+REQUESTS: tuple[type[Message], ...] = tuple(Message.__subclasses__())
+"""Every message class, for a transport that encodes them."""

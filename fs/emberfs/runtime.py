@@ -1,0 +1,171 @@
+"""Time, randomness and concurrency, as the services are handed them.
+
+Three of the five seams (network is `transport`, disk is `disk`). A service holds a `Runtime` and reaches for nothing
+else: no clock, no `random`, no thread, no executor, no bare task. `AsyncioRuntime` is production; `tests/sim` has the
+other one, a seeded event loop with virtual time, so the very same service code runs under both.
+
+Invariants of `AsyncioRuntime`:
+  - One *baton* (a lock) is held by whichever thread is running service code. The loop thread holds it whenever it is
+    not asleep in `select`; a caller's thread holds it while it drives a call inline (see `portal`). Between two awaits
+    a service therefore never sees another service move.
+  - Blocking work goes through `offload`. On the loop thread that is a worker thread; in an inline call the caller's
+    own thread does it, without the baton, because a caller that waits anyway need not pay two thread switches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import selectors
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+OFFLOAD_THREADS_MAX = 4
+
+
+class Runtime(Protocol):
+    """What a service may know of the world outside its messages and its disk."""
+
+    def now_s(self) -> float:
+        """Monotonic seconds. Only differences mean anything."""
+
+    def wall_ns(self) -> int:
+        """Unix time in nanoseconds: for time stamps that people read. Never orders anything."""
+
+    def random_bytes(self, count: int) -> bytes:
+        """`count` random bytes: ids and seeds."""
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Start a background task. The caller owns it: it keeps the task and cancels it when it closes."""
+
+    def future(self) -> asyncio.Future[Any]:
+        """A future of this runtime's loop."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Suspend for at least `seconds`."""
+
+    async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
+        """Run a blocking function (system calls, no service state) and return its result."""
+
+    def may_block(self) -> bool:
+        """True while an inline caller drives: blocking here costs nobody else anything but the baton."""
+
+
+class _BatonSelector(selectors.DefaultSelector):
+    """A selector that gives the baton away exactly while the loop sleeps."""
+
+    def __init__(self, baton: threading.Lock) -> None:
+        super().__init__()
+        self._baton = baton
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self._baton.release()
+        try:
+            return super().select(timeout)
+        finally:
+            self._baton.acquire()
+
+
+class _BatonLoop(asyncio.SelectorEventLoop):
+    """An event loop whose `call_soon` may be used by any thread that holds the baton."""
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
+        if threading.get_ident() != self.thread_ident:
+            return self.call_soon_threadsafe(callback, *args, context=context)
+        return super().call_soon(callback, *args, context=context)
+
+    thread_ident: int = 0
+
+
+class AsyncioRuntime:
+    """The production runtime: one daemon thread with an event loop, a few worker threads, the real clock."""
+
+    def __init__(self, name: str = "emberfs") -> None:
+        self.baton = threading.Lock()
+        self.loop = _BatonLoop(_BatonSelector(self.baton))
+        self._inline_ident: int | None = None
+        self._inline_blocks = False
+        self._executor = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-io")
+        self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
+        self._started = threading.Event()
+        self._thread.start()
+        self._started.wait()
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.thread_ident = threading.get_ident()
+        self._started.set()
+        self.baton.acquire()
+        try:
+            self.loop.run_forever()
+        finally:
+            self.baton.release()
+
+    def stop(self) -> None:
+        """Stop the loop and the workers. Call it from outside the loop, after every service was closed."""
+        assert threading.get_ident() != self.loop.thread_ident
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self._executor.shutdown(wait=True)
+        with self.baton:
+            # Closing the loop closes its selector and self-pipe; nothing can be scheduled afterwards.
+            self.loop.close()
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def wall_ns(self) -> int:
+        return time.time_ns()
+
+    def random_bytes(self, count: int) -> bytes:
+        return os.urandom(count)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        return self.loop.create_task(work, name=name)
+
+    def future(self) -> asyncio.Future[Any]:
+        return self.loop.create_future()
+
+    async def sleep(self, seconds: float) -> None:
+        future = self.loop.create_future()
+        # call_later is not thread-safe, and an inline caller is another thread: the loop sets its own timer.
+        self.loop.call_soon(self.loop.call_later, seconds, _wake, future)
+        await future
+
+    def may_block(self) -> bool:
+        return self._inline_blocks and self._inline_ident == threading.get_ident()
+
+    async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
+        if not self.may_block():
+            return await self.loop.run_in_executor(self._executor, blocking, *args)
+        self.leave_inline()
+        try:
+            return blocking(*args)
+        finally:
+            self.enter_inline(blocks=True)
+
+    def enter_inline(self, *, blocks: bool) -> None:
+        """Take the baton for this thread. `blocks`: `offload` may block this very thread."""
+        self.baton.acquire()
+        self._inline_ident = threading.get_ident()
+        self._inline_blocks = blocks
+
+    def leave_inline(self) -> None:
+        """Give the baton back."""
+        self._inline_ident = None
+        self._inline_blocks = False
+        self.baton.release()
+
+    def is_inline(self) -> bool:
+        """True if this thread drives a call right now (a finalizer may find itself here)."""
+        return self._inline_ident == threading.get_ident()
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

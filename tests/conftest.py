@@ -1,0 +1,12 @@
+"""Options of the whole test-suite. They live here because pytest reads options only from the outermost conftest."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=None, help="replay this one seed in every simulation test")
+    parser.addoption(
+        "--sim-seeds", type=int, default=20, help="how many seeds each simulation test tries (0, 1, 2, ...)"
+    )

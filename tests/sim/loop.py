@@ -1,0 +1,363 @@
+"""A seeded event loop with virtual time, and the `Runtime` that services get on top of it.
+
+    result = run(seed, main)        # main(runtime) is a coroutine function
+
+One seed is one schedule: which of the tasks that are ready goes next, how long an offloaded call takes and whether it
+suspends at all, what `random_bytes` gives. The same seed gives the same run, which `trace_hash` proves.
+
+Invariants:
+  - Time stands still while anything is ready, and jumps to the next timer when nothing is. A step takes no time.
+  - Tasks that are ready together run in any order. Plain callbacks keep the order in which they were scheduled among
+    themselves, as asyncio promises (messages posted with `call_soon` do not overtake each other).
+  - Nothing depends on `id()`, `hash()`, set order, the real clock or the garbage collector.
+  - A failure carries the seed as a note. Failures are also: a deadlock, a livelock, an exception that nobody looked at,
+    and a task still alive when `main` returns.
+
+Does not know: disks, messages or services. Has no I/O and no threads; what asyncio offers for those is not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+STEPS_MAX = 2_000_000
+"""A run of more steps than this is a livelock (about ten seconds of real time)."""
+CANCEL_STEPS_MAX = 10_000
+"""How long `close` lets cancelled tasks clean up."""
+EPOCH_NS = 1_700_000_000 * 10**9
+"""The wall clock at virtual time 0."""
+
+
+class Deadlock(AssertionError):
+    """Nothing is ready, no timer is set, and what is waited for is not done."""
+
+
+class Livelock(AssertionError):
+    """More than STEPS_MAX steps."""
+
+
+class Unhandled(AssertionError):
+    """A callback raised, or an exception of a task was never looked at. The cause is that exception."""
+
+
+class SimLoop(asyncio.AbstractEventLoop):
+    """Just enough of an event loop for asyncio's tasks, futures, locks and timeouts."""
+
+    def __init__(self, seed: int) -> None:
+        self.steps = 0
+        self._random = random.Random(f"schedule {seed}")
+        self._time_s = 0.0
+        self._callbacks: deque[asyncio.Handle] = deque()
+        self._task_steps: list[asyncio.Handle] = []
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._timer_count = 0
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._task_count = 0
+        self._trace = blake2b(digest_size=16)
+        self._unhandled: list[dict[str, Any]] = []
+        self._closing = False
+        self._closed = False
+
+    # ---- what asyncio calls
+
+    def time(self) -> float:
+        return self._time_s
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return asyncio._get_running_loop() is self
+
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, *, name: str | None = None, context: Any = None) -> asyncio.Task[Any]:
+        # asyncio numbers its tasks through the whole process; a replay needs names that start again.
+        self._task_count += 1
+        name = f"{name or coro.__qualname__}/{self._task_count}"
+        task = asyncio.Task(coro, loop=self, name=name, context=context)
+        if self._task_count % 256 == 0:
+            self._tasks = [each for each in self._tasks if not each.done() or each._log_traceback]
+        self._tasks.append(task)
+        return task
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+        self._check_open()
+        handle = asyncio.Handle(callback, args, self, context)
+        if isinstance(getattr(callback, "__self__", None), asyncio.Task):
+            self._task_steps.append(handle)
+        else:
+            self._callbacks.append(handle)
+        return handle
+
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+        return self.call_at(self._time_s + delay, callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+        self._check_open()
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+        self._timer_count += 1
+        heapq.heappush(self._timers, (when, self._timer_count, handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Asyncio tells the loop; `_jump` skips the handle when its turn comes."""
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        if not self._closing:
+            self._unhandled.append(context)
+
+    def run_until_complete(self, future: Any) -> Any:
+        main = asyncio.ensure_future(future, loop=self)
+        self._drive(main.done)
+        return main.result()
+
+    def close(self) -> None:
+        """Cancel what is left, let it clean up, and take no more work. What fails meanwhile is dropped."""
+        self._closing = True
+        self._unhandled.clear()
+        for task in self.tasks():
+            task.cancel()
+        self.steps = 0
+        try:
+            self._drive(lambda: self.steps >= CANCEL_STEPS_MAX or not self.tasks())
+        except (Deadlock, Livelock):
+            pass  # The run is over, and it is on its way to say why.
+        self.failures()
+        self._closed = True
+
+    # ---- what a test asks
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """The tasks that are not done, oldest first."""
+        return [task for task in self._tasks if not task.done()]
+
+    def pending(self) -> list[str]:
+        """Where each task that is not done waits: one line each."""
+        return [f"{task.get_name()} at {_where(task.get_coro())}" for task in self.tasks()]
+
+    def failures(self) -> list[BaseException]:
+        """The exceptions of ended tasks that nobody has looked at. Now somebody has."""
+        failed = [task for task in self._tasks if task.done() and task._log_traceback]
+        return [error for task in failed if (error := task.exception())]
+
+    def settle(self) -> None:
+        """Run until nothing is ready. Time stands still."""
+        self._drive(lambda: not self._task_steps and not self._callbacks)
+
+    def note(self, event: str) -> None:
+        """Let `event` count in the trace: a test's own witness that two runs are the same."""
+        self._trace.update(f"{self._time_s!r} {event}\n".encode())
+
+    def trace_hash(self) -> str:
+        """A hash of the name and time of every step so far."""
+        return self._trace.hexdigest()
+
+    # ---- the schedule
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the simulation is over")
+
+    def _drive(self, is_over: Callable[[], bool]) -> None:
+        assert asyncio._get_running_loop() is None, "a simulation inside an event loop"
+        asyncio._set_running_loop(self)
+        try:
+            while not is_over():
+                if self.steps >= STEPS_MAX:
+                    raise Livelock("\n  ".join([f"no end after {STEPS_MAX} steps:", *self.pending()]))
+                if self._task_steps or self._callbacks:
+                    self._step()
+                else:
+                    self._jump()
+                if self._unhandled:
+                    raise Unhandled(self._unhandled[0]["message"]) from self._unhandled[0].get("exception")
+        finally:
+            asyncio._set_running_loop(None)
+
+    def _step(self) -> None:
+        """Run one callback: a ready task, or the oldest plain callback."""
+        tasks = self._task_steps
+        choice = self._random.randrange(len(tasks) + bool(self._callbacks))
+        if choice == len(tasks):
+            handle = self._callbacks.popleft()
+        else:
+            tasks[choice], tasks[-1] = tasks[-1], tasks[choice]
+            handle = tasks.pop()
+        if handle.cancelled():
+            return
+        self.steps += 1
+        self.note(_name(handle._callback))
+        handle._run()
+
+    def _jump(self) -> None:
+        """Nothing is ready: move time to the next timer, and make ready all that are due then."""
+        timers = self._timers
+        while timers and timers[0][2].cancelled():
+            heapq.heappop(timers)
+        if not timers:
+            raise Deadlock("\n  ".join(["every task waits for another:", *self.pending()]))
+        self._time_s = max(self._time_s, timers[0][0])
+        while timers and timers[0][0] <= self._time_s:
+            self._callbacks.append(heapq.heappop(timers)[2])
+
+
+class SimRuntime:
+    """`emberfs.runtime.Runtime` on a `SimLoop`."""
+
+    def __init__(self, seed: int, *, inline_probability: float = 0.25) -> None:
+        """`inline_probability`: how often `offload` returns without suspending, as it does in an inline call."""
+        self.seed = seed
+        self.loop = SimLoop(seed)
+        self._inline_probability = inline_probability
+        self._delays = self.random("delays")
+        self._ids = self.random("ids")
+
+    def run(self, main: Callable[[SimRuntime], Coroutine[Any, Any, T]]) -> T:
+        """Run `main(self)` to its end and return its result. Once per runtime."""
+        loop = self.loop
+        try:
+            result: T = loop.run_until_complete(main(self))
+            loop.settle()
+            for failure in loop.failures():
+                raise Unhandled("a task failed and nobody looked") from failure
+            assert not loop.tasks(), "\n  ".join(["main returned and left tasks alive:", *loop.pending()])
+            return result
+        except BaseException as error:
+            for failure in loop.failures():
+                error.add_note(f"before that a task failed and nobody looked: {failure!r}")
+            error.add_note(
+                f"seed {self.seed}, step {loop.steps}, virtual time {loop.time()} s: pytest --seed={self.seed}"
+            )
+            raise
+        finally:
+            loop.close()
+
+    def random(self, purpose: str) -> random.Random:
+        """A seeded generator of its own for each purpose, so that one more draw here moves nothing there."""
+        return random.Random(f"{purpose} {self.seed}")
+
+    def note(self, event: str) -> None:
+        """Let `event` count in the trace."""
+        self.loop.note(event)
+
+    def trace_hash(self) -> str:
+        """Equal for two runs of the same code with the same seed."""
+        return self.loop.trace_hash()
+
+    async def cancel_others(self) -> None:
+        """Cancel every task but the caller's and wait until they ended: the process is killed."""
+        caller = asyncio.current_task()
+        others = [task for task in self.loop.tasks() if task is not caller]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    # ---- emberfs.runtime.Runtime
+
+    def now_s(self) -> float:
+        return self.loop.time()
+
+    def wall_ns(self) -> int:
+        return EPOCH_NS + int(self.loop.time() * 1e9)
+
+    def random_bytes(self, count: int) -> bytes:
+        return self._ids.randbytes(count)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        return self.loop.create_task(work, name=name)
+
+    def future(self) -> asyncio.Future[Any]:
+        return self.loop.create_future()
+
+    async def sleep(self, seconds: float) -> None:
+        future = self.loop.create_future()
+        timer = self.loop.call_later(seconds, _wake, future)
+        try:
+            await future
+        finally:
+            timer.cancel()
+
+    async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
+        return (await self.offload_steps([lambda: blocking(*args)]))[0]
+
+    async def offload_steps(self, steps: Sequence[Callable[[], T]]) -> list[T]:
+        """`offload` of several calls in a row by one worker: other things happen between them.
+
+        A worker is not stopped by the cancellation of who waits for it: what has begun goes on to its end.
+        """
+        if not steps or self._delays.random() < self._inline_probability:
+            return [step() for step in steps]
+        future = self.loop.create_future()
+        self.loop.call_later(self._delay_s(), self._work, list(steps), [], future)
+        return await future
+
+    def may_block(self) -> bool:
+        return False
+
+    def _work(self, steps: list[Callable[[], T]], results: list[T], future: asyncio.Future[list[T]]) -> None:
+        if not results and future.cancelled() and self._delays.random() < 0.5:
+            return  # Cancelled while it still stood in the queue of the workers.
+        try:
+            results.append(steps[len(results)]())
+        except Exception as error:
+            self.loop.call_later(self._delay_s(), _fail, future, error)
+        else:
+            if len(results) < len(steps):
+                self.loop.call_later(self._delay_s(), self._work, steps, results, future)
+            else:
+                self.loop.call_later(self._delay_s(), _succeed, future, results)
+
+    def _delay_s(self) -> float:
+        """From 5 us to 5 ms, each order of magnitude as likely: the long ones let everything else overtake."""
+        return float(5e-6 * 10 ** self._delays.uniform(0, 3))
+
+
+def run(seed: int, main: Callable[[SimRuntime], Awaitable[T]]) -> T:
+    """Run `main(runtime)` under the schedule of `seed` and return its result."""
+    return SimRuntime(seed).run(main)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _succeed(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _name(callback: Any) -> str:
+    """What a callback is called, without any address in memory."""
+    owner = getattr(callback, "__self__", None)
+    if isinstance(owner, asyncio.Task):
+        return owner.get_name()
+    callback = getattr(callback, "func", callback)  # functools.partial
+    return str(getattr(callback, "__qualname__", type(callback).__qualname__))
+
+
+def _where(coroutine: Any) -> str:
+    """The innermost line at which a suspended coroutine waits."""
+    place = "its start"
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        place = f"{frame.f_code.co_qualname} ({frame.f_code.co_filename}:{frame.f_lineno})"
+        coroutine = coroutine.cr_await
+    return place
