@@ -1,0 +1,43 @@
+"""A client's hold on a store of this process: what `Client` and `AsyncClient` share."""
+
+from __future__ import annotations
+
+import threading
+
+from ..embedded import EmbeddedStore, StoreConfig, acquire, store_directory
+from ..errors import StoreClosed
+from .core import Core
+
+
+class Attachment:
+    """A client's hold on a store of this process: what both doors share."""
+
+    def __init__(self, url: str | None, config: StoreConfig) -> None:
+        self.directory = store_directory(url)
+        self.config = config
+        self.store: EmbeddedStore = acquire(self.directory, config)
+        self.core: Core = self.store.core()
+        self.closed = False
+        self._lock = threading.Lock()
+
+    def live(self) -> Core:
+        """The core to use now: a new one if this process is a fork. Raises StoreClosed, and StoreBusy in a child."""
+        if self.closed or (self.store.closed and not self.store.forked):
+            raise StoreClosed("the client is closed")
+        if self.store.forked:
+            with self._lock:
+                if self.store.forked:
+                    self.store = acquire(self.directory, self.config)
+                    self.core = self.store.core()
+        return self.core
+
+    def close(self) -> None:
+        """Let go of the store; the last client of this process closes it."""
+        if not self.closed:
+            self.closed = True
+            self.store.release()
+
+    @property
+    def url(self) -> str:
+        """What `connect` takes to come here again."""
+        return f"ember://{self.directory.resolve()}"

@@ -1,0 +1,102 @@
+"""Batches: many ranges of many files in one step, straight into and out of the caller's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Union
+
+from ..errors import LimitExceeded
+from ..types import BATCH_ITEMS_MAX, Inode
+from .buffers import flat_view, writable_view
+from .core import Core, Range, WriteHandle
+
+if TYPE_CHECKING:
+    from .handle import AsyncFile, File
+
+BatchRead = tuple[Union[str, "File", "AsyncFile"], int, int]
+"""(path or open file, offset, length), in bytes."""
+BatchWrite = tuple[Union[str, "File", "AsyncFile"], int, Any]
+"""(path or file open for writing, offset, payload)."""
+
+
+async def batch_read(core: Core, items: Sequence[BatchRead], into: Any, *, raise_errors: bool) -> list[Any]:
+    """See `Client.batch_read`."""
+    _check_count(items)
+    inodes: dict[str, Inode | Exception] = {}
+    ranges: list[Range] = []
+    places: list[int] = []
+    results: list[Any] = [0] * len(items)
+    for index, ((file, offset, _), view) in enumerate(zip(items, _destinations(items, into), strict=True)):
+        if isinstance(file, str):
+            inode = inodes.get(file)
+            if inode is None:
+                inode = inodes[file] = await _file_or_error(core, file)
+            path = file
+        else:
+            inode, path = file._file.inode, file.name
+        if isinstance(inode, Exception):
+            results[index] = inode
+        else:
+            ranges.append(Range(inode, offset, view, path))
+            places.append(index)
+    for index, result in zip(places, await core.read_ranges(ranges), strict=True):
+        results[index] = result
+    if raise_errors:
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+    return results
+
+
+async def _file_or_error(core: Core, path: str) -> Inode | Exception:
+    try:
+        return await core.file(path)
+    except OSError as error:
+        return error
+
+
+def _destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
+    """A view per item: of its own buffer, or of its share of the one buffer."""
+    if isinstance(into, (list, tuple)):
+        if len(into) != len(items):
+            raise ValueError(f"{len(items)} items need as many buffers, not {len(into)}")
+        views = []
+        for (_, _, length), buffer in zip(items, into, strict=True):
+            view = writable_view(buffer)
+            if len(view) < length:
+                raise ValueError(f"a buffer of {len(view)} bytes is too small for {length}")
+            views.append(view if len(view) == length else view[:length])
+        return views
+    whole = writable_view(into)
+    views, begin = [], 0
+    for _, _, length in items:
+        views.append(whole[begin : begin + length])
+        begin += length
+    if begin > len(whole):
+        raise ValueError(f"a buffer of {len(whole)} bytes is too small for {begin}")
+    return views
+
+
+async def batch_write(core: Core, items: Sequence[BatchWrite]) -> None:
+    """See `Client.batch_write`."""
+    _check_count(items)
+    handles: dict[str, WriteHandle] = {}
+    work: list[tuple[WriteHandle, int, memoryview]] = []
+    try:
+        for file, offset, data in items:
+            if isinstance(file, str):
+                if file not in handles:
+                    handles[file] = await core.open_for_write(file, create=True)
+                handle = handles[file]
+            else:
+                handle = await file._file.write_handle()
+            work.append((handle, offset, flat_view(data)))
+        await core.write_many(work)
+    finally:
+        for handle in handles.values():
+            await core.close_handle(handle)
+
+
+def _check_count(items: Sequence[Any]) -> None:
+    if len(items) > BATCH_ITEMS_MAX:
+        raise LimitExceeded(f"a batch of {len(items)} items is over the limit of {BATCH_ITEMS_MAX}")

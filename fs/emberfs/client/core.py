@@ -1,0 +1,420 @@
+"""What every client does, as coroutines: name operations by message, file bytes by chunk messages.
+
+`Core` holds the connections and turns paths, ranges and buffers into messages; `Client` and `AsyncClient` are two
+doors to it. It keeps no cache of metadata: what a call returns was true when the service answered.
+
+Invariants: a payload or destination is never copied on its way to a chunk; holes and what lies between a chunk's end
+and the file's end read as zero; a write is acknowledged only once its chunks are durable and its length is known to
+the metadata service.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+
+from ..errors import Corruption, IsADirectory, LimitExceeded, NotADirectory, NotFound, StaleChunk
+from ..messages import (
+    Abandon,
+    AdoptChunks,
+    ChunksRead,
+    CloseSession,
+    CommitPut,
+    InodeReply,
+    Message,
+    Open,
+    Opened,
+    Promote,
+    Promoted,
+    ReadChunks,
+    ReportLength,
+    Reserve,
+    Reserved,
+    Stat,
+    Truncate,
+    WriteChunks,
+    WriteInline,
+)
+from ..runtime import Runtime
+from ..striping import chains_of
+from ..transport import Connection
+from ..types import CHUNK_SIZE_BYTES_DEFAULT, FILE_BYTES_MAX, INLINE_BYTES_MAX, Chunks, Inline, Inode, chunk_id
+from .buffers import NewBytes
+from .paths import normalise
+
+Reply = TypeVar("Reply", bound=Message)
+
+MESSAGE_BYTES_MAX = 64 << 20
+"""Payload of one chunk message; larger reads and writes are cut, so that no call holds the store for long."""
+STALE_ATTEMPTS_MAX = 20
+
+
+class Range(NamedTuple):
+    """Bytes of one file on their way: `view` is the destination of a read or the payload of a write."""
+
+    inode: Inode
+    offset: int
+    view: memoryview
+    path: str
+
+
+Part = tuple[int, int, bytes, int, memoryview]
+"""(index of the range it belongs to, chain, chunk, offset in the chunk, destination or payload)"""
+
+
+class WriteHandle:
+    """A file open for writing: its session and the newest row we know."""
+
+    __slots__ = ("chunk_size_bytes", "end", "inode", "path", "session")
+
+    def __init__(self, path: str, inode: Inode, session: bytes, chunk_size_bytes: int) -> None:
+        self.path = path
+        self.inode = inode
+        self.session = session
+        self.chunk_size_bytes = chunk_size_bytes
+        self.end = 0
+        """Largest end we wrote to; 0 when nothing was."""
+
+
+class Core:
+    """One client: an id, a connection to the metadata service and one per chain."""
+
+    def __init__(self, runtime: Runtime, meta: Connection, chains: Mapping[int, Connection]) -> None:
+        self.runtime = runtime
+        self.client_id = runtime.random_bytes(16)
+        self._meta = meta
+        self._chains = chains
+        self._only = next(iter(chains.values())) if len(set(chains.values())) == 1 else None
+        self._idle_channels: list[int] = []
+        self._channel_count = 0
+        self._sequences: list[int] = []
+
+    async def ask(self, request: Message, reply: type[Reply]) -> Reply:
+        """A metadata request whose answer is a `reply`."""
+        answer = await self._meta.call(request)
+        assert isinstance(answer, reply)
+        return answer
+
+    async def call_meta(self, request: Message) -> None:
+        """A metadata request whose answer says no more than that it is done."""
+        await self._meta.call(request)
+
+    async def stat(self, path: str, follow: bool = True) -> Inode:
+        """The inode at `path`."""
+        return (await self._meta.call(Stat(normalise(path), follow))).inode  # type: ignore[attr-defined,no-any-return]
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    async def get(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes [offset, offset+length) of a file, cut at its end."""
+        inode = await self.file(path)
+        layout = inode.layout
+        if type(layout) is Inline:
+            return layout.data[offset:] if length is None else layout.data[offset : offset + length]
+        size = max(inode.length - offset, 0)
+        target = NewBytes(size if length is None else min(length, size))
+        await self.read_range(Range(inode, offset, target.view, path))
+        return target.finish()
+
+    async def file(self, path: str) -> Inode:
+        """The inode of a regular file at `path`. Raises IsADirectory."""
+        inode = await self.stat(path)
+        if inode.layout is None:
+            raise IsADirectory("is a directory", path)
+        return inode
+
+    async def parent_of(self, path: str) -> Inode:
+        """The directory that would hold `path`. Raises NotFound, NotADirectory."""
+        parent = await self.stat(normalise(path).rpartition("/")[0] or "/")
+        if not parent.is_dir:
+            raise NotADirectory("not a directory", path)
+        return parent
+
+    async def read_range(self, wanted: Range) -> int:
+        """Fill one range; returns the bytes read. Raises what was found wrong."""
+        (result,) = await self.read_ranges([wanted])
+        if isinstance(result, Corruption):
+            raise result
+        return result
+
+    async def read_ranges(self, ranges: Sequence[Range]) -> list[int | Corruption]:
+        """Fill every range: bytes read (cut at the end of the file), or the Corruption that was found."""
+        results: list[int | Corruption] = []
+        parts: list[Part] = []
+        for number, (inode, offset, view, _) in enumerate(ranges):
+            count = min(len(view), max(inode.length - offset, 0))
+            results.append(count)
+            layout = inode.layout
+            if type(layout) is Chunks:
+                size = layout.chunk_size_bytes
+                chains = chains_of(layout)
+                index, inside = divmod(offset, size)
+                if inside + count <= size:
+                    if count:
+                        part = view if count == len(view) else view[:count]
+                        parts.append((number, chains[index % len(chains)], chunk_id(inode.id, index), inside, part))
+                    continue
+                for _, chain, chunk, begin, part in self._parts(inode.id, layout, offset, view[:count]):
+                    parts.append((number, chain, chunk, begin, part))
+            elif count:
+                assert type(layout) is Inline
+                view[:count] = layout.data[offset : offset + count]
+        if parts:
+            await self._read_parts(ranges, parts, results)
+        return results
+
+    async def _read_parts(
+        self,
+        ranges: Sequence[Range],
+        parts: list[Part],
+        results: list[int | Corruption],
+    ) -> None:
+        for connection, batch in self._batches(parts):
+            numbers, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
+            reply = await connection.call(ReadChunks(chains, chunks, offsets), views)
+            assert type(reply) is ChunksRead
+            for view, count in zip(views, reply.counts, strict=True):
+                if count < len(view):
+                    view[count:] = bytes(len(view) - count)
+            for item, (_, message, offset) in reply.errors.items():
+                inode, path, chunk = ranges[numbers[item]].inode, ranges[numbers[item]].path, chunks[item]
+                assert type(inode.layout) is Chunks
+                in_file = int.from_bytes(chunk[8:], "big") * inode.layout.chunk_size_bytes + offset
+                results[numbers[item]] = Corruption(
+                    f"{message} (file offset {in_file})", path, chunk=chunk.hex(), offset=in_file
+                )
+
+    def _batches(self, parts: list[Part]) -> list[tuple[Connection, list[Part]]]:
+        """Parts by connection, each message at most MESSAGE_BYTES_MAX."""
+        if self._only is not None:
+            groups = {self._only: parts}
+        else:
+            groups = {}
+            for part in parts:
+                groups.setdefault(self._chains[part[1]], []).append(part)
+        batches = []
+        for connection, group in groups.items():
+            batch: list[Part] = []
+            size = 0
+            for part in group:
+                if batch and size + len(part[4]) > MESSAGE_BYTES_MAX:
+                    batches.append((connection, batch))
+                    batch, size = [], 0
+                batch.append(part)
+                size += len(part[4])
+            batches.append((connection, batch))
+        return batches
+
+    # --- whole files -----------------------------------------------------------------------------------------------
+
+    async def put(
+        self, path: str, payload: memoryview, *, overwrite: bool, mode: int = 0o644, chunk_size_bytes: int | None = None
+    ) -> Inode:
+        """Make `payload` the file at `path`: a new inode and one swap of the entry, so readers see old or new."""
+        if len(payload) <= INLINE_BYTES_MAX:
+            return await self.commit_put(path, 0, None, bytes(payload), len(payload), mode=mode, overwrite=overwrite)
+        reserved = await self.reserve(chunk_size_bytes)
+        try:
+            await self.write_reserved(reserved, 0, payload)
+            return await self.commit_put(
+                path, reserved.inode, reserved.layout, b"", len(payload), mode=mode, overwrite=overwrite
+            )
+        except Exception:
+            await self.abandon(reserved)
+            raise
+
+    async def reserve(self, chunk_size_bytes: int | None) -> Reserved:
+        """A new inode that no name leads to yet."""
+        return await self.ask(Reserve(chunk_size_bytes or CHUNK_SIZE_BYTES_DEFAULT), Reserved)
+
+    async def abandon(self, reserved: Reserved) -> None:
+        """Give a reserved inode and its chunks up."""
+        await self._meta.call(Abandon(reserved.inode, reserved.layout))
+
+    async def write_reserved(self, reserved: Reserved, offset: int, payload: memoryview) -> None:
+        """Write chunks of a reserved inode. Whole chunks from their start only replace what is there."""
+        await self._write_chunks(reserved.inode, reserved.layout, offset, payload)
+
+    async def commit_put(
+        self, path: str, inode: int, layout: Chunks | None, data: bytes, length: int, *, mode: int, overwrite: bool
+    ) -> Inode:
+        """Name the new inode."""
+        request = CommitPut(
+            normalise(path), inode, layout, data, length, mode, overwrite, uid=os.getuid(), gid=os.getgid()
+        )
+        return (await self.ask(request, InodeReply)).inode
+
+    # --- writing in place ------------------------------------------------------------------------------------------
+
+    async def open_for_write(
+        self,
+        path: str,
+        *,
+        create: bool,
+        exclusive: bool = False,
+        truncate: bool = False,
+        append: bool = False,
+        mode: int = 0o644,
+        chunk_size_bytes: int | None = None,
+    ) -> WriteHandle:
+        """Open a session on the file at `path`."""
+        size = chunk_size_bytes or CHUNK_SIZE_BYTES_DEFAULT
+        request = Open(
+            normalise(path), create, exclusive, truncate, mode, size, os.getuid(), os.getgid(), append=append
+        )
+        opened = await self.ask(request, Opened)
+        return WriteHandle(path, opened.inode, opened.session, size)
+
+    async def refresh(self, handle: WriteHandle) -> None:
+        """Take the newest row of an open file."""
+        handle.inode = (await self.ask(Stat("", True, handle.inode.id), InodeReply)).inode
+
+    async def write(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
+        """Write `payload` at `offset`, durably; the file then reaches at least offset + len(payload)."""
+        end = offset + len(payload)
+        if end > FILE_BYTES_MAX:
+            raise LimitExceeded(f"a file is at most {FILE_BYTES_MAX} bytes")
+        if not payload:
+            return
+        for _ in range(STALE_ATTEMPTS_MAX):
+            try:
+                if type(handle.inode.layout) is Chunks:
+                    await self._write_in_chunks(handle, offset, payload)
+                elif end <= INLINE_BYTES_MAX:
+                    request = WriteInline(handle.session, handle.inode.id, offset, bytes(payload))
+                    handle.inode = (await self.ask(request, InodeReply)).inode
+                else:
+                    await self._promote(handle, offset, payload)
+                handle.end = max(handle.end, end)
+                return
+            except StaleChunk:
+                # Somebody truncated or promoted the file: what we wrote may be cut off, so write it again.
+                await self.refresh(handle)
+        raise NotFound("the file kept changing while it was written; try again", handle.path)
+
+    async def write_many(self, work: Sequence[tuple[WriteHandle, int, memoryview]]) -> None:
+        """Write many payloads, each as `write` does; those of files in chunks share their messages and flushes."""
+        parts: dict[int, list[Part]] = {}
+        together: list[tuple[WriteHandle, int, memoryview]] = []
+        for handle, offset, payload in work:
+            layout = handle.inode.layout
+            if type(layout) is Chunks:
+                size = layout.chunk_size_bytes
+                parts.setdefault(size, []).extend(self._parts(handle.inode.id, layout, offset, payload))
+                together.append((handle, offset, payload))
+            else:
+                await self.write(handle, offset, payload)
+        for size, same_size in parts.items():
+            await self._write_parts(same_size, size)
+        ends: dict[WriteHandle, int] = {}
+        for handle, offset, payload in together:
+            ends[handle] = max(ends.get(handle, 0), offset + len(payload))
+        for handle, end in ends.items():
+            try:
+                if end > handle.inode.length:
+                    await self._report(handle, end, durable=False)
+                handle.end = max(handle.end, end)
+            except StaleChunk:
+                # Truncated meanwhile: some of it may be cut off, so this file's payloads are written again.
+                await self.refresh(handle)
+                for again, offset, payload in together:
+                    if again is handle:
+                        await self.write(handle, offset, payload)
+
+    async def _write_in_chunks(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
+        layout = handle.inode.layout
+        assert type(layout) is Chunks
+        await self._write_chunks(handle.inode.id, layout, offset, payload)
+        end = offset + len(payload)
+        if end > handle.inode.length:
+            await self._report(handle, end, durable=False)
+
+    async def _report(self, handle: WriteHandle, end: int, *, durable: bool) -> None:
+        inode = handle.inode
+        await self._meta.call(ReportLength(handle.session, inode.id, end, inode.truncate_generation, durable))
+        if end > inode.length:
+            handle.inode = msgspec.structs.replace(inode, length=end)
+
+    async def _promote(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
+        """Move an inline file into chunks, with `payload` written into it."""
+        promoted = await self.ask(Promote(handle.inode.id, handle.chunk_size_bytes), Promoted)
+        inode = promoted.inode
+        if type(inode.layout) is not Inline:
+            handle.inode = inode
+            raise StaleChunk("promoted by another writer", handle.path)
+        end = offset + len(payload)
+        if inode.layout.data:
+            old = memoryview(inode.layout.data)
+            await self._write_chunks(inode.id, promoted.layout, 0, old)
+        await self._write_chunks(inode.id, promoted.layout, offset, payload)
+        adopt = AdoptChunks(handle.session, inode.id, inode.revision, promoted.layout, max(end, inode.length))
+        handle.inode = (await self.ask(adopt, InodeReply)).inode
+
+    async def truncate(self, path: str, length: int) -> Inode:
+        """Set the length of the file at `path`."""
+        handle = await self.open_for_write(path, create=False)
+        try:
+            await self.truncate_handle(handle, length)
+        finally:
+            await self.close_handle(handle)
+        return handle.inode
+
+    async def truncate_handle(self, handle: WriteHandle, length: int) -> None:
+        """Set the length of an open file."""
+        if type(handle.inode.layout) is Inline and length > INLINE_BYTES_MAX:
+            # Only a file in chunks can be longer; its first byte beyond the row makes it one.
+            await self.write(handle, length - 1, memoryview(b"\0"))
+            return
+        handle.inode = (await self.ask(Truncate("", handle.inode.id, length), InodeReply)).inode
+        handle.end = min(handle.end, length)
+
+    async def sync_length(self, handle: WriteHandle) -> None:
+        """Make the length durable as well (chunks are already)."""
+        if handle.end and type(handle.inode.layout) is Chunks:
+            await self._report(handle, handle.end, durable=True)
+
+    async def close_handle(self, handle: WriteHandle) -> None:
+        """End the session."""
+        end = handle.end if type(handle.inode.layout) is Chunks else 0
+        await self._meta.call(CloseSession(handle.session, handle.inode.id, end, handle.inode.truncate_generation))
+
+    async def _write_chunks(self, inode: int, layout: Chunks, offset: int, payload: memoryview) -> None:
+        await self._write_parts(self._parts(inode, layout, offset, payload), layout.chunk_size_bytes)
+
+    def _parts(self, inode: int, layout: Chunks, offset: int, payload: memoryview) -> list[Part]:
+        """`payload` at `offset` of a file, cut at chunk boundaries."""
+        chains = chains_of(layout)
+        size = layout.chunk_size_bytes
+        parts = []
+        index, inside = divmod(offset, size)
+        done = 0
+        while done < len(payload):
+            step = min(size - inside, len(payload) - done)
+            view = payload[done : done + step]
+            parts.append((0, chains[index % len(chains)], chunk_id(inode, index), inside, view))
+            done, index, inside = done + step, index + 1, 0
+        return parts
+
+    async def _write_parts(self, parts: list[Part], chunk_size_bytes: int) -> None:
+        """Write parts of files with one chunk size."""
+        for connection, batch in self._batches(parts):
+            _, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
+            channel = self._take_channel()
+            sequence = self._sequences[channel]
+            self._sequences[channel] = sequence + len(chunks)
+            try:
+                request = WriteChunks(self.client_id, channel, sequence, chains, chunks, offsets, chunk_size_bytes)
+                await connection.call(request, views)
+            finally:
+                self._idle_channels.append(channel)
+
+    def _take_channel(self) -> int:
+        """A channel is one call's at a time: within it, a lower sequence number is always the older write."""
+        if self._idle_channels:
+            return self._idle_channels.pop()
+        self._channel_count += 1
+        self._sequences.append(1)
+        return self._channel_count - 1

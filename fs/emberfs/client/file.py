@@ -1,0 +1,304 @@
+"""An open file, as coroutines: where its bytes are read from, and how what is written reaches the store.
+
+Two ways to write, chosen by the mode:
+  fresh    (`w`, `x`): the bytes go to a new inode that no name leads to; `close` names it. Readers see the old file
+           or the whole new one, and a writer that dies leaves the old one.
+  session  (`r+`, `a`): the bytes go into the file itself, each chunk atomically; the length follows.
+
+Written bytes wait in one buffer of at most a chunk and go out at chunk boundaries, on `flush`, or when a write lands
+elsewhere; whole chunks in a large write go straight from the caller's memory. A file reads its own writes.
+
+Does not know: positions and threads (see `handle`), or the caller's event loop.
+"""
+
+from __future__ import annotations
+
+import io
+
+from ..errors import AlreadyExists, NotFound
+from ..messages import Reserved
+from ..types import CHUNK_SIZE_BYTES_DEFAULT, INLINE_BYTES_MAX, Inline, Inode, Kind
+from .core import MESSAGE_BYTES_MAX, Core, Range, WriteHandle
+
+MODES = frozenset(["r", "r+", "w", "w+", "x", "x+", "a", "a+"])
+
+
+def parse_mode(mode: str) -> str:
+    """The mode without "b", checked. Raises ValueError for an unknown or a text mode."""
+    plain = mode.replace("b", "", 1).replace("+b", "+")
+    if plain not in MODES or "b" not in mode:
+        raise ValueError(f"mode must be binary, one of rb r+b wb w+b xb ab a+b: {mode!r}")
+    return plain
+
+
+class FreshTarget:
+    """A new file that is named when it is finished."""
+
+    def __init__(self, core: Core, path: str, *, overwrite: bool, mode: int, chunk_size_bytes: int) -> None:
+        self._core = core
+        self._path = path
+        self._overwrite = overwrite
+        self._mode = mode
+        self._chunk_size_bytes = chunk_size_bytes
+        self._reserved: Reserved | None = None
+        self.length = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether any byte has left the buffer."""
+        return self._reserved is not None
+
+    def again(self) -> FreshTarget:
+        """An empty target for the same name."""
+        return FreshTarget(
+            self._core,
+            self._path,
+            overwrite=self._overwrite,
+            mode=self._mode,
+            chunk_size_bytes=self._chunk_size_bytes,
+        )
+
+    async def write(self, offset: int, payload: memoryview) -> None:
+        """Write durably, still unnamed."""
+        if self._reserved is None:
+            self._reserved = await self._core.reserve(self._chunk_size_bytes)
+        await self._core.write_reserved(self._reserved, offset, payload)
+        self.length = max(self.length, offset + len(payload))
+
+    def inode(self) -> Inode:
+        """The row as it would be if the file were finished now: what reads of our own bytes go by."""
+        layout = self._reserved.layout if self._reserved is not None else Inline()
+        number = self._reserved.inode if self._reserved is not None else 0
+        return Inode(number, Kind.FILE, self._mode, 0, self.length, 0, 0, layout=layout)
+
+    async def truncate(self, length: int) -> None:
+        """Only a longer length is possible before the file has a name; the caller rewrites for a shorter one."""
+        assert length >= self.length
+        self.length = length
+
+    async def sync(self) -> None:
+        """Nothing: chunks are durable when written, and there is no name yet."""
+
+    async def finish(self, rest: bytearray) -> None:
+        """Name the file. `rest`: the whole content, if none of it was written yet."""
+        if self._reserved is None and len(rest) < self.length:
+            rest = rest + bytes(self.length - len(rest))
+        if self._reserved is None and len(rest) <= INLINE_BYTES_MAX:
+            await self._core.commit_put(
+                self._path, 0, None, bytes(rest), len(rest), mode=self._mode, overwrite=self._overwrite
+            )
+            return
+        if rest:
+            await self.write(0, memoryview(rest))
+        assert self._reserved is not None
+        await self._core.commit_put(
+            self._path,
+            self._reserved.inode,
+            self._reserved.layout,
+            b"",
+            self.length,
+            mode=self._mode,
+            overwrite=self._overwrite,
+        )
+
+    async def discard(self) -> None:
+        """The file will not be: its chunks may go."""
+        if self._reserved is not None:
+            await self._core.abandon(self._reserved)
+
+
+class SessionTarget:
+    """An existing file that is changed in place."""
+
+    def __init__(self, core: Core, handle: WriteHandle) -> None:
+        self._core = core
+        self.handle = handle
+
+    @property
+    def length(self) -> int:
+        return self.handle.inode.length
+
+    async def write(self, offset: int, payload: memoryview) -> None:
+        """Write durably."""
+        await self._core.write(self.handle, offset, payload)
+
+    def inode(self) -> Inode:
+        """The newest row we know."""
+        return self.handle.inode
+
+    async def truncate(self, length: int) -> None:
+        """Set the file's length."""
+        await self._core.truncate_handle(self.handle, length)
+
+    async def sync(self) -> None:
+        """Make the length durable."""
+        await self._core.sync_length(self.handle)
+
+    async def finish(self, rest: bytearray) -> None:
+        """End the session."""
+        assert not rest
+        await self._core.close_handle(self.handle)
+
+    async def discard(self) -> None:
+        """End the session; what was written stays."""
+        await self._core.close_handle(self.handle)
+
+
+Target = FreshTarget | SessionTarget
+
+
+class OpenFile:
+    """A file open for reading, writing or both. Get one from `open_file`."""
+
+    def __init__(
+        self, core: Core, path: str, mode: str, inode: Inode, target: Target | None, chunk_size_bytes: int
+    ) -> None:
+        self._core = core
+        self._inode = inode
+        self._target = target
+        self._chunk_size_bytes = chunk_size_bytes
+        self._buffer = bytearray()
+        self._buffer_offset = 0
+        self.path = path
+        self.readable = mode == "r" or mode.endswith("+")
+        self.writable = target is not None
+        self.appends = mode.startswith("a")
+
+    @property
+    def length(self) -> int:
+        """Bytes, our own unwritten ones included."""
+        if self._target is None:
+            return self._inode.length
+        return max(self._target.length, self._buffer_offset + len(self._buffer) if self._buffer else 0)
+
+    @property
+    def inode(self) -> Inode:
+        """The row reads go by."""
+        return self._inode if self._target is None else self._target.inode()
+
+    async def read(self, offset: int, view: memoryview) -> int:
+        """Fill `view` from `offset`; returns the bytes read, fewer only at the end of the file. Raises Corruption."""
+        if self._buffer:
+            if self._is_whole_in_buffer():
+                # Nothing has left the buffer yet: the buffer is the file (and what it was extended by reads as zero).
+                part = self._buffer[offset : offset + len(view)]
+                view[: len(part)] = part
+                if len(part) == len(view) or self.length <= offset + len(part):
+                    return len(part)
+            await self._flush_buffer()
+        return await self._core.read_range(Range(self.inode, offset, view, self.path))
+
+    async def write(self, offset: int, payload: memoryview) -> None:
+        """Take `payload` for `offset`: buffered, or written when it fills chunks."""
+        assert self._target is not None
+        while payload:
+            if self._buffer and offset != self._buffer_offset + len(self._buffer):
+                await self._flush_buffer()
+            if not self._buffer:
+                self._buffer_offset = offset
+                whole = _whole_chunks(offset, len(payload), self._chunk_size_bytes)
+                if whole:
+                    await self._target.write(offset, payload[:whole])
+                    offset, payload = offset + whole, payload[whole:]
+                    continue
+            room = self._chunk_size_bytes - (self._buffer_offset % self._chunk_size_bytes) - len(self._buffer)
+            step = min(room, len(payload))
+            self._buffer += payload[:step]
+            offset, payload = offset + step, payload[step:]
+            if step == room:
+                await self._flush_buffer()
+
+    def _is_whole_in_buffer(self) -> bool:
+        return isinstance(self._target, FreshTarget) and not self._target.started and self._buffer_offset == 0
+
+    async def _flush_buffer(self) -> None:
+        if self._buffer:
+            assert self._target is not None
+            await self._target.write(self._buffer_offset, memoryview(self._buffer))
+            # A new object: the old one may still be exported.
+            self._buffer = bytearray()
+
+    async def write_handle(self) -> WriteHandle:
+        """The session of a file open in place, with nothing buffered. Raises UnsupportedOperation for other modes."""
+        if not isinstance(self._target, SessionTarget):
+            raise io.UnsupportedOperation(f"a batch writes in place: open {self.path!r} with r+b or ab")
+        await self._flush_buffer()
+        return self._target.handle
+
+    async def flush(self) -> None:
+        """Write what is buffered. Of a fresh file small enough to be one inode row: nothing until `close`."""
+        if not (self._is_whole_in_buffer() and len(self._buffer) <= INLINE_BYTES_MAX):
+            await self._flush_buffer()
+
+    async def sync(self) -> None:
+        """Flush, and make the length durable."""
+        await self.flush()
+        if self._target is not None:
+            await self._target.sync()
+
+    async def truncate(self, length: int) -> None:
+        """Set the length."""
+        assert self._target is not None
+        if isinstance(self._target, FreshTarget) and length < self.length:
+            await self._rewrite(length)
+            return
+        await self._flush_buffer()
+        await self._target.truncate(length)
+
+    async def _rewrite(self, length: int) -> None:
+        """Shorten a fresh file: nobody else knows it, so keep the first `length` bytes and start again."""
+        assert isinstance(self._target, FreshTarget)
+        kept = bytearray(length)
+        with memoryview(kept) as view:
+            await self.read(0, view)
+        old = self._target
+        self._target = old.again()
+        self._buffer, self._buffer_offset = bytearray(), 0
+        await old.discard()
+        with memoryview(kept) as view:
+            await self.write(0, view)
+
+    async def close(self) -> None:
+        """Write everything and, for a fresh file, give it its name."""
+        if self._target is None:
+            return
+        if not self._is_whole_in_buffer():
+            await self._flush_buffer()
+        await self._target.finish(self._buffer)
+        self._buffer = bytearray()
+
+    async def discard(self) -> None:
+        """Close without naming a fresh file; of a session, what was flushed stays."""
+        self._buffer = bytearray()
+        if self._target is not None:
+            await self._target.discard()
+
+
+def _whole_chunks(offset: int, length: int, chunk_size_bytes: int) -> int:
+    """Bytes from `offset` to a chunk boundary, if there is at least a chunk of them; one message at most."""
+    end = (offset + length) // chunk_size_bytes * chunk_size_bytes
+    return min(end - offset, MESSAGE_BYTES_MAX) if end - offset >= chunk_size_bytes else 0
+
+
+async def open_file(core: Core, path: str, mode: str, *, chunk_size_bytes: int | None, permissions: int) -> OpenFile:
+    """Open `path`. Raises NotFound, AlreadyExists, IsADirectory."""
+    plain = parse_mode(mode)
+    size = chunk_size_bytes or CHUNK_SIZE_BYTES_DEFAULT
+    if plain == "r":
+        inode = await core.file(path)
+        return OpenFile(core, path, plain, inode, None, size)
+    if plain[0] in "wx":
+        try:
+            await core.file(path)
+            if plain[0] == "x":
+                raise AlreadyExists("file exists", path)
+        except NotFound:
+            await core.parent_of(path)
+        fresh = FreshTarget(core, path, overwrite=plain[0] == "w", mode=permissions, chunk_size_bytes=size)
+        return OpenFile(core, path, plain, fresh.inode(), fresh, size)
+    handle = await core.open_for_write(
+        path, create=plain[0] == "a", append=plain[0] == "a", mode=permissions, chunk_size_bytes=size
+    )
+    layout = handle.inode.layout
+    size = size if isinstance(layout, Inline) or layout is None else layout.chunk_size_bytes
+    return OpenFile(core, path, plain, handle.inode, SessionTarget(core, handle), size)

@@ -1,0 +1,219 @@
+"""`Client`: the blocking door to a store.
+
+Safe to use from many threads, inside a running event loop, and after a fork (the child then opens the store anew,
+with a client id of its own and nothing of the parent's state). Pickles as its URL and settings.
+
+Paths are absolute inside the store ("/corpus/a.parquet"; a missing first slash is forgiven), ".." stops at the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ..embedded import StoreConfig
+from ..maintenance import Maintenance
+from ..messages import Collected, TrashEntry, UsageReply
+from ..types import Inode
+from .attachment import Attachment
+from .batch import BatchRead, BatchWrite, batch_read, batch_write
+from .buffers import flat_view, writable_view
+from .core import Core, Range
+from .file import open_file
+from .handle import File
+from .namespace import Namespace, page_after
+
+T = TypeVar("T")
+
+
+class Client:
+    """A store, blocking. Get one from `emberfs.connect`; close it, or use it in a `with` block."""
+
+    def __init__(self, url: str | None = None, config: StoreConfig | None = None) -> None:
+        self._attachment = Attachment(url, config or StoreConfig())
+
+    def __repr__(self) -> str:
+        return f"<emberfs.Client {self.url}{' closed' if self._attachment.closed else ''}>"
+
+    def __reduce__(self) -> tuple[type[Client], tuple[str, StoreConfig]]:
+        return (type(self), (self.url, self._attachment.config))
+
+    @property
+    def url(self) -> str:
+        """The URL of the store."""
+        return self._attachment.url
+
+    def _run(self, call: Callable[[Core], Coroutine[Any, Any, T]]) -> T:
+        attachment = self._attachment
+        core = attachment.live()
+        return attachment.store.portal.run(call(core))
+
+    def _change(self, call: Callable[[Core], Coroutine[Any, Any, T]]) -> T:
+        attachment = self._attachment
+        core = attachment.live()
+        return attachment.store.portal.run(call(core), mutates=True)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def open(
+        self, path: str, mode: str = "rb", *, chunk_size_bytes: int | None = None, permissions: int = 0o644
+    ) -> File:
+        """Open a file: modes rb r+b wb w+b xb ab a+b. "w" and "x" name the file at close; see `File`.
+
+        Raises NotFound, AlreadyExists, IsADirectory, Conflict (a second appender).
+        """
+        call = self._run if mode == "rb" else self._change
+        handle = call(
+            lambda core: open_file(core, path, mode, chunk_size_bytes=chunk_size_bytes, permissions=permissions)
+        )
+        return File(self._attachment.store, handle, mode)
+
+    def put(
+        self, path: str, data: Any, *, overwrite: bool = True, chunk_size_bytes: int | None = None, mode: int = 0o644
+    ) -> Inode:
+        """Make `data` the file at `path`, durably and atomically: readers see the old file or the whole new one."""
+        view = flat_view(data)
+        return self._change(
+            lambda core: core.put(path, view, overwrite=overwrite, mode=mode, chunk_size_bytes=chunk_size_bytes)
+        )
+
+    def get(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes [offset, offset+length) of a file, cut at its end. Raises NotFound, IsADirectory, Corruption."""
+        return self._run(lambda core: core.get(path, offset, length))
+
+    def get_into(self, path: str, buffer: Any, *, offset: int = 0) -> int:
+        """Fill `buffer` from `offset` of a file; returns the bytes read."""
+        view = writable_view(buffer)
+
+        async def fill(core: Core) -> int:
+            return await core.read_range(Range(await core.file(path), offset, view, path))
+
+        return self._run(fill)
+
+    def batch_read(self, items: Sequence[BatchRead], into: Any, *, raise_errors: bool = True) -> list[Any]:
+        """Read many (path or open File, offset, length) in one step, straight into the caller's memory.
+
+        `into` is one buffer per item, or one buffer that is filled item after item. Returns the bytes read per item;
+        with `raise_errors=False` a failed item's place holds its error instead, else the first error is raised.
+        """
+        return self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
+
+    def batch_write(self, items: Sequence[BatchWrite]) -> None:
+        """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.
+
+        Paths must exist or are made. Each chunk is written atomically, the batch is not.
+        """
+        self._change(lambda core: batch_write(core, items))
+
+    # --- names -----------------------------------------------------------------------------------------------------
+
+    def stat(self, path: str, *, follow: bool = True) -> Inode:
+        """The inode at `path`; `follow=False` looks at a symbolic link itself."""
+        attachment = self._attachment
+        core = attachment.live()
+        return attachment.store.portal.run(core.stat(path, follow))
+
+    def exists(self, path: str) -> bool:
+        """Whether anything is at `path`."""
+        return self._run(lambda core: Namespace(core).exists(path))
+
+    def list(self, path: str = "/") -> list[tuple[str, Inode]]:
+        """(name, inode) of each entry of a directory, sorted by the bytes of the names."""
+        return self._run(lambda core: Namespace(core).entries(path))
+
+    def iterate(self, path: str = "/") -> Iterator[tuple[str, Inode]]:
+        """`list`, a page at a time: for directories too large to hold."""
+        after: str | None = ""
+        while after is not None:
+            entries, after = self._run(page_after(path, after))
+            yield from entries
+
+    def mkdir(self, path: str, *, parents: bool = False, exist_ok: bool = False, mode: int = 0o755) -> Inode:
+        """Make a directory."""
+        return self._change(lambda core: Namespace(core).mkdir(path, mode, parents, exist_ok))
+
+    def remove(self, path: str, *, recursive: bool = False, trash: bool = True, want: str = "any") -> str:
+        """Remove a file, link or directory. Returns the id `trash_restore` takes, or "" with `trash=False`.
+
+        Raises DirectoryNotEmpty unless `recursive`. `want`: "file" or "directory" refuses the other.
+        """
+        return self._change(lambda core: Namespace(core).remove(path, recursive, trash, want))
+
+    def rename(self, source: str, target: str, *, overwrite: bool = True) -> None:
+        """Move a file or a whole tree, atomically; over an existing file or empty directory if `overwrite`."""
+        self._change(lambda core: Namespace(core).rename(source, target, overwrite))
+
+    def link(self, source: str, target: str) -> Inode:
+        """Give a file a second name."""
+        return self._change(lambda core: Namespace(core).link(source, target))
+
+    def symlink(self, target: str, path: str) -> Inode:
+        """Make a symbolic link at `path` that says `target`."""
+        return self._change(lambda core: Namespace(core).symlink(target, path))
+
+    def readlink(self, path: str) -> str:
+        """What the symbolic link at `path` says."""
+        return self._run(lambda core: Namespace(core).readlink(path))
+
+    def truncate(self, path: str, length: int) -> Inode:
+        """Set a file's length; what is added reads as zero."""
+        return self._change(lambda core: core.truncate(path, length))
+
+    def set_attributes(
+        self,
+        path: str,
+        *,
+        mode: int | None = None,
+        mtime_ns: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+    ) -> Inode:
+        """Change permission bits, modification time or owner."""
+        return self._change(lambda core: Namespace(core).set_attributes(path, mode, mtime_ns, uid, gid))
+
+    def xattrs(self, path: str) -> dict[str, bytes]:
+        """All extended attributes."""
+        return self._run(lambda core: Namespace(core).xattrs(path))
+
+    def set_xattr(self, path: str, name: str, value: bytes | None) -> None:
+        """Set one extended attribute (None removes it)."""
+        self._change(lambda core: Namespace(core).set_xattr(path, name, value))
+
+    # --- trash and upkeep ------------------------------------------------------------------------------------------
+
+    def trash_list(self) -> list[TrashEntry]:
+        """What is in the trash, oldest first."""
+        return self._run(lambda core: Namespace(core).trash_list())
+
+    def trash_restore(self, id: str, path: str = "") -> Inode:
+        """Put a trash entry back where it was, or at `path`."""
+        return self._change(lambda core: Namespace(core).trash_restore(id, path))
+
+    def trash_empty(self, *, older_than_s: float = 0.0) -> None:
+        """Remove for good what has been in the trash longer than that."""
+        self._change(lambda core: Namespace(core).trash_empty(older_than_s))
+
+    def collect_garbage(self, *, force: bool = False) -> Collected:
+        """Free the chunks of removed files that are due (`force`: all)."""
+        return self._change(lambda core: Namespace(core).collect_garbage(force))
+
+    def usage(self) -> UsageReply:
+        """Counts of files, directories and bytes."""
+        return self._run(lambda core: Namespace(core).usage())
+
+    @property
+    def maintenance(self) -> Maintenance:
+        """fsck, scrub, dump, load, info: what an operator does."""
+        self._attachment.live()
+        return Maintenance(self._attachment.store)
+
+    def close(self) -> None:
+        """Let go of the store. Open files of this client must be closed before."""
+        self._attachment.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,309 @@
+"""The embedded store: every role in this process, on one directory, over the memory transport.
+
+    store/
+      superblock.json    format, store id, shape; written once, checked at every open
+      owner.lock         flock of the owning process; its content (pid, since) is for people
+      meta/              the metadata KV (LMDB)
+      target-1/          a target: index/ (LMDB) and the block files
+
+This is the wiring, and the only place where the services meet the real clock, disk and threads. One process owns a
+store at a time; clients of one process share it. After a fork the child inherits nothing: see `forget_after_fork`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import json
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .client.core import Core
+from .disk import LocalDisk
+from .engine import ChunkEngine, EngineConfig
+from .errors import InvalidPath, StoreBusy, StoreFormat
+from .kv import LmdbKV
+from .meta import ClientChunkOps, MetaConfig, MetaService
+from .meta.dump import load
+from .portal import Portal
+from .runtime import AsyncioRuntime
+from .storage import StorageService
+from .transport import MemoryConnection
+
+STORE_FORMAT = 1
+SUPERBLOCK = "superblock.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """Settings of an embedded store. `targets` is fixed when the store is made; the rest holds for this process."""
+
+    targets: int = 1
+    """Target directories (disks, if you mount them so); new files are dealt over all of them."""
+    reserve_bytes: int = 64 << 20
+    """New data is refused (NoSpace) when the disk has less than this left."""
+    gc_delay_s: float = 300.0
+    """Seconds that readers of an unlinked or replaced file may go on."""
+    trash_s: float = 7 * 86400.0
+    """Seconds that removed files stay in the trash."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.targets <= 256:
+            raise ValueError(f"targets must be 1 to 256: {self.targets}")
+
+
+class Superblock(msgspec.Struct, frozen=True):
+    """What a directory says of itself."""
+
+    format: int
+    store: str
+    """Random id in hex."""
+    targets: int
+    created_ns: int
+    crc: int = 0
+    """CRC32 of the JSON with this field 0."""
+
+    def sealed(self) -> Superblock:
+        """With its checksum."""
+        return msgspec.structs.replace(self, crc=zlib.crc32(msgspec.json.encode(msgspec.structs.replace(self, crc=0))))
+
+
+class EmbeddedStore:
+    """An open store of this process. Get one from `acquire`, give it back with `release`."""
+
+    def __init__(self, directory: Path, config: StoreConfig) -> None:
+        self.directory = directory
+        self.config = config
+        self.forked = False
+        self.closed = False
+        self._users = 0
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock_file = _take_ownership(directory)
+        try:
+            self.superblock = _read_or_write_superblock(directory, config)
+            self.runtime = AsyncioRuntime()
+        except BaseException:
+            os.close(self._lock_file)
+            raise
+        self.portal = Portal(self.runtime)
+        self._closers: list[Any] = []
+        self._disks: list[LocalDisk] = []
+        try:
+            self.portal.run(self._start(), mutates=True)
+        except BaseException:
+            self._shut()
+            raise
+
+    async def _start(self) -> None:
+        directory, runtime = self.directory, self.runtime
+        self.engines: dict[int, ChunkEngine] = {}
+        for number in range(1, self.superblock.targets + 1):
+            target = directory / f"target-{number}"
+            (target / "index").mkdir(parents=True, exist_ok=True)
+            index = LmdbKV.open(target / "index", runtime)
+            self._closers.append(index)
+            engine_config = EngineConfig(reserve_bytes=self.config.reserve_bytes)
+            disk = LocalDisk(str(target), runtime)
+            self._disks.append(disk)
+            engine = await ChunkEngine.open(disk, index, runtime, config=engine_config)
+            self._closers.append(engine)
+            self.engines[number] = engine
+        storage = MemoryConnection(StorageService(self.engines, runtime))
+        self.chains = dict.fromkeys(self.engines, storage)
+        (directory / "meta").mkdir(exist_ok=True)
+        self.meta_kv = LmdbKV.open(directory / "meta", runtime)
+        self._closers.append(self.meta_kv)
+        meta_config = MetaConfig(
+            gc_delay_s=self.config.gc_delay_s,
+            trash_s=self.config.trash_s,
+            chain_count=len(self.engines),
+            stripe=len(self.engines),
+        )
+        self.chunk_ops = ClientChunkOps(self.chains)
+        meta = MetaService(self.meta_kv, runtime, self.chunk_ops, config=meta_config)
+        self._closers.append(meta)
+        await meta.start()
+        self.meta = MemoryConnection(meta)
+
+    def free_bytes(self) -> int:
+        """Bytes the file system of the fullest target has left."""
+        return min(disk.free_bytes() for disk in self._disks)
+
+    def core(self) -> Core:
+        """A new client of this store, with an id of its own."""
+        return Core(self.runtime, self.meta, self.chains)
+
+    def _shut(self) -> None:
+        """Close the services in the reverse order of their start, then the loop, then give the directory up."""
+        self.closed = True
+        try:
+            for closer in reversed(self._closers):
+                self.portal.run(closer.close(), mutates=True)
+        finally:
+            self.runtime.stop()
+            os.close(self._lock_file)
+
+    def release(self) -> None:
+        """One user less; the last one closes the store."""
+        with _registry_lock:
+            if self.forked:
+                return
+            self._users -= 1
+            if self._users == 0:
+                del _stores[self.directory]
+                self._shut()
+
+    def forget_after_fork(self) -> None:
+        """In the child: touch nothing but our copies of file descriptors. The parent goes on as if nothing was."""
+        self.forked = True
+        os.close(self._lock_file)
+        _inherited.append(self)
+
+
+def acquire(directory: Path, config: StoreConfig) -> EmbeddedStore:
+    """The store of this process at `directory`, opened or made. Raises StoreBusy, StoreFormat."""
+    directory = directory.resolve()
+    with _registry_lock:
+        store = _stores.get(directory)
+        if store is None:
+            store = _stores[directory] = EmbeddedStore(directory, config)
+        store._users += 1
+        return store
+
+
+_stores: dict[Path, EmbeddedStore] = {}
+_registry_lock = threading.Lock()
+_inherited: list[EmbeddedStore] = []
+"""Stores of our parent process. Kept, so that no finalizer touches the parent's LMDB environment or event loop."""
+
+
+def _after_fork_in_child() -> None:
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    for store in list(_stores.values()):
+        store.forget_after_fork()
+    _stores.clear()
+
+
+def _close_all() -> None:
+    for store in list(_stores.values()):
+        store._shut()
+    _stores.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_close_all)
+
+
+def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
+    """Load a metadata dump into a store that is not open and whose `meta` directory is empty or gone.
+
+    Raises StoreBusy, StoreFormat, AlreadyExists (there is metadata already: move `meta` away first).
+    """
+    lock_file = _take_ownership(directory)
+    try:
+        _read_or_write_superblock(directory, StoreConfig())
+        (directory / "meta").mkdir(exist_ok=True)
+        runtime = AsyncioRuntime()
+        portal = Portal(runtime)
+        try:
+            kv = LmdbKV.open(directory / "meta", runtime)
+            try:
+                portal.run(load(kv, lines), mutates=True)
+            finally:
+                portal.run(kv.close(), mutates=True)
+        finally:
+            runtime.stop()
+    finally:
+        os.close(lock_file)
+
+
+def _take_ownership(directory: Path) -> int:
+    """Lock the directory for this process; returns the lock's file descriptor. Raises StoreBusy."""
+    path = directory / "owner.lock"
+    lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(lock_file, 4096, 0)
+        os.close(lock_file)
+        try:
+            pid = int(json.loads(owner)["pid"])
+        except (ValueError, KeyError, TypeError):
+            pid = None
+        who = f"process {pid}" if pid is not None else "another process"
+        raise StoreBusy(
+            f"{who} owns this store; close it there first (one process at a time)", str(directory), pid=pid
+        ) from error
+    os.ftruncate(lock_file, 0)
+    os.pwrite(lock_file, json.dumps({"pid": os.getpid()}).encode(), 0)
+    return lock_file
+
+
+def _read_or_write_superblock(directory: Path, config: StoreConfig) -> Superblock:
+    path = directory / SUPERBLOCK
+    if not path.exists():
+        strangers = sorted(
+            entry.name for entry in directory.iterdir() if entry.name not in ("owner.lock", "superblock.new")
+        )
+        if strangers:
+            raise StoreFormat(
+                f"{directory} is not an emberline store and not empty (it holds {strangers[0]!r}); "
+                "give an empty or a new directory"
+            )
+        superblock = Superblock(STORE_FORMAT, os.urandom(16).hex(), config.targets, time.time_ns()).sealed()
+        _write_durably(path, msgspec.json.format(msgspec.json.encode(superblock)))
+        return superblock
+    try:
+        superblock = msgspec.json.decode(path.read_bytes(), type=Superblock)
+    except msgspec.DecodeError as error:
+        raise StoreFormat(f"{path} is damaged: {error}") from error
+    if superblock.format > STORE_FORMAT:
+        raise StoreFormat(
+            f"{directory} has store format {superblock.format}; this emberline reads up to {STORE_FORMAT}: upgrade it"
+        )
+    if superblock.sealed() != superblock:
+        raise StoreFormat(f"{path} is damaged: its checksum does not match")
+    return superblock
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a new file so that it is there whole or not at all."""
+    temporary = path.with_suffix(".new")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def store_directory(url: str | os.PathLike[str] | None) -> Path:
+    """The directory an `ember:///path` URL names; None: EMBERLINE_URL. Raises InvalidPath."""
+    if url is None:
+        url = os.environ.get("EMBERLINE_URL")
+        if not url:
+            raise InvalidPath("no store given: pass a URL like ember:///path/to/dir, or set EMBERLINE_URL")
+    text = os.fspath(url)
+    if not text.startswith("ember://"):
+        raise InvalidPath(f"a store URL looks like ember:///path/to/dir: {text!r}")
+    path = text.removeprefix("ember://").partition("?")[0]
+    if not path.startswith(("/", ".", "~")):
+        host = path.partition("/")[0]
+        raise InvalidPath(
+            f"{text!r} names the host {host!r}, and this version has no cluster yet; "
+            "an embedded store is ember:///absolute/dir or ember://./relative/dir"
+        )
+    return Path(path).expanduser()

@@ -1,0 +1,49 @@
+"""Cumulative CRC32C: the checksums of a block, shaped so that any aligned range is verified by one call.
+
+`sums[i]` is the CRC32C of all bytes from 0 to the end of granule `i` (the last granule may be short). CRC32C can be
+continued from a running value, so bytes from the end of granule `i` to the end of granule `j` are right exactly if
+`crc32c(those bytes, sums[i]) == sums[j]`: one call however many granules, and an append goes on from the last value
+without reading what is there.
+
+Sums are kept packed (little-endian u32): a record is decoded without making an integer per granule.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from crc32c import crc32c
+
+__all__ = ["crc32c", "cumulative_sums", "first_bad_granule", "sum_before"]
+
+_U32 = struct.Struct("<I")
+
+
+def cumulative_sums(payload: memoryview, *, granule: int, offset: int = 0, start: int = 0) -> bytes:
+    """Packed sums for `payload` that begins at block offset `offset`, where the running CRC is `start`.
+
+    The first value is for the end of the granule that holds `offset` (or the payload's end, if that comes first).
+    """
+    values = []
+    running = start
+    begin, end = 0, min(len(payload), granule - offset % granule)
+    while begin < len(payload):
+        running = crc32c(payload[begin:end], running)
+        values.append(running)
+        begin, end = end, min(len(payload), end + granule)
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+def sum_before(sums: bytes, granule_index: int) -> int:
+    """The running CRC before granule `granule_index`: what to continue from."""
+    return _U32.unpack_from(sums, 4 * granule_index - 4)[0] if granule_index else 0
+
+
+def first_bad_granule(block: memoryview, sums: bytes, *, granule: int, first: int) -> int | None:
+    """Index of the first granule of `block` (which begins with granule `first`) that breaks the chain, or None."""
+    running = sum_before(sums, first)
+    for index, begin in enumerate(range(0, len(block), granule), first):
+        running = crc32c(block[begin : begin + granule], running)
+        if running != sum_before(sums, index + 1):
+            return index
+    return None

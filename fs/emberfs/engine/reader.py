@@ -1,0 +1,156 @@
+"""Verified reads of blocks: from records to disk reads, and the check of what came back.
+
+A read covers whole granules (the checksum's unit): the caller's bytes land in the caller's buffer, the rest of the
+first and last granule in scratch memory, all by one `preadv`, and one CRC call per piece checks the lot.
+
+Does not know: which record is the newest, or who may read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..disk import Disk, ReadItem
+from ..errors import Corruption
+from ..types import describe_chunk
+from .allocator import Allocator
+from .checksum import crc32c, first_bad_granule, sum_before
+from .record import Extent, decode_committed, sums_bytes
+
+
+class ReadRequest:
+    """One range of one chunk on its way through a batch."""
+
+    __slots__ = ("chunk", "count", "error", "extent", "first", "granule_log2", "last", "pieces", "sums")
+
+    def __init__(self, chunk: bytes) -> None:
+        self.chunk = chunk
+        self.count = 0
+        """Bytes of the caller's range that exist."""
+        self.error: Corruption | None = None
+        self.pieces: list[memoryview] = []
+        """Where the granules go, in order; empty: nothing to read."""
+        self.extent: Extent | None = None
+        self.granule_log2 = 0
+        self.first = 0
+        """First granule."""
+        self.last = 0
+        """One past the last granule."""
+        self.sums = b""
+
+
+class BlockReader:
+    """Reads and verifies extents of one target."""
+
+    def __init__(self, disk: Disk, allocator: Allocator) -> None:
+        self._disk = disk
+        self._allocator = allocator
+
+    def requests(
+        self,
+        chunks: Sequence[bytes],
+        rows: Sequence[bytes | None],
+        offsets: Sequence[int],
+        destinations: Sequence[memoryview],
+    ) -> list[ReadRequest]:
+        """One request per item, ready for `read`; a damaged record becomes the item's error."""
+        requests = []
+        for chunk, row, offset, destination in zip(chunks, rows, offsets, destinations, strict=True):
+            request = ReadRequest(chunk)
+            requests.append(request)
+            if row is None:
+                continue
+            try:
+                extent, granule_log2 = decode_committed(chunk, row)
+            except Corruption as error:
+                request.error = error
+                continue
+            if extent is not None and offset < extent.length:
+                _aim(request, extent, granule_log2, offset, destination)
+        return requests
+
+    async def read(self, requests: Sequence[ReadRequest]) -> None:
+        """Read and verify; each request ends with its `count` or its `error`."""
+        items: list[ReadItem] = []
+        expected: list[int] = []
+        reading: list[ReadRequest] = []
+        for request in requests:
+            extent = request.extent
+            if not request.pieces or extent is None:
+                continue
+            if extent.slot is not None:
+                try:
+                    request.sums = await self.sums(request.chunk, extent, request.granule_log2)
+                except Corruption as error:
+                    request.error = error
+                    continue
+            file, block = self._allocator.place(extent.position)
+            items.append((file, request.pieces, block + (request.first << request.granule_log2)))
+            reading.append(request)
+            end = request.last << request.granule_log2
+            expected.append((end if end < extent.length else extent.length) - (request.first << request.granule_log2))
+        if not items:
+            return
+        counts = await self._disk.read(items)
+        for request, count, want in zip(reading, counts, expected, strict=True):
+            if count != want:
+                request.error = self._corruption(request, "the block file is too short", request.first)
+            else:
+                self._verify(request)
+
+    def _verify(self, request: ReadRequest) -> None:
+        running = sum_before(request.sums, request.first)
+        for piece in request.pieces:
+            running = crc32c(piece, running)
+        if running == sum_before(request.sums, request.last):
+            return
+        block = memoryview(b"".join(request.pieces))
+        granule = 1 << request.granule_log2
+        bad = first_bad_granule(block, request.sums, granule=granule, first=request.first)
+        request.error = self._corruption(request, "checksum mismatch", request.first if bad is None else bad)
+
+    def _corruption(self, request: ReadRequest, what: str, granule_index: int) -> Corruption:
+        offset, name = granule_index << request.granule_log2, describe_chunk(request.chunk)
+        return Corruption(f"{what} in chunk {name} at offset {offset}", chunk=name, offset=offset)
+
+    async def read_extent(
+        self, chunk: bytes, extent: Extent, granule_log2: int, offset: int, destination: memoryview
+    ) -> None:
+        """Fill `destination` from `offset` of `extent`, which holds that much. Raises Corruption."""
+        if not destination:
+            return
+        request = ReadRequest(chunk)
+        _aim(request, extent, granule_log2, offset, destination)
+        await self.read([request])
+        if request.error is not None:
+            raise request.error
+        assert request.count == len(destination)
+
+    async def sums(self, chunk: bytes, extent: Extent, granule_log2: int) -> bytes:
+        """The packed sums of an extent, from the record or from beside its block. Raises Corruption."""
+        if extent.slot is None:
+            return extent.sums
+        packed = memoryview(bytearray(sums_bytes(extent.length, granule_log2)))
+        file, offset = self._allocator.place_side(extent.position, extent.slot)
+        (count,) = await self._disk.read([(file, [packed], offset)])
+        if count != len(packed) or crc32c(packed) != extent.side_crc:
+            name = describe_chunk(chunk)
+            raise Corruption(f"the checksums beside the block of chunk {name} are damaged", chunk=name, offset=0)
+        return bytes(packed)
+
+
+def _aim(request: ReadRequest, extent: Extent, granule_log2: int, offset: int, destination: memoryview) -> None:
+    """Lay the caller's range over whole granules."""
+    count = min(len(destination), extent.length - offset)
+    end = offset + count
+    first = offset >> granule_log2
+    last = (end + (1 << granule_log2) - 1) >> granule_log2
+    before = offset - (first << granule_log2)
+    after = min(last << granule_log2, extent.length) - end
+    pieces = [destination if count == len(destination) else destination[:count]]
+    if before:
+        pieces.insert(0, memoryview(bytearray(before)))
+    if after:
+        pieces.append(memoryview(bytearray(after)))
+    request.extent, request.granule_log2, request.sums = extent, granule_log2, extent.sums
+    request.first, request.last, request.count, request.pieces = first, last, count, pieces

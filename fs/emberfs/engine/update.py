@@ -1,0 +1,90 @@
+"""What an update does to a chunk: from the committed extent and a request to the way the next one is made.
+
+Three ways, chosen by `plan_update`:
+  fresh     the new bytes replace everything: written to a new block
+  in place  an append whose first byte is on a sector boundary: written behind the committed bytes, in the same block
+            (no sector with committed bytes is ever written again, so a crash cannot tear them)
+  copy      every other partial write: the old bytes are read and verified, and a new block gets the merged content
+
+A truncate keeps the block and only shortens the extent. Nothing here is durable or visible; the engine commits.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from .checksum import cumulative_sums, sum_before
+from .record import NO_REQUEST, Extent, Request
+
+SECTOR_BYTES = 4096
+
+
+class Action(enum.Enum):
+    """What an update asks for."""
+
+    WRITE = "write"
+    """Payload at `offset`; the chunk grows if need be, and a gap before the payload reads as zero."""
+    REPLACE = "replace"
+    """The chunk becomes exactly the payload."""
+    TRUNCATE = "truncate"
+    """The chunk keeps its first `offset` bytes. Never extends."""
+    REMOVE = "remove"
+
+
+class Update(NamedTuple):
+    """One update of one chunk."""
+
+    chunk: bytes
+    action: Action
+    offset: int = 0
+    payload: memoryview = memoryview(b"")
+    version: int | None = None
+    """The update version the chain's head gave it; None lets the engine take the next one."""
+    chain_version: int = 1
+    request: Request = NO_REQUEST
+    granule_log2: int = 14
+    """For a chunk that does not exist yet; a chunk keeps the granule it was made with."""
+
+
+class Plan(NamedTuple):
+    """How one update is carried out."""
+
+    way: str
+    """"fresh", "in place", "copy", "truncate", "remove" or "nothing"."""
+    length: int
+    """Of the chunk afterwards."""
+
+
+def plan_update(update: Update, committed: Extent | None, *, block_bytes: int) -> Plan:
+    """Choose the way. `block_bytes`: size of the committed block, 0 without one."""
+    old_length = committed.length if committed is not None else 0
+    end = update.offset + len(update.payload)
+    match update.action:
+        case Action.REMOVE:
+            return Plan("remove" if committed is not None else "nothing", 0)
+        case Action.TRUNCATE:
+            shorter = committed is not None and update.offset < old_length
+            return Plan("truncate" if shorter else "nothing", min(update.offset, old_length))
+        case Action.REPLACE:
+            assert update.offset == 0
+            return Plan("fresh", len(update.payload))
+    if committed is None or (update.offset == 0 and end >= old_length):
+        return Plan("fresh", end)
+    if update.offset >= old_length and old_length % SECTOR_BYTES == 0 and end <= block_bytes:
+        return Plan("in place", end)
+    return Plan("copy", max(end, old_length))
+
+
+def padded_payload(update: Update, *, begin: int) -> memoryview:
+    """The payload with zeros before it, so that it starts at `begin` (no copy when it does already)."""
+    if update.offset == begin:
+        return update.payload
+    return memoryview(bytes(update.offset - begin) + bytes(update.payload))
+
+
+def appended_sums(sums: bytes, *, length: int, granule: int, payload: memoryview) -> bytes:
+    """Sums of `length` bytes with sums `sums`, followed by `payload`."""
+    whole, inside = divmod(length, granule)
+    running = sum_before(sums, whole + (1 if inside else 0))
+    return sums[: 4 * whole] + cumulative_sums(payload, granule=granule, offset=length, start=running)

@@ -1,0 +1,181 @@
+"""What is in a file: whole objects (`put`), bytes in the inode row, and the way from there to chunks.
+
+Invariants:
+  - `put` writes chunks under a reserved id that nobody can see, then one transaction swaps the entry.
+  - An inline file's length is that of its data, and `revision` grows with each change of it.
+  - Chunks are written under an inline file's id by one writer at a time: the one whose Promote was granted.
+
+Does not know: sessions and length reports.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from ..errors import AlreadyExists, IsADirectory, LimitExceeded, NotFound, StaleChunk
+from ..kv.types import Transaction
+from ..messages import (
+    Abandon,
+    AdoptChunks,
+    CommitPut,
+    Done,
+    InodeReply,
+    Promote,
+    Promoted,
+    Reserve,
+    Reserved,
+    WriteInline,
+)
+from ..types import INLINE_BYTES_MAX, Chunks, Inline, Inode, Kind
+from . import nodes
+from .keys import get_inode, put_inode
+from .paths import locate
+from .state import MetaState
+
+PROMOTE_WAIT_S = 5.0
+"""How long a writer has to move an inline file to chunks before another one may try."""
+PROMOTE_POLL_S = 0.01
+
+
+async def reserve(state: MetaState, request: Reserve) -> Reserved:
+    """An id and a layout to write chunks under. Memory only: a crash leaves chunks that the next start removes."""
+    layout = state.new_layout(request.chunk_size_bytes)
+    inode = await state.ids.take()
+    state.reserved.add(inode)
+    return Reserved(inode=inode, layout=layout)
+
+
+async def commit_put(state: MetaState, request: CommitPut) -> InodeReply:
+    """Make reserved chunks, or inline bytes, the file at a path. Run again after UpdateUnknown it finds it done."""
+    if not request.inode and len(request.data) > INLINE_BYTES_MAX:
+        raise LimitExceeded(f"{len(request.data)} inline bytes, at most {INLINE_BYTES_MAX}")
+
+    async def work(txn: Transaction) -> Inode:
+        place = await locate(txn, request.path, follow=True)
+        if place.entry is not None:
+            if place.is_dir:
+                raise IsADirectory("a directory is in the way", request.path)
+            old = await get_inode(txn, place.inode)
+            assert old is not None, "an entry names a missing inode"
+            if old.id == request.inode:
+                return old
+            if not request.overwrite:
+                raise AlreadyExists("the file exists", request.path)
+            await nodes.release(state, txn, old)
+        if request.inode and request.inode not in state.reserved:
+            raise StaleChunk("the file's inode is not reserved any more")
+        return await nodes.create(
+            state,
+            txn,
+            place,
+            request.path,
+            kind=Kind.FILE,
+            mode=request.mode,
+            uid=request.uid,
+            gid=request.gid,
+            inode=request.inode,
+            layout=request.layout if request.inode else Inline(request.data),
+            length=request.length if request.inode else len(request.data),
+        )
+
+    inode = await state.kv.run(work)
+    state.reserved.discard(request.inode)
+    return InodeReply(inode)
+
+
+async def abandon(state: MetaState, request: Abandon) -> Done:
+    """Remove the chunks of a reserved inode, unless it was committed after all."""
+    state.reserved.discard(request.inode)
+    if await get_inode(state.kv.begin(), request.inode) is None:
+        await state.chunks.remove(request.inode, request.layout)
+    return Done()
+
+
+async def write_inline(state: MetaState, request: WriteInline) -> InodeReply:
+    """Change the bytes of an inline file. StaleChunk if it is not inline, or not any more after this."""
+
+    async def work(txn: Transaction) -> Inode:
+        old = await _existing(txn, request.inode)
+        if not isinstance(old.layout, Inline):
+            raise StaleChunk("the file is in chunks")
+        data = old.layout.data
+        offset = len(data) if request.append else request.offset
+        end = offset + len(request.data)
+        if end > INLINE_BYTES_MAX:
+            raise StaleChunk(f"{end} bytes do not fit into the inode row: promote the file first")
+        return _put_data(state, txn, old, data[:offset].ljust(offset, b"\0") + request.data + data[end:])
+
+    return InodeReply(await state.kv.run(work))
+
+
+def _put_data(state: MetaState, txn: Transaction, old: Inode, data: bytes) -> Inode:
+    now_ns = state.runtime.wall_ns()
+    new = replace(
+        old, layout=Inline(data), length=len(data), revision=old.revision + 1, mtime_ns=now_ns, ctime_ns=now_ns
+    )
+    put_inode(txn, old, new)
+    return new
+
+
+async def promote(state: MetaState, request: Promote) -> Promoted:
+    """Grant one writer to move an inline file to chunks, until it adopts them or the last session closes.
+
+    A second writer waits for the first, and gets the row without a grant if the file is in chunks by then. One that
+    has not adopted after PROMOTE_WAIT_S failed, and its chunks go.
+    """
+    layout = state.new_layout(request.chunk_size_bytes)
+    deadline_s = state.runtime.now_s() + PROMOTE_WAIT_S
+    while request.inode in state.promoting and state.runtime.now_s() < deadline_s:
+        await state.runtime.sleep(PROMOTE_POLL_S)
+    async with state.turns.of(("promote", request.inode)):
+        inode = await _existing(state.kv.begin(), request.inode)
+        if isinstance(inode.layout, Chunks):
+            return Promoted(inode=state.hinted(inode), layout=inode.layout)
+        failed = state.promoting.get(inode.id)
+        state.promoting[inode.id] = layout
+        if failed is not None:
+            await state.chunks.remove(inode.id, failed)
+        return Promoted(inode=inode, layout=layout)
+
+
+async def adopt_chunks(state: MetaState, request: AdoptChunks) -> InodeReply:
+    """Switch an inline file to the chunks that its Promote was for. After StaleChunk those chunks are gone."""
+
+    async def work(txn: Transaction) -> Inode:
+        old = await _existing(txn, request.inode)
+        if old.layout == request.layout:
+            return old
+        if not isinstance(old.layout, Inline) or old.revision != request.revision:
+            raise StaleChunk("the file changed while it was moved to chunks")
+        now_ns = state.runtime.wall_ns()
+        new = replace(
+            old,
+            layout=request.layout,
+            length=request.length,
+            revision=old.revision + 1,
+            mtime_ns=now_ns,
+            ctime_ns=now_ns,
+        )
+        put_inode(txn, old, new)
+        return new
+
+    async with state.turns.of(("promote", request.inode)):
+        if state.promoting.get(request.inode) != request.layout:
+            raise StaleChunk("the file was not promoted to these chunks")
+        try:
+            inode = await state.kv.run(work)
+        except (StaleChunk, NotFound):
+            await state.chunks.remove(request.inode, request.layout)
+            del state.promoting[request.inode]
+            raise
+        del state.promoting[request.inode]
+        return InodeReply(inode)
+
+
+async def _existing(txn: Transaction, inode: int) -> Inode:
+    file = await get_inode(txn, inode)
+    if file is None:
+        raise NotFound("the file was removed")
+    if not file.is_file:
+        raise IsADirectory("not a file")
+    return file

@@ -1,0 +1,138 @@
+"""The trash: what was removed, until it is put back, expires, or is emptied.
+
+An entry of the trash is an ordinary directory entry of the trash directory, named by its id, and a row that says where
+it was. Ids come from the inode ids, so the order of names is the order of removal. No path leads into the trash.
+
+Does not know: when expiry is looked at (see `gc`).
+"""
+
+from __future__ import annotations
+
+from ..errors import AlreadyExists, InvalidPath, NotFound
+from ..kv.types import Transaction
+from ..messages import Done, InodeReply, TrashEmpty, TrashEntry, TrashList, TrashListing, TrashRestore
+from ..types import TRASH_INODE, Inode
+from . import nodes
+from .keys import (
+    Counter,
+    TrashRow,
+    decode_inode,
+    decode_trash,
+    encode_row,
+    entry_key,
+    get_inode,
+    pack_id,
+    rows_of,
+    trash_key,
+)
+from .namespace import make_parents
+from .orphans import detach, start_sweeper
+from .paths import Place, locate
+from .state import NANOSECONDS, MetaState
+
+PAGE_ROWS = 1000
+
+_TRASH = pack_id(TRASH_INODE)
+
+
+async def throw_away(state: MetaState, txn: Transaction, place: Place, path: str) -> str:
+    """Move what is at `place` to the trash and return its id there."""
+    trash_id = f"{await state.ids.take():016x}"
+    await nodes.move(state, txn, place, Place(_TRASH, trash_id.encode(), None), path)
+    txn.put(trash_key(trash_id), encode_row(TrashRow(path=path, deleted_ns=state.runtime.wall_ns())))
+    txn.add(Counter.TRASH.value, 1)
+    return trash_id
+
+
+async def trash_list(state: MetaState, request: TrashList) -> TrashListing:
+    """All entries of the trash, oldest first."""
+    entries: list[TrashEntry] = []
+    begin, end = rows_of(b"R")
+    while True:
+        txn = state.kv.begin()
+        rows = await txn.range(begin, end, limit=PAGE_ROWS, snapshot=True)
+        names = await txn.get_many([entry_key(_TRASH, key[1:]) for key, _ in rows], snapshot=True)
+        inodes = await txn.get_many([b"I" + entry[:8] for entry in names if entry is not None], snapshot=True)
+        assert None not in names and None not in inodes, "a trash row without its entry"
+        for (key, value), inode in zip(rows, inodes, strict=True):
+            row = decode_trash(value)
+            assert inode is not None
+            entries.append(TrashEntry(key[1:].decode(), row.path, row.deleted_ns, decode_inode(inode)))
+        if len(rows) < PAGE_ROWS:
+            return TrashListing(entries=entries)
+        begin = rows[-1][0] + b"\0"
+
+
+async def trash_restore(state: MetaState, request: TrashRestore) -> InodeReply:
+    """Put an entry back where it was, making directories that are gone, or at a path whose directory must exist."""
+
+    async def work(txn: Transaction) -> Inode:
+        source, row = await _entry(txn, request.id)
+        path = request.path or row.path
+        if not request.path:
+            await make_parents(state, txn, path)
+        target = await locate(txn, path, follow=False)
+        if target.entry is not None:
+            raise AlreadyExists("something of that name exists", path)
+        await nodes.move(state, txn, source, target, path)
+        _forget(txn, request.id)
+        inode = await get_inode(txn, source.inode)
+        assert inode is not None
+        return await state.current(txn, inode)
+
+    return InodeReply(await state.kv.run(work))
+
+
+async def trash_empty(state: MetaState, request: TrashEmpty) -> Done:
+    """Remove for good what was thrown away at least `older_than_s` ago."""
+    await expire(state, older_than_s=request.older_than_s)
+    return Done()
+
+
+async def expire(state: MetaState, *, older_than_s: float) -> None:
+    """`trash_empty`, also for the background. Stops at the first entry that is younger."""
+    limit_ns = state.runtime.wall_ns() - int(older_than_s * NANOSECONDS)
+    begin, end = rows_of(b"R")
+    while True:
+        rows = await state.kv.begin().range(begin, end, limit=PAGE_ROWS)
+        for key, value in rows:
+            if decode_trash(value).deleted_ns > limit_ns:
+                return
+            await _remove(state, key[1:].decode())
+        if len(rows) < PAGE_ROWS:
+            return
+        begin = rows[-1][0] + b"\0"
+
+
+async def _remove(state: MetaState, trash_id: str) -> None:
+    """Remove one entry for good. It may have been restored meanwhile."""
+
+    async def work(txn: Transaction) -> bool:
+        try:
+            place, _ = await _entry(txn, trash_id)
+        except NotFound:
+            return False
+        _forget(txn, trash_id)
+        if place.is_dir and not await nodes.is_empty(txn, place.inode):
+            await detach(state, txn, place)
+            return True
+        await nodes.remove(state, txn, place)
+        return False
+
+    if await state.kv.run(work, reclaims=True):
+        start_sweeper(state)
+
+
+async def _entry(txn: Transaction, trash_id: str) -> tuple[Place, TrashRow]:
+    if len(trash_id) != 16:
+        raise InvalidPath(f"a trash id is 16 hex digits: {trash_id!r}")
+    row = await txn.get(trash_key(trash_id))
+    if row is None:
+        raise NotFound("not in the trash", trash_id)
+    name = trash_id.encode()
+    return Place(_TRASH, name, await txn.get(entry_key(_TRASH, name))), decode_trash(row)
+
+
+def _forget(txn: Transaction, trash_id: str) -> None:
+    txn.delete(trash_key(trash_id))
+    txn.add(Counter.TRASH.value, -1)
