@@ -19,12 +19,23 @@ Item = TypeVar("Item")
 
 
 class GroupCommit(Generic[Item]):
-    """Hands lists of submitted items to `flush`, one at a time. An error of `flush` goes to everyone in the list."""
+    """Hands lists of submitted items to `flush`, one at a time. An error of `flush` goes to everyone in the list.
 
-    def __init__(self, runtime: Runtime, flush: Callable[[list[Item]], Awaitable[None]], *, items_max: int) -> None:
+    The items of a list weigh at most `weight_max` together, unless one alone does.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        flush: Callable[[list[Item]], Awaitable[None]],
+        *,
+        weigh: Callable[[Item], int],
+        weight_max: int,
+    ) -> None:
         self._runtime = runtime
         self._flush = flush
-        self._items_max = items_max
+        self._weigh = weigh
+        self._weight_max = weight_max
         self._queue: list[tuple[Item, asyncio.Future[None]]] = []
         self._flushing = False
         self._drained: list[asyncio.Future[None]] = []
@@ -42,8 +53,7 @@ class GroupCommit(Generic[Item]):
     async def _lead(self, *, rounds: int | None) -> None:
         """Flush until the queue is empty; after `rounds` lists leave the rest to a task."""
         while self._queue and rounds != 0:
-            batch, self._queue = self._queue[: self._items_max], self._queue[self._items_max :]
-            await self._flush_batch(batch)
+            await self._flush_batch(self._take())
             rounds = None if rounds is None else rounds - 1
         if self._queue:
             self._task = self._runtime.spawn(self._lead(rounds=None), "group-commit")
@@ -52,6 +62,14 @@ class GroupCommit(Generic[Item]):
             for drained in self._drained:
                 drained.set_result(None)
             self._drained.clear()
+
+    def _take(self) -> list[tuple[Item, asyncio.Future[None]]]:
+        """The head of the queue: what one flush may carry."""
+        count, weight = 1, self._weigh(self._queue[0][0])
+        while count < len(self._queue) and (weight := weight + self._weigh(self._queue[count][0])) <= self._weight_max:
+            count += 1
+        batch, self._queue = self._queue[:count], self._queue[count:]
+        return batch
 
     async def _flush_batch(self, batch: list[tuple[Item, asyncio.Future[None]]]) -> None:
         try:

@@ -142,12 +142,21 @@ class AsyncioRuntime:
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
         if not self.may_block():
-            return await self.loop.run_in_executor(self._executor, blocking, *args)
+            try:
+                return await self.loop.run_in_executor(self._executor, blocking, *args)
+            except RuntimeError:
+                # At exit the interpreter stops worker threads before it lets us close; then this thread does the work.
+                if not self._is_exiting():
+                    raise
+                return blocking(*args)
         self.leave_inline()
         try:
             return blocking(*args)
         finally:
             self.enter_inline(blocks=True)
+
+    def _is_exiting(self) -> bool:
+        return not threading.main_thread().is_alive()
 
     def enter_inline(self, *, blocks: bool) -> None:
         """Take the baton for this thread. `blocks`: `offload` may block this very thread."""

@@ -248,6 +248,8 @@ def test_deletes_commit_on_a_full_disk(runtime: AsyncioRuntime, run: Run, small_
         while True:
             file.write(bytes(4096))
     count = fill(kv, run, b"", first=count)
+    allocated_bytes = (small_disk / "kv" / "data.mdb").stat().st_blocks * 512
+    assert allocated_bytes - kv._used_end() >= LmdbConfig().reserve_bytes
     for number in range(count):
         run(delete(kv, b"%06d" % number))
     assert run(kv.begin().range(b"", b"z")) == []

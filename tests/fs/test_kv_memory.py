@@ -52,6 +52,7 @@ class TestFlights:
     def kv(self, runtime: AgeingRuntime, run: Run) -> Iterator[SlowKV]:
         kv = SlowKV(runtime)
         yield kv
+        kv.land_all()
         run(kv.close())
 
     @driven
@@ -181,8 +182,11 @@ class SlowKV(MemoryKV):
         super().__init__(runtime, rows={b"a": b"1", b"b": b"1"}, persist=self._wait)
         self.sizes: list[int] = []
         self._flights: list[asyncio.Future[None]] = []
+        self._is_fast = False
 
     async def _wait(self) -> None:
+        if self._is_fast:
+            return
         self._flights.append(self._runtime.future())
         await self._flights[-1]
 
@@ -201,6 +205,12 @@ class SlowKV(MemoryKV):
         while not self._flights:
             await self._runtime.sleep(0)
         return task
+
+    def land_all(self) -> None:
+        """Wait for nothing any more: a test that failed half way must end, too."""
+        self._is_fast = True
+        for flight in self._flights:
+            flight.get_loop().call_soon_threadsafe(flight.set_result, None)
 
     async def land(self) -> None:
         """Let the present flight land, once there is one."""

@@ -170,7 +170,7 @@ class AsyncClient:
 
     # --- trash and upkeep ------------------------------------------------------------------------------------------
 
-    async def trash_list(self) -> list[TrashEntry]:  # type: ignore[valid-type]
+    async def trash_list(self) -> Sequence[TrashEntry]:
         """What is in the trash, oldest first."""
         return await self._run(lambda core: Namespace(core).trash_list())
 

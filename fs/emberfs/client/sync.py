@@ -182,7 +182,7 @@ class Client:
 
     # --- trash and upkeep ------------------------------------------------------------------------------------------
 
-    def trash_list(self) -> list[TrashEntry]:
+    def trash_list(self) -> Sequence[TrashEntry]:
         """What is in the trash, oldest first."""
         return self._run(lambda core: Namespace(core).trash_list())
 

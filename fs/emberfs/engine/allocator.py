@@ -81,6 +81,11 @@ class SizeClass:
             self._file_bytes = self._disk.size(self._file)
         return self._file
 
+    @property
+    def file_bytes(self) -> int:
+        """Length of the data file as it is on the disk."""
+        return self._disk.size(self.file)
+
     def load_group(self, group: int, bitmap: int) -> None:
         """Take over a group row at open."""
         self._grow_groups(group + 1)

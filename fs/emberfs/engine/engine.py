@@ -26,21 +26,21 @@ import msgspec
 
 from ..batching import GroupCommit
 from ..disk import Disk, WriteItem
-from ..errors import Corruption, NoSpace, StaleChunk, StoreFormat, TargetFailed
-from ..kv.types import KV, RANGE_ROWS_MAX, Transaction
+from ..errors import Corruption, NoSpace, StaleChunk, StoreFormat, TargetFailed, UpdateUnknown
+from ..kv.types import KV, RANGE_ROWS_MAX, TRANSACTION_BYTES_MAX, Transaction
 from ..runtime import Runtime
 from ..types import describe_chunk
-from .allocator import Allocator, position_class
+from .allocator import GROUP_BLOCKS, Allocator, position_class
 from .checksum import crc32c, cumulative_sums
 from .reader import BlockReader, ReadRequest
 from .record import SUMS_INLINE_BYTES_MAX, Extent, Record, decode_record
-from .update import Action, Update, appended_sums, padded_payload, plan_update
+from .update import Action, Plan, Update, appended_sums, padded_payload, plan_update
 
 ENGINE_FORMAT = 1
-FLUSH_ITEMS_MAX = 1024
 
 _FORMAT_KEY = b"f"
 _CHUNK, _GROUP = b"c", b"g"
+GROUP_ROW_BYTES = 7 + GROUP_BLOCKS // 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,11 @@ class Change:
         self.freed: list[int] = []
         self.files: list[int] = []
 
+    def index_bytes(self) -> int:
+        """At most this much goes into the index transaction: the records, and a group row per block."""
+        rows = sum(len(key) + (len(row) if row is not None else 0) for key, row in self.rows)
+        return rows + GROUP_ROW_BYTES * (len(self.named) + len(self.freed))
+
 
 class EngineCounters(msgspec.Struct):
     """What the engine did since it was opened; for benchmarks and metrics."""
@@ -93,7 +98,7 @@ class ChunkEngine:
         self._disk = disk
         self._index = index
         self._runtime = runtime
-        self._flushes: GroupCommit[Change] = GroupCommit(runtime, self._flush, items_max=FLUSH_ITEMS_MAX)
+        self._flushes = GroupCommit(runtime, self._flush, weigh=Change.index_bytes, weight_max=TRANSACTION_BYTES_MAX)
         self._named_files: set[int] = set()
         """Files whose directory entry is durable."""
         self._reads_by_epoch: dict[int, int] = {}
@@ -122,9 +127,8 @@ class ChunkEngine:
         if identity.format > ENGINE_FORMAT:
             raise StoreFormat(f"target format {identity.format} is newer than {ENGINE_FORMAT}; upgrade emberline")
         engine = cls(disk, index, runtime, config or EngineConfig(), identity)
-        async for key, row in engine._rows(_GROUP, _GROUP + b"\xff"):
-            size_class = engine.allocator.classes[key[1]]
-            size_class.load_group(int.from_bytes(key[2:], "big"), int.from_bytes(row, "little"))
+        async for class_log2, group, bitmap in engine.groups():
+            engine.allocator.classes[class_log2].load_group(group, bitmap)
         return engine
 
     async def close(self) -> None:
@@ -199,13 +203,22 @@ class ChunkEngine:
         )
         return [(key[1:], row) for key, row in rows]
 
-    async def records(self) -> AsyncIterator[tuple[bytes, bytes]]:
-        """Every (chunk, undecoded record), in order. Not one snapshot: a page at a time."""
-        async for key, row in self._rows(_CHUNK, _CHUNK + b"\xff"):
+    def snapshot(self) -> Transaction:
+        """The index as it is now, for `records` and `groups`: they raise Conflict once it is not so any more."""
+        return self._index.begin()
+
+    async def records(self, *, at: Transaction | None = None) -> AsyncIterator[tuple[bytes, bytes]]:
+        """Every (chunk, undecoded record), in order. Without `at` not one state: a page at a time."""
+        async for key, row in self._rows(_CHUNK, _CHUNK + b"\xff", at):
             yield key[1:], row
 
-    async def _rows(self, begin: bytes, end: bytes) -> AsyncIterator[tuple[bytes, bytes]]:
-        while page := await self._index.begin().range(begin, end, snapshot=True):
+    async def groups(self, *, at: Transaction | None = None) -> AsyncIterator[tuple[int, int, int]]:
+        """Every (class log2, group, bitmap of the blocks that records name)."""
+        async for key, row in self._rows(_GROUP, _GROUP + b"\xff", at):
+            yield key[1], int.from_bytes(key[2:], "big"), int.from_bytes(row, "little")
+
+    async def _rows(self, begin: bytes, end: bytes, at: Transaction | None) -> AsyncIterator[tuple[bytes, bytes]]:
+        while page := await (at or self._index.begin()).range(begin, end, snapshot=True):
             for row in page:
                 yield row
             begin = page[-1][0] + b"\x00"
@@ -252,7 +265,7 @@ class ChunkEngine:
         if record is not None and update.request.client == record.request.client != bytes(16):
             same_channel = update.request.channel == record.request.channel
             if same_channel and update.request.sequence <= record.request.sequence:
-                return pending.version if pending is not None else current
+                return current + 1 if record.is_pending else current
         version = update.version if update.version is not None else current + 1
         if version != current + 1:
             raise StaleChunk(
@@ -260,10 +273,10 @@ class ChunkEngine:
             )
         granule_log2 = record.granule_log2 if record is not None else update.granule_log2
         block_bytes = 1 << position_class(committed.position) if committed is not None else 0
-        plan = plan_update(update, committed, block_bytes=block_bytes)
+        plan = plan_update(update, committed, pending, block_bytes=block_bytes)
         if plan.way == "nothing":
             return current
-        extent = await self._next_extent(update, committed, granule_log2, version, plan.way, change, writes)
+        extent = await self._next_extent(update, committed, granule_log2, version, plan, change, writes)
         if pending is not None and (committed is None or pending.position != committed.position):
             change.freed.append(pending.position)
         if publish:
@@ -284,12 +297,12 @@ class ChunkEngine:
         committed: Extent | None,
         granule_log2: int,
         version: int,
-        way: str,
+        plan: Plan,
         change: Change,
         writes: list[WriteItem],
     ) -> Extent | None:
         """The extent after `update` (None: removed), with the writes that make it true."""
-        granule = 1 << granule_log2
+        granule, way = 1 << granule_log2, plan.way
         if way == "remove":
             return None
         if way == "truncate":
@@ -307,7 +320,7 @@ class ChunkEngine:
             return self._with_sums(committed, length, version, update.chain_version, sums, writes)
         if way == "copy":
             assert committed is not None
-            payload = await self._merged(update, committed, granule_log2)
+            payload = await self._merged(update, committed, granule_log2, plan.length)
         else:
             payload = padded_payload(update, begin=0)
         position = self.allocator.allocate(len(payload))
@@ -329,12 +342,11 @@ class ChunkEngine:
         writes.append((file, memoryview(sums), offset))
         return Extent(extent.position, length, version, chain_version, b"", slot, crc32c(sums))
 
-    async def _merged(self, update: Update, committed: Extent, granule_log2: int) -> memoryview:
-        """The committed bytes with the payload over them: what a copy-on-write block gets."""
-        end = update.offset + len(update.payload)
-        merged = memoryview(bytearray(max(end, committed.length)))
+    async def _merged(self, update: Update, committed: Extent, granule_log2: int, length: int) -> memoryview:
+        """What a new block gets: the committed bytes, cut or grown to `length`, with the payload over them."""
+        merged = memoryview(bytearray(length))
         await self.reader.read_extent(update.chunk, committed, granule_log2, 0, merged[: committed.length])
-        merged[update.offset : end] = update.payload
+        merged[update.offset : update.offset + len(update.payload)] = update.payload
         return merged
 
     async def _truncated_sums(self, chunk: bytes, committed: Extent, granule_log2: int, length: int) -> bytes:
@@ -347,25 +359,39 @@ class ChunkEngine:
         return appended_sums(sums[: 4 * whole], length=begin, granule=1 << granule_log2, payload=tail)
 
     async def commit(self, chunks: Sequence[bytes], versions: Sequence[int]) -> None:
-        """Publish pending versions, durably. A version that is committed already is fine; any other: StaleChunk."""
+        """Publish pending versions, durably.
+
+        A version that is committed already is fine, and so is an absent chunk (its removal was published); any other
+        version: StaleChunk.
+        """
         self._check_alive()
         rows = await self._index.begin().get_many([_CHUNK + chunk for chunk in chunks])
         change = Change()
         for chunk, row, version in zip(chunks, rows, versions, strict=True):
             record = decode_record(chunk, row) if row is not None else None
-            if record is None or (record.pending is None and not record.pending_removes):
-                if record is not None and record.committed is not None and record.committed.version < version:
-                    raise StaleChunk(f"chunk {describe_chunk(chunk)} has no pending version {version}")
+            if record is None:
                 continue
             committed, pending = record.committed, record.pending
-            if pending is not None and pending.version != version:
-                raise StaleChunk(f"chunk {describe_chunk(chunk)} has pending version {pending.version}, not {version}")
+            current = committed.version if committed is not None else 0
+            if version <= current:
+                continue
+            if not record.is_pending or version != current + 1:
+                raise StaleChunk(
+                    f"chunk {describe_chunk(chunk)} has no pending version {version}, committed is {current}"
+                )
             if committed is not None and (pending is None or pending.position != committed.position):
                 change.freed.append(committed.position)
             published = Record(record.granule_log2, pending, None, False, record.request)
             change.rows.append((_CHUNK + chunk, published.encode(chunk) if pending is not None else None))
         if change.rows:
             await self._flushes.submit(change)
+
+    async def free_leaked(self, positions: Sequence[int]) -> None:
+        """Free blocks that are marked as taken and that no record names, durably. See `scrub.check`."""
+        self._check_alive()
+        change = Change()
+        change.freed = list(positions)
+        await self._flushes.submit(change)
 
     # --- flushing --------------------------------------------------------------------------------------------------
 
@@ -403,7 +429,11 @@ class ChunkEngine:
         for (class_log2, group), bitmap in groups.items():
             txn.put(_GROUP + bytes([class_log2]) + group.to_bytes(5, "big"), bitmap.to_bytes(32, "little"))
         # More blocks given up than taken is a deletion: it may use the index's reserve on a full disk.
-        await txn.commit(reclaims=len(freed) > len(named))
+        try:
+            await txn.commit(reclaims=len(freed) > len(named))
+        except (TargetFailed, UpdateUnknown) as error:
+            # It may have happened: which blocks are free is known again after a restart only.
+            raise self._fail(f"an index commit failed: {error}") from error
         self.allocator.adopt(groups)
         for change in changes:
             change.named.clear()  # Durable now: an error after this must not release them.

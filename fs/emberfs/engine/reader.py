@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ..disk import Disk, ReadItem
 from ..errors import Corruption
 from ..types import describe_chunk
-from .allocator import Allocator
+from .allocator import Allocator, position_class, stride_bytes
 from .checksum import crc32c, first_bad_granule, sum_before
 from .record import Extent, decode_committed, sums_bytes
 
@@ -68,6 +68,11 @@ class BlockReader:
             if extent is not None and offset < extent.length:
                 _aim(request, extent, granule_log2, offset, destination)
         return requests
+
+    def drop_cache(self, extent: Extent) -> None:
+        """Ask that the next read of the extent and of its sums comes from the medium."""
+        file, offset = self._allocator.place(extent.position)
+        self._disk.drop_cache(file, offset, stride_bytes(position_class(extent.position)))
 
     async def read(self, requests: Sequence[ReadRequest]) -> None:
         """Read and verify; each request ends with its `count` or its `error`."""

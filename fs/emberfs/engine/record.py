@@ -67,6 +67,11 @@ class Record(NamedTuple):
     pending_removes: bool
     request: Request
 
+    @property
+    def is_pending(self) -> bool:
+        """An update is prepared and not committed. Its version is the committed one + 1."""
+        return self.pending is not None or self.pending_removes
+
     def encode(self, chunk: bytes) -> bytes:
         """The row for `chunk`."""
         committed, pending = self.committed, self.pending

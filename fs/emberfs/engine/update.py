@@ -7,6 +7,9 @@ Three ways, chosen by `plan_update`:
   copy      every other partial write: the old bytes are read and verified, and a new block gets the merged content
 
 A truncate keeps the block and only shortens the extent. Nothing here is durable or visible; the engine commits.
+
+A pending version in the committed block (an append or a truncate that is prepared) is durable too: an update that
+replaces it must not write over its bytes or sums, and so copies.
 """
 
 from __future__ import annotations
@@ -56,22 +59,24 @@ class Plan(NamedTuple):
     """Of the chunk afterwards."""
 
 
-def plan_update(update: Update, committed: Extent | None, *, block_bytes: int) -> Plan:
+def plan_update(update: Update, committed: Extent | None, pending: Extent | None, *, block_bytes: int) -> Plan:
     """Choose the way. `block_bytes`: size of the committed block, 0 without one."""
     old_length = committed.length if committed is not None else 0
     end = update.offset + len(update.payload)
+    shared = committed is not None and pending is not None and pending.position == committed.position
     match update.action:
         case Action.REMOVE:
-            return Plan("remove" if committed is not None else "nothing", 0)
+            return Plan("remove" if committed is not None or pending is not None else "nothing", 0)
         case Action.TRUNCATE:
-            shorter = committed is not None and update.offset < old_length
-            return Plan("truncate" if shorter else "nothing", min(update.offset, old_length))
+            if committed is None or update.offset >= old_length:
+                return Plan("nothing", old_length)
+            return Plan("copy" if shared else "truncate", update.offset)
         case Action.REPLACE:
             assert update.offset == 0
             return Plan("fresh", len(update.payload))
     if committed is None or (update.offset == 0 and end >= old_length):
         return Plan("fresh", end)
-    if update.offset >= old_length and old_length % SECTOR_BYTES == 0 and end <= block_bytes:
+    if update.offset >= old_length and old_length % SECTOR_BYTES == 0 and end <= block_bytes and not shared:
         return Plan("in place", end)
     return Plan("copy", max(end, old_length))
 

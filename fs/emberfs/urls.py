@@ -1,0 +1,50 @@
+"""`ember://` URLs: which store, and which path in it.
+
+    ember:///data/store/!/corpus/a.parquet    store /data/store, path /corpus/a.parquet: the explicit form
+    ember:///data/store/corpus/a.parquet      the same, if /data/store is a store already
+    ember:///corpus/a.parquet                 no store on the way: path /corpus/a.parquet of the store given
+    ember://corpus/a.parquet                  the same
+
+"The store given" is a file system's own (`url=`), else EMBERLINE_URL. Programs that put "ember://" before a name they
+listed (Hugging Face datasets does) make the third form.
+
+Does not know: whether the path exists.
+"""
+
+from __future__ import annotations
+
+import os
+
+SCHEME = "ember://"
+SUPERBLOCK = "superblock.json"
+
+
+def split_url(url: str) -> tuple[str | None, str]:
+    """(store URL or None for the store given, path in the store). A string without the scheme is a path."""
+    if not url.startswith(SCHEME):
+        return None, url
+    rest = url[len(SCHEME) :]
+    if not rest.startswith(("/", "./", "../", "~")):
+        return None, "/" + rest
+    directory, mark, inner = rest.partition("/!")
+    if mark and (not inner or inner.startswith("/")):
+        return SCHEME + directory, inner or "/"
+    directory = _store_above(rest)
+    return (None, rest) if directory is None else (SCHEME + directory, rest[len(directory) :] or "/")
+
+
+_known_stores: set[str] = set()
+"""Directories that were seen to be stores, so that a URL costs no file system call the second time."""
+
+
+def _store_above(path: str) -> str | None:
+    """The nearest directory at or above `path` that is a store."""
+    candidate = path.rstrip("/")
+    while candidate:
+        if candidate in _known_stores:
+            return candidate
+        if os.path.exists(os.path.join(os.path.expanduser(candidate), SUPERBLOCK)):
+            _known_stores.add(candidate)
+            return candidate
+        candidate = candidate.rpartition("/")[0]
+    return None

@@ -1,0 +1,158 @@
+"""A metadata service to test against: the real KV and runtime, chunks in a dict, a clock that tests may move."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from emberfs.kv.memory import MemoryKV
+from emberfs.kv.types import KV
+from emberfs.messages import CommitPut, List, Message, Mkdir, Open, Opened, Remove, Reserve, Stat
+from emberfs.meta import MetaConfig, MetaService
+from emberfs.meta.keys import get_ids
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.types import CHUNK_SIZE_BYTES_MIN, Chunks, Inode
+
+CHUNK = CHUNK_SIZE_BYTES_MIN
+
+
+class FakeChunks:
+    """Chunk storage: (inode, chunk index) -> length."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[tuple[int, int], int] = {}
+
+    def write(self, inode: int, length: int) -> None:
+        """As if a client had written `length` bytes from the start, in chunks of CHUNK."""
+        for index in range(-(-length // CHUNK)):
+            self.lengths[inode, index] = min(CHUNK, length - index * CHUNK)
+
+    def of(self, inode: int) -> dict[int, int]:
+        return {index: length for (owner, index), length in self.lengths.items() if owner == inode}
+
+    async def remove(self, inode: int, layout: Chunks | None) -> int:
+        return len([self.lengths.pop((inode, index)) for index in self.of(inode)])
+
+    async def truncate(self, inode: int, layout: Chunks, length: int) -> None:
+        for index, old in self.of(inode).items():
+            new = min(old, length - index * layout.chunk_size_bytes)
+            if new > 0:
+                self.lengths[inode, index] = new
+            else:
+                del self.lengths[inode, index]
+
+    async def end(self, inode: int, layout: Chunks) -> int:
+        return max((index * layout.chunk_size_bytes + length for index, length in self.of(inode).items()), default=0)
+
+    async def owners(self, begin_inode: int, end_inode: int) -> AsyncIterator[list[int]]:
+        yield sorted({inode for inode, _ in self.lengths if begin_inode <= inode < end_inode})
+
+
+class ClockRuntime(AsyncioRuntime):
+    """The production runtime with a wall clock that a test moves."""
+
+    def __init__(self) -> None:
+        super().__init__("test")
+        self.ahead_ns = 0
+
+    def wall_ns(self) -> int:
+        return super().wall_ns() + self.ahead_ns
+
+    def advance(self, seconds: float) -> None:
+        self.ahead_ns += int(seconds * 1e9)
+
+
+class Meta:
+    """A started service with short ways to call it. `restart` is a crash: nothing is closed."""
+
+    def __init__(
+        self,
+        kv: KV | None = None,
+        *,
+        runtime: ClockRuntime | None = None,
+        config: MetaConfig | None = None,
+        chunks: Any = None,
+    ) -> None:
+        self.runtime = runtime or ClockRuntime()
+        self.portal = Portal(self.runtime)
+        self.kv = kv or MemoryKV(self.runtime)
+        self.chunks = chunks or FakeChunks()
+        self.config = config or MetaConfig()
+        self.start()
+
+    def start(self) -> None:
+        self.service = MetaService(self.kv, self.runtime, self.chunks, config=self.config)
+        self.run(self.service.start())
+
+    def crash_and_restart(self) -> None:
+        """What the service had in memory is gone; the KV and the chunks stay."""
+        abandoned = self.service
+        self.start()
+        self.run(_stop_tasks(abandoned))
+
+    def close(self) -> None:
+        self.run(self.service.close())
+        self.run(self.kv.close())
+        self.runtime.stop()
+
+    def settle(self) -> None:
+        """Wait until a service that was just started has swept what the one before left."""
+        while self.run(_unswept(self.kv)):
+            self.run(self.runtime.sleep(0.001))
+
+    def run(self, work: Any) -> Any:
+        return self.portal.run(work)
+
+    def __call__(self, request: Message) -> Any:
+        return self.run(self.service.handle(request))
+
+    def stat(self, path: str, *, follow: bool = True) -> Inode:
+        return self(Stat(path=path, follow=follow)).inode  # type: ignore[no-any-return]
+
+    def mkdir(self, path: str, *, parents: bool = False, exist_ok: bool = False) -> Inode:
+        return self(Mkdir(path=path, mode=0o755, parents=parents, exist_ok=exist_ok)).inode  # type: ignore[no-any-return]
+
+    def put(self, path: str, data: bytes = b"", *, overwrite: bool = True) -> Inode:
+        """A file of inline bytes."""
+        request = CommitPut(
+            path=path, inode=0, layout=None, data=data, length=len(data), mode=0o644, overwrite=overwrite
+        )
+        return self(request).inode  # type: ignore[no-any-return]
+
+    def put_chunks(self, path: str, length: int) -> Inode:
+        """A file of chunks."""
+        reserved = self(Reserve(chunk_size_bytes=CHUNK))
+        self.chunks.write(reserved.inode, length)
+        request = CommitPut(
+            path=path,
+            inode=reserved.inode,
+            layout=reserved.layout,
+            data=b"",
+            length=length,
+            mode=0o644,
+            overwrite=True,
+        )
+        return self(request).inode  # type: ignore[no-any-return]
+
+    def open(
+        self, path: str, *, create: bool = True, exclusive: bool = False, truncate: bool = False, append: bool = False
+    ) -> Opened:
+        return self(Open(path, create, exclusive, truncate, 0o644, CHUNK, append=append))  # type: ignore[no-any-return]
+
+    def names(self, path: str) -> list[str]:
+        return [name for name, _ in self(List(path=path, after="", limit=1000)).entries]
+
+    def remove(self, path: str, *, recursive: bool = False, trash: bool = False, want: str = "any") -> str:
+        return self(Remove(path=path, recursive=recursive, trash=trash, want=want)).trash_id  # type: ignore[no-any-return]
+
+
+async def _unswept(kv: KV) -> bool:
+    ids = await get_ids(kv.begin())
+    return ids.swept < ids.next
+
+
+async def _stop_tasks(service: MetaService) -> None:
+    """End a crashed service's tasks without letting it say goodbye to the KV."""
+    service._state.reserved.add(0)
+    await service.close()
