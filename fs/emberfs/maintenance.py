@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .engine.scrub import ScrubReport, check, scrub
 from .kv.types import KV
 from .meta.check import Finding
 from .meta.check import check as check_names
@@ -60,7 +61,6 @@ class Maintenance:
         return self._store.portal.run(self._fsck(repair), mutates=True)
 
     async def _fsck(self, repair: bool) -> FsckReport:
-        from .engine.scrub import check
 
         findings = await check_names(self._store.meta_kv, self._store.chunk_ops, repair=repair)
         for number, engine in self._store.engines.items():
@@ -77,7 +77,6 @@ class Maintenance:
         return self._store.portal.run(self._scrub(bytes_per_s_max, progress))
 
     async def _scrub(self, bytes_per_s_max: int | None, progress: Callable[[int, int], object] | None) -> ScrubSummary:
-        from .engine.scrub import ScrubReport, scrub
 
         summary = ScrubSummary()
         for engine in self._store.engines.values():

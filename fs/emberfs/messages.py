@@ -190,6 +190,7 @@ class Promote(Message):
 
     inode: int
     chunk_size_bytes: int
+    session: bytes = b""
 
 
 class Promoted(Message):

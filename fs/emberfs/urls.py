@@ -29,8 +29,8 @@ def split_url(url: str) -> tuple[str | None, str]:
     directory, mark, inner = rest.partition("/!")
     if mark and (not inner or inner.startswith("/")):
         return SCHEME + directory, inner or "/"
-    directory = _store_above(rest)
-    return (None, rest) if directory is None else (SCHEME + directory, rest[len(directory) :] or "/")
+    store = _store_above(rest)
+    return (None, rest) if store is None else (SCHEME + store, rest[len(store) :] or "/")
 
 
 _known_stores: set[str] = set()

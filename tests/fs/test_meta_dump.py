@@ -93,6 +93,7 @@ def test_a_bad_dump_is_refused_and_leaves_nothing_that_starts(meta: Meta) -> Non
         (["{}"], "no header"),
         (["[1]"], "no JSON"),
         ([newer, *rows], "format 2"),
+        (['{"emberline_metadata":1}', *rows], "header of the dump is damaged"),
         ([header, *rows[:-1]], "not whole"),
         ([header, *rows, "{"], "no JSON"),
         ([header, '{"row": "inode", "id": "x"}', *rows], "damaged line"),

@@ -148,7 +148,8 @@ def test_a_second_writer_waits_for_the_move_of_the_first(meta: Meta) -> None:
     granted = meta(Promote(opened.inode.id, CHUNK))
 
     async def both() -> tuple[Inode, Promoted]:
-        waiting = meta.runtime.spawn(meta.service.handle(Promote(opened.inode.id, CHUNK)), "second")
+        second = Promote(opened.inode.id, CHUNK, b"another session")
+        waiting = meta.runtime.spawn(meta.service.handle(second), "second")
         await meta.runtime.sleep(0)
         adopt = AdoptChunks(opened.session, opened.inode.id, granted.inode.revision, granted.layout, CHUNK)
         adopted = await meta.service.handle(adopt)
@@ -157,6 +158,15 @@ def test_a_second_writer_waits_for_the_move_of_the_first(meta: Meta) -> None:
     adopted, second = meta.run(both())
     assert second.inode == adopted
     assert second.layout == granted.layout
+
+
+def test_a_writer_that_failed_may_ask_again_at_once(meta: Meta) -> None:
+    opened = meta.open("/file")
+    meta(Promote(opened.inode.id, CHUNK, opened.session))
+    meta.chunks.write(opened.inode.id, CHUNK)
+    again = meta(Promote(opened.inode.id, CHUNK, opened.session))
+    assert not meta.chunks.lengths, "what the first try wrote is gone"
+    assert meta(AdoptChunks(opened.session, opened.inode.id, again.inode.revision, again.layout, CHUNK)).inode.layout
 
 
 def test_a_move_that_was_given_up_leaves_nothing(meta: Meta) -> None:

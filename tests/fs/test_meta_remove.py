@@ -103,6 +103,7 @@ def build_tree(meta: Meta) -> None:
         meta.put_chunks(f"/tree/{'a/b' if number % 2 else 'a'}/{number}", CHUNK)
     meta.put("/tree/linked")
     meta(Link("/tree/linked", "/tree/a/linked"))
+    meta(Link("/tree/linked", "/tree/linked too"))
     meta(Link("/tree/linked", "/outside"))
 
 
@@ -147,7 +148,7 @@ def test_the_trash_gives_back(meta: Meta) -> None:
     restored = meta(TrashRestore(tree_id, "")).inode
     assert (restored.id, restored.parent, restored.name) == (tree.id, tree.parent, "tree")
     meta(TrashRestore(file_id, "/tree/elsewhere"))
-    assert meta.names("/tree") == ["a", "elsewhere", "linked"]
+    assert meta.names("/tree") == ["a", "elsewhere", "linked", "linked too"]
     assert meta(TrashList()).entries == []
 
 
@@ -203,6 +204,16 @@ def test_the_trash_is_emptied(meta: Meta) -> None:
     meta(TrashEmpty(older_than_s=0))
     meta(CollectGarbage(force=True))
     assert meta(Usage()) == UsageReply(0, 0, 0, 0, 0)
+
+
+def test_a_clock_that_was_set_back_keeps_nothing_in_the_trash(meta: Meta) -> None:
+    meta.put("/file")
+    meta.remove("/file", trash=True)
+    meta.runtime.advance(-1000)
+    meta(TrashEmpty(older_than_s=1))
+    assert meta(Usage()).trash_entries == 1
+    meta(TrashEmpty(older_than_s=0))
+    assert meta(Usage()).trash_entries == 0
 
 
 def test_what_a_trashed_directory_was_called_is_free(meta: Meta) -> None:

@@ -3,8 +3,9 @@
 Bounds: a file that is read in small steps keeps one window of at most READ_AHEAD_BYTES_MAX; one that is written keeps
 at most one chunk. Reads of READ_AHEAD_BYTES_MIN and more go straight into the caller's memory.
 
-Positions: a thread that has called `seek` has a position of its own from then on; threads that never did share one.
-So several threads may seek and read one handle (DuckDB does), and a handle may be handed from thread to thread.
+Positions: a seek counts for the next read or write of its own thread; one without goes on where the last one ended,
+whichever thread that was in. So many threads may each seek and read one handle, and a stream may be passed from
+thread to thread. DuckDB does both.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ class File(io.BufferedIOBase):
         self._store = store
         self._file = open_file
         self._ended = False
-        self._shared_position = open_file.length if open_file.appends else 0
-        self._positions: dict[int, int] = {}
+        self._position = open_file.length if open_file.appends else 0
+        self._sought: dict[int, tuple[int, int]] = {}
+        """Thread -> (where it sought, how many steps had gone on without a seek by then)."""
+        self._steps_on = 0
         self._ahead_lock = threading.Lock()
         self._ahead = b""
         self._ahead_offset = 0
@@ -73,34 +76,40 @@ class File(io.BufferedIOBase):
     # --- position --------------------------------------------------------------------------------------------------
 
     def tell(self) -> int:
-        """This thread's position."""
-        return self._positions.get(threading.get_ident(), self._shared_position)
+        """Where this thread's next read or write begins."""
+        offset, steps_on = self._sought.get(threading.get_ident(), (0, -1))
+        return offset if steps_on == self._steps_on else self._position
 
-    def _advance(self, position: int) -> None:
-        self._shared_position = position
-        ident = threading.get_ident()
-        if ident in self._positions:
-            self._positions[ident] = position
+    def _step(self) -> int:
+        """`tell`, using a seek up. One that another thread has gone on from since is used up already."""
+        offset, steps_on = self._sought.pop(threading.get_ident(), (0, -1))
+        if steps_on == self._steps_on:
+            return offset
+        self._steps_on += 1
+        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move this thread's position; past the end is allowed. Raises ValueError for a negative one."""
+        """Say where this thread goes on; past the end is allowed. Raises ValueError for a negative place."""
         if self.closed:
             raise StoreClosed(f"the file {self.name!r} is closed")
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self.size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"cannot seek to {base + offset}")
-        self._positions[threading.get_ident()] = self._shared_position = base + offset
-        return base + offset
+        if whence:
+            offset += self.tell() if whence == os.SEEK_CUR else self.size
+        if offset < 0:
+            raise ValueError(f"cannot seek to {offset}")
+        self._sought[threading.get_ident()] = (offset, self._steps_on)
+        self._position = offset
+        return offset
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Up to `size` bytes (all that is left if negative or None); fewer only at the end of the file."""
         self._check()
-        position = self.tell()
+        position = self._step()
         left = max(self._file.length - position, 0)
         size = left if size is None or size < 0 else min(size, left)
         if size == 0:
+            self._position = position
             return b""
         if size < READ_AHEAD_BYTES_MIN and not self._file.writable:
             data = self._read_ahead(position, size)
@@ -108,7 +117,7 @@ class File(io.BufferedIOBase):
             target = NewBytes(size)
             count = self._run(self._file.read(position, target.view))
             data = target.finish() if count == size else target.finish()[:count]
-        self._advance(position + len(data))
+        self._position = position + len(data)
         return data
 
     read1 = read
@@ -128,14 +137,14 @@ class File(io.BufferedIOBase):
         """Fill `buffer` in place; returns the bytes read."""
         self._check()
         view = writable_view(buffer)
-        position = self.tell()
+        position = self._step()
         if 0 < len(view) < READ_AHEAD_BYTES_MIN and not self._file.writable:
             data = self._read_ahead(position, min(len(view), max(self._file.length - position, 0)))
             count = len(data)
             view[:count] = data
         else:
             count = self._run(self._file.read(position, view))
-        self._advance(position + count)
+        self._position = position + count
         return count
 
     readinto1 = readinto
@@ -171,9 +180,11 @@ class File(io.BufferedIOBase):
         """Write all of `data` at the position (at the end, in append mode). It must not change until this returns."""
         self._check(writing=True)
         view = flat_view(data)
-        position = self._file.length if self._file.appends else self.tell()
+        position = self._step()
+        if self._file.appends:
+            position = self._file.length
         self._run(self._file.write(position, view), mutates=True)
-        self._advance(position + len(view))
+        self._position = position + len(view)
         return len(view)
 
     def flush(self) -> None:

@@ -152,10 +152,13 @@ class ChunkEngine:
             rows = await self._index.begin().get_many([_CHUNK + chunk for chunk in chunks])
             requests = self.reader.requests(chunks, rows, offsets, destinations)
             await self.reader.read(requests)
-            return [
-                request.count if request.error is None else await self._read_again(request, row, offset, destination)
-                for request, row, offset, destination in zip(requests, rows, offsets, destinations, strict=True)
-            ]
+            results: list[int | Corruption] = []
+            for index, request in enumerate(requests):
+                if request.error is None:
+                    results.append(request.count)
+                else:
+                    results.append(await self._read_again(request, rows[index], offsets[index], destinations[index]))
+            return results
         finally:
             self._end_read(epoch)
 

@@ -19,24 +19,35 @@ from .record import Extent, decode_committed, sums_bytes
 
 
 class ReadRequest:
-    """One range of one chunk on its way through a batch."""
+    """One range of one chunk on its way through a batch. Only `extent` says whether the rest is set."""
 
-    __slots__ = ("chunk", "count", "error", "extent", "first", "granule_log2", "last", "pieces", "sums")
+    __slots__ = (
+        "begin",  # where the granules begin, in bytes from the start of the chunk
+        "chunk",
+        "count",  # bytes of the caller's range that exist
+        "error",
+        "extent",  # what is read; None: nothing
+        "first",  # index of the first granule
+        "granule_log2",
+        "last",  # one past the last granule
+        "length",  # bytes of the granules together
+        "pieces",  # where the granules go, in order
+        "sums",
+    )
+
+    begin: int
+    first: int
+    granule_log2: int
+    last: int
+    length: int
+    pieces: list[memoryview]
+    sums: bytes
 
     def __init__(self, chunk: bytes) -> None:
         self.chunk = chunk
         self.count = 0
-        """Bytes of the caller's range that exist."""
         self.error: Corruption | None = None
-        self.pieces: list[memoryview] = []
-        """Where the granules go, in order; empty: nothing to read."""
         self.extent: Extent | None = None
-        self.granule_log2 = 0
-        self.first = 0
-        """First granule."""
-        self.last = 0
-        """One past the last granule."""
-        self.sums = b""
 
 
 class BlockReader:
@@ -58,30 +69,23 @@ class BlockReader:
         for chunk, row, offset, destination in zip(chunks, rows, offsets, destinations, strict=True):
             request = ReadRequest(chunk)
             requests.append(request)
-            if row is None:
-                continue
-            try:
-                extent, granule_log2 = decode_committed(chunk, row)
-            except Corruption as error:
-                request.error = error
-                continue
-            if extent is not None and offset < extent.length:
-                _aim(request, extent, granule_log2, offset, destination)
+            if row is not None:
+                try:
+                    extent, granule_log2 = decode_committed(chunk, row)
+                except Corruption as error:
+                    request.error = error
+                    continue
+                if extent is not None and offset < extent.length:
+                    _aim(request, extent, granule_log2, offset, destination)
         return requests
-
-    def drop_cache(self, extent: Extent) -> None:
-        """Ask that the next read of the extent and of its sums comes from the medium."""
-        file, offset = self._allocator.place(extent.position)
-        self._disk.drop_cache(file, offset, stride_bytes(position_class(extent.position)))
 
     async def read(self, requests: Sequence[ReadRequest]) -> None:
         """Read and verify; each request ends with its `count` or its `error`."""
         items: list[ReadItem] = []
-        expected: list[int] = []
         reading: list[ReadRequest] = []
         for request in requests:
             extent = request.extent
-            if not request.pieces or extent is None:
+            if extent is None:
                 continue
             if extent.slot is not None:
                 try:
@@ -90,18 +94,15 @@ class BlockReader:
                     request.error = error
                     continue
             file, block = self._allocator.place(extent.position)
-            items.append((file, request.pieces, block + (request.first << request.granule_log2)))
+            items.append((file, request.pieces, block + request.begin))
             reading.append(request)
-            end = request.last << request.granule_log2
-            expected.append((end if end < extent.length else extent.length) - (request.first << request.granule_log2))
-        if not items:
-            return
-        counts = await self._disk.read(items)
-        for request, count, want in zip(reading, counts, expected, strict=True):
-            if count != want:
-                request.error = self._corruption(request, "the block file is too short", request.first)
-            else:
-                self._verify(request)
+        if items:
+            counts = await self._disk.read(items)
+            for request, count in zip(reading, counts, strict=True):
+                if count != request.length:
+                    request.error = self._corruption(request, "the block file is too short", request.first)
+                else:
+                    self._verify(request)
 
     def _verify(self, request: ReadRequest) -> None:
         running = sum_before(request.sums, request.first)
@@ -117,6 +118,11 @@ class BlockReader:
     def _corruption(self, request: ReadRequest, what: str, granule_index: int) -> Corruption:
         offset, name = granule_index << request.granule_log2, describe_chunk(request.chunk)
         return Corruption(f"{what} in chunk {name} at offset {offset}", chunk=name, offset=offset)
+
+    def drop_cache(self, extent: Extent) -> None:
+        """Ask that the next read of the extent and of its sums comes from the medium."""
+        file, offset = self._allocator.place(extent.position)
+        self._disk.drop_cache(file, offset, stride_bytes(position_class(extent.position)))
 
     async def read_extent(
         self, chunk: bytes, extent: Extent, granule_log2: int, offset: int, destination: memoryview
@@ -146,16 +152,21 @@ class BlockReader:
 
 def _aim(request: ReadRequest, extent: Extent, granule_log2: int, offset: int, destination: memoryview) -> None:
     """Lay the caller's range over whole granules."""
-    count = min(len(destination), extent.length - offset)
+    count = len(destination)
     end = offset + count
+    pieces = [destination]
+    if end > extent.length:
+        end = extent.length
+        count = end - offset
+        pieces = [destination[:count]]
     first = offset >> granule_log2
     last = (end + (1 << granule_log2) - 1) >> granule_log2
-    before = offset - (first << granule_log2)
-    after = min(last << granule_log2, extent.length) - end
-    pieces = [destination if count == len(destination) else destination[:count]]
-    if before:
-        pieces.insert(0, memoryview(bytearray(before)))
-    if after:
-        pieces.append(memoryview(bytearray(after)))
-    request.extent, request.granule_log2, request.sums = extent, granule_log2, extent.sums
-    request.first, request.last, request.count, request.pieces = first, last, count, pieces
+    begin, stop = first << granule_log2, last << granule_log2
+    if stop > extent.length:
+        stop = extent.length
+    if offset > begin:
+        pieces.insert(0, memoryview(bytearray(offset - begin)))
+    if stop > end:
+        pieces.append(memoryview(bytearray(stop - end)))
+    request.extent, request.granule_log2, request.sums, request.pieces = extent, granule_log2, extent.sums, pieces
+    request.first, request.last, request.begin, request.length, request.count = first, last, begin, stop - begin, count

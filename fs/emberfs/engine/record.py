@@ -27,6 +27,8 @@ CHECKSUM_CRC32C_CUMULATIVE = 1
 SUMS_INLINE_BYTES_MAX = 1024
 
 _HEAD = struct.Struct("<4BI QQIII QQIII 16sIQ")
+_COMMITTED_HEAD = struct.Struct("<4BI QQIII")
+"""The part of it up to the committed extent."""
 _CRC = struct.Struct("<I")
 
 _COMMITTED, _PENDING, _PENDING_REMOVES = 1, 2, 4
@@ -129,12 +131,14 @@ def decode_record(chunk: bytes, row: bytes) -> Record:
 def decode_committed(chunk: bytes, row: bytes) -> tuple[Extent | None, int]:
     """(committed extent, granule log2): what a read needs, without decoding the rest. Raises as `decode_record`."""
     check_record(chunk, row)
-    head = _HEAD.unpack_from(row)
-    flags, granule_log2 = head[1], head[3]
+    _, flags, _, granule_log2, _, position, version, chain_version, length, side_crc = _COMMITTED_HEAD.unpack_from(row)
     if not flags & _COMMITTED:
         return None, granule_log2
-    slot = (1 if flags & _COMMITTED_SLOT else 0) if flags & _COMMITTED_BESIDE else None
-    return _decode_extent(row, head[5:10], _HEAD.size, granule_log2, slot)[0], granule_log2
+    if flags & _COMMITTED_BESIDE:
+        slot = 1 if flags & _COMMITTED_SLOT else 0
+        return Extent(position, length, version, chain_version, b"", slot, side_crc), granule_log2
+    end = _HEAD.size + sums_bytes(length, granule_log2)
+    return Extent(position, length, version, chain_version, row[_HEAD.size : end]), granule_log2
 
 
 def check_record(chunk: bytes, row: bytes) -> None:

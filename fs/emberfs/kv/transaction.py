@@ -89,6 +89,12 @@ class OptimisticKV:
             raise StoreClosed(self._closed)
         return OptimisticTransaction(self, self._version)
 
+    def stamp(self) -> int | None:
+        return self._version
+
+    def unchanged(self, keys: Sequence[bytes], stamp: int) -> bool:
+        return not any(self._changed(key, stamp) for key in keys)
+
     async def run(self, work: Callable[[OptimisticTransaction], Awaitable[T]], *, reclaims: bool = False) -> T:
         attempts = 0
         while True:

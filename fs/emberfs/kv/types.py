@@ -89,6 +89,12 @@ class KV(Protocol):
     def begin(self) -> Transaction:
         """Start a transaction at the newest committed state."""
 
+    def stamp(self) -> int | None:
+        """A number for the newest applied state; None if the engine cannot say `unchanged`."""
+
+    def unchanged(self, keys: Sequence[bytes], stamp: int) -> bool:
+        """True if no row of `keys` has changed since `stamp`. False may also mean that it is not known any more."""
+
     async def run(self, work: Callable[[Transaction], Awaitable[T]], *, reclaims: bool = False) -> T:
         """Run `work` in a transaction and commit it, again after each `Conflict` (at most RUN_ATTEMPTS_MAX times)."""
 

@@ -78,6 +78,7 @@ class _Checker:
         self._garbage: set[int] = set()
         """Inodes without a name that wait to be collected."""
         self._counts: collections.Counter[Counter] = collections.Counter()
+        """What the counters should say, after the repairs."""
 
     async def check_entries(self) -> None:
         """Entries against the inodes of both ends."""
@@ -179,7 +180,7 @@ class _Checker:
                 if entry is None:
                     self._find("trash", "", f"trash entry {key[1:].decode()} has nothing in it")
                     await self._put(key, None)
-                self._counts[Counter.TRASH] += entry is not None or not self._repair
+                self._counts[Counter.TRASH] += entry is not None
         begin, end = entry_range(trash)
         while rows := await self._kv.begin().range(begin, end):
             for key, _ in rows:
@@ -188,7 +189,7 @@ class _Checker:
                     self._find("trash", "", f"trash entry {trash_id} does not say where it was")
                     path = f"/{LOST_AND_FOUND}/{trash_id}"
                     await self._put(trash_key(trash_id), encode_row(TrashRow(path=path, deleted_ns=0)))
-                    self._counts[Counter.TRASH] += self._repair
+                    self._counts[Counter.TRASH] += 1
             begin = rows[-1][0] + b"\0"
 
     async def check_counters(self) -> None:

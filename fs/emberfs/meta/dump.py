@@ -60,11 +60,21 @@ Line = dict[str, Any]
 _PREFIXES = {"inode": b"I", "entry": b"D", "time": b"M", "xattr": b"X", "intent": b"T", "garbage": b"G", "trash": b"R"}
 
 
+class Header(msgspec.Struct, frozen=True):
+    """The first line."""
+
+    emberline_metadata: int
+    """The format of the lines."""
+    next_inode: int
+    counts: dict[str, int]
+    """Kind of row -> lines."""
+
+
 async def dump(kv: KV, write_line: Callable[[str], object]) -> None:
     """Hand every line to `write_line`, without line ends. Raises Conflict if the namespace grew or shrank meanwhile."""
     counts = {row: sum([len(page) async for page in pages(kv, prefix)]) for row, prefix in _PREFIXES.items()}
     next_inode = (await get_ids(kv.begin())).next
-    header = {"emberline_metadata": DUMP_FORMAT, "next_inode": next_inode, "counts": counts}
+    header = Header(emberline_metadata=DUMP_FORMAT, next_inode=next_inode, counts=counts)
     write_line(msgspec.json.encode(header).decode())
     for row, prefix in _PREFIXES.items():
         written = 0
@@ -82,31 +92,27 @@ async def load(kv: KV, lines: Iterable[str]) -> None:
     Raises AlreadyExists if there are files, StoreFormat if the lines are no dump, a newer one, or not all of one.
     """
     source = iter(lines)
-    header = _parse(next(source, ""))
-    if "emberline_metadata" not in header:
-        raise StoreFormat("not a metadata dump: its first line is no header")
-    if header["emberline_metadata"] > DUMP_FORMAT:
-        raise StoreFormat(
-            f"a dump of format {header['emberline_metadata']} and this emberline knows up to {DUMP_FORMAT}: upgrade it"
-        )
+    header = _parse_header(next(source, ""))
     await kv.run(_clear)
-    counts = dict.fromkeys(header["counts"], 0)
+    counts = dict.fromkeys(_PREFIXES, 0)
     batch: list[Line] = []
     size_bytes = 0
     for text in source:
-        batch.append(_parse(text))
-        counts[batch[-1]["row"]] += 1
+        line = _parse(text)
+        if line.get("row") not in counts:
+            raise StoreFormat(f"a damaged line in the dump: {line}")
+        counts[line["row"]] += 1
+        batch.append(line)
         size_bytes += len(text)
         if size_bytes > LOAD_BYTES or len(batch) == LOAD_LINES:
             await kv.run(_loader(batch))
             batch, size_bytes = [], 0
     await kv.run(_loader(batch))
-    if counts != header["counts"]:
-        raise StoreFormat(f"the dump is not whole: it has {counts} and should have {header['counts']}")
+    if counts != header.counts:
+        raise StoreFormat(f"the dump is not whole: it has {counts} and should have {header.counts}")
 
     async def finish(txn: Transaction) -> None:
-        next_inode = header["next_inode"]
-        txn.put(IDS_KEY, encode_row(IdLease(next=next_inode, swept=next_inode)))
+        txn.put(IDS_KEY, encode_row(IdLease(next=header.next_inode, swept=header.next_inode)))
         txn.put(SUPERBLOCK_KEY, encode_row(Superblock(format=FORMAT)))
 
     await kv.run(finish)
@@ -129,6 +135,17 @@ def _loader(batch: list[Line]) -> Callable[[Transaction], Any]:
                 raise StoreFormat(f"a damaged line in the dump: {line}: {error}") from None
 
     return work
+
+
+def _parse_header(text: str) -> Header:
+    if (version := _parse(text).get("emberline_metadata")) is None:
+        raise StoreFormat("not a metadata dump: its first line is no header")
+    if version != DUMP_FORMAT:
+        raise StoreFormat(f"a dump of format {version}, and this emberline knows {DUMP_FORMAT}: upgrade emberline")
+    try:
+        return msgspec.json.decode(text, type=Header)
+    except msgspec.DecodeError as error:
+        raise StoreFormat(f"the header of the dump is damaged: {error}") from None
 
 
 def _parse(text: str) -> Line:

@@ -30,7 +30,7 @@ from ..types import INLINE_BYTES_MAX, Chunks, Inline, Inode, Kind
 from . import nodes
 from .keys import get_inode, put_inode
 from .paths import locate
-from .state import MetaState
+from .state import MetaState, Promotion
 
 PROMOTE_WAIT_S = 5.0
 """How long a writer has to move an inline file to chunks before another one may try."""
@@ -61,7 +61,7 @@ async def commit_put(state: MetaState, request: CommitPut) -> InodeReply:
                 return old
             if not request.overwrite:
                 raise AlreadyExists("the file exists", request.path)
-            await nodes.release(state, txn, old)
+            nodes.release(state, txn, old, await nodes.attached(txn, old))
         if request.inode and request.inode not in state.reserved:
             raise StaleChunk("the file's inode is not reserved any more")
         return await nodes.create(
@@ -125,17 +125,23 @@ async def promote(state: MetaState, request: Promote) -> Promoted:
     """
     layout = state.new_layout(request.chunk_size_bytes)
     deadline_s = state.runtime.now_s() + PROMOTE_WAIT_S
-    while request.inode in state.promoting and state.runtime.now_s() < deadline_s:
+    while _held_by_another(state, request) and state.runtime.now_s() < deadline_s:
         await state.runtime.sleep(PROMOTE_POLL_S)
     async with state.turns.of(("promote", request.inode)):
         inode = await _existing(state.kv.begin(), request.inode)
         if isinstance(inode.layout, Chunks):
             return Promoted(inode=state.hinted(inode), layout=inode.layout)
         failed = state.promoting.get(inode.id)
-        state.promoting[inode.id] = layout
+        state.promoting[inode.id] = Promotion(request.session, layout)
         if failed is not None:
-            await state.chunks.remove(inode.id, failed)
+            await state.chunks.remove(inode.id, failed.layout)
         return Promoted(inode=inode, layout=layout)
+
+
+def _held_by_another(state: MetaState, request: Promote) -> bool:
+    """Whether somebody else has the grant. One's own is void: a writer that asks again has failed the first time."""
+    promotion = state.promoting.get(request.inode)
+    return promotion is not None and promotion.session != request.session
 
 
 async def adopt_chunks(state: MetaState, request: AdoptChunks) -> InodeReply:
@@ -160,7 +166,8 @@ async def adopt_chunks(state: MetaState, request: AdoptChunks) -> InodeReply:
         return new
 
     async with state.turns.of(("promote", request.inode)):
-        if state.promoting.get(request.inode) != request.layout:
+        promotion = state.promoting.get(request.inode)
+        if promotion is None or promotion.layout != request.layout:
             raise StaleChunk("the file was not promoted to these chunks")
         try:
             inode = await state.kv.run(work)

@@ -72,10 +72,12 @@ async def _bury(state: MetaState, garbage: list[tuple[bytes, Inode | None]]) -> 
         return
 
     async def work(txn: Transaction) -> None:
-        for key, inode in garbage:
+        inodes = [inode for _, inode in garbage if inode is not None]
+        rest = [await nodes.attached(txn, inode) for inode in inodes]
+        for key, _ in garbage:
             txn.delete(key)
-            if inode is not None:
-                nodes.bury(txn, inode)
+        for inode, about in zip(inodes, rest, strict=True):
+            nodes.bury(txn, inode, about)
         txn.add(Counter.GARBAGE.value, -len(garbage))
 
     await state.kv.run(work, reclaims=True)

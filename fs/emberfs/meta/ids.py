@@ -7,9 +7,9 @@ reserved and never committed inode can have left chunks. Does not know: what an 
 from __future__ import annotations
 
 from ..kv.types import KV, Transaction
+from ..locks import KeyedLocks
 from ..runtime import Runtime
 from .keys import IDS_KEY, IdLease, encode_row, get_ids
-from .turns import Turns
 
 
 class InodeIds:
@@ -18,7 +18,7 @@ class InodeIds:
     def __init__(self, kv: KV, runtime: Runtime, *, batch: int) -> None:
         self._kv = kv
         self._batch = batch
-        self._turns = Turns(runtime)
+        self._turns = KeyedLocks(runtime)
         self._next = self._end = 0
 
     async def take(self) -> int:
@@ -26,7 +26,8 @@ class InodeIds:
         while self._next == self._end:
             async with self._turns.of("lease"):
                 if self._next == self._end:
-                    end = await self._kv.run(self._lease)
+                    # One row that is there already: this must not be what keeps a full store from trashing a file.
+                    end = await self._kv.run(self._lease, reclaims=True)
                     self._next, self._end = end - self._batch, end
         self._next += 1
         return self._next - 1
@@ -44,7 +45,7 @@ class InodeIds:
             ids = await get_ids(txn)
             txn.put(IDS_KEY, encode_row(IdLease(next=ids.next, swept=max(ids.swept, end))))
 
-        await self._kv.run(work)
+        await self._kv.run(work, reclaims=True)
 
     async def give_back(self) -> None:
         """At a clean close with nothing reserved: return what is left, and say that nothing needs a sweep."""
@@ -55,7 +56,7 @@ class InodeIds:
                 unused = self._next if ids.next == self._end else ids.next
                 txn.put(IDS_KEY, encode_row(IdLease(next=unused, swept=unused)))
 
-            await self._kv.run(work)
+            await self._kv.run(work, reclaims=True)
 
     async def _lease(self, txn: Transaction) -> int:
         ids = await get_ids(txn)

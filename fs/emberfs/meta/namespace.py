@@ -31,6 +31,8 @@ from .state import MetaState
 
 async def stat(state: MetaState, request: Stat) -> InodeReply:
     """What is at a path."""
+    if request.follow and not request.inode and not state.hints and (known := state.stats.get(request.path)):
+        return known
     return await state.read(_stat, request)
 
 
@@ -40,14 +42,20 @@ async def _stat(state: MetaState, txn: Transaction, request: Stat) -> InodeReply
         if known is None:
             raise NotFound("the file was removed")
         return InodeReply(await state.current(txn, known))
-    place = await locate(txn, request.path, follow=request.follow, snapshot=True)
+    stamp = state.kv.stamp()
+    walked: list[bytes] = []
+    place = await locate(txn, request.path, follow=request.follow, snapshot=True, walked=walked)
     if place.entry is None:
         raise NotFound("no such file or directory", request.path)
-    row = await txn.get(b"I" + place.entry[:8], snapshot=True)
+    packed = place.entry[:8]
+    row = await txn.get(b"I" + packed, snapshot=True)
     assert row is not None, "an entry names a missing inode"
     inode = decode_inode(row)
     # The common case, a file without a hint, is spared a coroutine.
-    return InodeReply(await state.current(txn, inode) if place.is_dir or state.hints else inode)
+    reply = InodeReply(await state.current(txn, inode) if place.is_dir or state.hints else inode)
+    if request.follow and walked and not state.hints:
+        state.stats.put(request.path, stamp, (*walked, b"I" + packed, b"M" + packed), reply)
+    return reply
 
 
 async def list_directory(state: MetaState, request: List) -> Listing:

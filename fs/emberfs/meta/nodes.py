@@ -12,6 +12,8 @@ Does not know: paths beyond a `Place`, requests, retries.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from msgspec.structs import replace
 
 from ..errors import InvalidPath, NotFound
@@ -105,35 +107,53 @@ async def is_empty(txn: Transaction, directory: int) -> bool:
     return not await txn.range(begin, end, limit=1)
 
 
+class Attached(NamedTuple):
+    """What else there is of an inode that may die."""
+
+    is_open: bool
+    """Some session has it open for writing."""
+    xattrs: list[bytes]
+    """Keys of its extended attributes."""
+
+
+async def attached(txn: Transaction, inode: Inode) -> Attached:
+    """Read it before the transaction writes much: a range read has to look through all writes of its transaction."""
+    sessions = [] if inode.is_dir else await txn.range(*session_range(inode.id), limit=1)
+    return Attached(bool(sessions), [key for key, _ in await txn.range(*xattr_range(inode.id))])
+
+
 async def remove(state: MetaState, txn: Transaction, place: Place) -> None:
     """Remove a file's name, or an empty directory, for good."""
-    txn.delete(entry_key(place.parent, place.name))
-    txn.max(mtime_key(unpack_id(place.parent)), state.runtime.wall_ns())
     inode = await get_inode(txn, place.inode)
     assert inode is not None, "an entry names a missing inode"
-    await release(state, txn, inode)
+    rest = await attached(txn, inode)
+    txn.delete(entry_key(place.parent, place.name))
+    txn.max(mtime_key(unpack_id(place.parent)), state.runtime.wall_ns())
+    release(state, txn, inode, rest)
 
 
-async def release(state: MetaState, txn: Transaction, inode: Inode) -> None:
+def release(state: MetaState, txn: Transaction, inode: Inode, rest: Attached) -> None:
     """One name of `inode` went. A file's last name leaves it to the garbage collection, see above."""
-    now_ns = state.runtime.wall_ns()
     if inode.is_dir:
-        bury(txn, inode)
+        bury(txn, inode, rest)
         return
+    now_ns = state.runtime.wall_ns()
     unnamed = replace(inode, nlink=inode.nlink - 1, ctime_ns=now_ns)
     if unnamed.nlink:
         put_inode(txn, inode, unnamed)
-    elif isinstance(inode.layout, Chunks) or await txn.range(*session_range(inode.id), limit=1):
+    elif rest.is_open or isinstance(inode.layout, Chunks):
         put_inode(txn, inode, unnamed)
         due_ns = now_ns + int(state.config.gc_delay_s * NANOSECONDS)
         txn.put(garbage_key(due_ns, inode.id), b"")
         txn.add(Counter.GARBAGE.value, 1)
     else:
-        bury(txn, inode)
+        bury(txn, inode, rest)
 
 
-def bury(txn: Transaction, inode: Inode) -> None:
+def bury(txn: Transaction, inode: Inode, rest: Attached) -> None:
     """Delete an inode and all rows about it. Its chunks must be gone."""
+    assert not rest.is_open
     put_inode(txn, inode, None)
-    txn.delete_range(*xattr_range(inode.id))
     txn.delete(mtime_key(inode.id) if inode.is_dir else intent_key(inode.id))
+    for key in rest.xattrs:
+        txn.delete(key)

@@ -9,13 +9,15 @@ Does not know: why a tree went.
 
 from __future__ import annotations
 
+import logging
+
 from msgspec.structs import replace
 
+from ..errors import EmberError
 from ..kv.types import Transaction
-from ..types import Inode, Kind
+from ..types import Kind
 from . import nodes
 from .keys import (
-    KIND_AT,
     ORPHANS_INODE,
     decode_inode,
     entry_key,
@@ -29,9 +31,12 @@ from .keys import (
 from .paths import Place
 from .state import MetaState
 
-STEP_ENTRIES = 1000
+STEP_ENTRIES = 256
+"""Entries per transaction. Nobody else is served during a step, so it is not the most that a transaction takes."""
 
 _ORPHANS = pack_id(ORPHANS_INODE)
+
+log = logging.getLogger("emberline.meta")
 
 
 async def detach(state: MetaState, txn: Transaction, place: Place) -> None:
@@ -43,13 +48,22 @@ async def detach(state: MetaState, txn: Transaction, place: Place) -> None:
 def start_sweeper(state: MetaState) -> None:
     """Delete the orphans in the background."""
     if state.sweeper is None or state.sweeper.done():
-        state.sweeper = state.runtime.spawn(delete_orphans(state), "emberfs-orphans")
+        state.sweeper = state.runtime.spawn(_sweep(state), "emberfs-orphans")
+
+
+async def _sweep(state: MetaState) -> None:
+    try:
+        await delete_orphans(state)
+    except EmberError as error:
+        log.warning("deleting removed trees: %s; the garbage collection tries again", error)
 
 
 async def delete_orphans(state: MetaState) -> None:
-    """Delete all orphan trees. Several may run at once; they share the work by conflicts."""
-    while await state.kv.run(lambda txn: _step(state, txn), reclaims=True):
-        pass
+    """Delete all orphan trees. Returns when there are none, also if it was somebody else who deleted them."""
+    # One at a time: two would take the same top and lose their steps to each other.
+    async with state.turns.of("orphans"):
+        while await state.kv.run(lambda txn: _step(state, txn), reclaims=True):
+            pass
 
 
 async def _step(state: MetaState, txn: Transaction) -> bool:
@@ -62,19 +76,20 @@ async def _step(state: MetaState, txn: Transaction) -> bool:
     begin, end = entry_range(top[:8])
     entries = await txn.range(begin, end, limit=STEP_ENTRIES)
     rows = await txn.get_many([b"I" + entry[:8] for _, entry in entries])
-    inodes: dict[int, Inode] = {}
-    for (key, entry), row in zip(entries, rows, strict=True):
+    inodes = {inode.id: inode for row in rows if row is not None for inode in (decode_inode(row),)}
+    rest = {inode.id: await nodes.attached(txn, inode) for inode in inodes.values() if not inode.is_dir}
+    for key, entry in entries:
         txn.delete(key)
-        if row is None:
-            continue
-        # Two names of one file may be in the same step: the second must see what the first did.
-        inode = inodes.get(unpack_id(entry)) or decode_inode(row)
-        if entry[KIND_AT] == Kind.DIRECTORY:
+        inode = inodes.get(unpack_id(entry))
+        if inode is None:
+            continue  # damage, which fsck names; it must not keep the rest of the tree
+        if inode.is_dir:
             name = _orphan_name(inode.id)
             txn.put(entry_key(_ORPHANS, name), entry_value(inode.id, Kind.DIRECTORY))
             put_inode(txn, inode, replace(inode, parent=ORPHANS_INODE, name=name.decode()))
         else:
-            await nodes.release(state, txn, inode)
+            nodes.release(state, txn, inode, rest[inode.id])
+            # Two names of one file may be in the same step: the second must see what the first did.
             inodes[inode.id] = replace(inode, nlink=inode.nlink - 1)
     if len(entries) < STEP_ENTRIES:
         await nodes.remove(state, txn, Place(_ORPHANS, entry_name(top_key), top))

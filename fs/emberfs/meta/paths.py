@@ -68,9 +68,12 @@ def split_path(path: str) -> list[bytes]:
     return names
 
 
-async def locate(txn: Transaction, path: str, *, follow: bool, snapshot: bool = False) -> Place:
+async def locate(
+    txn: Transaction, path: str, *, follow: bool, snapshot: bool = False, walked: list[bytes] | None = None
+) -> Place:
     """The place of `path`. All but the last name must exist; `follow` says whether a link at the end is followed.
 
+    `walked` gets the keys that were read, and stays empty when there were links (or nothing to read) on the way.
     `snapshot` adds no read conflicts: for requests that only read. Raises NotFound, NotADirectory, InvalidPath.
     """
     if path == "/":
@@ -78,8 +81,11 @@ async def locate(txn: Transaction, path: str, *, follow: bool, snapshot: bool = 
     names = split_path(path)
     last = names.pop()
     parent = _ROOT
+    keys = []
     for name in names:
-        entry = await txn.get(b"D" + parent + name, snapshot=snapshot)
+        key = b"D" + parent + name
+        keys.append(key)
+        entry = await txn.get(key, snapshot=snapshot)
         if entry is None:
             raise NotFound("no such file or directory", path)
         kind = entry[KIND_AT]
@@ -89,8 +95,11 @@ async def locate(txn: Transaction, path: str, *, follow: bool, snapshot: bool = 
             raise NotADirectory("a component of the path is not a directory", path)
         parent = entry[:8]
     else:
-        entry = await txn.get(b"D" + parent + last, snapshot=snapshot)
+        key = b"D" + parent + last
+        entry = await txn.get(key, snapshot=snapshot)
         if not follow or entry is None or entry[KIND_AT] != _SYMLINK:
+            if walked is not None:
+                walked += [*keys, key]
             return Place(parent, last, entry)
     return await _locate_along_links(txn, [*names, last], path, follow=follow, snapshot=snapshot)
 

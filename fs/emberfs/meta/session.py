@@ -16,7 +16,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from ..errors import AlreadyExists, Conflict, IsADirectory, NotFound, StaleChunk
-from ..kv.types import RANGE_ROWS_MAX, Transaction
+from ..kv.types import Transaction
 from ..messages import CloseSession, Done, Open, Opened, ReportLength
 from ..types import CLIENT_ID_BYTES, Chunks, Inline, Inode, Kind
 from . import nodes
@@ -26,12 +26,12 @@ from .keys import (
     encode_row,
     get_inode,
     put_inode,
-    rows_of,
     session_key,
     session_range,
     unpack_id,
 )
 from .paths import locate
+from .scan import pages
 from .state import Hint, MetaState
 from .truncate import finish, set_length
 
@@ -123,11 +123,11 @@ async def close_session(state: MetaState, request: CloseSession) -> Done:
             inode = _lengthen(state, txn, inode, request.end if valid else 0)
         return inode, others
 
-    inode, others = await state.kv.run(work)
+    inode, others = await state.kv.run(work, reclaims=True)
     _settle_hint(state, request.inode, inode)
-    if not others and (layout := state.promoting.pop(request.inode, None)) is not None:
+    if not others and (promotion := state.promoting.pop(request.inode, None)) is not None:
         # The writer gave up between Promote and AdoptChunks; what it wrote belongs to nobody.
-        await state.chunks.remove(request.inode, layout)
+        await state.chunks.remove(request.inode, promotion.layout)
     if inode is not None and request.end:
         _check_generation(inode, request.truncate_generation)
     return Done()
@@ -206,15 +206,6 @@ async def _recover_file(state: MetaState, inode: int) -> None:
 
 
 async def _all_inodes(state: MetaState, prefix: bytes) -> list[int]:
-    """The inodes that have a row of this letter, each once."""
-    begin, end = rows_of(prefix)
-    inodes: list[int] = []
-    while True:
-        rows = await state.kv.begin().range(begin, end, limit=RANGE_ROWS_MAX)
-        for key, _ in rows:
-            inode = unpack_id(key, 1)
-            if not inodes or inodes[-1] != inode:
-                inodes.append(inode)
-        if len(rows) < RANGE_ROWS_MAX:
-            return inodes
-        begin = rows[-1][0] + b"\0"
+    """The inodes that have a row of this letter, each once, in order."""
+    inodes = {unpack_id(key, 1): None async for page in pages(state.kv, prefix) for key, _ in page}
+    return list(inodes)

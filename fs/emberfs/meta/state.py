@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from ..errors import Conflict, LimitExceeded
 from ..kv.types import KV, Transaction, decode_int
+from ..locks import KeyedLocks
 from ..runtime import Runtime
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, CHUNK_SIZE_BYTES_MAX, CHUNK_SIZE_BYTES_MIN, Chunks, Inode
+from .cache import StatCache
 from .chunks import ChunkOps
 from .ids import InodeIds
 from .keys import mtime_key
-from .turns import Turns
 
 T = TypeVar("T")
 NANOSECONDS = 1_000_000_000
@@ -60,6 +61,13 @@ class Hint:
     mtime_ns: int
 
 
+class Promotion(NamedTuple):
+    """A grant to move an inline file to chunks."""
+
+    session: bytes
+    layout: Chunks
+
+
 class MetaState:
     """Shared by the handlers of one `MetaService`."""
 
@@ -69,12 +77,13 @@ class MetaState:
         self.chunks = chunks
         self.config = config
         self.ids = InodeIds(kv, runtime, batch=config.id_batch)
-        self.turns = Turns(runtime)
+        self.turns = KeyedLocks(runtime)
+        self.stats = StatCache(kv)
         self.hints: dict[int, Hint] = {}
         """Inode -> length hint. Has entries of files with an open session only."""
         self.reserved: set[int] = set()
         """Inodes that a `put` is writing chunks for."""
-        self.promoting: dict[int, Chunks] = {}
+        self.promoting: dict[int, Promotion] = {}
         """Inline files that one writer is moving to chunks: nobody else may write chunks under that id meanwhile."""
         self.sweeper: asyncio.Task[None] | None = None
         """Deletes detached trees, while there are any."""

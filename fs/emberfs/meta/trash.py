@@ -22,15 +22,13 @@ from .keys import (
     entry_key,
     get_inode,
     pack_id,
-    rows_of,
     trash_key,
 )
 from .namespace import make_parents
 from .orphans import detach, start_sweeper
 from .paths import Place, locate
+from .scan import pages
 from .state import NANOSECONDS, MetaState
-
-PAGE_ROWS = 1000
 
 _TRASH = pack_id(TRASH_INODE)
 
@@ -47,20 +45,17 @@ async def throw_away(state: MetaState, txn: Transaction, place: Place, path: str
 async def trash_list(state: MetaState, request: TrashList) -> TrashListing:
     """All entries of the trash, oldest first."""
     entries: list[TrashEntry] = []
-    begin, end = rows_of(b"R")
-    while True:
+    async for page in pages(state.kv, b"R"):
         txn = state.kv.begin()
-        rows = await txn.range(begin, end, limit=PAGE_ROWS, snapshot=True)
-        names = await txn.get_many([entry_key(_TRASH, key[1:]) for key, _ in rows], snapshot=True)
-        inodes = await txn.get_many([b"I" + entry[:8] for entry in names if entry is not None], snapshot=True)
-        assert None not in names and None not in inodes, "a trash row without its entry"
-        for (key, value), inode in zip(rows, inodes, strict=True):
+        names = await txn.get_many([entry_key(_TRASH, key[1:]) for key, _ in page], snapshot=True)
+        # An entry that was restored since the page was read is not in the trash any more.
+        there = [(key, value, entry[:8]) for (key, value), entry in zip(page, names, strict=True) if entry is not None]
+        inodes = await txn.get_many([b"I" + inode for _, _, inode in there], snapshot=True)
+        for (key, value, _), inode in zip(there, inodes, strict=True):
+            assert inode is not None, "an entry names a missing inode"
             row = decode_trash(value)
-            assert inode is not None
             entries.append(TrashEntry(key[1:].decode(), row.path, row.deleted_ns, decode_inode(inode)))
-        if len(rows) < PAGE_ROWS:
-            return TrashListing(entries=entries)
-        begin = rows[-1][0] + b"\0"
+    return TrashListing(entries=entries)
 
 
 async def trash_restore(state: MetaState, request: TrashRestore) -> InodeReply:
@@ -90,18 +85,14 @@ async def trash_empty(state: MetaState, request: TrashEmpty) -> Done:
 
 
 async def expire(state: MetaState, *, older_than_s: float) -> None:
-    """`trash_empty`, also for the background. Stops at the first entry that is younger."""
-    limit_ns = state.runtime.wall_ns() - int(older_than_s * NANOSECONDS)
-    begin, end = rows_of(b"R")
-    while True:
-        rows = await state.kv.begin().range(begin, end, limit=PAGE_ROWS)
-        for key, value in rows:
-            if decode_trash(value).deleted_ns > limit_ns:
+    """`trash_empty`, also for the background. Stops at the first entry that is younger; 0 is everything."""
+    now_ns = state.runtime.wall_ns()
+    async for page in pages(state.kv, b"R"):
+        for key, value in page:
+            # Not by age alone: the wall clock may have been set back.
+            if older_than_s > 0 and now_ns - decode_trash(value).deleted_ns < older_than_s * NANOSECONDS:
                 return
             await _remove(state, key[1:].decode())
-        if len(rows) < PAGE_ROWS:
-            return
-        begin = rows[-1][0] + b"\0"
 
 
 async def _remove(state: MetaState, trash_id: str) -> None:
@@ -113,6 +104,8 @@ async def _remove(state: MetaState, trash_id: str) -> None:
         except NotFound:
             return False
         _forget(txn, trash_id)
+        if place.entry is None:  # damage, which fsck names; it must not stop the expiry of all others
+            return False
         if place.is_dir and not await nodes.is_empty(txn, place.inode):
             await detach(state, txn, place)
             return True

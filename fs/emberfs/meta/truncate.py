@@ -36,7 +36,7 @@ async def truncate(state: MetaState, request: Truncate) -> InodeReply:
             raise IsADirectory("not a file", request.path or None)
         return await set_length(state, txn, old, request.length)
 
-    inode = await state.kv.run(work)
+    inode = await state.kv.run(work, reclaims=True)
     await finish(state, inode.id)
     return InodeReply(inode)
 

@@ -1,0 +1,31 @@
+"""SQL over datasets on any fsspec URL, `ember://` included. Start with `emberflow.init()`."""
+
+from __future__ import annotations
+
+from .dataframe import DataFrame
+from .errors import (
+    DatasetExists,
+    DatasetNotFound,
+    FlowError,
+    InvalidArgument,
+    OutOfMemory,
+    QueryError,
+    SessionClosed,
+)
+from .session import Session, SessionConfig, init
+from .writer import WriteReport
+
+__all__ = [
+    "DataFrame",
+    "DatasetExists",
+    "DatasetNotFound",
+    "FlowError",
+    "InvalidArgument",
+    "OutOfMemory",
+    "QueryError",
+    "Session",
+    "SessionClosed",
+    "SessionConfig",
+    "WriteReport",
+    "init",
+]

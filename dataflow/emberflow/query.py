@@ -1,0 +1,118 @@
+"""A query as a value: one SELECT's text, its parameters and the in-memory tables it reads.
+
+Queries nest by text, and names stay apart: parameters are renamed to be unique in the process, tables handed in
+become common table expressions, which SQL scopes lexically. `{}` and every other character of the text are kept.
+This module does not run anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from .errors import InvalidArgument, QueryError
+
+_PARAMETER = re.compile(rb"\$(\w+)|\?(\d*)")
+_serial = itertools.count(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Query:
+    """One SELECT. `text` has no trailing semicolon; `tables` are registered under their names before it runs."""
+
+    text: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
+
+    def wrapped(self, before: str, after: str = "") -> Query:
+        """The query `before (text) after`, with the same parameters and tables."""
+        # The line break ends a comment that `text` may end with.
+        return Query(text=f"{before} ({self.text}\n) {after}".rstrip(), params=self.params, tables=self.tables)
+
+
+def parse(text: str, params: Sequence[Any] | Mapping[str, Any] | None, tables: Mapping[str, Query]) -> Query:
+    """The query of a user's SQL. Raises `QueryError` unless it is one statement that returns rows."""
+    try:
+        statements = duckdb.extract_statements(text)
+    except duckdb.Error as error:
+        raise QueryError(str(error), text) from error
+    if len(statements) != 1 or not _returns_rows(text):
+        raise QueryError("sql() takes one query that returns rows; to write its result use write_parquet()", text)
+    text = text.strip().rstrip(";").rstrip()
+    bound: dict[str, Any] = {}
+    if params is not None:
+        text, bound = _rename_parameters(text, params)
+    if not tables:
+        return Query(text=text, params=bound)
+    expressions = ",\n".join(f"{quoted(name)} AS ({table.text}\n)" for name, table in tables.items())
+    in_memory: dict[str, pa.Table] = {}
+    for table in tables.values():
+        bound.update(table.params)
+        in_memory.update(table.tables)
+    return Query(text=f"WITH {expressions}\nSELECT * FROM ({text}\n)", params=bound, tables=in_memory)
+
+
+def of_table(table: pa.Table) -> Query:
+    """The query that reads a table in memory."""
+    name = f"emberflow_table_{next(_serial)}"
+    return Query(text=f"SELECT * FROM {name}", tables={name: table})
+
+
+def quoted(identifier: str) -> str:
+    """`identifier` as SQL writes it."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def literal(value: str) -> str:
+    """A string as SQL writes it."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+def _returns_rows(text: str) -> bool:
+    """Whether the one statement in `text` may stand in a FROM clause (SELECT, FROM, WITH, PIVOT, DESCRIBE, ...)."""
+    bare = text.strip().rstrip(";")
+    try:
+        inner = duckdb.extract_statements(f"SELECT * FROM ({bare}\n)")
+    except duckdb.Error:
+        return False
+    return len(inner) == 1
+
+
+def _parameters(text: bytes) -> Iterator[re.Match[bytes]]:
+    """The placeholders `?`, `?1`, `$1` and `$name` of a query, in order, but not those in strings or comments."""
+    # DuckDB's tokenizer counts bytes.
+    for offset, kind in duckdb.tokenize(text.decode()):
+        if kind == duckdb.token_type.operator and (match := _PARAMETER.match(text, offset)):
+            yield match
+
+
+def _rename_parameters(text: str, params: Sequence[Any] | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The text with process-wide unique parameter names, and the values under those names."""
+    if isinstance(params, str):
+        raise InvalidArgument("params is a list or a mapping, not a string")
+    values = dict(params) if isinstance(params, Mapping) else {str(i): value for i, value in enumerate(params, 1)}
+    prefix = f"p{next(_serial)}_"
+    source = text.encode()
+    pieces: list[bytes] = []
+    used: set[str] = set()
+    end = position = 0
+    for match in _parameters(source):
+        name = (match[1] or match[2] or b"").decode()
+        if not name:
+            position += 1
+            name = str(position)
+        if name not in values:
+            raise QueryError(f"no value was given for the parameter {match[0].decode()!r}", text)
+        used.add(name)
+        pieces += [source[end : match.start()], f"${prefix}{name}".encode()]
+        end = match.end()
+    if unused := sorted(values.keys() - used):
+        raise QueryError(f"the query has no parameter named {', '.join(unused)}", text)
+    pieces.append(source[end:])
+    return b"".join(pieces).decode(), {prefix + name: value for name, value in values.items()}

@@ -1,0 +1,288 @@
+"""DuckDB's door to any fsspec URL.
+
+`UrlFileSystem` is what DuckDB is given for a protocol. It keeps whole URLs and finds the filesystem behind each
+one when it is used, so one session may read from several stores of the same protocol, and a URL that is only a
+string in the data costs nothing. Plain paths and `file://` stay with DuckDB's own reader.
+
+Two things DuckDB gets wrong on plain fsspec files are put right here:
+- it seeks and reads one shared handle from several threads (2.0): `SharedFile` gives each its own position;
+- it turns an exception of the filesystem into text, so failures are kept, for the session to raise again.
+
+This module does not know of sessions or SQL beyond the URLs in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar, cast
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from .errors import InvalidArgument
+
+STAGING_PREFIX = ".emberflow-"
+"""Directories that start so hold a write that is not finished. Readers pass them by."""
+
+_NATIVE_PROTOCOLS = frozenset({"file", "local"})
+# Handles of these keep their position per thread, so one may be sought and read from many at once.
+_POSITIONAL_PROTOCOLS = frozenset({"ember"})
+_FAILURES_KEPT_MAX = 16
+_QUOTED_PROTOCOL = re.compile(r"""['"]([A-Za-z][A-Za-z0-9+.\-]*)://""")
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+_GLOB_CHARACTERS = frozenset("*?[")
+
+StorageOptions = Mapping[str, Mapping[str, Any]]
+
+
+def protocols_in(query: str, values: Iterable[object] = ()) -> set[str]:
+    """The protocols of the URLs quoted in `query` or given among the parameter `values`, less `file`."""
+    found = set(_QUOTED_PROTOCOL.findall(query))
+    for value in values:
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, str) and (match := _PROTOCOL.match(item)):
+                found.add(match[1])
+    return found - _NATIVE_PROTOCOLS
+
+
+def open_url(url: str, options: StorageOptions) -> tuple[Any, str]:
+    """The fsspec filesystem behind `url` and the path in it. Raises `InvalidArgument` for an unknown protocol."""
+    match = _PROTOCOL.match(url)
+    try:
+        filesystem, path = url_to_fs(url, **(options.get(match[1], {}) if match else {}))
+    except ValueError as error:
+        raise InvalidArgument(f"cannot open {url!r}: {error}") from error
+    return filesystem, path
+
+
+def url_of(filesystem: Any, path: str) -> str:
+    """What DuckDB is told to open: the bare path on a local disk, else the whole URL."""
+    if _protocol_of(filesystem) in _NATIVE_PROTOCOLS:
+        return path
+    return str(filesystem.unstrip_protocol(path))
+
+
+def expand_directories(urls: str | Iterable[str], *, pattern: str, options: StorageOptions) -> list[str]:
+    """Each directory among `urls` becomes `directory/pattern`; files and patterns stay as they are.
+
+    Costs one metadata call per URL that is not a pattern.
+    """
+    expanded = []
+    for url in [urls] if isinstance(urls, str) else list(urls):
+        if not _GLOB_CHARACTERS.intersection(url):
+            filesystem, path = open_url(url, options)
+            if filesystem.isdir(path):
+                expanded.append(f"{url.rstrip('/')}/{pattern}")
+                continue
+        expanded.append(url)
+    if not expanded:
+        raise InvalidArgument("no path was given to read")
+    return expanded
+
+
+def _protocol_of(filesystem: Any) -> str:
+    protocol = filesystem.protocol
+    return str(protocol if isinstance(protocol, str) else protocol[0])
+
+
+class Failures:
+    """The last exceptions raised below DuckDB, found again by their text. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Exception] = deque(maxlen=_FAILURES_KEPT_MAX)
+
+    def add(self, error: Exception) -> None:
+        self._kept.append(error)
+
+    def find(self, message: str) -> Exception | None:
+        """The latest failure whose text DuckDB quotes in `message`; it is forgotten."""
+        for error in reversed(list(self._kept)):
+            if (text := str(error)) and text in message:
+                self._kept.remove(error)
+                return error
+        return None
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _noted(method: _Method) -> _Method:
+    """Keep what `method` raises in `self.failures`."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.failures.add(error)
+            raise
+
+    return cast(_Method, call)
+
+
+class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """One protocol as DuckDB sees it: every path is a whole URL, and each goes to the filesystem it names."""
+
+    cachable = False
+
+    def __init__(self, protocol: str, *, options: StorageOptions, failures: Failures) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self.options = options
+        self.failures = failures
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path
+
+    def unstrip_protocol(self, name: str) -> str:
+        return name
+
+    def _at(self, url: str) -> tuple[Any, str]:
+        return open_url(url, self.options)
+
+    @_noted
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        filesystem, inner = self._at(path)
+        if mode == "rb":
+            return SharedFile(filesystem, inner, failures=self.failures)
+        return OutputFile(filesystem.open(inner, mode, **kwargs), failures=self.failures)
+
+    @_noted
+    def glob(self, path: str, **kwargs: Any) -> list[str]:
+        filesystem, inner = self._at(path)
+        found = filesystem.glob(inner, **kwargs)
+        return [url_of(filesystem, name) for name in found if f"/{STAGING_PREFIX}" not in name]
+
+    @_noted
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        filesystem, inner = self._at(path)
+        return dict(filesystem.info(inner, **kwargs))
+
+    @_noted
+    def modified(self, path: str) -> datetime:
+        filesystem, inner = self._at(path)
+        try:
+            modified: datetime = filesystem.modified(inner)
+        except NotImplementedError:
+            # DuckDB wants one; nothing is cached by it, because the session turns that cache off.
+            return datetime.fromtimestamp(0, UTC)
+        return modified
+
+    @_noted
+    def isfile(self, path: str) -> bool:
+        filesystem, inner = self._at(path)
+        return bool(filesystem.isfile(inner))
+
+    @_noted
+    def isdir(self, path: str) -> bool:
+        filesystem, inner = self._at(path)
+        return bool(filesystem.isdir(inner))
+
+    @_noted
+    def exists(self, path: str, **kwargs: Any) -> bool:
+        filesystem, inner = self._at(path)
+        return bool(filesystem.exists(inner, **kwargs))
+
+    @_noted
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        filesystem, inner = self._at(path)
+        return list(filesystem.ls(inner, detail=detail, **kwargs))
+
+    @_noted
+    def mkdir(self, path: str, create_parents: bool = True, **kwargs: Any) -> None:
+        filesystem, inner = self._at(path)
+        filesystem.makedirs(inner, exist_ok=True)
+
+    @_noted
+    def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+        filesystem, inner = self._at(path)
+        filesystem.rm(inner, recursive=recursive, maxdepth=maxdepth)
+
+
+class OutputFile:
+    """A file open for writing. DuckDB 1.4 drops a compressed one without closing it, so that closes it too."""
+
+    def __init__(self, handle: Any, *, failures: Failures) -> None:
+        self._handle = handle
+        self.failures = failures
+
+    @_noted
+    def write(self, data: bytes) -> int:
+        return int(self._handle.write(data))
+
+    @_noted
+    def flush(self) -> None:
+        self._handle.flush()
+
+    @_noted
+    def close(self) -> None:
+        self._handle.close()
+
+    def __del__(self) -> None:
+        if not self._handle.closed:
+            self.close()
+
+
+class SharedFile:
+    """A file open for reading that DuckDB may use from many threads at once.
+
+    DuckDB uses a handle in one of two ways. Random access: any number of threads, each seeks and then reads. One
+    stream (compressed files): reads follow each other, one at a time, but each may come from another thread. So a
+    seek counts for the next read of its own thread, and a read without one goes on where the last read ended.
+    """
+
+    def __init__(self, filesystem: Any, path: str, *, failures: Failures) -> None:
+        self._filesystem = filesystem
+        self._path = path
+        self._size_bytes: int = filesystem.info(path)["size"]
+        # Kept open where that is safe: it goes on reading the same file when the name is given to a new one.
+        self._handle = filesystem.open(path, "rb") if _protocol_of(filesystem) in _POSITIONAL_PROTOCOLS else None
+        self._lock = threading.Lock()
+        self._position = 0
+        self._streamed_reads = 0
+        self._sought: dict[int, tuple[int, int]] = {}
+        self.failures = failures
+
+    def seek(self, offset: int) -> int:
+        with self._lock:
+            self._position = offset
+            self._sought[threading.get_ident()] = (offset, self._streamed_reads)
+        return offset
+
+    def tell(self) -> int:
+        with self._lock:
+            return self._sought.get(threading.get_ident(), (self._position, 0))[0]
+
+    @_noted
+    def read(self, size: int = -1) -> bytes:
+        start = self._start_of_read()
+        end = self._size_bytes if size < 0 else min(start + size, self._size_bytes)
+        data = self._read_at(start, end) if start < end else b""
+        with self._lock:
+            self._position = start + len(data)
+        return data
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+    def _start_of_read(self) -> int:
+        with self._lock:
+            offset, streamed_reads = self._sought.pop(threading.get_ident(), (None, 0))
+            # A seek that another thread has streamed on from since is used up.
+            if offset is not None and streamed_reads == self._streamed_reads:
+                return offset
+            self._streamed_reads += 1
+            return self._position
+
+    def _read_at(self, start: int, end: int) -> bytes:
+        if self._handle is None:
+            return bytes(self._filesystem.cat_file(self._path, start=start, end=end))
+        self._handle.seek(start)
+        return bytes(self._handle.read(end - start))

@@ -1,0 +1,98 @@
+"""The one command line. It knows where each command lives and how a failure is told; the work is in the components.
+
+A failure is one sentence on the standard error and exit code 1 (2 for a wrong command line); EMBERLINE_LOG=debug adds
+the traceback. Ctrl-C says `interrupted` and exits with 130.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+from . import __version__
+from .lazy import LazyCommand, LazyGroup
+
+HELP = """A chunk store for datasets, checkpoints and KV caches, and SQL over what is in it.
+
+\b
+Examples:
+  emberline doctor ember:///srv/store
+  export EMBERLINE_URL=ember:///srv/store
+  emberline fs cp -r file:///data/books books
+  emberline sql "select count(*) from 'ember://books/*.parquet'"
+
+\b
+Environment:
+  EMBERLINE_URL   the store that bare paths are in
+  EMBERLINE_LOG   debug, info, warning or error; debug shows tracebacks
+  NO_COLOR        no colours
+"""
+
+
+class _CommandLine(LazyGroup):
+    """The outermost group: every failure of a command passes here."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _start_log(os.environ.get("EMBERLINE_LOG", ""))
+        # A local file name may hold bytes that are not UTF-8: they go out as they came in.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="surrogateescape")
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # the reader of our output went away; click ends quietly
+            if os.environ.get("EMBERLINE_LOG", "").lower() == "debug":
+                raise
+            raise click.ClickException(_sentence(error)) from error
+
+
+def _start_log(level: str) -> None:
+    if not level:
+        return
+    if level.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+        raise click.UsageError(f"EMBERLINE_LOG is debug, info, warning or error, not {level!r}")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("emberline").setLevel(level.upper())
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, on one line, for somebody who does not know the code."""
+    from emberfs.cli.output import one_line
+
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed, and this needs it (python -m pip install {error.name})"
+    text = str(error)
+    if isinstance(error, OSError) and error.errno and error.strerror and text.startswith("[Errno"):
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    elif isinstance(error, FileNotFoundError) and text.startswith("/"):
+        text = f"no such file or directory: {text}"
+    if isinstance(error, OSError | ValueError | ImportError) and text:
+        return one_line(text)
+    return one_line(f"{type(error).__name__}: {text} (EMBERLINE_LOG=debug shows where)")
+
+
+main = _CommandLine(
+    "emberline",
+    help=HELP,
+    no_args_is_help=True,
+    lazy={
+        "fs": LazyCommand("emberline.fs:fs", "Files in a store, and between stores."),
+        "sql": LazyCommand("emberflow.cli:sql_command", "Run SQL over files of a store, or of any URL."),
+        "bench": LazyCommand("emberfs.cli.bench:bench", "Measure a store on this machine, beside its ceilings."),
+        "doctor": LazyCommand("emberfs.cli.doctor:doctor", "Check this machine and a store, and say what to do."),
+    },
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+click.version_option(__version__, "--version", prog_name="emberline", message="%(prog)s %(version)s")(main)

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import emberflow
+import fsspec
+import pytest
+
+
+@pytest.fixture
+def session() -> Iterator[emberflow.Session]:
+    with emberflow.init(threads=2) as session:
+        yield session
+
+
+@pytest.fixture(params=["path", "file", "memory", "ember"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A fresh directory, once per kind of URL."""
+    if request.param == "memory":
+        name = f"/{uuid.uuid4().hex}"
+        yield f"memory:/{name}"
+        memory = fsspec.filesystem("memory")
+        if memory.exists(name):
+            memory.rm(name, recursive=True)
+        return
+    if request.param == "ember":
+        yield f"ember://{tmp_path}/store/!/root"
+        return
+    yield str(tmp_path) if request.param == "path" else f"file://{tmp_path}"
+
+
+@pytest.fixture
+def numbers(session: emberflow.Session) -> emberflow.DataFrame:
+    """1000 rows: n = 0..999, k = n % 3 as text, and a text."""
+    return session.sql("select range n, 'k' || (range % 3) k, md5(range::varchar) t from range(1000)")

@@ -1,0 +1,167 @@
+"""Writing datasets: layouts, modes, and what a failure leaves. Run: pytest tests/dataflow"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pyarrow.dataset as ds
+import pytest
+from emberflow import DataFrame, DatasetExists, InvalidArgument, QueryError, Session
+from fsspec.core import url_to_fs
+
+
+def files(url: str) -> list[str]:
+    """What lies under `url`, hidden files too, relative to it."""
+    fs, path = url_to_fs(url)
+    return sorted(name[len(path) :].lstrip("/") for name in fs.find(path))
+
+
+def test_one_file_and_a_directory_of_files(session: Session, numbers: DataFrame, root: str) -> None:
+    report = numbers.write_parquet(f"{root}/a b/one.parquet")
+    assert (report.num_rows, report.num_files) == (1000, 1)
+    numbers.write_parquet(f"{root}/many")
+    assert files(f"{root}/a b") == ["one.parquet"]
+    assert all(name.startswith("part-") and name.endswith(".parquet") for name in files(f"{root}/many"))
+    for url in (f"{root}/a b/one.parquet", f"{root}/many"):
+        assert session.read_parquet(url).to_arrow().sort_by("n") == numbers.to_arrow()
+
+
+def test_partitions_read_back_by_everyone(session: Session, numbers: DataFrame, root: str) -> None:
+    report = numbers.write_parquet(f"{root}/out", partition_by="k")
+    assert report.num_files == 3
+    assert {name.split("/")[0] for name in files(f"{root}/out")} == {"k=k0", "k=k1", "k=k2"}
+    back = session.read_parquet(f"{root}/out", columns=["n", "k", "t"])
+    assert back.to_arrow().sort_by("n") == numbers.to_arrow()
+    fs, path = url_to_fs(f"{root}/out")
+    dataset = ds.dataset(path, filesystem=fs, partitioning="hive")
+    assert dataset.count_rows(filter=ds.field("k") == "k1") == 333
+    assert session.read_parquet(f"{root}/out", recursive=False).query.text.endswith("/out/*.parquet'])")
+
+
+def test_partition_values_with_odd_characters(session: Session, root: str) -> None:
+    frame = session.from_items([{"k": k, "n": i} for i, k in enumerate(["a/b", "x=1", "ü %", "'q'"])])
+    frame.write_parquet(f"{root}/odd", partition_by=["k"])
+    assert session.read_parquet(f"{root}/odd").select("k", "n").to_arrow().sort_by("n") == frame.to_arrow()
+
+
+def test_mode_error_refuses_and_leaves_the_target(session: Session, numbers: DataFrame, root: str) -> None:
+    for target in (f"{root}/out", f"{root}/out.parquet"):
+        numbers.write_parquet(target)
+        before = files(root)
+        with pytest.raises(DatasetExists, match="overwrite"):
+            numbers.limit(1).write_parquet(target)
+        with pytest.raises(FileExistsError):
+            numbers.limit(1).write_parquet(target, mode="error")
+        assert files(root) == before
+        assert session.read_parquet(target).count() == 1000
+
+
+def test_overwrite_replaces_even_what_it_reads(session: Session, numbers: DataFrame, root: str) -> None:
+    numbers.write_parquet(f"{root}/out", partition_by="k")
+    some = session.read_parquet(f"{root}/out").filter("k <> 'k1' and n < 10")
+    report = some.write_parquet(f"{root}/out", partition_by="k", mode="overwrite")
+    assert report.num_rows == 7
+    assert {name.split("/")[0] for name in files(f"{root}/out")} == {"k=k0", "k=k2"}
+    assert session.read_parquet(f"{root}/out").count() == 7
+    assert files(root) == [f"out/{name}" for name in files(f"{root}/out")]
+    some.write_parquet(f"{root}/out", mode="overwrite")
+    assert session.read_parquet(f"{root}/out").count() == 7
+
+
+def test_append_adds_files_and_never_renames_old_ones(session: Session, numbers: DataFrame, root: str) -> None:
+    for _ in range(2):
+        numbers.write_parquet(f"{root}/out", partition_by="k", mode="append")
+    first = files(f"{root}/out")
+    numbers.filter("k = 'k0'").write_parquet(f"{root}/out", partition_by="k", mode="append")
+    assert set(first) < set(files(f"{root}/out"))
+    assert session.read_parquet(f"{root}/out").count() == 2334
+    with pytest.raises(InvalidArgument, match="file"):
+        numbers.write_parquet(f"{root}/one.parquet")
+        numbers.write_parquet(f"{root}/one.parquet", mode="append")
+
+
+@pytest.mark.parametrize("mode", ["error", "overwrite", "append"])
+def test_a_failed_write_leaves_nothing_new(session: Session, numbers: DataFrame, root: str, mode: str) -> None:
+    if mode != "error":
+        numbers.write_parquet(f"{root}/out")
+    else:
+        numbers.write_parquet(f"{root}/other")
+    before = files(root)
+    broken = session.sql("select range n, case when range = 900000 then error('late') end x from range(1000000)")
+    for target in ("out", "out.parquet"):
+        with pytest.raises(QueryError, match="late"):
+            broken.write_parquet(f"{root}/{target}", mode=mode)  # type: ignore[arg-type]
+    assert files(root) == before
+
+
+def test_a_failed_move_puts_the_old_files_back(
+    session: Session, numbers: DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers.write_parquet(f"{tmp_path}/out")
+    before = files(str(tmp_path))
+    local = type(fsspec.filesystem("file"))
+    move = local.mv
+
+    def refuse_the_new_files(self: object, source: str, target: str, **kwargs: object) -> None:
+        if source.endswith("/new"):
+            raise OSError(28, "No space left on device")
+        move(self, source, target, **kwargs)
+
+    monkeypatch.setattr(local, "mv", refuse_the_new_files)
+    with pytest.raises(OSError, match="No space"):
+        numbers.limit(1).write_parquet(f"{tmp_path}/out", mode="overwrite")
+    assert files(str(tmp_path)) == before
+    assert session.read_parquet(f"{tmp_path}/out").count() == 1000
+
+
+def test_overwrite_keeps_its_hands_off_other_files(session: Session, numbers: DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InvalidArgument, match=r"thesis\.tex"):
+        numbers.write_parquet(f"{tmp_path}/out", mode="overwrite")
+    assert files(f"{tmp_path}/out") == ["thesis.tex"]
+
+
+def test_no_rows(session: Session, numbers: DataFrame, root: str) -> None:
+    none = numbers.filter("false")
+    none.write_parquet(f"{root}/empty.parquet")
+    assert session.read_parquet(f"{root}/empty.parquet").to_arrow() == none.to_arrow()
+    numbers.write_parquet(f"{root}/out", partition_by="k")
+    report = none.write_parquet(f"{root}/out", partition_by="k", mode="overwrite")
+    assert (report.num_files, files(f"{root}/out")) == (0, [])
+
+
+def test_csv_and_json_round_trips(session: Session, numbers: DataFrame, root: str) -> None:
+    for suffix in ("csv", "csv.gz"):
+        numbers.write_csv(f"{root}/out.{suffix}")
+        assert session.read_csv(f"{root}/out.{suffix}").to_arrow() == numbers.to_arrow()
+    numbers.write_csv(f"{root}/many-csv")
+    text_only = session.read_csv(f"{root}/many-csv", schema={"n": "VARCHAR", "k": "VARCHAR", "t": "VARCHAR"}, delim=",")
+    assert set(text_only.schema.values()) == {"VARCHAR"}
+    assert text_only.count() == 1000
+    for suffix in ("jsonl", "json.zst"):
+        numbers.write_json(f"{root}/out.{suffix}")
+        assert session.read_json(f"{root}/out.{suffix}").to_arrow() == numbers.to_arrow()
+    assert session.read_json(f"{root}/out.jsonl", schema={"n": "INTEGER"}).schema == {"n": "INTEGER"}
+
+
+def test_bad_arguments(session: Session, numbers: DataFrame, root: str) -> None:
+    with pytest.raises(InvalidArgument, match="mode"):
+        numbers.write_parquet(f"{root}/x", mode="replace")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="partition by nope"):
+        numbers.write_parquet(f"{root}/x", partition_by="nope")
+    with pytest.raises(InvalidArgument, match="root"):
+        numbers.write_parquet("memory://")
+    assert files(root) == []
+
+
+def test_a_progress_bar_when_asked(numbers: DataFrame, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers.write_parquet(f"{root}/quiet.parquet")
+    assert capsys.readouterr() == ("", "")
+    numbers.write_parquet(f"{root}/loud.parquet", progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1,000 rows" in captured.err
+    numbers.write_csv(f"{root}/loud.csv", progress=True)
+    assert "100%" in capsys.readouterr().err

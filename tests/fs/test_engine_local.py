@@ -1,0 +1,109 @@
+"""The chunk engine on a real directory and LMDB."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emberfs.disk import LocalDisk
+from emberfs.engine.scrub import scrub
+from emberfs.kv.lmdb import LmdbKV
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.testing.engine import MIB, Bench, EngineConformance, Run, chunk, pattern
+
+
+@pytest.fixture
+def runtime() -> Iterator[AsyncioRuntime]:
+    runtime = AsyncioRuntime()
+    yield runtime
+    runtime.stop()
+
+
+@pytest.fixture
+def run(runtime: AsyncioRuntime) -> Run:
+    return Portal(runtime).run
+
+
+@pytest.fixture
+def bench(runtime: AsyncioRuntime, run: Run, tmp_path: Path) -> Iterator[Bench]:
+    (tmp_path / "index").mkdir()
+    index = LmdbKV.open(tmp_path / "index", runtime)
+    yield Bench(runtime, LocalDisk(str(tmp_path), runtime), index)
+    run(index.close())
+
+
+class TestLocalEngine(EngineConformance):
+    pass
+
+
+class TestLocalEngineOnTheLoopThread(EngineConformance):
+    """The same when a loop drives the engine: every cold read and every write goes to a worker."""
+
+    @pytest.fixture
+    def run(self, runtime: AsyncioRuntime) -> Run:
+        async def on_the_loop(work: Coroutine[Any, Any, Any]) -> Any:
+            await runtime.sleep(0)  # Suspends, and so hands the call over.
+            return await work
+
+        portal = Portal(runtime)
+        return lambda work: portal.run(on_the_loop(work))
+
+
+def used_bytes(directory: Path) -> int:
+    return sum(os.stat(path).st_blocks * 512 for path in directory.rglob("*") if path.is_file())
+
+
+def on_bench(test: Callable[[Bench, Path], Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test outside the suite."""
+
+    def driven_test(bench: Bench, run: Run, tmp_path: Path) -> None:
+        async def body() -> None:
+            await bench.open()
+            await test(bench, tmp_path)
+            await bench.engine.close()
+
+        run(body())
+
+    return driven_test
+
+
+@on_bench
+async def test_an_empty_target_takes_less_than_a_megabyte(bench: Bench, tmp_path: Path) -> None:
+    assert used_bytes(tmp_path) < MIB
+    assert not list(tmp_path.glob("blocks-*"))
+
+
+@on_bench
+async def test_a_small_target_is_small(bench: Bench, tmp_path: Path) -> None:
+    await bench.write(0, b"x")
+    assert used_bytes(tmp_path) < 2 * MIB
+
+
+@on_bench
+async def test_blocks_of_wholly_free_groups_take_no_space_after_trim(bench: Bench, tmp_path: Path) -> None:
+    await bench.write(0, pattern(16 * MIB))
+    await bench.remove()
+    before = used_bytes(tmp_path)
+    bench.engine.allocator.trim()
+    assert used_bytes(tmp_path) <= before - 16 * MIB
+
+
+@on_bench
+async def test_scrub_does_not_trust_the_page_cache(bench: Bench, tmp_path: Path) -> None:
+    """It asks for each block, with its sums, before it reads it."""
+    await bench.write(0, pattern(2 * MIB), granule_log2=12)
+    await bench.write(0, pattern(100), name=chunk(1))
+    dropped: list[tuple[int, int]] = []
+    drop_cache = bench.disk.drop_cache
+
+    def noted(file: int, offset: int, length: int) -> None:
+        dropped.append((offset, length))
+        drop_cache(file, offset, length)
+
+    bench.disk.drop_cache = noted  # type: ignore[method-assign]
+    await scrub(bench.engine, runtime=bench.runtime)
+    assert dropped == [(0, 2 * MIB + 8192), (0, 65536)]

@@ -1,0 +1,360 @@
+"""The chunk engine on the simulated disk: the suite again, and what only that disk can do (fill up, fail, be slow)."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+from emberfs.engine import Action, ChunkEngine, Update
+from emberfs.engine.scrub import check, scrub
+from emberfs.errors import Conflict, NoSpace, TargetFailed, UpdateUnknown
+from emberfs.kv.memory import MemoryKV
+from emberfs.testing.engine import KIB, MIB, Bench, EngineConformance, Run, chunk, pattern
+
+from tests.sim.disk import SimDisk
+from tests.sim.loop import SimRuntime, run
+from tests.sim.volume import Allocate
+
+SEEDS = range(10)
+
+
+class TestSimEngine(EngineConformance):
+    @pytest.fixture
+    def runtime(self) -> SimRuntime:
+        return SimRuntime(0)
+
+    @pytest.fixture
+    def run(self, runtime: SimRuntime) -> Run:
+        return lambda work: runtime.run(lambda _: work)
+
+    @pytest.fixture
+    def bench(self, runtime: SimRuntime) -> Bench:
+        return Bench(runtime, SimDisk(runtime), MemoryKV(runtime, persist=lambda: runtime.sleep(1e-4)))
+
+
+class SimBench(Bench):
+    disk: SimDisk
+    runtime: SimRuntime
+
+
+def on_sim(
+    work: Callable[[SimBench], Awaitable[Any]],
+    *,
+    seed: int = 0,
+    index: Callable[[SimRuntime], MemoryKV] = MemoryKV,
+    reserve_bytes: int = 0,
+    **options: Any,
+) -> Any:
+    """Run `work` on a new engine over a new simulated disk."""
+
+    async def main(runtime: SimRuntime) -> Any:
+        bench = SimBench(runtime, SimDisk(runtime, **options), index(runtime))
+        await bench.open(reserve_bytes=reserve_bytes)
+        result = await work(bench)
+        await bench.engine.close()
+        return result
+
+    return run(seed, main)
+
+
+# ---- a full disk
+
+
+def test_a_full_disk_refuses_cleanly_and_takes_updates_again_after_a_removal() -> None:
+    async def work(bench: SimBench) -> None:
+        count = 0
+        with pytest.raises(NoSpace, match="disk is full.* remove files"):
+            while True:
+                await bench.write(0, pattern(MIB, count), name=chunk(count))
+                count += 1
+        assert count == 8
+        assert await bench.blocks() == count
+        with pytest.raises(NoSpace):
+            await bench.write(0, pattern(2 * MIB), name=chunk(count))
+        for number in range(count):
+            assert await bench.read(name=chunk(number)) == pattern(MIB, number)
+        await bench.truncate(10, name=chunk(1))
+        await bench.remove(name=chunk(0))
+        await bench.write(0, pattern(MIB, 99), name=chunk(99))
+        assert await bench.read(name=chunk(99)) == pattern(MIB, 99)
+        await bench.reopen()
+        assert await bench.blocks() == count
+
+    on_sim(work, capacity_bytes=8 * MIB + 64 * KIB)
+
+
+def test_the_reserve_is_left_free() -> None:
+    async def work(bench: SimBench) -> None:
+        with pytest.raises(NoSpace, match="above the reserve of 4194304"):
+            for count in range(100):
+                await bench.write(0, pattern(MIB, count), name=chunk(count))
+        assert 4 * MIB <= bench.disk.free_bytes() < 5 * MIB
+
+    on_sim(work, capacity_bytes=16 * MIB, reserve_bytes=4 * MIB)
+
+
+def test_of_a_batch_that_does_not_fit_nothing_is_left() -> None:
+    async def work(bench: SimBench) -> None:
+        batch = [Update(chunk(number), Action.WRITE, 0, memoryview(pattern(MIB, number))) for number in range(10)]
+        with pytest.raises(NoSpace):
+            await bench.engine.prepare(batch, publish=True)
+        assert await bench.blocks() == 0
+        await bench.engine.prepare(batch[:8], publish=True)
+        assert await bench.blocks() == 8
+
+    on_sim(work, capacity_bytes=8 * MIB + 64 * KIB)
+
+
+def test_space_is_reserved_in_steps_of_at_most_64_mib() -> None:
+    async def work(bench: SimBench) -> list[int]:
+        for number in range(10):
+            for class_log2 in (16, 20, 23, 26):
+                await bench.write(0, b"x" * ((1 << class_log2) - 1), name=chunk(100 * class_log2 + number))
+        return [each.length for each in bench.disk.operations if isinstance(each, Allocate)]
+
+    steps = on_sim(work, record=True)
+    one_block = (64 << 20) + 2 * (64 << 10)
+    assert max(steps) == one_block and all(step <= 64 << 20 for step in steps if step != one_block)
+    assert min(steps) == 1 << 20
+
+
+# ---- a failing disk
+
+
+@pytest.mark.parametrize("fault", ["fail_sync", "fail_write"])
+def test_after_a_failed_write_or_sync_updates_are_refused_and_reads_go_on(fault: str) -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, pattern(10_000))
+        file, _ = bench.engine.allocator.place((await bench.committed()).position)  # type: ignore[union-attr]
+        getattr(bench.disk, fault)(file)
+        with pytest.raises(TargetFailed, match="failed"):
+            await bench.write(10_000, b"lost")
+        for again in (bench.write(0, b"x"), bench.remove(), bench.commit(1)):
+            with pytest.raises(TargetFailed, match="reopen the store"):
+                await again
+        assert await bench.read() == pattern(10_000)
+        await bench.reopen()
+        assert await bench.read() == pattern(10_000)
+        assert await bench.blocks() == 1
+        await bench.write(0, b"taken again")
+
+    on_sim(work)
+
+
+def test_a_sync_that_fails_fails_everyone_who_shares_it() -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, b"before")
+        bench.disk.fail_sync(bench.disk.open("blocks-64K"))
+        tasks = [bench.runtime.spawn(bench.write(0, b"x", name=chunk(n)), "writer") for n in range(1, 9)]
+        for task in tasks:
+            with pytest.raises(TargetFailed):
+                await task
+        assert await bench.blocks() == 1
+
+    for seed in SEEDS:
+        on_sim(work, seed=seed)
+
+
+@pytest.mark.parametrize("error", [TargetFailed, UpdateUnknown])
+def test_an_index_commit_in_doubt_stops_updates(error: type[Exception]) -> None:
+    """Whether its blocks are taken is known only after a restart."""
+
+    class BrokenKV(MemoryKV):
+        breaks = False
+
+        async def _apply_group(self, group: Sequence[Any]) -> None:
+            await super()._apply_group(group)
+            if self.breaks:
+                self.breaks = False
+                for batch in group:
+                    batch.error = error("it may have happened")
+
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, b"one")
+        bench.index.breaks = True  # type: ignore[attr-defined]
+        with pytest.raises(TargetFailed, match="index commit failed"):
+            await bench.write(0, b"two")
+        with pytest.raises(TargetFailed):
+            await bench.write(0, b"three")
+        await bench.reopen()
+        assert await bench.read() == b"two"
+        assert await bench.blocks() == 1
+
+    on_sim(work, index=BrokenKV)
+
+
+def test_a_sector_that_cannot_be_read_is_found_by_scrub() -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, pattern(5 * MIB))
+        await bench.write(0, pattern(100), name=chunk(1))
+        committed = await bench.committed()
+        assert committed is not None
+        file, block = bench.engine.allocator.place(committed.position)
+        bench.disk.fail_read(file, block + 100)
+        report = await scrub(bench.engine, runtime=bench.runtime)
+        assert [(found.chunk, found.offset) for found in report.findings] == [("7.0", 0)]
+        assert "cannot be read" in report.findings[0].message
+
+    on_sim(work)
+
+
+def test_scrub_finds_what_the_page_cache_hides() -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, pattern(100_000))
+        committed = await bench.committed()
+        assert committed is not None
+        file, block = bench.engine.allocator.place(committed.position)
+        bench.disk.flip_bit(file, block + 50_000, is_cached=True)
+        assert await bench.read() == pattern(100_000)
+        report = await scrub(bench.engine, runtime=bench.runtime)
+        assert [(found.chunk, found.offset) for found in report.findings] == [("7.0", 49_152)]
+
+    on_sim(work)
+
+
+# ---- reads and updates at the same time
+
+
+class ReusesAtOnce(ChunkEngine):
+    """Bug: gives a freed block away although a read of it may be in the air."""
+
+    def _release_limbo(self) -> None:
+        for _, positions in self._limbo:
+            for position in positions:
+                self.allocator.release(position)
+        self._limbo.clear()
+
+
+async def read_while_replacing(bench: SimBench) -> None:
+    """Long reads (the disk is slow) beside updates that free blocks and want new ones."""
+    contents = [pattern(9000, number) for number in range(30)]
+    await bench.replace(contents[0])
+
+    async def reader() -> None:
+        for _ in range(20):
+            assert await bench.read(0, 16 * KIB) in contents
+
+    readers = [bench.runtime.spawn(reader(), "reader") for _ in range(4)]
+    for content in contents[1:]:
+        await bench.replace(content)
+        await bench.write(0, content[::-1], name=chunk(1))
+    for task in readers:
+        await task
+
+
+def test_a_freed_block_is_not_written_to_while_a_read_of_it_is_in_the_air() -> None:
+    """Reads verify and try again, so a reader would not notice: the test looks at the blocks themselves."""
+
+    async def work(bench: SimBench) -> None:
+        in_the_air: list[tuple[int, int, int]] = []
+        read, write = bench.disk.read, bench.disk.write
+
+        async def watched_read(items: Any) -> list[int]:
+            ranges = [(file, at, at + sum(map(len, pieces))) for file, pieces, at in items]
+            in_the_air.extend(ranges)
+            try:
+                return await read(items)
+            finally:
+                for each in ranges:
+                    in_the_air.remove(each)
+
+        async def watched_write(items: Any) -> None:
+            for file, payload, at in items:
+                hit = [each for each in in_the_air if each[0] == file and each[1] < at + len(payload) and at < each[2]]
+                assert not hit, "a block was given away during a read"
+            await write(items)
+
+        bench.disk.read, bench.disk.write = watched_read, watched_write  # type: ignore[method-assign]
+        await read_while_replacing(bench)
+        bench.disk.read, bench.disk.write = read, write  # type: ignore[method-assign]
+        assert await bench.blocks() == 2, "and in the end they are all given back"
+        assert bench.engine.allocator.classes[16].taken[0].bit_count() == 2
+
+    for seed in SEEDS:
+        on_sim(work, seed=seed)
+    with pytest.raises(AssertionError, match="given away"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChunkEngine, "_release_limbo", ReusesAtOnce._release_limbo)
+        for seed in SEEDS:
+            on_sim(work, seed=seed)
+
+
+def test_readers_beside_appends_and_truncates_see_whole_versions() -> None:
+    """A truncated tail is written over by the next append: a read that began before must try again."""
+
+    async def work(bench: SimBench) -> None:
+        base = pattern(8192)
+        contents = {base, *(base + pattern(4096, number) for number in range(20))}
+        await bench.write(0, base)
+
+        async def reader() -> None:
+            for _ in range(30):
+                assert await bench.read(0, 16 * KIB) in contents
+
+        async def writer() -> None:
+            for number in range(20):
+                await bench.write(8192, pattern(4096, number))
+                await bench.truncate(8192)
+
+        for task in [bench.runtime.spawn(each, "task") for each in (reader(), reader(), writer())]:
+            await task
+
+    for seed in SEEDS:
+        on_sim(work, seed=seed)
+
+
+def test_scrub_beside_writers_finds_nothing() -> None:
+    async def work(bench: SimBench) -> None:
+        async def writer() -> None:
+            for number in range(30):
+                await bench.replace(pattern(9000, number))
+                await bench.write(9000, b"x", name=chunk(number % 3))
+
+        task = bench.runtime.spawn(writer(), "writer")
+        while not task.done():
+            await bench.runtime.sleep(1e-4)
+            assert (await scrub(bench.engine, runtime=bench.runtime)).findings == []
+        await task
+
+    for seed in SEEDS:
+        on_sim(work, seed=seed)
+
+
+def test_check_refuses_a_target_that_is_written_to() -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, b"x")
+        at = bench.engine.snapshot()
+        await bench.write(0, b"y")
+        bench.engine.snapshot = lambda: at  # type: ignore[method-assign]
+        with pytest.raises(Conflict, match="nobody writes"):
+            await check(bench.engine)
+
+    on_sim(work)
+
+
+def test_scrub_keeps_to_its_rate() -> None:
+    async def work(bench: SimBench) -> None:
+        for number in range(8):
+            await bench.write(0, pattern(MIB), name=chunk(number))
+        began_s = bench.runtime.now_s()
+        await scrub(bench.engine, runtime=bench.runtime, bytes_per_s_max=2 * MIB)
+        assert 4.0 <= bench.runtime.now_s() - began_s < 4.1
+
+    on_sim(work)
+
+
+def test_flushes_that_would_not_fit_one_index_transaction_are_cut() -> None:
+    async def work(bench: SimBench) -> None:
+        def batch(first: int) -> list[Update]:
+            payload = memoryview(bytes(256 * 4096))
+            return [Update(chunk(n), Action.WRITE, 0, payload, granule_log2=12) for n in range(first, first + 24)]
+
+        # Each record is 1.1 KiB; a limit of 64 KiB stands for the real one.
+        bench.engine._flushes._weight_max = 64 << 10
+        tasks = [bench.runtime.spawn(bench.engine.prepare(batch(24 * n), publish=True), "batch") for n in range(10)]
+        for task in tasks:
+            await task
+        assert bench.engine.counters.flushes >= 5
+        assert await bench.blocks() == 240
+
+    on_sim(work)
