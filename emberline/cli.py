@@ -76,7 +76,7 @@ def _sentence(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.errno and error.strerror and text.startswith("[Errno"):
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    elif isinstance(error, FileNotFoundError) and text.startswith("/"):
+    elif isinstance(error, FileNotFoundError) and not error.errno:  # fsspec's: only the path
         text = f"no such file or directory: {text}"
     if isinstance(error, OSError | ValueError | ImportError) and text:
         return one_line(text)

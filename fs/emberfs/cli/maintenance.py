@@ -1,0 +1,138 @@
+"""`info`, `fsck`, `scrub` and `gc`: the upkeep of a store."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ..meta.check import Finding
+from .output import (
+    human_bytes,
+    human_time,
+    json_option,
+    note,
+    plural,
+    print_columns,
+    print_fields,
+    print_json,
+    print_line,
+    progress_bar,
+)  # fmt: skip
+from .store import open_store, store_argument
+
+
+@click.command(
+    epilog="\b\nExamples:\n  emberline fs info ember:///srv/store\n  emberline fs info --json | jq .settings"
+)
+@store_argument
+@json_option
+def info(store: str | None, as_json: bool) -> None:
+    """Describe a store: ids, format versions, sizes, settings."""
+    with open_store(store) as client:
+        facts: dict[str, Any] = client.maintenance.info()
+        usage = client.usage()
+        space = client.maintenance.space()
+    counts = {name: getattr(usage, name) for name in usage.__struct_fields__}
+    if as_json:
+        print_json({**facts, "usage": counts, "space": space})
+        return
+    print_fields([
+        ("directory", facts["directory"]),
+        ("store", facts["store"]),
+        ("format", str(facts["format"])),
+        ("made", human_time(facts["created_ns"] / 1e9)),
+        ("files", f"{usage.files} in {plural(usage.directories, 'directory')}, {human_bytes(usage.length_bytes)}"),
+        ("trash", plural(usage.trash_entries, "entry")),
+        ("garbage", f"{plural(usage.gc_pending, 'file')} waiting to be freed"),
+        ("space", ", ".join(f"{human_bytes(count)} {name.removesuffix('_bytes')}" for name, count in space.items())),
+        ("reserve", f"new data is refused below {human_bytes(facts['settings']['reserve_bytes'])} free"),
+        ("gc delay", f"{facts['settings']['gc_delay_s']:.0f} s for readers of a removed file"),
+        ("trash time", f"{facts['settings']['trash_s'] / 86400:.1f} days"),
+    ])  # fmt: skip
+    for target in facts["targets"]:
+        blocks = ", ".join(f"{count} of {human_bytes(size)}" for size, count in target["blocks"].items()) or "none"
+        print_fields(
+            [(f"target {target['target']}", f"format {target['format']}, id {target['id']}, blocks: {blocks}")]
+        )
+
+
+@click.command(epilog="\b\nExamples:\n  emberline fs fsck ember:///srv/store\n  emberline fs fsck --repair")
+@store_argument
+@click.option("--repair", is_flag=True, help="Mend what can be mended without losing a byte.")
+@json_option
+def fsck(store: str | None, repair: bool, as_json: bool) -> None:
+    """Check names against files, files against chunks, chunks against space. Exit code 1 if something is wrong."""
+    with open_store(store) as client:
+        report = client.maintenance.fsck(repair=repair)
+    _print_findings(report.findings, as_json=as_json)
+    repaired = sum(finding.repaired for finding in report.findings)
+    left = len(report.findings) - repaired
+    if as_json:
+        print_json({"clean": report.clean, "findings": len(report.findings), "repaired": repaired})
+    elif report.findings:
+        hint = "" if repair or not left else "; --repair mends what can be mended"
+        note(f"{plural(len(report.findings), 'finding')}, {repaired} repaired{hint}")
+    else:
+        print_line("clean")
+    if not report.clean:
+        sys.exit(1)
+
+
+@click.command(epilog="\b\nExamples:\n  emberline fs scrub ember:///srv/store\n  emberline fs scrub --rate 50 --json")
+@store_argument
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Read at most this many MiB/s.")
+@json_option
+def scrub(store: str | None, rate: float | None, as_json: bool) -> None:
+    """Read every stored byte from the disk and check it. Exit code 1 if something is damaged."""
+    limit = None if rate is None else max(int(rate * (1 << 20)), 1)
+    with open_store(store) as client:
+        used_bytes = client.maintenance.space()["used_bytes"]
+        with progress_bar("scrubbing", used_bytes) as advance:
+            read_before = 0
+
+            def show(_: int, read_bytes: int) -> None:
+                nonlocal read_before
+                advance(read_bytes - read_before)
+                read_before = read_bytes
+
+            summary = client.maintenance.scrub(bytes_per_s_max=limit, progress=show)
+    _print_findings(summary.findings, as_json=as_json)
+    if as_json:
+        print_json({
+            "clean": summary.clean, "chunks": summary.chunks, "read_bytes": summary.read_bytes,
+            "findings": len(summary.findings),
+        })  # fmt: skip
+    else:
+        what = f"{plural(summary.chunks, 'chunk')}, {human_bytes(summary.read_bytes)} read"
+        print_line(f"{what}: {'all good' if summary.clean else plural(len(summary.findings), 'finding')}")
+    if not summary.clean:
+        sys.exit(1)
+
+
+def _print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
+    if as_json:
+        for finding in findings:
+            print_json({name: getattr(finding, name) for name in finding.__struct_fields__})
+        return
+    rows = [(item.kind, "repaired" if item.repaired else "wrong", item.path, item.detail) for item in findings]
+    print_columns(rows)
+
+
+@click.command(epilog="\b\nExamples:\n  emberline fs gc ember:///srv/store\n  emberline fs gc --now")
+@store_argument
+@click.option("--now", "force", is_flag=True, help="Do not wait for readers that may still have a removed file open.")
+@json_option
+def gc(store: str | None, force: bool, as_json: bool) -> None:
+    """Free the space of files removed for good. A store does this by itself while it is open."""
+    with open_store(store) as client:
+        collected = client.collect_garbage(force=force)
+        trimmed_bytes = client.maintenance.trim()
+    if as_json:
+        counts = {name: getattr(collected, name) for name in collected.__struct_fields__}
+        print_json({**counts, "trimmed_bytes": trimmed_bytes})
+        return
+    what = f"freed {plural(collected.files, 'file')}, {plural(collected.chunks, 'chunk')}"
+    print_line(f"{what}, gave {human_bytes(trimmed_bytes)} back to the disk, {collected.pending} waiting")
