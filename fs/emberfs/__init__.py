@@ -1,10 +1,7 @@
 """emberfs: a chunked, checksummed store for datasets, checkpoints and KV caches.
 
-    import emberfs
-
     with emberfs.connect("ember:///tmp/store") as store:
         store.put("/hello.txt", b"hello")
-        store.get("/hello.txt")
 
 The map of the package is `fs/README.md`.
 """

@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from .runtime import Runtime
@@ -24,6 +24,7 @@ Buffer = memoryview
 
 ReadItem = tuple[int, Sequence[Buffer], int]
 """(file, destinations filled in order, offset in bytes)"""
+Landed = Callable[[int, int], None]
 WriteItem = tuple[int, Buffer, int]
 """(file, payload, offset in bytes)"""
 
@@ -49,8 +50,11 @@ class Disk(Protocol):
     def drop_cache(self, file: int, offset: int, length: int) -> None:
         """Ask that the next read of the range comes from the medium, not from memory."""
 
-    async def read(self, items: Sequence[ReadItem]) -> list[int]:
-        """Fill the destinations; returns the bytes read per item. Raises the first OSError."""
+    async def read(self, items: Sequence[ReadItem], landed: Landed | None = None) -> list[int]:
+        """Fill the destinations; returns the bytes read per item. Raises the first OSError.
+
+        `landed(index, bytes read)` is called as soon as an item is there, in whichever thread read it.
+        """
 
     async def write(self, items: Sequence[WriteItem]) -> None:
         """Write every payload in full, or raise the first OSError."""
@@ -99,9 +103,9 @@ class LocalDisk:
     def drop_cache(self, file: int, offset: int, length: int) -> None:
         os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
 
-    async def read(self, items: Sequence[ReadItem]) -> list[int]:
+    async def read(self, items: Sequence[ReadItem], landed: Landed | None = None) -> list[int]:
         if self._runtime.may_block():
-            return await self._runtime.offload(_read_all, items)
+            return await self._runtime.offload(_read_all, items, landed)
         counts: list[int] = []
         cold: list[tuple[int, ReadItem]] = []
         for index, (file, destinations, offset) in enumerate(items):
@@ -115,8 +119,12 @@ class LocalDisk:
             # A short count is either the end of the file or where the page cache ended: the worker finds out.
             if count < sum(map(len, destinations)):
                 cold.append((index, items[index]))
+            elif landed is not None:
+                landed(index, count)
         if cold:
-            late = await self._runtime.offload(_read_all, [item for _, item in cold])
+            numbers = [index for index, _ in cold]
+            late_landed = None if landed is None else lambda index, count: landed(numbers[index], count)
+            late = await self._runtime.offload(_read_all, [item for _, item in cold], late_landed)
             for (index, _), count in zip(cold, late, strict=True):
                 counts[index] = count
         return counts
@@ -136,13 +144,15 @@ class LocalDisk:
         self._files.clear()
 
 
-def _read_all(items: Sequence[ReadItem]) -> list[int]:
+def _read_all(items: Sequence[ReadItem], landed: Landed | None) -> list[int]:
     counts = []
-    for file, destinations, offset in items:
+    for index, (file, destinations, offset) in enumerate(items):
         count = os.preadv(file, destinations, offset)
         if count and count < sum(map(len, destinations)):
             count = _read_rest(file, destinations, offset, count)
         counts.append(count)
+        if landed is not None:
+            landed(index, count)
     return counts
 
 

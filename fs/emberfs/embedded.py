@@ -60,6 +60,12 @@ class StoreConfig:
             raise ValueError(f"targets must be 1 to 256: {self.targets}")
 
 
+class StoreVersion(msgspec.Struct, frozen=True):
+    """The part of every superblock, however new."""
+
+    format: int
+
+
 class Superblock(msgspec.Struct, frozen=True):
     """What a directory says of itself."""
 
@@ -85,7 +91,7 @@ class EmbeddedStore:
         self.forked = False
         self.closed = False
         self._users = 0
-        directory.mkdir(parents=True, exist_ok=True)
+        _make_directory(directory)
         self._lock_file = _take_ownership(directory)
         try:
             self.superblock = _read_or_write_superblock(directory, config)
@@ -208,6 +214,7 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
 
     Raises StoreBusy, StoreFormat, AlreadyExists (there is metadata already: move `meta` away first).
     """
+    _make_directory(directory)
     lock_file = _take_ownership(directory)
     try:
         _read_or_write_superblock(directory, StoreConfig())
@@ -224,6 +231,21 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
             runtime.stop()
     finally:
         os.close(lock_file)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make sure that `directory` is there and ours to use. Raises StoreFormat, and touches nothing of a stranger."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StoreFormat(f"{directory} is not an emberline store: a file is in the way") from error
+    strangers = {entry.name for entry in directory.iterdir()} - {SUPERBLOCK, "owner.lock", "superblock.new"}
+    # Looked for last: a store that somebody is making at this moment has it before anything else.
+    if strangers and not (directory / SUPERBLOCK).exists():
+        raise StoreFormat(
+            f"{directory} is not an emberline store and not empty (it holds {min(strangers)!r}); "
+            "give an empty or a new directory"
+        )
 
 
 def _take_ownership(directory: Path) -> int:
@@ -251,25 +273,20 @@ def _take_ownership(directory: Path) -> int:
 def _read_or_write_superblock(directory: Path, config: StoreConfig) -> Superblock:
     path = directory / SUPERBLOCK
     if not path.exists():
-        strangers = sorted(
-            entry.name for entry in directory.iterdir() if entry.name not in ("owner.lock", "superblock.new")
-        )
-        if strangers:
-            raise StoreFormat(
-                f"{directory} is not an emberline store and not empty (it holds {strangers[0]!r}); "
-                "give an empty or a new directory"
-            )
         superblock = Superblock(STORE_FORMAT, os.urandom(16).hex(), config.targets, time.time_ns()).sealed()
         _write_durably(path, msgspec.json.format(msgspec.json.encode(superblock)))
         return superblock
+    content = path.read_bytes()
     try:
-        superblock = msgspec.json.decode(path.read_bytes(), type=Superblock)
+        # The format first and alone: what else a newer one says is not known.
+        store_format = msgspec.json.decode(content, type=StoreVersion).format
+        if store_format > STORE_FORMAT:
+            raise StoreFormat(
+                f"{directory} has store format {store_format}; this emberline reads up to {STORE_FORMAT}: upgrade it"
+            )
+        superblock = msgspec.json.decode(content, type=Superblock)
     except msgspec.DecodeError as error:
         raise StoreFormat(f"{path} is damaged: {error}") from error
-    if superblock.format > STORE_FORMAT:
-        raise StoreFormat(
-            f"{directory} has store format {superblock.format}; this emberline reads up to {STORE_FORMAT}: upgrade it"
-        )
     if superblock.sealed() != superblock:
         raise StoreFormat(f"{path} is damaged: its checksum does not match")
     return superblock
@@ -300,10 +317,15 @@ def store_directory(url: str | os.PathLike[str] | None) -> Path:
     if not text.startswith("ember://"):
         raise InvalidPath(f"a store URL looks like ember:///path/to/dir: {text!r}")
     path = text.removeprefix("ember://").partition("?")[0]
+    if "\0" in path or not path:
+        raise InvalidPath(f"a store URL names a directory, as in ember:///path/to/dir: {text!r}")
     if not path.startswith(("/", ".", "~")):
         host = path.partition("/")[0]
         raise InvalidPath(
             f"{text!r} names the host {host!r}, and this version has no cluster yet; "
             "an embedded store is ember:///absolute/dir or ember://./relative/dir"
         )
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidPath(f"{text!r} names a user that does not exist") from error

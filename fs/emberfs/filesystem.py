@@ -89,10 +89,10 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         core = attachment.live()
         return attachment.store.portal.run(call(core, *args), mutates=mutates)
 
-    async def _ado(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+    async def _ado(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, mutates: bool = False) -> T:
         attachment = self._attached()
         core = attachment.live()
-        return await attachment.store.portal.run_async(call(core, *args))
+        return await attachment.store.portal.run_async(call(core, *args), mutates=mutates)
 
     @property
     def client(self) -> Client:
@@ -213,11 +213,13 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         self._do(operations.pipe, self._strip_protocol(path), flat_view(value), mode, self._auto_mkdir, mutates=True)
 
     async def _pipe_file(self, path: Any, value: Any, mode: str = "overwrite", **_: Any) -> None:
-        await self._ado(operations.pipe, self._strip_protocol(path), flat_view(value), mode, self._auto_mkdir)
+        await self._ado(
+            operations.pipe, self._strip_protocol(path), flat_view(value), mode, self._auto_mkdir, mutates=True
+        )
 
     async def _cp_file(self, path1: Any, path2: Any, **_: Any) -> None:
         source, target = self._strip_protocol(path1), self._strip_protocol(path2)
-        await self._ado(operations.copy, source, target, self._auto_mkdir)
+        await self._ado(operations.copy, source, target, self._auto_mkdir, mutates=True)
 
     async def _get_file(self, rpath: Any, lpath: Any, callback: Any = DEFAULT_CALLBACK, **_: Any) -> None:
         if os.path.isdir(lpath):
@@ -241,21 +243,21 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         self._do(operations.mkdir, self._strip_protocol(path), create_parents, False, mutates=True)
 
     async def _mkdir(self, path: Any, create_parents: bool = True, **_: Any) -> None:
-        await self._ado(operations.mkdir, self._strip_protocol(path), create_parents, False)
+        await self._ado(operations.mkdir, self._strip_protocol(path), create_parents, False, mutates=True)
 
     def makedirs(self, path: Any, exist_ok: bool = False) -> None:
         """Make a directory and its parents."""
         self._do(operations.mkdir, self._strip_protocol(path), True, exist_ok, mutates=True)
 
     async def _makedirs(self, path: Any, exist_ok: bool = False) -> None:
-        await self._ado(operations.mkdir, self._strip_protocol(path), True, exist_ok)
+        await self._ado(operations.mkdir, self._strip_protocol(path), True, exist_ok, mutates=True)
 
     def rm_file(self, path: Any) -> None:
         """Remove one file."""
         self._do(operations.remove, self._strip_protocol(path), False, self._trash, "file", mutates=True)
 
     async def _rm_file(self, path: Any, **_: Any) -> None:
-        await self._ado(operations.remove, self._strip_protocol(path), False, self._trash, "file")
+        await self._ado(operations.remove, self._strip_protocol(path), False, self._trash, "file", mutates=True)
 
     def rmdir(self, path: Any) -> None:
         """Remove an empty directory."""
@@ -264,12 +266,12 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
     async def _rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
         if recursive and maxdepth is not None:
             for name in reversed(await self._expand_path(path, recursive=True, maxdepth=maxdepth)):
-                await self._ado(operations.remove_if_empty, name, self._trash)
+                await self._ado(operations.remove_if_empty, name, self._trash, mutates=True)
             return
         # A tree goes as one: what was expanded from a pattern is removed root by root.
         for name in await self._expand_path(path, recursive=False):
             want = "any" if recursive else "file"
-            await self._ado(operations.remove, name, recursive, self._trash, want)
+            await self._ado(operations.remove, name, recursive, self._trash, want, mutates=True)
 
     def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> None:
         """Move a file or tree, atomically, into `path2` if that is a directory."""
@@ -282,7 +284,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     async def _mv_file(self, path1: Any, path2: Any) -> None:
         source, target = self._strip_protocol(path1), self._strip_protocol(path2)
-        await self._ado(operations.move, source, target, False, self._auto_mkdir)
+        await self._ado(operations.move, source, target, False, self._auto_mkdir, mutates=True)
 
     def touch(self, path: Any, truncate: bool = True, **_: Any) -> None:
         """Make an empty file, or (`truncate=False`) set its time."""

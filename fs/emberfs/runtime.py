@@ -62,6 +62,8 @@ class _BatonSelector(selectors.DefaultSelector):
     def __init__(self, baton: threading.Lock) -> None:
         super().__init__()
         self._baton = baton
+        self.was_woken = False
+        """Somebody has written to the loop's wake-up pipe since it last looked. Guarded by the baton."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         self._baton.release()
@@ -69,17 +71,28 @@ class _BatonSelector(selectors.DefaultSelector):
             return super().select(timeout)
         finally:
             self._baton.acquire()
+            self.was_woken = False
 
 
 class _BatonLoop(asyncio.SelectorEventLoop):
-    """An event loop whose `call_soon` may be used by any thread that holds the baton."""
+    """An event loop whose `call_soon` may be used by any thread that holds the baton.
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
-        if threading.get_ident() != self.thread_ident:
-            return self.call_soon_threadsafe(callback, *args, context=context)
-        return super().call_soon(callback, *args, context=context)
+    It wakes the loop once however often it is used, because a write to the wake-up pipe costs more than most calls.
+    """
 
     thread_ident: int = 0
+
+    def __init__(self, selector: _BatonSelector) -> None:
+        super().__init__(selector)
+        self._baton_selector = selector
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
+        if threading.get_ident() == self.thread_ident:
+            return super().call_soon(callback, *args, context=context)
+        if self._baton_selector.was_woken and not self.get_debug():  # in debug mode it refuses other threads
+            return super().call_soon(callback, *args, context=context)
+        self._baton_selector.was_woken = True
+        return self.call_soon_threadsafe(callback, *args, context=context)
 
 
 class AsyncioRuntime:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from emberfs.disk import Buffer, ReadItem, WriteItem
+from emberfs.disk import Buffer, Landed, ReadItem, WriteItem
 
 from .loop import SimRuntime
 from .volume import (
@@ -148,8 +148,12 @@ class SimDisk:
         for sector in _sectors(offset, length):
             self._clean_copies.pop((file, sector), None)
 
-    async def read(self, items: Sequence[ReadItem]) -> list[int]:
-        return await self._runtime.offload_steps([partial(self._read, *item) for item in items])
+    async def read(self, items: Sequence[ReadItem], landed: Landed | None = None) -> list[int]:
+        counts = await self._runtime.offload_steps([partial(self._read, *item) for item in items])
+        for index, count in enumerate(counts):
+            if landed is not None:
+                landed(index, count)
+        return counts
 
     async def write(self, items: Sequence[WriteItem]) -> None:
         await self._runtime.offload_steps([partial(self._write, *item) for item in items])

@@ -35,7 +35,7 @@ from emberfs.types import chunk_id
 
 from tests.sim.disk import SimDisk
 from tests.sim.loop import SimRuntime, run
-from tests.sim.volume import BLOCK_BYTES, SECTOR_BYTES, FileImage, Image, Mark, Operation, Sync, Write, crash_points
+from tests.sim.volume import BLOCK_BYTES, SECTOR_BYTES, FileImage, Image, Operation, Sync, Write, crash_points
 
 Rows = dict[bytes, bytes]
 
@@ -116,7 +116,7 @@ def live(seed: int, make: type[ChunkEngine], image: Image, rows: Rows) -> Life:
         journal = index.journal = Journal(disk, dict(rows))
         engine = await make.open(disk, index, runtime)
         names = [[chunk_id(writer + 1, number) for number in range(CHUNKS_EACH)] for writer in range(WRITERS)]
-        for chunk in sum(names, []):
+        for chunk in [chunk for chunks in names for chunk in chunks]:
             journal.states[chunk] = (await state_of(engine, chunk),)
         journal.mark()
         first = Moment(journal.rows, dict(journal.states))
@@ -175,7 +175,7 @@ def random_update(chunk: bytes, state: State, rng: random.Random, seed: int) -> 
     else:
         action = rng.choices(list(Action), [7, 1, 2, 1])[0]
         offset = rng.choice([length, length, rng.randint(0, length), length + rng.randint(0, 5000)])
-        size = rng.choice([1, 700, 4096, 9000, 60_000])
+        size = rng.choice([0, 1, 700, 4096, 9000, 60_000])
     if action is Action.TRUNCATE:
         offset = rng.randint(0, length + 10)
     if aligned:

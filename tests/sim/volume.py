@@ -148,7 +148,9 @@ class _File:
     def write(self, number: int, offset: int, payload: bytes) -> None:
         end = offset + len(payload)
         touched = _block_range(offset, end)
-        blocks = self._overlay(offset, end, lambda position, length: payload[position - offset :][:length])
+        blocks = self._overlay(
+            offset, end, lambda position, length: payload[(begin := position - offset) : begin + length]
+        )
         self._change(_Change(number, blocks, end, allocates=touched, frees=range(0)))
 
     def allocate(self, number: int, offset: int, length: int) -> None:

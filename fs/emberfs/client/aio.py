@@ -13,11 +13,11 @@ from ..embedded import StoreConfig
 from ..messages import Collected, TrashEntry, UsageReply
 from ..types import Inode
 from .attachment import Attachment
-from .batch import BatchRead, BatchWrite, batch_read, batch_write
+from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
 from .buffers import flat_view, writable_view
-from .core import Core, Range
+from .core import Core, Range, check_range
 from .file import open_file
-from .handle import AsyncFile
+from .handle import AsyncFile, File
 from .namespace import Namespace, page_after
 
 T = TypeVar("T")
@@ -44,6 +44,10 @@ class AsyncClient:
         core = self._attachment.live()
         return await self._attachment.store.portal.run_async(call(core))
 
+    async def _change(self, call: Callable[[Core], Coroutine[Any, Any, T]]) -> T:
+        core = self._attachment.live()
+        return await self._attachment.store.portal.run_async(call(core), mutates=True)
+
     # --- files -----------------------------------------------------------------------------------------------------
 
     async def open(
@@ -63,7 +67,7 @@ class AsyncClient:
     ) -> Inode:
         """Make `data` the file at `path`, durably and atomically: readers see the old file or the whole new one."""
         view = flat_view(data)
-        return await self._run(
+        return await self._change(
             lambda core: core.put(path, view, overwrite=overwrite, mode=mode, chunk_size_bytes=chunk_size_bytes)
         )
 
@@ -74,6 +78,7 @@ class AsyncClient:
     async def get_into(self, path: str, buffer: Any, *, offset: int = 0) -> int:
         """Fill `buffer` from `offset` of a file; returns the bytes read."""
         view = writable_view(buffer)
+        check_range(offset, len(view))
 
         async def fill(core: Core) -> int:
             return await core.read_range(Range(await core.file(path), offset, view, path))
@@ -86,6 +91,8 @@ class AsyncClient:
         `into` is one buffer per item, or one buffer that is filled item after item. Returns the bytes read per item;
         with `raise_errors=False` a failed item's place holds its error instead, else the first error is raised.
         """
+        for file in open_files(items, self._attachment.store):
+            await _flushed(file)
         return await self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
 
     async def batch_write(self, items: Sequence[BatchWrite]) -> None:
@@ -93,7 +100,9 @@ class AsyncClient:
 
         Paths must exist or are made. Each chunk is written atomically, the batch is not.
         """
-        await self._run(lambda core: batch_write(core, items))
+        for file in open_files(items, self._attachment.store):
+            await _flushed(file)
+        await self._change(lambda core: batch_write(core, items))
 
     # --- names -----------------------------------------------------------------------------------------------------
 
@@ -119,26 +128,26 @@ class AsyncClient:
 
     async def mkdir(self, path: str, *, parents: bool = False, exist_ok: bool = False, mode: int = 0o755) -> Inode:
         """Make a directory."""
-        return await self._run(lambda core: Namespace(core).mkdir(path, mode, parents, exist_ok))
+        return await self._change(lambda core: Namespace(core).mkdir(path, mode, parents, exist_ok))
 
     async def remove(self, path: str, *, recursive: bool = False, trash: bool = True, want: str = "any") -> str:
         """Remove a file, link or directory. Returns the id `trash_restore` takes, or "" with `trash=False`.
 
         Raises DirectoryNotEmpty unless `recursive`. `want`: "file" or "directory" refuses the other.
         """
-        return await self._run(lambda core: Namespace(core).remove(path, recursive, trash, want))
+        return await self._change(lambda core: Namespace(core).remove(path, recursive, trash, want))
 
     async def rename(self, source: str, target: str, *, overwrite: bool = True) -> None:
         """Move a file or a whole tree, atomically; over an existing file or empty directory if `overwrite`."""
-        await self._run(lambda core: Namespace(core).rename(source, target, overwrite))
+        await self._change(lambda core: Namespace(core).rename(source, target, overwrite))
 
     async def link(self, source: str, target: str) -> Inode:
         """Give a file a second name."""
-        return await self._run(lambda core: Namespace(core).link(source, target))
+        return await self._change(lambda core: Namespace(core).link(source, target))
 
     async def symlink(self, target: str, path: str) -> Inode:
         """Make a symbolic link at `path` that says `target`."""
-        return await self._run(lambda core: Namespace(core).symlink(target, path))
+        return await self._change(lambda core: Namespace(core).symlink(target, path))
 
     async def readlink(self, path: str) -> str:
         """What the symbolic link at `path` says."""
@@ -146,7 +155,7 @@ class AsyncClient:
 
     async def truncate(self, path: str, length: int) -> Inode:
         """Set a file's length; what is added reads as zero."""
-        return await self._run(lambda core: core.truncate(path, length))
+        return await self._change(lambda core: core.truncate(path, length))
 
     async def set_attributes(
         self,
@@ -158,7 +167,7 @@ class AsyncClient:
         gid: int | None = None,
     ) -> Inode:
         """Change permission bits, modification time or owner."""
-        return await self._run(lambda core: Namespace(core).set_attributes(path, mode, mtime_ns, uid, gid))
+        return await self._change(lambda core: Namespace(core).set_attributes(path, mode, mtime_ns, uid, gid))
 
     async def xattrs(self, path: str) -> dict[str, bytes]:
         """All extended attributes."""
@@ -166,7 +175,7 @@ class AsyncClient:
 
     async def set_xattr(self, path: str, name: str, value: bytes | None) -> None:
         """Set one extended attribute (None removes it)."""
-        await self._run(lambda core: Namespace(core).set_xattr(path, name, value))
+        await self._change(lambda core: Namespace(core).set_xattr(path, name, value))
 
     # --- trash and upkeep ------------------------------------------------------------------------------------------
 
@@ -176,15 +185,15 @@ class AsyncClient:
 
     async def trash_restore(self, id: str, path: str = "") -> Inode:
         """Put a trash entry back where it was, or at `path`."""
-        return await self._run(lambda core: Namespace(core).trash_restore(id, path))
+        return await self._change(lambda core: Namespace(core).trash_restore(id, path))
 
     async def trash_empty(self, *, older_than_s: float = 0.0) -> None:
         """Remove for good what has been in the trash longer than that."""
-        await self._run(lambda core: Namespace(core).trash_empty(older_than_s))
+        await self._change(lambda core: Namespace(core).trash_empty(older_than_s))
 
     async def collect_garbage(self, *, force: bool = False) -> Collected:
         """Free the chunks of removed files that are due (`force`: all)."""
-        return await self._run(lambda core: Namespace(core).collect_garbage(force))
+        return await self._change(lambda core: Namespace(core).collect_garbage(force))
 
     async def usage(self) -> UsageReply:
         """Counts of files, directories and bytes."""
@@ -199,3 +208,10 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+async def _flushed(file: File | AsyncFile) -> None:
+    if isinstance(file, File):
+        file.flush()
+    else:
+        await file.flush()

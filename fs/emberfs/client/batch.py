@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Union
 
-from ..errors import LimitExceeded
+from ..errors import EmberError, InvalidPath, LimitExceeded, StoreClosed
 from ..types import BATCH_ITEMS_MAX, Inode
 from .buffers import flat_view, writable_view
-from .core import Core, Range, WriteHandle
+from .core import Core, Range, WriteHandle, check_range
 
 if TYPE_CHECKING:
+    from ..embedded import EmbeddedStore
     from .handle import AsyncFile, File
 
 BatchRead = tuple[Union[str, "File", "AsyncFile"], int, int]
@@ -33,7 +34,7 @@ async def batch_read(core: Core, items: Sequence[BatchRead], into: Any, *, raise
                 inode = inodes[file] = await _file_or_error(core, file)
             path = file
         else:
-            inode, path = file._file.inode, file.name
+            inode, path = file._file.inode_in_place(), file.name
         if isinstance(inode, Exception):
             results[index] = inode
         else:
@@ -51,12 +52,14 @@ async def batch_read(core: Core, items: Sequence[BatchRead], into: Any, *, raise
 async def _file_or_error(core: Core, path: str) -> Inode | Exception:
     try:
         return await core.file(path)
-    except OSError as error:
+    except EmberError as error:
         return error
 
 
 def _destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
     """A view per item: of its own buffer, or of its share of the one buffer."""
+    for _, offset, length in items:
+        check_range(offset, length)
     if isinstance(into, (list, tuple)):
         if len(into) != len(items):
             raise ValueError(f"{len(items)} items need as many buffers, not {len(into)}")
@@ -89,12 +92,26 @@ async def batch_write(core: Core, items: Sequence[BatchWrite]) -> None:
                     handles[file] = await core.open_for_write(file, create=True)
                 handle = handles[file]
             else:
-                handle = await file._file.write_handle()
+                handle = file._file.write_handle()
             work.append((handle, offset, flat_view(data)))
         await core.write_many(work)
     finally:
         for handle in handles.values():
             await core.close_handle(handle)
+
+
+def open_files(items: Sequence[BatchRead] | Sequence[BatchWrite], store: EmbeddedStore) -> list[File | AsyncFile]:
+    """The open files that a batch names, each once. They are to be flushed first: a batch goes past their buffers.
+
+    Raises StoreClosed for one that was closed, InvalidPath for one of another store.
+    """
+    files = list(dict.fromkeys(item[0] for item in items if not isinstance(item[0], str)))
+    for file in files:
+        if file._ended:
+            raise StoreClosed(f"the file {file.name!r} is closed")
+        if file._store is not store:
+            raise InvalidPath(f"the file {file.name!r} is open in another store")
+    return files
 
 
 def _check_count(items: Sequence[Any]) -> None:

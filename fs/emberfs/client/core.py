@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from ..errors import Conflict, Corruption, IsADirectory, LimitExceeded, NotADirectory, StaleChunk
+from ..errors import Conflict, Corruption, EmberError, IsADirectory, LimitExceeded, NotADirectory, NotFound, StaleChunk
 from ..messages import (
     Abandon,
     AdoptChunks,
@@ -38,6 +38,7 @@ from ..messages import (
     WriteChunks,
     WriteInline,
 )
+from ..meta.chunks import ClientChunkOps
 from ..runtime import Runtime
 from ..striping import chains_of
 from ..transport import Connection
@@ -50,6 +51,7 @@ from ..types import (
     Inline,
     Inode,
     chunk_id,
+    describe_chunk,
 )
 from .buffers import NewBytes
 from .paths import normalise
@@ -59,6 +61,17 @@ Reply = TypeVar("Reply", bound=Message)
 MESSAGE_BYTES_MAX = 64 << 20
 """Payload of one chunk message; larger reads and writes are cut, so that no call holds the store for long."""
 STALE_ATTEMPTS_MAX = 20
+
+
+def check_range(offset: int, length: int) -> None:
+    """Raises LimitExceeded unless [offset, offset+length) may lie in a file."""
+    if offset < 0 or length < 0 or offset + length > FILE_BYTES_MAX:
+        raise LimitExceeded(f"a file has bytes 0 to {FILE_BYTES_MAX}, not {offset} to {offset + length}")
+
+
+def _of_file(error: Corruption, path: str) -> Corruption:
+    """The same, and it names the file."""
+    return Corruption(error.message, path, chunk=error.chunk, offset=error.offset)
 
 
 class Range(NamedTuple):
@@ -119,6 +132,7 @@ class Core:
 
     async def get(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes [offset, offset+length) of a file, cut at its end."""
+        check_range(offset, length or 0)
         inode = await self.file(path)
         layout = inode.layout
         if type(layout) is Inline:
@@ -158,13 +172,13 @@ class Core:
                 if not reply.errors and reply.counts[0] == len(view):
                     return len(view)
         (result,) = await self.read_ranges([wanted])
-        if isinstance(result, Corruption):
+        if isinstance(result, EmberError):
             raise result
         return result
 
-    async def read_ranges(self, ranges: Sequence[Range]) -> list[int | Corruption]:
-        """Fill every range: bytes read (cut at the end of the file), or the Corruption that was found."""
-        results: list[int | Corruption] = []
+    async def read_ranges(self, ranges: Sequence[Range]) -> list[int | EmberError]:
+        """Fill every range: bytes read (cut at the end of the file), or Corruption, or NotFound if its file is gone."""
+        results: list[int | EmberError] = []
         parts: list[Part] = []
         for number, (inode, offset, view, _) in enumerate(ranges):
             count = min(len(view), max(inode.length - offset, 0))
@@ -192,22 +206,38 @@ class Core:
         self,
         ranges: Sequence[Range],
         parts: list[Part],
-        results: list[int | Corruption],
+        results: list[int | EmberError],
     ) -> None:
+        short: dict[int, list[int]] = {}
         for connection, batch in self._batches(parts):
             numbers, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
             reply = await connection.call(ReadChunks(chains, chunks, offsets), views)
             assert type(reply) is ChunksRead
-            for view, count in zip(views, reply.counts, strict=True):
+            for number, view, count in zip(numbers, views, reply.counts, strict=True):
                 if count < len(view):
                     view[count:] = bytes(len(view) - count)
+                    short.setdefault(ranges[number].inode.id, []).append(number)
             for item, (_, message, offset) in reply.errors.items():
                 inode, path, chunk = ranges[numbers[item]].inode, ranges[numbers[item]].path, chunks[item]
                 assert type(inode.layout) is Chunks
                 in_file = int.from_bytes(chunk[8:], "big") * inode.layout.chunk_size_bytes + offset
                 results[numbers[item]] = Corruption(
-                    f"{message} (file offset {in_file})", path, chunk=chunk.hex(), offset=in_file
+                    f"{message} (file offset {in_file})", path, chunk=describe_chunk(chunk), offset=in_file
                 )
+        for found in short.values():
+            if await self._is_gone(ranges[found[0]].inode):
+                for number in found:
+                    results[number] = NotFound("the file was removed while it was open", ranges[number].path)
+
+    async def _is_gone(self, inode: Inode) -> bool:
+        """Whether chunks may be missing because their file was removed: then they are no holes."""
+        if not inode.nlink:
+            return False  # our own new file, which has no name yet
+        try:
+            row = (await self.ask(Stat("", True, inode.id), InodeReply)).inode
+        except NotFound:
+            return True
+        return not row.nlink
 
     def _batches(self, parts: list[Part]) -> list[tuple[Connection, list[Part]]]:
         """Parts by connection, each message at most MESSAGE_BYTES_MAX."""
@@ -260,6 +290,10 @@ class Core:
         """Write chunks of a reserved inode. Whole chunks from their start only replace what is there."""
         await self._write_chunks(reserved.inode, reserved.layout, offset, payload)
 
+    async def truncate_reserved(self, reserved: Reserved, length: int) -> None:
+        """Remove what was written past `length` of a reserved inode: it has no length yet but that of its chunks."""
+        await ClientChunkOps(self._chains).truncate(reserved.inode, reserved.layout, length)
+
     async def commit_put(
         self, path: str, inode: int, layout: Chunks | None, data: bytes, length: int, *, mode: int, overwrite: bool
     ) -> Inode:
@@ -287,7 +321,10 @@ class Core:
         request = Open(
             normalise(path), create, exclusive, truncate, mode, size, os.getuid(), os.getgid(), append=append
         )
-        opened = await self.ask(request, Opened)
+        try:
+            opened = await self.ask(request, Opened)
+        except Corruption as error:
+            raise _of_file(error, path) from error
         return WriteHandle(path, opened.inode, opened.session, size)
 
     async def refresh(self, handle: WriteHandle) -> None:
@@ -297,8 +334,7 @@ class Core:
     async def write(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
         """Write `payload` at `offset`, durably; the file then reaches at least offset + len(payload)."""
         end = offset + len(payload)
-        if end > FILE_BYTES_MAX:
-            raise LimitExceeded(f"a file is at most {FILE_BYTES_MAX} bytes")
+        check_range(offset, len(payload))
         if not payload:
             return
         for _ in range(STALE_ATTEMPTS_MAX):
@@ -312,6 +348,8 @@ class Core:
                     await self._promote(handle, offset, payload)
                 handle.end = max(handle.end, end)
                 return
+            except Corruption as error:
+                raise _of_file(error, handle.path) from error
             except StaleChunk:
                 # Somebody truncated or promoted the file: what we wrote may be cut off, so write it again.
                 await self.refresh(handle)
@@ -322,7 +360,10 @@ class Core:
         parts: dict[int, list[Part]] = {}
         together: list[tuple[WriteHandle, int, memoryview]] = []
         for handle, offset, payload in work:
+            check_range(offset, len(payload))
             layout = handle.inode.layout
+            if not payload:
+                continue
             if type(layout) is Chunks:
                 size = layout.chunk_size_bytes
                 parts.setdefault(size, []).extend(self._parts(handle.inode.id, layout, offset, payload))
@@ -336,8 +377,7 @@ class Core:
             ends[handle] = max(ends.get(handle, 0), offset + len(payload))
         for handle, end in ends.items():
             try:
-                if end > handle.inode.length:
-                    await self._report(handle, end, durable=False)
+                await self._report(handle, end, durable=False)
                 handle.end = max(handle.end, end)
             except StaleChunk:
                 # Truncated meanwhile: some of it may be cut off, so this file's payloads are written again.
@@ -350,15 +390,15 @@ class Core:
         layout = handle.inode.layout
         assert type(layout) is Chunks
         await self._write_chunks(handle.inode.id, layout, offset, payload)
-        end = offset + len(payload)
-        if end > handle.inode.length:
-            await self._report(handle, end, durable=False)
+        await self._report(handle, offset + len(payload), durable=False)
 
     async def _report(self, handle: WriteHandle, end: int, *, durable: bool) -> None:
-        inode = handle.inode
-        await self._meta.call(ReportLength(handle.session, inode.id, end, inode.truncate_generation, durable))
-        if end > inode.length:
-            handle.inode = msgspec.structs.replace(inode, length=end)
+        """Say how far the file reaches, even if we think that it did before: it may have been truncated since."""
+        generation = handle.inode.truncate_generation
+        await self._meta.call(ReportLength(handle.session, handle.inode.id, end, generation, durable))
+        newest = handle.inode  # another write of the same handle may have changed it meanwhile
+        if newest.truncate_generation == generation and end > newest.length:
+            handle.inode = msgspec.structs.replace(newest, length=end)
 
     async def _promote(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
         """Move an inline file into chunks, with `payload` written into it."""
@@ -390,18 +430,30 @@ class Core:
             # Only a file in chunks can be longer; its first byte beyond the row makes it one.
             await self.write(handle, length - 1, memoryview(b"\0"))
             return
-        handle.inode = (await self.ask(Truncate("", handle.inode.id, length), InodeReply)).inode
+        try:
+            handle.inode = (await self.ask(Truncate("", handle.inode.id, length), InodeReply)).inode
+        except Corruption as error:
+            raise _of_file(error, handle.path) from error
         handle.end = min(handle.end, length)
 
     async def sync_length(self, handle: WriteHandle) -> None:
         """Make the length durable as well (chunks are already)."""
         if handle.end and type(handle.inode.layout) is Chunks:
-            await self._report(handle, handle.end, durable=True)
+            try:
+                await self._report(handle, handle.end, durable=True)
+            except StaleChunk:
+                # Somebody truncated after our last write: the length is theirs, and durable.
+                await self.refresh(handle)
+                handle.end = 0
 
     async def close_handle(self, handle: WriteHandle) -> None:
         """End the session."""
-        end = handle.end if type(handle.inode.layout) is Chunks else 0
-        await self._meta.call(CloseSession(handle.session, handle.inode.id, end, handle.inode.truncate_generation))
+        inode = handle.inode
+        end = handle.end if type(inode.layout) is Chunks else 0
+        try:
+            await self._meta.call(CloseSession(handle.session, inode.id, end, inode.truncate_generation))
+        except StaleChunk:
+            pass  # Somebody truncated after our last write: the length is theirs, and the session is closed.
 
     async def _write_chunks(self, inode: int, layout: Chunks, offset: int, payload: memoryview) -> None:
         await self._write_parts(self._parts(inode, layout, offset, payload), layout.chunk_size_bytes)

@@ -13,12 +13,13 @@ Does not know: positions and threads (see `handle`), or the caller's event loop.
 
 from __future__ import annotations
 
+import contextlib
 import io
 
-from ..errors import AlreadyExists, NotFound
+from ..errors import AlreadyExists, EmberError, NotFound
 from ..messages import Reserved
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, INLINE_BYTES_MAX, Inline, Inode, Kind
-from .core import MESSAGE_BYTES_MAX, Core, Range, WriteHandle
+from .core import MESSAGE_BYTES_MAX, Core, Range, WriteHandle, check_range
 
 MODES = frozenset(["r", "r+", "w", "w+", "x", "x+", "a", "a+"])
 
@@ -48,32 +49,27 @@ class FreshTarget:
         """Whether any byte has left the buffer."""
         return self._reserved is not None
 
-    def again(self) -> FreshTarget:
-        """An empty target for the same name."""
-        return FreshTarget(
-            self._core,
-            self._path,
-            overwrite=self._overwrite,
-            mode=self._mode,
-            chunk_size_bytes=self._chunk_size_bytes,
-        )
+    async def start(self) -> Reserved:
+        """The inode that the bytes go to."""
+        if self._reserved is None:
+            self._reserved = await self._core.reserve(self._chunk_size_bytes)
+        return self._reserved
 
     async def write(self, offset: int, payload: memoryview) -> None:
         """Write durably, still unnamed."""
-        if self._reserved is None:
-            self._reserved = await self._core.reserve(self._chunk_size_bytes)
-        await self._core.write_reserved(self._reserved, offset, payload)
+        await self._core.write_reserved(await self.start(), offset, payload)
         self.length = max(self.length, offset + len(payload))
 
     def inode(self) -> Inode:
         """The row as it would be if the file were finished now: what reads of our own bytes go by."""
-        layout = self._reserved.layout if self._reserved is not None else Inline()
-        number = self._reserved.inode if self._reserved is not None else 0
-        return Inode(number, Kind.FILE, self._mode, 0, self.length, 0, 0, layout=layout)
+        if self._reserved is None:
+            return Inode(0, Kind.FILE, self._mode, 0, 0, 0, 0, layout=Inline())
+        return Inode(self._reserved.inode, Kind.FILE, self._mode, 0, self.length, 0, 0, layout=self._reserved.layout)
 
     async def truncate(self, length: int) -> None:
-        """Only a longer length is possible before the file has a name; the caller rewrites for a shorter one."""
-        assert length >= self.length
+        """Set the length it will have."""
+        if self._reserved is not None and length < self.length:
+            await self._core.truncate_reserved(self._reserved, length)
         self.length = length
 
     async def sync(self) -> None:
@@ -81,24 +77,16 @@ class FreshTarget:
 
     async def finish(self, rest: bytearray) -> None:
         """Name the file. `rest`: the whole content, if none of it was written yet."""
-        if self._reserved is None and len(rest) < self.length:
-            rest = rest + bytes(self.length - len(rest))
-        if self._reserved is None and len(rest) <= INLINE_BYTES_MAX:
-            await self._core.commit_put(
-                self._path, 0, None, bytes(rest), len(rest), mode=self._mode, overwrite=self._overwrite
-            )
+        length = max(self.length, len(rest))
+        if self._reserved is None and length <= INLINE_BYTES_MAX:
+            data = bytes(rest).ljust(length, b"\0")
+            await self._core.commit_put(self._path, 0, None, data, length, mode=self._mode, overwrite=self._overwrite)
             return
         if rest:
             await self.write(0, memoryview(rest))
-        assert self._reserved is not None
+        reserved = await self.start()
         await self._core.commit_put(
-            self._path,
-            self._reserved.inode,
-            self._reserved.layout,
-            b"",
-            self.length,
-            mode=self._mode,
-            overwrite=self._overwrite,
+            self._path, reserved.inode, reserved.layout, b"", length, mode=self._mode, overwrite=self._overwrite
         )
 
     async def discard(self) -> None:
@@ -178,19 +166,20 @@ class OpenFile:
 
     async def read(self, offset: int, view: memoryview) -> int:
         """Fill `view` from `offset`; returns the bytes read, fewer only at the end of the file. Raises Corruption."""
-        if self._buffer:
-            if self._is_whole_in_buffer():
-                # Nothing has left the buffer yet: the buffer is the file (and what it was extended by reads as zero).
-                part = self._buffer[offset : offset + len(view)]
-                view[: len(part)] = part
-                if len(part) == len(view) or self.length <= offset + len(part):
-                    return len(part)
-            await self._flush_buffer()
+        if self._is_whole_in_buffer():
+            # Nothing has left the buffer yet: the buffer is the file (and what it was extended by reads as zero).
+            count = min(len(view), max(self.length - offset, 0))
+            part = self._buffer[offset : offset + count]
+            view[: len(part)] = part
+            view[len(part) : count] = bytes(count - len(part))
+            return count
+        await self._flush_buffer()
         return await self._core.read_range(Range(self.inode, offset, view, self.path))
 
     async def write(self, offset: int, payload: memoryview) -> None:
         """Take `payload` for `offset`: buffered, or written when it fills chunks."""
         assert self._target is not None
+        check_range(offset, len(payload))
         while payload:
             if self._buffer and offset != self._buffer_offset + len(self._buffer):
                 await self._flush_buffer()
@@ -218,12 +207,17 @@ class OpenFile:
             # A new object: the old one may still be exported.
             self._buffer = bytearray()
 
-    async def write_handle(self) -> WriteHandle:
-        """The session of a file open in place, with nothing buffered. Raises UnsupportedOperation for other modes."""
+    def write_handle(self) -> WriteHandle:
+        """The session of a file open in place. Raises UnsupportedOperation for other modes."""
         if not isinstance(self._target, SessionTarget):
             raise io.UnsupportedOperation(f"a batch writes in place: open {self.path!r} with r+b or ab")
-        await self._flush_buffer()
         return self._target.handle
+
+    def inode_in_place(self) -> Inode:
+        """The row of a file that can be read past its buffer. Raises UnsupportedOperation for other modes."""
+        if not self.readable or isinstance(self._target, FreshTarget):
+            raise io.UnsupportedOperation(f"a batch reads in place: open {self.path!r} with rb, r+b or a+b")
+        return self.inode
 
     async def flush(self) -> None:
         """Write what is buffered. Of a fresh file small enough to be one inode row: nothing until `close`."""
@@ -239,33 +233,27 @@ class OpenFile:
     async def truncate(self, length: int) -> None:
         """Set the length."""
         assert self._target is not None
-        if isinstance(self._target, FreshTarget) and length < self.length:
-            await self._rewrite(length)
-            return
-        await self._flush_buffer()
+        check_range(0, length)
+        if self._is_whole_in_buffer():
+            del self._buffer[length:]
+        else:
+            await self._flush_buffer()
         await self._target.truncate(length)
 
-    async def _rewrite(self, length: int) -> None:
-        """Shorten a fresh file: nobody else knows it, so keep the first `length` bytes and start again."""
-        assert isinstance(self._target, FreshTarget)
-        kept = bytearray(length)
-        with memoryview(kept) as view:
-            await self.read(0, view)
-        old = self._target
-        self._target = old.again()
-        self._buffer, self._buffer_offset = bytearray(), 0
-        await old.discard()
-        with memoryview(kept) as view:
-            await self.write(0, view)
-
     async def close(self) -> None:
-        """Write everything and, for a fresh file, give it its name."""
+        """Write everything and, for a fresh file, give it its name. After an error the file is closed all the same."""
         if self._target is None:
             return
-        if not self._is_whole_in_buffer():
-            await self._flush_buffer()
-        await self._target.finish(self._buffer)
-        self._buffer = bytearray()
+        try:
+            if not self._is_whole_in_buffer():
+                await self._flush_buffer()
+            await self._target.finish(self._buffer)
+            self._buffer = bytearray()
+        except BaseException:
+            # What was not written is lost with this error; its space and its session must not be.
+            with contextlib.suppress(EmberError):
+                await self.discard()
+            raise
 
     async def discard(self) -> None:
         """Close without naming a fresh file; of a session, what was flushed stays."""

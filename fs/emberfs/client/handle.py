@@ -5,20 +5,24 @@ at most one chunk. Reads of READ_AHEAD_BYTES_MIN and more go straight into the c
 
 Positions: a seek counts for the next read or write of its own thread; one without goes on where the last one ended,
 whichever thread that was in. So many threads may each seek and read one handle, and a stream may be passed from
-thread to thread. DuckDB does both.
+thread to thread. DuckDB does both. The calls on a file that is open for writing take turns: each `write` is whole,
+whoever else writes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import threading
 import warnings
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import StoreClosed
 from .buffers import NewBytes, flat_view, writable_view
+from .core import check_range
 from .file import OpenFile
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ class File(io.BufferedIOBase):
         """Thread -> (where it sought, how many steps had gone on without a seek by then)."""
         self._steps_on = 0
         self._ahead_lock = threading.Lock()
+        self._turn = threading.RLock() if open_file.writable else nullcontext()
         self._ahead = b""
         self._ahead_offset = 0
         self._window_bytes = 0
@@ -68,10 +73,7 @@ class File(io.BufferedIOBase):
     def _check(self, *, writing: bool = False) -> None:
         if self.closed:
             raise StoreClosed(f"the file {self.name!r} is closed")
-        if writing and not self._file.writable:
-            raise io.UnsupportedOperation(f"{self.name!r} is open for reading only (mode {self.mode!r})")
-        if not writing and not self._file.readable:
-            raise io.UnsupportedOperation(f"{self.name!r} is open for writing only (mode {self.mode!r})")
+        _check_mode(self._file, self.mode, writing=writing)
 
     # --- position --------------------------------------------------------------------------------------------------
 
@@ -92,10 +94,7 @@ class File(io.BufferedIOBase):
         """Say where this thread goes on; past the end is allowed. Raises ValueError for a negative place."""
         if self.closed:
             raise StoreClosed(f"the file {self.name!r} is closed")
-        if whence:
-            offset += self.tell() if whence == os.SEEK_CUR else self.size
-        if offset < 0:
-            raise ValueError(f"cannot seek to {offset}")
+        offset = _sought(offset, whence, now=self.tell(), end=self.size)
         self._sought[threading.get_ident()] = (offset, self._steps_on)
         self._position = offset
         return offset
@@ -105,57 +104,62 @@ class File(io.BufferedIOBase):
     def read(self, size: int | None = -1, /) -> bytes:
         """Up to `size` bytes (all that is left if negative or None); fewer only at the end of the file."""
         self._check()
-        position = self._step()
-        left = max(self._file.length - position, 0)
-        size = left if size is None or size < 0 else min(size, left)
-        if size == 0:
-            self._position = position
-            return b""
-        if size < READ_AHEAD_BYTES_MIN and not self._file.writable:
-            data = self._read_ahead(position, size)
-        else:
-            target = NewBytes(size)
-            count = self._run(self._file.read(position, target.view))
-            data = target.finish() if count == size else target.finish()[:count]
-        self._position = position + len(data)
-        return data
+        with self._turn:
+            position = self._step()
+            left = max(self._file.length - position, 0)
+            size = left if size is None or size < 0 else min(size, left)
+            if size == 0:
+                self._position = position
+                return b""
+            if size < READ_AHEAD_BYTES_MIN and not self._file.writable:
+                data = self._read_ahead(position, size)
+            else:
+                target = NewBytes(size)
+                count = self._run(self._file.read(position, target.view))
+                data = target.finish() if count == size else target.finish()[:count]
+            self._position = position + len(data)
+            return data
 
     read1 = read
 
     def peek(self, size: int = 1, /) -> bytes:
         """Some bytes from the position on, without moving it: what makes `readline` quick."""
         self._check()
-        position = self.tell()
-        left = max(self._file.length - position, 0)
-        if self._file.writable:
-            target = NewBytes(min(left, 8192))
-            self._run(self._file.read(position, target.view))
-            return target.finish()
-        return self._read_ahead(position, min(left, READ_AHEAD_BYTES_MIN - 1))
+        with self._turn:
+            position = self.tell()
+            left = max(self._file.length - position, 0)
+            if self._file.writable:
+                target = NewBytes(min(left, 8192))
+                self._run(self._file.read(position, target.view))
+                return target.finish()
+            return self._read_ahead(position, min(left, READ_AHEAD_BYTES_MIN - 1))
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill `buffer` in place; returns the bytes read."""
         self._check()
         view = writable_view(buffer)
-        position = self._step()
-        if 0 < len(view) < READ_AHEAD_BYTES_MIN and not self._file.writable:
-            data = self._read_ahead(position, min(len(view), max(self._file.length - position, 0)))
-            count = len(data)
-            view[:count] = data
-        else:
-            count = self._run(self._file.read(position, view))
-        self._position = position + count
-        return count
+        with self._turn:
+            position = self._step()
+            if 0 < len(view) < READ_AHEAD_BYTES_MIN and not self._file.writable:
+                data = self._read_ahead(position, min(len(view), max(self._file.length - position, 0)))
+                count = len(data)
+                view[:count] = data
+            else:
+                count = self._run(self._file.read(position, view))
+            self._position = position + count
+            return count
 
     readinto1 = readinto
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Bytes [offset, offset+size) without using or moving a position."""
         self._check()
-        target = NewBytes(min(size, max(self._file.length - offset, 0)))
-        if target.view:
-            self._run(self._file.read(offset, target.view))
-        return target.finish()
+        check_range(offset, size)
+        with self._turn:
+            target = NewBytes(min(size, max(self._file.length - offset, 0)))
+            if target.view:
+                self._run(self._file.read(offset, target.view))
+            return target.finish()
 
     def _read_ahead(self, position: int, size: int) -> bytes:
         """A small read: from the window, which grows while reads go on where the last window ended."""
@@ -180,31 +184,33 @@ class File(io.BufferedIOBase):
         """Write all of `data` at the position (at the end, in append mode). It must not change until this returns."""
         self._check(writing=True)
         view = flat_view(data)
-        position = self._step()
-        if self._file.appends:
-            position = self._file.length
-        self._run(self._file.write(position, view), mutates=True)
-        self._position = position + len(view)
-        return len(view)
+        with self._turn:
+            position = self._step()
+            if self._file.appends:
+                position = self._file.length
+            self._run(self._file.write(position, view), mutates=True)
+            self._position = position + len(view)
+            return len(view)
 
     def flush(self) -> None:
         """Write out what is buffered (see `OpenFile.flush`)."""
         if not self._ended and self._file.writable:
-            self._run(self._file.flush(), mutates=True)
+            with self._turn:
+                self._run(self._file.flush(), mutates=True)
 
     def fsync(self) -> None:
         """Flush, and make the length durable too. A file opened with "w" or "x" still gets its name only at close."""
         self._check(writing=True)
-        self._run(self._file.sync(), mutates=True)
+        with self._turn:
+            self._run(self._file.sync(), mutates=True)
 
     def truncate(self, size: int | None = None, /) -> int:
         """Set the length to `size` (the position, if None)."""
         self._check(writing=True)
-        length = self.tell() if size is None else size
-        if length < 0:
-            raise ValueError(f"a length is not negative: {length}")
-        self._run(self._file.truncate(length), mutates=True)
-        return length
+        with self._turn:
+            length = self.tell() if size is None else size
+            self._run(self._file.truncate(length), mutates=True)
+            return length
 
     def close(self) -> None:
         """Write everything; a file opened with "w" or "x" gets its name now."""
@@ -215,14 +221,15 @@ class File(io.BufferedIOBase):
         self._end(self._file.discard)
 
     def _end(self, end: Any) -> None:
-        if self._ended:
-            return
-        self._ended = True
-        try:
-            if self._file.writable:
-                self._run(end(), mutates=True)
-        finally:
-            super().close()
+        with self._turn:
+            if self._ended:
+                return
+            self._ended = True
+            try:
+                if self._file.writable:
+                    self._run(end(), mutates=True)
+            finally:
+                super().close()
 
     def __exit__(self, error_type: Any, *_: object) -> None:
         if error_type is None:
@@ -250,13 +257,34 @@ class File(io.BufferedIOBase):
         return True
 
 
+def _check_mode(file: OpenFile, mode: str, *, writing: bool) -> None:
+    if writing and not file.writable:
+        raise io.UnsupportedOperation(f"{file.path!r} is open for reading only (mode {mode!r})")
+    if not writing and not file.readable:
+        raise io.UnsupportedOperation(f"{file.path!r} is open for writing only (mode {mode!r})")
+
+
+def _sought(offset: int, whence: int, *, now: int, end: int) -> int:
+    """The position that `seek` is asked for."""
+    bases = {os.SEEK_SET: 0, os.SEEK_CUR: now, os.SEEK_END: end}
+    if whence not in bases:
+        raise ValueError(f"whence is 0, 1 or 2: {whence}")
+    if bases[whence] + offset < 0:
+        raise ValueError(f"cannot seek to {bases[whence] + offset}")
+    return bases[whence] + offset
+
+
 class AsyncFile:
-    """A file of the store, opened by `AsyncClient.open`. The same as `File`, awaited; one position."""
+    """A file of the store, opened by `AsyncClient.open`. The same as `File`, awaited; one position.
+
+    Calls take turns: tasks that write to one file write one after the other.
+    """
 
     def __init__(self, store: EmbeddedStore, open_file: OpenFile, mode: str) -> None:
         self._store = store
         self._file = open_file
         self._position = open_file.length if open_file.appends else 0
+        self._turn = asyncio.Lock()
         self._ended = False
         self.name = open_file.path
         self.mode = mode
@@ -266,10 +294,15 @@ class AsyncFile:
         """Length in bytes, unwritten buffers included."""
         return self._file.length
 
-    async def _run(self, call: Coroutine[Any, Any, T]) -> T:
+    def _check(self, *, writing: bool = False) -> None:
         if self._ended:
-            call.close()
             raise StoreClosed(f"the file {self.name!r} is closed")
+        _check_mode(self._file, self.mode, writing=writing)
+
+    async def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        if self._store.forked:
+            call.close()
+            raise StoreClosed(f"{self.name!r} was opened before this process forked; open it again")
         return await self._store.portal.run_async(call)
 
     def tell(self) -> int:
@@ -277,62 +310,73 @@ class AsyncFile:
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"cannot seek to {base + offset}")
-        self._position = base + offset
+        """Move the position; past the end is allowed. Raises ValueError for a negative one."""
+        self._position = _sought(offset, whence, now=self._position, end=self.size)
         return self._position
 
     async def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes (all that is left if negative)."""
-        left = max(self._file.length - self._position, 0)
-        target = NewBytes(left if size < 0 else min(size, left))
-        if target.view:
-            await self._run(self._file.read(self._position, target.view))
-        self._position += len(target.view)
-        return target.finish()
+        self._check()
+        async with self._turn:
+            left = max(self._file.length - self._position, 0)
+            target = NewBytes(left if size < 0 else min(size, left))
+            if target.view:
+                await self._run(self._file.read(self._position, target.view))
+            self._position += len(target.view)
+            return target.finish()
 
     async def readinto(self, buffer: Any) -> int:
         """Fill `buffer` in place; returns the bytes read."""
-        count = await self._run(self._file.read(self._position, writable_view(buffer)))
-        self._position += count
-        return count
+        self._check()
+        view = writable_view(buffer)
+        async with self._turn:
+            count = await self._run(self._file.read(self._position, view))
+            self._position += count
+            return count
 
     async def write(self, data: Any) -> int:
-        """Write all of `data` at the position (at the end, in append mode)."""
-        if not self._file.writable:
-            raise io.UnsupportedOperation(f"{self.name!r} is open for reading only (mode {self.mode!r})")
+        """Write all of `data` at the position (at the end, in append mode). It must not change until this returns."""
+        self._check(writing=True)
         view = flat_view(data)
-        position = self._file.length if self._file.appends else self._position
-        await self._run(self._file.write(position, view))
-        self._position = position + len(view)
-        return len(view)
+        async with self._turn:
+            position = self._file.length if self._file.appends else self._position
+            await self._run(self._file.write(position, view))
+            self._position = position + len(view)
+            return len(view)
 
     async def flush(self) -> None:
         """Write out what is buffered."""
-        await self._run(self._file.flush())
+        if not self._ended and self._file.writable:
+            async with self._turn:
+                await self._run(self._file.flush())
 
     async def fsync(self) -> None:
-        """Flush, and make the length durable too."""
-        await self._run(self._file.sync())
+        """Flush, and make the length durable too. A file opened with "w" or "x" still gets its name only at close."""
+        self._check(writing=True)
+        async with self._turn:
+            await self._run(self._file.sync())
 
-    async def truncate(self, size: int) -> int:
-        """Set the length."""
-        await self._run(self._file.truncate(size))
-        return size
+    async def truncate(self, size: int | None = None) -> int:
+        """Set the length to `size` (the position, if None)."""
+        self._check(writing=True)
+        async with self._turn:
+            length = self._position if size is None else size
+            await self._run(self._file.truncate(length))
+            return length
 
     async def close(self) -> None:
         """Write everything; a file opened with "w" or "x" gets its name now."""
-        if not self._ended:
-            await self._run(self._file.close())
-            self._ended = True
+        await self._end(self._file.close)
 
     async def discard(self) -> None:
         """Close without giving a file opened with "w" or "x" its name."""
-        if not self._ended:
-            await self._run(self._file.discard())
-            self._ended = True
+        await self._end(self._file.discard)
+
+    async def _end(self, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        async with self._turn:
+            if not self._ended:
+                self._ended = True
+                await self._run(end())
 
     async def __aenter__(self) -> AsyncFile:
         return self

@@ -17,9 +17,9 @@ from ..maintenance import Maintenance
 from ..messages import Collected, TrashEntry, UsageReply
 from ..types import Inode
 from .attachment import Attachment
-from .batch import BatchRead, BatchWrite, batch_read, batch_write
+from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
 from .buffers import flat_view, writable_view
-from .core import Core, Range
+from .core import Core, Range, check_range
 from .file import open_file
 from .handle import File
 from .namespace import Namespace, page_after
@@ -85,6 +85,7 @@ class Client:
     def get_into(self, path: str, buffer: Any, *, offset: int = 0) -> int:
         """Fill `buffer` from `offset` of a file; returns the bytes read."""
         view = writable_view(buffer)
+        check_range(offset, len(view))
 
         async def fill(core: Core) -> int:
             return await core.read_range(Range(await core.file(path), offset, view, path))
@@ -97,6 +98,8 @@ class Client:
         `into` is one buffer per item, or one buffer that is filled item after item. Returns the bytes read per item;
         with `raise_errors=False` a failed item's place holds its error instead, else the first error is raised.
         """
+        for file in open_files(items, self._attachment.store):
+            file.flush()
         return self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
 
     def batch_write(self, items: Sequence[BatchWrite]) -> None:
@@ -104,6 +107,8 @@ class Client:
 
         Paths must exist or are made. Each chunk is written atomically, the batch is not.
         """
+        for file in open_files(items, self._attachment.store):
+            file.flush()
         self._change(lambda core: batch_write(core, items))
 
     # --- names -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from ..types import describe_chunk
 from .allocator import GROUP_BLOCKS, Allocator, position_class
 from .checksum import crc32c, cumulative_sums
 from .reader import BlockReader, ReadRequest
-from .record import SUMS_INLINE_BYTES_MAX, Extent, Record, decode_record
+from .record import NO_REQUEST, SUMS_INLINE_BYTES_MAX, Extent, Record, decode_record
 from .update import Action, Plan, Update, appended_sums, padded_payload, plan_update
 
 ENGINE_FORMAT = 1
@@ -277,19 +277,21 @@ class ChunkEngine:
         granule_log2 = record.granule_log2 if record is not None else update.granule_log2
         block_bytes = 1 << position_class(committed.position) if committed is not None else 0
         plan = plan_update(update, committed, pending, block_bytes=block_bytes)
-        if plan.way == "nothing":
+        if plan.way == "nothing" or (plan.way == "remove" and record is None):
             return current
         extent = await self._next_extent(update, committed, granule_log2, version, plan, change, writes)
         if pending is not None and (committed is None or pending.position != committed.position):
             change.freed.append(pending.position)
+        # An update that nobody repeats (a truncate, say) must not make a repeated write before it look new.
+        request = record.request if record is not None and update.request == NO_REQUEST else update.request
         if publish:
             row = None
             if extent is not None:
-                row = Record(granule_log2, extent, None, False, update.request).encode(update.chunk)
+                row = Record(granule_log2, extent, None, False, request).encode(update.chunk)
             if committed is not None and (extent is None or extent.position != committed.position):
                 change.freed.append(committed.position)
         else:
-            row = Record(granule_log2, committed, extent, extent is None, update.request).encode(update.chunk)
+            row = Record(granule_log2, committed, extent, extent is None, request).encode(update.chunk)
         change.rows.append((_CHUNK + update.chunk, row))
         self.counters.payload_bytes += len(update.payload)
         return version

@@ -1,14 +1,15 @@
 """Verified reads of blocks: from records to disk reads, and the check of what came back.
 
 A read covers whole granules (the checksum's unit): the caller's bytes land in the caller's buffer, the rest of the
-first and last granule in scratch memory, all by one `preadv`, and one CRC call per piece checks the lot.
+first and last granule in scratch memory, all by one `preadv` a step, and one CRC call per piece checks the lot.
 
 Does not know: which record is the newest, or who may read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 from ..disk import Disk, ReadItem
 from ..errors import Corruption
@@ -16,6 +17,9 @@ from ..types import describe_chunk
 from .allocator import Allocator, position_class, stride_bytes
 from .checksum import crc32c, first_bad_granule, sum_before
 from .record import Extent, decode_committed, sums_bytes
+
+STEP_BYTES = 1 << 20
+"""Read and checked in one go: fits a core's L2 cache, so that the check does not fetch the bytes from memory again."""
 
 
 class ReadRequest:
@@ -50,6 +54,10 @@ class ReadRequest:
         self.extent: Extent | None = None
 
 
+Step = tuple[ReadRequest, int, int, list[memoryview]]
+"""(request, first granule, one past the last, where they go): what is read and checked in one go."""
+
+
 class BlockReader:
     """Reads and verifies extents of one target."""
 
@@ -82,7 +90,7 @@ class BlockReader:
     async def read(self, requests: Sequence[ReadRequest]) -> None:
         """Read and verify; each request ends with its `count` or its `error`."""
         items: list[ReadItem] = []
-        reading: list[ReadRequest] = []
+        steps: list[Step] = []
         for request in requests:
             extent = request.extent
             if extent is None:
@@ -94,26 +102,44 @@ class BlockReader:
                     request.error = error
                     continue
             file, block = self._allocator.place(extent.position)
-            items.append((file, request.pieces, block + request.begin))
-            reading.append(request)
-        if items:
-            counts = await self._disk.read(items)
-            for request, count in zip(reading, counts, strict=True):
-                if count != request.length:
-                    request.error = self._corruption(request, "the block file is too short", request.first)
-                else:
-                    self._verify(request)
-
-    def _verify(self, request: ReadRequest) -> None:
-        running = sum_before(request.sums, request.first)
-        for piece in request.pieces:
-            running = crc32c(piece, running)
-        if running == sum_before(request.sums, request.last):
+            if request.length <= STEP_BYTES:
+                items.append((file, request.pieces, block + request.begin))
+                steps.append((request, request.first, request.last, request.pieces))
+                continue
+            for step in _steps(request):
+                items.append((file, step[3], block + (step[1] << request.granule_log2)))
+                steps.append(step)
+        if not items:
             return
-        block = memoryview(b"".join(request.pieces))
-        granule = 1 << request.granule_log2
-        bad = first_bad_granule(block, request.sums, granule=granule, first=request.first)
-        request.error = self._corruption(request, "checksum mismatch", request.first if bad is None else bad)
+        try:
+            await self._disk.read(items, lambda index, count: self._verify(count, *steps[index]))
+        except OSError:
+            await self._read_one_by_one(items, steps)
+
+    async def _read_one_by_one(self, items: Sequence[ReadItem], steps: Sequence[Step]) -> None:
+        """After a failed read: a bad sector must not hide what can be read."""
+        for item, step in zip(items, steps, strict=True):
+            try:
+                (count,) = await self._disk.read([item])
+            except OSError as error:
+                step[0].error = self._corruption(step[0], f"{error} (the block cannot be read)", step[1])
+            else:
+                self._verify(count, *step)
+
+    def _verify(self, count: int, request: ReadRequest, first: int, last: int, pieces: list[memoryview]) -> None:
+        """Check one step. Runs where the bytes were read: they are in that core's cache, and nobody's baton is held."""
+        running = sum_before(request.sums, first)
+        left = count
+        for piece in pieces:
+            running = crc32c(piece, running)
+            left -= len(piece)
+        if left:
+            request.error = self._corruption(request, "the block file is too short", first)
+        if left or running == sum_before(request.sums, last):
+            return
+        block = memoryview(b"".join(pieces))
+        bad = first_bad_granule(block, request.sums, granule=1 << request.granule_log2, first=first)
+        request.error = self._corruption(request, "checksum mismatch", first if bad is None else bad)
 
     def _corruption(self, request: ReadRequest, what: str, granule_index: int) -> Corruption:
         offset, name = granule_index << request.granule_log2, describe_chunk(request.chunk)
@@ -148,6 +174,23 @@ class BlockReader:
             name = describe_chunk(chunk)
             raise Corruption(f"the checksums beside the block of chunk {name} are damaged", chunk=name, offset=0)
         return bytes(packed)
+
+
+def _steps(request: ReadRequest) -> Iterator[Step]:
+    """A request that is longer, in steps of at most STEP_BYTES."""
+    pieces = deque(request.pieces)
+    for first in range(request.first, request.last, STEP_BYTES >> request.granule_log2):
+        last = min(first + (STEP_BYTES >> request.granule_log2), request.last)
+        left = min(last << request.granule_log2, request.begin + request.length) - (first << request.granule_log2)
+        cut = []
+        while left:
+            piece = pieces.popleft()
+            if len(piece) > left:
+                pieces.appendleft(piece[left:])
+                piece = piece[:left]
+            cut.append(piece)
+            left -= len(piece)
+        yield (request, first, last, cut)
 
 
 def _aim(request: ReadRequest, extent: Extent, granule_log2: int, offset: int, destination: memoryview) -> None:

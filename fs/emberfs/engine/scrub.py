@@ -24,7 +24,7 @@ from .record import Extent, Record, decode_record
 PIECE_BYTES = 4 << 20
 """Read at once, and so lost to sight behind the first damaged granule in it."""
 PASSES_MAX = 3
-"""A chunk that is written to again and again is left after this many tries: every write verifies what it keeps."""
+"""What changes while it is looked at is looked at again, so often. `scrub` then leaves the chunk to its writer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +144,10 @@ class _Scrubber:
 async def check(engine: ChunkEngine, *, repair: bool = False) -> CheckReport:
     """Compare records, bitmaps and files: each named block is marked, inside its file, and named once; no other is.
 
-    `repair` frees leaked blocks, unless a record is damaged: they may be its. Raises Conflict if the target is being
-    written to.
+    `repair` frees leaked blocks, unless a record is damaged: they may be its. Raises Conflict if the target is written
+    to in each of a few tries.
     """
-    checker = _Checker(engine)
-    try:
-        await checker.read(engine.snapshot())
-    except Conflict as error:
-        raise Conflict("the target is being written to: check it when nobody writes") from error
+    checker = await _checked(engine)
     leaked = list(checker.leaked())
     repair = repair and bool(leaked) and not checker.is_record_damaged
     if repair:
@@ -160,6 +156,21 @@ async def check(engine: ChunkEngine, *, repair: bool = False) -> CheckReport:
         message = f"block {_describe(position)} is marked as taken, and no record names it"
         checker.report.findings.append(Finding("leaked", "", 0, message, repaired=repair))
     return checker.report
+
+
+async def _checked(engine: ChunkEngine) -> _Checker:
+    """A checker that has read the index in one state."""
+    passes = 0
+    while True:
+        passes += 1
+        checker = _Checker(engine)
+        try:
+            await checker.read(engine.snapshot())
+        except Conflict as error:
+            if passes == PASSES_MAX:
+                raise Conflict("the target is being written to: check it when nobody writes") from error
+        else:
+            return checker
 
 
 class _Checker:

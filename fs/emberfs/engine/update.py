@@ -66,7 +66,7 @@ def plan_update(update: Update, committed: Extent | None, pending: Extent | None
     shared = committed is not None and pending is not None and pending.position == committed.position
     match update.action:
         case Action.REMOVE:
-            return Plan("remove" if committed is not None or pending is not None else "nothing", 0)
+            return Plan("remove", 0)
         case Action.TRUNCATE:
             if committed is None or update.offset >= old_length:
                 return Plan("nothing", old_length)
@@ -90,6 +90,8 @@ def padded_payload(update: Update, *, begin: int) -> memoryview:
 
 def appended_sums(sums: bytes, *, length: int, granule: int, payload: memoryview) -> bytes:
     """Sums of `length` bytes with sums `sums`, followed by `payload`."""
+    if not payload:
+        return sums
     whole, inside = divmod(length, granule)
     running = sum_before(sums, whole + (1 if inside else 0))
     return sums[: 4 * whole] + cumulative_sums(payload, granule=granule, offset=length, start=running)

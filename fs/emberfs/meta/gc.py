@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from ..errors import EmberError
+from ..errors import Corruption, EmberError
 from ..kv.types import Transaction
 from ..messages import Collected, CollectGarbage, Usage, UsageReply
 from ..types import Chunks, Inode
@@ -57,7 +57,12 @@ async def _collect(state: MetaState, *, force: bool) -> tuple[int, int]:
             if inode is not None and await state.kv.begin().range(*session_range(inode.id), limit=1):
                 continue
             if inode is not None and isinstance(inode.layout, Chunks):
-                chunks += await state.chunks.remove(inode.id, inode.layout)
+                try:
+                    chunks += await state.chunks.remove(inode.id, inode.layout)
+                except Corruption as error:
+                    # One damaged chunk must not keep all other garbage.
+                    log.warning("chunks of the removed inode %x stay: %s", inode.id, error)
+                    continue
             done.append((key, inode))
         await _bury(state, done)
         files += len(done)
@@ -102,7 +107,10 @@ async def sweep_unnamed(state: MetaState, begin: int, end: int) -> int:
         rows = await state.kv.begin().get_many([inode_key(inode) for inode in inodes])
         for inode, row in zip(inodes, rows, strict=True):
             if row is None:
-                removed += await state.chunks.remove(inode, None)
+                try:
+                    removed += await state.chunks.remove(inode, None)
+                except Corruption as error:
+                    log.warning("chunks of inode %x, which nothing names, stay: %s", inode, error)
     await state.ids.mark_swept(end)
     return removed
 

@@ -27,12 +27,16 @@ from .keys import (
 )
 from .paths import Place, locate, locate_existing, split_path
 from .state import MetaState
+from .truncate import finish
 
 
 async def stat(state: MetaState, request: Stat) -> InodeReply:
     """What is at a path."""
     if request.follow and not request.inode and not state.hints and (known := state.stats.get(request.path)):
         return known
+    if request.inode:
+        # A writer asks this after its file was truncated: what it writes next must not be cut by that any more.
+        await finish(state, request.inode)
     return await state.read(_stat, request)
 
 

@@ -13,9 +13,11 @@ Does not know: where chunks are.
 
 from __future__ import annotations
 
+import logging
+
 from msgspec.structs import replace
 
-from ..errors import AlreadyExists, Conflict, IsADirectory, NotFound, StaleChunk
+from ..errors import AlreadyExists, Conflict, Corruption, IsADirectory, NotFound, StaleChunk
 from ..kv.types import Transaction
 from ..messages import CloseSession, Done, Open, Opened, ReportLength
 from ..types import CLIENT_ID_BYTES, Chunks, Inline, Inode, Kind
@@ -35,6 +37,8 @@ from .scan import pages
 from .state import Hint, MetaState
 from .truncate import finish, set_length
 
+log = logging.getLogger("emberline.meta")
+
 
 async def open_session(state: MetaState, request: Open) -> Opened:
     """Open a file for writing, and create or truncate it as asked, in one transaction."""
@@ -51,7 +55,11 @@ async def open_session(state: MetaState, request: Open) -> Opened:
     if inode is None:
         # Raised here, because inside the transaction it would only be tried again.
         raise Conflict("the file is open for appending already", request.path)
-    await finish(state, inode.id)
+    try:
+        await finish(state, inode.id)
+    except Corruption:
+        await close_session(state, CloseSession(session, inode.id, 0, inode.truncate_generation))
+        raise
     return Opened(inode=state.hinted(inode), session=session)
 
 
@@ -102,9 +110,8 @@ async def report_length(state: MetaState, request: ReportLength) -> Done:
         return Done()
     inode = await _open_file(state.kv.begin(), request.inode, request.session)
     _check_generation(inode, request.truncate_generation)
-    hint = state.hints.get(inode.id)
-    end = max(request.end, hint.end) if hint and hint.truncate_generation == inode.truncate_generation else request.end
-    state.hints[inode.id] = Hint(inode.truncate_generation, end, state.runtime.wall_ns())
+    if request.end > state.hinted(inode).length:
+        state.hints[inode.id] = Hint(inode.truncate_generation, request.end, state.runtime.wall_ns())
     return Done()
 
 
@@ -179,7 +186,11 @@ async def recover(state: MetaState) -> int:
     again.
     """
     for inode in await _all_inodes(state, b"T"):
-        await finish(state, inode)
+        try:
+            await finish(state, inode)
+        except Corruption as error:
+            # One damaged file must not keep the store closed: who opens it for writing is told, and it stays due.
+            log.warning("the truncate of inode %x waits: %s", inode, error)
     recovered = 0
     for inode in await _all_inodes(state, b"S"):
         recovered += 1

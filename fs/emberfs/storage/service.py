@@ -9,7 +9,6 @@ Does not know: files, paths, or where else a chunk may be.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -120,7 +119,10 @@ class StorageService:
         rows = await engine.scan(request.begin, request.end, limit=request.limit, reverse=request.reverse)
         found = []
         for chunk, row in rows:
-            committed = decode_record(chunk, row).committed
+            try:
+                committed = decode_record(chunk, row).committed
+            except Corruption:
+                committed = None  # It must not hide the others; whoever reads it is told.
             found.append((chunk, committed.length if committed is not None else 0))
         return ChunkList(found)
 
@@ -128,10 +130,15 @@ class StorageService:
         """Run coroutines side by side; one alone runs right here. Raises the first error once all have ended."""
         first, *others = list(works)
         tasks = [self._runtime.spawn(work, "storage-part") for work in others]
-        results = await asyncio.gather(first, *tasks, return_exceptions=True) if tasks else [await first]
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        errors = []
+        # Not asyncio.gather: it wants to be inside a running loop, and a caller's thread may drive this.
+        for part in (first, *tasks):
+            try:
+                await part
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 async def _apply_in_rounds(engine: ChunkEngine, updates: Sequence[Update]) -> None:

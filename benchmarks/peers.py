@@ -1,0 +1,112 @@
+"""What emberline is measured against, each behind the same two calls: `load` items, `read` them back.
+
+Invariants: a peer that does not check what it returns is checked by its caller, with the CRC32C that the store uses;
+the sums are held in memory, which costs a peer less than keeping them would. Every peer is in the development
+environment, so nothing here builds another one.
+
+Does not know: what the items mean, or who measures.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import diskcache
+import lmdb
+from emberfs.engine.checksum import crc32c
+
+from .runner import verify
+
+DISTRIBUTIONS = ("lmdb", "diskcache", "fsspec")
+
+LMDB_MAP_BYTES = 64 << 30
+
+
+def describe(say: Callable[[str], None]) -> list[str]:
+    """Say which peers are installed; returns the names of those that are not."""
+    missing = []
+    for name in DISTRIBUTIONS:
+        try:
+            say(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+            say(f"{name} is missing: pip install -e '.[dev]'")
+    return missing
+
+
+class Values(Protocol):
+    """A peer that keeps values under numbers."""
+
+    def load(self, values: Iterable[memoryview]) -> None:
+        """Store the values under 0, 1, 2, ..."""
+
+    def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> None:
+        """Copy the values into the buffers and check each against its CRC32C."""
+
+    def close(self) -> None:
+        """Close, and remove the data."""
+
+
+class LmdbValues:
+    """LMDB, one value per item, in one environment."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir()
+        self._env = lmdb.open(str(directory), map_size=LMDB_MAP_BYTES)
+        self._sums: dict[int, int] = {}
+
+    def load(self, values: Iterable[memoryview]) -> None:
+        with self._env.begin(write=True) as transaction:
+            for number, value in enumerate(values):
+                transaction.put(_key(number), value, append=True)
+                self._sums[number] = crc32c(value)
+
+    def write(self, numbers: Sequence[int], values: Sequence[memoryview]) -> None:
+        """Set values: one transaction, durable at return."""
+        with self._env.begin(write=True) as transaction:
+            for number, value in zip(numbers, values, strict=True):
+                transaction.put(_key(number), value)
+                self._sums[number] = crc32c(value)
+
+    def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> None:
+        with self._env.begin(buffers=True) as transaction:
+            for number, view in zip(numbers, into, strict=True):
+                view[:] = transaction.get(_key(number))
+                verify(crc32c(view) == self._sums[number], f"LMDB value {number}")
+
+    def close(self) -> None:
+        self._env.close()
+        shutil.rmtree(self._directory)
+
+
+class DiskcacheValues:
+    """diskcache: SQLite, and a file for each value of 32 KiB and more. Not durable, so it is compared on reads only."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._cache = diskcache.Cache(str(directory), size_limit=1 << 40, cull_limit=0)
+        self._sums: list[int] = []
+
+    def load(self, values: Iterable[memoryview]) -> None:
+        with self._cache.transact():
+            for value in values:
+                self._cache.set(len(self._sums), bytes(value))
+                self._sums.append(crc32c(value))
+
+    def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> None:
+        for number, view in zip(numbers, into, strict=True):
+            view[:] = self._cache.get(number)
+            verify(crc32c(view) == self._sums[number], f"diskcache value {number}")
+
+    def close(self) -> None:
+        self._cache.close()
+        shutil.rmtree(self._directory)
+
+
+def _key(number: int) -> bytes:
+    return number.to_bytes(8, "big")

@@ -1,0 +1,160 @@
+"""Group commit, under many schedules: who shares a flush, who leads, who hears of an error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from emberfs.batching import GroupCommit
+
+from tests.sim.loop import SimRuntime, run
+
+SEEDS = range(20)
+
+
+class Flushes:
+    """Takes its time, keeps what it was given, and fails for lists that hold "bad"."""
+
+    def __init__(self, runtime: SimRuntime, *, weigh: Callable[[str], int] = len, weight_max: int = 1000) -> None:
+        self.runtime = runtime
+        self.lists: list[list[str]] = []
+        self.tasks: list[str] = []
+        """The task that each flush ran in."""
+        self.is_flushing = False
+        self.commits: GroupCommit[str] = GroupCommit(runtime, self.flush, weigh=weigh, weight_max=weight_max)
+
+    async def flush(self, items: list[str]) -> None:
+        assert not self.is_flushing, "two flushes at once"
+        self.is_flushing = True
+        self.lists.append(items)
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.append(task.get_name())
+        await self.runtime.sleep(1.0)
+        self.is_flushing = False
+        if "bad" in items:
+            raise OSError("no flush")
+
+    def submit(self, *items: str) -> list[asyncio.Task[None]]:
+        return [self.runtime.spawn(self.commits.submit(item), f"submits {item}") for item in items]
+
+
+def on_seeds(work: Callable[[SimRuntime], Awaitable[Any]]) -> None:
+    for seed in SEEDS:
+        run(seed, work)
+
+
+def test_a_lone_caller_flushes_itself() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime)
+        await flushes.commits.submit("a")
+        await flushes.commits.submit("b")
+        assert flushes.lists == [["a"], ["b"]]
+        task = asyncio.current_task()
+        assert task is not None and flushes.tasks == [task.get_name()] * 2
+
+    on_seeds(main)
+
+
+def test_everyone_who_comes_during_a_flush_shares_the_next() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime)
+        tasks = flushes.submit("first")
+        await runtime.sleep(0.5)
+        tasks += flushes.submit(*"abcdefgh")
+        for task in tasks:
+            await task
+        assert [sorted(items) for items in flushes.lists] == [["first"], list("abcdefgh")]
+        assert runtime.now_s() == 2.0
+
+    on_seeds(main)
+
+
+def test_nobody_returns_before_a_flush_with_his_item_has_ended() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime)
+        rng = runtime.random("arrivals")
+
+        async def caller(item: str) -> None:
+            await runtime.sleep(rng.random() * 5)
+            came_s = runtime.now_s()
+            await flushes.commits.submit(item)
+            (number,) = [number for number, items in enumerate(flushes.lists) if item in items]
+            assert runtime.now_s() >= came_s + 1.0 and not (flushes.is_flushing and number == len(flushes.lists) - 1)
+
+        for task in [runtime.spawn(caller(str(number)), "caller") for number in range(40)]:
+            await task
+        await flushes.commits.drain()
+        assert sorted(sum(flushes.lists, []), key=int) == [str(number) for number in range(40)]  # noqa: RUF017
+        assert len(flushes.lists) < 10
+
+    on_seeds(main)
+
+
+def test_a_leader_serves_one_list_of_others_and_leaves() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime)
+        (leader,) = flushes.submit("leader")
+        tasks = []
+        for step in range(4):
+            await runtime.sleep(0.5 if step == 0 else 1.0)
+            tasks += flushes.submit(str(step))
+        await leader
+        assert runtime.now_s() == 3.5, "while others are still waiting"
+        for task in tasks:
+            await task
+        leads = [name.startswith("submits leader") for name in flushes.tasks]
+        assert leads == [True, True, False, False, False]
+
+    # `leader` ended at 2.0, before this test looked.
+    on_seeds(main)
+
+
+def test_an_error_goes_to_everyone_in_the_list_and_to_nobody_else() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime)
+        good = flushes.submit("first")
+        await runtime.sleep(0.5)
+        bad = flushes.submit("bad", "beside")
+        await runtime.sleep(1.0)
+        good += flushes.submit("later")
+        for task in bad:
+            with pytest.raises(OSError, match="no flush"):
+                await task
+        for task in good:
+            await task
+
+    on_seeds(main)
+
+
+def test_a_list_is_cut_where_it_would_weigh_too_much() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime, weight_max=10)
+        tasks = flushes.submit("first")
+        await runtime.sleep(0.5)
+        for item in ("aaaa", "bbbbbb", "c", "d" * 50, "eeeee", "fffff"):
+            tasks += flushes.submit(item)
+            await runtime.sleep(0)
+        for task in tasks:
+            await task
+        assert flushes.lists == [["first"], ["aaaa", "bbbbbb"], ["c"], ["d" * 50], ["eeeee", "fffff"]]
+
+    on_seeds(main)
+
+
+def test_drain_waits_for_what_is_queued() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime, weight_max=1)
+        await flushes.commits.drain()
+        tasks = flushes.submit(*"abcde")
+        await runtime.sleep(0.5)
+        drains = [runtime.spawn(flushes.commits.drain(), "drain") for _ in range(2)]
+        for drain in drains:
+            await drain
+        assert len(flushes.lists) == 5 and not flushes.is_flushing
+        for task in tasks:
+            await task
+
+    on_seeds(main)
