@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from emberfs.engine import Action, ChunkEngine, Update
 from emberfs.engine.scrub import check, scrub
-from emberfs.errors import Conflict, NoSpace, TargetFailed, UpdateUnknown
+from emberfs.errors import Conflict, Corruption, NoSpace, TargetFailed, UpdateUnknown
 from emberfs.kv.memory import MemoryKV
 from emberfs.testing.engine import KIB, MIB, Bench, EngineConformance, Run, chunk, pattern
 
@@ -250,11 +250,11 @@ def test_a_freed_block_is_not_written_to_while_a_read_of_it_is_in_the_air() -> N
         in_the_air: list[tuple[int, int, int]] = []
         read, write = bench.disk.read, bench.disk.write
 
-        async def watched_read(items: Any) -> list[int]:
+        async def watched_read(items: Any, landed: Any = None) -> list[int]:
             ranges = [(file, at, at + sum(map(len, pieces))) for file, pieces, at in items]
             in_the_air.extend(ranges)
             try:
-                return await read(items)
+                return await read(items, landed)
             finally:
                 for each in ranges:
                     in_the_air.remove(each)
@@ -359,5 +359,20 @@ def test_flushes_that_would_not_fit_one_index_transaction_are_cut() -> None:
             await task
         assert bench.engine.counters.flushes >= 5
         assert await bench.blocks() == 240
+
+    on_sim(work)
+
+
+def test_a_chunk_with_a_damaged_record_can_be_removed_and_its_block_found_again() -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, pattern(9000))
+        await bench.damage_record()
+        with pytest.raises(Corruption):
+            await bench.write(4096, b"x")
+        await bench.remove()
+        assert await bench.read() == b""
+        report = await check(bench.engine, repair=True)
+        assert [found.kind for found in report.findings] == ["leaked"]
+        assert not (await check(bench.engine)).findings
 
     on_sim(work)

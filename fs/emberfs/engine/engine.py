@@ -244,7 +244,15 @@ class ChunkEngine:
         versions: list[int] = []
         try:
             for update, row in zip(updates, rows, strict=True):
-                record = decode_record(update.chunk, row) if row is not None else None
+                try:
+                    record = decode_record(update.chunk, row) if row is not None else None
+                except Corruption:
+                    if update.action is not Action.REMOVE or not publish:
+                        raise
+                    # Which block it named is not known any more: the block is free again once fsck has looked.
+                    change.rows.append((_CHUNK + update.chunk, None))
+                    versions.append(0)
+                    continue
                 versions.append(await self._plan(update, record, publish, change, writes))
             if writes:
                 await self._write(writes)
