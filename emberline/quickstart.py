@@ -11,6 +11,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -281,10 +283,11 @@ def _print(report: Report, console: Console) -> None:
     store = report.store.removesuffix("/!")
     corpus = f"{store}/corpus"
     console.print("Look around:")
+    program = "emberline" if shutil.which("emberline") else os.path.relpath(Path(sys.executable).with_name("emberline"))
     for command in (
-        f"emberline fs ls {corpus}/by_suffix",
-        f"emberline fs du {store}",
-        f"emberline sql \"select path, lines from '{corpus}/raw/*.parquet' where text like '%yield from%' limit 10\"",
+        f"{program} fs ls {corpus}/by_suffix",
+        f"{program} fs du {store}",
+        f"{program} sql \"select path, lines from '{corpus}/raw/*.parquet' where text like '%yield from%' limit 10\"",
     ):
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
