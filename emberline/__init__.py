@@ -1,3 +1,3 @@
-"""emberline: the umbrella package. It holds the version and the one command line; the work is in the four components."""
+"""emberline: the umbrella package: the version and the one command line. The work is in the four components."""
 
 __version__ = "0.1.0"

@@ -96,10 +96,7 @@ class DataFrame:
     def to_batches(self, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """A reader of record batches of at most about `batch_rows` rows, filled as it is read. 128-bit integers
         come as decimal128(38, 0)."""
-        stream = self._stream(batch_rows)
-        schema = next(stream)
-        assert isinstance(schema, pa.Schema)
-        return pa.RecordBatchReader.from_batches(schema, stream)
+        return self.batches_of(self.exportable(), batch_rows)
 
     def to_arrow(self) -> pa.Table:
         """All rows as an Arrow table."""
@@ -159,6 +156,13 @@ class DataFrame:
             rows = cursor.execute(f"EXPLAIN {self.query.text}", self.query.params).fetchall()
         return "\n".join(str(row[-1]) for row in rows)
 
+    def batches_of(self, query: Query, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
+        """A reader of the batches of `query`, a form of this frame's, run in its session."""
+        stream = self._stream(query, batch_rows)
+        schema = next(stream)
+        assert isinstance(schema, pa.Schema)
+        return pa.RecordBatchReader.from_batches(schema, stream)
+
     def exportable(self) -> Query:
         """The query with 128-bit integers cast to decimals, for formats that have none."""
         wide = self._wide_columns()
@@ -186,9 +190,8 @@ class DataFrame:
     def _wide_columns(self) -> list[str]:
         return [name for name, type_ in self.schema.items() if type_ in _WIDE_INTEGERS]
 
-    def _stream(self, batch_rows: int) -> Iterator[Any]:
+    def _stream(self, query: Query, batch_rows: int) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""
-        query = self.exportable()
         with self.session.running(query) as cursor:
             reader = _arrow_reader(cursor, query, batch_rows)
             yield reader.schema

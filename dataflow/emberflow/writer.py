@@ -5,8 +5,8 @@ process killed while writing leaves only a `.emberflow-<id>/` directory, which h
 killed between the two renames of an overwrite, the old files too. Where the filesystem renames directories in one
 step (a local disk, an ember store) so does the last step; elsewhere the files are copied one after the other.
 
-Parquet is encoded by pyarrow from DuckDB's stream, text by DuckDB's COPY: on DuckDB 2.0 a COPY to Parquet whose
-query fails can hang for ever (about one failure in fifteen), which a corrupt source must never do to its reader.
+Everything is written from DuckDB's stream and nothing by its COPY: on DuckDB 2.0 a COPY whose query fails can hang
+for ever (about one failure in fifteen), which a corrupt source must never do to its reader.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from __future__ import annotations
 import itertools
 import posixpath
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from emberfs.filesystem import EmberFileSystem
 
 from .errors import DatasetExists, InvalidArgument
-from .progress import query_progress, row_progress
-from .query import literal
-from .sources import STAGING_PREFIX, open_url, url_of
+from .progress import row_progress
+from .sources import STAGING_PREFIX, open_url
+from .text import CsvWriter, JsonWriter, TextWriter, compressed, csv_query, json_query
 
 if TYPE_CHECKING:
     from .dataframe import DataFrame
@@ -41,10 +43,6 @@ _ROW_GROUP_ROWS_MAX = 122_880
 _ROW_GROUP_BYTES_MAX = 64 * 1024 * 1024
 _PARTITIONS_MAX = 65_536
 
-_COPY_OPTIONS: dict[str, str] = {
-    "csv": "FORMAT csv, HEADER",
-    "json": "FORMAT json",
-}
 _SUFFIXES: dict[Format, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "csv": (".csv", ".csv.gz", ".csv.zst"),
@@ -84,7 +82,7 @@ def write(
         if format == "parquet":
             num_rows = _write_parquet(frame, target, partition_by or [], file_size_bytes, progress)
         else:
-            num_rows = _copy(frame, target, _COPY_OPTIONS[format], progress)
+            num_rows = _write_text(frame, target, format, file_size_bytes, progress)
         sizes = [info["size"] for info in target.staged_files().values()]
         target.publish(mode)
     finally:
@@ -92,44 +90,49 @@ def write(
     return WriteReport(url=url, num_rows=num_rows, num_files=len(sizes), size_bytes=sum(sizes))
 
 
-def _copy(frame: DataFrame, target: _Target, options: str, progress: bool | None) -> int:
-    """Writes text by DuckDB's COPY, to one file or to one per thread. Returns the number of rows."""
-    query = frame.exportable()
-    if not target.one_file:
-        # Not FILE_SIZE_BYTES: DuckDB 1.4 asks for the size of files that a store shows only once they are closed.
-        options += f", PER_THREAD_OUTPUT true, FILENAME_PATTERN 'part-{target.id}-{{i}}'"
-    copy = f"COPY ({query.text}\n) TO {literal(target.copy_to)} ({options})"
-    # The target's URL is in the text, so that the session registers its filesystem too.
-    with (
-        frame.session.running(query.wrapped(literal(target.url))) as cursor,
-        query_progress(cursor, f"writing {target.name}", show=progress),
-    ):
-        row = cursor.execute(copy, query.params).fetchone()
-    assert row is not None
-    return int(row[0])
+def _write_text(frame: DataFrame, target: _Target, format: Format, file_size_bytes: int, progress: bool | None) -> int:
+    """Writes CSV or JSON lines from the stream of the query. Returns the number of rows."""
+    exportable = frame.exportable()
+    query = json_query(exportable) if format == "json" else csv_query(exportable, frame.schema)
+    writer = JsonWriter if format == "json" else CsvWriter
+    with _counted(frame.batches_of(query), target, progress) as (batches, schema, counter):
+        target.write_texts(batches, schema, writer, file_size_bytes)
+    return counter.rows
+
+
+@dataclass(slots=True)
+class _Counter:
+    rows: int = 0
+
+
+@contextmanager
+def _counted(
+    reader: pa.RecordBatchReader, target: _Target, progress: bool | None
+) -> Iterator[tuple[Iterator[pa.RecordBatch], pa.Schema, _Counter]]:
+    """The batches of `reader`, counted and shown as they pass."""
+    counter = _Counter()
+    with row_progress(f"writing {target.name}", show=progress) as advance:
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for batch in reader:
+                counter.rows += batch.num_rows
+                advance(batch.num_rows)
+                yield batch
+
+        yield batches(), reader.schema, counter
 
 
 def _write_parquet(
     frame: DataFrame, target: _Target, partition_by: list[str], file_size_bytes: int, progress: bool | None
 ) -> int:
     """Writes Parquet files from the stream of the query. Returns the number of rows."""
-    num_rows = 0
-    reader = frame.to_batches()
-    with row_progress(f"writing {target.name}", show=progress) as advance:
-
-        def counted() -> Iterator[pa.RecordBatch]:
-            nonlocal num_rows
-            for batch in reader:
-                num_rows += batch.num_rows
-                advance(batch.num_rows)
-                yield batch
-
-        groups = _row_groups(counted(), reader.schema)
+    with _counted(frame.to_batches(), target, progress) as (batches, schema, counter):
+        groups = _row_groups(batches, schema)
         if partition_by:
-            target.write_partitions(groups, reader.schema, partition_by)
+            target.write_partitions(groups, schema, partition_by)
         else:
-            target.write_files(groups, reader.schema, file_size_bytes)
-    return num_rows
+            target.write_files(groups, schema, file_size_bytes)
+    return counter.rows
 
 
 def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -162,7 +165,6 @@ class _Target:
             raise InvalidArgument(f"cannot replace the root of a store: {url!r}")
         self._stage = posixpath.join(parent, f"{STAGING_PREFIX}{self.id}")
         self._new = posixpath.join(self._stage, self.name if one_file else "new")
-        self.copy_to = url_of(self._fs, self._new)
 
     def check(self, mode: Mode) -> None:
         """Refuses a target that `mode` may not touch."""
@@ -201,6 +203,30 @@ class _Target:
                     writer.write_batch(group)
                     group = next(remaining, None)
             if group is None:
+                return
+
+    def write_texts(
+        self,
+        batches: Iterator[pa.RecordBatch],
+        schema: pa.Schema,
+        writer_of: Callable[[Any, pa.Schema], TextWriter],
+        file_size_bytes: int,
+    ) -> None:
+        """Writes the rows to one file, or to files that are closed once they reach `file_size_bytes`."""
+        batch = next(batches, None)
+        for index in itertools.count():
+            path = self._new if self.one_file else f"{self._new}/part-{self.id}-{index}{self._suffixes[0]}"
+            self._fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            with self._fs.open(path, "wb") as file:
+                sink = compressed(file, path)
+                writer = writer_of(sink, schema)
+                while batch is not None and (self.one_file or file.tell() < file_size_bytes):
+                    writer.write_batch(batch)
+                    batch = next(batches, None)
+                writer.close()
+                if sink is not file:
+                    sink.close()
+            if batch is None:
                 return
 
     def write_partitions(self, groups: Iterable[pa.RecordBatch], schema: pa.Schema, partition_by: list[str]) -> None:
@@ -243,5 +269,8 @@ class _Target:
 
     def discard(self) -> None:
         """Removes the hidden directory and whatever is left in it."""
-        if self._fs.exists(self._stage):
-            self._fs.rm(self._stage, recursive=True)
+        if not self._fs.exists(self._stage):
+            return
+        # Not into a store's trash: nobody wants half a dataset back.
+        options = {"trash": False} if isinstance(self._fs, EmberFileSystem) else {}
+        self._fs.rm(self._stage, recursive=True, **options)
