@@ -317,6 +317,9 @@ def store_directory(url: str | os.PathLike[str] | None) -> Path:
     if not text.startswith("ember://"):
         raise InvalidPath(f"a store URL looks like ember:///path/to/dir: {text!r}")
     path = text.removeprefix("ember://").partition("?")[0]
+    path, mark, inner = path.partition("/!")
+    if mark and inner.strip("/"):
+        raise InvalidPath(f"{text!r} names a path in a store; the store itself is ember://{path}")
     if "\0" in path or not path:
         raise InvalidPath(f"a store URL names a directory, as in ember:///path/to/dir: {text!r}")
     if not path.startswith(("/", ".", "~")):

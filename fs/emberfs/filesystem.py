@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -75,13 +76,17 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         self._trash = trash
         self._auto_mkdir = auto_mkdir
         self._attachment: Attachment | None = None
+        self._attaching = threading.Lock()
 
     # --- the store -------------------------------------------------------------------------------------------------
 
     def _attached(self) -> Attachment:
         attachment = self._attachment
         if attachment is None or attachment.closed:
-            attachment = self._attachment = Attachment(self._url, StoreConfig())
+            with self._attaching:
+                attachment = self._attachment
+                if attachment is None or attachment.closed:
+                    attachment = self._attachment = Attachment(self._url, StoreConfig())
         return attachment
 
     def _do(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, mutates: bool = False) -> T:
@@ -263,15 +268,18 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         """Remove an empty directory."""
         self._do(operations.remove, self._strip_protocol(path), False, False, "directory", mutates=True)
 
-    async def _rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None, **_: Any) -> None:
+    async def _rm(
+        self, path: Any, recursive: bool = False, maxdepth: int | None = None, trash: bool | None = None, **_: Any
+    ) -> None:
+        trash = self._trash if trash is None else trash
         if recursive and maxdepth is not None:
             for name in reversed(await self._expand_path(path, recursive=True, maxdepth=maxdepth)):
-                await self._ado(operations.remove_if_empty, name, self._trash, mutates=True)
+                await self._ado(operations.remove_if_empty, name, trash, mutates=True)
             return
         # A tree goes as one: what was expanded from a pattern is removed root by root.
         for name in await self._expand_path(path, recursive=False):
             want = "any" if recursive else "file"
-            await self._ado(operations.remove, name, recursive, self._trash, want, mutates=True)
+            await self._ado(operations.remove, name, recursive, trash, want, mutates=True)
 
     def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> None:
         """Move a file or tree, atomically, into `path2` if that is a directory."""

@@ -13,7 +13,7 @@ from .client.buffers import NewBytes
 from .client.core import MESSAGE_BYTES_MAX, Core, Range
 from .client.file import OpenFile, open_file
 from .client.namespace import Namespace
-from .errors import IsADirectory, NotADirectory, NotFound
+from .errors import EmberError, IsADirectory, NotADirectory, NotFound
 from .types import Inode, Kind
 
 KINDS = {Kind.FILE: "file", Kind.DIRECTORY: "directory", Kind.SYMLINK: "link"}
@@ -101,16 +101,16 @@ async def cat_ranges(core: Core, paths: Sequence[str], starts: Any, ends: Any, o
     stops = list(ends) if isinstance(ends, (list, tuple)) else [ends] * len(paths)
     if len(begins) != len(paths) or len(stops) != len(paths):
         raise ValueError("paths, starts and ends must be of one length")
-    inodes: dict[str, Inode | OSError] = {}
+    inodes: dict[str, Inode | EmberError] = {}
     items: list[tuple[str, int, int]] = []
     for path, start, stop in zip(paths, begins, stops, strict=True):
         if path not in inodes:
             try:
                 inodes[path] = await core.file(path)
-            except OSError as error:
+            except EmberError as error:
                 inodes[path] = error
         inode = inodes[path]
-        size = 0 if isinstance(inode, OSError) else inode.length
+        size = 0 if isinstance(inode, EmberError) else inode.length
         items.append((path, *_range(start, stop, size)))
     targets = [NewBytes(length) for _, _, length in items]
     results = await batch_read(core, items, [target.view for target in targets], raise_errors=on_error == "raise")

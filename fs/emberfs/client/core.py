@@ -329,7 +329,10 @@ class Core:
 
     async def refresh(self, handle: WriteHandle) -> None:
         """Take the newest row of an open file."""
+        generation = handle.inode.truncate_generation
         handle.inode = (await self.ask(Stat("", True, handle.inode.id), InodeReply)).inode
+        if handle.inode.truncate_generation != generation:
+            handle.end = 0  # What was written before the truncate must not be reported after it.
 
     async def write(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
         """Write `payload` at `offset`, durably; the file then reaches at least offset + len(payload)."""
@@ -444,7 +447,6 @@ class Core:
             except StaleChunk:
                 # Somebody truncated after our last write: the length is theirs, and durable.
                 await self.refresh(handle)
-                handle.end = 0
 
     async def close_handle(self, handle: WriteHandle) -> None:
         """End the session."""

@@ -123,13 +123,15 @@ class SizeClass:
         if headroom < step:
             raise NoSpace(
                 f"disk is full: {max(headroom, 0)} bytes left above the reserve of {reserve_bytes}; "
-                "remove files and run `emberline fs gc --force --trash`"
+                "remove files, then run `emberline fs trash empty` and `emberline fs gc --now`"
             )
         try:
             self._disk.allocate(file, self._file_bytes, step)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace("disk is full: remove files and run `emberline fs gc --force --trash`") from error
+                raise NoSpace(
+                    "disk is full: remove files, then run `emberline fs trash empty` and `emberline fs gc --now`"
+                ) from error
             raise
         self._file_bytes += step
 

@@ -413,7 +413,9 @@ class ChunkEngine:
             await self._disk.write(writes)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace("disk is full: remove files and run `emberline fs gc --force --trash`") from error
+                raise NoSpace(
+                    "disk is full: remove files, then run `emberline fs trash empty` and `emberline fs gc --now`"
+                ) from error
             raise self._fail(f"a write failed: {error}") from error
         self.counters.block_bytes += sum(len(payload) for _, payload, _ in writes)
 

@@ -53,6 +53,8 @@ async def _collect(state: MetaState, *, force: bool) -> tuple[int, int]:
         rows = await state.kv.begin().range(begin, end, limit=PAGE_ROWS)
         done: list[tuple[bytes, Inode | None]] = []
         for key, _ in rows:
+            if state.stopping:
+                break
             inode = await get_inode(state.kv.begin(), unpack_id(key, 9))
             if inode is not None and await state.kv.begin().range(*session_range(inode.id), limit=1):
                 continue
@@ -66,7 +68,7 @@ async def _collect(state: MetaState, *, force: bool) -> tuple[int, int]:
             done.append((key, inode))
         await _bury(state, done)
         files += len(done)
-        if len(rows) < PAGE_ROWS:
+        if len(rows) < PAGE_ROWS or state.stopping:
             return files, chunks
         begin = rows[-1][0] + b"\0"
 
@@ -106,6 +108,8 @@ async def sweep_unnamed(state: MetaState, begin: int, end: int) -> int:
     async for inodes in state.chunks.owners(begin, end):
         rows = await state.kv.begin().get_many([inode_key(inode) for inode in inodes])
         for inode, row in zip(inodes, rows, strict=True):
+            if state.stopping:
+                return removed
             if row is None:
                 try:
                     removed += await state.chunks.remove(inode, None)
@@ -116,9 +120,9 @@ async def sweep_unnamed(state: MetaState, begin: int, end: int) -> int:
 
 
 async def run_in_background(state: MetaState, unswept: tuple[int, int]) -> None:
-    """What the service does unasked, until it is cancelled: one sweep, then garbage at intervals."""
+    """What the service does unasked: one sweep, then garbage at intervals. Cancel it only while it rests."""
     swept = unswept[0] >= unswept[1]
-    while True:
+    while not state.stopping:
         try:
             if not swept:
                 await sweep_unnamed(state, *unswept)
@@ -127,4 +131,7 @@ async def run_in_background(state: MetaState, unswept: tuple[int, int]) -> None:
         except EmberError as error:
             # A full or failing disk must not end the garbage collection of a store that is used again later.
             log.warning("garbage collection: %s; trying again in %.0f s", error, state.config.gc_interval_s)
-        await state.runtime.sleep(state.config.gc_interval_s)
+        if not state.stopping:
+            state.resting = True
+            await state.runtime.sleep(state.config.gc_interval_s)
+            state.resting = False

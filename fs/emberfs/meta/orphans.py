@@ -62,7 +62,7 @@ async def delete_orphans(state: MetaState) -> None:
     """Delete all orphan trees. Returns when there are none, also if it was somebody else who deleted them."""
     # One at a time: two would take the same top and lose their steps to each other.
     async with state.turns.of("orphans"):
-        while await state.kv.run(lambda txn: _step(state, txn), reclaims=True):
+        while not state.stopping and await state.kv.run(lambda txn: _step(state, txn), reclaims=True):
             pass
 
 

@@ -86,12 +86,14 @@ class MetaService:
     async def close(self) -> None:
         """Stop the background work. Sessions that are still open are recovered at the next start."""
         state = self._state
-        tasks = [task for task in (self._background, state.sweeper) if task is not None]
+        state.stopping = True
+        if self._background is not None:
+            if state.resting:
+                self._background.cancel()
+            await _ended(self._background)
+        if state.sweeper is not None:
+            await _ended(state.sweeper)
         self._background = state.sweeper = None
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            await _ended(task)
         if not state.reserved:
             await state.ids.give_back()
 

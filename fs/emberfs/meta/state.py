@@ -85,6 +85,10 @@ class MetaState:
         """Inodes that a `put` is writing chunks for."""
         self.promoting: dict[int, Promotion] = {}
         """Inline files that one writer is moving to chunks: nobody else may write chunks under that id meanwhile."""
+        self.stopping = False
+        """The service is closing. Background work ends at its next step: chunk storage wants no cancelled callers."""
+        self.resting = False
+        """The background work sleeps."""
         self.sweeper: asyncio.Task[None] | None = None
         """Deletes detached trees, while there are any."""
 

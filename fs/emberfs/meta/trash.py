@@ -89,6 +89,8 @@ async def expire(state: MetaState, *, older_than_s: float) -> None:
     now_ns = state.runtime.wall_ns()
     async for page in pages(state.kv, b"R"):
         for key, value in page:
+            if state.stopping:
+                return
             # Not by age alone: the wall clock may have been set back.
             if older_than_s > 0 and now_ns - decode_trash(value).deleted_ns < older_than_s * NANOSECONDS:
                 return
