@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from fsspec.callbacks import DEFAULT_CALLBACK
 from fsspec.utils import stringify_path
 
 from . import operations
-from .client.attachment import Attachment
+from .client.attachment import Attachment, LazyAttachment
 from .client.buffers import flat_view
 from .client.file import OpenFile, open_file
 from .client.handle import AsyncFile, File
@@ -72,22 +71,14 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         self, url: str | None = None, *, trash: bool = True, auto_mkdir: bool = True, **storage_options: Any
     ) -> None:
         super().__init__(**storage_options)
-        self._url = url
         self._trash = trash
         self._auto_mkdir = auto_mkdir
-        self._attachment: Attachment | None = None
-        self._attaching = threading.Lock()
+        self._attachment = LazyAttachment(url, StoreConfig())
 
     # --- the store -------------------------------------------------------------------------------------------------
 
     def _attached(self) -> Attachment:
-        attachment = self._attachment
-        if attachment is None or attachment.closed:
-            with self._attaching:
-                attachment = self._attachment
-                if attachment is None or attachment.closed:
-                    attachment = self._attachment = Attachment(self._url, StoreConfig())
-        return attachment
+        return self._attachment.get()
 
     def _do(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, mutates: bool = False) -> T:
         attachment = self._attached()
@@ -106,8 +97,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     def close(self) -> None:
         """Let go of the store. The next call opens it again."""
-        if self._attachment is not None:
-            self._attachment.close()
+        self._attachment.close()
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:

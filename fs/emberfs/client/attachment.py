@@ -41,3 +41,28 @@ class Attachment:
     def url(self) -> str:
         """What `connect` takes to come here again."""
         return f"ember://{self.directory.resolve()}"
+
+
+class LazyAttachment:
+    """An attachment made at its first use, once, whichever thread comes first; made again after a close."""
+
+    def __init__(self, url: str | None, config: StoreConfig) -> None:
+        self._url = url
+        self._config = config
+        self._attachment: Attachment | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> Attachment:
+        """The attachment to use now. Raises what opening a store raises."""
+        attachment = self._attachment
+        if attachment is None or attachment.closed:
+            with self._lock:
+                attachment = self._attachment
+                if attachment is None or attachment.closed:
+                    attachment = self._attachment = Attachment(self._url, self._config)
+        return attachment
+
+    def close(self) -> None:
+        """Let go of the store, if it was used at all."""
+        if self._attachment is not None:
+            self._attachment.close()
