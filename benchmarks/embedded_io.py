@@ -16,7 +16,7 @@ from typing import Any
 
 import emberfs
 import fsspec
-from emberfs.engine.checksum import crc32c
+from emberfs.checksum import crc32c
 
 from .corpus import make_corpus
 from .peers import DiskcacheValues, LmdbValues, Values

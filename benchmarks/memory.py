@@ -18,8 +18,8 @@ from pathlib import Path
 
 import emberfs
 import lmdb
+from emberfs.checksum import cumulative_sums
 from emberfs.engine.allocator import GROUP_BLOCKS, stride_bytes
-from emberfs.engine.checksum import cumulative_sums
 from emberfs.engine.record import NO_REQUEST, Extent, Record
 from emberfs.types import chunk_id
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import diskcache
 import lmdb
-from emberfs.engine.checksum import crc32c
+from emberfs.checksum import crc32c
 
 from .runner import verify
 

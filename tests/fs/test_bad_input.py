@@ -534,3 +534,34 @@ def test_a_bad_setting(store: Path, settings: dict[str, Any]) -> None:
         emberfs.connect(url_of(store), **settings)
     with emberfs.connect(url_of(store)) as client:
         client.put("/file", b"x")
+
+
+def flipped(value: bytes, at: int) -> bytes:
+    return value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+
+
+def test_a_corrupt_metadata_row_is_an_error_and_never_wrong_bytes(store: Path) -> None:
+    with emberfs.connect(url_of(store)) as client:
+        client.put("/small", b"these bytes are in the row")
+        client.put("/other", b"these too")
+        inode = client.stat("/small").id.to_bytes(8, "big")
+    edits = [
+        lambda key, value: flipped(value, value.index(b" are in") - 1) if key == b"I" + inode else None,
+        lambda key, value: flipped(value, 7) if key[:1] == b"D" and key.endswith(b"small") else None,
+    ]
+    for edit in edits:
+        assert edit_index(store / "meta", edit) == 1
+        with emberfs.connect(url_of(store)) as client:
+            with pytest.raises(Corruption, match="damaged"):
+                client.get("/small")
+            with pytest.raises(Corruption, match="damaged"):
+                client.list("/")
+            assert client.get("/other") == b"these too"
+            findings = client.maintenance.fsck().findings
+            assert [found.kind for found in findings] == ["row"]
+        assert edit_index(store / "meta", edit) == 1  # and back again
+    assert edit_index(store / "meta", edits[1]) == 1
+    with emberfs.connect(url_of(store)) as client:
+        assert client.maintenance.fsck(repair=True).clean
+        assert client.get(f"/lost+found/{int.from_bytes(inode, 'big'):x}") == b"these bytes are in the row"
+        assert [name for name, _ in client.list("/")] == ["lost+found", "other"]

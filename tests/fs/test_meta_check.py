@@ -8,7 +8,7 @@ import pytest
 from emberfs.kv.types import Transaction, encode_int
 from emberfs.messages import GetXattrs, Link, SetXattr, Symlink, TrashList, Usage
 from emberfs.meta.check import Finding, check
-from emberfs.meta.keys import Counter, encode_row, entry_key, entry_value, inode_key, mtime_key, pack_id, trash_key
+from emberfs.meta.keys import Counter, encode_inode, entry_key, entry_value, inode_key, mtime_key, pack_id, trash_key
 from emberfs.types import ROOT_INODE, TRASH_INODE, Inode, Kind
 from msgspec.structs import replace
 
@@ -89,7 +89,7 @@ def name_directory_twice(meta: Meta) -> Rows:
 
 def say_wrong_parent(meta: Meta) -> Rows:
     sub = meta.stat("/dir/sub")
-    return [(inode_key(sub.id), encode_row(replace(sub, parent=ROOT_INODE, name="other")))]
+    return [(inode_key(sub.id), encode_inode(replace(sub, parent=ROOT_INODE, name="other")))]
 
 
 def leave_rows(meta: Meta) -> Rows:

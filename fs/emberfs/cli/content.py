@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..engine.checksum import crc32c
+from ..checksum import crc32c
 from .entry import get_entry, walk
 from .filecopy import BLOCK_BYTES
 from .location import Location, expand

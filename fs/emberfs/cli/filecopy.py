@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..engine.checksum import crc32c
+from ..checksum import crc32c
 from .entry import PART_PREFIX, Entry, get_entry
 from .location import Location
 

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 import msgspec
 
 from ..batching import GroupCommit
+from ..checksum import crc32c, cumulative_sums
 from ..disk import Disk, WriteItem
 from ..errors import Corruption, NoSpace, StaleChunk, StoreFormat, TargetFailed, UpdateUnknown
 from ..kv.types import KV, RANGE_ROWS_MAX, TRANSACTION_BYTES_MAX, Transaction
 from ..runtime import Runtime
 from ..types import describe_chunk
 from .allocator import GROUP_BLOCKS, Allocator, position_class
-from .checksum import crc32c, cumulative_sums
 from .reader import BlockReader, ReadRequest
 from .record import NO_REQUEST, SUMS_INLINE_BYTES_MAX, Extent, Record, decode_record
 from .update import Action, Plan, Update, appended_sums, padded_payload, plan_update

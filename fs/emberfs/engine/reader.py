@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from ..checksum import crc32c, first_bad_granule, sum_before
 from ..disk import Disk, ReadItem
 from ..errors import Corruption
 from ..types import describe_chunk
 from .allocator import Allocator, position_class, stride_bytes
-from .checksum import crc32c, first_bad_granule, sum_before
 from .record import Extent, decode_committed, sums_bytes
 
 STEP_BYTES = 1 << 20

@@ -18,9 +18,9 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from ..checksum import crc32c
 from ..errors import Corruption, StoreFormat
 from ..types import describe_chunk
-from .checksum import crc32c
 
 RECORD_FORMAT = 1
 CHECKSUM_CRC32C_CUMULATIVE = 1

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from .checksum import cumulative_sums, sum_before
+from ..checksum import cumulative_sums, sum_before
 from .record import NO_REQUEST, Extent, Request
 
 SECTOR_BYTES = 4096

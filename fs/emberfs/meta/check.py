@@ -13,6 +13,7 @@ import collections
 import msgspec
 from msgspec.structs import replace
 
+from ..errors import Corruption
 from ..kv.types import KV, Transaction, decode_int, encode_int
 from ..types import FIRST_INODE, PATH_BYTES_MAX, ROOT_INODE, TRASH_INODE, Inode, Kind
 from .chunks import ChunkOps
@@ -20,6 +21,7 @@ from .keys import (
     KIND_AT,
     Counter,
     TrashRow,
+    check_entry,
     counted_length,
     decode_inode,
     encode_row,
@@ -56,6 +58,8 @@ class Finding(msgspec.Struct, frozen=True):
 async def check(kv: KV, chunks: ChunkOps | None = None, *, repair: bool = False) -> list[Finding]:
     """Check all rows, and with `chunks` that every chunk has a file. After a repair, a second run is silent."""
     checker = _Checker(kv, repair=repair)
+    if not await checker.check_rows():
+        return checker.findings
     await checker.check_entries()
     await checker.check_inodes()
     await checker.check_rows_of_inodes()
@@ -79,6 +83,31 @@ class _Checker:
         """Inodes without a name that wait to be collected."""
         self._counts: collections.Counter[Counter] = collections.Counter()
         """What the counters should say, after the repairs."""
+
+    async def check_rows(self) -> bool:
+        """Every row against its checksum. False if the other passes would only draw wrong conclusions.
+
+        A damaged entry goes (what it named turns up in /lost+found). A damaged inode stays: its chunks may be all
+        that is left of a file, so it is for a person to restore a dump or to give the file up.
+        """
+        is_whole = True
+        async for page in pages(self._kv, b"D"):
+            for key, entry in page:
+                try:
+                    check_entry(entry)
+                except Corruption:
+                    self._find("row", entry_name(key).decode(), "a damaged directory entry")
+                    await self._put(key, None)
+                    is_whole &= self._repair
+        async for page in pages(self._kv, b"I"):
+            for key, row in page:
+                try:
+                    decode_inode(row)
+                except Corruption:
+                    detail = "a damaged inode row: restore a metadata dump, or the file from elsewhere"
+                    self.findings.append(Finding("row", f"inode {unpack_id(key, 1):x}", detail, False))
+                    is_whole = False
+        return is_whole
 
     async def check_entries(self) -> None:
         """Entries against the inodes of both ends."""

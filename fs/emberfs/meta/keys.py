@@ -2,8 +2,8 @@
 
     V                          Superblock            the format, checked before anything else is read
     N                          IdLease               inode ids handed out so far
-    I  inode                   Inode
-    D  parent name             inode, kind           a directory entry; fixed bytes, see `entry_value`
+    I  inode                   Inode, CRC32C
+    D  parent name             inode, kind, CRC32C   a directory entry; fixed bytes, see `entry_value`
     M  inode                   integer (max)         a directory's mtime
     S  inode session           SessionRow            a writer that has the file open
     T  inode                   Intent                chunks past a truncate that may still be there
@@ -25,7 +25,8 @@ import struct
 
 import msgspec
 
-from ..errors import StoreFormat
+from ..checksum import crc32c
+from ..errors import Corruption, StoreFormat
 from ..kv.types import Transaction, decode_int
 from ..types import FIRST_INODE, Chunks, Inode, Kind
 
@@ -39,11 +40,13 @@ SUPERBLOCK_KEY = b"V"
 IDS_KEY = b"N"
 
 _ENTRY = struct.Struct(">QB")
+_ENTRY_BYTES = _ENTRY.size
 _pack_id = struct.Struct(">Q").pack
 _unpack_id = struct.Struct(">Q").unpack_from
 
 _encode = msgspec.msgpack.Encoder().encode
-decode_inode = msgspec.msgpack.Decoder(Inode).decode
+_decode_inode = msgspec.msgpack.Decoder(Inode).decode
+_CRC = struct.Struct("<I")
 
 KIND_AT = 8
 """Where the kind is in an entry's value."""
@@ -142,8 +145,15 @@ def entry_range(parent: bytes) -> tuple[bytes, bytes]:
 
 
 def entry_value(inode: int, kind: Kind) -> bytes:
-    """A directory entry: 8 bytes id, 1 byte kind."""
-    return _ENTRY.pack(inode, kind)
+    """A directory entry: 8 bytes id, 1 byte kind, CRC32C of both."""
+    value = _ENTRY.pack(inode, kind)
+    return value + _CRC.pack(crc32c(value))
+
+
+def check_entry(entry: bytes) -> None:
+    """Raises Corruption if an entry's value is not as it was written: it would lead to somebody else's file."""
+    if crc32c(entry[:_ENTRY_BYTES]) != int.from_bytes(entry[_ENTRY_BYTES:], "little"):
+        raise Corruption("a directory entry is damaged: run `emberline fs fsck`")
 
 
 def entry_name(key: bytes) -> bytes:
@@ -190,6 +200,19 @@ def rows_of(prefix: bytes) -> tuple[bytes, bytes]:
 # ---- rows
 
 
+def encode_inode(inode: Inode) -> bytes:
+    """An inode row: msgpack, then its CRC32C. A small file's bytes are in it, and must not change unseen."""
+    row = _encode(inode)
+    return row + _CRC.pack(crc32c(row))
+
+
+def decode_inode(row: bytes) -> Inode:
+    """The inode of a row. Raises Corruption."""
+    if len(row) < _CRC.size or crc32c(row[:-4]) != _CRC.unpack_from(row, len(row) - 4)[0]:
+        raise Corruption("the metadata row of a file is damaged: run `emberline fs fsck`")
+    return _decode_inode(row[:-4])
+
+
 async def get_inode(txn: Transaction, inode: int, *, snapshot: bool = False) -> Inode | None:
     """An inode row, or None."""
     row = await txn.get(inode_key(inode), snapshot=snapshot)
@@ -210,7 +233,7 @@ def put_inode(txn: Transaction, old: Inode | None, new: Inode | None) -> None:
     if new is None:
         txn.delete(inode_key(inode.id))
     else:
-        txn.put(inode_key(inode.id), _encode(new))
+        txn.put(inode_key(inode.id), encode_inode(new))
 
 
 def counted_length(inode: Inode | None) -> int:

@@ -16,6 +16,7 @@ from ..types import NAME_BYTES_MAX, PATH_BYTES_MAX, ROOT_INODE, Inode, Kind
 from . import nodes
 from .keys import (
     KIND_AT,
+    check_entry,
     decode_inode,
     entry_key,
     entry_name,
@@ -79,6 +80,8 @@ async def _list(state: MetaState, txn: Transaction, request: List) -> Listing:
     rows = await txn.range(begin, end, limit=limit + 1, snapshot=True)
     more = len(rows) > limit
     del rows[limit:]
+    for _, entry in rows:
+        check_entry(entry)
     inodes = await txn.get_many([b"I" + entry[:8] for _, entry in rows], snapshot=True)
     directories = [index for index, (_, entry) in enumerate(rows) if entry[KIND_AT] == Kind.DIRECTORY]
     times = await txn.get_many([b"M" + rows[index][1][:8] for index in directories], snapshot=True)

@@ -16,7 +16,7 @@ import msgspec
 from ..errors import InvalidPath, NotADirectory, NotFound
 from ..kv.types import Transaction
 from ..types import NAME_BYTES_MAX, PATH_BYTES_MAX, ROOT_INODE, SYMLINK_DEPTH_MAX, Kind
-from .keys import KIND_AT, entry_key, entry_value, get_inode, pack_id, unpack_id
+from .keys import KIND_AT, check_entry, entry_key, entry_value, get_inode, pack_id, unpack_id
 
 _ROOT = pack_id(ROOT_INODE)
 # Plain integers: comparing with a member of the enum costs as much as a step of the walk.
@@ -88,6 +88,7 @@ async def locate(
         entry = await txn.get(key, snapshot=snapshot)
         if entry is None:
             raise NotFound("no such file or directory", path)
+        check_entry(entry)
         kind = entry[KIND_AT]
         if kind != _DIRECTORY:
             if kind == _SYMLINK:
@@ -97,6 +98,8 @@ async def locate(
     else:
         key = b"D" + parent + last
         entry = await txn.get(key, snapshot=snapshot)
+        if entry is not None:
+            check_entry(entry)
         if not follow or entry is None or entry[KIND_AT] != _SYMLINK:
             if walked is not None:
                 walked += [*keys, key]
@@ -119,6 +122,8 @@ async def _locate_along_links(
             continue
         parent = pack_id(walked[-1].inode)
         place = Place(parent, name, await txn.get(entry_key(parent, name), snapshot=snapshot))
+        if place.entry is not None:
+            check_entry(place.entry)
         if place.is_symlink and (follow or pending):
             links += 1
             if links > SYMLINK_DEPTH_MAX:
