@@ -24,6 +24,7 @@ from fsspec.utils import stringify_path
 from . import operations
 from .client.attachment import Attachment, LazyAttachment
 from .client.buffers import flat_view
+from .client.core import NewFile
 from .client.file import OpenFile, open_file
 from .client.handle import AsyncFile, File
 from .client.sync import Client
@@ -200,17 +201,21 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         return await self._ado(operations.cat_ranges, names, starts, ends, on_error)
 
     def pipe_file(self, path: Any, value: Any, mode: str = "overwrite", **kwargs: Any) -> None:
-        """Make `value` the file at `path`, atomically. `mode="create"` refuses an existing one."""
+        """Make `value` the file at `path`, atomically. `mode="create"` refuses an existing one.
+
+        `kwargs`: permissions, mtime_ns, chunk_size_bytes, as for `open`.
+        """
         if self._intrans:
-            with self.open(path, "wb" if mode == "overwrite" else "xb") as file:
+            with self.open(path, "wb" if mode == "overwrite" else "xb", **kwargs) as file:
                 file.write(value)
             return
-        self._do(operations.pipe, self._strip_protocol(path), flat_view(value), mode, self._auto_mkdir, mutates=True)
+        new = _new_file(kwargs, overwrite=mode != "create")
+        self._do(operations.pipe, self._strip_protocol(path), flat_view(value), new, self._auto_mkdir, mutates=True)
 
-    async def _pipe_file(self, path: Any, value: Any, mode: str = "overwrite", **_: Any) -> None:
-        await self._ado(
-            operations.pipe, self._strip_protocol(path), flat_view(value), mode, self._auto_mkdir, mutates=True
-        )
+    async def _pipe_file(self, path: Any, value: Any, mode: str = "overwrite", **kwargs: Any) -> None:
+        new = _new_file(kwargs, overwrite=mode != "create")
+        name = self._strip_protocol(path)
+        await self._ado(operations.pipe, name, flat_view(value), new, self._auto_mkdir, mutates=True)
 
     async def _cp_file(self, path1: Any, path2: Any, **_: Any) -> None:
         source, target = self._strip_protocol(path1), self._strip_protocol(path2)
@@ -293,10 +298,10 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def _open(self, path: str, mode: str = "rb", autocommit: bool = True, **kwargs: Any) -> File:
         attachment = self._attached()
         core = attachment.live()
-        size = kwargs.get("chunk_size_bytes")
+        new = _new_file(kwargs, overwrite=True)
 
         def opening() -> Coroutine[Any, Any, OpenFile]:
-            return open_file(core, path, mode, chunk_size_bytes=size, permissions=0o644)
+            return open_file(core, path, mode, new)
 
         try:
             handle = attachment.store.portal.run(opening(), mutates=mode != "rb")
@@ -318,7 +323,11 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         """Open a file whose methods are awaited."""
         attachment = self._attached()
         core = attachment.live()
-        call = open_file(
-            core, self._strip_protocol(path), mode, chunk_size_bytes=kwargs.get("chunk_size_bytes"), permissions=0o644
-        )
+        call = open_file(core, self._strip_protocol(path), mode, _new_file(kwargs, overwrite=True))
         return AsyncFile(attachment.store, await attachment.store.portal.run_async(call), mode)
+
+
+def _new_file(options: dict[str, Any], *, overwrite: bool) -> NewFile:
+    """How to make a file, from what fsspec passes on; what is not ours is other filesystems' business."""
+    known = {name: options[name] for name in ("permissions", "mtime_ns", "chunk_size_bytes") if name in options}
+    return NewFile(overwrite=overwrite, **known)

@@ -165,6 +165,8 @@ class CommitPut(Message):
     overwrite: bool
     uid: int = 0
     gid: int = 0
+    mtime_ns: int | None = None
+    """None: now."""
 
 
 class Abandon(Message):

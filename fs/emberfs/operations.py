@@ -10,7 +10,7 @@ from typing import Any
 
 from .client.batch import batch_read
 from .client.buffers import NewBytes
-from .client.core import MESSAGE_BYTES_MAX, Core, Range
+from .client.core import MESSAGE_BYTES_MAX, Core, NewFile, Range
 from .client.file import OpenFile, open_file
 from .client.namespace import Namespace
 from .errors import EmberError, IsADirectory, NotADirectory, NotFound
@@ -132,9 +132,9 @@ async def with_parents(core: Core, path: str, auto_mkdir: bool, work: Any) -> An
         return await work()
 
 
-async def pipe(core: Core, path: str, value: memoryview, mode: str, auto_mkdir: bool) -> None:
+async def pipe(core: Core, path: str, value: memoryview, new: NewFile, auto_mkdir: bool) -> None:
     """A whole file."""
-    await with_parents(core, path, auto_mkdir, lambda: core.put(path, value, overwrite=mode != "create"))
+    await with_parents(core, path, auto_mkdir, lambda: core.put(path, value, new))
 
 
 async def mkdir(core: Core, path: str, parents: bool, exist_ok: bool) -> None:
@@ -169,7 +169,7 @@ async def touch(core: Core, path: str, truncate: bool, auto_mkdir: bool) -> None
     if not truncate and await exists(core, path):
         await Namespace(core).set_attributes(path, None, core.runtime.wall_ns(), None, None)
         return
-    await pipe(core, path, memoryview(b""), "overwrite", auto_mkdir)
+    await pipe(core, path, memoryview(b""), NewFile(), auto_mkdir)
 
 
 async def copy(core: Core, source: str, target: str, auto_mkdir: bool) -> None:
@@ -192,9 +192,7 @@ async def copy(core: Core, source: str, target: str, auto_mkdir: bool) -> None:
 
 
 async def _open_new(core: Core, path: str, auto_mkdir: bool, mode: str = "wb") -> OpenFile:
-    file: OpenFile = await with_parents(
-        core, path, auto_mkdir, lambda: open_file(core, path, mode, chunk_size_bytes=None, permissions=0o644)
-    )
+    file: OpenFile = await with_parents(core, path, auto_mkdir, lambda: open_file(core, path, mode))
     return file
 
 

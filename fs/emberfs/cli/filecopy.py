@@ -85,7 +85,7 @@ def copy_file(
     if whole or target.protocol == "memory":
         data = source.fs.cat_file(source.path)
         _check_count(entry, len(data))
-        target.fs.pipe_file(target.path, data)
+        target.fs.pipe_file(target.path, data, **_attributes(target, entry))
         on_bytes(len(data))
         checksum = crc32c(data) if verify else None
         _check_copy(target, len(data), checksum, stop)
@@ -144,7 +144,8 @@ def _write(
     """(bytes written, their CRC32C if `checksum`). Gives the upload up if a block fails or the count is unexpected."""
     count = 0
     crc = 0
-    writer = target.fs.open(target.path, "wb")
+    options = {} if expected is None else _attributes(target, expected)
+    writer = target.fs.open(target.path, "wb", **options)
     try:
         for block in blocks:
             writer.write(block)
@@ -209,11 +210,18 @@ def _keep_attributes(target: Location, entry: Entry) -> None:
             os.chmod(target.path, entry.mode & 0o777)
         if entry.modified_s is not None:
             os.utime(target.path, (entry.modified_s, entry.modified_s))
-    elif target.protocol == "ember":
-        mtime_ns = None if entry.modified_s is None else round(entry.modified_s * 1e9)
-        mode = None if entry.mode is None else entry.mode & 0o777
-        with target.fs.client as client:
-            client.set_attributes(target.path, mode=mode, mtime_ns=mtime_ns)
+
+
+def _attributes(target: Location, entry: Entry) -> dict[str, Any]:
+    """What a store takes with a new file, so that it need not be changed in a second transaction."""
+    if target.protocol != "ember":
+        return {}
+    attributes: dict[str, Any] = {}
+    if entry.modified_s is not None:
+        attributes["mtime_ns"] = round(entry.modified_s * 1e9)
+    if entry.mode is not None:
+        attributes["permissions"] = entry.mode & 0o777
+    return attributes
 
 
 def _remove_quietly(part: Location) -> None:

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from ..embedded import StoreConfig
 from ..messages import Collected, TrashEntry, UsageReply
-from ..types import Inode
+from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
 from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
 from .buffers import flat_view, writable_view
-from .core import Core, Range, check_range
+from .core import Core, NewFile, Range, check_range
 from .file import open_file
 from .handle import AsyncFile, File
 from .namespace import Namespace, page_after
@@ -51,25 +51,39 @@ class AsyncClient:
     # --- files -----------------------------------------------------------------------------------------------------
 
     async def open(
-        self, path: str, mode: str = "rb", *, chunk_size_bytes: int | None = None, permissions: int = 0o644
+        self,
+        path: str,
+        mode: str = "rb",
+        *,
+        chunk_size_bytes: int = CHUNK_SIZE_BYTES_DEFAULT,
+        permissions: int = 0o644,
+        mtime_ns: int | None = None,
     ) -> AsyncFile:
         """Open a file: modes rb r+b wb w+b xb ab a+b. "w" and "x" name the file at close; see `AsyncFile`.
 
-        Raises NotFound, AlreadyExists, IsADirectory, Conflict (a second appender).
+        The last three arguments are for a file that is made. Raises NotFound, AlreadyExists, IsADirectory, Conflict (a
+        second appender).
         """
-        handle = await self._run(
-            lambda core: open_file(core, path, mode, chunk_size_bytes=chunk_size_bytes, permissions=permissions)
-        )
+        new = NewFile(permissions=permissions, mtime_ns=mtime_ns, chunk_size_bytes=chunk_size_bytes)
+        handle = await self._run(lambda core: open_file(core, path, mode, new))
         return AsyncFile(self._attachment.store, handle, mode)
 
     async def put(
-        self, path: str, data: Any, *, overwrite: bool = True, chunk_size_bytes: int | None = None, mode: int = 0o644
+        self,
+        path: str,
+        data: Any,
+        *,
+        overwrite: bool = True,
+        chunk_size_bytes: int = CHUNK_SIZE_BYTES_DEFAULT,
+        permissions: int = 0o644,
+        mtime_ns: int | None = None,
     ) -> Inode:
         """Make `data` the file at `path`, durably and atomically: readers see the old file or the whole new one."""
         view = flat_view(data)
-        return await self._change(
-            lambda core: core.put(path, view, overwrite=overwrite, mode=mode, chunk_size_bytes=chunk_size_bytes)
+        new = NewFile(
+            overwrite=overwrite, permissions=permissions, mtime_ns=mtime_ns, chunk_size_bytes=chunk_size_bytes
         )
+        return await self._change(lambda core: core.put(path, view, new))
 
     async def get(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes [offset, offset+length) of a file, cut at its end. Raises NotFound, IsADirectory, Corruption."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -81,6 +82,18 @@ class Range(NamedTuple):
     offset: int
     view: memoryview
     path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewFile:
+    """How a new file is made."""
+
+    overwrite: bool = True
+    """Replace a file of that name; else raise AlreadyExists."""
+    permissions: int = 0o644
+    mtime_ns: int | None = None
+    """None: now."""
+    chunk_size_bytes: int = CHUNK_SIZE_BYTES_DEFAULT
 
 
 Part = tuple[int, int, bytes, int, memoryview]
@@ -262,25 +275,21 @@ class Core:
 
     # --- whole files -----------------------------------------------------------------------------------------------
 
-    async def put(
-        self, path: str, payload: memoryview, *, overwrite: bool, mode: int = 0o644, chunk_size_bytes: int | None = None
-    ) -> Inode:
+    async def put(self, path: str, payload: memoryview, new: NewFile) -> Inode:
         """Make `payload` the file at `path`: a new inode and one swap of the entry, so readers see old or new."""
         if len(payload) <= INLINE_BYTES_MAX:
-            return await self.commit_put(path, 0, None, bytes(payload), len(payload), mode=mode, overwrite=overwrite)
-        reserved = await self.reserve(chunk_size_bytes)
+            return await self.commit_put(path, None, bytes(payload), len(payload), new)
+        reserved = await self.reserve(new)
         try:
             await self.write_reserved(reserved, 0, payload)
-            return await self.commit_put(
-                path, reserved.inode, reserved.layout, b"", len(payload), mode=mode, overwrite=overwrite
-            )
+            return await self.commit_put(path, reserved, b"", len(payload), new)
         except Exception:
             await self.abandon(reserved)
             raise
 
-    async def reserve(self, chunk_size_bytes: int | None) -> Reserved:
+    async def reserve(self, new: NewFile) -> Reserved:
         """A new inode that no name leads to yet."""
-        return await self.ask(Reserve(chunk_size_bytes or CHUNK_SIZE_BYTES_DEFAULT), Reserved)
+        return await self.ask(Reserve(new.chunk_size_bytes), Reserved)
 
     async def abandon(self, reserved: Reserved) -> None:
         """Give a reserved inode and its chunks up."""
@@ -294,32 +303,32 @@ class Core:
         """Remove what was written past `length` of a reserved inode: it has no length yet but that of its chunks."""
         await ClientChunkOps(self._chains).truncate(reserved.inode, reserved.layout, length)
 
-    async def commit_put(
-        self, path: str, inode: int, layout: Chunks | None, data: bytes, length: int, *, mode: int, overwrite: bool
-    ) -> Inode:
-        """Name the new inode."""
+    async def commit_put(self, path: str, reserved: Reserved | None, data: bytes, length: int, new: NewFile) -> Inode:
+        """Name a new inode: the reserved one, or (None) one that holds `data` itself."""
         request = CommitPut(
-            normalise(path), inode, layout, data, length, mode, overwrite, uid=os.getuid(), gid=os.getgid()
+            normalise(path),
+            reserved.inode if reserved is not None else 0,
+            reserved.layout if reserved is not None else None,
+            data,
+            length,
+            new.permissions,
+            new.overwrite,
+            os.getuid(),
+            os.getgid(),
+            new.mtime_ns,
         )
         return (await self.ask(request, InodeReply)).inode
 
     # --- writing in place ------------------------------------------------------------------------------------------
 
     async def open_for_write(
-        self,
-        path: str,
-        *,
-        create: bool,
-        exclusive: bool = False,
-        truncate: bool = False,
-        append: bool = False,
-        mode: int = 0o644,
-        chunk_size_bytes: int | None = None,
+        self, path: str, *, create: bool, append: bool = False, new: NewFile | None = None
     ) -> WriteHandle:
-        """Open a session on the file at `path`."""
-        size = chunk_size_bytes or CHUNK_SIZE_BYTES_DEFAULT
+        """Open a session on the file at `path`; `new` says how a file that is made is made."""
+        new = new or NewFile()
+        size = new.chunk_size_bytes
         request = Open(
-            normalise(path), create, exclusive, truncate, mode, size, os.getuid(), os.getgid(), append=append
+            normalise(path), create, False, False, new.permissions, size, os.getuid(), os.getgid(), append=append
         )
         try:
             opened = await self.ask(request, Opened)

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+from dataclasses import replace
 
 from ..errors import AlreadyExists, EmberError, NotFound
 from ..messages import Reserved
-from ..types import CHUNK_SIZE_BYTES_DEFAULT, INLINE_BYTES_MAX, Inline, Inode, Kind
-from .core import MESSAGE_BYTES_MAX, Core, Range, WriteHandle, check_range
+from ..types import INLINE_BYTES_MAX, Chunks, Inline, Inode, Kind
+from .core import MESSAGE_BYTES_MAX, Core, NewFile, Range, WriteHandle, check_range
 
 MODES = frozenset(["r", "r+", "w", "w+", "x", "x+", "a", "a+"])
 
@@ -35,12 +36,10 @@ def parse_mode(mode: str) -> str:
 class FreshTarget:
     """A new file that is named when it is finished."""
 
-    def __init__(self, core: Core, path: str, *, overwrite: bool, mode: int, chunk_size_bytes: int) -> None:
+    def __init__(self, core: Core, path: str, new: NewFile) -> None:
         self._core = core
         self._path = path
-        self._overwrite = overwrite
-        self._mode = mode
-        self._chunk_size_bytes = chunk_size_bytes
+        self._new = new
         self._reserved: Reserved | None = None
         self.length = 0
 
@@ -52,7 +51,7 @@ class FreshTarget:
     async def start(self) -> Reserved:
         """The inode that the bytes go to."""
         if self._reserved is None:
-            self._reserved = await self._core.reserve(self._chunk_size_bytes)
+            self._reserved = await self._core.reserve(self._new)
         return self._reserved
 
     async def write(self, offset: int, payload: memoryview) -> None:
@@ -63,8 +62,10 @@ class FreshTarget:
     def inode(self) -> Inode:
         """The row as it would be if the file were finished now: what reads of our own bytes go by."""
         if self._reserved is None:
-            return Inode(0, Kind.FILE, self._mode, 0, 0, 0, 0, layout=Inline())
-        return Inode(self._reserved.inode, Kind.FILE, self._mode, 0, self.length, 0, 0, layout=self._reserved.layout)
+            return Inode(0, Kind.FILE, self._new.permissions, 0, 0, 0, 0, layout=Inline())
+        return Inode(
+            self._reserved.inode, Kind.FILE, self._new.permissions, 0, self.length, 0, 0, layout=self._reserved.layout
+        )
 
     async def truncate(self, length: int) -> None:
         """Set the length it will have."""
@@ -80,14 +81,12 @@ class FreshTarget:
         length = max(self.length, len(rest))
         if self._reserved is None and length <= INLINE_BYTES_MAX:
             data = bytes(rest).ljust(length, b"\0")
-            await self._core.commit_put(self._path, 0, None, data, length, mode=self._mode, overwrite=self._overwrite)
+            await self._core.commit_put(self._path, None, data, length, self._new)
             return
         if rest:
             await self.write(0, memoryview(rest))
         reserved = await self.start()
-        await self._core.commit_put(
-            self._path, reserved.inode, reserved.layout, b"", length, mode=self._mode, overwrite=self._overwrite
-        )
+        await self._core.commit_put(self._path, reserved, b"", length, self._new)
 
     async def discard(self) -> None:
         """The file will not be: its chunks may go."""
@@ -268,13 +267,13 @@ def _whole_chunks(offset: int, length: int, chunk_size_bytes: int) -> int:
     return min(end - offset, MESSAGE_BYTES_MAX) if end - offset >= chunk_size_bytes else 0
 
 
-async def open_file(core: Core, path: str, mode: str, *, chunk_size_bytes: int | None, permissions: int) -> OpenFile:
-    """Open `path`. Raises NotFound, AlreadyExists, IsADirectory."""
+async def open_file(core: Core, path: str, mode: str, new: NewFile | None = None) -> OpenFile:
+    """Open `path`; `new` says how a file that is made is made. Raises NotFound, AlreadyExists, IsADirectory."""
     plain = parse_mode(mode)
-    size = chunk_size_bytes or CHUNK_SIZE_BYTES_DEFAULT
+    new = new or NewFile()
     if plain == "r":
         inode = await core.file(path)
-        return OpenFile(core, path, plain, inode, None, size)
+        return OpenFile(core, path, plain, inode, None, new.chunk_size_bytes)
     if plain[0] in "wx":
         try:
             await core.file(path)
@@ -282,11 +281,10 @@ async def open_file(core: Core, path: str, mode: str, *, chunk_size_bytes: int |
                 raise AlreadyExists("file exists", path)
         except NotFound:
             await core.parent_of(path)
-        fresh = FreshTarget(core, path, overwrite=plain[0] == "w", mode=permissions, chunk_size_bytes=size)
-        return OpenFile(core, path, plain, fresh.inode(), fresh, size)
-    handle = await core.open_for_write(
-        path, create=plain[0] == "a", append=plain[0] == "a", mode=permissions, chunk_size_bytes=size
-    )
+        fresh = FreshTarget(core, path, replace(new, overwrite=plain[0] == "w"))
+        return OpenFile(core, path, plain, fresh.inode(), fresh, new.chunk_size_bytes)
+    appends = plain[0] == "a"
+    handle = await core.open_for_write(path, create=appends, append=appends, new=new)
     layout = handle.inode.layout
-    size = size if isinstance(layout, Inline) or layout is None else layout.chunk_size_bytes
+    size = layout.chunk_size_bytes if isinstance(layout, Chunks) else new.chunk_size_bytes
     return OpenFile(core, path, plain, handle.inode, SessionTarget(core, handle), size)

@@ -76,6 +76,7 @@ async def commit_put(state: MetaState, request: CommitPut) -> InodeReply:
             inode=request.inode,
             layout=request.layout if request.inode else Inline(request.data),
             length=request.length if request.inode else len(request.data),
+            mtime_ns=request.mtime_ns,
         )
 
     inode = await state.kv.run(work)

@@ -51,6 +51,7 @@ async def create(
     layout: Inline | Chunks | None = None,
     length: int = 0,
     target: str = "",
+    mtime_ns: int | None = None,
 ) -> Inode:
     """A new inode, named by `place`. `inode` is its id if reserved. Overwrites the entry, not what that named."""
     now_ns = state.runtime.wall_ns()
@@ -61,7 +62,7 @@ async def create(
         mode=mode & 0o7777,
         nlink=1,
         length=length,
-        mtime_ns=now_ns,
+        mtime_ns=now_ns if mtime_ns is None else mtime_ns,
         ctime_ns=now_ns,
         uid=uid,
         gid=gid,
