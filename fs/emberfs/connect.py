@@ -14,9 +14,9 @@ def connect(url: str | None = None, **settings: Any) -> Client:
     `ember:///path/to/dir` is an embedded store: everything in this process, no service to start. `settings` are the
     fields of `StoreConfig`. Raises StoreBusy when another process owns it, StoreFormat, InvalidPath.
     """
-    return Client(url, StoreConfig(**settings))
+    return Client(url, StoreConfig(**settings) if settings else None)
 
 
 def connect_async(url: str | None = None, **settings: Any) -> AsyncClient:
     """`connect` for programs with an event loop. Opening itself is quick and blocks; every later call is awaited."""
-    return AsyncClient(url, StoreConfig(**settings))
+    return AsyncClient(url, StoreConfig(**settings) if settings else None)

@@ -105,7 +105,7 @@ class LocalDisk:
 
     async def read(self, items: Sequence[ReadItem], landed: Landed | None = None) -> list[int]:
         if self._runtime.may_block():
-            return await self._runtime.offload(_read_all, items, landed)
+            return self._runtime.block(_read_all, items, landed)
         counts: list[int] = []
         cold: list[tuple[int, ReadItem]] = []
         for index, (file, destinations, offset) in enumerate(items):

@@ -18,6 +18,7 @@ import json
 import os
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import msgspec
 from .client.core import Core
 from .disk import LocalDisk
 from .engine import ChunkEngine, EngineConfig
-from .errors import InvalidPath, StoreBusy, StoreFormat
+from .errors import InvalidPath, LimitExceeded, StoreBusy, StoreFormat
 from .kv import LmdbKV
 from .meta import ClientChunkOps, MetaConfig, MetaService
 from .meta.dump import load
@@ -46,8 +47,8 @@ SUPERBLOCK = "superblock.json"
 class StoreConfig:
     """Settings of an embedded store. `targets` is fixed when the store is made; the rest holds for this process."""
 
-    targets: int = 1
-    """Target directories (disks, if you mount them so); new files are dealt over all of them."""
+    targets: int | None = None
+    """Target directories (disks, if you mount them so), that new files are dealt over. None: 1 for a new store."""
     reserve_bytes: int = 64 << 20
     """New data is refused (NoSpace) when the disk has less than this left."""
     gc_delay_s: float = 300.0
@@ -56,8 +57,8 @@ class StoreConfig:
     """Seconds that removed files stay in the trash."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.targets <= 256:
-            raise ValueError(f"targets must be 1 to 256: {self.targets}")
+        if self.targets is not None and not 1 <= self.targets <= 256:
+            raise LimitExceeded(f"targets must be 1 to 256: {self.targets}")
 
 
 class StoreVersion(msgspec.Struct, frozen=True):
@@ -174,13 +175,18 @@ class EmbeddedStore:
         _inherited.append(self)
 
 
-def acquire(directory: Path, config: StoreConfig) -> EmbeddedStore:
-    """The store of this process at `directory`, opened or made. Raises StoreBusy, StoreFormat."""
+def acquire(directory: Path, config: StoreConfig | None) -> EmbeddedStore:
+    """The store of this process at `directory`, opened or made. Raises StoreBusy, StoreFormat.
+
+    `config` None: the defaults, or those the store is open with already; settings that come too late are warned of.
+    """
     directory = directory.resolve()
     with _registry_lock:
         store = _stores.get(directory)
         if store is None:
-            store = _stores[directory] = EmbeddedStore(directory, config)
+            store = _stores[directory] = EmbeddedStore(directory, config or StoreConfig())
+        elif config is not None and config != store.config:
+            warnings.warn(f"{directory} is open in this process with other settings; they stay", stacklevel=4)
         store._users += 1
         return store
 
@@ -273,7 +279,7 @@ def _take_ownership(directory: Path) -> int:
 def _read_or_write_superblock(directory: Path, config: StoreConfig) -> Superblock:
     path = directory / SUPERBLOCK
     if not path.exists():
-        superblock = Superblock(STORE_FORMAT, os.urandom(16).hex(), config.targets, time.time_ns()).sealed()
+        superblock = Superblock(STORE_FORMAT, os.urandom(16).hex(), config.targets or 1, time.time_ns()).sealed()
         _write_durably(path, msgspec.json.format(msgspec.json.encode(superblock)))
         return superblock
     content = path.read_bytes()
@@ -289,6 +295,8 @@ def _read_or_write_superblock(directory: Path, config: StoreConfig) -> Superbloc
         raise StoreFormat(f"{path} is damaged: {error}") from error
     if superblock.sealed() != superblock:
         raise StoreFormat(f"{path} is damaged: its checksum does not match")
+    if config.targets not in (None, superblock.targets):
+        raise StoreFormat(f"{directory} has {superblock.targets} targets, not {config.targets}: that cannot be changed")
     return superblock
 
 

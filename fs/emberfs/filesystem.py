@@ -24,11 +24,10 @@ from fsspec.utils import stringify_path
 from . import operations
 from .client.attachment import Attachment, LazyAttachment
 from .client.buffers import flat_view
-from .client.core import NewFile
+from .client.core import Core, NewFile
 from .client.file import OpenFile, open_file
 from .client.handle import AsyncFile, File
 from .client.sync import Client
-from .embedded import StoreConfig
 from .errors import NotFound
 from .urls import split_url
 
@@ -74,7 +73,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
         super().__init__(**storage_options)
         self._trash = trash
         self._auto_mkdir = auto_mkdir
-        self._attachment = LazyAttachment(url, StoreConfig())
+        self._attachment = LazyAttachment(url, None)
 
     # --- the store -------------------------------------------------------------------------------------------------
 
@@ -170,6 +169,8 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     def cat_file(self, path: Any, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """Bytes [start, end) of a file; negative counts from its end."""
+        if start is None and end is None:
+            return self._do(Core.get, self._strip_protocol(path))
         return self._do(operations.cat, self._strip_protocol(path), start, end)
 
     async def _cat_file(self, path: Any, start: int | None = None, end: int | None = None, **_: Any) -> bytes:

@@ -53,7 +53,10 @@ class Runtime(Protocol):
         """Run a blocking function (system calls, no service state) and return its result."""
 
     def may_block(self) -> bool:
-        """True while an inline caller drives: blocking here costs nobody else anything but the baton."""
+        """True while an inline caller drives: `block` may be used, since its thread waits anyway."""
+
+    def block(self, blocking: Callable[..., T], *args: Any) -> T:
+        """`offload` for where `may_block` is true: no coroutine, in this very thread. Others run meanwhile."""
 
 
 class _BatonSelector(selectors.DefaultSelector):
@@ -162,6 +165,9 @@ class AsyncioRuntime:
                 if not self._is_exiting():
                     raise
                 return blocking(*args)
+        return self.block(blocking, *args)
+
+    def block(self, blocking: Callable[..., T], *args: Any) -> T:
         self.leave_inline()
         try:
             return blocking(*args)

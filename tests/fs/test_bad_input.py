@@ -565,3 +565,15 @@ def test_a_corrupt_metadata_row_is_an_error_and_never_wrong_bytes(store: Path) -
         assert client.maintenance.fsck(repair=True).clean
         assert client.get(f"/lost+found/{int.from_bytes(inode, 'big'):x}") == b"these bytes are in the row"
         assert [name for name, _ in client.list("/")] == ["lost+found", "other"]
+
+
+def test_settings_that_come_too_late_are_not_silently_ignored(store: Path) -> None:
+    with emberfs.connect(url_of(store), reserve_bytes=1 << 20):
+        with emberfs.connect(url_of(store)) as same:
+            assert same.maintenance.info()["settings"]["reserve_bytes"] == 1 << 20
+        with pytest.warns(UserWarning, match="other settings"), emberfs.connect(url_of(store), gc_delay_s=1.0):
+            pass
+    with pytest.raises(StoreFormat, match="1 targets, not 2"):
+        emberfs.connect(url_of(store), targets=2)
+    with pytest.raises(emberfs.LimitExceeded):
+        emberfs.connect(url_of(store), targets=0)

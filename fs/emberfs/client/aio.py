@@ -27,12 +27,12 @@ class AsyncClient:
     """A store, awaited. Get one from `emberfs.connect_async`; close it, or use it in an `async with` block."""
 
     def __init__(self, url: str | None = None, config: StoreConfig | None = None) -> None:
-        self._attachment = Attachment(url, config or StoreConfig())
+        self._attachment = Attachment(url, config)
 
     def __repr__(self) -> str:
         return f"<emberfs.AsyncClient {self.url}{' closed' if self._attachment.closed else ''}>"
 
-    def __reduce__(self) -> tuple[type[AsyncClient], tuple[str, StoreConfig]]:
+    def __reduce__(self) -> tuple[type[AsyncClient], tuple[str, StoreConfig | None]]:
         return (type(self), (self.url, self._attachment.config))
 
     @property

@@ -12,8 +12,10 @@ from .core import Core
 class Attachment:
     """A client's hold on a store of this process: what both doors share."""
 
-    def __init__(self, url: str | None, config: StoreConfig) -> None:
-        self.directory = store_directory(url)
+    def __init__(self, url: str | None, config: StoreConfig | None) -> None:
+        self.directory = store_directory(url).resolve()
+        self.url = f"ember://{self.directory}"
+        """What `connect` takes to come here again."""
         self.config = config
         self.store: EmbeddedStore = acquire(self.directory, config)
         self.core: Core = self.store.core()
@@ -37,16 +39,11 @@ class Attachment:
             self.closed = True
             self.store.release()
 
-    @property
-    def url(self) -> str:
-        """What `connect` takes to come here again."""
-        return f"ember://{self.directory.resolve()}"
-
 
 class LazyAttachment:
     """An attachment made at its first use, once, whichever thread comes first; made again after a close."""
 
-    def __init__(self, url: str | None, config: StoreConfig) -> None:
+    def __init__(self, url: str | None, config: StoreConfig | None) -> None:
         self._url = url
         self._config = config
         self._attachment: Attachment | None = None

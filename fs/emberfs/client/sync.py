@@ -31,12 +31,12 @@ class Client:
     """A store, blocking. Get one from `emberfs.connect`; close it, or use it in a `with` block."""
 
     def __init__(self, url: str | None = None, config: StoreConfig | None = None) -> None:
-        self._attachment = Attachment(url, config or StoreConfig())
+        self._attachment = Attachment(url, config)
 
     def __repr__(self) -> str:
         return f"<emberfs.Client {self.url}{' closed' if self._attachment.closed else ''}>"
 
-    def __reduce__(self) -> tuple[type[Client], tuple[str, StoreConfig]]:
+    def __reduce__(self) -> tuple[type[Client], tuple[str, StoreConfig | None]]:
         return (type(self), (self.url, self._attachment.config))
 
     @property

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
+from struct import Struct
 
-from ..checksum import crc32c, first_bad_granule, sum_before
+from ..checksum import crc32c, first_bad_granule
 from ..disk import Disk, ReadItem
 from ..errors import Corruption
 from ..types import describe_chunk
 from .allocator import Allocator, position_class, stride_bytes
 from .record import Extent, decode_committed, sums_bytes
+
+_sum_at = Struct("<I").unpack_from
 
 STEP_BYTES = 1 << 20
 """Read and checked in one go: fits a core's L2 cache, so that the check does not fetch the bytes from memory again."""
@@ -112,38 +116,20 @@ class BlockReader:
         if not items:
             return
         try:
-            await self._disk.read(items, lambda index, count: self._verify(count, *steps[index]))
+            await self._disk.read(items, partial(_verify, steps))
         except OSError:
             await self._read_one_by_one(items, steps)
 
     async def _read_one_by_one(self, items: Sequence[ReadItem], steps: Sequence[Step]) -> None:
         """After a failed read: a bad sector must not hide what can be read."""
-        for item, step in zip(items, steps, strict=True):
+        for index, item in enumerate(items):
             try:
                 (count,) = await self._disk.read([item])
             except OSError as error:
-                step[0].error = self._corruption(step[0], f"{error} (the block cannot be read)", step[1])
+                request, first, *_ = steps[index]
+                request.error = _corruption(request, f"{error} (the block cannot be read)", first)
             else:
-                self._verify(count, *step)
-
-    def _verify(self, count: int, request: ReadRequest, first: int, last: int, pieces: list[memoryview]) -> None:
-        """Check one step. Runs where the bytes were read: they are in that core's cache, and nobody's baton is held."""
-        running = sum_before(request.sums, first)
-        left = count
-        for piece in pieces:
-            running = crc32c(piece, running)
-            left -= len(piece)
-        if left:
-            request.error = self._corruption(request, "the block file is too short", first)
-        if left or running == sum_before(request.sums, last):
-            return
-        block = memoryview(b"".join(pieces))
-        bad = first_bad_granule(block, request.sums, granule=1 << request.granule_log2, first=first)
-        request.error = self._corruption(request, "checksum mismatch", first if bad is None else bad)
-
-    def _corruption(self, request: ReadRequest, what: str, granule_index: int) -> Corruption:
-        offset, name = granule_index << request.granule_log2, describe_chunk(request.chunk)
-        return Corruption(f"{what} in chunk {name} at offset {offset}", chunk=name, offset=offset)
+                _verify(steps, index, count)
 
     def drop_cache(self, extent: Extent) -> None:
         """Ask that the next read of the extent and of its sums comes from the medium."""
@@ -174,6 +160,29 @@ class BlockReader:
             name = describe_chunk(chunk)
             raise Corruption(f"the checksums beside the block of chunk {name} are damaged", chunk=name, offset=0)
         return bytes(packed)
+
+
+def _verify(steps: Sequence[Step], index: int, count: int) -> None:
+    """Check one step. Runs where the bytes were read: they are in that core's cache, and nobody's baton is held."""
+    request, first, last, pieces = steps[index]
+    sums = request.sums
+    running = _sum_at(sums, 4 * first - 4)[0] if first else 0
+    for piece in pieces:
+        running = crc32c(piece, running)
+        count -= len(piece)
+    if count == 0 and running == _sum_at(sums, 4 * last - 4)[0]:
+        return
+    if count:
+        request.error = _corruption(request, "the block file is too short", first)
+        return
+    block = memoryview(b"".join(pieces))
+    bad = first_bad_granule(block, sums, granule=1 << request.granule_log2, first=first)
+    request.error = _corruption(request, "checksum mismatch", first if bad is None else bad)
+
+
+def _corruption(request: ReadRequest, what: str, granule_index: int) -> Corruption:
+    offset, name = granule_index << request.granule_log2, describe_chunk(request.chunk)
+    return Corruption(f"{what} in chunk {name} at offset {offset}", chunk=name, offset=offset)
 
 
 def _steps(request: ReadRequest) -> Iterator[Step]:
