@@ -13,8 +13,10 @@ store at a time; clients of one process share it. After a fork the child inherit
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import threading
 import time
@@ -98,15 +100,16 @@ class EmbeddedStore:
             self.superblock = _read_or_write_superblock(directory, config)
             self.runtime = AsyncioRuntime()
         except BaseException:
-            os.close(self._lock_file)
+            _give_up(self._lock_file)
             raise
         self.portal = Portal(self.runtime)
         self._closers: list[Any] = []
         self._disks: list[LocalDisk] = []
         try:
-            self.portal.run(self._start(), mutates=True)
+            self.portal.run(self._start())
         except BaseException:
-            self._shut()
+            with contextlib.suppress(Exception):  # The first error is the one that says why.
+                self._shut()
             raise
 
     async def _start(self) -> None:
@@ -149,14 +152,22 @@ class EmbeddedStore:
         return Core(self.runtime, self.meta, self.chains)
 
     def _shut(self) -> None:
-        """Close the services in the reverse order of their start, then the loop, then give the directory up."""
+        """Let the calls end, close the services in the reverse order of their start, then give the directory up.
+
+        Closes everything, whatever fails on the way, and then raises the first error.
+        """
         self.closed = True
-        try:
-            for closer in reversed(self._closers):
-                self.portal.run(closer.close(), mutates=True)
-        finally:
-            self.runtime.stop()
-            os.close(self._lock_file)
+        errors: list[Exception] = []
+        self.portal.drain()
+        for closer in reversed(self._closers):
+            try:
+                self.portal.run_last(closer.close())
+            except Exception as error:
+                errors.append(error)
+        self.runtime.stop()
+        _give_up(self._lock_file)
+        if errors:
+            raise errors[0]
 
     def release(self) -> None:
         """One user less; the last one closes the store."""
@@ -171,7 +182,6 @@ class EmbeddedStore:
     def forget_after_fork(self) -> None:
         """In the child: touch nothing but our copies of file descriptors. The parent goes on as if nothing was."""
         self.forked = True
-        os.close(self._lock_file)
         _inherited.append(self)
 
 
@@ -197,21 +207,34 @@ _inherited: list[EmbeddedStore] = []
 """Stores of our parent process. Kept, so that no finalizer touches the parent's LMDB environment or event loop."""
 
 
+_lock_files: set[int] = set()
+"""Of all stores of this process, those too that are just being opened."""
+
+
 def _after_fork_in_child() -> None:
-    global _registry_lock
-    _registry_lock = threading.Lock()
-    for store in list(_stores.values()):
+    for store in _stores.values():
         store.forget_after_fork()
     _stores.clear()
+    for lock_file in _lock_files:
+        # The lock is the open file's, which we share: closing our copy leaves the parent's lock alone.
+        os.close(lock_file)
+    _lock_files.clear()
+    _registry_lock.release()
 
 
 def _close_all() -> None:
     for store in list(_stores.values()):
-        store._shut()
+        try:
+            store._shut()
+        except Exception:
+            logging.getLogger("emberline.store").exception("closing %s at exit", store.directory)
     _stores.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+# Nobody opens or closes a store during a fork, so that the child finds whole ones or none.
+os.register_at_fork(
+    before=_registry_lock.acquire, after_in_parent=_registry_lock.release, after_in_child=_after_fork_in_child
+)
 atexit.register(_close_all)
 
 
@@ -230,13 +253,13 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
         try:
             kv = LmdbKV.open(directory / "meta", runtime)
             try:
-                portal.run(load(kv, lines), mutates=True)
+                portal.run(load(kv, lines))
             finally:
-                portal.run(kv.close(), mutates=True)
+                portal.run(kv.close())
         finally:
             runtime.stop()
     finally:
-        os.close(lock_file)
+        _give_up(lock_file)
 
 
 def _make_directory(directory: Path) -> None:
@@ -252,6 +275,12 @@ def _make_directory(directory: Path) -> None:
             f"{directory} is not an emberline store and not empty (it holds {min(strangers)!r}); "
             "give an empty or a new directory"
         )
+
+
+def _give_up(lock_file: int) -> None:
+    """The reverse of `_take_ownership`."""
+    _lock_files.discard(lock_file)
+    os.close(lock_file)
 
 
 def _take_ownership(directory: Path) -> int:
@@ -271,6 +300,7 @@ def _take_ownership(directory: Path) -> int:
         raise StoreBusy(
             f"{who} owns this store; close it there first (one process at a time)", str(directory), pid=pid
         ) from error
+    _lock_files.add(lock_file)
     os.ftruncate(lock_file, 0)
     os.pwrite(lock_file, json.dumps({"pid": os.getpid()}).encode(), 0)
     return lock_file

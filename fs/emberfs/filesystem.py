@@ -80,10 +80,10 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def _attached(self) -> Attachment:
         return self._attachment.get()
 
-    def _do(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, mutates: bool = False) -> T:
+    def _do(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
         attachment = self._attached()
         core = attachment.live()
-        return attachment.store.portal.run(call(core, *args), mutates=mutates)
+        return attachment.store.portal.run(call(core, *args))
 
     async def _ado(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, mutates: bool = False) -> T:
         attachment = self._attached()
@@ -211,7 +211,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
                 file.write(value)
             return
         new = _new_file(kwargs, overwrite=mode != "create")
-        self._do(operations.pipe, self._strip_protocol(path), flat_view(value), new, self._auto_mkdir, mutates=True)
+        self._do(operations.pipe, self._strip_protocol(path), flat_view(value), new, self._auto_mkdir)
 
     async def _pipe_file(self, path: Any, value: Any, mode: str = "overwrite", **kwargs: Any) -> None:
         new = _new_file(kwargs, overwrite=mode != "create")
@@ -241,28 +241,28 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     def mkdir(self, path: Any, create_parents: bool = True, **_: Any) -> None:
         """Make a directory. Raises AlreadyExists."""
-        self._do(operations.mkdir, self._strip_protocol(path), create_parents, False, mutates=True)
+        self._do(operations.mkdir, self._strip_protocol(path), create_parents, False)
 
     async def _mkdir(self, path: Any, create_parents: bool = True, **_: Any) -> None:
         await self._ado(operations.mkdir, self._strip_protocol(path), create_parents, False, mutates=True)
 
     def makedirs(self, path: Any, exist_ok: bool = False) -> None:
         """Make a directory and its parents."""
-        self._do(operations.mkdir, self._strip_protocol(path), True, exist_ok, mutates=True)
+        self._do(operations.mkdir, self._strip_protocol(path), True, exist_ok)
 
     async def _makedirs(self, path: Any, exist_ok: bool = False) -> None:
         await self._ado(operations.mkdir, self._strip_protocol(path), True, exist_ok, mutates=True)
 
     def rm_file(self, path: Any) -> None:
         """Remove one file."""
-        self._do(operations.remove, self._strip_protocol(path), False, self._trash, "file", mutates=True)
+        self._do(operations.remove, self._strip_protocol(path), False, self._trash, "file")
 
     async def _rm_file(self, path: Any, **_: Any) -> None:
         await self._ado(operations.remove, self._strip_protocol(path), False, self._trash, "file", mutates=True)
 
     def rmdir(self, path: Any) -> None:
         """Remove an empty directory."""
-        self._do(operations.remove, self._strip_protocol(path), False, False, "directory", mutates=True)
+        self._do(operations.remove, self._strip_protocol(path), False, False, "directory")
 
     async def _rm(
         self, path: Any, recursive: bool = False, maxdepth: int | None = None, trash: bool | None = None, **_: Any
@@ -284,7 +284,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
             return
         source, target = self._strip_protocol(path1), self._strip_protocol(path2)
         into = stringify_path(path2).endswith("/")
-        self._do(operations.move, source, target, into, self._auto_mkdir, mutates=True)
+        self._do(operations.move, source, target, into, self._auto_mkdir)
 
     async def _mv_file(self, path1: Any, path2: Any) -> None:
         source, target = self._strip_protocol(path1), self._strip_protocol(path2)
@@ -292,7 +292,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     def touch(self, path: Any, truncate: bool = True, **_: Any) -> None:
         """Make an empty file, or (`truncate=False`) set its time."""
-        self._do(operations.touch, self._strip_protocol(path), truncate, self._auto_mkdir, mutates=True)
+        self._do(operations.touch, self._strip_protocol(path), truncate, self._auto_mkdir)
 
     # --- open ------------------------------------------------------------------------------------------------------
 
@@ -305,12 +305,12 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
             return open_file(core, path, mode, new)
 
         try:
-            handle = attachment.store.portal.run(opening(), mutates=mode != "rb")
+            handle = attachment.store.portal.run(opening())
         except NotFound:
             if mode == "rb" or mode.startswith("r") or not self._auto_mkdir:
                 raise
             self.makedirs(self._parent(path), exist_ok=True)
-            handle = attachment.store.portal.run(opening(), mutates=True)
+            handle = attachment.store.portal.run(opening())
         held = not autocommit and mode[0] in "wx"
         return (HeldFile if held else File)(attachment.store, handle, mode)
 

@@ -6,11 +6,11 @@ is handed over, half run, to the loop thread, and the caller waits (`run`) or aw
 
 Invariants:
   - Works inside any running event loop and from any thread: it never touches the caller's loop.
-  - An interrupt (Ctrl-C) never lands in the middle of a service's update: `run(..., mutates=True)` on the main thread
-    holds SIGINT back until the call ended. Reads are not guarded (the swap costs as much as a stat), so read
-    paths keep their own state right with `finally`.
+  - An interrupt (Ctrl-C) never lands in service code or while the baton changes hands: the main thread holds SIGINT
+    back until the call has ended (1 us), and delivers it on the way out.
   - A call that began is never cancelled half-way: an interrupted or cancelled caller leaves once it ended, so that
     nothing writes to the caller's buffers afterwards and no commit is left in doubt. Calls on a local store are short.
+  - Once `drain` was called no call begins, and it returns when every call that had begun has ended.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import signal
 import threading
 import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
+from .errors import StoreClosed
 from .runtime import AsyncioRuntime
 
 T = TypeVar("T")
@@ -36,16 +38,33 @@ class Portal:
         self._runtime = runtime
         self._outcomes = _Outcomes()
         self._started = _Started(runtime, self._start_all)
+        self._running = 0
+        """Calls that have begun and not ended. This and the next are guarded by the baton."""
+        self._drained: threading.Event | None = None
+        """Set when the last call has ended; there from the moment that no new one is taken."""
 
-    def run(self, call: Coroutine[Any, Any, T], *, mutates: bool = False) -> T:
-        """Run `call` to its end and return its result. Blocks the calling thread only."""
-        if mutates and threading.current_thread() is threading.main_thread():
-            with _InterruptsHeld():
-                return self._run(call)
-        return self._run(call)
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        """Run `call` to its end and return its result. Blocks the calling thread only. Raises StoreClosed."""
+        held = _hold_interrupts()
+        try:
+            done, value = self._drive(call, blocks=True, hand_over=_Wait)
+            return value if done else value.result()  # type: ignore[no-any-return]
+        finally:
+            if held is not None:
+                _release_interrupts(held)
 
-    def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        done, value = self._drive(call, blocks=True, hand_over=_Wait)
+    def drain(self) -> None:
+        """Take no more calls but `run_last`, and wait for those that have begun."""
+        self._runtime.enter_inline(blocks=False)
+        self._drained = threading.Event()
+        if not self._running:
+            self._drained.set()
+        self._runtime.leave_inline()
+        self._drained.wait()
+
+    def run_last(self, call: Coroutine[Any, Any, T]) -> T:
+        """`run` for whoever closes the services, after `drain`."""
+        done, value = self._drive(call, blocks=True, hand_over=_Wait, is_last=True)
         return value if done else value.result()  # type: ignore[no-any-return]
 
     async def run_async(self, call: Coroutine[Any, Any, T], *, mutates: bool = False) -> T:
@@ -60,7 +79,12 @@ class Portal:
             self._started.add(loop, (call, waiter))
         else:
             deliver = functools.partial(self._outcomes.deliver, loop, waiter)
-            done, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(deliver))
+            held = _hold_interrupts()
+            try:
+                done, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(deliver))
+            finally:
+                if held is not None:
+                    _release_interrupts(held)
             if done:
                 return value  # type: ignore[no-any-return]
         try:
@@ -74,15 +98,40 @@ class Portal:
     def _start_all(self, loop: asyncio.AbstractEventLoop, calls: list[Any]) -> None:
         """Start calls of the caller's `loop`. Called in the store's thread."""
         for call, waiter in calls:
+            if self._drained is not None:
+                call.close()
+                call = _refused()
+            self._running += 1
             task = self._runtime.spawn(call, "mutation")
+            task.add_done_callback(self._ended)
             task.add_done_callback(functools.partial(self._outcomes.deliver, loop, waiter))
 
     def post(self, call: Coroutine[Any, Any, Any]) -> None:
         """Start `call` on the loop and return at once. For finalizers, which may run inside an inline call."""
-        self._runtime.loop.call_soon_threadsafe(lambda: _consume(self._runtime.spawn(call, "posted")))
+        self._runtime.loop.call_soon_threadsafe(self._start_posted, call)
+
+    def _start_posted(self, call: Coroutine[Any, Any, Any]) -> None:
+        if self._drained is not None:
+            call.close()
+            return
+        self._running += 1
+        task = self._runtime.spawn(call, "posted")
+        task.add_done_callback(self._ended)
+        # Nobody waits for it: its error is logged by the call itself, not by asyncio at exit.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _ended(self, _: object = None) -> None:
+        self._running -= 1
+        if not self._running and self._drained is not None:
+            self._drained.set()
 
     def _drive(
-        self, call: Coroutine[Any, Any, Any], *, blocks: bool, hand_over: Callable[[asyncio.Task[Any]], Any]
+        self,
+        call: Coroutine[Any, Any, Any],
+        *,
+        blocks: bool,
+        hand_over: Callable[[asyncio.Task[Any]], Any],
+        is_last: bool = False,
     ) -> tuple[bool, Any]:
         """Run `call` until it ends or suspends: (True, its result), or (False, what `hand_over` made of its task).
 
@@ -91,13 +140,27 @@ class Portal:
         runtime = self._runtime
         assert not runtime.is_inline(), "a service called the blocking API of its own store"
         runtime.enter_inline(blocks=blocks)
+        self._running += 1
+        has_ended = True
         try:
+            if self._drained is not None and not is_last:
+                call.close()
+                raise StoreClosed("the store is closed")
             awaited = call.send(None)
-            return False, hand_over(runtime.spawn(_go_on(call, awaited), "handed-over"))
+            task = runtime.spawn(_go_on(call, awaited), "handed-over")
+            task.add_done_callback(self._ended)
+            has_ended = False
+            return False, hand_over(task)
         except StopIteration as stop:
             return True, stop.value
         finally:
+            if has_ended:
+                self._ended()
             runtime.leave_inline()
+
+
+async def _refused() -> None:
+    raise StoreClosed("the store is closed")
 
 
 class _Wait:
@@ -109,12 +172,15 @@ class _Wait:
         task.add_done_callback(lambda _: self._ended.set())
 
     def result(self) -> Any:
-        """The task's result, once it has ended; an interrupted caller leaves no sooner."""
-        try:
-            self._ended.wait()
-        except BaseException:
-            self._ended.wait()
-            raise
+        """The task's result, once it has ended; an interrupted caller leaves no sooner, however often interrupted."""
+        interrupt: BaseException | None = None
+        while not self._ended.is_set():
+            try:
+                self._ended.wait()
+            except BaseException as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
         return self._task.result()
 
 
@@ -162,7 +228,13 @@ class _Started:
             loop.call_soon(self._hand_over, loop)
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._runtime.loop.call_soon_threadsafe(self._start_all, loop, self._calls.pop(loop))
+        calls = self._calls.pop(loop)
+        try:
+            self._runtime.loop.call_soon_threadsafe(self._start_all, loop, calls)
+        except RuntimeError:  # The store was closed before we came.
+            for call, waiter in calls:
+                call.close()
+                waiter.set_exception(StoreClosed("the store is closed"))
 
 
 async def _go_on(call: Coroutine[Any, Any, T], awaited: Any) -> T:
@@ -195,19 +267,38 @@ def _copy_outcome(task: asyncio.Task[T], waiter: asyncio.Future[T]) -> None:
         waiter.set_result(task.result())
 
 
-def _consume(task: asyncio.Task[Any]) -> None:
-    """A posted call has nobody to tell; its error is logged by the call itself, not by asyncio at exit."""
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+# What is under `signal.signal` and `signal.getsignal`: half a microsecond a call, where those convert enums for four.
+_raw_signal = importlib.import_module("_signal")
+_set_handler, _get_handler = _raw_signal.signal, _raw_signal.getsignal
+_SIGINT = int(signal.SIGINT)
 
 
-class _InterruptsHeld:
-    """Holds SIGINT back on the main thread while inside, and delivers it on the way out."""
+class _HeldInterrupts:
+    """What to do about SIGINT once the main thread may be interrupted again."""
 
-    def __enter__(self) -> None:
-        self._pending: list[tuple[int, Any]] = []
-        self._previous = signal.signal(signal.SIGINT, lambda number, frame: self._pending.append((number, frame)))
+    __slots__ = ("came", "previous")
 
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-        if self._pending and callable(self._previous):
-            self._previous(*self._pending[-1])
+    def __init__(self, previous: Any) -> None:
+        self.previous = previous
+        self.came = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.came = True
+
+
+def _hold_interrupts() -> _HeldInterrupts | None:
+    """Hold SIGINT back from now on. None where it cannot come (another thread) or is not Python's to handle."""
+    if threading.get_ident() != threading.main_thread().ident:
+        return None
+    previous = _get_handler(_SIGINT)
+    if previous is None:
+        return None
+    held = _HeldInterrupts(previous)
+    _set_handler(_SIGINT, held)
+    return held
+
+
+def _release_interrupts(held: _HeldInterrupts) -> None:
+    _set_handler(_SIGINT, held.previous)
+    if held.came:
+        signal.raise_signal(signal.SIGINT)

@@ -157,15 +157,14 @@ class AsyncioRuntime:
         return self._inline_blocks and self._inline_ident == threading.get_ident()
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
-        if not self.may_block():
-            try:
-                return await self.loop.run_in_executor(self._executor, blocking, *args)
-            except RuntimeError:
-                # At exit the interpreter stops worker threads before it lets us close; then this thread does the work.
-                if not self._is_exiting():
-                    raise
-                return blocking(*args)
-        return self.block(blocking, *args)
+        if self.may_block():
+            return self.block(blocking, *args)
+        try:
+            work = self._executor.submit(blocking, *args)
+        except RuntimeError:
+            # At exit the interpreter stops taking such work before it lets us close; then this thread does it.
+            return blocking(*args)
+        return await asyncio.wrap_future(work, loop=self.loop)
 
     def block(self, blocking: Callable[..., T], *args: Any) -> T:
         self.leave_inline()
@@ -173,9 +172,6 @@ class AsyncioRuntime:
             return blocking(*args)
         finally:
             self.enter_inline(blocks=True)
-
-    def _is_exiting(self) -> bool:
-        return not threading.main_thread().is_alive()
 
     def enter_inline(self, *, blocks: bool) -> None:
         """Take the baton for this thread. `blocks`: `offload` may block this very thread."""

@@ -43,7 +43,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine = self.open()
 
     def run(self, call: Coroutine[Any, Any, Any]) -> Any:
-        return self.portal.run(call, mutates=True)
+        return self.portal.run(call)
 
     def open(self) -> ChunkEngine:
         disk = LocalDisk(self.directory.name, self.runtime)

@@ -216,7 +216,7 @@ def test_an_interrupt_of_an_update_is_delivered_when_it_has_ended(portal: Portal
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        portal.run(update(), mutates=True)
+        portal.run(update())
     assert len(steps) == 1000
     assert signal.getsignal(signal.SIGINT) is before
     assert portal.run(thread_here()) == threading.get_ident(), "the baton was given back"
@@ -232,7 +232,7 @@ def test_an_interrupt_before_an_update_suspends_waits_for_its_end_too(portal: Po
             steps.append(number)
 
     with pytest.raises(KeyboardInterrupt):
-        portal.run(update(), mutates=True)
+        portal.run(update())
     assert steps == [0, 1, 2]
 
 
@@ -250,14 +250,14 @@ def test_an_interrupt_while_the_caller_waits_is_delivered_when_the_call_has_ende
             steps.append(number)
 
     with pytest.raises(KeyboardInterrupt):
-        portal.run(call(), mutates=mutates)
+        portal.run(call())
     assert steps == [0, 1, 2]
 
 
 def test_an_update_may_be_called_from_any_thread(portal: Portal) -> None:
     """Only the main thread may touch signal handlers, and only it gets SIGINT."""
     results: list[int] = []
-    thread = threading.Thread(target=lambda: results.append(portal.run(thread_here(), mutates=True)))
+    thread = threading.Thread(target=lambda: results.append(portal.run(thread_here())))
     thread.start()
     thread.join()
     assert results == [thread.ident]

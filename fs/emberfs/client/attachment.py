@@ -35,8 +35,9 @@ class Attachment:
 
     def close(self) -> None:
         """Let go of the store; the last client of this process closes it."""
-        if not self.closed:
-            self.closed = True
+        with self._lock:
+            was_closed, self.closed = self.closed, True
+        if not was_closed:
             self.store.release()
 
 

@@ -49,11 +49,6 @@ class Client:
         core = attachment.live()
         return attachment.store.portal.run(call(core))
 
-    def _change(self, call: Callable[[Core], Coroutine[Any, Any, T]]) -> T:
-        attachment = self._attachment
-        core = attachment.live()
-        return attachment.store.portal.run(call(core), mutates=True)
-
     # --- files -----------------------------------------------------------------------------------------------------
 
     def open(
@@ -71,8 +66,7 @@ class Client:
         second appender).
         """
         new = NewFile(permissions=permissions, mtime_ns=mtime_ns, chunk_size_bytes=chunk_size_bytes)
-        call = self._run if mode == "rb" else self._change
-        handle = call(lambda core: open_file(core, path, mode, new))
+        handle = self._run(lambda core: open_file(core, path, mode, new))
         return File(self._attachment.store, handle, mode)
 
     def put(
@@ -90,7 +84,7 @@ class Client:
         new = NewFile(
             overwrite=overwrite, permissions=permissions, mtime_ns=mtime_ns, chunk_size_bytes=chunk_size_bytes
         )
-        return self._change(lambda core: core.put(path, view, new))
+        return self._run(lambda core: core.put(path, view, new))
 
     def get(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes [offset, offset+length) of a file, cut at its end. Raises NotFound, IsADirectory, Corruption."""
@@ -123,7 +117,7 @@ class Client:
         """
         for file in open_files(items, self._attachment.store):
             file.flush()
-        self._change(lambda core: batch_write(core, items))
+        self._run(lambda core: batch_write(core, items))
 
     # --- names -----------------------------------------------------------------------------------------------------
 
@@ -150,26 +144,26 @@ class Client:
 
     def mkdir(self, path: str, *, parents: bool = False, exist_ok: bool = False, mode: int = 0o755) -> Inode:
         """Make a directory."""
-        return self._change(lambda core: Namespace(core).mkdir(path, mode, parents, exist_ok))
+        return self._run(lambda core: Namespace(core).mkdir(path, mode, parents, exist_ok))
 
     def remove(self, path: str, *, recursive: bool = False, trash: bool = True, want: str = "any") -> str:
         """Remove a file, link or directory. Returns the id `trash_restore` takes, or "" with `trash=False`.
 
         Raises DirectoryNotEmpty unless `recursive`. `want`: "file" or "directory" refuses the other.
         """
-        return self._change(lambda core: Namespace(core).remove(path, recursive, trash, want))
+        return self._run(lambda core: Namespace(core).remove(path, recursive, trash, want))
 
     def rename(self, source: str, target: str, *, overwrite: bool = True) -> None:
         """Move a file or a whole tree, atomically; over an existing file or empty directory if `overwrite`."""
-        self._change(lambda core: Namespace(core).rename(source, target, overwrite))
+        self._run(lambda core: Namespace(core).rename(source, target, overwrite))
 
     def link(self, source: str, target: str) -> Inode:
         """Give a file a second name."""
-        return self._change(lambda core: Namespace(core).link(source, target))
+        return self._run(lambda core: Namespace(core).link(source, target))
 
     def symlink(self, target: str, path: str) -> Inode:
         """Make a symbolic link at `path` that says `target`."""
-        return self._change(lambda core: Namespace(core).symlink(target, path))
+        return self._run(lambda core: Namespace(core).symlink(target, path))
 
     def readlink(self, path: str) -> str:
         """What the symbolic link at `path` says."""
@@ -177,7 +171,7 @@ class Client:
 
     def truncate(self, path: str, length: int) -> Inode:
         """Set a file's length; what is added reads as zero."""
-        return self._change(lambda core: core.truncate(path, length))
+        return self._run(lambda core: core.truncate(path, length))
 
     def set_attributes(
         self,
@@ -189,7 +183,7 @@ class Client:
         gid: int | None = None,
     ) -> Inode:
         """Change permission bits, modification time or owner."""
-        return self._change(lambda core: Namespace(core).set_attributes(path, mode, mtime_ns, uid, gid))
+        return self._run(lambda core: Namespace(core).set_attributes(path, mode, mtime_ns, uid, gid))
 
     def xattrs(self, path: str) -> dict[str, bytes]:
         """All extended attributes."""
@@ -197,7 +191,7 @@ class Client:
 
     def set_xattr(self, path: str, name: str, value: bytes | None) -> None:
         """Set one extended attribute (None removes it)."""
-        self._change(lambda core: Namespace(core).set_xattr(path, name, value))
+        self._run(lambda core: Namespace(core).set_xattr(path, name, value))
 
     # --- trash and upkeep ------------------------------------------------------------------------------------------
 
@@ -207,15 +201,15 @@ class Client:
 
     def trash_restore(self, id: str, path: str = "") -> Inode:
         """Put a trash entry back where it was, or at `path`."""
-        return self._change(lambda core: Namespace(core).trash_restore(id, path))
+        return self._run(lambda core: Namespace(core).trash_restore(id, path))
 
     def trash_empty(self, *, older_than_s: float = 0.0) -> None:
         """Remove for good what has been in the trash longer than that."""
-        self._change(lambda core: Namespace(core).trash_empty(older_than_s))
+        self._run(lambda core: Namespace(core).trash_empty(older_than_s))
 
     def collect_garbage(self, *, force: bool = False) -> Collected:
         """Free the chunks of removed files that are due (`force`: all)."""
-        return self._change(lambda core: Namespace(core).collect_garbage(force))
+        return self._run(lambda core: Namespace(core).collect_garbage(force))
 
     def usage(self) -> UsageReply:
         """Counts of files, directories and bytes."""

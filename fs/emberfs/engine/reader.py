@@ -87,7 +87,7 @@ class BlockReader:
                 except Corruption as error:
                     request.error = error
                     continue
-                if extent is not None and offset < extent.length:
+                if extent is not None and offset < extent.length and destination:
                     _aim(request, extent, granule_log2, offset, destination)
         return requests
 
