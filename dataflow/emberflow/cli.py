@@ -65,6 +65,11 @@ def sql_command(
                 _print_table(frame, _TABLE_ROWS if limit is None else limit)
     except (FlowError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
+    except RuntimeError as error:
+        # How DuckDB passes Ctrl-C on.
+        if "interrupted" in str(error).lower():
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _write(frame: DataFrame, url: str, partition_by: list[str], mode: Mode) -> None:

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
+from .errors import UpdateUnknown
 from .runtime import Runtime
 
 Item = TypeVar("Item")
@@ -20,6 +21,8 @@ Item = TypeVar("Item")
 
 class GroupCommit(Generic[Item]):
     """Hands lists of submitted items to `flush`, one at a time. An error of `flush` goes to everyone in the list.
+
+    What is no `Exception` (an interrupt) goes on to whoever led the flush; the others in the list get UpdateUnknown.
 
     The items of a list weigh at most `weight_max` together, unless one alone does.
     """
@@ -52,16 +55,18 @@ class GroupCommit(Generic[Item]):
 
     async def _lead(self, *, rounds: int | None) -> None:
         """Flush until the queue is empty; after `rounds` lists leave the rest to a task."""
-        while self._queue and rounds != 0:
-            await self._flush_batch(self._take())
-            rounds = None if rounds is None else rounds - 1
-        if self._queue:
-            self._task = self._runtime.spawn(self._lead(rounds=None), "group-commit")
-        else:
-            self._flushing = False
-            for drained in self._drained:
-                drained.set_result(None)
-            self._drained.clear()
+        try:
+            while self._queue and rounds != 0:
+                await self._flush_batch(self._take())
+                rounds = None if rounds is None else rounds - 1
+        finally:
+            if self._queue:
+                self._task = self._runtime.spawn(self._lead(rounds=None), "group-commit")
+            else:
+                self._flushing = False
+                for drained in self._drained:
+                    drained.set_result(None)
+                self._drained.clear()
 
     def _take(self) -> list[tuple[Item, asyncio.Future[None]]]:
         """The head of the queue: what one flush may carry."""
@@ -75,9 +80,10 @@ class GroupCommit(Generic[Item]):
         try:
             await self._flush([item for item, _ in batch])
         except Exception as error:
-            for _, future in batch:
-                future.set_exception(error)
-                future.exception()  # Marks it as seen, for a waiter that is gone.
+            _fail_all(batch, error)
+        except BaseException:
+            _fail_all(batch, UpdateUnknown("a flush was interrupted: it may or may not have happened"))
+            raise
         else:
             for _, future in batch:
                 future.set_result(None)
@@ -88,3 +94,9 @@ class GroupCommit(Generic[Item]):
             drained = self._runtime.future()
             self._drained.append(drained)
             await drained
+
+
+def _fail_all(batch: list[tuple[Item, asyncio.Future[None]]], error: Exception) -> None:
+    for _, future in batch:
+        future.set_exception(error)
+        future.exception()  # Marks it as seen, for a waiter that is gone.

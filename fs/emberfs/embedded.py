@@ -18,6 +18,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -32,7 +33,7 @@ import msgspec
 from .client.core import Core
 from .disk import LocalDisk
 from .engine import ChunkEngine, EngineConfig
-from .errors import InvalidPath, LimitExceeded, StoreBusy, StoreFormat
+from .errors import AlreadyExists, InvalidPath, LimitExceeded, NotFound, StoreBusy, StoreFormat
 from .kv import LmdbKV
 from .meta import ClientChunkOps, MetaConfig, MetaService
 from .meta.dump import load
@@ -128,6 +129,12 @@ class EmbeddedStore:
             self.engines[number] = engine
         storage = MemoryConnection(StorageService(self.engines, runtime))
         self.chains = dict.fromkeys(self.engines, storage)
+        used = any(engine.allocator.used_blocks().values() for engine in self.engines.values())
+        if used and not (directory / "meta" / "data.mdb").exists():
+            raise StoreFormat(
+                f"{directory} has data but its metadata is gone: bring {directory}/meta back, or load a dump with "
+                f"`emberline fs load FILE ember://{directory}`"
+            )
         (directory / "meta").mkdir(exist_ok=True)
         self.meta_kv = LmdbKV.open(directory / "meta", runtime)
         self._closers.append(self.meta_kv)
@@ -138,10 +145,10 @@ class EmbeddedStore:
             stripe=len(self.engines),
         )
         self.chunk_ops = ClientChunkOps(self.chains)
-        meta = MetaService(self.meta_kv, runtime, self.chunk_ops, config=meta_config)
-        self._closers.append(meta)
-        await meta.start()
-        self.meta = MemoryConnection(meta)
+        self.meta_service = MetaService(self.meta_kv, runtime, self.chunk_ops, config=meta_config)
+        self._closers.append(self.meta_service)
+        await self.meta_service.start()
+        self.meta = MemoryConnection(self.meta_service)
 
     def free_bytes(self) -> int:
         """Bytes the file system of the fullest target has left."""
@@ -185,8 +192,8 @@ class EmbeddedStore:
         _inherited.append(self)
 
 
-def acquire(directory: Path, config: StoreConfig | None) -> EmbeddedStore:
-    """The store of this process at `directory`, opened or made. Raises StoreBusy, StoreFormat.
+def acquire(directory: Path, config: StoreConfig | None, *, creates: bool = True) -> EmbeddedStore:
+    """The store of this process at `directory`, opened, or made if `creates`. Raises StoreBusy, StoreFormat, NotFound.
 
     `config` None: the defaults, or those the store is open with already; settings that come too late are warned of.
     """
@@ -194,6 +201,9 @@ def acquire(directory: Path, config: StoreConfig | None) -> EmbeddedStore:
     with _registry_lock:
         store = _stores.get(directory)
         if store is None:
+            _tell_log_level()
+            if not creates and not (directory / SUPERBLOCK).exists():
+                raise NotFound("no store here (writing makes one)", str(directory))
             store = _stores[directory] = EmbeddedStore(directory, config or StoreConfig())
         elif config is not None and config != store.config:
             warnings.warn(f"{directory} is open in this process with other settings; they stay", stacklevel=4)
@@ -247,23 +257,45 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
     lock_file = _take_ownership(directory)
     try:
         _read_or_write_superblock(directory, StoreConfig())
-        (directory / "meta").mkdir(exist_ok=True)
+        meta, new = directory / "meta", directory / "meta.new"
+        if (meta / "data.mdb").exists():
+            raise AlreadyExists(f"there is metadata already: move {meta} away, then load again", str(directory))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         runtime = AsyncioRuntime()
         portal = Portal(runtime)
         try:
-            kv = LmdbKV.open(directory / "meta", runtime)
+            kv = LmdbKV.open(new, runtime)
             try:
                 portal.run(load(kv, lines))
             finally:
                 portal.run(kv.close())
         finally:
             runtime.stop()
+        # Whole now: a load that failed leaves the store as it was.
+        if meta.exists():
+            meta.rmdir()
+        new.rename(meta)
     finally:
         _give_up(lock_file)
 
 
+def _tell_log_level() -> None:
+    """EMBERLINE_LOG=debug|info|warning|error: how much of our log goes to stderr, if the program says nothing else."""
+    level = os.environ.get("EMBERLINE_LOG", "").upper()
+    logger = logging.getLogger("emberline")
+    if level and not logger.handlers:
+        if level not in logging.getLevelNamesMapping():
+            raise InvalidPath(f"EMBERLINE_LOG is debug, info, warning or error, not {level.lower()!r}")
+        logger.setLevel(level)
+        logger.addHandler(logging.StreamHandler())
+
+
 def _make_directory(directory: Path) -> None:
     """Make sure that `directory` is there and ours to use. Raises StoreFormat, and touches nothing of a stranger."""
+    for parent in directory.parents:
+        if (parent / SUPERBLOCK).exists():
+            raise InvalidPath(f"{directory} is inside the store {parent}; a path in it is ember://{parent}/!/…")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -289,7 +321,7 @@ def _take_ownership(directory: Path) -> int:
     lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except BlockingIOError:
         owner = os.pread(lock_file, 4096, 0)
         os.close(lock_file)
         try:
@@ -297,9 +329,10 @@ def _take_ownership(directory: Path) -> int:
         except (ValueError, KeyError, TypeError):
             pid = None
         who = f"process {pid}" if pid is not None else "another process"
-        raise StoreBusy(
-            f"{who} owns this store; close it there first (one process at a time)", str(directory), pid=pid
-        ) from error
+        advice = "close it there first (one process at a time)"
+        if pid == os.getppid():
+            advice = "it is our parent: close the store there before it forks, or use threads instead of processes"
+        raise StoreBusy(f"{who} owns this store; {advice}", str(directory), pid=pid) from None
     _lock_files.add(lock_file)
     os.ftruncate(lock_file, 0)
     os.pwrite(lock_file, json.dumps({"pid": os.getpid()}).encode(), 0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
@@ -32,6 +32,12 @@ from .errors import NotFound
 from .urls import split_url
 
 T = TypeVar("T")
+
+
+_CREATING = frozenset(
+    (operations.copy, operations.mkdir, operations.move, operations.pipe, operations.put_file, operations.touch)
+)
+"""Operations that make a store that is not there; the others raise NotFound."""
 
 
 class HeldFile(File):
@@ -77,23 +83,23 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     # --- the store -------------------------------------------------------------------------------------------------
 
-    def _attached(self) -> Attachment:
-        return self._attachment.get()
+    def _attached(self, *, creates: bool = False) -> Attachment:
+        return self._attachment.get(creates=creates)
 
     def _do(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-        attachment = self._attached()
+        attachment = self._attached(creates=call in _CREATING)
         core = attachment.live()
         return attachment.store.portal.run(call(core, *args))
 
     async def _ado(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, mutates: bool = False) -> T:
-        attachment = self._attached()
+        attachment = self._attached(creates=call in _CREATING)
         core = attachment.live()
         return await attachment.store.portal.run_async(call(core, *args), mutates=mutates)
 
     @property
     def client(self) -> Client:
-        """A new blocking client of the same store; close it after use."""
-        return Client(self._attached().url)
+        """A new blocking client of the same store (made if it is not there); close it after use."""
+        return Client(self._attachment.url)
 
     def close(self) -> None:
         """Let go of the store. The next call opens it again."""
@@ -119,7 +125,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     def unstrip_protocol(self, name: str) -> str:
         """The full URL of a path, in the explicit form."""
-        return f"{self._attached().url}/!{self._strip_protocol(name)}"
+        return f"{self._attachment.url}/!{self._strip_protocol(name)}"
 
     @property
     def fsid(self) -> str:
@@ -144,18 +150,27 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     def exists(self, path: Any, **_: Any) -> bool:
         """Whether anything is at `path`."""
-        return self._do(operations.exists, self._strip_protocol(path))
+        return self._kind(path) is not None
 
     async def _exists(self, path: Any, **_: Any) -> bool:
-        return await self._ado(operations.exists, self._strip_protocol(path))
+        try:
+            return await self._ado(operations.kind, self._strip_protocol(path)) is not None
+        except NotFound:  # no store either
+            return False
+
+    def _kind(self, path: Any) -> str | None:
+        try:
+            return self._do(operations.kind, self._strip_protocol(path))
+        except NotFound:  # no store either
+            return None
 
     def isfile(self, path: Any) -> bool:
         """Whether `path` is a file."""
-        return self._do(operations.kind, self._strip_protocol(path)) == "file"
+        return self._kind(path) == "file"
 
     def isdir(self, path: Any) -> bool:
         """Whether `path` is a directory."""
-        return self._do(operations.kind, self._strip_protocol(path)) == "directory"
+        return self._kind(path) == "directory"
 
     def modified(self, path: Any) -> datetime.datetime:
         """When the content last changed."""
@@ -164,6 +179,22 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def created(self, path: Any) -> datetime.datetime:
         """When the row last changed: the nearest thing to a creation time that is kept."""
         return datetime.datetime.fromtimestamp(self.info(path)["ctime"], tz=datetime.UTC)
+
+    # fsspec's walks take any OSError of a listing for an empty directory: what is wrong with the store itself is said
+    # before they begin.
+
+    async def _walk(self, path: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        self._attached()
+        async for step in super()._walk(path, *args, **kwargs):
+            yield step
+
+    async def _glob(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        self._attached()
+        return await super()._glob(path, *args, **kwargs)
+
+    async def _find(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        self._attached()
+        return await super()._find(path, *args, **kwargs)
 
     # --- whole files -----------------------------------------------------------------------------------------------
 
@@ -297,7 +328,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
     # --- open ------------------------------------------------------------------------------------------------------
 
     def _open(self, path: str, mode: str = "rb", autocommit: bool = True, **kwargs: Any) -> File:
-        attachment = self._attached()
+        attachment = self._attached(creates=mode[0] in "wxa")
         core = attachment.live()
         new = _new_file(kwargs, overwrite=True)
 
@@ -322,7 +353,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
 
     async def open_async(self, path: Any, mode: str = "rb", **kwargs: Any) -> Any:
         """Open a file whose methods are awaited."""
-        attachment = self._attached()
+        attachment = self._attached(creates=mode[0] in "wxa")
         core = attachment.live()
         call = open_file(core, self._strip_protocol(path), mode, _new_file(kwargs, overwrite=True))
         return AsyncFile(attachment.store, await attachment.store.portal.run_async(call), mode)

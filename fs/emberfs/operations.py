@@ -68,11 +68,6 @@ async def ls(core: Core, path: str, detail: bool) -> list[Any]:
     return found
 
 
-async def exists(core: Core, path: str) -> bool:
-    """Whether anything is there."""
-    return await Namespace(core).exists(path)
-
-
 async def kind(core: Core, path: str) -> str | None:
     """ "file", "directory" or None."""
     try:
@@ -115,7 +110,7 @@ async def cat_ranges(core: Core, paths: Sequence[str], starts: Any, ends: Any, o
     targets = [NewBytes(length) for _, _, length in items]
     results = await batch_read(core, items, [target.view for target in targets], raise_errors=on_error == "raise")
     return [
-        result if isinstance(result, Exception) else target.finish()
+        result if isinstance(result, Exception) else target.finish(result)
         for result, target in zip(results, targets, strict=True)
         if not (isinstance(result, Exception) and on_error == "omit")
     ]
@@ -166,7 +161,7 @@ async def move(core: Core, source: str, target: str, into: bool, auto_mkdir: boo
 
 async def touch(core: Core, path: str, truncate: bool, auto_mkdir: bool) -> None:
     """An empty file, or a new time."""
-    if not truncate and await exists(core, path):
+    if not truncate and await kind(core, path) is not None:
         await Namespace(core).set_attributes(path, None, core.runtime.wall_ns(), None, None)
         return
     await pipe(core, path, memoryview(b""), NewFile(), auto_mkdir)

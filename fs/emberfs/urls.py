@@ -2,6 +2,7 @@
 
     ember:///data/store/!/corpus/a.parquet    store /data/store, path /corpus/a.parquet: the explicit form
     ember:///data/store/corpus/a.parquet      the same, if /data/store is a store already
+    ember://./new                             a relative path with no store on the way: a store to be made there
     ember:///corpus/a.parquet                 no store on the way: path /corpus/a.parquet of the store given
     ember://corpus/a.parquet                  the same
 
@@ -30,6 +31,8 @@ def split_url(url: str) -> tuple[str | None, str]:
     if mark and (not inner or inner.startswith("/")):
         return SCHEME + directory, inner or "/"
     store = _store_above(rest)
+    if store is None and not rest.startswith("/"):
+        return url, "/"
     return (None, rest) if store is None else (SCHEME + store, rest[len(store) :] or "/")
 
 

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 from emberfs.batching import GroupCommit
+from emberfs.errors import UpdateUnknown
 
 from tests.sim.loop import SimRuntime, run
 
 SEEDS = range(20)
 
 
+class Interrupt(BaseException):
+    """What asyncio's tasks hand on, unlike KeyboardInterrupt, which ends their loop."""
+
+
 class Flushes:
-    """Takes its time, keeps what it was given, and fails for lists that hold "bad"."""
+    """Takes its time, keeps what it was given, fails for lists that hold "bad", is interrupted at "interrupt"."""
 
     def __init__(self, runtime: SimRuntime, *, weigh: Callable[[str], int] = len, weight_max: int = 1000) -> None:
         self.runtime = runtime
@@ -36,6 +41,8 @@ class Flushes:
         self.is_flushing = False
         if "bad" in items:
             raise OSError("no flush")
+        if "interrupt" in items:
+            raise Interrupt
 
     def submit(self, *items: str) -> list[asyncio.Task[None]]:
         return [self.runtime.spawn(self.commits.submit(item), f"submits {item}") for item in items]
@@ -156,5 +163,37 @@ def test_drain_waits_for_what_is_queued() -> None:
         assert len(flushes.lists) == 5 and not flushes.is_flushing
         for task in tasks:
             await task
+
+    on_seeds(main)
+
+
+def test_an_interrupted_flush_leaves_nobody_waiting_for_ever() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime)
+        (leader,) = flushes.submit("first")
+        await runtime.sleep(0.5)
+        beside = flushes.submit("interrupt", "beside")
+        await runtime.sleep(1.0)
+        queued = flushes.submit("queued")
+        with pytest.raises(Interrupt):
+            await leader
+        for task in beside:
+            with pytest.raises(UpdateUnknown, match="interrupted"):
+                await task
+        for task in queued:
+            await task
+        await flushes.commits.drain()
+        await flushes.commits.submit("later")
+
+    on_seeds(main)
+
+
+def test_an_interrupt_with_an_empty_queue_ends_the_flushing() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        flushes = Flushes(runtime)
+        with pytest.raises(Interrupt):
+            await flushes.commits.submit("interrupt")
+        await flushes.commits.drain()
+        await flushes.commits.submit("later")
 
     on_seeds(main)

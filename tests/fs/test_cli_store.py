@@ -146,7 +146,7 @@ def test_a_flipped_byte_is_found_and_never_copied_out(store: str, tmp_path: Path
 def test_metadata_comes_back_from_a_dump(store: str, tmp_path: Path) -> None:
     emberline("fs", "dump", tmp_path / "backup.jsonl", store)
     assert emberline("fs", "dump", "-", store).stdout == (tmp_path / "backup.jsonl").read_text()
-    assert "not empty" in emberline("fs", "load", tmp_path / "backup.jsonl", store, code=1).stderr
+    assert "metadata already" in emberline("fs", "load", tmp_path / "backup.jsonl", store, code=1).stderr
     shutil.rmtree(tmp_path / "store" / "meta")
     emberline("fs", "load", tmp_path / "backup.jsonl", store)
     assert emberline("fs", "cat", "books/faust.txt", store=store).stdout_bytes == b"habe nun, ach"

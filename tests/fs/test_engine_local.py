@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emberfs import connect
 from emberfs.disk import LocalDisk
+from emberfs.embedded import acquire
 from emberfs.engine.scrub import scrub
 from emberfs.kv.lmdb import LmdbKV
 from emberfs.portal import Portal
@@ -88,8 +90,39 @@ async def test_blocks_of_wholly_free_groups_take_no_space_after_trim(bench: Benc
     await bench.write(0, pattern(16 * MIB))
     await bench.remove()
     before = used_bytes(tmp_path)
-    bench.engine.allocator.trim()
+    bench.engine.trim()
     assert used_bytes(tmp_path) <= before - 16 * MIB
+
+
+@on_bench
+async def test_trim_knows_of_free_groups_after_a_restart(bench: Bench, tmp_path: Path) -> None:
+    await bench.write(0, pattern(16 * MIB))
+    await bench.remove()
+    before = used_bytes(tmp_path)
+    bench.disk = LocalDisk(str(tmp_path), bench.runtime)
+    await bench.reopen()
+    bench.engine.trim()
+    assert used_bytes(tmp_path) <= before - 16 * MIB
+
+
+def test_nothing_of_the_store_runs_while_a_group_is_punched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block handed out between the look at its group and the punch would lose its bytes."""
+    punch = LocalDisk.punch
+    punched: list[bool] = []
+
+    def watched_punch(disk: LocalDisk, *args: int) -> None:
+        punched.append(store.runtime.is_inline())
+        punch(disk, *args)
+
+    monkeypatch.setattr(LocalDisk, "punch", watched_punch)
+    with connect(f"ember://{tmp_path / 'store'}") as client:
+        store = acquire(tmp_path / "store", None)
+        client.put("/a", pattern(MIB))
+        client.remove("/a", trash=False)
+        client.collect_garbage(force=True)
+        assert client.maintenance.trim() > 0
+        store.release()
+    assert punched and all(punched), "by whoever holds the baton"
 
 
 @on_bench

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 from emberfs.engine import Action, ChunkEngine, Update
+from emberfs.engine.allocator import GROUP_BLOCKS, SizeClass
 from emberfs.engine.scrub import check, scrub
-from emberfs.errors import Conflict, Corruption, NoSpace, TargetFailed, UpdateUnknown
+from emberfs.errors import Conflict, Corruption, NoSpace, StoreClosed, TargetFailed, UpdateUnknown
 from emberfs.kv.memory import MemoryKV
 from emberfs.testing.engine import KIB, MIB, Bench, EngineConformance, Run, chunk, pattern
 
@@ -184,6 +186,73 @@ def test_an_index_commit_in_doubt_stops_updates(error: type[Exception]) -> None:
     on_sim(work, index=BrokenKV)
 
 
+class Interrupt(BaseException):
+    """What asyncio's tasks hand on, unlike KeyboardInterrupt, which ends their loop."""
+
+
+@pytest.mark.parametrize("doubt", [UpdateUnknown, TargetFailed, Interrupt])
+def test_blocks_that_a_commit_in_doubt_may_name_are_not_given_away(doubt: type[BaseException]) -> None:
+    class DoubtfulKV(MemoryKV):
+        breaks = False
+
+        async def _apply_group(self, group: Sequence[Any]) -> None:
+            await super()._apply_group(group)
+            if self.breaks:
+                self.breaks = False
+                raise doubt("it may have happened")
+
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, b"one")
+        bench.index.breaks = True  # type: ignore[attr-defined]
+        with pytest.raises(Interrupt if doubt is Interrupt else TargetFailed):
+            await bench.write(0, b"two", name=chunk(1))
+        with pytest.raises(TargetFailed, match="reopen the store"):
+            await bench.write(0, b"three")
+        named = await bench.engine.record(chunk(1))
+        assert named is not None and named.committed is not None, "it did happen"
+        assert bench.engine.allocator.allocate(3) != named.committed.position
+
+    on_sim(work, index=DoubtfulKV)
+
+
+def test_an_update_in_the_air_does_not_write_once_the_target_has_failed() -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, pattern(9000))
+        read = bench.disk.read
+
+        async def read_while_the_target_fails(items: Any, landed: Any = None) -> list[int]:
+            bench.disk.fail_sync(bench.disk.open("blocks-64K"))
+            with pytest.raises(TargetFailed):
+                await bench.write(0, b"x", name=chunk(1))
+            bench.note_writes()
+            return await read(items, landed)
+
+        bench.disk.read = read_while_the_target_fails  # type: ignore[method-assign]
+        with pytest.raises(TargetFailed, match="reopen the store"):
+            await bench.write(100, b"into the middle: it has to read the rest")
+        assert bench.writes == []
+
+    on_sim(work)
+
+
+def test_a_disk_that_fails_to_reserve_space_fails_the_target() -> None:
+    async def work(bench: SimBench) -> None:
+        def fail(*_: int) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        allocate, bench.disk.allocate = bench.disk.allocate, fail  # type: ignore[method-assign]
+        with pytest.raises(TargetFailed, match="space could not be reserved"):
+            await bench.write(0, b"x")
+        bench.disk.allocate = allocate  # type: ignore[method-assign]
+        with pytest.raises(TargetFailed, match="reopen the store"):
+            await bench.write(0, b"x")
+        await bench.reopen()
+        await bench.write(0, b"taken again")
+        assert await bench.blocks() == 1
+
+    on_sim(work)
+
+
 def test_a_sector_that_cannot_be_read_is_found_by_scrub() -> None:
     async def work(bench: SimBench) -> None:
         await bench.write(0, pattern(5 * MIB))
@@ -211,6 +280,54 @@ def test_scrub_finds_what_the_page_cache_hides() -> None:
         assert [(found.chunk, found.offset) for found in report.findings] == [("7.0", 49_152)]
 
     on_sim(work)
+
+
+# ---- closing
+
+
+def test_close_waits_for_what_is_in_the_air_and_refuses_what_comes_later() -> None:
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, pattern(MIB))
+        await bench.write(0, b"pending", name=chunk(1), publish=False)
+        calls = [
+            bench.read(0, MIB),
+            bench.write(100, b"into the middle: it has to read the rest"),
+            bench.write(0, pattern(MIB), name=chunk(2), publish=False),
+            bench.commit(1, name=chunk(1)),
+            scrub(bench.engine, runtime=bench.runtime),
+        ]
+        tasks = [bench.runtime.spawn(call, "call") for call in calls]
+        in_the_air = 0
+        read, close = bench.disk.read, bench.disk.close
+
+        async def counted_read(items: Any, landed: Any = None) -> list[int]:
+            nonlocal in_the_air
+            in_the_air += 1
+            try:
+                return await read(items, landed)
+            finally:
+                in_the_air -= 1
+
+        def checked_close() -> None:
+            assert in_the_air == 0 and all(task.done() for task in tasks[:4])
+            close()
+
+        bench.disk.read, bench.disk.close = counted_read, checked_close  # type: ignore[method-assign]
+        await bench.runtime.sleep(1e-9)  # All of them have begun.
+        for closing in [bench.runtime.spawn(bench.engine.close(), "close") for _ in range(2)]:
+            await closing
+        for task in tasks[:4]:
+            await task
+        with pytest.raises(StoreClosed):
+            await tasks[4]
+        for late in (bench.read(), bench.write(0, b"x"), bench.commit(1), scrub(bench.engine, runtime=bench.runtime)):
+            with pytest.raises(StoreClosed):
+                await late
+        with pytest.raises(StoreClosed):
+            bench.engine.trim()
+
+    for seed in SEEDS:
+        on_sim(work, seed=seed)
 
 
 # ---- reads and updates at the same time
@@ -376,3 +493,15 @@ def test_a_chunk_with_a_damaged_record_can_be_removed_and_its_block_found_again(
         assert not (await check(bench.engine)).findings
 
     on_sim(work)
+
+
+def test_blocks_that_come_and_go_in_a_nearly_full_group_take_no_memory() -> None:
+    size_class = SizeClass(16, SimDisk(SimRuntime(0)))
+    for _ in range(GROUP_BLOCKS - 1):
+        size_class.allocate(reserve_bytes=0)
+    for _ in range(100):
+        size_class.release(size_class.allocate(reserve_bytes=0))
+    assert len(size_class._open_groups) == 1
+    assert [size_class.allocate(reserve_bytes=0) for _ in range(2)] == [GROUP_BLOCKS - 1, GROUP_BLOCKS]
+    size_class.release(7)
+    assert size_class.allocate(reserve_bytes=0) == 7, "a group that was full is looked at again"

@@ -12,12 +12,12 @@ from .core import Core
 class Attachment:
     """A client's hold on a store of this process: what both doors share."""
 
-    def __init__(self, url: str | None, config: StoreConfig | None) -> None:
+    def __init__(self, url: str | None, config: StoreConfig | None, *, creates: bool = True) -> None:
         self.directory = store_directory(url).resolve()
         self.url = f"ember://{self.directory}"
         """What `connect` takes to come here again."""
         self.config = config
-        self.store: EmbeddedStore = acquire(self.directory, config)
+        self.store: EmbeddedStore = acquire(self.directory, config, creates=creates)
         self.core: Core = self.store.core()
         self.closed = False
         self._lock = threading.Lock()
@@ -50,14 +50,19 @@ class LazyAttachment:
         self._attachment: Attachment | None = None
         self._lock = threading.Lock()
 
-    def get(self) -> Attachment:
-        """The attachment to use now. Raises what opening a store raises."""
+    @property
+    def url(self) -> str:
+        """The store's URL, opened or not."""
+        return f"ember://{store_directory(self._url).resolve()}"
+
+    def get(self, *, creates: bool) -> Attachment:
+        """The attachment to use now. Raises what opening a store raises; NotFound for none, unless `creates`."""
         attachment = self._attachment
         if attachment is None or attachment.closed:
             with self._lock:
                 attachment = self._attachment
                 if attachment is None or attachment.closed:
-                    attachment = self._attachment = Attachment(self._url, self._config)
+                    attachment = self._attachment = Attachment(self._url, self._config, creates=creates)
         return attachment
 
     def close(self) -> None:

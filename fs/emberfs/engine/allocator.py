@@ -19,7 +19,7 @@ import heapq
 from collections.abc import Iterable
 
 from ..disk import Disk
-from ..errors import NoSpace
+from ..errors import NoSpace, TargetFailed
 
 CLASS_LOG2_MIN = 16
 CLASS_LOG2_MAX = 26
@@ -71,6 +71,8 @@ class SizeClass:
         self.durable: list[int] = []
         self._open_groups: list[int] = []
         """A heap of groups that may have a free block; lowest first keeps the file dense."""
+        self._in_heap: set[int] = set()
+        """The groups of the heap, so that each is there once."""
         self._file_bytes = 0
 
     @property
@@ -93,14 +95,22 @@ class SizeClass:
 
     def _grow_groups(self, count: int) -> None:
         while len(self.taken) < count:
-            heapq.heappush(self._open_groups, len(self.taken))
+            self._open_group(len(self.taken))
             self.taken.append(0)
             self.durable.append(0)
 
+    def _open_group(self, group: int) -> None:
+        if group not in self._in_heap:
+            self._in_heap.add(group)
+            heapq.heappush(self._open_groups, group)
+
     def allocate(self, *, reserve_bytes: int) -> int:
-        """Take the lowest free block; returns its index. Raises NoSpace before the disk is down to `reserve_bytes`."""
+        """Take the lowest free block; returns its index. Raises NoSpace before the disk is down to `reserve_bytes`.
+
+        Raises TargetFailed if the disk fails to reserve the space.
+        """
         while self._open_groups and self.taken[self._open_groups[0]] == GROUP_FULL:
-            heapq.heappop(self._open_groups)
+            self._in_heap.remove(heapq.heappop(self._open_groups))
         if not self._open_groups:
             self._grow_groups(len(self.taken) + 1)
         group = self._open_groups[0]
@@ -132,24 +142,27 @@ class SizeClass:
                 raise NoSpace(
                     "disk is full: remove files, then run `emberline fs trash empty` and `emberline fs gc --now`"
                 ) from error
-            raise
+            raise TargetFailed(f"space could not be reserved: {error}") from error
         self._file_bytes += step
 
     def release(self, index: int) -> None:
         """Give a block back; it may be handed out at once."""
         group, bit = divmod(index, GROUP_BLOCKS)
         assert self.taken[group] >> bit & 1, "released twice"
-        if self.taken[group] == GROUP_FULL:
-            heapq.heappush(self._open_groups, group)
         self.taken[group] &= ~(1 << bit)
+        self._open_group(group)
 
     def trim(self) -> int:
-        """Give the space of wholly free groups back to the file system. Returns the bytes punched."""
+        """Give the space of wholly free groups back to the file system. Returns the bytes punched.
+
+        Nothing may allocate meanwhile: a block handed out between the look at its group and the punch loses its bytes.
+        """
         punched = 0
+        end = self.file_bytes if self.taken else 0
         for group, taken in enumerate(self.taken):
             begin = group * GROUP_BLOCKS * self.stride
-            if not taken and begin < self._file_bytes:
-                length = min(GROUP_BLOCKS * self.stride, self._file_bytes - begin)
+            if not taken and begin < end:
+                length = min(GROUP_BLOCKS * self.stride, end - begin)
                 self._disk.punch(self.file, begin, length)
                 punched += length
         return punched
@@ -167,7 +180,7 @@ class Allocator:
         self.classes = {log2: SizeClass(log2, disk) for log2 in range(CLASS_LOG2_MIN, CLASS_LOG2_MAX + 1)}
 
     def allocate(self, length: int) -> int:
-        """A free block for `length` bytes, as a position. Nothing durable changes. Raises NoSpace."""
+        """A free block for `length` bytes, as a position. Nothing durable changes. Raises NoSpace, TargetFailed."""
         class_log2 = class_for(length)
         return class_log2 << 56 | self.classes[class_log2].allocate(reserve_bytes=self._reserve_bytes)
 

@@ -17,17 +17,19 @@ Does not know: files, chains, other replicas, or the network.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 
 from ..batching import GroupCommit
 from ..checksum import crc32c, cumulative_sums
 from ..disk import Disk, WriteItem
-from ..errors import Corruption, NoSpace, StaleChunk, StoreFormat, TargetFailed, UpdateUnknown
+from ..errors import Corruption, NoSpace, StaleChunk, StoreClosed, StoreFormat, TargetFailed, UpdateUnknown
 from ..kv.types import KV, RANGE_ROWS_MAX, TRANSACTION_BYTES_MAX, Transaction
 from ..runtime import Runtime
 from ..types import describe_chunk
@@ -35,6 +37,8 @@ from .allocator import GROUP_BLOCKS, Allocator, position_class
 from .reader import BlockReader, ReadRequest
 from .record import NO_REQUEST, SUMS_INLINE_BYTES_MAX, Extent, Record, decode_record
 from .update import Action, Plan, Update, appended_sums, padded_payload, plan_update
+
+T = TypeVar("T")
 
 ENGINE_FORMAT = 1
 
@@ -71,6 +75,7 @@ class Change:
     def __init__(self) -> None:
         self.rows: list[tuple[bytes, bytes | None]] = []
         self.named: list[int] = []
+        """Blocks that only this change knows of. Emptied once a record names them, or may name them."""
         self.freed: list[int] = []
         self.files: list[int] = []
 
@@ -106,6 +111,10 @@ class ChunkEngine:
         self._limbo: deque[tuple[int, list[int]]] = deque()
         """(epoch, freed positions): free once no read of that epoch or an earlier one is left."""
         self._failure: str | None = None
+        self._calls = 0
+        """Calls in the air that may use the disk."""
+        self._closing: asyncio.Future[None] | None = None
+        """Set by `close`, which waits for it if there are calls."""
         self.allocator = Allocator(disk, reserve_bytes=config.reserve_bytes)
         self.reader = BlockReader(disk, self.allocator)
         self.identity = identity
@@ -132,9 +141,31 @@ class ChunkEngine:
         return engine
 
     async def close(self) -> None:
-        """Finish what is in the air and close the files. The index belongs to the caller."""
+        """Refuse new calls (StoreClosed), finish what is in the air and close the files. The index is the caller's."""
+        if self._closing is None:
+            self._closing = self._runtime.future()
+            if not self._calls:
+                self._closing.set_result(None)
+        await self._closing
         await self._flushes.drain()
         self._disk.close()
+
+    async def during(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`, which uses the disk: `close` waits until it has ended. Raises StoreClosed."""
+        if self._closing is not None:
+            work.close()
+            raise StoreClosed("the target was closed")
+        self._calls += 1
+        try:
+            return await work
+        finally:
+            # Nothing is called before this: an interrupt is raised at calls, and would leave one counted for ever.
+            self._calls -= 1
+            self._call_ended()
+
+    def _call_ended(self) -> None:
+        if self._closing is not None and not self._calls and not self._closing.done():
+            self._closing.set_result(None)
 
     # --- reads -----------------------------------------------------------------------------------------------------
 
@@ -144,10 +175,13 @@ class ChunkEngine:
         """Read committed bytes from `offsets[i]` of `chunks[i]` into `destinations[i]`.
 
         Returns per item the count (short at the chunk's end, 0 for an absent chunk) or the Corruption that was found;
-        of a corrupt item the destination holds nothing to rely on.
+        of a corrupt item the destination holds nothing to rely on. Raises StoreClosed.
         """
+        if self._closing is not None:
+            raise StoreClosed("the target was closed")
         epoch = self._epoch
         self._reads_by_epoch[epoch] = self._reads_by_epoch.get(epoch, 0) + 1
+        self._calls += 1  # `during`, without its frames
         try:
             rows = await self._index.begin().get_many([_CHUNK + chunk for chunk in chunks])
             requests = self.reader.requests(chunks, rows, offsets, destinations)
@@ -160,6 +194,7 @@ class ChunkEngine:
                     results.append(await self._read_again(request, rows[index], offsets[index], destinations[index]))
             return results
         finally:
+            self._calls -= 1  # Before anything is called: see `during`.
             self._end_read(epoch)
 
     async def _read_again(
@@ -178,6 +213,8 @@ class ChunkEngine:
                 return failed.count
 
     def _end_read(self, epoch: int) -> None:
+        if self._closing is not None:
+            self._call_ended()
         left = self._reads_by_epoch[epoch] - 1
         if left:
             self._reads_by_epoch[epoch] = left
@@ -234,8 +271,11 @@ class ChunkEngine:
         All of one call share one flush, but each update is atomic by itself: if one raises, none of this call's became
         visible. `publish=True` commits in the same flush. A repeated request (same or lower sequence of the same
         client and channel as the chunk's last) changes nothing and returns the version it had.
-        Raises NoSpace, Corruption (a partial write over damaged bytes), StaleChunk, TargetFailed.
+        Raises NoSpace, Corruption (a partial write over damaged bytes), StaleChunk, TargetFailed, StoreClosed.
         """
+        return await self.during(self._prepare(updates, publish))
+
+    async def _prepare(self, updates: Sequence[Update], publish: bool) -> list[int]:
         self._check_alive()
         assert len({update.chunk for update in updates}) == len(updates), "a batch names a chunk once"
         rows = await self._index.begin().get_many([_CHUNK + update.chunk for update in updates])
@@ -336,13 +376,19 @@ class ChunkEngine:
             payload = await self._merged(update, committed, granule_log2, plan.length)
         else:
             payload = padded_payload(update, begin=0)
-        position = self.allocator.allocate(len(payload))
+        position = self._allocate(len(payload))
         change.named.append(position)
         file, block = self.allocator.place(position)
         writes.append((file, payload, block))
         sums = cumulative_sums(payload, granule=granule)
         fresh = Extent(position, 0, version, update.chain_version, b"")
         return self._with_sums(fresh, len(payload), version, update.chain_version, sums, writes)
+
+    def _allocate(self, length: int) -> int:
+        try:
+            return self.allocator.allocate(length)
+        except TargetFailed as error:
+            raise self._fail(error.message) from error
 
     def _with_sums(
         self, extent: Extent, length: int, version: int, chain_version: int, sums: bytes, writes: list[WriteItem]
@@ -375,8 +421,11 @@ class ChunkEngine:
         """Publish pending versions, durably.
 
         A version that is committed already is fine, and so is an absent chunk (its removal was published); any other
-        version: StaleChunk.
+        version: StaleChunk. Raises TargetFailed, StoreClosed.
         """
+        await self.during(self._commit(chunks, versions))
+
+    async def _commit(self, chunks: Sequence[bytes], versions: Sequence[int]) -> None:
         self._check_alive()
         rows = await self._index.begin().get_many([_CHUNK + chunk for chunk in chunks])
         change = Change()
@@ -404,11 +453,21 @@ class ChunkEngine:
         self._check_alive()
         change = Change()
         change.freed = list(positions)
-        await self._flushes.submit(change)
+        await self.during(self._flushes.submit(change))
+
+    def trim(self) -> int:
+        """Give the space of wholly free block groups back to the file system; returns the bytes. Raises StoreClosed.
+
+        Call it where services run (see `Portal.run`): nothing else of the engine may run meanwhile.
+        """
+        if self._closing is not None:
+            raise StoreClosed("the target was closed")
+        return self.allocator.trim()
 
     # --- flushing --------------------------------------------------------------------------------------------------
 
     async def _write(self, writes: list[WriteItem]) -> None:
+        self._check_alive()
         try:
             await self._disk.write(writes)
         except OSError as error:
@@ -446,12 +505,19 @@ class ChunkEngine:
         # More blocks given up than taken is a deletion: it may use the index's reserve on a full disk.
         try:
             await txn.commit(reclaims=len(freed) > len(named))
-        except (TargetFailed, UpdateUnknown) as error:
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, TargetFailed | UpdateUnknown):
+                raise
             # It may have happened: which blocks are free is known again after a restart only.
-            raise self._fail(f"an index commit failed: {error}") from error
+            for change in changes:
+                change.named.clear()
+            failed = self._fail(f"an index commit failed: {error!r}")
+            if isinstance(error, Exception):
+                raise failed from error
+            raise
         self.allocator.adopt(groups)
         for change in changes:
-            change.named.clear()  # Durable now: an error after this must not release them.
+            change.named.clear()
         self.counters.flushes += 1
         if freed:
             self._limbo.append((self._epoch, freed))

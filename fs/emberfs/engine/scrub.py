@@ -69,8 +69,8 @@ async def scrub(
 ) -> ScrubReport:
     """Read every committed and pending byte and all checksums from the medium, and verify them.
 
-    `progress(chunks, bytes)` is called after each chunk with what was done so far. Raises only what reading the index
-    raises; damage is in the report.
+    `progress(chunks, bytes)` is called after each chunk with what was done so far. Raises StoreClosed, and what reading
+    the index raises; damage is in the report.
     """
     scrubber = _Scrubber(engine, runtime, bytes_per_s_max)
     async for chunk, row in engine.records():
@@ -108,7 +108,11 @@ class _Scrubber:
             record = decode_record(chunk, row)
         except Corruption as error:
             return [Finding("record", describe_chunk(chunk), 0, error.message)]
-        return [finding for extent in _extents(record) for finding in await self._verify_extent(chunk, record, extent)]
+        return [
+            finding
+            for extent in _extents(record)
+            for finding in await self._engine.during(self._verify_extent(chunk, record, extent))
+        ]
 
     async def _verify_extent(self, chunk: bytes, record: Record, extent: Extent) -> list[Finding]:
         found = []
@@ -165,7 +169,7 @@ async def _checked(engine: ChunkEngine) -> _Checker:
         passes += 1
         checker = _Checker(engine)
         try:
-            await checker.read(engine.snapshot())
+            await engine.during(checker.read(engine.snapshot()))
         except Conflict as error:
             if passes == PASSES_MAX:
                 raise Conflict("the target is being written to: check it when nobody writes") from error
