@@ -12,6 +12,7 @@ writing into a directory that does not exist makes it (`auto_mkdir=False` refuse
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -183,17 +184,22 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
     # fsspec's walks take any OSError of a listing for an empty directory: what is wrong with the store itself is said
     # before they begin.
 
+    def _check_store(self) -> None:
+        """Raise what is wrong with the store; that there is none is a listing's to say."""
+        with contextlib.suppress(NotFound):
+            self._attached()
+
     async def _walk(self, path: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        self._attached()
+        self._check_store()
         async for step in super()._walk(path, *args, **kwargs):
             yield step
 
     async def _glob(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        self._attached()
+        self._check_store()
         return await super()._glob(path, *args, **kwargs)
 
     async def _find(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        self._attached()
+        self._check_store()
         return await super()._find(path, *args, **kwargs)
 
     # --- whole files -----------------------------------------------------------------------------------------------

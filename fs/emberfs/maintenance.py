@@ -13,7 +13,6 @@ import msgspec
 from .engine.scrub import ScrubReport, check, scrub
 from .kv.types import KV
 from .meta.check import Finding
-from .meta.check import check as check_names
 from .meta.dump import dump
 from .meta.keys import entry_name, get_inode, unpack_id
 from .meta.scan import pages
@@ -58,11 +57,11 @@ class Maintenance:
 
         `repair` mends what loses no byte: see `meta.check`; leaked blocks are freed.
         """
-        return self._store.portal.run(self._fsck(repair), mutates=True)
+        return self._store.portal.run(self._fsck(repair))
 
     async def _fsck(self, repair: bool) -> FsckReport:
 
-        findings = await check_names(self._store.meta_kv, self._store.chunk_ops, repair=repair)
+        findings = await self._store.meta_service.check(repair=repair)
         for number, engine in self._store.engines.items():
             report = await check(engine, repair=repair)
             for found in report.findings:
@@ -135,7 +134,10 @@ class Maintenance:
 
     def trim(self) -> int:
         """Give wholly free block groups back to the file system; returns the bytes."""
-        return sum(engine.allocator.trim() for engine in self._store.engines.values())
+        return self._store.portal.run(self._trim())
+
+    async def _trim(self) -> int:
+        return sum(engine.trim() for engine in self._store.engines.values())
 
 
 async def _path_of(kv: KV, inode: int) -> str | None:

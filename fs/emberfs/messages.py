@@ -183,8 +183,6 @@ class WriteInline(Message):
     inode: int
     offset: int
     data: bytes
-    append: bool = False
-    """Ignore `offset` and write at the end."""
 
 
 class Promote(Message):
@@ -192,7 +190,7 @@ class Promote(Message):
 
     inode: int
     chunk_size_bytes: int
-    session: bytes = b""
+    session: bytes
 
 
 class Promoted(Message):
@@ -210,6 +208,16 @@ class AdoptChunks(Message):
     revision: int
     layout: Chunks
     length: int
+
+
+class DropTail(Message):
+    """A write of this session failed half way, and none of its is under way: what it left past the file's end goes.
+
+    Of an inline file: the chunks of a Promote of this session, and its grant.
+    """
+
+    session: bytes
+    inode: int
 
 
 class Truncate(Message):

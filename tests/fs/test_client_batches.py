@@ -10,6 +10,7 @@ import asyncio
 import io
 import mmap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 from emberfs import Client
-from emberfs.errors import InvalidPath, IsADirectory, LimitExceeded, NotFound, StoreClosed
+from emberfs.errors import InvalidPath, IsADirectory, LimitExceeded, NoSpace, NotFound, StoreClosed
+from emberfs.messages import WriteChunks
 from emberfs.types import BATCH_ITEMS_MAX, FILE_BYTES_MAX
 
 from tests.fs.stores import CHUNK, content
@@ -231,3 +233,42 @@ def test_awaited_batches(client: Client, store: Path) -> None:
     asyncio.run(main())
     assert client.get("/small") == b"012###6789"
     assert client.get("/async") == DATA
+
+
+def test_threads_move_one_file_to_chunks_together(client: Client) -> None:
+    pieces = {offset: content(10_000, seed=offset) for offset in (0, 20_000, 40_000, 60_000)}
+    for number in range(20):
+        client.put(f"/f{number}", b"old")
+        with client.open(f"/f{number}", "r+b") as file, ThreadPoolExecutor(len(pieces)) as pool:
+            list(pool.map(lambda offset, file=file: client.batch_write([(file, offset, pieces[offset])]), pieces))
+        data = client.get(f"/f{number}")
+        assert all(data[offset : offset + 10_000] == piece for offset, piece in pieces.items())
+
+
+def test_a_batch_that_was_refused_half_way_leaves_nothing_past_the_end(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = client.stat("/large").length
+    refuse_after(client, monkeypatch, messages=1)
+    monkeypatch.setattr("emberfs.client.core.MESSAGE_BYTES_MAX", 4 * CHUNK)
+    with pytest.raises(NoSpace):
+        client.batch_write([("/large", old, b"#" * (12 * CHUNK))])
+    assert client.stat("/large").length == old
+    client.truncate("/large", 20 * CHUNK)
+    assert client.get("/large") == DATA + bytes(20 * CHUNK - old)
+
+
+def refuse_after(client: Client, monkeypatch: pytest.MonkeyPatch, *, messages: int) -> None:
+    """Let that many chunk writes through; the next one finds the disk full, and those after it do not."""
+    storage = client._attachment.core._chains[1]
+    call, seen = storage.call, 0
+
+    async def refusing(request: object, buffers: tuple[memoryview, ...] = ()) -> object:
+        nonlocal seen
+        if isinstance(request, WriteChunks):
+            seen += 1
+            if seen == messages + 1:
+                raise NoSpace("disk is full")
+        return await call(request, buffers)
+
+    monkeypatch.setattr(storage, "call", refusing)

@@ -6,6 +6,7 @@ Run: pytest tests/fs/test_client_files.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import io
 import pickle
@@ -15,9 +16,10 @@ from pathlib import Path
 import emberfs
 import pytest
 from emberfs import AsyncClient, AsyncFile, Client, File
+from emberfs.client.buffers import NewBytes
 from emberfs.client.handle import READ_AHEAD_BYTES_MAX, READ_AHEAD_BYTES_MIN
-from emberfs.errors import AlreadyExists, IsADirectory, LimitExceeded, NotFound, StoreClosed
-from emberfs.messages import ReadChunks
+from emberfs.errors import AlreadyExists, Conflict, IsADirectory, LimitExceeded, NoSpace, NotFound, StoreClosed
+from emberfs.messages import ReadChunks, WriteChunks
 from emberfs.types import FILE_BYTES_MAX, Chunks, Inline
 
 from tests.fs.stores import CHUNK, content
@@ -335,6 +337,111 @@ def test_an_unclosed_writer_is_named_and_discarded(client: Client) -> None:
     with pytest.warns(ResourceWarning, match="/file.*never closed"):
         del file
     assert not client.exists("/file")
+
+
+def refuse(client: Client, monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """The disk is full for one chunk write, after that many that were not."""
+    storage = client._attachment.core._chains[1]
+    call, seen = storage.call, 0
+
+    async def refusing(request: object, buffers: tuple[memoryview, ...] = ()) -> object:
+        nonlocal seen
+        seen += isinstance(request, WriteChunks)
+        if isinstance(request, WriteChunks) and seen == after + 1:
+            raise NoSpace("disk is full")
+        return await call(request, buffers)
+
+    monkeypatch.setattr(storage, "call", refusing)
+
+
+@pytest.mark.parametrize("mode", ["w+b", "r+b"])
+def test_a_refused_write_does_not_wait_in_the_buffer(
+    client: Client, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    client.put("/file", b"")
+    with client.open("/file", mode, chunk_size_bytes=CHUNK) as file:
+        file.write(b"kept")
+        refuse(client, monkeypatch, after=0)
+        with pytest.raises(NoSpace):
+            file.write(content(CHUNK))
+        assert (file.size, file.tell()) == (4, 4)
+        file.write(b" on")
+    assert client.get("/file") == b"kept on"
+
+
+@pytest.mark.parametrize("mode", ["w+b", "r+b"])
+def test_a_refused_write_leaves_nothing_in_the_hole_after_it(
+    client: Client, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    start = content(CHUNK)
+    write(client, "/file", start)
+    with client.open("/file", mode, chunk_size_bytes=CHUNK) as file:
+        file.write(start)
+        monkeypatch.setattr("emberfs.client.core.MESSAGE_BYTES_MAX", 2 * CHUNK)
+        refuse(client, monkeypatch, after=1)
+        with pytest.raises(NoSpace):
+            file.write(b"#" * (6 * CHUNK))
+        assert file.size == CHUNK
+        file.seek(9 * CHUNK)
+        file.write(b"far")
+    assert client.get("/file") == start + bytes(8 * CHUNK) + b"far"
+
+
+def test_a_file_cut_by_another_reads_short(client: Client) -> None:
+    """What the writer does not know of yet is cut from what a read returns, never made up."""
+    data = content(4 * CHUNK)
+    write(client, "/file", data)
+    with client.open("/file", "r+b") as file:
+        client.truncate("/file", CHUNK)
+        file.write(data[:1])
+        assert file.read_at(0, 4 * CHUNK) == data[:CHUNK]
+        client.truncate("/file", 100)
+        file.seek(0)
+        file.write(data[:1])
+        file.seek(0)
+        assert file.read() == data[:100]
+
+
+def test_an_awaited_file_cut_by_another_reads_short(store: Path) -> None:
+    data = content(4 * CHUNK)
+
+    async def main() -> None:
+        async with emberfs.connect_async(f"ember://{store}") as client:
+            await client.put("/file", data)
+            async with await client.open("/file", "r+b") as file:
+                await client.truncate("/file", CHUNK)
+                await file.write(data[:1])
+                assert await file.read() == data[1:CHUNK]
+                assert file.tell() == CHUNK
+
+    asyncio.run(main())
+
+
+def test_bytes_outlive_a_late_writer() -> None:
+    target = NewBytes(1 << 20)
+    late = target.view[:10]
+    taken = target.finish(4)
+    late[:] = b"0123456789"
+    assert len(taken) == 4
+    assert bytes(late) == b"0123456789"
+    assert late.obj.owner[:10] == b"0123456789", "the view keeps the memory"
+
+
+def test_an_unclosed_awaited_appender_is_named_and_lets_go(store: Path) -> None:
+    async def main() -> None:
+        async with emberfs.connect_async(f"ember://{store}") as client:
+            file = await client.open("/log", "ab")
+            with pytest.warns(ResourceWarning, match="/log.*never closed"):
+                del file
+            again = None
+            async with asyncio.timeout(20):
+                while again is None:
+                    await asyncio.sleep(0)
+                    with contextlib.suppress(Conflict):  # The finalizer waits for nothing, so it may still be at it.
+                        again = await client.open("/log", "ab")
+            await again.close()
+
+    asyncio.run(main())
 
 
 def test_a_store_of_several_targets(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from emberfs.kv.types import Transaction, encode_int
-from emberfs.messages import GetXattrs, Link, SetXattr, Symlink, TrashList, Usage
+from emberfs.messages import GetXattrs, Link, Reserve, SetXattr, Symlink, TrashList, Usage
 from emberfs.meta.check import Finding, check
 from emberfs.meta.keys import Counter, encode_inode, entry_key, entry_value, inode_key, mtime_key, pack_id, trash_key
 from emberfs.types import ROOT_INODE, TRASH_INODE, Inode, Kind
@@ -156,3 +156,11 @@ def test_a_lost_file_is_found_in_lost_and_found(meta: Meta) -> None:
     assert meta(GetXattrs("/dir/file")).values
     meta.remove("/lost+found", recursive=True)
     assert meta(Usage()).trash_entries == 1
+
+
+def test_chunks_of_a_file_that_is_being_made_are_left_alone(meta: Meta) -> None:
+    reserved = meta(Reserve(CHUNK))
+    meta.chunks.write(reserved.inode, CHUNK)
+    assert meta.run(meta.service.check(repair=True)) == []
+    assert meta.chunks.of(reserved.inode) == {0: CHUNK}
+    assert kinds(run(meta)) == ["chunks"], "without the service nobody knows"

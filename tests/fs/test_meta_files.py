@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from emberfs.errors import AlreadyExists, Conflict, IsADirectory, LimitExceeded, NotFound, StaleChunk, TargetFailed
+from emberfs.kv.types import Transaction
 from emberfs.messages import (
     Abandon,
     AdoptChunks,
     CloseSession,
     CommitPut,
+    DropTail,
     Opened,
     Promote,
     Promoted,
@@ -43,7 +46,7 @@ def close(meta: Meta, opened: Opened, end: int = 0, *, generation: int = 0) -> N
 
 def promote(meta: Meta, opened: Opened, length: int) -> Inode:
     """Move an inline file to chunks as a client does."""
-    granted: Promoted = meta(Promote(opened.inode.id, CHUNK))
+    granted: Promoted = meta(Promote(opened.inode.id, CHUNK, opened.session))
     meta.chunks.write(opened.inode.id, length)
     adopt = AdoptChunks(opened.session, opened.inode.id, granted.inode.revision, granted.layout, length)
     return meta(adopt).inode  # type: ignore[no-any-return]
@@ -101,6 +104,32 @@ def test_an_abandoned_put_leaves_nothing(meta: Meta) -> None:
         meta(commit(reserved, "/file"))
 
 
+def test_an_abandon_that_failed_is_made_up_for_at_the_next_start() -> None:
+    chunks = UnremovableChunks()
+    meta = Meta(chunks=chunks)
+    reserved = meta(Reserve(CHUNK))
+    chunks.write(reserved.inode, CHUNK)
+    with pytest.raises(TargetFailed):
+        meta(Abandon(reserved.inode, reserved.layout))
+    meta.run(meta.service.close())
+    chunks.broken = False
+    meta.start()
+    meta.settle()
+    assert not chunks.lengths
+    meta.close()
+
+
+class UnremovableChunks(FakeChunks):
+    """Removals fail until the disk is mended."""
+
+    broken = True
+
+    async def remove(self, inode: int, layout: Chunks | None) -> int:
+        if self.broken:
+            raise TargetFailed("the disk does not answer")
+        return await super().remove(inode, layout)
+
+
 # ---- bytes in the row
 
 
@@ -109,12 +138,11 @@ def test_inline_writes(meta: Meta) -> None:
     meta(WriteInline(opened.session, opened.inode.id, 3, b"def"))
     assert meta.stat("/file").layout == Inline(b"\0\0\0def")
     meta(WriteInline(opened.session, opened.inode.id, 0, b"abcd"))
-    meta(WriteInline(opened.session, opened.inode.id, 0, b"!", append=True))
     file = meta.stat("/file")
-    assert (file.layout, file.length, file.revision) == (Inline(b"abcdef!"), 7, 3)
+    assert (file.layout, file.length, file.revision) == (Inline(b"abcdef"), 6, 2)
     with pytest.raises(StaleChunk):
         meta(WriteInline(opened.session, opened.inode.id, INLINE_BYTES_MAX, b"x"))
-    assert meta(Usage()).length_bytes == 7
+    assert meta(Usage()).length_bytes == 6
 
 
 def test_an_inline_file_moves_to_chunks(meta: Meta) -> None:
@@ -124,7 +152,7 @@ def test_an_inline_file_moves_to_chunks(meta: Meta) -> None:
     assert meta.stat("/file") == file
     assert isinstance(file.layout, Chunks)
     assert (file.length, meta(Usage()).length_bytes) == (2 * CHUNK, 2 * CHUNK)
-    again = meta(Promote(file.id, CHUNK))
+    again = meta(Promote(file.id, CHUNK, opened.session))
     assert (again.inode, again.layout) == (file, file.layout)
     with pytest.raises(StaleChunk):
         meta(WriteInline(opened.session, opened.inode.id, 0, b"abc"))
@@ -132,7 +160,7 @@ def test_an_inline_file_moves_to_chunks(meta: Meta) -> None:
 
 def test_a_file_that_changed_does_not_take_old_chunks(meta: Meta) -> None:
     opened = meta.open("/file")
-    granted = meta(Promote(opened.inode.id, CHUNK))
+    granted = meta(Promote(opened.inode.id, CHUNK, opened.session))
     meta.chunks.write(opened.inode.id, CHUNK)
     meta(WriteInline(opened.session, opened.inode.id, 0, b"abc"))
     adopt = AdoptChunks(opened.session, opened.inode.id, granted.inode.revision, granted.layout, CHUNK)
@@ -145,7 +173,7 @@ def test_a_file_that_changed_does_not_take_old_chunks(meta: Meta) -> None:
 
 def test_a_second_writer_waits_for_the_move_of_the_first(meta: Meta) -> None:
     opened = meta.open("/file")
-    granted = meta(Promote(opened.inode.id, CHUNK))
+    granted = meta(Promote(opened.inode.id, CHUNK, opened.session))
 
     async def both() -> tuple[Inode, Promoted]:
         second = Promote(opened.inode.id, CHUNK, b"another session")
@@ -171,12 +199,125 @@ def test_a_writer_that_failed_may_ask_again_at_once(meta: Meta) -> None:
 
 def test_a_move_that_was_given_up_leaves_nothing(meta: Meta) -> None:
     opened, other = meta.open("/file"), meta.open("/file")
-    meta(Promote(opened.inode.id, CHUNK))
+    meta(Promote(opened.inode.id, CHUNK, opened.session))
     meta.chunks.write(opened.inode.id, CHUNK)
     close(meta, other)
     assert meta.chunks.lengths, "the mover may still be at it"
     close(meta, opened)
     assert not meta.chunks.lengths
+
+
+def test_a_move_is_given_up_before_the_next_one_begins() -> None:
+    chunks = SlowChunks()
+    meta = Meta(chunks=chunks)
+    first, second = meta.open("/file"), meta.open("/file")
+    meta(Promote(first.inode.id, CHUNK, first.session))
+    chunks.write(first.inode.id, CHUNK)
+
+    async def both() -> None:
+        chunks.began, chunks.go_on = meta.runtime.future(), meta.runtime.future()
+        spawn, handle = meta.runtime.spawn, meta.service.handle
+        closing = spawn(handle(CloseSession(first.session, first.inode.id, 0, 0)), "first")
+        await chunks.began
+        granting = spawn(handle(Promote(first.inode.id, CHUNK, second.session)), "second")
+        await meta.runtime.sleep(0)
+        assert not granting.done()
+        chunks.go_on.set_result(None)
+        granted = await granting
+        assert isinstance(granted, Promoted)
+        chunks.write(first.inode.id, 2 * CHUNK)
+        await closing
+        await handle(AdoptChunks(second.session, first.inode.id, granted.inode.revision, granted.layout, 2 * CHUNK))
+
+    meta.run(both())
+    assert chunks.of(first.inode.id) == {0: CHUNK, 1: CHUNK}
+    meta.close()
+
+
+class SlowChunks(FakeChunks):
+    """The first removal waits for the test, between looking and removing."""
+
+    began: asyncio.Future[None]
+    go_on: asyncio.Future[None]
+
+    async def remove(self, inode: int, layout: Chunks | None) -> int:
+        found = list(self.of(inode))
+        if found and not self.began.done():
+            self.began.set_result(None)
+            await self.go_on
+        return len([self.lengths.pop((inode, index)) for index in found])
+
+
+def test_nobody_takes_a_move_over_from_a_session_that_is_open(meta: Meta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberfs.meta.files.PROMOTE_WAIT_S", 0.0)
+    first, second = meta.open("/file"), meta.open("/file")
+    granted = meta(Promote(first.inode.id, CHUNK, first.session))
+    meta.chunks.write(first.inode.id, CHUNK)
+    with pytest.raises(Conflict):
+        meta(Promote(first.inode.id, CHUNK, second.session))
+    assert meta.chunks.of(first.inode.id) == {0: CHUNK}
+    adopt = AdoptChunks(first.session, first.inode.id, granted.inode.revision, granted.layout, CHUNK)
+    assert meta(adopt).inode.length == CHUNK
+
+
+def test_a_move_that_failed_makes_way_at_once(meta: Meta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberfs.meta.files.PROMOTE_WAIT_S", 0.0)
+    first, second = meta.open("/file"), meta.open("/file")
+    meta(Promote(first.inode.id, CHUNK, first.session))
+    meta.chunks.write(first.inode.id, CHUNK)
+    meta(DropTail(second.session, first.inode.id))
+    assert meta.chunks.lengths, "the grant is not the second's"
+    meta(DropTail(first.session, first.inode.id))
+    assert not meta.chunks.lengths
+    assert isinstance(meta(Promote(first.inode.id, CHUNK, second.session)).inode.layout, Inline)
+
+
+def test_a_session_that_was_closed_gets_no_grant(meta: Meta) -> None:
+    opened = meta.open("/file")
+    close(meta, opened)
+    with pytest.raises(NotFound):
+        meta(Promote(opened.inode.id, CHUNK, opened.session))
+
+
+# ---- what a failed write leaves
+
+
+def test_what_a_failed_write_left_past_the_end_goes(meta: Meta) -> None:
+    file = meta.put_chunks("/file", CHUNK)
+    opened = meta.open("/file")
+    meta.chunks.write(file.id, 2 * CHUNK)
+    report(meta, opened, 2 * CHUNK)
+    meta.chunks.write(file.id, 9 * CHUNK)
+    meta(DropTail(opened.session, file.id))
+    assert meta.chunks.of(file.id) == {0: CHUNK, 1: CHUNK}
+    assert meta.stat("/file").length == 2 * CHUNK
+    meta.crash_and_restart()
+    assert meta.stat("/file").length == 2 * CHUNK
+
+
+def test_dropping_a_tail_forgets_no_report(meta: Meta, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer reports between the drop's look at the length and its commit."""
+    file = meta.put_chunks("/file", CHUNK)
+    failed, other = meta.open("/file"), meta.open("/file")
+    meta.chunks.write(file.id, 3 * CHUNK)
+    run, reports = meta.kv.run, [ReportLength(other.session, file.id, 3 * CHUNK, 0, False)]
+
+    async def interrupted(work: Callable[[Transaction], Awaitable[Inode]], **options: bool) -> Inode:
+        async def work_and_report(txn: Transaction) -> Inode:
+            done = await work(txn)
+            if reports:
+                await meta.service.handle(reports.pop())
+            return done
+
+        return await run(work_and_report, **options)
+
+    monkeypatch.setattr(meta.kv, "run", interrupted)
+    meta(DropTail(failed.session, file.id))
+    assert not reports
+    assert meta.stat("/file").length == 3 * CHUNK
+    assert meta.chunks.of(file.id) == {0: CHUNK, 1: CHUNK, 2: CHUNK}
+    with pytest.raises(StaleChunk):
+        report(meta, other, 4 * CHUNK)
 
 
 # ---- sessions and lengths
@@ -374,7 +515,7 @@ def test_a_crash_leaves_no_chunks_of_nobody(meta: Meta) -> None:
     reserved = meta(Reserve(CHUNK))
     meta.chunks.write(reserved.inode, CHUNK)
     moved = meta.open("/moved")
-    meta(Promote(moved.inode.id, CHUNK))
+    meta(Promote(moved.inode.id, CHUNK, moved.session))
     meta.chunks.write(moved.inode.id, CHUNK)
     meta.crash_and_restart()
     meta.settle()

@@ -9,6 +9,7 @@ import asyncio
 import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,3 +134,22 @@ def test_clients_and_file_systems_pickle(store: Path) -> None:
             assert await again.get("/file") == b"x"
 
     asyncio.run(main())
+
+
+def test_fsck_right_after_a_kill_finds_nothing(tmp_path: Path) -> None:
+    """A put that was cut off leaves chunks of an inode that never came to be; fsck sweeps them first."""
+    store = tmp_path / "store"
+    program = (
+        "import emberfs, os\n"
+        f"client = emberfs.connect('ember://{store}')\n"
+        "core, portal = client._attachment.core, client._attachment.store.portal\n"
+        "from emberfs.client.core import NewFile\n"
+        "for _ in range(20):\n"
+        "    reserved = portal.run(core.reserve(NewFile()))\n"
+        "    portal.run(core.write_reserved(reserved, 0, memoryview(bytes(100_000))))\n"
+        "os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    with emberfs.connect(f"ember://{store}") as client:
+        assert client.maintenance.fsck().clean
+        assert client.maintenance.space()["used_bytes"] == 0

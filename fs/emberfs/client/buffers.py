@@ -34,15 +34,17 @@ class NewBytes:
         else:
             fresh: bytes = _new(None, size)
             self._bytes = fresh
-            self.view = memoryview((ctypes.c_char * size).from_address(_address(fresh))).cast("B")
+            array = (ctypes.c_char * size).from_address(_address(fresh))
+            array.owner = fresh  # type: ignore[attr-defined]  # Whoever still has a view has the memory too.
+            self.view = memoryview(array).cast("B")
 
-    def finish(self) -> bytes:
-        """The filled object. The view must not be used afterwards."""
+    def finish(self, count: int) -> bytes:
+        """The first `count` bytes, those that were filled: the rest was never set. The view is void afterwards."""
         self.view.release()
         if self._scratch is not None:
-            return bytes(self._scratch)
+            return bytes(self._scratch) if count == len(self._scratch) else bytes(self._scratch[:count])
         assert self._bytes is not None
-        return self._bytes
+        return self._bytes[:count]
 
 
 def writable_view(buffer: Any) -> memoryview:

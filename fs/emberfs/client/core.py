@@ -10,6 +10,7 @@ the metadata service.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from ..errors import Conflict, Corruption, EmberError, IsADirectory, LimitExceeded, NotADirectory, NotFound, StaleChunk
+from ..locks import KeyedLocks
 from ..messages import (
     Abandon,
     AdoptChunks,
     ChunksRead,
     CloseSession,
     CommitPut,
+    DropTail,
     InodeReply,
     Message,
     Open,
@@ -126,6 +129,7 @@ class Core:
         self._idle_channels: list[int] = []
         self._channel_count = 0
         self._sequences: list[int] = []
+        self._moves = KeyedLocks(runtime)
 
     async def ask(self, request: Message, reply: type[Reply]) -> Reply:
         """A metadata request whose answer is a `reply`."""
@@ -152,8 +156,7 @@ class Core:
             return layout.data[offset:] if length is None else layout.data[offset : offset + length]
         size = max(inode.length - offset, 0)
         target = NewBytes(size if length is None else min(length, size))
-        await self.read_range(Range(inode, offset, target.view, path))
-        return target.finish()
+        return target.finish(await self.read_range(Range(inode, offset, target.view, path)))
 
     async def file(self, path: str) -> Inode:
         """The inode of a regular file at `path`. Raises IsADirectory."""
@@ -382,14 +385,20 @@ class Core:
                 together.append((handle, offset, payload))
             else:
                 await self.write(handle, offset, payload)
-        for size, same_size in parts.items():
-            await self._write_parts(same_size, size)
         ends: dict[WriteHandle, int] = {}
         for handle, offset, payload in together:
             ends[handle] = max(ends.get(handle, 0), offset + len(payload))
+        generations = {handle: handle.inode.truncate_generation for handle in ends}
+        try:
+            for size, same_size in parts.items():
+                await self._write_parts(same_size, size)
+        except EmberError:
+            for handle in ends:
+                await self._drop_tail(handle)
+            raise
         for handle, end in ends.items():
             try:
-                await self._report(handle, end, durable=False)
+                await self._report(handle, end, generations[handle], durable=False)
                 handle.end = max(handle.end, end)
             except StaleChunk:
                 # Truncated meanwhile: some of it may be cut off, so this file's payloads are written again.
@@ -401,19 +410,44 @@ class Core:
     async def _write_in_chunks(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
         layout = handle.inode.layout
         assert type(layout) is Chunks
-        await self._write_chunks(handle.inode.id, layout, offset, payload)
-        await self._report(handle, offset + len(payload), durable=False)
-
-    async def _report(self, handle: WriteHandle, end: int, *, durable: bool) -> None:
-        """Say how far the file reaches, even if we think that it did before: it may have been truncated since."""
         generation = handle.inode.truncate_generation
+        try:
+            await self._write_chunks(handle.inode.id, layout, offset, payload)
+        except EmberError:
+            await self._drop_tail(handle)
+            raise
+        await self._report(handle, offset + len(payload), generation, durable=False)
+
+    async def _drop_tail(self, handle: WriteHandle) -> None:
+        """After a failed write: chunks of it past the end must not turn up as file content later."""
+        with contextlib.suppress(EmberError):  # The first error says what is wrong; a cut that began stays due.
+            await self.call_meta(DropTail(handle.session, handle.inode.id))
+            await self.refresh(handle)
+
+    async def _report(self, handle: WriteHandle, end: int, generation: int, *, durable: bool) -> None:
+        """Say how far the file reaches, even if we think that it did before: it may have been truncated since.
+
+        `generation`: the truncate generation from before the chunks were written.
+        """
         await self._meta.call(ReportLength(handle.session, handle.inode.id, end, generation, durable))
         newest = handle.inode  # another write of the same handle may have changed it meanwhile
         if newest.truncate_generation == generation and end > newest.length:
             handle.inode = msgspec.structs.replace(newest, length=end)
 
     async def _promote(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
-        """Move an inline file into chunks, with `payload` written into it."""
+        """Move an inline file into chunks, with `payload` written into it. One at a time per handle: see Promote."""
+        async with self._moves.of(handle.session):
+            if type(handle.inode.layout) is not Inline:
+                raise StaleChunk("promoted by another call on this file", handle.path)
+            try:
+                await self._move(handle, offset, payload)
+            except EmberError:
+                if type(handle.inode.layout) is Inline:
+                    with contextlib.suppress(EmberError):
+                        await self.call_meta(DropTail(handle.session, handle.inode.id))
+                raise
+
+    async def _move(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
         promoted = await self.ask(Promote(handle.inode.id, handle.chunk_size_bytes, handle.session), Promoted)
         inode = promoted.inode
         if type(inode.layout) is not Inline:
@@ -452,7 +486,7 @@ class Core:
         """Make the length durable as well (chunks are already)."""
         if handle.end and type(handle.inode.layout) is Chunks:
             try:
-                await self._report(handle, handle.end, durable=True)
+                await self._report(handle, handle.end, handle.inode.truncate_generation, durable=True)
             except StaleChunk:
                 # Somebody truncated after our last write: the length is theirs, and durable.
                 await self.refresh(handle)

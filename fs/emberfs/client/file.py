@@ -56,7 +56,13 @@ class FreshTarget:
 
     async def write(self, offset: int, payload: memoryview) -> None:
         """Write durably, still unnamed."""
-        await self._core.write_reserved(await self.start(), offset, payload)
+        reserved = await self.start()
+        try:
+            await self._core.write_reserved(reserved, offset, payload)
+        except EmberError:
+            with contextlib.suppress(EmberError):  # What came past the end must not turn up in a hole later.
+                await self._core.truncate_reserved(reserved, self.length)
+            raise
         self.length = max(self.length, offset + len(payload))
 
     def inode(self) -> Inode:
@@ -176,7 +182,10 @@ class OpenFile:
         return await self._core.read_range(Range(self.inode, offset, view, self.path))
 
     async def write(self, offset: int, payload: memoryview) -> None:
-        """Take `payload` for `offset`: buffered, or written when it fills chunks."""
+        """Take `payload` for `offset`: buffered, or written when it fills chunks.
+
+        After an error the buffer holds nothing of `payload`; whole chunks of it may have been written.
+        """
         assert self._target is not None
         check_range(offset, len(payload))
         while payload:
@@ -191,10 +200,15 @@ class OpenFile:
                     continue
             room = self._chunk_size_bytes - (self._buffer_offset % self._chunk_size_bytes) - len(self._buffer)
             step = min(room, len(payload))
+            kept = len(self._buffer)
             self._buffer += payload[:step]
             offset, payload = offset + step, payload[step:]
             if step == room:
-                await self._flush_buffer()
+                try:
+                    await self._flush_buffer()
+                except EmberError:
+                    self._buffer = self._buffer[:kept]
+                    raise
 
     def _is_whole_in_buffer(self) -> bool:
         return isinstance(self._target, FreshTarget) and not self._target.started and self._buffer_offset == 0

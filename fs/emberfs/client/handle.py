@@ -64,11 +64,11 @@ class File(io.BufferedIOBase):
         """Length in bytes, unwritten buffers included."""
         return self._file.length
 
-    def _run(self, call: Coroutine[Any, Any, T], *, mutates: bool = False) -> T:
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
         if self._store.forked:
             call.close()
             raise StoreClosed(f"{self.name!r} was opened before this process forked; open it again")
-        return self._store.portal.run(call, mutates=mutates)
+        return self._store.portal.run(call)
 
     def _check(self, *, writing: bool = False) -> None:
         if self.closed:
@@ -116,7 +116,7 @@ class File(io.BufferedIOBase):
             else:
                 target = NewBytes(size)
                 count = self._run(self._file.read(position, target.view))
-                data = target.finish() if count == size else target.finish()[:count]
+                data = target.finish(count)
             self._position = position + len(data)
             return data
 
@@ -130,8 +130,7 @@ class File(io.BufferedIOBase):
             left = max(self._file.length - position, 0)
             if self._file.writable:
                 target = NewBytes(min(left, 8192))
-                self._run(self._file.read(position, target.view))
-                return target.finish()
+                return target.finish(self._run(self._file.read(position, target.view)))
             return self._read_ahead(position, min(left, READ_AHEAD_BYTES_MIN - 1))
 
     def readinto(self, buffer: Any, /) -> int:
@@ -157,9 +156,7 @@ class File(io.BufferedIOBase):
         check_range(offset, size)
         with self._turn:
             target = NewBytes(min(size, max(self._file.length - offset, 0)))
-            if target.view:
-                self._run(self._file.read(offset, target.view))
-            return target.finish()
+            return target.finish(self._run(self._file.read(offset, target.view)) if target.view else 0)
 
     def _read_ahead(self, position: int, size: int) -> bytes:
         """A small read: from the window, which grows while reads go on where the last window ended."""
@@ -174,21 +171,24 @@ class File(io.BufferedIOBase):
             self._window_bytes = grown if goes_on else 0
             want = min(max(size, self._window_bytes), self._file.length - position)
             target = NewBytes(want)
-            self._run(self._file.read(position, target.view))
-            self._ahead, self._ahead_offset = target.finish(), position
+            count = self._run(self._file.read(position, target.view))
+            self._ahead, self._ahead_offset = target.finish(count), position
             return self._ahead[:size]
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def write(self, data: Any, /) -> int:
-        """Write all of `data` at the position (at the end, in append mode). It must not change until this returns."""
+        """Write all of `data` at the position (at the end, in append mode). It must not change until this returns.
+
+        After an error (NoSpace) none of it waits in the buffer, but whole chunks of it may have been written.
+        """
         self._check(writing=True)
         view = flat_view(data)
         with self._turn:
             position = self._step()
             if self._file.appends:
                 position = self._file.length
-            self._run(self._file.write(position, view), mutates=True)
+            self._run(self._file.write(position, view))
             self._position = position + len(view)
             return len(view)
 
@@ -196,20 +196,20 @@ class File(io.BufferedIOBase):
         """Write out what is buffered (see `OpenFile.flush`)."""
         if not self._ended and self._file.writable:
             with self._turn:
-                self._run(self._file.flush(), mutates=True)
+                self._run(self._file.flush())
 
     def fsync(self) -> None:
         """Flush, and make the length durable too. A file opened with "w" or "x" still gets its name only at close."""
         self._check(writing=True)
         with self._turn:
-            self._run(self._file.sync(), mutates=True)
+            self._run(self._file.sync())
 
     def truncate(self, size: int | None = None, /) -> int:
         """Set the length to `size` (the position, if None)."""
         self._check(writing=True)
         with self._turn:
             length = self.tell() if size is None else size
-            self._run(self._file.truncate(length), mutates=True)
+            self._run(self._file.truncate(length))
             return length
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class File(io.BufferedIOBase):
             self._ended = True
             try:
                 if self._file.writable:
-                    self._run(end(), mutates=True)
+                    self._run(end())
             finally:
                 super().close()
 
@@ -238,14 +238,9 @@ class File(io.BufferedIOBase):
             self.discard()
 
     def __del__(self) -> None:
-        # A finalizer may run in the middle of a call of this very store, so it must not wait for anything.
-        if getattr(self, "_ended", True):
-            return
-        self._ended = True
-        if self._file.writable and not self._store.forked:
-            warnings.warn(f"{self!r} was never closed: what it wrote is discarded", ResourceWarning, stacklevel=2)
-            if not self._store.closed:
-                self._store.portal.post(self._file.discard())
+        if not getattr(self, "_ended", True):
+            self._ended = True
+            _discard_unclosed(self, self._store, self._file)
 
     def readable(self) -> bool:
         return self._file.readable
@@ -255,6 +250,14 @@ class File(io.BufferedIOBase):
 
     def seekable(self) -> bool:
         return True
+
+
+def _discard_unclosed(owner: File | AsyncFile, store: EmbeddedStore, file: OpenFile) -> None:
+    # A finalizer may run in the middle of a call of this very store, so it must not wait for anything.
+    if file.writable and not store.forked:
+        warnings.warn(f"{owner!r} was never closed: what it wrote is discarded", ResourceWarning, stacklevel=3)
+        if not store.closed:
+            store.portal.post(file.discard())
 
 
 def _check_mode(file: OpenFile, mode: str, *, writing: bool) -> None:
@@ -289,6 +292,9 @@ class AsyncFile:
         self.name = open_file.path
         self.mode = mode
 
+    def __repr__(self) -> str:
+        return f"<emberfs.AsyncFile {self.name!r} mode={self.mode!r}{' closed' if self._ended else ''}>"
+
     @property
     def size(self) -> int:
         """Length in bytes, unwritten buffers included."""
@@ -320,10 +326,9 @@ class AsyncFile:
         async with self._turn:
             left = max(self._file.length - self._position, 0)
             target = NewBytes(left if size < 0 else min(size, left))
-            if target.view:
-                await self._run(self._file.read(self._position, target.view))
-            self._position += len(target.view)
-            return target.finish()
+            count = await self._run(self._file.read(self._position, target.view)) if target.view else 0
+            self._position += count
+            return target.finish(count)
 
     async def readinto(self, buffer: Any) -> int:
         """Fill `buffer` in place; returns the bytes read."""
@@ -335,7 +340,10 @@ class AsyncFile:
             return count
 
     async def write(self, data: Any) -> int:
-        """Write all of `data` at the position (at the end, in append mode). It must not change until this returns."""
+        """Write all of `data` at the position (at the end, in append mode). It must not change until this returns.
+
+        After an error (NoSpace) none of it waits in the buffer, but whole chunks of it may have been written.
+        """
         self._check(writing=True)
         view = flat_view(data)
         async with self._turn:
@@ -377,6 +385,11 @@ class AsyncFile:
             if not self._ended:
                 self._ended = True
                 await self._run(end())
+
+    def __del__(self) -> None:
+        if not getattr(self, "_ended", True):
+            self._ended = True
+            _discard_unclosed(self, self._store, self._file)
 
     async def __aenter__(self) -> AsyncFile:
         return self

@@ -9,6 +9,7 @@ Does not know: whether the bytes in chunks are right; that is the scrub's.
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection
 
 import msgspec
 from msgspec.structs import replace
@@ -55,8 +56,13 @@ class Finding(msgspec.Struct, frozen=True):
     repaired: bool
 
 
-async def check(kv: KV, chunks: ChunkOps | None = None, *, repair: bool = False) -> list[Finding]:
-    """Check all rows, and with `chunks` that every chunk has a file. After a repair, a second run is silent."""
+async def check(
+    kv: KV, chunks: ChunkOps | None = None, *, reserved: Collection[int] = (), repair: bool = False
+) -> list[Finding]:
+    """Check all rows, and with `chunks` that every chunk has a file. After a repair, a second run is silent.
+
+    `reserved`: inodes that chunks may be of before they have a row, as a running service knows them (read as we go).
+    """
     checker = _Checker(kv, repair=repair)
     if not await checker.check_rows():
         return checker.findings
@@ -66,7 +72,7 @@ async def check(kv: KV, chunks: ChunkOps | None = None, *, repair: bool = False)
     await checker.check_trash()
     await checker.check_counters()
     if chunks is not None:
-        await checker.check_chunks(chunks)
+        await checker.check_chunks(chunks, reserved)
     return checker.findings
 
 
@@ -231,13 +237,15 @@ class _Checker:
                 self._find("counter", "", detail)
                 await self._put(counter.value, encode_int(self._counts[counter]))
 
-    async def check_chunks(self, chunks: ChunkOps) -> None:
+    async def check_chunks(self, chunks: ChunkOps, reserved: Collection[int]) -> None:
         """Chunks against the files that they are of."""
         end = (await get_ids(self._kv.begin())).next
         async for inodes in chunks.owners(0, end):
+            # Before the rows: whoever is reserved no more by then was committed before, or its chunks are gone.
+            unnamed = frozenset(reserved)
             rows = await self._kv.begin().get_many([inode_key(inode) for inode in inodes])
             for inode, row in zip(inodes, rows, strict=True):
-                if row is None:
+                if row is None and inode not in unnamed:
                     self._find("chunks", "", f"there are chunks of inode {inode:x}, which does not exist")
                     if self._repair:
                         await chunks.remove(inode, None)

@@ -5,14 +5,14 @@ Invariants:
   - An inline file's length is that of its data, and `revision` grows with each change of it.
   - Chunks are written under an inline file's id by one writer at a time: the one whose Promote was granted.
 
-Does not know: sessions and length reports.
+Does not know: length reports, and how sessions come and go.
 """
 
 from __future__ import annotations
 
 from msgspec.structs import replace
 
-from ..errors import AlreadyExists, IsADirectory, LimitExceeded, NotFound, StaleChunk
+from ..errors import AlreadyExists, Conflict, IsADirectory, LimitExceeded, NotFound, StaleChunk
 from ..kv.types import Transaction
 from ..messages import (
     Abandon,
@@ -28,12 +28,12 @@ from ..messages import (
 )
 from ..types import INLINE_BYTES_MAX, Chunks, Inline, Inode, Kind
 from . import nodes
-from .keys import get_inode, put_inode
+from .keys import get_inode, put_inode, session_key
 from .paths import locate
 from .state import MetaState, Promotion
 
 PROMOTE_WAIT_S = 5.0
-"""How long a writer has to move an inline file to chunks before another one may try."""
+"""How long a writer waits for another one to move the file."""
 PROMOTE_POLL_S = 0.01
 
 
@@ -86,9 +86,10 @@ async def commit_put(state: MetaState, request: CommitPut) -> InodeReply:
 
 async def abandon(state: MetaState, request: Abandon) -> Done:
     """Remove the chunks of a reserved inode, unless it was committed after all."""
-    state.reserved.discard(request.inode)
     if await get_inode(state.kv.begin(), request.inode) is None:
         await state.chunks.remove(request.inode, request.layout)
+    # Not before they are gone: the ids of a service that has nothing reserved are not swept at its next start.
+    state.reserved.discard(request.inode)
     return Done()
 
 
@@ -100,7 +101,7 @@ async def write_inline(state: MetaState, request: WriteInline) -> InodeReply:
         if not isinstance(old.layout, Inline):
             raise StaleChunk("the file is in chunks")
         data = old.layout.data
-        offset = len(data) if request.append else request.offset
+        offset = request.offset
         end = offset + len(request.data)
         if end > INLINE_BYTES_MAX:
             raise StaleChunk(f"{end} bytes do not fit into the inode row: promote the file first")
@@ -119,30 +120,47 @@ def _put_data(state: MetaState, txn: Transaction, old: Inode, data: bytes) -> In
 
 
 async def promote(state: MetaState, request: Promote) -> Promoted:
-    """Grant one writer to move an inline file to chunks, until it adopts them or the last session closes.
+    """Grant one writer to move an inline file to chunks, until it adopts them, gives up, or its session closes.
 
-    A second writer waits for the first, and gets the row without a grant if the file is in chunks by then. One that
-    has not adopted after PROMOTE_WAIT_S failed, and its chunks go.
+    A second writer waits for the first, and gets the row without a grant if the file is in chunks by then. Conflict if
+    the first is at it still after PROMOTE_WAIT_S: its chunks may be on their way, so nobody else may write any.
     """
     layout = state.new_layout(request.chunk_size_bytes)
     deadline_s = state.runtime.now_s() + PROMOTE_WAIT_S
-    while _held_by_another(state, request) and state.runtime.now_s() < deadline_s:
+    while True:
+        async with state.turns.of(("promote", request.inode)):
+            txn = state.kv.begin()
+            inode = await _existing(txn, request.inode)
+            if isinstance(inode.layout, Chunks):
+                return Promoted(inode=state.hinted(inode), layout=inode.layout)
+            if not await _held_by_another(state, txn, request):
+                if await txn.get(session_key(inode.id, request.session)) is None:
+                    raise NotFound("the session was closed")
+                failed = state.promoting.get(inode.id)
+                state.promoting[inode.id] = Promotion(request.session, layout)
+                if failed is not None:
+                    await state.chunks.remove(inode.id, failed.layout)
+                return Promoted(inode=inode, layout=layout)
+        if state.runtime.now_s() >= deadline_s:
+            raise Conflict("another writer is moving the file to chunks")
         await state.runtime.sleep(PROMOTE_POLL_S)
-    async with state.turns.of(("promote", request.inode)):
-        inode = await _existing(state.kv.begin(), request.inode)
-        if isinstance(inode.layout, Chunks):
-            return Promoted(inode=state.hinted(inode), layout=inode.layout)
-        failed = state.promoting.get(inode.id)
-        state.promoting[inode.id] = Promotion(request.session, layout)
-        if failed is not None:
-            await state.chunks.remove(inode.id, failed.layout)
-        return Promoted(inode=inode, layout=layout)
 
 
-def _held_by_another(state: MetaState, request: Promote) -> bool:
+async def _held_by_another(state: MetaState, txn: Transaction, request: Promote) -> bool:
     """Whether somebody else has the grant. One's own is void: a writer that asks again has failed the first time."""
     promotion = state.promoting.get(request.inode)
-    return promotion is not None and promotion.session != request.session
+    if promotion is None or promotion.session == request.session:
+        return False
+    return await txn.get(session_key(request.inode, promotion.session)) is not None
+
+
+async def give_up_promotion(state: MetaState, inode: int, session: bytes) -> None:
+    """Remove what a session's Promote led to without an AdoptChunks, and its grant. Nothing if it has none."""
+    async with state.turns.of(("promote", inode)):
+        promotion = state.promoting.get(inode)
+        if promotion is not None and promotion.session == session:
+            await state.chunks.remove(inode, promotion.layout)
+            del state.promoting[inode]
 
 
 async def adopt_chunks(state: MetaState, request: AdoptChunks) -> InodeReply:

@@ -119,16 +119,22 @@ async def sweep_unnamed(state: MetaState, begin: int, end: int) -> int:
     return removed
 
 
-async def run_in_background(state: MetaState, unswept: tuple[int, int]) -> None:
+async def sweep(state: MetaState) -> None:
+    """Run the sweep that is due after a crash, if it has not been."""
+    async with state.turns.of("sweep"):
+        if state.unswept is not None:
+            await sweep_unnamed(state, *state.unswept)
+            if not state.stopping:
+                state.unswept = None
+
+
+async def run_in_background(state: MetaState) -> None:
     """What the service does unasked: one sweep, then garbage at intervals. Cancel it only while it rests."""
-    swept = unswept[0] >= unswept[1]
     while not state.stopping:
         try:
-            if not swept:
-                await sweep_unnamed(state, *unswept)
-                swept = True
+            await sweep(state)
             await collect_garbage(state, CollectGarbage(force=False))
-        except EmberError as error:
+        except (EmberError, OSError) as error:
             # A full or failing disk must not end the garbage collection of a store that is used again later.
             log.warning("garbage collection: %s; trying again in %.0f s", error, state.config.gc_interval_s)
         if not state.stopping:

@@ -24,6 +24,7 @@ from ..messages import Message
 from ..runtime import Runtime
 from ..types import ROOT_INODE, TRASH_INODE, Inode, Kind
 from . import attributes, files, gc, namespace, session, trash
+from .check import Finding, check
 from .chunks import ChunkOps
 from .keys import FORMAT, ORPHANS_INODE, SUPERBLOCK_KEY, Superblock, check_superblock, encode_row, put_inode
 from .remove import remove
@@ -43,6 +44,7 @@ HANDLERS: dict[type[Message], Handler] = {
     messages.Open: session.open_session,
     messages.CloseSession: session.close_session,
     messages.ReportLength: session.report_length,
+    messages.DropTail: session.drop_tail,
     messages.Reserve: files.reserve,
     messages.CommitPut: files.commit_put,
     messages.Abandon: files.abandon,
@@ -79,9 +81,10 @@ class MetaService:
         """
         state = self._state
         await state.kv.run(self._format)
-        unswept = await state.ids.unswept()
+        begin, end = await state.ids.unswept()
+        state.unswept = (begin, end) if begin < end else None
         await session.recover(state)
-        self._background = state.runtime.spawn(gc.run_in_background(state, unswept), "emberfs-gc")
+        self._background = state.runtime.spawn(gc.run_in_background(state), "emberfs-gc")
 
     async def close(self) -> None:
         """Stop the background work. Sessions that are still open are recovered at the next start."""
@@ -96,6 +99,12 @@ class MetaService:
         self._background = state.sweeper = None
         if not state.reserved:
             await state.ids.give_back()
+
+    async def check(self, *, repair: bool = False) -> list[Finding]:
+        """fsck of a running service: see `check.check`. Chunks of files that are just being made are nobody's fault."""
+        state = self._state
+        await gc.sweep(state)
+        return await check(state.kv, state.chunks, reserved=state.reserved, repair=repair)
 
     async def _format(self, txn: Transaction) -> None:
         row = await txn.get(SUPERBLOCK_KEY)

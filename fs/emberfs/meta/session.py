@@ -19,9 +19,10 @@ from msgspec.structs import replace
 
 from ..errors import AlreadyExists, Conflict, Corruption, IsADirectory, NotFound, StaleChunk
 from ..kv.types import Transaction
-from ..messages import CloseSession, Done, Open, Opened, ReportLength
+from ..messages import CloseSession, Done, DropTail, Open, Opened, ReportLength
 from ..types import CLIENT_ID_BYTES, Chunks, Inline, Inode, Kind
 from . import nodes
+from .files import give_up_promotion
 from .keys import (
     SessionRow,
     decode_session,
@@ -105,13 +106,41 @@ async def report_length(state: MetaState, request: ReportLength) -> Done:
         _check_generation(inode, request.truncate_generation)
         return _lengthen(state, txn, inode, request.end)
 
-    if request.durable:
-        _settle_hint(state, request.inode, await state.kv.run(work))
-        return Done()
-    inode = await _open_file(state.kv.begin(), request.inode, request.session)
-    _check_generation(inode, request.truncate_generation)
-    if request.end > state.hinted(inode).length:
-        state.hints[inode.id] = Hint(inode.truncate_generation, request.end, state.runtime.wall_ns())
+    if not request.durable:
+        inode = await _open_file(state.kv.begin(), request.inode, request.session)
+        _check_generation(inode, request.truncate_generation)
+        if inode.id not in state.settling:
+            if request.end > state.hinted(inode).length:
+                state.hints[inode.id] = Hint(inode.truncate_generation, request.end, state.runtime.wall_ns())
+            return Done()
+    _settle_hint(state, request.inode, await state.kv.run(work))
+    return Done()
+
+
+async def drop_tail(state: MetaState, request: DropTail) -> Done:
+    """Remove what a failed write left past the end of a file, as a truncate to the length that it has.
+
+    The truncate makes other writers' reports stale: what they wrote there meanwhile goes too, and they write it again.
+    """
+
+    async def work(txn: Transaction) -> Inode:
+        inode = await _open_file(txn, request.inode, request.session)
+        if not isinstance(inode.layout, Chunks):
+            return inode
+        return await set_length(state, txn, inode, state.hinted(inode).length)
+
+    async with state.turns.of(("tail", request.inode)):
+        # A report into memory between our look at the hint and our commit would be forgotten.
+        state.settling.add(request.inode)
+        try:
+            inode = await state.kv.run(work, reclaims=True)
+        finally:
+            state.settling.discard(request.inode)
+    _settle_hint(state, request.inode, inode)
+    if isinstance(inode.layout, Chunks):
+        await finish(state, request.inode)
+    else:
+        await give_up_promotion(state, request.inode, request.session)
     return Done()
 
 
@@ -121,20 +150,18 @@ async def close_session(state: MetaState, request: CloseSession) -> Done:
     StaleChunk if the report is from before a truncate: the session is closed all the same.
     """
 
-    async def work(txn: Transaction) -> tuple[Inode | None, bool]:
+    async def work(txn: Transaction) -> Inode | None:
         txn.delete(session_key(request.inode, request.session))
-        others = bool(await txn.range(*session_range(request.inode), limit=1))
         inode = await get_inode(txn, request.inode)
         if inode is not None:
             valid = inode.truncate_generation == request.truncate_generation
             inode = _lengthen(state, txn, inode, request.end if valid else 0)
-        return inode, others
+        return inode
 
-    inode, others = await state.kv.run(work, reclaims=True)
+    inode = await state.kv.run(work, reclaims=True)
     _settle_hint(state, request.inode, inode)
-    if not others and (promotion := state.promoting.pop(request.inode, None)) is not None:
-        # The writer gave up between Promote and AdoptChunks; what it wrote belongs to nobody.
-        await state.chunks.remove(request.inode, promotion.layout)
+    if inode is None or not isinstance(inode.layout, Chunks):
+        await give_up_promotion(state, request.inode, request.session)
     if inode is not None and request.end:
         _check_generation(inode, request.truncate_generation)
     return Done()

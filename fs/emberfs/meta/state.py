@@ -85,10 +85,14 @@ class MetaState:
         """Inodes that a `put` is writing chunks for."""
         self.promoting: dict[int, Promotion] = {}
         """Inline files that one writer is moving to chunks: nobody else may write chunks under that id meanwhile."""
+        self.settling: set[int] = set()
+        """Files whose hint is being put into their row: a report waits for its own transaction meanwhile."""
         self.stopping = False
         """The service is closing. Background work ends at its next step: chunk storage wants no cancelled callers."""
         self.resting = False
         """The background work sleeps."""
+        self.unswept: tuple[int, int] | None = None
+        """Ids that a process which died had leased: chunks there without an inode are nobody's."""
         self.sweeper: asyncio.Task[None] | None = None
         """Deletes detached trees, while there are any."""
 
