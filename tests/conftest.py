@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Timings never decide a test: neither an example's nor that of making one, which a busy machine stretches.
+settings.register_profile("emberline", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("emberline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
