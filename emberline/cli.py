@@ -78,6 +78,8 @@ def _sentence(error: Exception) -> str:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     elif isinstance(error, FileNotFoundError) and not error.errno:  # fsspec's: only the path
         text = f"no such file or directory: {text}"
+    elif isinstance(error, ImportError) and "s3fs" in text:
+        text = "S3 needs s3fs: pip install 'emberline[s3]'"
     if isinstance(error, OSError | ValueError | ImportError) and text:
         return one_line(text)
     return one_line(f"{type(error).__name__}: {text} (EMBERLINE_LOG=debug shows where)")
