@@ -15,6 +15,22 @@ _address.restype = ctypes.c_void_p
 COPY_BYTES_MAX = 16 << 10
 """Below this a copy is quicker than the detour through ctypes."""
 
+HUGE_PAGE_BYTES = 2 << 20
+HUGE_BYTES_MIN = 32 << 20
+"""Above this malloc always takes fresh memory (glibc's largest mmap threshold). It is asked for in huge pages: a fault
+per 2 MiB instead of per 4 KiB, and as much fewer address look-ups when the checksum walks over it."""
+
+_madvise = getattr(ctypes.CDLL(None), "madvise", None)
+_MADV_HUGEPAGE = 14
+
+
+def _ask_for_huge_pages(address: int, size: int) -> None:
+    """Advice for the whole huge pages of a range. The system may take it or not."""
+    begin = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (address + size) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if _madvise is not None and end > begin:
+        _madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
+
 
 class NewBytes:
     """A `bytes` of `size` to be filled through `view` and then taken with `finish`.
@@ -34,7 +50,10 @@ class NewBytes:
         else:
             fresh: bytes = _new(None, size)
             self._bytes = fresh
-            array = (ctypes.c_char * size).from_address(_address(fresh))
+            address = _address(fresh)
+            if size >= HUGE_BYTES_MIN:
+                _ask_for_huge_pages(address, size)
+            array = (ctypes.c_char * size).from_address(address)
             array.owner = fresh  # type: ignore[attr-defined]  # Whoever still has a view has the memory too.
             self.view = memoryview(array).cast("B")
 
