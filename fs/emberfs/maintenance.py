@@ -60,7 +60,6 @@ class Maintenance:
         return self._store.portal.run(self._fsck(repair))
 
     async def _fsck(self, repair: bool) -> FsckReport:
-
         findings = await self._store.meta_service.check(repair=repair)
         for number, engine in self._store.engines.items():
             report = await check(engine, repair=repair)

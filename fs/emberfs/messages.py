@@ -360,7 +360,3 @@ class UsageReply(Message):
     """Sum of file lengths, trash included."""
     trash_entries: int
     gc_pending: int
-
-
-REQUESTS: tuple[type[Message], ...] = tuple(Message.__subclasses__())
-"""Every message class, for a transport that encodes them."""
