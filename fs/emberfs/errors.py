@@ -19,7 +19,14 @@ programmer would catch. Our own mistakes are `assert`, never one of these.
     ├── StoreClosed (ValueError)              the client or store was closed
     ├── Conflict (OSError EAGAIN)             a transaction lost a race; run it again
     ├── StaleChunk (OSError ESTALE)           a chunk version or truncate generation has moved on
-    └── UpdateUnknown (OSError EIO)           a write may or may not have happened; read to find out
+    ├── UpdateUnknown (OSError EIO)           a write may or may not have happened; read to find out
+    ├── Unavailable (ConnectionError)         nobody could serve it now; nothing happened, try again
+    ├── DeadlineExceeded (TimeoutError)       no answer in time, to a request that changes nothing
+    ├── StaleRouting (OSError ESTALE)         a server is in another chain version or may not serve; nothing happened
+    ├── SessionExpired (OSError ESTALE)       the cluster gave this client up; connect again
+    ├── DataLost (OSError EIO)                no replica has the last version of a chain; an operator must decide
+    ├── AccessDenied (PermissionError)        a certificate, token or right is missing
+    └── ProtocolError (ValueError)            the other side does not speak our protocol, or a newer one
 """
 
 from __future__ import annotations
@@ -153,3 +160,43 @@ class UpdateUnknown(_OSEmberError):
     """A write was sent and its outcome is not known: it may or may not have happened."""
 
     errno_default = errno.EIO
+
+
+class Unavailable(_OSEmberError, ConnectionError):
+    """No server could take the request. Nothing was applied; try again."""
+
+    errno_default = errno.EHOSTUNREACH
+
+
+class DeadlineExceeded(_OSEmberError, TimeoutError):
+    """No answer came in time. The request changes nothing, so it may be sent again."""
+
+    errno_default = errno.ETIMEDOUT
+
+
+class StaleRouting(_OSEmberError):
+    """The server is in another chain version, or outside its lease, or not the one to ask. Nothing was applied."""
+
+    errno_default = errno.ESTALE
+
+
+class SessionExpired(_OSEmberError):
+    """The cluster has given this client up: nothing of it is taken any more. Connect again."""
+
+    errno_default = errno.ESTALE
+
+
+class DataLost(_OSEmberError):
+    """No replica is left with the last committed version of a chain: `emberline cluster accept-loss` decides."""
+
+    errno_default = errno.EIO
+
+
+class AccessDenied(_OSEmberError, PermissionError):
+    """The peer has no certificate or token of this cluster, or not the right one."""
+
+    errno_default = errno.EACCES
+
+
+class ProtocolError(EmberError, ValueError):
+    """A frame that is none of ours, too large, or of a newer protocol. That connection is closed."""

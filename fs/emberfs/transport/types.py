@@ -2,7 +2,10 @@
 
 `buffers` belong to the caller. Until the call returned or raised, the server may write to them (a read) or read from
 them (a write); afterwards it never touches them again. An error of the server arrives as the same exception class.
-`UpdateUnknown` means that the request was sent and nothing is known about its outcome.
+
+What can go wrong between the two is told by class:
+  Unavailable       the request did not leave, or the server refused to take it: nothing happened
+  UpdateUnknown     the request was sent and nothing is known about its outcome
 """
 
 from __future__ import annotations
@@ -32,3 +35,27 @@ class Connection(Protocol):
     @property
     def call(self) -> Call:
         """`await connection.call(request, buffers)` sends one request and returns its reply."""
+
+
+class Network(Protocol):
+    """What a server or a client of a cluster is handed to reach others by address."""
+
+    def connection(self, address: str) -> Connection:
+        """The way to `address`, the same object each time. Connects at the first call and again after a loss."""
+
+    async def serve(self, address: str, service: Service) -> Listener:
+        """Listen. Of `host:0` the system chooses a port: see `Listener.address`."""
+
+    async def close(self) -> None:
+        """End every connection of this network; calls in the air raise."""
+
+
+class Listener(Protocol):
+    """A service that listens."""
+
+    @property
+    def address(self) -> str:
+        """Where others reach it."""
+
+    async def close(self, *, drain_s: float = 0.0) -> None:
+        """Take no new call; give those in the air up to `drain_s` seconds to end, then end the connections."""

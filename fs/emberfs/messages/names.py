@@ -1,94 +1,14 @@
-"""Every request and reply between a client and the services. The embedded store speaks these too, over `memory`.
+"""What clients ask of the metadata service.
 
-A request is a struct plus a list of buffers handed beside it: for reads the destinations (writable), for writes the
-payloads. The server writes into, or reads from, memory the client handed over; payload bytes are never in the struct.
-
-Does not know: who serves a message, or how it travels.
+Paths are absolute, normalised by the client: "/" or "/a/b", no "." or "..", no doubled slash.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from .types import Chunks, Inode
-
-
-class Message(msgspec.Struct, array_like=True, tag=True):
-    """Base of all messages; the tag is the class name."""
-
-
-# --- storage -------------------------------------------------------------------------------------------------------
-
-
-class ReadChunks(Message):
-    """Read [offset, offset+length) of each chunk into the buffer of its index. Parallel lists, no object per item."""
-
-    chains: list[int]
-    chunks: list[bytes]
-    offsets: list[int]
-
-
-class ChunksRead(Message):
-    """Bytes read per item: fewer than asked at the chunk's end, 0 for a chunk that does not exist (a hole)."""
-
-    counts: list[int]
-    errors: dict[int, tuple[str, str, int]] = {}
-    """Per failed item: (kind, message, offset). Kind "corrupt"; the item's buffer holds nothing to rely on."""
-
-
-class WriteChunks(Message):
-    """Write the buffer of the same index at `offset` of each chunk: each chunk write is atomic, the batch is not."""
-
-    client: bytes
-    channel: int
-    sequence: int
-    """One sequence number for the batch; (client, channel, sequence, chunk) names a write for ever: a retry is not
-    applied twice."""
-    chains: list[int]
-    chunks: list[bytes]
-    offsets: list[int]
-    chunk_size_bytes: int
-    replace: bool = False
-    """The chunk becomes exactly the payload (offset 0): what was there is gone."""
-
-
-class TruncateChunk(Message):
-    """Cut a chunk to `length` bytes (never extends; an absent chunk stays absent)."""
-
-    chain: int
-    chunk: bytes
-    length: int
-
-
-class RemoveChunks(Message):
-    """Remove chunks; absent ones are fine."""
-
-    chains: list[int]
-    chunks: list[bytes]
-
-
-class ListChunks(Message):
-    """Committed chunks of [begin, end) on one chain, in order, at most `limit`."""
-
-    chain: int
-    begin: bytes
-    end: bytes
-    limit: int = 1000
-    reverse: bool = False
-
-
-class ChunkList(Message):
-    """(chunk, committed length) pairs."""
-
-    chunks: list[tuple[bytes, int]]
-
-
-class Done(Message):
-    """It is done, durably."""
-
-
-# --- metadata ------------------------------------------------------------------------------------------------------
-# Paths are absolute, normalised by the client: "/" or "/a/b", no "." or "..", no doubled slash.
+from ..types import Chunks, Inode
+from .base import Message
 
 
 class Stat(Message):

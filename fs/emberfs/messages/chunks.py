@@ -1,0 +1,84 @@
+"""What clients ask of chunk storage."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .base import Message
+
+
+class ReadChunks(Message):
+    """Read [offset, offset+length) of each chunk into the buffer of its index. Parallel lists, no object per item."""
+
+    chains: list[int]
+    chunks: list[bytes]
+    offsets: list[int]
+    chain_versions: list[int] = msgspec.field(default_factory=list)
+    """The version of each chain that the client goes by; empty on a store without replication."""
+    relaxed: bool = False
+    """Take what this replica has committed, even if a newer version may be committed at the tail."""
+
+
+class ChunksRead(Message):
+    """Bytes read per item: fewer than asked at the chunk's end, 0 for a chunk that does not exist (a hole)."""
+
+    counts: list[int]
+    errors: dict[int, tuple[str, str, int]] = msgspec.field(default_factory=dict)
+    """Per failed item: (kind, message, offset). Kind "corrupt"; the item's buffer holds nothing to rely on."""
+
+
+class WriteChunks(Message):
+    """Write the buffer of the same index at `offset` of each chunk: each chunk write is atomic, the batch is not."""
+
+    client: bytes
+    channel: int
+    sequence: int
+    """One sequence number for the batch; (client, channel, sequence, chunk) names a write for ever: a retry is not
+    applied twice."""
+    chains: list[int]
+    chunks: list[bytes]
+    offsets: list[int]
+    chunk_size_bytes: int
+    replace: bool = False
+    """The chunk becomes exactly the payload (offset 0): what was there is gone."""
+    chain_versions: list[int] = msgspec.field(default_factory=list)
+
+
+class TruncateChunk(Message):
+    """Cut a chunk to `length` bytes (never extends; an absent chunk stays absent)."""
+
+    chain: int
+    chunk: bytes
+    length: int
+    client: bytes = b""
+    channel: int = 0
+    sequence: int = 0
+    chain_version: int = 0
+
+
+class RemoveChunks(Message):
+    """Remove chunks; absent ones are fine."""
+
+    chains: list[int]
+    chunks: list[bytes]
+    client: bytes = b""
+    channel: int = 0
+    sequence: int = 0
+    chain_versions: list[int] = msgspec.field(default_factory=list)
+
+
+class ListChunks(Message):
+    """Committed chunks of [begin, end) on one chain, in order, at most `limit`."""
+
+    chain: int
+    begin: bytes
+    end: bytes
+    limit: int = 1000
+    reverse: bool = False
+    chain_version: int = 0
+
+
+class ChunkList(Message):
+    """(chunk, committed length) pairs."""
+
+    chunks: list[tuple[bytes, int]]

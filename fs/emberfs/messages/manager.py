@@ -1,0 +1,121 @@
+"""What nodes and clients ask of the cluster manager."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..routing import LocalState, Node, Routing
+from .base import Message
+
+
+class TargetReport(msgspec.Struct, frozen=True, array_like=True):
+    """What a storage node says of one of its targets."""
+
+    target: bytes
+    generation: bytes
+    """Random, drawn when the target's index was made: another one means another disk content."""
+    state: LocalState
+    synced_version: int = 0
+    """UP_TO_DATE: the chain version under which the resync ended (for a syncing target)."""
+    used_bytes: int = 0
+    free_bytes: int = 0
+
+
+class Heartbeat(Message):
+    """Sent every `heartbeat_s` by each server. The reply renews the sender's lease from the time of *sending* on."""
+
+    node: Node
+    reports: list[TargetReport]
+    routing_version: int
+    """What the sender has: the reply carries a newer one, if there is one."""
+    sessions_version: int = 0
+
+
+class HeartbeatReply(Message):
+    routing: Routing | None
+    """None: yours is the newest."""
+    sessions_version: int = 0
+    sessions: list[bytes] | None = None
+    """Client ids with a live session; None: unchanged."""
+
+
+class GetRouting(Message):
+    """The routing if it is newer than `version`; waits up to `wait_s` for one."""
+
+    version: int = 0
+    wait_s: float = 0.0
+
+
+class RoutingReply(Message):
+    routing: Routing | None
+
+
+class OpenSession(Message):
+    """A client begins: storage nodes take its requests from now on."""
+
+    client: bytes
+    description: str = ""
+    """Host, pid and program, for people."""
+
+
+class ExtendSession(Message):
+    """The client is alive. Raises SessionExpired if it was given up meanwhile."""
+
+    client: bytes
+
+
+class CloseClient(Message):
+    """The client ends: its session and what hangs on it may go."""
+
+    client: bytes
+
+
+class SetupChains(Message):
+    """Make the chain table, once: `replicas` targets a chain, `targets_per_disk` targets a disk."""
+
+    replicas: int
+    targets_per_disk: int
+
+
+class AddNode(Message):
+    """Let chains move to this storage node, until it has its share."""
+
+    node: str
+
+
+class DrainNode(Message):
+    """Move every target off this storage node; `GetRouting` shows when it holds none."""
+
+    node: str
+
+
+class RemoveNode(Message):
+    """Forget a node that holds no target. Raises Conflict if it does."""
+
+    node: str
+
+
+class AcceptLoss(Message):
+    """A chain has no replica left with the last committed version: go on with what `target` has."""
+
+    chain: int
+    target: bytes
+
+
+class ClusterStatus(Message):
+    """What the primary knows. -> StatusReply"""
+
+
+class NodeStatus(msgspec.Struct, frozen=True, array_like=True):
+    node: Node
+    alive: bool
+    last_heard_s: float
+    """Seconds since the last heartbeat; -1: never by this primary."""
+    reports: list[TargetReport] = msgspec.field(default_factory=list)
+
+
+class StatusReply(Message):
+    primary: str
+    routing: Routing
+    nodes: list[NodeStatus]
+    sessions: int
