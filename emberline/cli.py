@@ -91,7 +91,7 @@ main = _CommandLine(
     no_args_is_help=True,
     lazy={
         "fs": LazyCommand("emberline.fs:fs", "Files in a store, and between stores."),
-        "sql": LazyCommand("emberflow.cli:sql_command", "Run SQL over files of a store, or of any URL."),
+        "sql": LazyCommand("emberline.sql:sql", "Run SQL over files of a store, or of any URL."),
         "bench": LazyCommand("emberfs.cli.bench:bench", "Measure a store on this machine, beside its ceilings."),
         "doctor": LazyCommand("emberfs.cli.doctor:doctor", "Check this machine and a store, and say what to do."),
     },

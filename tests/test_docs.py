@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +94,15 @@ def test_every_page_is_in_the_index() -> None:
     docs = ROOT / "docs"
     listed = {(docs / link.partition("#")[0]).resolve() for link in links((docs / "README.md").read_text())}
     assert not set(docs.rglob("*.md")) - {docs / "README.md"} - listed
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    """All of it in one program, in order: a later block may use what an earlier one made."""
+    blocks = [body for language, body in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"]
+    command = [sys.executable, "-W", "error", "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "b'hello' ['hello.txt', 'log']" in done.stdout
 
 
 def test_every_command_shown_exists() -> None:

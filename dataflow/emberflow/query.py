@@ -43,7 +43,7 @@ def parse(text: str, params: Sequence[Any] | Mapping[str, Any] | None, tables: M
     except duckdb.Error as error:
         raise QueryError(str(error), text) from error
     if len(statements) != 1 or not _returns_rows(text):
-        raise QueryError("sql() takes one query that returns rows; to write its result use write_parquet()", text)
+        raise QueryError("one query that returns rows is needed; to write its result use write_parquet()", text)
     text = text.strip().rstrip(";").rstrip()
     bound: dict[str, Any] = {}
     if params is not None:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from .client import AsyncClient, Client
 from .embedded import StoreConfig
+from .errors import InvalidPath
 
 
 def connect(url: str | None = None, **settings: Any) -> Client:
     """Open the store at `url` (made if it is not there), or at EMBERLINE_URL.
 
-    `ember:///path/to/dir` is an embedded store: everything in this process, no service to start. `settings` are the
-    fields of `StoreConfig`. Raises StoreBusy when another process owns it, StoreFormat, InvalidPath.
+    `ember:///path/to/dir` is an embedded store: everything in this process, no service to start. The settings, which
+    are the fields of `StoreConfig`:
+
+        targets        directories that new files are dealt over, 1 to 256; fixed when the store is made. Default 1
+        reserve_bytes  bytes: new data is refused when the disk has less than this left. Default 64 MiB
+        gc_delay_s     seconds that readers of a removed or replaced file may go on. Default 300
+        trash_s        seconds that removed files stay in the trash. Default 604800, a week
+
+    They hold for this process, `targets` apart. Raises StoreBusy when another process owns the store, StoreFormat,
+    InvalidPath (a URL or a setting that is not one), LimitExceeded (a setting out of its range).
     """
-    return Client(url, StoreConfig(**settings) if settings else None)
+    return Client(url, _config(settings))
 
 
 def connect_async(url: str | None = None, **settings: Any) -> AsyncClient:
     """`connect` for programs with an event loop. Opening itself is quick and blocks; every later call is awaited."""
-    return AsyncClient(url, StoreConfig(**settings) if settings else None)
+    return AsyncClient(url, _config(settings))
+
+
+def _config(settings: dict[str, Any]) -> StoreConfig | None:
+    known = [field.name for field in fields(StoreConfig)]
+    if unknown := [name for name in settings if name not in known]:
+        raise InvalidPath(f"no such setting: {', '.join(unknown)}; the settings are {', '.join(known)}")
+    return StoreConfig(**settings) if settings else None

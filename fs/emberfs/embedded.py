@@ -60,8 +60,12 @@ class StoreConfig:
     """Seconds that removed files stay in the trash."""
 
     def __post_init__(self) -> None:
-        if self.targets is not None and not 1 <= self.targets <= 256:
-            raise LimitExceeded(f"targets must be 1 to 256: {self.targets}")
+        if self.targets is not None and not (isinstance(self.targets, int) and 1 <= self.targets <= 256):
+            raise LimitExceeded(f"targets must be 1 to 256: {self.targets!r}")
+        for name in ("reserve_bytes", "gc_delay_s", "trash_s"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and value >= 0):
+                raise LimitExceeded(f"{name} must be a number, 0 or more: {value!r}")
 
 
 class StoreVersion(msgspec.Struct, frozen=True):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner, Result
 from emberflow import Session
-from emberflow.cli import sql_command
+from emberflow.writer import Mode
+
+from emberline.sql import sql as sql_command
 
 
 def sql(*arguments: str) -> Result:
@@ -43,7 +46,19 @@ def test_writing(session: Session, root: str, name: str) -> None:
     assert session.sql(f"select sum(n) s from '{pattern}'").take_all() == [{"s": 45}]
     again = sql("select 1", "-o", f"{root}/{name}")
     assert again.exit_code == 1
-    assert "overwrite" in again.stderr
+    assert "--mode overwrite" in again.stderr
+    assert 'mode="' not in again.stderr
+    assert sql("select 1", "-o", f"{root}/{name}", "--mode", "overwrite").exit_code == 0
+
+
+def test_a_slash_makes_a_directory_of_any_name(session: Session, root: str) -> None:
+    assert sql("select 1 n", "-o", f"{root}/v1.0/").exit_code == 0
+    assert session.sql(f"from '{root}/v1.0/*.parquet'").take_all() == [{"n": 1}]
+
+
+def test_every_mode_of_the_library_is_an_option() -> None:
+    (mode,) = (param for param in sql_command.params if param.name == "mode")
+    assert tuple(mode.type.choices) == get_args(Mode)  # type: ignore[attr-defined]
 
 
 def test_writing_partitions(session: Session, root: str) -> None:
@@ -61,6 +76,9 @@ def test_writing_partitions(session: Session, root: str) -> None:
         (("select 1", "--json", "-o", "x.csv"), 2, "choose one"),
         (("select 1", "--partition-by", "x"), 2, "needs -o"),
         (("select 1", "--memory-limit", "lots"), 1, "refuses"),
+        (("select 1", "-o", "x.xlsx"), 2, ".parquet, .csv, .json, .jsonl"),
+        (("select 1", "-o", "x.parquet.gz"), 2, "/ for a directory"),
+        (("create table x (a int)",), 1, "pass -o URL"),
     ],
 )
 def test_mistakes_get_one_clear_line(arguments: tuple[str, ...], code: int, message: str) -> None:

@@ -5,6 +5,7 @@ Run: pytest tests/fs/test_bad_input.py
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -528,12 +529,26 @@ def test_a_lost_superblock_is_not_made_anew(store: Path) -> None:
         assert_good(client)
 
 
-@pytest.mark.parametrize("settings", [{"targets": 0}, {"reserve_bytes": -1}, {"gc_delay_s": -1.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"targets": 0}, {"targets": "2"}, {"reserve_bytes": -1}, {"gc_delay_s": -1.0}, {"trash_s": "1d"}],
+)
 def test_a_bad_setting(store: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must"):
         emberfs.connect(url_of(store), **settings)
     with emberfs.connect(url_of(store)) as client:
         client.put("/file", b"x")
+
+
+@pytest.mark.parametrize("connect", [emberfs.connect, emberfs.connect_async])
+def test_an_unknown_setting_is_answered_with_those_there_are(store: Path, connect: Callable[..., Any]) -> None:
+    with pytest.raises(emberfs.InvalidPath, match=r"no such setting: gc_delay;.* gc_delay_s"):
+        connect(url_of(store), gc_delay=1)
+
+
+def test_the_help_of_connect_lists_every_setting() -> None:
+    for field in dataclasses.fields(emberfs.StoreConfig):
+        assert field.name in (emberfs.connect.__doc__ or "")
 
 
 def flipped(value: bytes, at: int) -> bytes:

@@ -150,9 +150,22 @@ def test_links_to_files_are_followed_and_others_left_out(source: Path, tmp_path:
     os.mkfifo(source / "pipe")
     result = emberline("fs", "cp", "-r", f"file://{source}", f"file://{tmp_path}/copy")
     assert (tmp_path / "copy" / "link").read_bytes() == (source / "large").read_bytes()
+    assert "followed 1 symbolic link to files" in result.stderr
     for name in ("loop", "broken", "pipe"):
         assert f"{source}/{name}" in result.stderr
         assert not (tmp_path / "copy" / name).exists()
+
+
+def test_links_in_a_circle_end_the_copy_into_a_store_with_a_count(source: Path, tmp_path: Path) -> None:
+    (source / "deep" / "up").symlink_to("..")
+    (source / "self").symlink_to("self")
+    (source / "ping").symlink_to("pong")
+    (source / "pong").symlink_to("ping")
+    for name in ("one", "two"):
+        (source / name).symlink_to("zero")
+    *copied, summary = emberline_json("fs", "put", "-r", source, f"ember://{tmp_path}/store/!/copy")
+    assert (summary["links_followed"], summary["left_out"]) == (2, 4)
+    assert len(copied) == len([path for path in source.rglob("*") if path.is_file()])
 
 
 def test_put_reads_the_standard_input(tmp_path: Path) -> None:
@@ -238,7 +251,9 @@ def test_rm_of_a_link_keeps_what_it_leads_to(source: Path) -> None:
 
 
 def test_mkdir_with_and_without_parents(tmp_path: Path) -> None:
-    emberline("fs", "mkdir", f"file://{tmp_path}/a/b", code=1)
+    for url in (f"file://{tmp_path}", f"ember://{tmp_path}/store/!"):
+        complaint = emberline("fs", "mkdir", f"{url}/a/b/c", code=1).stderr
+        assert complaint.endswith(f"the parent directory is missing (-p makes it): {url}/a\n")
     emberline("fs", "mkdir", "-p", f"file://{tmp_path}/a/b")
     emberline("fs", "mkdir", "-p", f"file://{tmp_path}/a/b")
     assert (tmp_path / "a" / "b").is_dir()

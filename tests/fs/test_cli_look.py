@@ -135,6 +135,17 @@ def test_names_survive_whatever_is_in_them(tmp_path: Path) -> None:
     assert names == {"new\nline", "grüße 日本", "\x1b[31mred", "\udcff bytes"}
 
 
+def test_a_line_feed_in_a_name_does_not_make_two_lines(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "new\nline").write_bytes(b"x")
+    url = f"file://{tmp_path}/folder"
+    assert emberline("fs", "ls", url).stdout == "new\\nline\n"
+    for command in (["find"], ["ls", "-l"], ["checksum", "-r"]):
+        (line,) = emberline("fs", *command, url).stdout.splitlines()
+        assert line.endswith("new\\nline")
+    assert emberline("fs", "find", "-0", url).stdout == f"{url}/new\nline\0"
+
+
 def test_a_terminal_is_not_sent_control_characters() -> None:
     from emberfs.cli.output import safe
 

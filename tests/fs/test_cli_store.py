@@ -108,6 +108,39 @@ def test_removed_files_come_back(store: str) -> None:
     assert emberline("fs", "trash", "restore", "nonsense", store=store, code=1).stderr.startswith("Error: ")
 
 
+def test_rm_says_how_to_get_it_back(store: str) -> None:
+    note = emberline("fs", "rm", "large", store=store).stderr
+    (entry,) = emberline_json("fs", "trash", "ls", store=store)
+    assert f"emberline fs trash restore {entry['id']} {store}" in note
+    emberline("fs", "trash", "restore", entry["id"], store)
+    many = emberline("fs", "rm", "-r", "large", "books", store=store)
+    assert "moved 2 to the trash" in many.stderr
+    assert many.stdout == ""
+    emberline("fs", "put", __file__, "file", store=store)
+    assert emberline("fs", "rm", "--permanent", "file", store=store).stderr == ""
+    emberline("fs", "put", __file__, "file", store=store)
+    assert emberline("fs", "rm", "--json", "file", store=store).stderr == ""
+
+
+def test_gc_says_what_frees_the_rest(store: str) -> None:
+    emberline("fs", "rm", "--permanent", "large", store=store)
+    assert "gc --now" in emberline("fs", "gc", store).stderr
+    done = emberline("fs", "gc", "--now", store)
+    assert "0 waiting" in done.stdout
+    assert done.stderr == ""
+
+
+def test_stat_shows_where_the_bytes_are(store: str) -> None:
+    (small, large, folder) = emberline_json("fs", "stat", "books/faust.txt", "large", "books", store=store)
+    assert small["layout"] == {"kind": "inline"}
+    assert large["layout"] == {"kind": "chunks", "chunk_size_bytes": 4 << 20, "chunks": 3, "chains": [1]}
+    assert "layout" not in folder
+    assert isinstance(large["details"]["ctime"], float)
+    fields = dict(line.split(maxsplit=1) for line in emberline("fs", "stat", "large", store=store).stdout.splitlines())
+    assert fields["layout"] == "3 chunks of at most 4.0 MiB, on chains 1"
+    assert fields["ctime"].endswith("Z")
+
+
 def test_permanent_removal_and_gc_free_the_space(store: str) -> None:
     used = emberline_json("fs", "df", store=store)[0]["used_bytes"]
     emberline("fs", "rm", "--permanent", "large", store=store)
@@ -163,6 +196,9 @@ def test_doctor_passes_a_sound_store_and_names_what_is_wrong(store: str, tmp_pat
     assert lines["store"]["advice"]
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "file").touch()
+    (line,) = (line for line in emberline_json("doctor") if line["name"] == "store")
+    assert (line["state"], "none was given" in line["detail"]) == ("SKIP", True)
+    assert "EMBERLINE_URL" in line["advice"]
     assert "holds something else" in emberline("doctor", f"ember://{tmp_path}/strange", code=1).stdout
 
 

@@ -88,6 +88,13 @@ def test_names_of_255_bytes_work(meta: Meta) -> None:
     assert meta.names("/") == ["n" * 255]
 
 
+def test_mkdir_names_the_parent_that_is_missing(meta: Meta) -> None:
+    meta.mkdir("/a")
+    with pytest.raises(NotFound, match="parent directory is missing: '/a/b'") as caught:
+        meta.mkdir("/a/b/c/d")
+    assert caught.value.path == "/a/b"
+
+
 def test_mkdir(meta: Meta) -> None:
     with pytest.raises(NotFound):
         meta.mkdir("/a/b")

@@ -13,7 +13,7 @@ import click
 from ..checksum import crc32c
 from .entry import get_entry, walk
 from .filecopy import BLOCK_BYTES
-from .location import Location, expand
+from .location import Location, expand, takes_paths
 from .output import json_option, print_json, print_line, progress_bar
 
 
@@ -37,6 +37,7 @@ _ALGORITHMS: dict[str, Callable[[], Any]] = {
 }
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs cat books/faust.txt | less\n"
@@ -67,6 +68,7 @@ def _blocks(location: Location, *, offset: int = 0, length: int | None = None) -
             yield block
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs checksum -a sha256 ember:///srv/store/!/model.safetensors\n"

@@ -11,7 +11,7 @@ import click
 
 from .entry import find_entry
 from .filecopy import has_directories, put_stream
-from .location import Location, expand, locate
+from .location import Location, expand, locate, takes_paths
 from .output import human_bytes, json_option, note, plural, print_json, print_line, progress_bar
 from .transfer import Outcome, Plan, Transfer, TransferConfig, plan_copy
 
@@ -20,7 +20,14 @@ What goes where:
   FILE TARGET      TARGET is the copy; if it is a directory or ends with /, FILE goes into it
   -r DIR TARGET    TARGET becomes a copy of DIR; if it ends with /, DIR goes into it
   A B C TARGET     everything goes into TARGET
-What is there never changes what -r does, so a second run goes on where the first one stopped."""
+What is there never changes what -r does, so a second run goes on where the first one stopped.
+Directories that are missing on the way to TARGET are made.
+
+\b
+Symbolic links of the source:
+  to a file        the copy is a file with that content
+  to a directory, to nothing, in a circle
+                   left out, and named at the end"""
 
 
 def _transfer_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,6 +46,7 @@ _recursive = click.option("-r", "--recursive", is_flag=True, help="Copy director
 _force = click.option("-f", "--force", is_flag=True, help="Copy what looks complete too.")
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs cp -r s3://bucket/books ember:///srv/store/!/books\n"
@@ -55,6 +63,7 @@ def cp(source: Sequence[str], target: str, recursive: bool, **options: Any) -> N
     _copy_all(expand(source), locate(target, creates=not options["dry_run"]), recursive=recursive, **options)
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs put report.pdf ember:///srv/store/!/\n"
@@ -78,6 +87,7 @@ def put(local: Sequence[str], target: str, recursive: bool, **options: Any) -> N
         )
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs get ember:///srv/store/!/report.pdf .\n"
@@ -98,6 +108,7 @@ def get(source: Sequence[str], local: str, recursive: bool, **options: Any) -> N
     _copy_all(expand(source), target, recursive=recursive, **options)
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs sync s3://bucket/books ember:///srv/store/!/books\n"
@@ -159,6 +170,8 @@ def _run(plan: Plan, *, jobs: int, checksum: bool, dry_run: bool, as_json: bool,
                 failures.append(outcome)
             _print_outcome(outcome, dry_run=dry_run, as_json=as_json)
     elapsed_s = time.monotonic() - start_s
+    if plan.links_followed and not as_json:
+        note(f"followed {plural(plan.links_followed, 'symbolic link')} to files")
     for url, why in plan.left_out:
         note(f"left out, {why}: {url}")
     for failure in failures:
@@ -167,6 +180,7 @@ def _run(plan: Plan, *, jobs: int, checksum: bool, dry_run: bool, as_json: bool,
         print_json({
             "action": "summary", "copied": outcomes["copy"], "skipped": outcomes["skip"],
             "deleted": outcomes["delete"], "failed": outcomes["fail"], "left_out": len(plan.left_out),
+            "links_followed": plan.links_followed,
             "bytes": copied_bytes, "elapsed_s": round(elapsed_s, 6), "dry_run": dry_run,
         })  # fmt: skip
     else:

@@ -32,14 +32,14 @@ _LIBRARIES = ("awscrt", "click", "duckdb", "fsspec", "lmdb", "msgspec", "pyarrow
 _OPEN_FILES_MIN = 1024
 _FREE_BYTES_WARN = 1 << 30
 _MEMORY_BYTES_WARN = 1 << 30
-_COLOURS = {"OK": "green", "WARN": "yellow", "FAIL": "red"}
+_COLOURS = {"OK": "green", "SKIP": "blue", "WARN": "yellow", "FAIL": "red"}
 
 
 class Line(msgspec.Struct, frozen=True):
     """The answer of one check."""
 
     state: str
-    """OK, WARN or FAIL."""
+    """OK, SKIP (not asked for), WARN or FAIL."""
     name: str
     detail: str
     advice: str = ""
@@ -60,8 +60,7 @@ def doctor(url: str | None, as_json: bool) -> None:
     checks: list[Callable[[], Iterator[Line]]] = [_python, _libraries, _open_files, _memory]
     place = _existing_parent(directory or Path.cwd())
     checks += [lambda: _disk(place), lambda: _preallocation(place), lambda: _cached_reads(place)]
-    if directory is not None:
-        checks.append(lambda: _store(directory))
+    checks.append(_no_store if directory is None else lambda: _store(directory))
     failed = False
     for check in checks:
         for line in _lines(check):
@@ -195,6 +194,11 @@ def _cached_reads(place: Path) -> Iterator[Line]:
 
 
 # ---- the store
+
+
+def _no_store() -> Iterator[Line]:
+    how = f"emberline doctor ember:///store/dir, or set {STORE_VARIABLE}"
+    yield Line("SKIP", "store", "none was given; this machine and the disk of this directory were checked", how)
 
 
 def _store(directory: Path) -> Iterator[Line]:

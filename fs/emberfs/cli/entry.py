@@ -8,6 +8,7 @@ walk ends whatever the links say.
 from __future__ import annotations
 
 import datetime
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +77,15 @@ def get_entry(fs: AbstractFileSystem, path: str) -> Entry:
 
 
 def find_entry(fs: AbstractFileSystem, path: str) -> Entry | None:
-    """The entry at `path`, None if there is nothing."""
+    """The entry at `path`, None if there is nothing: no such name, or a link to nowhere or in a circle."""
     try:
         return get_entry(fs, path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise
 
 
 def list_entries(fs: AbstractFileSystem, path: str) -> list[Entry]:

@@ -3,7 +3,9 @@
 Invariants: a reader of the target sees the old file or the complete new one. Where the backend publishes an object
 when its upload ends, the bytes go straight there and a failed upload is aborted; elsewhere they go to a temporary
 name beside the target, which is renamed over it. The byte count is checked against the listing and against what the
-target then says it holds. The modification time travels along, so that the next run sees that the file is complete.
+target then says it holds, except where a store took the file in one call: the length is part of that transaction,
+and asking for it again would take a quarter of the time of small files. The modification time travels along, so that
+the next run sees that the file is complete.
 """
 
 from __future__ import annotations
@@ -87,8 +89,8 @@ def copy_file(
         _check_count(entry, len(data))
         target.fs.pipe_file(target.path, data, **_attributes(target, entry))
         on_bytes(len(data))
-        checksum = crc32c(data) if verify else None
-        _check_copy(target, len(data), checksum, stop)
+        if verify or target.protocol != "ember":
+            _check_copy(target, len(data), crc32c(data) if verify else None, stop)
         _keep_attributes(target, entry)
         return len(data)
     with source.fs.open(source.path, "rb") as reader, _placed(target) as place:

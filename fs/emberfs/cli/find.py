@@ -12,7 +12,7 @@ import click
 
 from .entry import Entry, walk
 from .listing import to_row
-from .location import locate
+from .location import locate, takes_paths
 from .output import json_option, print_json, print_line
 
 _SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -62,6 +62,7 @@ class _Wanted:
         )
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs find books --name '*.txt' --larger 1m\n"
@@ -90,7 +91,10 @@ def find(
     print0: bool,
     as_json: bool,
 ) -> None:
-    """Find paths under PATH. Prints URLs that every other command takes."""
+    """Find paths under PATH. Prints URLs that every other command takes.
+
+    One URL is one line: a line feed in a name is printed as \\n. -0 and --json have every name as it is.
+    """
     now_s = time.time()
     wanted = _Wanted(
         name=name,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import stat as stat_bits
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
+from ..errors import NotFound
+from ..striping import chains_of
+from ..types import Chunks
 from .entry import Entry, get_entry, list_entries, relative_to, walk
-from .location import Location, expand, locate
+from .location import Location, expand, locate, takes_paths
 from .output import (
     human_bytes,
     human_time,
@@ -22,6 +26,8 @@ from .output import (
     print_line,
 )
 
+_TIMES = {"atime", "ctime", "mtime", "created"}
+"""What backends call times, as Unix seconds."""
 _TYPE_BITS = {"directory": stat_bits.S_IFDIR, "file": stat_bits.S_IFREG, "link": stat_bits.S_IFLNK}
 _SORT_KEYS: dict[str, Callable[[Entry], Any]] = {
     "name": lambda entry: entry.path,
@@ -49,6 +55,7 @@ def _label(entry: Entry, name: str) -> str:
     return name if entry.link_target is None else f"{name} -> {entry.link_target}"
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs ls ember:///srv/store\n"
@@ -62,7 +69,10 @@ def _label(entry: Entry, name: str) -> str:
 @click.option("--sort", type=click.Choice(list(_SORT_KEYS)), default="name", show_default=True, help="Order.")
 @json_option
 def ls(path: Sequence[str], long: bool, recursive: bool, directory: bool, sort: str, as_json: bool) -> None:
-    """List directories. Without PATH, the root of the store EMBERLINE_URL names."""
+    """List directories. Without PATH, the root of the store EMBERLINE_URL names.
+
+    One name is one line: a line feed in a name is printed as \\n. --json has every name as it is.
+    """
     locations = expand(path or ["/"])
     for location in locations:
         top = get_entry(location.fs, location.path)
@@ -103,6 +113,7 @@ def _long_row(entry: Entry, name: str) -> tuple[str, str, str, str]:
     )
 
 
+@takes_paths
 @click.command(epilog="\b\nExamples:\n  emberline fs tree ember:///srv/store\n  emberline fs tree -L 2 --size books")
 @click.argument("path", required=False, default="/")
 @click.option("-L", "--depth", type=click.IntRange(min=1), help="Levels to show.")
@@ -123,7 +134,8 @@ def tree(path: str, depth: int | None, size: bool, as_json: bool) -> None:
     directories = sum(entry.is_dir for _, entry in entries)
     total = human_bytes(sum(entry.size_bytes for _, entry in entries if not entry.is_dir))
     counts = f"{plural(directories, 'directory')}, {plural(len(entries) - directories, 'file')}"
-    print_line(f"\n{counts}, {total}")
+    print_line("")
+    print_line(f"{counts}, {total}")
 
 
 def _branches(entries: Sequence[tuple[int, Entry]]) -> Iterator[tuple[str, Entry]]:
@@ -141,6 +153,7 @@ def _branches(entries: Sequence[tuple[int, Entry]]) -> Iterator[tuple[str, Entry
         yield above + ("└── " if last else "├── "), entry
 
 
+@takes_paths
 @click.command(epilog="\b\nExamples:\n  emberline fs stat books/faust.txt\n  emberline fs stat --json 'books/*.txt'")
 @click.argument("path", nargs=-1, required=True)
 @json_option
@@ -149,11 +162,45 @@ def stat(path: Sequence[str], as_json: bool) -> None:
     for number, location in enumerate(expand(path)):
         info = location.fs.info(location.path)
         row = to_row(location, get_entry(location.fs, location.path))
+        row |= {"layout": layout} if (layout := _layout(location)) else {}
         details = {key: value for key, value in info.items() if key not in {"name", "type", "size", "mode", "mtime"}}
         if as_json:
             print_json(row | {"details": details})
             continue
         if number:
             print_line("")
-        fields = [(name.replace("_", " "), str(value)) for name, value in row.items() if value is not None]
-        print_fields([*fields, *((str(name), str(value)) for name, value in details.items())])
+        fields = [(str(name), value) for name, value in (row | details).items() if value is not None]
+        print_fields([(name.replace("_", " "), _in_words(name, value)) for name, value in fields])
+
+
+def _layout(location: Location) -> dict[str, Any] | None:
+    """How a store keeps the bytes of a file; None for anything else."""
+    if location.protocol != "ember":
+        return None
+    with location.fs.client as client:
+        try:
+            inode = client.stat(location.path)
+        except NotFound:  # a link to nowhere
+            return None
+    if isinstance(inode.layout, Chunks):
+        size_bytes = inode.layout.chunk_size_bytes
+        chunks = -(-inode.length // size_bytes)
+        return {
+            "kind": "chunks", "chunk_size_bytes": size_bytes, "chunks": chunks,
+            "chains": list(chains_of(inode.layout)[:chunks]),
+        }  # fmt: skip
+    return None if inode.layout is None else {"kind": "inline"}
+
+
+def _in_words(name: str, value: Any) -> str:
+    if name == "layout" and value["kind"] == "chunks":
+        chains = ", ".join(map(str, value["chains"])) or "none"
+        size = human_bytes(value["chunk_size_bytes"])
+        return f"{plural(value['chunks'], 'chunk')} of at most {size}, on chains {chains}"
+    if name == "layout":
+        return "inline, in the metadata"
+    if isinstance(value, datetime.datetime):
+        return value.isoformat()
+    if name in _TIMES and isinstance(value, int | float):
+        return str(iso_time(value))
+    return str(value)

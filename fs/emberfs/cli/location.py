@@ -7,6 +7,7 @@ makes a store: a mistyped URL is an error, not an empty directory. Stores that w
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,16 @@ from .output import note
 
 STORE_VARIABLE = "EMBERLINE_URL"
 _LOCAL_PREFIXES = ("./", "../", "~/")
+
+
+_PATHS = "A path is a URL, or local if it begins with ./, ../ or ~/, or else a path in the store of EMBERLINE_URL."
+
+
+def takes_paths(command: click.Command) -> click.Command:
+    """Say in the help of `command` what a path is."""
+    local = " LOCAL is local without them too." if any(param.name == "local" for param in command.params) else ""
+    command.help = f"{inspect.cleandoc(command.help or '')}\n\n{_PATHS}{local}"
+    return command
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,3 +136,5 @@ def gc(store: str | None, force: bool, as_json: bool) -> None:
         return
     what = f"freed {plural(collected.files, 'file')}, {plural(collected.chunks, 'chunk')}"
     print_line(f"{what}, gave {human_bytes(trimmed_bytes)} back to the disk, {collected.pending} waiting")
+    if collected.pending and not force:
+        note("those that wait may still have readers; `emberline fs gc --now` frees them at once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -9,11 +10,12 @@ import click
 
 from .entry import Entry, find_entry, get_entry, walk
 from .filecopy import has_directories, rename
-from .location import Location, expand, locate
+from .location import Location, expand, locate, takes_paths
 from .output import json_option, note, print_json, print_line
 from .transfer import Plan, Transfer, TransferConfig, plan_copy, refuse_overlap
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs mv draft.txt final.txt\n"
@@ -63,6 +65,7 @@ def _move(source: Location, target: Location) -> None:
     _remove(source, entry, permanent=True)
 
 
+@takes_paths
 @click.command(
     epilog="\b\nExamples:\n"
     "  emberline fs rm books/draft.txt\n"
@@ -76,8 +79,10 @@ def _move(source: Location, target: Location) -> None:
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be removed.")
 @json_option
 def rm(path: Sequence[str], recursive: bool, force: bool, permanent: bool, dry_run: bool, as_json: bool) -> None:
-    """Remove files and directories. In a store they go to the trash first: `emberline fs trash restore`."""
+    """Remove files and directories. In a store they go to the trash first; `emberline fs trash restore ID` brings
+    them back."""
     failed = False
+    trashed: list[tuple[Location, str]] = []
     for text in path:
         try:
             locations = expand([text])
@@ -98,6 +103,9 @@ def rm(path: Sequence[str], recursive: bool, force: bool, permanent: bool, dry_r
                 failed = True
             else:
                 _say_removed(location, trash_id, dry_run=dry_run, as_json=as_json)
+                trashed += [(location, trash_id)] if trash_id else []
+    if trashed and not as_json:
+        _say_trashed(trashed)
     if failed:
         sys.exit(1)
 
@@ -116,6 +124,19 @@ def _say_removed(location: Location, trash_id: str, *, dry_run: bool, as_json: b
         print_json({"action": "remove", "url": location.url, "trash_id": trash_id, "dry_run": dry_run})
     elif dry_run:
         print_line(f"remove {location.url}")
+
+
+def _say_trashed(trashed: Sequence[tuple[Location, str]]) -> None:
+    """How to get back what went to the trash of a store."""
+    location, trash_id = trashed[0]
+    store = location.fs.storage_options["url"]
+    if len(trashed) == 1:
+        note(f"moved to the trash; `emberline fs trash restore {trash_id} {store}` brings it back")
+    else:
+        note(
+            f"moved {len(trashed)} to the trash; `emberline fs trash restore ID {store}` brings one back, "
+            f"`emberline fs trash ls {store}` has the IDs"
+        )
 
 
 def _remove(location: Location, entry: Entry, *, permanent: bool) -> str:
@@ -138,6 +159,7 @@ def _remove(location: Location, entry: Entry, *, permanent: bool) -> str:
     return ""
 
 
+@takes_paths
 @click.command(epilog="\b\nExamples:\n  emberline fs mkdir books\n  emberline fs mkdir -p ember:///srv/store/!/a/b/c")
 @click.argument("path", nargs=-1, required=True)
 @click.option("-p", "--parents", is_flag=True, help="Make what is missing on the way; an existing one is fine.")
@@ -149,6 +171,21 @@ def mkdir(path: Sequence[str], parents: bool, as_json: bool) -> None:
         if parents:
             location.fs.makedirs(location.path, exist_ok=True)
         else:
-            location.fs.mkdir(location.path, create_parents=False)
+            _make_one(location)
         if as_json:
             print_json({"action": "mkdir", "url": location.url})
+
+
+def _make_one(location: Location) -> None:
+    """A directory in one that is there. Raises FileNotFoundError that names the first one missing on the way."""
+    try:
+        location.fs.mkdir(location.path, create_parents=False)
+    except FileNotFoundError as error:
+        parent, above = location.path.rstrip("/"), []
+        while parent := parent.rpartition("/")[0]:
+            above.append(location.at(parent))
+        missing = [place for place in above if find_entry(place.fs, place.path) is None]
+        if not missing:
+            raise
+        what = "the parent directory is missing (-p makes it)"
+        raise FileNotFoundError(errno.ENOENT, what, missing[-1].url) from error

@@ -17,16 +17,19 @@ import click
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that turn the direction of writing."""
+_LINE_FEED = re.compile(r"\n")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
 
 def safe(text: str, *, terminal: bool | None = None) -> str:
-    """`text` as it may be printed: on a terminal control characters are escaped, elsewhere it is left alone."""
+    """`text` as a line may hold it: on a terminal control characters are escaped, elsewhere only line feeds, so that
+    a name never looks like two."""
     if terminal is None:
         terminal = sys.stdout.isatty()
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text) if terminal else text
+    escaped = _CONTROL if terminal else _LINE_FEED
+    return escaped.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import click
 
 from .entry import get_entry, relative_to, walk
-from .location import Location, expand, locate
+from .location import Location, expand, locate, takes_paths
 from .output import human_bytes, json_option, print_columns, print_json
 
 
@@ -23,6 +23,7 @@ class _Sum:
         self.files += 1
 
 
+@takes_paths
 @click.command(epilog="\b\nExamples:\n  emberline fs du ember:///srv/store\n  emberline fs du -s 'books/*'")
 @click.argument("path", nargs=-1)
 @click.option("-s", "--summarize", is_flag=True, help="Only the total of each PATH.")
@@ -62,6 +63,7 @@ def _sums(location: Location, *, depth_max: int | None) -> dict[str, _Sum]:
     return sums
 
 
+@takes_paths
 @click.command(epilog="\b\nExamples:\n  emberline fs df ember:///srv/store\n  emberline fs df --json file:///data")
 @click.argument("path", required=False, default="/")
 @json_option

@@ -5,9 +5,11 @@ A command that only looks never makes a store: a mistyped URL is an error, not a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -17,7 +19,14 @@ from ..errors import NotFound
 from ..urls import SCHEME, SUPERBLOCK, split_url
 from .location import STORE_VARIABLE, store_url
 
-store_argument = click.argument("store", required=False)
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def store_argument(function: _Command) -> _Command:
+    """The argument STORE, and what the help says of it."""
+    text = inspect.cleandoc(function.__doc__ or "")
+    function.__doc__ = f"{text}\n\nSTORE is a URL like ember:///store/dir; without it, the one of {STORE_VARIABLE}."
+    return click.argument("store", required=False)(function)
 
 
 def directory_of(url: str | None) -> Path:

@@ -60,6 +60,8 @@ class Plan:
     """To be made, parents first."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """(URL, why) of what cannot be copied: links to nowhere or to directories, pipes, devices."""
+    links_followed: int = 0
+    """Symbolic links that are copied as the files they lead to."""
     deletions: list[tuple[Location, Entry]] = field(default_factory=list)
     """Extra in the target, children first. Only sync makes these."""
 
@@ -138,6 +140,7 @@ def _plan_entry(plan: Plan, source: Location, entry: Entry, target: Location, ex
             plan.directories.append(target)
     elif entry.is_file:
         plan.copies.append(Copy(source, entry, target, existing))
+        plan.links_followed += entry.link_target is not None
     else:
         plan.left_out.append((source.url, "a broken symbolic link" if entry.kind == "link" else "not a regular file"))
 

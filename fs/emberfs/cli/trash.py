@@ -9,7 +9,13 @@ from .output import human_bytes, human_time, iso_time, json_option, note, plural
 from .store import open_store, store_argument
 
 
-@click.group(no_args_is_help=True)
+@click.group(
+    no_args_is_help=True,
+    epilog="\b\nExamples:\n"
+    "  emberline fs trash ls                         # ids, times and paths of what was removed\n"
+    "  emberline fs trash restore 0000000000000019   # back where it was\n"
+    "  emberline fs trash empty --older 7d           # gone for good",
+)
 def trash() -> None:
     """What `emberline fs rm` removed, and how to get it back."""
 

@@ -104,7 +104,10 @@ async def mkdir(state: MetaState, request: Mkdir) -> InodeReply:
     async def work(txn: Transaction) -> InodeReply:
         if request.parents:
             await make_parents(state, txn, request.path, mode=request.mode, uid=request.uid, gid=request.gid)
-        place = await locate(txn, request.path, follow=False)
+        try:
+            place = await locate(txn, request.path, follow=False)
+        except NotFound:
+            raise NotFound("the parent directory is missing", await _missing_parent(txn, request.path)) from None
         if place.is_symlink and request.exist_ok:
             place = await locate(txn, request.path, follow=True)
         if place.entry is None:
@@ -125,6 +128,16 @@ async def mkdir(state: MetaState, request: Mkdir) -> InodeReply:
         return InodeReply(await state.current(txn, inode))
 
     return await state.kv.run(work)
+
+
+async def _missing_parent(txn: Transaction, path: str) -> str:
+    """The first of the directories on the way to `path` that is missing."""
+    names = split_path(path)
+    aboves = ["/" + b"/".join(names[:depth]).decode() for depth in range(1, len(names))]
+    for above in aboves:
+        if (await locate(txn, above, follow=True)).entry is None:
+            return above
+    return aboves[-1]
 
 
 async def make_parents(
