@@ -42,6 +42,9 @@ class WriteChunks(Message):
     replace: bool = False
     """The chunk becomes exactly the payload (offset 0): what was there is gone."""
     chain_versions: list[int] = msgspec.field(default_factory=list)
+    slots: list[int] = msgspec.field(default_factory=list)
+    """Place of each item in the whole batch, when this message is one share of it: item i is request
+    (client, channel * BATCH_ITEMS_MAX + slot i, sequence). Empty: 0, 1, 2 and so on."""
 
 
 class TruncateChunk(Message):
@@ -65,6 +68,9 @@ class RemoveChunks(Message):
     channel: int = 0
     sequence: int = 0
     chain_versions: list[int] = msgspec.field(default_factory=list)
+    slots: list[int] = msgspec.field(default_factory=list)
+    """Place of each item in the whole batch, when this message is one share of it: item i is request
+    (client, channel * BATCH_ITEMS_MAX + slot i, sequence). Empty: 0, 1, 2 and so on."""
 
 
 class ListChunks(Message):

@@ -1,0 +1,373 @@
+"""Chunk requests to the right replicas: what makes a cluster look like one storage service to a client.
+
+A `StorageRouter` is a `Connection`. It cuts a request into shares, one per server (reads: any serving replica; updates:
+the heads), names the chain versions it goes by, and sends a share again, by newer routing, until it is served or the
+deadline is over. An update gets a name of the router's own (session, channel, sequence, slot) and keeps it from attempt
+to attempt, so the replicas apply it once.
+
+Errors at the deadline: UpdateUnknown if an update was ever sent without an answer, else Unavailable. A damaged replica
+is passed over as long as another one has the bytes.
+
+Does not know: files, or how a server finds out that it should not serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from ..errors import LimitExceeded, SessionExpired, StaleRouting, Unavailable, UpdateUnknown
+from ..messages import (
+    ChunkList,
+    ChunksRead,
+    Done,
+    ListChunks,
+    Message,
+    ReadChunks,
+    RemoveChunks,
+    TruncateChunk,
+    WriteChunks,
+)
+from ..routing import Chain, ChainTarget
+from ..runtime import Runtime
+from ..transport.types import Network
+from .routes import Routes
+
+
+class ReadFrom(enum.StrEnum):
+    """Which replica a read asks first."""
+
+    LOAD = "load"
+    """The server with the fewest calls of ours in the air, one on this host before others."""
+    ROUND_ROBIN = "round_robin"
+    HEAD = "head"
+    TAIL = "tail"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """How hard a client tries."""
+
+    deadline_s: float = 30.0
+    """An operation that could not be done by then ends with an error."""
+    retry_first_s: float = 0.02
+    """Pause before the second attempt, unless newer routing comes sooner; doubled up to `retry_max_s`."""
+    retry_max_s: float = 0.5
+    suspect_s: float = 1.0
+    """A server that failed is asked last for this long."""
+    read_from: ReadFrom = ReadFrom.LOAD
+    relaxed: bool = False
+    """Reads take what the replica has committed, without asking the tail: it may be older than the newest write."""
+    host: str = ""
+    """This machine, as servers name theirs."""
+
+    def __post_init__(self) -> None:
+        if min(self.deadline_s, self.retry_first_s, self.retry_max_s) <= 0 or self.suspect_s < 0:
+            raise LimitExceeded("deadlines and pauses must be more than 0")
+
+
+class Attempts:
+    """The attempts of one operation."""
+
+    def __init__(self, router: StorageRouter) -> None:
+        self._router = router
+        self._deadline_s = router.runtime.now_s() + router.config.deadline_s
+        self._pause_s = router.config.retry_first_s
+        self.is_unknown = False
+        """An attempt was sent and its outcome is not known."""
+
+    async def after(self, error: Exception, seen_version: int) -> None:
+        """Wait for a reason to try again. Raises when the time is over."""
+        self.is_unknown = self.is_unknown or isinstance(error, UpdateUnknown)
+        router = self._router
+        if isinstance(error, SessionExpired):
+            if self.is_unknown:
+                raise UpdateUnknown(
+                    "the session ended while a write was in the air: it may or may not have happened"
+                ) from error
+            await router.routes.renew(router.routes.client)
+            return
+        left_s = self._deadline_s - router.runtime.now_s()
+        if left_s <= 0:
+            what = f"not done after {router.config.deadline_s:g} s; the last answer was: {error}"
+            raise (UpdateUnknown(what) if self.is_unknown else Unavailable(what)) from error
+        await router.routes.news(seen_version, min(self._pause_s, left_s))
+        self._pause_s = min(2 * self._pause_s, router.config.retry_max_s)
+
+
+class StorageRouter:
+    """The way to all chains. Give it as the connection of each chain id."""
+
+    def __init__(
+        self, runtime: Runtime, network: Network, routes: Routes, *, config: RouterConfig | None = None
+    ) -> None:
+        self.runtime = runtime
+        self.routes = routes
+        self.config = config or RouterConfig()
+        self._network = network
+        self._in_the_air: dict[str, int] = {}
+        self._suspects: dict[str, float] = {}
+        """Address -> until when it is asked last."""
+        self._turn = 0
+        self._sequences: list[int] = []
+        """Last sequence number by channel."""
+        self._idle_channels: list[int] = []
+        self._handlers: dict[type[Message], Callable[[Any, Sequence[memoryview]], Awaitable[Message]]] = {
+            ReadChunks: self._read,
+            WriteChunks: self._named,
+            RemoveChunks: self._named,
+            TruncateChunk: self._named,
+            ListChunks: self._list,
+        }
+
+    def call(self, request: Message, buffers: Sequence[memoryview] = ()) -> Awaitable[Message]:
+        """Serve one chunk request. Raises what the replicas raise, Unavailable, UpdateUnknown, DataLost."""
+        return self._handlers[type(request)](request, buffers)
+
+    # --- reads -----------------------------------------------------------------------------------------------------
+
+    async def _read(self, request: ReadChunks, buffers: Sequence[memoryview]) -> Message:
+        counts = [0] * len(buffers)
+        errors: dict[int, tuple[str, str, int]] = {}
+        damaged: dict[int, set[bytes]] = {}
+        """Item -> targets whose copy is damaged."""
+        attempts = Attempts(self)
+        left = list(range(len(buffers)))
+        while left:
+            version = self.routes.routing.version
+            shares = self._read_shares(request, left, damaged)
+            outcomes = await self._all(
+                self._read_share(address, request, [item for item, _ in share], buffers)
+                for address, share in shares.items()
+            )
+            left, failure = [], None
+            for share, outcome in zip(shares.values(), outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    left += [item for item, _ in share]
+                    failure = outcome
+                    continue
+                for place, (item, target) in enumerate(share):
+                    problem = outcome.errors.get(place)
+                    if problem is None:
+                        counts[item] = outcome.counts[place]
+                        errors.pop(item, None)
+                        continue
+                    damaged.setdefault(item, set()).add(target)
+                    errors[item] = problem
+                    if any(other.target not in damaged[item] for other in self._chain_of(request, item).serving):
+                        left.append(item)
+            if failure is not None:
+                await attempts.after(failure, version)
+        return ChunksRead(counts, errors)
+
+    def _chain_of(self, request: ReadChunks, item: int) -> Chain:
+        return self.routes.chain(request.chains[item])
+
+    def _read_shares(
+        self, request: ReadChunks, items: Sequence[int], damaged: dict[int, set[bytes]]
+    ) -> dict[str, list[tuple[int, bytes]]]:
+        """Server -> (item, target that is asked)."""
+        shares: dict[str, list[tuple[int, bytes]]] = {}
+        chosen: dict[int, tuple[str, bytes]] = {}
+        """Chain -> where its items without a damaged replica go: together."""
+        for item in items:
+            chain = request.chains[item]
+            if item in damaged:
+                address, target = self._choose(self._chain_of(request, item), damaged[item])
+            else:
+                if chain not in chosen:
+                    chosen[chain] = self._choose(self._chain_of(request, item), set())
+                address, target = chosen[chain]
+            shares.setdefault(address, []).append((item, target))
+        return shares
+
+    def _choose(self, chain: Chain, damaged: set[bytes]) -> tuple[str, bytes]:
+        """(server, target) of the replica to ask; ("", b"") if none serves now."""
+        serving = [target for target in chain.serving if target.target not in damaged] or list(chain.serving)
+        if not serving:
+            return "", b""
+        match self.config.read_from:
+            case ReadFrom.HEAD:
+                order = serving
+            case ReadFrom.TAIL:
+                order = serving[::-1]
+            case ReadFrom.ROUND_ROBIN:
+                self._turn += 1
+                turn = self._turn % len(serving)
+                order = serving[turn:] + serving[:turn]
+            case ReadFrom.LOAD:
+                self._turn += 1
+                turn = self._turn % len(serving)
+                order = sorted(serving[turn:] + serving[:turn], key=self._load)
+        target = min(order, key=self._is_suspect)
+        return self.routes.address(target.target), target.target
+
+    def _load(self, target: ChainTarget) -> tuple[bool, int]:
+        address = self.routes.address(target.target)
+        is_far = bool(self.config.host) and self.routes.host(address) != self.config.host
+        return is_far, self._in_the_air.get(address, 0)
+
+    def _is_suspect(self, target: ChainTarget) -> bool:
+        until_s = self._suspects.get(self.routes.address(target.target))
+        return until_s is not None and until_s > self.runtime.now_s()
+
+    async def _read_share(
+        self, address: str, request: ReadChunks, items: Sequence[int], buffers: Sequence[memoryview]
+    ) -> ChunksRead:
+        chains = [request.chains[item] for item in items]
+        share = ReadChunks(
+            chains,
+            [request.chunks[item] for item in items],
+            [request.offsets[item] for item in items],
+            self._versions(chains),
+            request.relaxed or self.config.relaxed,
+        )
+        reply = await self._send(address, share, [buffers[item] for item in items], chains)
+        assert isinstance(reply, ChunksRead)
+        return reply
+
+    async def _list(self, request: ListChunks, _: Sequence[memoryview]) -> Message:
+        """Committed chunks, from the tail: what others have pending may be committed there."""
+        attempts = Attempts(self)
+        while True:
+            version = self.routes.routing.version
+            chain = self.routes.chain(request.chain)
+            try:
+                address = self.routes.address(chain.serving[-1].target) if chain.serving else ""
+                share = msgspec.structs.replace(request, chain_version=chain.version)
+                reply = await self._send(address, share, (), [request.chain])
+            except (StaleRouting, Unavailable, UpdateUnknown) as error:
+                await attempts.after(Unavailable(str(error)), version)
+            else:
+                assert isinstance(reply, ChunkList)
+                return reply
+
+    # --- updates ---------------------------------------------------------------------------------------------------
+
+    async def _named(
+        self, request: WriteChunks | RemoveChunks | TruncateChunk, buffers: Sequence[memoryview]
+    ) -> Message:
+        """Run an update under a name: a channel is one call's at a time, with a sequence number that only grows."""
+        if not self._idle_channels:
+            self._idle_channels.append(len(self._sequences))
+            self._sequences.append(0)
+        channel = self._idle_channels.pop()
+        self._sequences[channel] += 1
+        request = msgspec.structs.replace(request, channel=channel, sequence=self._sequences[channel])
+        try:
+            if isinstance(request, TruncateChunk):
+                return await self._truncate(request)
+            return await self._update(request, buffers)
+        finally:
+            self._idle_channels.append(channel)
+
+    async def _update(self, request: WriteChunks | RemoveChunks, buffers: Sequence[memoryview]) -> Message:
+        attempts = Attempts(self)
+        left = list(range(len(request.chunks)))
+        while left:
+            version = self.routes.routing.version
+            shares: dict[str, list[int]] = {}
+            for item in left:
+                shares.setdefault(self._head(request.chains[item]), []).append(item)
+            outcomes = await self._all(
+                self._update_share(address, request, items, buffers) for address, items in shares.items()
+            )
+            left, failure = [], None
+            for items, outcome in zip(shares.values(), outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    left += items
+                    # One that leaves the outcome open must not be hidden by one that does not.
+                    failure = outcome if not isinstance(failure, UpdateUnknown) else failure
+            if failure is not None:
+                await attempts.after(failure, version)
+                left.sort()
+        return Done()
+
+    async def _update_share(
+        self,
+        address: str,
+        request: WriteChunks | RemoveChunks,
+        items: Sequence[int],
+        buffers: Sequence[memoryview],
+    ) -> Message:
+        chains = [request.chains[item] for item in items]
+        slots = [request.slots[item] for item in items] if request.slots else list(items)
+        chunks = [request.chunks[item] for item in items]
+        share: Message
+        if isinstance(request, RemoveChunks):
+            share = RemoveChunks(
+                chains, chunks, self.routes.client, request.channel, request.sequence, self._versions(chains), slots
+            )
+        else:
+            share = msgspec.structs.replace(
+                request,
+                client=self.routes.client,
+                chains=chains,
+                chunks=chunks,
+                offsets=[request.offsets[item] for item in items],
+                chain_versions=self._versions(chains),
+                slots=slots,
+            )
+        return await self._send(address, share, [buffers[item] for item in items] if buffers else (), chains)
+
+    async def _truncate(self, request: TruncateChunk) -> Message:
+        attempts = Attempts(self)
+        while True:
+            version = self.routes.routing.version
+            share = msgspec.structs.replace(
+                request, client=self.routes.client, chain_version=self.routes.chain(request.chain).version
+            )
+            try:
+                return await self._send(self._head(request.chain), share, (), [request.chain])
+            except (StaleRouting, Unavailable, UpdateUnknown, SessionExpired) as error:
+                await attempts.after(error, version)
+
+    def _head(self, chain: int) -> str:
+        """The server that takes a chain's updates; "" if there is none now."""
+        serving = self.routes.chain(chain).serving
+        return self.routes.address(serving[0].target) if serving else ""
+
+    # --- both ------------------------------------------------------------------------------------------------------
+
+    def _versions(self, chains: Sequence[int]) -> list[int]:
+        return [self.routes.chain(chain).version for chain in chains]
+
+    async def _send(
+        self, address: str, request: Message, buffers: Sequence[memoryview], chains: Sequence[int]
+    ) -> Message:
+        if not address:
+            raise Unavailable(f"no replica of chain {chains[0]} serves now")
+        self._in_the_air[address] = self._in_the_air.get(address, 0) + 1
+        try:
+            return await self._network.connection(address).call(request, buffers)
+        except (Unavailable, UpdateUnknown):
+            self._suspects[address] = self.runtime.now_s() + self.config.suspect_s
+            raise
+        finally:
+            self._in_the_air[address] -= 1
+
+    async def _all(self, works: Any) -> list[Any]:
+        """Run coroutines side by side: their results, or the errors after which a share is sent again.
+
+        Any other error is raised once all have ended.
+        """
+        pending: list[Coroutine[Any, Any, Any] | asyncio.Task[Any]] = list(works)
+        for index in range(1, len(pending)):
+            pending[index] = self.runtime.spawn(pending[index], "router-share")  # type: ignore[arg-type]
+        outcomes: list[Any] = []
+        for work in pending:
+            try:
+                outcomes.append(await work)
+            except Exception as error:
+                outcomes.append(error)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception) and not isinstance(
+                outcome, (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
+            ):
+                raise outcome
+        return outcomes

@@ -1,0 +1,229 @@
+"""Where a client's requests go: the newest routing it knows, kept fresh, and its session with the cluster.
+
+One task follows the managers: it asks for a newer routing and the answer waits until there is one, so a chain change
+reaches an idle client in a round trip. Another keeps the session alive. Managers are tried in turn until one of them
+is the primary.
+
+Does not know: requests, or how often one is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import DataLost, EmberError, LimitExceeded, SessionExpired, Unavailable
+from ..messages import CloseClient, Done, ExtendSession, GetRouting, Message, OpenSession, RoutingReply
+from ..routing import Chain, Role, Routing
+from ..runtime import Runtime
+from ..transport.types import Network
+
+Reply = TypeVar("Reply", bound=Message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutesConfig:
+    """How a client keeps in touch with the cluster."""
+
+    connect_timeout_s: float = 10.0
+    """How long the first routing may take."""
+    follow_wait_s: float = 10.0
+    """How long a manager holds a question for a newer routing."""
+    session_extend_s: float = 5.0
+    """How often the session is extended."""
+    retry_s: float = 0.1
+    """Pause after all managers were tried in vain."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect_timeout_s", "follow_wait_s", "session_extend_s", "retry_s"):
+            if getattr(self, name) <= 0:
+                raise LimitExceeded(f"{name} must be more than 0: {getattr(self, name)}")
+
+
+class Routes:
+    """The routing as this client knows it. `start` before use, `close` after."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        network: Network,
+        managers: Sequence[str],
+        *,
+        description: str = "",
+        config: RoutesConfig | None = None,
+    ) -> None:
+        assert managers
+        self.routing = Routing(0)
+        self.client = b""
+        """The id our storage requests carry; a new one with each session."""
+        self._runtime = runtime
+        self._network = network
+        self._managers = list(managers)
+        self._description = description
+        self._config = config or RoutesConfig()
+        self._chains: dict[int, Chain] = {}
+        self._addresses: dict[bytes, str] = {}
+        self._hosts: dict[str, str] = {}
+        self._metas: list[str] = []
+        self._news: asyncio.Future[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Get the first routing and open a session. Raises Unavailable when no manager answers in time."""
+        reply = await self._ask(GetRouting(), RoutingReply, timeout_s=self._config.connect_timeout_s)
+        assert reply.routing is not None
+        self._adopt(reply.routing)
+        await self._open_session(self._config.connect_timeout_s)
+        self._tasks = [
+            self._runtime.spawn(self._follow(), "client-routing"),
+            self._runtime.spawn(self._extend(), "client-session"),
+        ]
+
+    async def close(self) -> None:
+        """End the session. What the cluster cannot be told now it will find out."""
+        tasks = self._tasks + ([self._opening] if self._opening is not None else [])
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            try:
+                await task
+            except (asyncio.CancelledError, EmberError):
+                pass
+        self._tasks = []
+        if self.client:
+            try:
+                await self._ask(CloseClient(self.client), Done, timeout_s=1.0)
+            except EmberError:
+                pass
+
+    # --- what there is ---------------------------------------------------------------------------------------------
+
+    @property
+    def chain_ids(self) -> list[int]:
+        """Every chain, in order."""
+        return list(self._chains)
+
+    def chain(self, chain: int) -> Chain:
+        """The chain as we know it. Raises Unavailable for one we do not know, DataLost for one that is lost."""
+        found = self._chains.get(chain)
+        if found is None:
+            raise Unavailable(f"chain {chain} is not in the routing (version {self.routing.version})")
+        if found.is_lost:
+            raise DataLost(
+                f"no replica is left that has all of chain {chain}: `emberline cluster status` says which disk would "
+                "bring it back, `emberline cluster accept-loss` goes on without"
+            )
+        return found
+
+    def address(self, target: bytes) -> str:
+        """The storage server of a target."""
+        return self._addresses[target]
+
+    def host(self, address: str) -> str:
+        """The machine of a server."""
+        return self._hosts.get(address, "")
+
+    @property
+    def metas(self) -> list[str]:
+        """The metadata servers."""
+        return self._metas
+
+    async def news(self, than: int, wait_s: float) -> None:
+        """Return once the routing is newer than version `than`, or after `wait_s`."""
+        if self.routing.version > than:
+            return
+        if self._news is None:
+            self._news = self._runtime.future()
+        news = self._news
+        timer = self._runtime.spawn(self._wake_later(news, wait_s), "client-news")
+        try:
+            await news
+        finally:
+            timer.cancel()
+
+    async def _wake_later(self, news: asyncio.Future[None], wait_s: float) -> None:
+        await self._runtime.sleep(wait_s)
+        self._wake(news)
+
+    def _wake(self, news: asyncio.Future[None]) -> None:
+        if self._news is news:
+            self._news = None
+        if not news.done():
+            news.set_result(None)
+
+    def _adopt(self, routing: Routing) -> None:
+        if routing.version <= self.routing.version:
+            return
+        self.routing = routing
+        addresses = {node.name: node.address for node in routing.nodes}
+        self._chains = {chain.id: chain for chain in routing.chains}
+        self._addresses = {target.id: addresses.get(target.node, "") for target in routing.targets}
+        self._hosts = {node.address: node.host for node in routing.nodes}
+        self._metas = [node.address for node in routing.nodes if node.role == Role.META]
+        if self._news is not None:
+            self._wake(self._news)
+
+    # --- the managers ----------------------------------------------------------------------------------------------
+
+    async def _ask(self, request: Message, reply: type[Reply], *, timeout_s: float) -> Reply:
+        """Ask the primary manager, whoever it is now. Raises Unavailable after `timeout_s`, and what it answers."""
+        deadline_s = self._runtime.now_s() + timeout_s
+        tried = 0
+        while True:
+            manager = self._managers[0]
+            try:
+                answer = await self._network.connection(manager).call(request)
+            except SessionExpired:
+                raise
+            except (ConnectionError, OSError) as error:
+                # Not reached, or not the primary. All these requests may be sent again.
+                tried += 1
+                self._managers.append(self._managers.pop(0))
+                if self._runtime.now_s() > deadline_s:
+                    raise Unavailable(f"no manager answered ({', '.join(self._managers)}): {error}") from error
+                if tried % len(self._managers) == 0:
+                    await self._runtime.sleep(self._config.retry_s)
+                continue
+            assert isinstance(answer, reply)
+            return answer
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                wait_s = self._config.follow_wait_s
+                reply = await self._ask(GetRouting(self.routing.version, wait_s), RoutingReply, timeout_s=wait_s)
+            except EmberError:
+                continue
+            if reply.routing is not None:
+                self._adopt(reply.routing)
+
+    async def _extend(self) -> None:
+        while True:
+            await self._runtime.sleep(self._config.session_extend_s)
+            try:
+                await self._ask(ExtendSession(self.client), Done, timeout_s=self._config.session_extend_s)
+            except SessionExpired:
+                await self.renew(self.client)
+            except EmberError:
+                pass
+
+    async def _open_session(self, timeout_s: float) -> None:
+        client = self._runtime.random_bytes(16)
+        await self._ask(OpenSession(client, self._description), Done, timeout_s=timeout_s)
+        self.client = client
+
+    async def renew(self, expired: bytes) -> None:
+        """A session in place of the expired one, whoever else asks for it. Raises Unavailable."""
+        if self.client != expired:
+            return
+        if self._opening is None:
+            self._opening = self._runtime.spawn(self._open_session(self._config.connect_timeout_s), "client-session")
+        opening = self._opening
+        try:
+            await asyncio.shield(opening)
+        finally:
+            if self._opening is opening and opening.done():
+                self._opening = None
