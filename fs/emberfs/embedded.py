@@ -12,16 +12,12 @@ store at a time; clients of one process share it. After a fork the child inherit
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import shutil
-import threading
 import time
-import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,7 +29,7 @@ import msgspec
 from .client.core import Core
 from .disk import LocalDisk
 from .engine import ChunkEngine, EngineConfig
-from .errors import AlreadyExists, InvalidPath, LimitExceeded, NotFound, StoreBusy, StoreFormat
+from .errors import AlreadyExists, InvalidPath, LimitExceeded, StoreBusy, StoreFormat
 from .kv import LmdbKV
 from .meta import ClientChunkOps, MetaConfig, MetaService
 from .meta.dump import load
@@ -41,9 +37,9 @@ from .portal import Portal
 from .runtime import AsyncioRuntime
 from .storage import StorageService
 from .transport import MemoryConnection
+from .urls import SCHEME, SUPERBLOCK
 
 STORE_FORMAT = 1
-SUPERBLOCK = "superblock.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,14 +87,14 @@ class Superblock(msgspec.Struct, frozen=True):
 
 
 class EmbeddedStore:
-    """An open store of this process. Get one from `acquire`, give it back with `release`."""
+    """A store that this process owns. Get one from `stores.acquire`."""
 
     def __init__(self, directory: Path, config: StoreConfig) -> None:
         self.directory = directory
         self.config = config
         self.forked = False
         self.closed = False
-        self._users = 0
+        self.url = f"{SCHEME}{directory}"
         _make_directory(directory)
         self._lock_file = _take_ownership(directory)
         try:
@@ -114,7 +110,7 @@ class EmbeddedStore:
             self.portal.run(self._start())
         except BaseException:
             with contextlib.suppress(Exception):  # The first error is the one that says why.
-                self._shut()
+                self.shut()
             raise
 
     async def _start(self) -> None:
@@ -154,6 +150,11 @@ class EmbeddedStore:
         await self.meta_service.start()
         self.meta = MemoryConnection(self.meta_service)
 
+    @property
+    def id(self) -> str:
+        """The store's random id."""
+        return self.superblock.store
+
     def free_bytes(self) -> int:
         """Bytes the file system of the fullest target has left."""
         return min(disk.free_bytes() for disk in self._disks)
@@ -162,7 +163,7 @@ class EmbeddedStore:
         """A new client of this store, with an id of its own."""
         return Core(self.runtime, self.meta, self.chains)
 
-    def _shut(self) -> None:
+    def shut(self) -> None:
         """Let the calls end, close the services in the reverse order of their start, then give the directory up.
 
         Closes everything, whatever fails on the way, and then raises the first error.
@@ -180,76 +181,25 @@ class EmbeddedStore:
         if errors:
             raise errors[0]
 
-    def release(self) -> None:
-        """One user less; the last one closes the store."""
-        with _registry_lock:
-            if self.forked:
-                return
-            self._users -= 1
-            if self._users == 0:
-                del _stores[self.directory]
-                self._shut()
-
     def forget_after_fork(self) -> None:
         """In the child: touch nothing but our copies of file descriptors. The parent goes on as if nothing was."""
         self.forked = True
         _inherited.append(self)
 
 
-def acquire(directory: Path, config: StoreConfig | None, *, creates: bool = True) -> EmbeddedStore:
-    """The store of this process at `directory`, opened, or made if `creates`. Raises StoreBusy, StoreFormat, NotFound.
-
-    `config` None: the defaults, or those the store is open with already; settings that come too late are warned of.
-    """
-    directory = directory.resolve()
-    with _registry_lock:
-        store = _stores.get(directory)
-        if store is None:
-            _tell_log_level()
-            if not creates and not (directory / SUPERBLOCK).exists():
-                raise NotFound("no store here (writing makes one)", str(directory))
-            store = _stores[directory] = EmbeddedStore(directory, config or StoreConfig())
-        elif config is not None and config != store.config:
-            warnings.warn(f"{directory} is open in this process with other settings; they stay", stacklevel=4)
-        store._users += 1
-        return store
-
-
-_stores: dict[Path, EmbeddedStore] = {}
-_registry_lock = threading.Lock()
 _inherited: list[EmbeddedStore] = []
 """Stores of our parent process. Kept, so that no finalizer touches the parent's LMDB environment or event loop."""
-
 
 _lock_files: set[int] = set()
 """Of all stores of this process, those too that are just being opened."""
 
 
-def _after_fork_in_child() -> None:
-    for store in _stores.values():
-        store.forget_after_fork()
-    _stores.clear()
+def forget_locks_after_fork() -> None:
+    """In the child: the locks are the parent's."""
     for lock_file in _lock_files:
         # The lock is the open file's, which we share: closing our copy leaves the parent's lock alone.
         os.close(lock_file)
     _lock_files.clear()
-    _registry_lock.release()
-
-
-def _close_all() -> None:
-    for store in list(_stores.values()):
-        try:
-            store._shut()
-        except Exception:
-            logging.getLogger("emberline.store").exception("closing %s at exit", store.directory)
-    _stores.clear()
-
-
-# Nobody opens or closes a store during a fork, so that the child finds whole ones or none.
-os.register_at_fork(
-    before=_registry_lock.acquire, after_in_parent=_registry_lock.release, after_in_child=_after_fork_in_child
-)
-atexit.register(_close_all)
 
 
 def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
@@ -282,17 +232,6 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
         new.rename(meta)
     finally:
         _give_up(lock_file)
-
-
-def _tell_log_level() -> None:
-    """EMBERLINE_LOG=debug|info|warning|error: how much of our log goes to stderr, if the program says nothing else."""
-    level = os.environ.get("EMBERLINE_LOG", "").upper()
-    logger = logging.getLogger("emberline")
-    if level and not logger.handlers:
-        if level not in logging.getLevelNamesMapping():
-            raise InvalidPath(f"EMBERLINE_LOG is debug, info, warning or error, not {level.lower()!r}")
-        logger.setLevel(level)
-        logger.addHandler(logging.StreamHandler())
 
 
 def _make_directory(directory: Path) -> None:
@@ -380,30 +319,3 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def store_directory(url: str | os.PathLike[str] | None) -> Path:
-    """The directory an `ember:///path` URL names; None: EMBERLINE_URL. Raises InvalidPath."""
-    if url is None:
-        url = os.environ.get("EMBERLINE_URL")
-        if not url:
-            raise InvalidPath("no store given: pass a URL like ember:///path/to/dir, or set EMBERLINE_URL")
-    text = os.fspath(url)
-    if not text.startswith("ember://"):
-        raise InvalidPath(f"a store URL looks like ember:///path/to/dir: {text!r}")
-    path = text.removeprefix("ember://").partition("?")[0]
-    path, mark, inner = path.partition("/!")
-    if mark and inner.strip("/"):
-        raise InvalidPath(f"{text!r} names a path in a store; the store itself is ember://{path}")
-    if "\0" in path or not path:
-        raise InvalidPath(f"a store URL names a directory, as in ember:///path/to/dir: {text!r}")
-    if not path.startswith(("/", ".", "~")):
-        host = path.partition("/")[0]
-        raise InvalidPath(
-            f"{text!r} names the host {host!r}, and this version has no cluster yet; "
-            "an embedded store is ember:///absolute/dir or ember://./relative/dir"
-        )
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise InvalidPath(f"{text!r} names a user that does not exist") from error

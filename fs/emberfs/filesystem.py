@@ -131,7 +131,7 @@ class EmberFileSystem(AsyncFileSystem):  # type: ignore[misc]
     @property
     def fsid(self) -> str:
         """The store's id."""
-        return f"ember_{self._attached().store.superblock.store}"
+        return f"ember_{self._attached().store.id}"
 
     # --- looking ---------------------------------------------------------------------------------------------------
 

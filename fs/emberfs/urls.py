@@ -5,6 +5,7 @@
     ember://./new                             a relative path with no store on the way: a store to be made there
     ember:///corpus/a.parquet                 no store on the way: path /corpus/a.parquet of the store given
     ember://corpus/a.parquet                  the same
+    ember://db1:7301,db2:7301/corpus/a.parquet   a cluster, by the addresses of its managers, and a path in it
 
 "The store given" is a file system's own (`url=`), else EMBERLINE_URL. Programs that put "ember://" before a name they
 listed (Hugging Face datasets does) make the third form.
@@ -15,6 +16,7 @@ Does not know: whether the path exists.
 from __future__ import annotations
 
 import os
+import re
 
 SCHEME = "ember://"
 SUPERBLOCK = "superblock.json"
@@ -25,6 +27,9 @@ def split_url(url: str) -> tuple[str | None, str]:
     if not url.startswith(SCHEME):
         return None, url
     rest = url[len(SCHEME) :]
+    if cluster_addresses(url):
+        hosts, _, path = rest.partition("/")
+        return SCHEME + hosts, "/" + (path[1:] if path.startswith("!/") or path == "!" else path).lstrip("/")
     if not rest.startswith(("/", "./", "../", "~")):
         return None, "/" + rest
     directory, mark, inner = rest.partition("/!")
@@ -34,6 +39,15 @@ def split_url(url: str) -> tuple[str | None, str]:
     if store is None and not rest.startswith("/"):
         return url, "/"
     return (None, rest) if store is None else (SCHEME + store, rest[len(store) :] or "/")
+
+
+_ADDRESSES = re.compile(r"ember://((?:[^/,:]+|\[[0-9a-fA-F:.]+\]):\d+(?:,(?:[^/,:]+|\[[0-9a-fA-F:.]+\]):\d+)*)(?:/|$)")
+
+
+def cluster_addresses(url: str) -> list[str]:
+    """The managers that the URL of a cluster names; empty for any other URL."""
+    match = _ADDRESSES.match(url)
+    return match[1].split(",") if match else []
 
 
 _known_stores: set[str] = set()

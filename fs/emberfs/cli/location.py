@@ -17,10 +17,10 @@ import click
 import fsspec
 from fsspec import AbstractFileSystem
 
-from ..embedded import store_directory
 from ..errors import NotFound
 from ..filesystem import EmberFileSystem
-from ..urls import SCHEME, SUPERBLOCK, split_url
+from ..stores import resolve
+from ..urls import SCHEME, SUPERBLOCK, cluster_addresses, split_url
 from .output import note
 
 STORE_VARIABLE = "EMBERLINE_URL"
@@ -99,8 +99,8 @@ def store_url(bare_path: str = "") -> str:
     raise click.UsageError(f"name a store, like ember:///store/dir, or set {STORE_VARIABLE}")
 
 
-def store_in(url: str) -> tuple[Path, str]:
-    """(directory of the store, path in it) that an ember:// URL names. The store need not be there yet."""
+def store_in(url: str) -> tuple[str, str]:
+    """(URL of the store, path in it) that an ember:// URL names. The store need not be there yet."""
     store, path = split_url(url)
     given = os.environ.get(STORE_VARIABLE)
     if store is None and given and given != url:
@@ -108,8 +108,12 @@ def store_in(url: str) -> tuple[Path, str]:
     if store is None and not url.startswith(f"{SCHEME}/"):
         raise click.UsageError(f"{url!r} is a path in the store of {STORE_VARIABLE}, which is not set")
     # No store on the way and none given: it is the URL of one that is to be made.
-    directory = store_directory(store or url).resolve()
-    return directory, path.rstrip("/") or "/" if store else "/"
+    return resolve(store or url), path.rstrip("/") or "/" if store else "/"
+
+
+def is_missing(store: str) -> bool:
+    """True for the URL of an embedded store that has not been made."""
+    return not cluster_addresses(store) and not (Path(store.removeprefix(SCHEME)) / SUPERBLOCK).exists()
 
 
 def _open_url(url: str, *, creates: bool = False) -> tuple[AbstractFileSystem, str]:
@@ -117,12 +121,13 @@ def _open_url(url: str, *, creates: bool = False) -> tuple[AbstractFileSystem, s
         fs, path = fsspec.url_to_fs(url)
         return fs, path
     # Every way to write a store's URL gives the same filesystem, so that a copy inside one store is seen as such.
-    directory, path = store_in(url)
-    if not (directory / SUPERBLOCK).exists():
+    store, path = store_in(url)
+    if is_missing(store):
+        directory = store.removeprefix(SCHEME)
         if not creates:
-            raise NotFound("no store here (cp, put, sync and mkdir make one)", str(directory))
+            raise NotFound("no store here (cp, put, sync and mkdir make one)", directory)
         note(f"making a new store at {directory}")
-    fs = EmberFileSystem(url=f"{SCHEME}{directory}")
+    fs = EmberFileSystem(url=store)
     context = click.get_current_context(silent=True)
     if context is not None:
         context.call_on_close(fs.close)

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import click
 
 from ..client.sync import Client
-from ..embedded import store_directory
 from ..errors import NotFound
-from ..urls import SCHEME, SUPERBLOCK, split_url
-from .location import STORE_VARIABLE, store_url
+from ..stores import resolve
+from ..urls import SCHEME, SUPERBLOCK, cluster_addresses, split_url
+from .location import STORE_VARIABLE, is_missing, store_url
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -29,14 +29,22 @@ def store_argument(function: _Command) -> _Command:
     return click.argument("store", required=False)(function)
 
 
-def directory_of(url: str | None) -> Path:
-    """The directory of the store that `url`, or EMBERLINE_URL, names; a path inside the store is cut off."""
+def url_of(url: str | None) -> str:
+    """The store that `url`, or EMBERLINE_URL, names; a path inside the store is cut off."""
     url = url or store_url()
     if not url.startswith(SCHEME):
         raise click.UsageError(
             f"not the URL of a store: {url!r}; it looks like ember:///store/dir (or set {STORE_VARIABLE})"
         )
-    return store_directory(split_url(url)[0] or url).resolve()
+    return resolve(split_url(url)[0] or url)
+
+
+def directory_of(url: str | None) -> Path:
+    """The directory of the embedded store that `url`, or EMBERLINE_URL, names; a usage error for a cluster."""
+    store = url_of(url)
+    if cluster_addresses(store):
+        raise click.UsageError(f"{store} is a cluster; this is for embedded stores, like ember:///store/dir")
+    return Path(store.removeprefix(SCHEME))
 
 
 def require_store(directory: Path) -> None:
@@ -47,8 +55,9 @@ def require_store(directory: Path) -> None:
 
 @contextmanager
 def open_store(url: str | None) -> Iterator[Client]:
-    """A client of an existing store, closed at the end. Raises NotFound, StoreBusy, StoreFormat."""
-    directory = directory_of(url)
-    require_store(directory)
-    with Client(f"{SCHEME}{directory}") as client:
+    """A client of an existing store, closed at the end. Raises NotFound, StoreBusy, StoreFormat, Unavailable."""
+    store = url_of(url)
+    if is_missing(store):
+        require_store(Path(store.removeprefix(SCHEME)))
+    with Client(store) as client:
         yield client

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from ..embedded import StoreConfig
 from ..messages import Collected, TrashEntry, UsageReply
+from ..stores import Config
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
 from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
@@ -26,13 +26,13 @@ T = TypeVar("T")
 class AsyncClient:
     """A store, awaited. Get one from `emberfs.connect_async`; close it, or use it in an `async with` block."""
 
-    def __init__(self, url: str | None = None, config: StoreConfig | None = None) -> None:
+    def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)
 
     def __repr__(self) -> str:
         return f"<emberfs.AsyncClient {self.url}{' closed' if self._attachment.closed else ''}>"
 
-    def __reduce__(self) -> tuple[type[AsyncClient], tuple[str, StoreConfig | None]]:
+    def __reduce__(self) -> tuple[type[AsyncClient], tuple[str, Config | None]]:
         return (type(self), (self.url, self._attachment.config))
 
     @property

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import threading
 
-from ..embedded import EmbeddedStore, StoreConfig, acquire, store_directory
 from ..errors import StoreClosed
+from ..stores import Config, Store, acquire, release, resolve
 from .core import Core
 
 
 class Attachment:
     """A client's hold on a store of this process: what both doors share."""
 
-    def __init__(self, url: str | None, config: StoreConfig | None, *, creates: bool = True) -> None:
-        self.directory = store_directory(url).resolve()
-        self.url = f"ember://{self.directory}"
+    def __init__(self, url: str | None, config: Config | None, *, creates: bool = True) -> None:
+        self.url = resolve(url)
         """What `connect` takes to come here again."""
         self.config = config
-        self.store: EmbeddedStore = acquire(self.directory, config, creates=creates)
+        self.store: Store = acquire(self.url, config, creates=creates)
         self.core: Core = self.store.core()
         self.closed = False
         self._lock = threading.Lock()
@@ -29,7 +28,7 @@ class Attachment:
         if self.store.forked:
             with self._lock:
                 if self.store.forked:
-                    self.store = acquire(self.directory, self.config)
+                    self.store = acquire(self.url, self.config)
                     self.core = self.store.core()
         return self.core
 
@@ -38,13 +37,13 @@ class Attachment:
         with self._lock:
             was_closed, self.closed = self.closed, True
         if not was_closed:
-            self.store.release()
+            release(self.store)
 
 
 class LazyAttachment:
     """An attachment made at its first use, once, whichever thread comes first; made again after a close."""
 
-    def __init__(self, url: str | None, config: StoreConfig | None) -> None:
+    def __init__(self, url: str | None, config: Config | None) -> None:
         self._url = url
         self._config = config
         self._attachment: Attachment | None = None
@@ -53,7 +52,7 @@ class LazyAttachment:
     @property
     def url(self) -> str:
         """The store's URL, opened or not."""
-        return f"ember://{store_directory(self._url).resolve()}"
+        return resolve(self._url)
 
     def get(self, *, creates: bool) -> Attachment:
         """The attachment to use now. Raises what opening a store raises; NotFound for none, unless `creates`."""

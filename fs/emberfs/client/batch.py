@@ -11,7 +11,7 @@ from .buffers import flat_view, writable_view
 from .core import Core, Range, WriteHandle, check_range
 
 if TYPE_CHECKING:
-    from ..embedded import EmbeddedStore
+    from ..stores import Store
     from .handle import AsyncFile, File
 
 BatchRead = tuple[Union[str, "File", "AsyncFile"], int, int]
@@ -100,7 +100,7 @@ async def batch_write(core: Core, items: Sequence[BatchWrite]) -> None:
             await core.close_handle(handle)
 
 
-def open_files(items: Sequence[BatchRead] | Sequence[BatchWrite], store: EmbeddedStore) -> list[File | AsyncFile]:
+def open_files(items: Sequence[BatchRead] | Sequence[BatchWrite], store: Store) -> list[File | AsyncFile]:
     """The open files that a batch names, each once. They are to be flushed first: a batch goes past their buffers.
 
     Raises StoreClosed for one that was closed, InvalidPath for one of another store.

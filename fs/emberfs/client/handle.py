@@ -26,7 +26,7 @@ from .core import check_range
 from .file import OpenFile
 
 if TYPE_CHECKING:
-    from ..embedded import EmbeddedStore
+    from ..stores import Store
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class File(io.BufferedIOBase):
     Leaving a `with` block by an exception discards a file opened with "w" or "x": no half-written file gets a name.
     """
 
-    def __init__(self, store: EmbeddedStore, open_file: OpenFile, mode: str) -> None:
+    def __init__(self, store: Store, open_file: OpenFile, mode: str) -> None:
         self._store = store
         self._file = open_file
         self._ended = False
@@ -252,7 +252,7 @@ class File(io.BufferedIOBase):
         return True
 
 
-def _discard_unclosed(owner: File | AsyncFile, store: EmbeddedStore, file: OpenFile) -> None:
+def _discard_unclosed(owner: File | AsyncFile, store: Store, file: OpenFile) -> None:
     # A finalizer may run in the middle of a call of this very store, so it must not wait for anything.
     if file.writable and not store.forked:
         warnings.warn(f"{owner!r} was never closed: what it wrote is discarded", ResourceWarning, stacklevel=3)
@@ -283,7 +283,7 @@ class AsyncFile:
     Calls take turns: tasks that write to one file write one after the other.
     """
 
-    def __init__(self, store: EmbeddedStore, open_file: OpenFile, mode: str) -> None:
+    def __init__(self, store: Store, open_file: OpenFile, mode: str) -> None:
         self._store = store
         self._file = open_file
         self._position = open_file.length if open_file.appends else 0

@@ -8,13 +8,15 @@ Paths are absolute inside the store ("/corpus/a.parquet"; a missing first slash 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ..embedded import StoreConfig
+from ..embedded import EmbeddedStore
 from ..maintenance import Maintenance
 from ..messages import Collected, TrashEntry, UsageReply
+from ..stores import Config
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
 from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
@@ -30,13 +32,13 @@ T = TypeVar("T")
 class Client:
     """A store, blocking. Get one from `emberfs.connect`; close it, or use it in a `with` block."""
 
-    def __init__(self, url: str | None = None, config: StoreConfig | None = None) -> None:
+    def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)
 
     def __repr__(self) -> str:
         return f"<emberfs.Client {self.url}{' closed' if self._attachment.closed else ''}>"
 
-    def __reduce__(self) -> tuple[type[Client], tuple[str, StoreConfig | None]]:
+    def __reduce__(self) -> tuple[type[Client], tuple[str, Config | None]]:
         return (type(self), (self.url, self._attachment.config))
 
     @property
@@ -217,9 +219,14 @@ class Client:
 
     @property
     def maintenance(self) -> Maintenance:
-        """fsck, scrub, dump, load, info: what an operator does."""
+        """fsck, scrub, dump, load, info: what an operator does. Raises UnsupportedOperation for a cluster."""
         self._attachment.live()
-        return Maintenance(self._attachment.store)
+        store = self._attachment.store
+        if not isinstance(store, EmbeddedStore):
+            raise io.UnsupportedOperation(
+                f"{store.url} is a cluster, which is looked after by its servers: see `emberline cluster --help`"
+            )
+        return Maintenance(store)
 
     def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""

@@ -1,0 +1,130 @@
+"""A cluster as one process uses it: one runtime, one network, one session, shared by all clients of the process.
+
+Calls go through the same `Portal` and `Core` as on an embedded store; only the connections differ. After a fork the
+child opens the cluster anew, with a session of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..client.core import Core
+from ..client.meta_router import MetaRouter
+from ..client.router import ReadFrom, RouterConfig, StorageRouter
+from ..client.routes import Routes, RoutesConfig
+from ..errors import LimitExceeded
+from ..portal import Portal
+from ..runtime import AsyncioRuntime
+from ..transport import TcpConfig, TcpNetwork
+from ..transport.types import Connection
+from ..urls import cluster_addresses
+from .credentials import find_credentials
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientConfig:
+    """Settings of a client of a cluster."""
+
+    credentials: str = ""
+    """Directory with ca.pem, cert.pem and key.pem. Empty: EMBERLINE_CREDENTIALS, else what `cluster up` or
+    `cluster join` left for this address under ~/.config/emberline."""
+    connect_timeout_s: float = 10.0
+    """How long to wait for a manager when the store is opened."""
+    deadline_s: float = 30.0
+    """An operation that could not be done by then ends with an error."""
+    read_from: ReadFrom = ReadFrom.LOAD
+    """Which replica a read asks first: load, round_robin, head or tail."""
+    relaxed: bool = False
+    """Reads may return what was true a moment ago, and never ask the tail."""
+
+    def __post_init__(self) -> None:
+        if min(self.connect_timeout_s, self.deadline_s) <= 0:
+            raise LimitExceeded("connect_timeout_s and deadline_s must be more than 0")
+        object.__setattr__(self, "read_from", ReadFrom(self.read_from))
+
+
+class ClusterStore:
+    """A cluster that this process is connected to. Get one from `stores.acquire`."""
+
+    def __init__(self, url: str, config: ClientConfig) -> None:
+        self.url = url
+        self.config = config
+        self.forked = False
+        self.closed = False
+        managers = cluster_addresses(url)
+        credentials = find_credentials(managers, config.credentials)
+        self.runtime = AsyncioRuntime()
+        self.portal = Portal(self.runtime)
+        self.network = TcpNetwork(self.runtime, config=TcpConfig(tls=credentials))
+        self.routes = Routes(
+            self.runtime,
+            self.network,
+            managers,
+            description=f"{socket.gethostname()} pid {os.getpid()} {Path(sys.argv[0]).name or 'python'}",
+            config=RoutesConfig(connect_timeout_s=config.connect_timeout_s),
+        )
+        router_config = RouterConfig(
+            deadline_s=config.deadline_s,
+            read_from=config.read_from,
+            relaxed=config.relaxed,
+            host=socket.gethostname(),
+        )
+        self.storage = StorageRouter(self.runtime, self.network, self.routes, config=router_config)
+        self.meta = MetaRouter(self.runtime, self.network, self.routes)
+        try:
+            self.portal.run(self.routes.start())
+        except BaseException:
+            with contextlib.suppress(Exception):  # The first error is the one that says why.
+                self.shut()
+            raise
+
+    @property
+    def id(self) -> str:
+        """The cluster, as its URL names it."""
+        return self.url
+
+    def core(self) -> Core:
+        """A new client of the cluster."""
+        return Core(self.runtime, self.meta, EveryChain(self.routes, self.storage))
+
+    def shut(self) -> None:
+        """Let the calls end, then close the session and the connections."""
+        self.closed = True
+        self.portal.drain()
+        try:
+            self.portal.run_last(self.routes.close())
+            self.portal.run_last(self.network.close())
+        finally:
+            self.runtime.stop()
+
+    def forget_after_fork(self) -> None:
+        """In the child: touch nothing. The parent goes on as if nothing was."""
+        self.forked = True
+        _inherited.append(self)
+
+
+_inherited: list[ClusterStore] = []
+"""Of our parent process. Kept, so that no finalizer touches the parent's connections or event loop."""
+
+
+class EveryChain(Mapping[int, Connection]):
+    """The way to each chain, of which there may be more tomorrow: always the router."""
+
+    def __init__(self, routes: Routes, storage: StorageRouter) -> None:
+        self._routes = routes
+        self._storage = storage
+
+    def __getitem__(self, chain: int) -> Connection:
+        return self._storage
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._routes.chain_ids)
+
+    def __len__(self) -> int:
+        return len(self._routes.chain_ids)
