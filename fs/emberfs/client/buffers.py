@@ -17,8 +17,9 @@ COPY_BYTES_MAX = 16 << 10
 
 HUGE_PAGE_BYTES = 2 << 20
 HUGE_BYTES_MIN = 32 << 20
-"""Above this malloc always takes fresh memory (glibc's largest mmap threshold). It is asked for in huge pages: a fault
-per 2 MiB instead of per 4 KiB, and as much fewer address look-ups when the checksum walks over it."""
+"""Above this malloc takes fresh memory unless so much lies free on its heap (glibc's largest mmap threshold). It is
+asked for in huge pages: a fault per 2 MiB instead of per 4 KiB, and as much fewer address look-ups when the checksum
+walks over it. Memory that was in use before has no faults, and keeps its small pages."""
 
 _madvise = getattr(ctypes.CDLL(None), "madvise", None)
 _MADV_HUGEPAGE = 14
