@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from emberfs import connect
 from emberfs.disk import LocalDisk
-from emberfs.embedded import acquire
 from emberfs.engine.scrub import scrub
 from emberfs.kv.lmdb import LmdbKV
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
+from emberfs.stores import acquire, release, resolve
 from emberfs.testing.engine import MIB, Bench, EngineConformance, Run, chunk, pattern
+from emberfs.testing.replica import ReplicaConformance
 
 
 @pytest.fixture
@@ -39,6 +40,10 @@ def bench(runtime: AsyncioRuntime, run: Run, tmp_path: Path) -> Iterator[Bench]:
 
 
 class TestLocalEngine(EngineConformance):
+    pass
+
+
+class TestLocalReplica(ReplicaConformance):
     pass
 
 
@@ -116,12 +121,12 @@ def test_nothing_of_the_store_runs_while_a_group_is_punched(tmp_path: Path, monk
 
     monkeypatch.setattr(LocalDisk, "punch", watched_punch)
     with connect(f"ember://{tmp_path / 'store'}") as client:
-        store = acquire(tmp_path / "store", None)
+        store = acquire(resolve(f"ember://{tmp_path / 'store'}"), None)
         client.put("/a", pattern(MIB))
         client.remove("/a", trash=False)
         client.collect_garbage(force=True)
         assert client.maintenance.trim() > 0
-        store.release()
+        release(store)
     assert punched and all(punched), "by whoever holds the baton"
 
 

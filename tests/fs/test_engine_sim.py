@@ -13,26 +13,35 @@ from emberfs.engine.scrub import check, scrub
 from emberfs.errors import Conflict, Corruption, NoSpace, StoreClosed, TargetFailed, UpdateUnknown
 from emberfs.kv.memory import MemoryKV
 from emberfs.testing.engine import KIB, MIB, Bench, EngineConformance, Run, chunk, pattern
-
-from tests.sim.disk import SimDisk
-from tests.sim.loop import SimRuntime, run
-from tests.sim.volume import Allocate
+from emberfs.testing.replica import ReplicaConformance
+from emberfs.testing.sim.disk import SimDisk
+from emberfs.testing.sim.loop import SimRuntime, run
+from emberfs.testing.sim.volume import Allocate
 
 SEEDS = range(10)
 
 
+@pytest.fixture
+def runtime() -> SimRuntime:
+    return SimRuntime(0)
+
+
+@pytest.fixture(name="run")
+def run_on_sim(runtime: SimRuntime) -> Run:
+    return lambda work: runtime.run(lambda _: work)
+
+
+@pytest.fixture
+def bench(runtime: SimRuntime) -> Bench:
+    return Bench(runtime, SimDisk(runtime), MemoryKV(runtime, persist=lambda: runtime.sleep(1e-4)))
+
+
 class TestSimEngine(EngineConformance):
-    @pytest.fixture
-    def runtime(self) -> SimRuntime:
-        return SimRuntime(0)
+    pass
 
-    @pytest.fixture
-    def run(self, runtime: SimRuntime) -> Run:
-        return lambda work: runtime.run(lambda _: work)
 
-    @pytest.fixture
-    def bench(self, runtime: SimRuntime) -> Bench:
-        return Bench(runtime, SimDisk(runtime), MemoryKV(runtime, persist=lambda: runtime.sleep(1e-4)))
+class TestSimReplica(ReplicaConformance):
+    pass
 
 
 class SimBench(Bench):
@@ -294,7 +303,7 @@ def test_close_waits_for_what_is_in_the_air_and_refuses_what_comes_later() -> No
             bench.write(100, b"into the middle: it has to read the rest"),
             bench.write(0, pattern(MIB), name=chunk(2), publish=False),
             bench.commit(1, name=chunk(1)),
-            scrub(bench.engine, runtime=bench.runtime),
+            scrub(bench.engine, runtime=bench.runtime, bytes_per_s_max=MIB),
         ]
         tasks = [bench.runtime.spawn(call, "call") for call in calls]
         in_the_air = 0

@@ -1,14 +1,16 @@
-"""The chunk engine against a dict of byte strings: any updates in any order, and restarts between them."""
+"""The chunk engine against dicts of byte strings and versions: any updates, copies and removals in any order, and
+restarts between them."""
 
 from __future__ import annotations
 
 import random
 import tempfile
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, NamedTuple
 
+from emberfs.checksum import crc32c
 from emberfs.disk import LocalDisk
-from emberfs.engine import Action, ChunkEngine, EngineConfig, Request, Update
+from emberfs.engine import Action, ChunkEngine, EngineConfig, InstallItem, Request, Update
 from emberfs.engine.scrub import check, scrub
 from emberfs.errors import StaleChunk
 from emberfs.kv.memory import MemoryKV
@@ -17,13 +19,22 @@ from emberfs.runtime import AsyncioRuntime
 from emberfs.types import chunk_id
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 CHUNKS = [chunk_id(1, number) for number in range(4)]
+CLIENT = b"x" * 16
 ONE = st.sampled_from(CHUNKS)
 EDGES = [0, 1, 4095, 4096, 4097, 8192, 16_383, 16_384, 16_385, 65_535, 65_536, 65_537, 131_072]
 OFFSETS = st.one_of(st.sampled_from(EDGES), st.integers(0, 140_000))
 SIZES = st.one_of(st.sampled_from(EDGES), st.integers(0, 5000))
+
+
+class Pending(NamedTuple):
+    """What the model knows of a pending version. Content None: to be removed."""
+
+    version: int
+    content: bytes | None
+    sequence: int
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -34,12 +45,20 @@ class EngineMachine(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory()
         self.index = MemoryKV(self.runtime)
         self.random = random.Random(0)
+        self.keeps_tombstones = False
         self.committed: dict[bytes, bytes] = {}
-        self.pending: dict[bytes, bytes | None] = {}
-        """None: to be removed."""
+        self.pending: dict[bytes, Pending] = {}
         self.versions: dict[bytes, int] = {}
+        """Committed, or of tombstones."""
+        self.floor = 0
         self.sequence = 0
+        self.published: int | None = None
+        """The highest sequence of a published request."""
         self.last: tuple[Update, bool] | None = None
+
+    @initialize(keeps_tombstones=st.booleans())
+    def begin(self, keeps_tombstones: bool) -> None:
+        self.keeps_tombstones = keeps_tombstones
         self.engine = self.open()
 
     def run(self, call: Coroutine[Any, Any, Any]) -> Any:
@@ -47,9 +66,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def open(self) -> ChunkEngine:
         disk = LocalDisk(self.directory.name, self.runtime)
-        engine: ChunkEngine = self.run(
-            ChunkEngine.open(disk, self.index, self.runtime, config=EngineConfig(reserve_bytes=0))
-        )
+        config = EngineConfig(reserve_bytes=0, keeps_tombstones=self.keeps_tombstones)
+        engine: ChunkEngine = self.run(ChunkEngine.open(disk, self.index, self.runtime, config=config))
         return engine
 
     def teardown(self) -> None:
@@ -57,19 +75,32 @@ class EngineMachine(RuleBasedStateMachine):
         self.runtime.stop()
         self.directory.cleanup()
 
-    def update(self, action: Action, chunk: bytes, offset: int, payload: bytes, publish: bool, granule: int) -> None:
+    def update(
+        self,
+        action: Action,
+        chunk: bytes,
+        offset: int,
+        payload: bytes,
+        publish: bool,
+        granule: int,
+        version: int | None = None,
+    ) -> None:
         self.sequence += 1
-        request = Request(b"x" * 16, 1, self.sequence)
-        update = Update(chunk, action, offset, memoryview(payload), request=request, granule_log2=granule)
-        (version,) = self.run(self.engine.prepare([update], publish=publish))
+        request = Request(CLIENT, 1, self.sequence)
+        update = Update(
+            chunk, action, offset, memoryview(payload), version=version, request=request, granule_log2=granule
+        )
+        (prepared,) = self.run(self.engine.prepare([update], publish=publish))
         old = self.committed.get(chunk)
         new = self.expected(action, old, offset, payload)
         if action is Action.TRUNCATE and new is old:
-            assert version == self.versions.get(chunk, 0)
+            assert prepared.version == self.versions.get(chunk, 0)
             return
         self.last = (update, publish)
-        assert version == self.versions.get(chunk, 0) + 1
-        self.pending[chunk] = new
+        if version is None:
+            version = (self.versions.get(chunk) or self.floor) + 1
+        assert prepared == (version, len(new or b""), crc32c(new or b""))
+        self.pending[chunk] = Pending(version, new, self.sequence)
         if publish:
             self.publish(chunk)
 
@@ -86,13 +117,22 @@ class EngineMachine(RuleBasedStateMachine):
         return b"".join([before, payload, (old or b"")[offset + len(payload) :]])
 
     def publish(self, chunk: bytes) -> None:
-        content = self.pending.pop(chunk)
+        version, content, sequence = self.pending.pop(chunk)
+        self.published = max(self.published or 0, sequence)
+        self.put(chunk, version, content)
+
+    def put(self, chunk: bytes, version: int, content: bytes | None) -> None:
         if content is None:
             self.committed.pop(chunk, None)
-            self.versions.pop(chunk, None)
         else:
             self.committed[chunk] = content
-            self.versions[chunk] = self.versions.get(chunk, 0) + 1
+        if content is None and not self.keeps_tombstones:
+            self.versions.pop(chunk, None)
+        else:
+            self.versions[chunk] = version
+
+    def tombstones(self) -> dict[bytes, int]:
+        return {chunk: version for chunk, version in self.versions.items() if chunk not in self.committed}
 
     @rule(chunk=ONE, offset=OFFSETS, size=SIZES, publish=st.booleans(), granule=st.sampled_from([12, 14, 16]))
     def write(self, chunk: bytes, offset: int, size: int, publish: bool, granule: int) -> None:
@@ -103,26 +143,29 @@ class EngineMachine(RuleBasedStateMachine):
         length = len(self.committed.get(chunk, b""))
         self.update(Action.WRITE, chunk, length, self.random.randbytes(size), publish, 14)
 
-    @rule(chunk=ONE, size=SIZES, publish=st.booleans())
-    def replace(self, chunk: bytes, size: int, publish: bool) -> None:
-        self.update(Action.REPLACE, chunk, 0, self.random.randbytes(size), publish, 14)
+    @rule(chunk=ONE, size=SIZES, publish=st.booleans(), skips=st.none() | st.integers(1, 5))
+    def replace(self, chunk: bytes, size: int, publish: bool, skips: int | None) -> None:
+        version = self.versions.get(chunk, 0) + skips if skips is not None else None
+        self.update(Action.REPLACE, chunk, 0, self.random.randbytes(size), publish, 14, version)
 
     @rule(chunk=ONE, length=OFFSETS, publish=st.booleans())
     def truncate(self, chunk: bytes, length: int, publish: bool) -> None:
         self.update(Action.TRUNCATE, chunk, length, b"", publish, 14)
 
-    @rule(chunk=ONE, publish=st.booleans())
-    def remove(self, chunk: bytes, publish: bool) -> None:
-        if chunk in self.committed or chunk in self.pending:
-            self.update(Action.REMOVE, chunk, 0, b"", publish, 14)
+    @rule(chunk=ONE, publish=st.booleans(), skips=st.none() | st.integers(1, 5))
+    def remove(self, chunk: bytes, publish: bool, skips: int | None) -> None:
+        version = self.versions.get(chunk, 0)
+        if chunk in self.committed or chunk in self.pending or (self.keeps_tombstones and skips is not None):
+            explicit = version + skips if skips is not None else None
+            self.update(Action.REMOVE, chunk, 0, b"", publish, 14, explicit)
         else:
-            assert self.run(self.engine.prepare([Update(chunk, Action.REMOVE)], publish=publish)) == [0]
+            assert self.run(self.engine.prepare([Update(chunk, Action.REMOVE)], publish=publish)) == [(version, 0, 0)]
 
     @precondition(lambda self: self.pending)
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
         chunks = data.draw(st.lists(st.sampled_from(sorted(self.pending)), unique=True, min_size=1))
-        self.run(self.engine.commit(chunks, [self.versions.get(chunk, 0) + 1 for chunk in chunks]))
+        self.run(self.engine.commit(chunks, [self.pending[chunk].version for chunk in chunks]))
         for chunk in chunks:
             self.publish(chunk)
 
@@ -135,7 +178,7 @@ class EngineMachine(RuleBasedStateMachine):
     def commit_what_is_not_prepared(self, data: st.DataObject) -> None:
         chunk = data.draw(st.sampled_from(sorted(self.committed)))
         try:
-            self.run(self.engine.commit([chunk], [self.versions[chunk] + 2]))
+            self.run(self.engine.commit([chunk], [self.versions[chunk] + 1000]))
         except StaleChunk:
             return
         raise AssertionError("a version that was never prepared was committed")
@@ -145,8 +188,41 @@ class EngineMachine(RuleBasedStateMachine):
     def repeat_the_last_request(self) -> None:
         assert self.last is not None
         update, publish = self.last
-        if self.run(self.engine.record(update.chunk)) is not None:
-            self.run(self.engine.prepare([update], publish=publish))
+        self.run(self.engine.prepare([update], publish=publish))
+
+    @rule(chunk=ONE, size=st.none() | SIZES, version=st.integers(1, 20), granule=st.sampled_from([12, 14]))
+    def install(self, chunk: bytes, size: int | None, version: int, granule: int) -> None:
+        content = self.random.randbytes(size) if size is not None else None
+        payload = memoryview(content) if content is not None else None
+        self.sequence += 1
+        item = InstallItem(chunk, version, 2, payload, Request(CLIENT, 1, self.sequence), granule)
+        expected = (version, len(content or b""), crc32c(content or b""))
+        assert self.run(self.engine.install([item])) == [expected]
+        self.last = None
+        self.pending[chunk] = Pending(version, content, self.sequence)
+        self.publish(chunk)
+
+    @rule(chunk=ONE)
+    def discard(self, chunk: bytes) -> None:
+        pending = self.pending.pop(chunk, None)
+        self.run(self.engine.discard([chunk], [pending.version if pending is not None else 1]))
+        self.last = None
+
+    @rule(chunk=ONE)
+    def forget(self, chunk: bytes) -> None:
+        self.run(self.engine.forget([chunk]))
+        pending = self.pending.pop(chunk, None)
+        self.floor = max(self.floor, self.versions.pop(chunk, 0), pending.version if pending is not None else 0)
+        self.committed.pop(chunk, None)
+        self.last = None
+
+    @rule()
+    def purge(self) -> None:
+        self.run(self.engine.purge(CHUNKS))
+        for chunk, version in self.tombstones().items():
+            if chunk not in self.pending:
+                self.floor = max(self.floor, version)
+                del self.versions[chunk]
 
     @rule()
     def reopen(self) -> None:
@@ -162,6 +238,10 @@ class EngineMachine(RuleBasedStateMachine):
         report = self.run(scrub(self.engine, runtime=self.runtime))
         assert report.findings == []
         assert report.chunks == len(self.committed.keys() | self.pending.keys())
+        assert {each.chunk: each.version for each in self.run(self.engine.versions())} == {
+            **dict.fromkeys(self.pending, 0),
+            **self.versions,
+        }
 
     @rule(chunk=ONE, offset=OFFSETS, size=SIZES)
     def read(self, chunk: bytes, offset: int, size: int) -> None:
@@ -175,10 +255,21 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def all_content_is_right(self) -> None:
-        buffers = [bytearray(len(self.committed.get(chunk, b"")) + 1) for chunk in CHUNKS]
-        counts = self.run(self.engine.read(CHUNKS, [0] * len(CHUNKS), [memoryview(buffer) for buffer in buffers]))
-        for chunk, buffer, count in zip(CHUNKS, buffers, counts, strict=True):
-            assert bytes(buffer[:count]) == self.committed.get(chunk, b"")
+        newest = {chunk: self.committed.get(chunk) for chunk in CHUNKS}
+        newest |= {chunk: pending.content for chunk, pending in self.pending.items()}
+        for contents, flags in ((self.committed, None), (newest, [True] * len(CHUNKS))):
+            buffers = [bytearray(len(contents.get(chunk) or b"") + 1) for chunk in CHUNKS]
+            views = [memoryview(buffer) for buffer in buffers]
+            counts = self.run(self.engine.read(CHUNKS, [0] * len(CHUNKS), views, pending=flags))
+            for chunk, buffer, count in zip(CHUNKS, buffers, counts, strict=True):
+                assert bytes(buffer[:count]) == (contents.get(chunk) or b"")
+
+    @invariant()
+    def lists_and_requests_are_right(self) -> None:
+        assert self.run(self.engine.pending()) == sorted(self.pending)
+        assert self.run(self.engine.tombstones()) == sorted(self.tombstones().items())
+        assert self.run(self.engine.last_sequences([Request(CLIENT, 1, 0)])) == [self.published]
+        assert self.engine.floor == self.floor
 
 
 TestEngine = EngineMachine.TestCase

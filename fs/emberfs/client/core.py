@@ -523,7 +523,7 @@ class Core:
             _, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
             channel = self._take_channel()
             sequence = self._sequences[channel]
-            self._sequences[channel] = sequence + len(chunks)
+            self._sequences[channel] = sequence + 1
             try:
                 request = WriteChunks(self.client_id, channel, sequence, chains, chunks, offsets, chunk_size_bytes)
                 await connection.call(request, views)

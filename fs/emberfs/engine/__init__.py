@@ -1,7 +1,22 @@
-"""The chunk engine: see `engine` for the contract, `record` for the index rows, `update` for how writes land."""
+"""The chunk engine: see `engine` for the contract, `replica` for what chains ask, `record` and `rows` for the index."""
 
-from .engine import ChunkEngine, EngineConfig, EngineCounters
-from .record import Request
-from .update import Action, Update
+from .engine import EngineCounters
+from .record import NO_REQUEST, Request
+from .replica import ChunkEngine, ChunkState, Content, InstallItem
+from .target import EngineConfig, TargetIdentity
+from .update import Action, Prepared, Update
 
-__all__ = ["Action", "ChunkEngine", "EngineConfig", "EngineCounters", "Request", "Update"]
+__all__ = [
+    "NO_REQUEST",
+    "Action",
+    "ChunkEngine",
+    "ChunkState",
+    "Content",
+    "EngineConfig",
+    "EngineCounters",
+    "InstallItem",
+    "Prepared",
+    "Request",
+    "TargetIdentity",
+    "Update",
+]

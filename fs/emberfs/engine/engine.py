@@ -10,9 +10,11 @@ Invariants:
     read that began before is over.
   - Every read is verified against the record's cumulative CRC32C before it is returned.
   - A failed write or fsync fails the target: no update is accepted afterwards, reads go on.
+  - The version of a chunk grows by one with each update of our own. Where tombstones are kept it goes on after a
+    removal; a chunk without a row begins above the floor.
 
 The caller (the storage service) holds a lock per chunk during `prepare` and `commit`; a batch names a chunk once.
-Does not know: files, chains, other replicas, or the network.
+Does not know: files, chains, other replicas (`replica` adds what those ask for), or the network.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import asyncio
 import errno
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -30,59 +32,17 @@ from ..batching import GroupCommit
 from ..checksum import crc32c, cumulative_sums
 from ..disk import Disk, WriteItem
 from ..errors import Corruption, NoSpace, StaleChunk, StoreClosed, StoreFormat, TargetFailed, UpdateUnknown
-from ..kv.types import KV, RANGE_ROWS_MAX, TRANSACTION_BYTES_MAX, Transaction
+from ..kv.types import KV, RANGE_ROWS_MAX, TRANSACTION_BYTES_MAX, Transaction, decode_int
 from ..runtime import Runtime
 from ..types import describe_chunk
-from .allocator import GROUP_BLOCKS, Allocator, position_class
+from .allocator import Allocator, position_class
 from .reader import BlockReader, ReadRequest
-from .record import NO_REQUEST, SUMS_INLINE_BYTES_MAX, Extent, Record, decode_record
-from .update import Action, Plan, Update, appended_sums, padded_payload, plan_update
+from .record import SUMS_INLINE_BYTES_MAX, Extent, Record, Stamp, decode_record, is_tombstone, last_sum, row_to_read
+from .rows import CHUNK, FLOOR_KEY, GROUP, Change, is_named, request_key
+from .target import ENGINE_FORMAT, EngineConfig, TargetIdentity, identify
+from .update import Action, Plan, Prepared, Update, appended_sums, padded_payload, plan_update
 
 T = TypeVar("T")
-
-ENGINE_FORMAT = 1
-
-_FORMAT_KEY = b"f"
-_CHUNK, _GROUP = b"c", b"g"
-GROUP_ROW_BYTES = 7 + GROUP_BLOCKS // 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineConfig:
-    """Settings of one target; may differ between targets."""
-
-    reserve_bytes: int = 64 << 20
-    """New blocks are refused (NoSpace) when the disk has less than this left."""
-
-    def __post_init__(self) -> None:
-        if self.reserve_bytes < 0:
-            raise ValueError(f"reserve_bytes must not be negative: {self.reserve_bytes}")
-
-
-class TargetIdentity(msgspec.Struct, frozen=True, array_like=True):
-    """Who this target is: written once, when its index is made."""
-
-    format: int
-    target: bytes
-    """16 random bytes."""
-
-
-class Change:
-    """What one update wants of the next flush."""
-
-    __slots__ = ("files", "freed", "named", "rows")
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[bytes, bytes | None]] = []
-        self.named: list[int] = []
-        """Blocks that only this change knows of. Emptied once a record names them, or may name them."""
-        self.freed: list[int] = []
-        self.files: list[int] = []
-
-    def index_bytes(self) -> int:
-        """At most this much goes into the index transaction: the records, and a group row per block."""
-        rows = sum(len(key) + (len(row) if row is not None else 0) for key, row in self.rows)
-        return rows + GROUP_ROW_BYTES * (len(self.named) + len(self.freed))
 
 
 class EngineCounters(msgspec.Struct):
@@ -96,8 +56,8 @@ class EngineCounters(msgspec.Struct):
     """Bytes written to block files for it."""
 
 
-class ChunkEngine:
-    """Open it with `ChunkEngine.open`; close it with `close`."""
+class CoreEngine:
+    """Open it with `open`; close it with `close`."""
 
     def __init__(self, disk: Disk, index: KV, runtime: Runtime, config: EngineConfig, identity: TargetIdentity) -> None:
         self._disk = disk
@@ -115,30 +75,36 @@ class ChunkEngine:
         """Calls in the air that may use the disk."""
         self._closing: asyncio.Future[None] | None = None
         """Set by `close`, which waits for it if there are calls."""
+        self._keeps_tombstones = config.keeps_tombstones
+        self.floor = 0
+        """Chunks without a row begin above this version."""
         self.allocator = Allocator(disk, reserve_bytes=config.reserve_bytes)
         self.reader = BlockReader(disk, self.allocator)
         self.identity = identity
         self.counters = EngineCounters()
 
     @classmethod
-    async def open(cls, disk: Disk, index: KV, runtime: Runtime, *, config: EngineConfig | None = None) -> ChunkEngine:
-        """Open the target on `disk` and `index`, made when `index` is empty. Raises StoreFormat for a newer one."""
+    async def open(cls, disk: Disk, index: KV, runtime: Runtime, *, config: EngineConfig | None = None) -> Self:
+        """Open the target on `disk` and `index`, made when `index` is empty.
 
-        async def identify(txn: Transaction) -> TargetIdentity:
-            row = await txn.get(_FORMAT_KEY)
-            if row is not None:
-                return msgspec.msgpack.decode(row, type=TargetIdentity)
-            identity = TargetIdentity(ENGINE_FORMAT, runtime.random_bytes(16))
-            txn.put(_FORMAT_KEY, msgspec.msgpack.encode(identity))
-            return identity
-
-        identity = await index.run(identify)
+        Raises StoreFormat for a newer format, or another target than the configured one.
+        """
+        config = config or EngineConfig()
+        identity = await index.run(partial(identify, runtime=runtime, target=config.target))
         if identity.format > ENGINE_FORMAT:
             raise StoreFormat(f"target format {identity.format} is newer than {ENGINE_FORMAT}; upgrade emberline")
-        engine = cls(disk, index, runtime, config or EngineConfig(), identity)
+        if config.target is not None and config.target != identity.target:
+            raise StoreFormat(f"the disk holds target {identity.target.hex()}, not {config.target.hex()}")
+        engine = cls(disk, index, runtime, config, identity)
+        engine.floor = decode_int(await index.begin().get(FLOOR_KEY))
         async for class_log2, group, bitmap in engine.groups():
             engine.allocator.classes[class_log2].load_group(group, bitmap)
         return engine
+
+    @property
+    def failure(self) -> str | None:
+        """Why the target takes no updates any more; None: it does."""
+        return self._failure
 
     async def close(self) -> None:
         """Refuse new calls (StoreClosed), finish what is in the air and close the files. The index is the caller's."""
@@ -170,10 +136,16 @@ class ChunkEngine:
     # --- reads -----------------------------------------------------------------------------------------------------
 
     async def read(
-        self, chunks: Sequence[bytes], offsets: Sequence[int], destinations: Sequence[memoryview]
+        self,
+        chunks: Sequence[bytes],
+        offsets: Sequence[int],
+        destinations: Sequence[memoryview],
+        *,
+        pending: Sequence[bool] | None = None,
     ) -> list[int | Corruption]:
         """Read committed bytes from `offsets[i]` of `chunks[i]` into `destinations[i]`.
 
+        If `pending[i]`, the pending version is read instead, where there is one (a removal reads as absent).
         Returns per item the count (short at the chunk's end, 0 for an absent chunk) or the Corruption that was found;
         of a corrupt item the destination holds nothing to rely on. Raises StoreClosed.
         """
@@ -183,7 +155,9 @@ class ChunkEngine:
         self._reads_by_epoch[epoch] = self._reads_by_epoch.get(epoch, 0) + 1
         self._calls += 1  # `during`, without its frames
         try:
-            rows = await self._index.begin().get_many([_CHUNK + chunk for chunk in chunks])
+            rows = await self._index.begin().get_many([CHUNK + chunk for chunk in chunks])
+            if pending is not None:
+                rows = list(map(row_to_read, chunks, rows, pending))
             requests = self.reader.requests(chunks, rows, offsets, destinations)
             await self.reader.read(requests)
             results: list[int | Corruption] = []
@@ -191,19 +165,22 @@ class ChunkEngine:
                 if request.error is None:
                     results.append(request.count)
                 else:
-                    results.append(await self._read_again(request, rows[index], offsets[index], destinations[index]))
+                    is_pending = pending is not None and pending[index]
+                    again = self._read_again(request, rows[index], offsets[index], destinations[index], is_pending)
+                    results.append(await again)
             return results
         finally:
             self._calls -= 1  # Before anything is called: see `during`.
             self._end_read(epoch)
 
     async def _read_again(
-        self, failed: ReadRequest, row: bytes | None, offset: int, destination: memoryview
+        self, failed: ReadRequest, row: bytes | None, offset: int, destination: memoryview, is_pending: bool
     ) -> int | Corruption:
         """A mismatch is damage only if the record still says the same: an append may have reused a truncated tail."""
         assert failed.error is not None
         while True:
-            new_row = (await self._index.begin().get_many([_CHUNK + failed.chunk]))[0]
+            new_row = await self._index.begin().get(CHUNK + failed.chunk)
+            new_row = row_to_read(failed.chunk, new_row, is_pending)
             if new_row == row:
                 return failed.error
             row = new_row
@@ -231,30 +208,39 @@ class ChunkEngine:
 
     async def record(self, chunk: bytes) -> Record | None:
         """The record of a chunk, decoded. Raises Corruption."""
-        row = await self._index.begin().get(_CHUNK + chunk)
+        row = await self._index.begin().get(CHUNK + chunk)
         return None if row is None else decode_record(chunk, row)
 
     async def scan(
         self, begin: bytes, end: bytes, *, limit: int = RANGE_ROWS_MAX, reverse: bool = False
     ) -> list[tuple[bytes, bytes]]:
-        """(chunk, undecoded record) of [begin, end), at most `limit`."""
-        rows = await self._index.begin().range(
-            _CHUNK + begin, _CHUNK + end, limit=limit, reverse=reverse, snapshot=True
-        )
-        return [(key[1:], row) for key, row in rows]
+        """(chunk, undecoded record) of [begin, end), at most `limit` and RANGE_ROWS_MAX. Tombstones are left out."""
+        low, high = CHUNK + begin, CHUNK + end
+        limit = min(limit, RANGE_ROWS_MAX)
+        found: list[tuple[bytes, bytes]] = []
+        while len(found) < limit:
+            page = await self._index.begin().range(low, high, limit=limit, reverse=reverse, snapshot=True)
+            found += [(key[1:], row) for key, row in page if not is_tombstone(row)]
+            if len(page) < limit:
+                break
+            if reverse:
+                high = page[-1][0]
+            else:
+                low = page[-1][0] + b"\x00"
+        return found[:limit]
 
     def snapshot(self) -> Transaction:
         """The index as it is now, for `records` and `groups`: they raise Conflict once it is not so any more."""
         return self._index.begin()
 
     async def records(self, *, at: Transaction | None = None) -> AsyncIterator[tuple[bytes, bytes]]:
-        """Every (chunk, undecoded record), in order. Without `at` not one state: a page at a time."""
-        async for key, row in self._rows(_CHUNK, _CHUNK + b"\xff", at):
+        """Every (chunk, undecoded record), tombstones too, in order. Without `at` not one state: a page at a time."""
+        async for key, row in self._rows(CHUNK, CHUNK + b"\xff", at):
             yield key[1:], row
 
     async def groups(self, *, at: Transaction | None = None) -> AsyncIterator[tuple[int, int, int]]:
         """Every (class log2, group, bitmap of the blocks that records name)."""
-        async for key, row in self._rows(_GROUP, _GROUP + b"\xff", at):
+        async for key, row in self._rows(GROUP, GROUP + b"\xff", at):
             yield key[1], int.from_bytes(key[2:], "big"), int.from_bytes(row, "little")
 
     async def _rows(self, begin: bytes, end: bytes, at: Transaction | None) -> AsyncIterator[tuple[bytes, bytes]]:
@@ -265,84 +251,136 @@ class ChunkEngine:
 
     # --- updates ---------------------------------------------------------------------------------------------------
 
-    async def prepare(self, updates: Sequence[Update], *, publish: bool = False) -> list[int]:
-        """Apply `updates` (each of another chunk) as pending versions, durably; returns their versions.
+    async def prepare(
+        self, updates: Sequence[Update], *, publish: bool = False, checks_requests: bool = True
+    ) -> list[Prepared]:
+        """Apply `updates` (each of another chunk) as pending versions, durably; returns what they made of their chunks.
 
         All of one call share one flush, but each update is atomic by itself: if one raises, none of this call's became
-        visible. `publish=True` commits in the same flush. A repeated request (same or lower sequence of the same
-        client and channel as the chunk's last) changes nothing and returns the version it had.
+        visible. `publish=True` commits in the same flush. A pending version of the chunk is replaced.
+
+        A request that was published before, or is the pending one's, changes nothing and gets the present answer; one
+        older than its channel's last raises StaleChunk. `checks_requests=False`: it is applied all the same, as a
+        replica does that a predecessor tells to.
+
+        An explicit version must be the committed one + 1. For a chunk that is not there (or a tombstone), and for a
+        REPLACE or REMOVE, any higher one will do; else StaleChunk.
         Raises NoSpace, Corruption (a partial write over damaged bytes), StaleChunk, TargetFailed, StoreClosed.
         """
-        return await self.during(self._prepare(updates, publish))
+        return await self.during(self._prepare(updates, publish, checks_requests))
 
-    async def _prepare(self, updates: Sequence[Update], publish: bool) -> list[int]:
+    async def _prepare(self, updates: Sequence[Update], publish: bool, checks_requests: bool) -> list[Prepared]:
         self._check_alive()
         assert len({update.chunk for update in updates}) == len(updates), "a batch names a chunk once"
-        rows = await self._index.begin().get_many([_CHUNK + update.chunk for update in updates])
+        keys = [CHUNK + update.chunk for update in updates]
+        checked = [update for update in updates if checks_requests and is_named(update.request)]
+        keys += [request_key(update.request.client, update.request.channel) for update in checked]
+        rows = await self._index.begin().get_many(keys)
+        last = dict(zip([update.chunk for update in checked], rows[len(updates) :], strict=True)) if checked else {}
         change = Change()
         writes: list[WriteItem] = []
-        versions: list[int] = []
+        prepared: list[Prepared] = []
         try:
-            for update, row in zip(updates, rows, strict=True):
+            for update, row in zip(updates, rows, strict=not last):
                 try:
                     record = decode_record(update.chunk, row) if row is not None else None
                 except Corruption:
-                    if update.action is not Action.REMOVE or not publish:
+                    if update.action is not Action.REMOVE or not publish or self._keeps_tombstones:
                         raise
-                    # Which block it named is not known any more: the block is free again once fsck has looked.
-                    change.rows.append((_CHUNK + update.chunk, None))
-                    versions.append(0)
+                    change.delete_damaged(update.chunk)
+                    prepared.append(Prepared(0, 0, 0))
                     continue
-                versions.append(await self._plan(update, record, publish, change, writes))
-            if writes:
-                await self._write(writes)
-            if change.rows:
-                change.files = sorted({file for file, _, _ in writes})
-                await self._flushes.submit(change)
+                if update.chunk in last:
+                    present = await self._present_answer(update, record, last[update.chunk], publish)
+                    if present is not None:
+                        prepared.append(present)
+                        continue
+                prepared.append(await self._plan(update, record, publish, change, writes))
+            await self._submit(change, writes)
         except BaseException:
-            for position in change.named:
-                self.allocator.release(position)
+            self._release_named(change)
             raise
         self.counters.updates += len(updates)
-        return versions
+        return prepared
+
+    async def _present_answer(
+        self, update: Update, record: Record | None, last_row: bytes | None, publish: bool
+    ) -> Prepared | None:
+        """The answer to a request that came before; None: it is new. Raises StaleChunk for a late copy."""
+        request = update.request
+        last = decode_int(last_row) if last_row is not None else -1
+        pending = record.request if record is not None and record.is_pending else None
+        if pending is not None and pending[:2] != request[:2]:
+            pending = None
+        newest = max(last, pending.sequence if pending is not None else -1)
+        if request.sequence < newest:
+            raise StaleChunk(
+                f"late copy of request {request.sequence} for chunk {describe_chunk(update.chunk)}: "
+                f"{newest} was the last"
+            )
+        if request.sequence == last:
+            return await self._summary(update.chunk, record, pending=False)
+        if pending == request and not publish:
+            return await self._summary(update.chunk, record, pending=True)
+        return None
+
+    async def _summary(self, chunk: bytes, record: Record | None, *, pending: bool) -> Prepared:
+        """What the committed (or the pending) version of a chunk is. Raises Corruption."""
+        if record is None:
+            return Prepared(0, 0, 0)
+        extent = record.pending if pending else record.committed
+        if extent is None:
+            return Prepared(record.pending_version if pending else record.version, 0, 0)
+        sums = await self.reader.sums(chunk, extent, record.granule_log2)
+        return Prepared(extent.version, extent.length, last_sum(sums))
 
     async def _plan(
         self, update: Update, record: Record | None, publish: bool, change: Change, writes: list[WriteItem]
-    ) -> int:
-        """Work out one update into `change` and `writes`; returns its version."""
+    ) -> Prepared:
+        """Work out one update into `change` and `writes`; returns what it makes of the chunk."""
         committed = record.committed if record is not None else None
         pending = record.pending if record is not None else None
-        current = committed.version if committed is not None else 0
-        if record is not None and update.request.client == record.request.client != bytes(16):
-            same_channel = update.request.channel == record.request.channel
-            if same_channel and update.request.sequence <= record.request.sequence:
-                return current + 1 if record.is_pending else current
-        version = update.version if update.version is not None else current + 1
-        if version != current + 1:
-            raise StaleChunk(
-                f"update {version} of chunk {describe_chunk(update.chunk)} does not follow committed version {current}"
-            )
+        version = self._next_version(update, record)
         granule_log2 = record.granule_log2 if record is not None else update.granule_log2
         block_bytes = 1 << position_class(committed.position) if committed is not None else 0
         plan = plan_update(update, committed, pending, block_bytes=block_bytes)
-        if plan.way == "nothing" or (plan.way == "remove" and record is None):
-            return current
+        is_absent = record is None or (committed is None and not record.is_pending)
+        makes_tombstone = self._keeps_tombstones and update.version is not None
+        if plan.way == "nothing" or (plan.way == "remove" and is_absent and not makes_tombstone):
+            return await self._summary(update.chunk, record, pending=False)
         extent = await self._next_extent(update, committed, granule_log2, version, plan, change, writes)
-        if pending is not None and (committed is None or pending.position != committed.position):
-            change.freed.append(pending.position)
-        # An update that nobody repeats (a truncate, say) must not make a repeated write before it look new.
-        request = record.request if record is not None and update.request == NO_REQUEST else update.request
+        removal = Stamp(version, update.chain_version) if extent is None else None
         if publish:
-            row = None
-            if extent is not None:
-                row = Record(granule_log2, extent, None, False, request).encode(update.chunk)
-            if committed is not None and (extent is None or extent.position != committed.position):
-                change.freed.append(committed.position)
+            new = self._published(granule_log2, extent, removal)
+            change.note_request(update.request)
         else:
-            row = Record(granule_log2, committed, extent, extent is None, request).encode(update.chunk)
-        change.rows.append((_CHUNK + update.chunk, row))
+            tombstone = record.tombstone if record is not None else None
+            new = Record(granule_log2, committed, extent, tombstone, removal, update.request)
+        change.put_record(update.chunk, record, new)
         self.counters.payload_bytes += len(update.payload)
-        return version
+        if extent is None:
+            return Prepared(version, 0, 0)
+        return Prepared(version, extent.length, last_sum(extent.sums))
+
+    def _next_version(self, update: Update, record: Record | None) -> int:
+        current = record.version if record is not None else 0
+        following = (current or self.floor) + 1
+        if update.version is None or update.version == following:
+            return following
+        is_whole = record is None or record.committed is None or update.action in (Action.REPLACE, Action.REMOVE)
+        # The floor binds our own numbers only: a head may have purged less than we have.
+        if is_whole and update.version > current:
+            return update.version
+        raise StaleChunk(
+            f"update {update.version} of chunk {describe_chunk(update.chunk)} does not follow committed version "
+            f"{current}"
+        )
+
+    def _published(self, granule_log2: int, pending: Extent | None, removal: Stamp | None) -> Record | None:
+        """The record once a pending version is committed; None: no row is left."""
+        if pending is not None:
+            return Record(granule_log2, pending)
+        return Record(granule_log2, None, None, removal) if self._keeps_tombstones else None
 
     async def _next_extent(
         self,
@@ -360,8 +398,8 @@ class ChunkEngine:
             return None
         if way == "truncate":
             assert committed is not None
-            sums = await self._truncated_sums(update.chunk, committed, granule_log2, update.offset)
-            return self._with_sums(committed, update.offset, version, update.chain_version, sums, writes)
+            sums = await self._truncated_sums(update.chunk, committed, granule_log2, plan.length)
+            return self._with_sums(committed, plan.length, version, update.chain_version, sums, writes)
         if way == "in place":
             assert committed is not None
             payload = padded_payload(update, begin=committed.length)
@@ -376,13 +414,19 @@ class ChunkEngine:
             payload = await self._merged(update, committed, granule_log2, plan.length)
         else:
             payload = padded_payload(update, begin=0)
+        return self._fresh_extent(payload, granule_log2, Stamp(version, update.chain_version), change, writes)
+
+    def _fresh_extent(
+        self, payload: memoryview, granule_log2: int, versions: Stamp, change: Change, writes: list[WriteItem]
+    ) -> Extent:
+        """The extent of `payload` in a new block."""
         position = self._allocate(len(payload))
         change.named.append(position)
         file, block = self.allocator.place(position)
         writes.append((file, payload, block))
-        sums = cumulative_sums(payload, granule=granule)
-        fresh = Extent(position, 0, version, update.chain_version, b"")
-        return self._with_sums(fresh, len(payload), version, update.chain_version, sums, writes)
+        sums = cumulative_sums(payload, granule=1 << granule_log2)
+        fresh = Extent(position, 0, *versions, b"")
+        return self._with_sums(fresh, len(payload), *versions, sums, writes)
 
     def _allocate(self, length: int) -> int:
         try:
@@ -399,7 +443,7 @@ class ChunkEngine:
         slot = 1 - extent.slot if extent.slot is not None else 0
         file, offset = self.allocator.place_side(extent.position, slot)
         writes.append((file, memoryview(sums), offset))
-        return Extent(extent.position, length, version, chain_version, b"", slot, crc32c(sums))
+        return Extent(extent.position, length, version, chain_version, sums, slot, crc32c(sums))
 
     async def _merged(self, update: Update, committed: Extent, granule_log2: int, length: int) -> memoryview:
         """What a new block gets: the committed bytes, cut or grown to `length`, with the payload over them."""
@@ -427,33 +471,27 @@ class ChunkEngine:
 
     async def _commit(self, chunks: Sequence[bytes], versions: Sequence[int]) -> None:
         self._check_alive()
-        rows = await self._index.begin().get_many([_CHUNK + chunk for chunk in chunks])
+        rows = await self._index.begin().get_many([CHUNK + chunk for chunk in chunks])
         change = Change()
         for chunk, row, version in zip(chunks, rows, versions, strict=True):
             record = decode_record(chunk, row) if row is not None else None
-            if record is None:
+            if record is None or version <= record.version:
                 continue
-            committed, pending = record.committed, record.pending
-            current = committed.version if committed is not None else 0
-            if version <= current:
-                continue
-            if not record.is_pending or version != current + 1:
+            if version != record.pending_version:
                 raise StaleChunk(
-                    f"chunk {describe_chunk(chunk)} has no pending version {version}, committed is {current}"
+                    f"chunk {describe_chunk(chunk)} has no pending version {version}, committed is {record.version}"
                 )
-            if committed is not None and (pending is None or pending.position != committed.position):
-                change.freed.append(committed.position)
-            published = Record(record.granule_log2, pending, None, False, record.request)
-            change.rows.append((_CHUNK + chunk, published.encode(chunk) if pending is not None else None))
-        if change.rows:
-            await self._flushes.submit(change)
+            published = self._published(record.granule_log2, record.pending, record.removal)
+            change.put_record(chunk, record, published)
+            change.note_request(record.request)
+        await self._submit(change, [])
 
     async def free_leaked(self, positions: Sequence[int]) -> None:
         """Free blocks that are marked as taken and that no record names, durably. See `scrub.check`."""
         self._check_alive()
         change = Change()
         change.freed = list(positions)
-        await self.during(self._flushes.submit(change))
+        await self.during(self._submit(change, []))
 
     def trim(self) -> int:
         """Give the space of wholly free block groups back to the file system; returns the bytes. Raises StoreClosed.
@@ -465,6 +503,19 @@ class ChunkEngine:
         return self.allocator.trim()
 
     # --- flushing --------------------------------------------------------------------------------------------------
+
+    async def _submit(self, change: Change, writes: list[WriteItem]) -> None:
+        """Write the data, then return once a flush has made `change` durable."""
+        if writes:
+            await self._write(writes)
+            change.files = sorted({file for file, _, _ in writes})
+        if change.rows or change.maxima or change.freed:
+            await self._flushes.submit(change)
+
+    def _release_named(self, change: Change) -> None:
+        """After a failure: the blocks that nobody got to know of are free again."""
+        for position in change.named:
+            self.allocator.release(position)
 
     async def _write(self, writes: list[WriteItem]) -> None:
         self._check_alive()
@@ -500,11 +551,14 @@ class ChunkEngine:
                     txn.delete(key)
                 else:
                     txn.put(key, row)
+            for key, value in change.maxima:
+                txn.max(key, value)
         for (class_log2, group), bitmap in groups.items():
-            txn.put(_GROUP + bytes([class_log2]) + group.to_bytes(5, "big"), bitmap.to_bytes(32, "little"))
-        # More blocks given up than taken is a deletion: it may use the index's reserve on a full disk.
+            txn.put(GROUP + bytes([class_log2]) + group.to_bytes(5, "big"), bitmap.to_bytes(32, "little"))
+        # More blocks given up than taken is a deletion, as are rows without blocks: it may use the index's reserve.
+        reclaims = len(freed) > len(named) or (not named and _only_deletes(changes))
         try:
-            await txn.commit(reclaims=len(freed) > len(named))
+            await txn.commit(reclaims=reclaims)
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, TargetFailed | UpdateUnknown):
                 raise
@@ -518,6 +572,9 @@ class ChunkEngine:
         self.allocator.adopt(groups)
         for change in changes:
             change.named.clear()
+            for key, value in change.maxima:
+                if key == FLOOR_KEY:
+                    self.floor = max(self.floor, value)
         self.counters.flushes += 1
         if freed:
             self._limbo.append((self._epoch, freed))
@@ -535,4 +592,6 @@ class ChunkEngine:
             )
 
 
-__all__ = ["Action", "ChunkEngine", "EngineConfig", "EngineCounters", "Update"]
+def _only_deletes(changes: list[Change]) -> bool:
+    rows = [row for change in changes for _, row in change.rows]
+    return bool(rows) and all(row is None for row in rows)

@@ -10,7 +10,7 @@ Does not know: files, or where a good copy may be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import Conflict, Corruption
@@ -18,8 +18,9 @@ from ..kv.types import Transaction
 from ..runtime import Runtime
 from ..types import describe_chunk
 from .allocator import GROUP_BLOCKS, position_class, position_index
-from .engine import ChunkEngine
-from .record import Extent, Record, decode_record
+from .record import Extent, Record, decode_record, is_tombstone
+from .replica import ChunkEngine
+from .rows import PENDING, TOMBSTONE
 
 PIECE_BYTES = 4 << 20
 """Read at once, and so lost to sight behind the first damaged granule in it."""
@@ -32,7 +33,7 @@ class Finding:
     """One thing that is wrong."""
 
     kind: str
-    """"record", "data" (scrub), "leaked", "owned twice", "unmarked" or "outside" (check)."""
+    """"record", "data" (scrub), "leaked", "owned twice", "unmarked", "outside" or "misfiled" (check)."""
     chunk: str
     """As people read it (see `describe_chunk`); empty if no chunk is concerned."""
     offset: int
@@ -101,7 +102,7 @@ class _Scrubber:
                 self.report.findings += found
                 break
             row = rows[0][1]
-        self.report.chunks += 1
+        self.report.chunks += not is_tombstone(row)
 
     async def _verify(self, chunk: bytes, row: bytes) -> list[Finding]:
         try:
@@ -148,8 +149,8 @@ class _Scrubber:
 async def check(engine: ChunkEngine, *, repair: bool = False) -> CheckReport:
     """Compare records, bitmaps and files: each named block is marked, inside its file, and named once; no other is.
 
-    `repair` frees leaked blocks, unless a record is damaged: they may be its. Raises Conflict if the target is written
-    to in each of a few tries.
+    And the lists of pending versions and tombstones say what the records say. `repair` frees leaked blocks, unless a
+    record is damaged: they may be its. Raises Conflict if the target is written to in each of a few tries.
     """
     checker = await _checked(engine)
     leaked = list(checker.leaked())
@@ -190,10 +191,15 @@ class _Checker:
     async def read(self, snapshot: Transaction) -> None:
         async for class_log2, group, bitmap in self._engine.groups(at=snapshot):
             self._marked[class_log2, group] = bitmap
+        pending = _Listing("pending versions", self._engine.listed(PENDING, at=snapshot))
+        tombstones = _Listing("tombstones", self._engine.listed(TOMBSTONE, at=snapshot))
         async for chunk, row in self._engine.records(at=snapshot):
-            self.report.chunks += 1
+            self.report.chunks += not is_tombstone(row)
             try:
                 record = decode_record(chunk, row)
+                for what, has in ((pending, record.is_pending), (tombstones, record.tombstone is not None)):
+                    if await what.names(chunk) != has:
+                        self._found("misfiled", chunk, f"the list of {what.noun} is wrong about the chunk")
             except Corruption as error:
                 self.is_record_damaged = True
                 self.report.findings.append(Finding("record", describe_chunk(chunk), 0, error.message))
@@ -235,6 +241,21 @@ class _Checker:
             while left:
                 yield class_log2 << 56 | group * GROUP_BLOCKS + (left & -left).bit_length() - 1
                 left &= left - 1
+
+
+class _Listing:
+    """A list of chunks in the index, walked beside the records: both are in the order of chunks."""
+
+    def __init__(self, noun: str, chunks: AsyncIterator[bytes]) -> None:
+        self.noun = noun
+        self._chunks = chunks
+        self._next: bytes | None = b""
+
+    async def names(self, chunk: bytes) -> bool:
+        """Whether `chunk`, which comes after all that were asked for, is on the list."""
+        while self._next is not None and self._next < chunk:
+            self._next = await anext(self._chunks, None)
+        return self._next == chunk
 
 
 def _extents(record: Record) -> list[Extent]:

@@ -43,11 +43,23 @@ class Update(NamedTuple):
     offset: int = 0
     payload: memoryview = memoryview(b"")
     version: int | None = None
-    """The update version the chain's head gave it; None lets the engine take the next one."""
+    """The update version the chain's head gave it; None lets the engine take the next one. An update with one is always
+    carried out, as other replicas do: a truncate that cuts nothing makes a version, and so does removing a tombstone.
+    """
     chain_version: int = 1
     request: Request = NO_REQUEST
     granule_log2: int = 14
     """For a chunk that does not exist yet; a chunk keeps the granule it was made with."""
+
+
+class Prepared(NamedTuple):
+    """What an update made of its chunk, for replicas to compare."""
+
+    version: int
+    """0: there is no such chunk, and the update made none."""
+    length: int
+    crc: int
+    """CRC32C of the content. 0, as the length, for a removed chunk."""
 
 
 class Plan(NamedTuple):
@@ -68,9 +80,9 @@ def plan_update(update: Update, committed: Extent | None, pending: Extent | None
         case Action.REMOVE:
             return Plan("remove", 0)
         case Action.TRUNCATE:
-            if committed is None or update.offset >= old_length:
+            if committed is None or (update.offset >= old_length and update.version is None):
                 return Plan("nothing", old_length)
-            return Plan("copy" if shared else "truncate", update.offset)
+            return Plan("copy" if shared else "truncate", min(update.offset, old_length))
         case Action.REPLACE:
             assert update.offset == 0
             return Plan("fresh", len(update.payload))

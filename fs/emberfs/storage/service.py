@@ -1,8 +1,10 @@
 """The storage service: takes chunk messages and runs them on the engines of its targets.
 
 Embedded, every chain has one replica, which is head and last serving target at once: an update is prepared and
-published in one flush. Invariants: one update of a chunk at a time (a lock per chunk, held until it is durable);
-items of a batch that name the same chunk are applied in their order.
+published in one flush. Calls within a process are not sent again, so the engine is not told their requests.
+
+Invariants: one update of a chunk at a time (a lock per chunk, held until it is durable); items of a batch that name
+the same chunk are applied in their order.
 
 Does not know: files, paths, or where else a chunk may be.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from ..engine import Action, ChunkEngine, Request, Update
+from ..engine import Action, ChunkEngine, Update
 from ..engine.record import decode_record
 from ..errors import Corruption, LimitExceeded
 from ..locks import KeyedLocks
@@ -65,9 +67,9 @@ class StorageService:
         return list(groups.items())
 
     async def _read(self, request: ReadChunks, buffers: Sequence[memoryview]) -> Message:
-        _check_batch(len(request.chunks))
+        check_batch(len(request.chunks))
         if self._only is not None:
-            return _chunks_read(await self._only.read(request.chunks, request.offsets, buffers))
+            return chunks_read(await self._only.read(request.chunks, request.offsets, buffers))
         results: list[int | Corruption] = [0] * len(buffers)
 
         async def read_of(engine: ChunkEngine, indices: list[int]) -> None:
@@ -78,19 +80,17 @@ class StorageService:
                 results[index] = result
 
         await self._all(read_of(engine, indices) for engine, indices in self._by_engine(request.chains))
-        return _chunks_read(results)
+        return chunks_read(results)
 
     async def _write(self, request: WriteChunks, buffers: Sequence[memoryview]) -> Message:
-        _check_batch(len(request.chunks))
-        small = request.chunk_size_bytes <= GRANULE_SMALL_CHUNK_BYTES_MAX
-        granule_log2 = GRANULE_LOG2_SMALL if small else GRANULE_LOG2_LARGE
+        check_batch(len(request.chunks))
+        granule_log2 = granule_log2_of(request.chunk_size_bytes)
         action = Action.REPLACE if request.replace else Action.WRITE
         updates = []
-        for index, (chunk, offset, payload) in enumerate(zip(request.chunks, request.offsets, buffers, strict=True)):
+        for chunk, offset, payload in zip(request.chunks, request.offsets, buffers, strict=True):
             if offset + len(payload) > request.chunk_size_bytes:
                 raise LimitExceeded(f"a write ends at {offset + len(payload)} of a {request.chunk_size_bytes} B chunk")
-            name = Request(request.client, request.channel, request.sequence + index)
-            updates.append(Update(chunk, action, offset, payload, request=name, granule_log2=granule_log2))
+            updates.append(Update(chunk, action, offset, payload, granule_log2=granule_log2))
         await self._update(request.chains, updates)
         return Done()
 
@@ -142,20 +142,31 @@ class StorageService:
 
 
 async def _apply_in_rounds(engine: ChunkEngine, updates: Sequence[Update]) -> None:
+    for batch in rounds(updates):
+        await engine.prepare(batch, publish=True)
+
+
+def rounds(updates: Sequence[Update]) -> list[list[Update]]:
     """The engine takes a chunk once per batch: the n-th update of each chunk goes in round n."""
-    rounds: list[list[Update]] = []
+    batches: list[list[Update]] = []
     seen: dict[bytes, int] = {}
     for update in updates:
         number = seen.get(update.chunk, 0)
         seen[update.chunk] = number + 1
-        if number == len(rounds):
-            rounds.append([])
-        rounds[number].append(update)
-    for batch in rounds:
-        await engine.prepare(batch, publish=True)
+        if number == len(batches):
+            batches.append([])
+        batches[number].append(update)
+    return batches
 
 
-def _chunks_read(results: list[int | Corruption]) -> ChunksRead:
+def granule_log2_of(chunk_size_bytes: int) -> int:
+    """How finely a chunk that may grow to this size is checksummed."""
+    small = chunk_size_bytes <= GRANULE_SMALL_CHUNK_BYTES_MAX
+    return GRANULE_LOG2_SMALL if small else GRANULE_LOG2_LARGE
+
+
+def chunks_read(results: list[int | Corruption]) -> ChunksRead:
+    """The reply to a read."""
     errors = {}
     for index, result in enumerate(results):
         if type(result) is not int:
@@ -166,6 +177,7 @@ def _chunks_read(results: list[int | Corruption]) -> ChunksRead:
     return ChunksRead([result if isinstance(result, int) else 0 for result in results], errors)
 
 
-def _check_batch(count: int) -> None:
+def check_batch(count: int) -> None:
+    """Raises LimitExceeded."""
     if count > BATCH_ITEMS_MAX:
         raise LimitExceeded(f"a batch of {count} items is over the limit of {BATCH_ITEMS_MAX}")

@@ -45,11 +45,14 @@ class Bench:
     index: KV
     writes: list[WriteItem] = field(default_factory=list)
     """Every write to a block file, in order."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the engine, from the first `open` on."""
     engine: ChunkEngine = field(init=False)
 
     async def open(self, **settings: Any) -> ChunkEngine:
-        """Open (or open again) the engine."""
-        self.engine = await ChunkEngine.open(self.disk, self.index, self.runtime, config=EngineConfig(**settings))
+        """Open (or open again) the engine. Settings stay for the next time."""
+        self.settings |= settings
+        self.engine = await ChunkEngine.open(self.disk, self.index, self.runtime, config=EngineConfig(**self.settings))
         return self.engine
 
     async def reopen(self) -> ChunkEngine:
@@ -71,10 +74,10 @@ class Bench:
         self, action: Action, offset: int = 0, payload: bytes = b"", *, name: bytes = chunk(), **options: Any
     ) -> int:
         """One update of one chunk, published at once unless `publish=False`; returns its version."""
-        publish = options.pop("publish", True)
+        publish, checks_requests = options.pop("publish", True), options.pop("checks_requests", True)
         one = Update(name, action, offset, memoryview(payload), **options)
-        (version,) = await self.engine.prepare([one], publish=publish)
-        return version
+        (prepared,) = await self.engine.prepare([one], publish=publish, checks_requests=checks_requests)
+        return prepared.version
 
     async def write(self, offset: int, payload: bytes, **options: Any) -> int:
         return await self.update(Action.WRITE, offset, payload, **options)

@@ -148,7 +148,8 @@ class EngineConformance:
         updates = [
             Update(chunk(number), Action.WRITE, 0, memoryview(pattern(3000 + number, number))) for number in range(100)
         ]
-        assert await bench.engine.prepare(updates, publish=True) == [1] * 100
+        prepared = await bench.engine.prepare(updates, publish=True)
+        assert [each.version for each in prepared] == [1] * 100
         assert bench.engine.counters.flushes == flushes + 1
         buffers = [bytearray(4000) for _ in range(100)]
         counts = await bench.engine.read(
@@ -298,7 +299,8 @@ class EngineConformance:
         request = Request(CLIENT, 1, 5)
         assert await bench.write(0, b"first", request=request) == 1
         assert await bench.write(0, b"again", request=request) == 1
-        assert await bench.write(0, b"older", request=Request(CLIENT, 1, 4)) == 1
+        with pytest.raises(StaleChunk, match="late copy"):
+            await bench.write(0, b"older", request=Request(CLIENT, 1, 4))
         await bench.reopen()
         assert await bench.write(0, b"again", request=request) == 1
         assert await bench.read() == b"first"

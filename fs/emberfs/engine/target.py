@@ -1,0 +1,55 @@
+"""Who a target is, and its settings.
+
+Does not know: what its chunks are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from ..kv.types import Transaction
+from ..runtime import Runtime
+from .rows import IDENTITY_KEY
+
+ENGINE_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Settings of one target; may differ between targets."""
+
+    reserve_bytes: int = 64 << 20
+    """New blocks are refused (NoSpace) when the disk has less than this left."""
+    keeps_tombstones: bool = False
+    """A removed chunk leaves a row with its version, which replicas need to agree what is newer."""
+    target: bytes | None = None
+    """The id (16 bytes) that a new target gets, and that one which is there must have. None: a random one, or any."""
+
+    def __post_init__(self) -> None:
+        if self.reserve_bytes < 0:
+            raise ValueError(f"reserve_bytes must not be negative: {self.reserve_bytes}")
+
+
+class TargetIdentity(msgspec.Struct, frozen=True, array_like=True):
+    """Who this target is: written once, when its index is made."""
+
+    format: int
+    target: bytes
+    """16 random bytes."""
+    generation: bytes = b""
+    """16 random bytes, drawn when the index was made: another generation means another content."""
+
+
+async def identify(txn: Transaction, *, runtime: Runtime, target: bytes | None) -> TargetIdentity:
+    """The identity row, made when there is none; a generation is added where it is missing."""
+    row = await txn.get(IDENTITY_KEY)
+    if row is None:
+        identity = TargetIdentity(ENGINE_FORMAT, target or runtime.random_bytes(16))
+    else:
+        identity = msgspec.msgpack.decode(row, type=TargetIdentity)
+    if not identity.generation and identity.format <= ENGINE_FORMAT:
+        identity = msgspec.structs.replace(identity, generation=runtime.random_bytes(16))
+        txn.put(IDENTITY_KEY, msgspec.msgpack.encode(identity))
+    return identity
