@@ -12,10 +12,17 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from . import embedded_io, memory, metadata, peers
+from . import embedded_io, failover, memory, metadata, peers, placement, rebuild
 from .runner import Row, print_table, summary
 
-BENCHMARKS = {"embedded_io": embedded_io, "metadata": metadata, "memory": memory}
+BENCHMARKS = {
+    "embedded_io": embedded_io,
+    "metadata": metadata,
+    "memory": memory,
+    "failover": failover,
+    "rebuild": rebuild,
+    "placement": placement,
+}
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 
 

@@ -92,6 +92,8 @@ main = _CommandLine(
     lazy={
         "fs": LazyCommand("emberline.fs:fs", "Files in a store, and between stores."),
         "sql": LazyCommand("emberline.sql:sql", "Run SQL over files of a store, or of any URL."),
+        "cluster": LazyCommand("emberfs.cli.cluster:cluster", "A store of several servers: start one, look after it."),
+        "server": LazyCommand("emberfs.cli.server:server", "Run one server of a cluster in this process."),
         "bench": LazyCommand("emberfs.cli.bench:bench", "Measure a store on this machine, beside its ceilings."),
         "doctor": LazyCommand("emberfs.cli.doctor:doctor", "Check this machine and a store, and say what to do."),
     },

@@ -12,15 +12,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from ..errors import DataLost, EmberError, LimitExceeded, SessionExpired, Unavailable
-from ..messages import CloseClient, Done, ExtendSession, GetRouting, Message, OpenSession, RoutingReply
+from ..messages import CloseClient, Done, ExtendSession, GetRouting, OpenSession, RoutingReply
 from ..routing import Chain, Role, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
-
-Reply = TypeVar("Reply", bound=Message)
+from .managers import Managers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +31,9 @@ class RoutesConfig:
     """How long a manager holds a question for a newer routing."""
     session_extend_s: float = 5.0
     """How often the session is extended."""
-    retry_s: float = 0.1
-    """Pause after all managers were tried in vain."""
 
     def __post_init__(self) -> None:
-        for name in ("connect_timeout_s", "follow_wait_s", "session_extend_s", "retry_s"):
+        for name in ("connect_timeout_s", "follow_wait_s", "session_extend_s"):
             if getattr(self, name) <= 0:
                 raise LimitExceeded(f"{name} must be more than 0: {getattr(self, name)}")
 
@@ -54,13 +50,11 @@ class Routes:
         description: str = "",
         config: RoutesConfig | None = None,
     ) -> None:
-        assert managers
         self.routing = Routing(0)
         self.client = b""
         """The id our storage requests carry; a new one with each session."""
         self._runtime = runtime
-        self._network = network
-        self._managers = list(managers)
+        self._managers = Managers(runtime, network, managers)
         self._description = description
         self._config = config or RoutesConfig()
         self._chains: dict[int, Chain] = {}
@@ -73,7 +67,7 @@ class Routes:
 
     async def start(self) -> None:
         """Get the first routing and open a session. Raises Unavailable when no manager answers in time."""
-        reply = await self._ask(GetRouting(), RoutingReply, timeout_s=self._config.connect_timeout_s)
+        reply = await self._managers.ask(GetRouting(), RoutingReply, timeout_s=self._config.connect_timeout_s)
         assert reply.routing is not None
         self._adopt(reply.routing)
         await self._open_session(self._config.connect_timeout_s)
@@ -95,7 +89,7 @@ class Routes:
         self._tasks = []
         if self.client:
             try:
-                await self._ask(CloseClient(self.client), Done, timeout_s=1.0)
+                await self._managers.ask(CloseClient(self.client), Done, timeout_s=1.0)
             except EmberError:
                 pass
 
@@ -168,33 +162,13 @@ class Routes:
 
     # --- the managers ----------------------------------------------------------------------------------------------
 
-    async def _ask(self, request: Message, reply: type[Reply], *, timeout_s: float) -> Reply:
-        """Ask the primary manager, whoever it is now. Raises Unavailable after `timeout_s`, and what it answers."""
-        deadline_s = self._runtime.now_s() + timeout_s
-        tried = 0
-        while True:
-            manager = self._managers[0]
-            try:
-                answer = await self._network.connection(manager).call(request)
-            except SessionExpired:
-                raise
-            except (ConnectionError, OSError) as error:
-                # Not reached, or not the primary. All these requests may be sent again.
-                tried += 1
-                self._managers.append(self._managers.pop(0))
-                if self._runtime.now_s() > deadline_s:
-                    raise Unavailable(f"no manager answered ({', '.join(self._managers)}): {error}") from error
-                if tried % len(self._managers) == 0:
-                    await self._runtime.sleep(self._config.retry_s)
-                continue
-            assert isinstance(answer, reply)
-            return answer
-
     async def _follow(self) -> None:
         while True:
             try:
                 wait_s = self._config.follow_wait_s
-                reply = await self._ask(GetRouting(self.routing.version, wait_s), RoutingReply, timeout_s=wait_s)
+                reply = await self._managers.ask(
+                    GetRouting(self.routing.version, wait_s), RoutingReply, timeout_s=wait_s
+                )
             except EmberError:
                 continue
             if reply.routing is not None:
@@ -204,7 +178,7 @@ class Routes:
         while True:
             await self._runtime.sleep(self._config.session_extend_s)
             try:
-                await self._ask(ExtendSession(self.client), Done, timeout_s=self._config.session_extend_s)
+                await self._managers.ask(ExtendSession(self.client), Done, timeout_s=self._config.session_extend_s)
             except SessionExpired:
                 await self.renew(self.client)
             except EmberError:
@@ -212,7 +186,7 @@ class Routes:
 
     async def _open_session(self, timeout_s: float) -> None:
         client = self._runtime.random_bytes(16)
-        await self._ask(OpenSession(client, self._description), Done, timeout_s=timeout_s)
+        await self._managers.ask(OpenSession(client, self._description), Done, timeout_s=timeout_s)
         self.client = client
 
     async def renew(self, expired: bytes) -> None:

@@ -21,7 +21,7 @@ from ..client.routes import Routes, RoutesConfig
 from ..errors import LimitExceeded
 from ..portal import Portal
 from ..runtime import AsyncioRuntime
-from ..transport import TcpConfig, TcpNetwork
+from ..transport import TcpConfig, TcpNetwork, TlsFiles
 from ..transport.types import Connection
 from ..urls import cluster_addresses
 from .credentials import find_credentials
@@ -61,7 +61,7 @@ class ClusterStore:
         credentials = find_credentials(managers, config.credentials)
         self.runtime = AsyncioRuntime()
         self.portal = Portal(self.runtime)
-        self.network = TcpNetwork(self.runtime, config=TcpConfig(tls=credentials))
+        self.network = TcpNetwork(self.runtime, TcpConfig(tls=tls_files(credentials)))
         self.routes = Routes(
             self.runtime,
             self.network,
@@ -107,6 +107,13 @@ class ClusterStore:
         """In the child: touch nothing. The parent goes on as if nothing was."""
         self.forked = True
         _inherited.append(self)
+
+
+def tls_files(directory: Path | None) -> TlsFiles | None:
+    """The certificate in a directory of credentials."""
+    if directory is None:
+        return None
+    return TlsFiles(ca=directory / "ca.pem", cert=directory / "cert.pem", key=directory / "key.pem")
 
 
 _inherited: list[ClusterStore] = []

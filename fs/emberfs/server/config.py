@@ -59,8 +59,8 @@ class ManagerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     session_timeout_s: float = 60.0
     """A client that is not heard of for this long is given up."""
-    allow_same_host: bool = False
-    """Two replicas of a chain may be on one machine: for trying things out."""
+    authority: str = ""
+    """Directory of the cluster's certificate authority: this manager lets machines with a token join."""
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,350 @@
+"""`emberline cluster`: a whole cluster on this host, and what an operator asks of any cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..errors import NotFound, Unavailable
+from ..urls import cluster_addresses
+from .location import STORE_VARIABLE
+from .output import json_option, note, plural, print_columns, print_json, print_line, safe
+
+if TYPE_CHECKING:
+    from ..cluster.admin import Admin
+    from ..cluster.local import LocalCluster
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_directory = click.option(
+    "--dir",
+    "directory",
+    envvar="EMBERLINE_CLUSTER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the cluster on this host (or EMBERLINE_CLUSTER).",
+)
+
+
+@click.group(
+    no_args_is_help=True,
+    epilog="\b\nExamples:\n"
+    "  emberline cluster up --nodes 3 --dir /tmp/ember   # a whole cluster on this host\n"
+    "  export EMBERLINE_CLUSTER=/tmp/ember\n"
+    "  emberline cluster status                          # what is wrong, and what will happen\n"
+    "  emberline cluster add-node\n"
+    "  emberline cluster drain storage-1 && emberline cluster remove-node storage-1\n"
+    "  emberline cluster down",
+)
+def cluster() -> None:
+    """A store of several servers: start one here, look after it.
+
+    A cluster is named by --dir (one of this host) or by the URL of its managers, ember://host:port.
+    """
+
+
+# ---- on this host
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n"
+    "  emberline cluster up --nodes 3 --dir /tmp/ember\n"
+    "  emberline cluster up --nodes 1 --replicas 1 --dir /tmp/small\n"
+    "  emberline cluster up --dir /tmp/ember             # again: starts what does not run"
+)
+@_directory
+@click.option("--nodes", type=click.IntRange(1, 64), default=3, show_default=True, help="Storage nodes.")
+@click.option("--replicas", type=click.IntRange(1, 16), help="Copies of each chunk.  [default: 3, or as many as nodes]")
+@click.option("--targets", type=click.IntRange(1, 64), default=4, show_default=True, help="Replicas a disk holds.")
+@click.option("--kv", default="", metavar="URL", help="postgresql://… for the metadata, instead of a kv server.")
+@json_option
+def up(directory: Path | None, nodes: int, replicas: int | None, targets: int, kv: str, as_json: bool) -> None:
+    """Start a cluster on this host: one process per role and per disk, TLS between them.
+
+    All of it lies under --dir. The options hold when the cluster is made; later `up` starts what does not run.
+    """
+    from ..cluster.local import Plan
+
+    local = _local(directory)
+    plan = Plan(
+        cluster=os.urandom(8).hex(),
+        replicas=replicas or min(3, nodes),
+        targets_per_disk=targets,
+        kv=kv,
+        nodes=[f"storage-{number}" for number in range(1, nodes + 1)],
+    )
+    local.up(plan, say=note)
+    if as_json:
+        print_json({"url": local.url, "directory": str(local.directory)})
+        return
+    print_line(f"the cluster serves at {local.url}")
+    for line in (
+        f"export {STORE_VARIABLE}={local.url}",
+        f"export EMBERLINE_CLUSTER={local.directory}",
+        "emberline fs ls /",
+    ):
+        note(f"  {line}")
+
+
+@cluster.command(epilog="\b\nExamples:\n  emberline cluster down --dir /tmp/ember")
+@_directory
+@json_option
+def down(directory: Path | None, as_json: bool) -> None:
+    """Stop the servers that were started from --dir, and nothing else. The data stays; `up` goes on with it."""
+    local = _local(directory)
+    stopped = local.down(say=note)
+    if as_json:
+        print_json({"stopped": stopped})
+    else:
+        note(f"stopped {plural(stopped, 'server')}")
+
+
+@cluster.command("add-node", epilog="\b\nExamples:\n  emberline cluster add-node --dir /tmp/ember")
+@_directory
+@json_option
+def add_node(directory: Path | None, as_json: bool) -> None:
+    """Start one storage node more; its share of the chains moves there while the cluster serves."""
+    name = _local(directory).add_node(say=note)
+    if as_json:
+        print_json({"added": name})
+    else:
+        note(f"added {name}; `emberline cluster status` shows what moves")
+
+
+@cluster.command("remove-node", epilog="\b\nExamples:\n  emberline cluster remove-node storage-1 --dir /tmp/ember")
+@click.argument("name")
+@_directory
+@json_option
+def remove_node(name: str, directory: Path | None, as_json: bool) -> None:
+    """Take a drained storage node out of the cluster and stop it. Its directory stays."""
+    _local(directory).remove_node(name, say=note)
+    if as_json:
+        print_json({"removed": name})
+    else:
+        note(f"removed {name}")
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n"
+    "  emberline cluster logs manager-1 --dir /tmp/ember\n"
+    "  emberline cluster logs storage-2 -f | jq -r .message"
+)
+@click.argument("name")
+@_directory
+@click.option("-f", "--follow", is_flag=True, help="Go on as more is written.")
+@json_option
+def logs(name: str, directory: Path | None, follow: bool, as_json: bool) -> None:
+    """Print what a server logged: time, level and message; with --json its own lines."""
+    path = _local(directory).server(name).log
+    if not path.exists():
+        raise NotFound("it has not logged anything", str(path))
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        while True:
+            line = lines.readline()
+            if line:
+                click.echo(line.rstrip("\n") if as_json else _readable(line))
+            elif follow:
+                sys.stdout.flush()
+                time.sleep(0.2)
+            else:
+                return
+
+
+def _readable(line: str) -> str:
+    try:
+        record = json.loads(line)
+        text = f"{record['time']} {record['level']:7} {record['message']}"
+    except (ValueError, KeyError, TypeError):
+        return safe(line.rstrip("\n"))
+    return safe(text) + (f"\n{record['traceback']}" if "traceback" in record else "")
+
+
+# ---- any cluster
+
+
+def _cluster_argument(function: _Command) -> _Command:
+    return click.option("--url", metavar="URL", help="ember://host:port of its managers, if it is not of this host.")(
+        _directory(function)
+    )
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n"
+    "  emberline cluster status --dir /tmp/ember\n"
+    "  emberline cluster status --url ember://db1:7301,db2:7301 --json | jq '.chains[] | select(.serving < .replicas)'"
+)
+@_cluster_argument
+@json_option
+def status(directory: Path | None, url: str | None, as_json: bool) -> None:
+    """Say how the cluster is: servers, chains, what is wrong and what will happen. Exit code 1 if anything is wrong."""
+    from ..cluster.status import summarise
+
+    with _admin(directory, url) as admin:
+        reply = admin.status()
+    facts = summarise(reply)
+    if as_json:
+        print_json(facts)
+    else:
+        _print_status(facts)
+    if facts["problems"]:
+        sys.exit(1)
+
+
+def _print_status(facts: dict[str, Any]) -> None:
+    rows = [
+        (node["name"], node["role"], node["address"], node["state"], str(node["targets"] or "-"))
+        for node in facts["servers"]
+    ]
+    print_columns([("server", "role", "address", "state", "replicas"), *rows], right=(4,))
+    click.echo()
+    print_line(
+        f"{plural(facts['chains_total'], 'chain')}: {facts['chains_serving']} with all replicas; "
+        f"{plural(facts['sessions'], 'client')}; primary manager {facts['primary']}"
+    )
+    for problem in facts["problems"]:
+        print_line(f"- {problem}")
+    if not facts["problems"]:
+        print_line("all is well")
+
+
+@cluster.command(epilog="\b\nExamples:\n  emberline cluster setup --replicas 3 --targets 6 --url ember://db1:7301")
+@_cluster_argument
+@click.option("--replicas", type=click.IntRange(1, 16), default=3, show_default=True, help="Copies of each chunk.")
+@click.option("--targets", type=click.IntRange(1, 64), default=6, show_default=True, help="Replicas a disk holds.")
+@json_option
+def setup(directory: Path | None, url: str | None, replicas: int, targets: int, as_json: bool) -> None:
+    """Make the chains over the storage nodes that are there, once. `up` does it by itself."""
+    with _admin(directory, url) as admin:
+        admin.setup_chains(replicas=replicas, targets_per_disk=targets)
+        count = len(admin.routing().chains)
+    if as_json:
+        print_json({"chains": count})
+    else:
+        note(f"made {plural(count, 'chain')}; `emberline cluster status` shows when they serve")
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n  emberline cluster drain storage-2 --dir /tmp/ember\n"
+    "  emberline cluster drain storage-2 --no-wait --url ember://db1:7301"
+)
+@click.argument("name")
+@_cluster_argument
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Return once it holds nothing.")
+@json_option
+def drain(name: str, directory: Path | None, url: str | None, wait: bool, as_json: bool) -> None:
+    """Move everything off a storage node while the cluster serves. `remove-node` then takes it out."""
+    with _admin(directory, url) as admin:
+        admin.drain_node(name)
+        left = -1
+        while True:
+            now = sum(target.node == name for target in admin.routing().targets)
+            if now != left:
+                note(f"{plural(now, 'replica')} left on {name}")
+                left = now
+            if not now or not wait:
+                break
+            time.sleep(0.5)
+    if as_json:
+        print_json({"node": name, "left": left})
+
+
+@cluster.command(
+    "accept-loss", epilog="\b\nExamples:\n  emberline cluster accept-loss 7 --target 1f0c33aa --dir /tmp/ember"
+)
+@click.argument("chain", type=int)
+@click.option("--target", required=True, metavar="ID", help="The replica to go on with; the first digits will do.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_cluster_argument
+def accept_loss(chain: int, target: str, yes: bool, directory: Path | None, url: str | None) -> None:
+    """Go on with what one replica has of a lost CHAIN. What only the other replicas had is gone for good."""
+    with _admin(directory, url) as admin:
+        found = [each for each in admin.routing().chains if each.id == chain]
+        if not found:
+            raise NotFound("no such chain", str(chain))
+        matches = [each.target for each in found[0].targets if each.target.hex().startswith(target.lower())]
+        if len(matches) != 1:
+            raise click.UsageError(f"{len(matches)} replicas of chain {chain} begin with {target!r}")
+        if not yes:
+            click.confirm(f"Give up what only the other replicas of chain {chain} have?", abort=True)
+        admin.accept_loss(chain, matches[0])
+    note(f"chain {chain} goes on with {matches[0].hex()[:8]}")
+
+
+# ---- letting machines in
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n  emberline cluster token --role storage --dir /srv/ember\n"
+    "  emberline cluster token --role client --hours 1 --authority /etc/emberline/ca"
+)
+@_directory
+@click.option("--authority", type=click.Path(file_okay=False, path_type=Path), help="Where ca.pem and ca.key are.")
+@click.option("--role", type=click.Choice(["client", "kv", "manager", "meta", "storage"]), default="client")
+@click.option("--hours", type=float, default=24.0, show_default=True, help="How long it is good for.")
+def token(directory: Path | None, authority: Path | None, role: str, hours: float) -> None:
+    """Print a secret with which another machine may `join`: whoever has it gets a certificate of that role."""
+    from ..transport.certificates import make_token
+
+    where = authority or _local(directory).directory / "ca"
+    click.echo(make_token(where, role=role, valid_s=hours * 3600, now_s=time.time()))
+
+
+@cluster.command(
+    epilog="\b\nExamples:\n  emberline cluster join TOKEN 10.0.0.2:7301\n"
+    "  emberline cluster join TOKEN 10.0.0.2:7301 --into /etc/emberline/tls --name 10.0.0.9"
+)
+@click.argument("token")
+@click.argument("manager")
+@click.option(
+    "--into", type=click.Path(file_okay=False, path_type=Path), help="Directory for ca.pem, cert.pem, key.pem."
+)
+@click.option("--name", "names", multiple=True, help="Host name or address of this machine, as others reach it.")
+def join(token: str, manager: str, into: Path | None, names: tuple[str, ...]) -> None:
+    """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients."""
+    from ..cluster.credentials import directory_for
+    from ..cluster.joining import join_cluster
+
+    where = into or directory_for(manager)
+    join_cluster(token, manager, into=where, names=list(names) or [socket.gethostname()])
+    note(f"the certificate is in {where}")
+
+
+# ---- which one
+
+
+def _local(directory: Path | None) -> LocalCluster:
+    from ..cluster.local import LocalCluster
+
+    if directory is None:
+        raise click.UsageError("say which cluster: --dir DIR, or set EMBERLINE_CLUSTER")
+    return LocalCluster(directory)
+
+
+@contextmanager
+def _admin(directory: Path | None, url: str | None) -> Iterator[Admin]:
+    from ..cluster.admin import Admin
+
+    if url is None and directory is None:
+        given = os.environ.get(STORE_VARIABLE, "")
+        if not cluster_addresses(given):
+            raise click.UsageError("say which cluster: --dir DIR, --url ember://host:port, or set EMBERLINE_CLUSTER")
+        url = given
+    if url is not None:
+        if not cluster_addresses(url):
+            raise click.UsageError(f"not the URL of a cluster: {url!r}; it looks like ember://host:port")
+        with Admin(url) as admin:
+            yield admin
+        return
+    local = _local(directory)
+    if not any(server.pid() for server in local.servers()):
+        raise Unavailable("the cluster does not run: `emberline cluster up` starts it")
+    with local.admin() as admin:
+        yield admin

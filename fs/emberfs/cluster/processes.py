@@ -1,0 +1,126 @@
+"""Server processes on this host: started detached, found again by pid and start time, stopped without touching others.
+
+A pid alone may be somebody else's by now. What we started is known by (pid, start time since boot), written beside its
+log; a process that does not match both is never signalled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import Unavailable
+
+STOP_TIMEOUT_S = 20.0
+
+
+class ServerProcess:
+    """One server of a cluster under `directory`: config.toml, server.log, ready.json, pid.json."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.name = directory.name
+
+    @property
+    def log(self) -> Path:
+        """What it logged, one JSON object a line."""
+        return self.directory / "server.log"
+
+    def pid(self) -> int | None:
+        """Of the running process; None if it does not run."""
+        try:
+            known = json.loads((self.directory / "pid.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        pid = int(known["pid"])
+        return pid if _start_time(pid) == known["started"] else None
+
+    def start(self) -> None:
+        """Start it, unless it runs."""
+        if self.pid() is not None:
+            return
+        config = self.directory / "config.toml"
+        with open(self.log, "ab") as log, open(self.directory / "ready.json", "wb") as ready:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "emberline", "server", "--config", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=ready,
+                stderr=log,
+                start_new_session=True,
+                cwd="/",
+            )
+        known = {"pid": process.pid, "started": _start_time(process.pid)}
+        (self.directory / "pid.json").write_text(json.dumps(known))
+        _children[process.pid] = process
+
+    def is_ready(self) -> bool:
+        """It serves."""
+        try:
+            return b'"ready": true' in (self.directory / "ready.json").read_bytes()
+        except FileNotFoundError:
+            return False
+
+    def wait_ready(self, deadline_s: float) -> None:
+        """Wait until it serves, by the monotonic clock. Raises Unavailable, with the end of its log if it ended."""
+        while not self.is_ready():
+            _reap()
+            if self.pid() is None:
+                raise Unavailable(f"{self.name} ended at its start: {self.last_words()}")
+            if time.monotonic() > deadline_s:
+                raise Unavailable(f"{self.name} did not start in time; its log is {self.log}")
+            time.sleep(0.02)
+
+    def last_words(self) -> str:
+        """The last line of the log that says something."""
+        try:
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+        except FileNotFoundError:
+            lines = []
+        return lines[-1] if lines else "it left no log"
+
+    def stop(self, *, by: int = signal.SIGTERM, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Stop it and wait; after `timeout_s` it is killed."""
+        pid = self.pid()
+        if pid is None:
+            return
+        os.kill(pid, by)
+        if not _wait(lambda: self.pid() is None, timeout_s) and self.pid() == pid:
+            os.kill(pid, signal.SIGKILL)
+            _wait(lambda: self.pid() is None, timeout_s)
+
+
+_children: dict[int, subprocess.Popen[bytes]] = {}
+"""Started by this very process, which has to collect them when they end."""
+
+
+def _reap() -> None:
+    for pid, process in list(_children.items()):
+        if process.poll() is not None:
+            del _children[pid]
+
+
+def _wait(done: Callable[[], bool], timeout_s: float) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        _reap()
+        if done():
+            return True
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.02)
+
+
+def _start_time(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None if there is none (or only its exit status)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return None if fields[0] == b"Z" else int(fields[19])

@@ -1,0 +1,183 @@
+"""The four roles, wired: from a `ServerConfig` to a service that can be served and closed.
+
+Does not know: signals, logs, or the metrics page.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..client.router import StorageRouter
+from ..client.routes import Routes
+from ..cluster.joining import JoinDesk
+from ..cluster.store import EveryChain
+from ..disk import LocalDisk
+from ..engine import ChunkEngine, EngineConfig
+from ..kv import KvServer, LmdbKV, open_kv
+from ..manager import ManagerConfig, ManagerService
+from ..meta import ClientChunkOps, MetaConfig, MetaService
+from ..routing import Node, Role, Routing
+from ..runtime import AsyncioRuntime
+from ..storage import StorageConfig, StorageNode
+from ..transport.types import Network, Service
+from .config import ServerConfig
+from .heart import Heart
+from .metrics import Gauges
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """A role that runs."""
+
+    service: Service
+    start: Callable[[], Coroutine[Any, Any, None]]
+    """What may only be done once others reach the service."""
+    close: Callable[[], Coroutine[Any, Any, None]]
+    gauges: Gauges
+
+
+def node_of(config: ServerConfig, incarnation: bytes) -> Node:
+    """How a server presents itself."""
+    return Node(config.name, config.role, config.address, incarnation, config.rack, config.machine)
+
+
+async def open_role(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
+    """Open what the role of `config` needs. Raises what opening it raises."""
+    opener = {
+        Role.KV: _open_kv_role,
+        Role.MANAGER: _open_manager,
+        Role.META: _open_meta,
+        Role.STORAGE: _open_storage,
+    }[config.role]
+    return await opener(config, runtime, network)
+
+
+async def _open_kv_role(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
+    directory = Path(config.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    kv = LmdbKV.open(directory, runtime)
+    server = KvServer(kv, runtime)
+    await server.start()
+    heart = Heart(runtime, network, config.managers, node_of(config, runtime.random_bytes(8)))
+
+    async def start() -> None:
+        if config.managers:
+            heart.start()
+
+    async def close() -> None:
+        await heart.close()
+        await server.close()
+        await kv.close()
+
+    return Served(service=server, start=start, close=close, gauges=dict)
+
+
+async def _open_manager(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
+    kv = await open_kv(config.kv, runtime, network=network)
+    settings = ManagerConfig(session_timeout_s=config.manager.session_timeout_s)
+    service = ManagerService(kv, runtime, address=config.address, config=settings)
+    desk = JoinDesk(service, Path(config.manager.authority)) if config.manager.authority else service
+
+    # Managers are in the routing too, so that `cluster status` misses one that is gone.
+    heart = Heart(runtime, network, config.managers, node_of(config, runtime.random_bytes(8)))
+
+    async def start() -> None:
+        await service.start()
+        heart.start()
+
+    async def close() -> None:
+        await heart.close()
+        await service.close()
+        await kv.close()
+
+    def gauges() -> dict[str, float]:
+        return {"manager_is_primary": service.is_primary}
+
+    return Served(service=desk, start=start, close=close, gauges=gauges)
+
+
+async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
+    kv = await open_kv(config.kv, runtime, network=network)
+    routes = Routes(runtime, network, config.managers, description=f"metadata server {config.name}")
+    await routes.start()
+    chains = EveryChain(routes, StorageRouter(runtime, network, routes))
+    settings = MetaConfig(
+        gc_delay_s=config.meta.gc_delay_s,
+        gc_interval_s=config.meta.gc_interval_s,
+        trash_s=config.meta.trash_s,
+        shared=True,
+    )
+    service = MetaService(kv, runtime, ClientChunkOps(chains), config=settings)
+
+    async def take_routing(routing: Routing) -> None:
+        service.chains_changed([chain.id for chain in routing.chains])
+
+    async def take_sessions(live: list[bytes]) -> None:
+        await service.sessions_changed(set(live))
+
+    node = node_of(config, runtime.random_bytes(8))
+    heart = Heart(runtime, network, config.managers, node, on_routing=take_routing, on_sessions=take_sessions)
+
+    async def start() -> None:
+        await take_routing(routes.routing)
+        await service.start()
+        heart.start()
+
+    async def close() -> None:
+        await heart.close()
+        await service.close()
+        await routes.close()
+        await kv.close()
+
+    return Served(service=service, start=start, close=close, gauges=dict)
+
+
+async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
+    root = Path(config.directory)
+    root.mkdir(parents=True, exist_ok=True)
+    indices: dict[bytes, LmdbKV] = {}
+    disks: dict[bytes, LocalDisk] = {}
+
+    def directory_of(target: bytes) -> Path:
+        return root / f"target-{target.hex()}"
+
+    async def open_target(target: bytes) -> ChunkEngine:
+        directory = directory_of(target)
+        (directory / "index").mkdir(parents=True, exist_ok=True)
+        index = indices[target] = LmdbKV.open(directory / "index", runtime)
+        disk = disks[target] = LocalDisk(str(directory), runtime)
+        settings = EngineConfig(reserve_bytes=config.storage.reserve_bytes, keeps_tombstones=True, target=target)
+        return await ChunkEngine.open(disk, index, runtime, config=settings)
+
+    async def drop_target(target: bytes) -> None:
+        disks.pop(target, None)
+        if index := indices.pop(target, None):
+            await index.close()
+        await runtime.offload(shutil.rmtree, directory_of(target), True)
+
+    settings = StorageConfig(
+        resync_bytes_per_s=config.storage.resync_bytes_per_s, tombstone_s=config.storage.tombstone_s
+    )
+    node = node_of(config, runtime.random_bytes(8))
+    service = StorageNode(
+        node, runtime, network, config.managers, open_target, drop_target=drop_target, config=settings
+    )
+
+    async def close() -> None:
+        await service.close()
+        for index in indices.values():
+            await index.close()
+
+    def gauges() -> dict[str, float]:
+        return {
+            "disk_free_bytes": shutil.disk_usage(root).free,
+            "disk_size_bytes": shutil.disk_usage(root).total,
+            "targets": len(service.replicas),
+            "routing_version": service.routing.version,
+        }
+
+    return Served(service=service, start=service.start, close=close, gauges=gauges)
