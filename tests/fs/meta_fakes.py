@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
 from emberfs.kv.memory import MemoryKV
 from emberfs.kv.types import KV
-from emberfs.messages import CommitPut, List, Message, Mkdir, Open, Opened, Remove, Reserve, Stat
+from emberfs.messages import (
+    Abandon,
+    CollectGarbage,
+    CommitPut,
+    List,
+    Message,
+    Mkdir,
+    Once,
+    Open,
+    Opened,
+    Remove,
+    ReportLength,
+    Reserve,
+    Stat,
+)
 from emberfs.meta import MetaConfig, MetaService
+from emberfs.meta.check import Finding
 from emberfs.meta.keys import get_ids
+from emberfs.meta.recovery import end_clients
 from emberfs.portal import Portal
-from emberfs.runtime import AsyncioRuntime
+from emberfs.runtime import AsyncioRuntime, Runtime
+from emberfs.transport.codec import encode_message
 from emberfs.types import CHUNK_SIZE_BYTES_MIN, Chunks, Inode
 
 CHUNK = CHUNK_SIZE_BYTES_MIN
@@ -156,3 +174,72 @@ async def _stop_tasks(service: MetaService) -> None:
     """End a crashed service's tasks without letting it say goodbye to the KV."""
     service._state.reserved.add(0)
     await service.close()
+
+
+SHARED = MetaConfig(shared=True, client_grace_s=0.0)
+REPEATABLE = (Reserve, Abandon, ReportLength, CollectGarbage)
+"""Changing requests whose second attempt may get another answer."""
+
+
+class Servers:
+    """Two servers on one KV, as one client sees them that cannot decide which to ask, and asks some things twice."""
+
+    def __init__(self, kv: KV, runtime: Runtime, chunks: Any, config: MetaConfig, *, seed: int = 0) -> None:
+        self.client = runtime.random_bytes(16)
+        self.all = [MetaService(kv, runtime, chunks, config=config) for _ in range(2)]
+        self._random = random.Random(seed)
+        self._number = 0
+
+    async def start(self) -> None:
+        for server in self.all:
+            await server.start()
+        await self.sessions_changed({self.client})
+
+    async def close(self) -> None:
+        for server in self.all:
+            await server.close()
+
+    async def check(self, *, repair: bool = False) -> list[Finding]:
+        return await self.all[0].check(repair=repair)
+
+    async def sessions_changed(self, live: set[bytes]) -> None:
+        for server in self.all:
+            await server.sessions_changed(live)
+
+    async def handle(self, request: Message) -> Message:
+        first = self._random.randrange(2)
+        if request.changes_nothing:
+            return await self.all[first].handle(request)
+        self._number += 1
+        once = Once(self.client, self._number, self._number, encode_message(request))
+        reply = await self.all[first].handle(once)
+        if not isinstance(request, REPEATABLE) and self._random.random() < 0.3:
+            once.again = True
+            assert await self.all[1 - first].handle(once) == reply
+        return reply
+
+
+class SharedMeta(Meta):
+    """The same for servers that share the KV. `restart` is the death of all of them and of their client."""
+
+    service: Servers  # type: ignore[assignment]
+
+    def __init__(self, kv: KV | None = None, *, config: MetaConfig = SHARED, **options: Any) -> None:
+        super().__init__(kv, config=config, **options)
+
+    def start(self) -> None:
+        servers = Servers(self.kv, self.runtime, self.chunks, self.config)
+        self.run(servers.start())
+        self.service = servers
+
+    def crash_and_restart(self) -> None:
+        gone = self.service
+        self.run(gone.close())
+        self.start()
+        comes = self.service.client
+        self.run(self.service.sessions_changed({comes, gone.client}))
+        self.run(self.service.sessions_changed({comes}))
+        self.run(end_clients(self.service.all[0]._state))
+
+    def settle(self) -> None:
+        """Nothing is swept because of a start."""

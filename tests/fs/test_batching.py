@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from emberfs.batching import GroupCommit
 from emberfs.errors import UpdateUnknown
-
-from tests.sim.loop import SimRuntime, run
+from emberfs.testing.sim.loop import SimRuntime, run
 
 SEEDS = range(20)
 

@@ -1,4 +1,4 @@
-"""Both engines against a plain dict, with several transactions open at once.
+"""The engines against a plain dict, with several transactions open at once.
 
 The model keeps a copy of the rows for every commit. Whatever a transaction reads must be what its copy, taken when it
 began, says (plus its own writes), or a `Conflict`; and a commit must succeed or conflict just as the model decides
@@ -7,6 +7,7 @@ from what was read and what was written since.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 from emberfs.errors import Conflict
 from emberfs.kv.lmdb import LmdbKV
 from emberfs.kv.memory import MemoryKV
-from emberfs.kv.transaction import OptimisticKV, OptimisticTransaction
-from emberfs.kv.types import decode_int, encode_int
+from emberfs.kv.remote import RemoteKV
+from emberfs.kv.server import KvServer
+from emberfs.kv.types import KV, Transaction, decode_int, encode_int
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
+from emberfs.transport import MemoryConnection
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
@@ -31,7 +34,7 @@ INTS = st.integers(-1000, 1000)
 class Model:
     """What one transaction must see, and what it depends on."""
 
-    def __init__(self, transaction: OptimisticTransaction, version: int, rows: Rows) -> None:
+    def __init__(self, transaction: Transaction, version: int, rows: Rows) -> None:
         self.transaction = transaction
         self.version = version
         self.rows = dict(rows)
@@ -57,7 +60,7 @@ def erase(rows: Rows, begin: bytes, end: bytes) -> None:
 class KVMachine(RuleBasedStateMachine):
     transactions = Bundle("transactions")
 
-    def open_kv(self) -> OptimisticKV:
+    def open_kv(self) -> KV:
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -93,7 +96,10 @@ class KVMachine(RuleBasedStateMachine):
 
     @rule(target=transactions)
     def begin(self) -> Model:
-        return Model(self.kv.begin(), len(self.versions) - 1, self.versions[-1])
+        transaction = self.kv.begin()
+        # An engine elsewhere lets a transaction begin with its first read.
+        self.run(transaction.get(b"\xff", snapshot=True))
+        return Model(transaction, len(self.versions) - 1, self.versions[-1])
 
     @rule(model=transactions, key=KEYS, snapshot=st.booleans())
     def get(self, model: Model, key: bytes, snapshot: bool) -> None:
@@ -109,7 +115,9 @@ class KVMachine(RuleBasedStateMachine):
     def range(self, model: Model, begin: bytes, end: bytes, limit: int, reverse: bool) -> None:
         rows = self.read(model, model.transaction.range(begin, end, limit=limit, reverse=reverse))
         if rows is Conflict:
-            assert any(begin <= key < end and self.changed(model, key) for key in ALL_KEYS), "nobody touched that range"
+            assert any(begin <= place < end and self.changed(model, place) for place in PLACES), (
+                "nobody touched that range"
+            )
             return
         expected = select(model.rows, begin, end)
         assert rows == (expected[::-1] if reverse else expected)[:limit]
@@ -161,7 +169,7 @@ class KVMachine(RuleBasedStateMachine):
 
     @rule(model=consumes(transactions))
     def commit(self, model: Model) -> None:
-        stale = any(read(key) and self.changed(model, key) for key in ALL_KEYS for read in model.reads)
+        stale = any(read(place) and self.changed(model, place) for place in PLACES for read in model.reads)
         try:
             self.run(model.transaction.commit())
         except Conflict:
@@ -181,16 +189,18 @@ class KVMachine(RuleBasedStateMachine):
         assert dict(self.run(self.kv.begin().range(b"", b"\xff"))) == self.versions[-1]
 
 
+PLACES = [bytes(place) for length in range(4) for place in itertools.product(range(5), repeat=length)]
+"""Every key, and every end of a range: two ranges that meet have one of these in common, if no key."""
 ALL_KEYS = [bytes(key) for key in [(a,) for a in range(4)] + [(a, b) for a in range(4) for b in range(4)]]
 
 
 class MemoryMachine(KVMachine):
-    def open_kv(self) -> OptimisticKV:
+    def open_kv(self) -> KV:
         return MemoryKV(self.runtime)
 
 
 class LmdbMachine(KVMachine):
-    def open_kv(self) -> OptimisticKV:
+    def open_kv(self) -> KV:
         return LmdbKV.open(self.directory.name, self.runtime)
 
     def teardown(self) -> None:
@@ -200,8 +210,17 @@ class LmdbMachine(KVMachine):
         super().teardown()
 
 
+class RemoteMachine(KVMachine):
+    def open_kv(self) -> KV:
+        server = KvServer(MemoryKV(self.runtime), self.runtime)
+        self.run(server.start())
+        return RemoteKV(MemoryConnection(server), self.runtime)
+
+
 SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestMemory = MemoryMachine.TestCase
 TestMemory.settings = SETTINGS
 TestLmdb = LmdbMachine.TestCase
 TestLmdb.settings = SETTINGS
+TestRemote = RemoteMachine.TestCase
+TestRemote.settings = SETTINGS

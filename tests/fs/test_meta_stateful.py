@@ -21,7 +21,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from tests.fs.meta_fakes import CHUNK, Meta
+from tests.fs.meta_fakes import CHUNK, Meta, SharedMeta
 
 
 @dataclass(eq=False)
@@ -126,9 +126,11 @@ PATHS = st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(lambda name
 
 
 class Namespace(RuleBasedStateMachine):
+    kind = Meta
+
     def __init__(self) -> None:
         super().__init__()
-        self.meta = Meta()
+        self.meta = self.kind()
         self.model = Model()
 
     def both(self, request: Message, step: Any, *arguments: Any) -> Any:
@@ -204,3 +206,13 @@ class Namespace(RuleBasedStateMachine):
 
 TestNamespace = Namespace.TestCase
 TestNamespace.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class SharedNamespace(Namespace):
+    """Over two servers on one KV."""
+
+    kind = SharedMeta
+
+
+TestSharedNamespace = SharedNamespace.TestCase
+TestSharedNamespace.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 
 
 class Message(msgspec.Struct, array_like=True, tag=True):
     """Base of all messages; the tag is the class name. Fields are added at the end with a default, never moved."""
+
+    changes_nothing: ClassVar[bool] = False
+    """A request that may be lost, stopped half-way or sent twice, and nobody is the wiser."""
+    fills_buffers: ClassVar[bool] = False
+    """The buffers of this request are destinations. Its reply says in `counts` how many bytes of each it filled."""
 
 
 class Done(Message):

@@ -10,6 +10,9 @@ from .base import Message
 class ReadChunks(Message):
     """Read [offset, offset+length) of each chunk into the buffer of its index. Parallel lists, no object per item."""
 
+    changes_nothing = True
+    fills_buffers = True
+
     chains: list[int]
     chunks: list[bytes]
     offsets: list[int]
@@ -75,6 +78,8 @@ class RemoveChunks(Message):
 
 class ListChunks(Message):
     """Committed chunks of [begin, end) on one chain, in order, at most `limit`."""
+
+    changes_nothing = True
 
     chain: int
     begin: bytes

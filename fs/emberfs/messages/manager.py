@@ -42,6 +42,8 @@ class HeartbeatReply(Message):
 class GetRouting(Message):
     """The routing if it is newer than `version`; waits up to `wait_s` for one."""
 
+    changes_nothing = True
+
     version: int = 0
     wait_s: float = 0.0
 
@@ -105,6 +107,8 @@ class AcceptLoss(Message):
 class ClusterStatus(Message):
     """What the primary knows. -> StatusReply"""
 
+    changes_nothing = True
+
 
 class NodeStatus(msgspec.Struct, frozen=True, array_like=True):
     node: Node
@@ -119,3 +123,22 @@ class StatusReply(Message):
     routing: Routing
     nodes: list[NodeStatus]
     sessions: int
+
+
+class Join(Message):
+    """A machine without a certificate asks for one: the only request that is taken from it. -> Joined
+
+    Raises AccessDenied if the token is not of this cluster or has expired.
+    """
+
+    token: str
+    """What the operator was given: see `transport.certificates`."""
+    csr: bytes
+    """A PEM certificate signing request; the private key stays where it was made."""
+
+
+class Joined(Message):
+    cert: bytes
+    """PEM."""
+    ca: bytes
+    """PEM of the authorities to trust; several while they are being changed."""

@@ -12,6 +12,8 @@ from .base import Message
 
 
 class Stat(Message):
+    changes_nothing = True
+
     path: str
     follow: bool = True
     inode: int = 0
@@ -170,6 +172,8 @@ class Mkdir(Message):
 class List(Message):
     """Entries of a directory in byte order of their names, after `after`, at most `limit`."""
 
+    changes_nothing = True
+
     path: str
     after: str
     limit: int
@@ -215,6 +219,8 @@ class Symlink(Message):
 
 
 class GetXattrs(Message):
+    changes_nothing = True
+
     path: str
     follow: bool = True
 
@@ -231,7 +237,7 @@ class SetXattr(Message):
 
 
 class TrashList(Message):
-    pass
+    changes_nothing = True
 
 
 class TrashEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -270,7 +276,7 @@ class Collected(Message):
 
 
 class Usage(Message):
-    pass
+    changes_nothing = True
 
 
 class UsageReply(Message):
@@ -280,3 +286,21 @@ class UsageReply(Message):
     """Sum of file lengths, trash included."""
     trash_entries: int
     gc_pending: int
+
+
+class Once(Message):
+    """A request that changes something, in a cluster: done once, however often it is sent and to whichever server.
+
+    The reply is that of the request inside. Raises SessionExpired if the client's session has ended.
+    """
+
+    client: bytes
+    """The session with the cluster (`OpenSession`)."""
+    number: int
+    """Of the request: from 1, each used once in a session, the same in every attempt."""
+    done_below: int
+    """Requests with lower numbers are done with: they are not sent again."""
+    request: bytes
+    """The encoded message."""
+    again: bool = False
+    """An earlier attempt was sent and its outcome is not known."""

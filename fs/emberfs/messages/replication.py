@@ -1,6 +1,10 @@
 """What storage nodes say to each other about one chain. See docs/replication.md for the protocol.
 
 Every request names the chain version it belongs to; a node that is in another one refuses it with `StaleRouting`.
+
+What goes to the successor and changes something is numbered by its sender, from 1 in each chain version (`number`), and
+names the sender's oldest call that has not ended (`oldest`): the receiver takes each number once, refuses late copies
+of what ended, and gives up what the sender has given up.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ class Forward(Message):
 
     chain: int
     chain_version: int
-    write: bytes
-    """Names this call for `Vouch`; unique for ever."""
+    number: int
+    oldest: int
     chunks: list[bytes]
-    actions: list[int]
-    """`Action` by number: see `engine.update`."""
+    actions: list[str]
+    """Values of `Action`: see `engine.update`."""
     offsets: list[int]
     versions: list[int]
     """Given by the head. The receiver's committed version is one less, or the item is a full replacement."""
@@ -31,6 +35,10 @@ class Forward(Message):
     granules_log2: list[int]
     vouched: bool = False
     """The sender, and all before it, hold these updates durably already: no `Vouch` will follow."""
+    whole: bool = False
+    """Each item is all of its chunk (a replacement or a removal) and goes over whatever the receiver has."""
+    chain_versions: list[int] = msgspec.field(default_factory=list)
+    """Under which each item was first prepared; empty: all under `chain_version`."""
 
 
 class Forwarded(Message):
@@ -41,15 +49,31 @@ class Forwarded(Message):
 
 
 class Vouch(Message):
-    """The sender and all before it hold the updates of `write` durably: the tail may commit them."""
+    """The sender and all before it hold the updates of Forward `number` durably: the tail may commit them."""
 
     chain: int
     chain_version: int
-    write: bytes
+    number: int
+    abandoned: bool = False
+    """The other way round: the sender could not prepare it, so nobody will commit it, and the receiver drops it."""
+
+
+class Settled(Message):
+    """The sender has brought the receiver all it held pending since older chain versions.
+
+    What the receiver still holds from them was never vouched for, so nobody has committed it: the receiver drops it.
+    """
+
+    chain: int
+    chain_version: int
+    number: int
+    oldest: int
 
 
 class AskCommitted(Message):
     """A reader met pending versions and asks the last serving target which are committed."""
+
+    changes_nothing = True
 
     chain: int
     chain_version: int
@@ -64,6 +88,8 @@ class CommittedVersions(Message):
 
 class ListVersions(Message):
     """What the syncing successor has, in chunk order after `after`, at most `limit`."""
+
+    changes_nothing = True
 
     chain: int
     chain_version: int
@@ -98,6 +124,8 @@ class Install(Message):
 
     chain: int
     chain_version: int
+    number: int
+    oldest: int
     chunks: list[ChunkVersion]
     requests: list[tuple[bytes, int, int]]
     granules_log2: list[int]
@@ -108,6 +136,8 @@ class Drop(Message):
 
     chain: int
     chain_version: int
+    number: int
+    oldest: int
     chunks: list[bytes]
 
 
@@ -116,6 +146,8 @@ class InstallRequests(Message):
 
     chain: int
     chain_version: int
+    number: int
+    oldest: int
     rows: list[tuple[bytes, int, int]]
     floor: int
 
@@ -125,3 +157,5 @@ class SyncDone(Message):
 
     chain: int
     chain_version: int
+    number: int
+    oldest: int

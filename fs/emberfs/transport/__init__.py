@@ -1,6 +1,8 @@
-"""How requests reach services: see `types` for the contract. `memory` is the one implementation so far."""
+"""How requests reach services: see `types` for the contract. `memory` is one process, `tcp` is many."""
 
+from .config import TcpConfig, TlsFiles
 from .memory import MemoryConnection
-from .types import Connection, Service
+from .tcp import TcpNetwork
+from .types import Connection, Listener, Network, Service
 
-__all__ = ["Connection", "MemoryConnection", "Service"]
+__all__ = ["Connection", "Listener", "MemoryConnection", "Network", "Service", "TcpConfig", "TcpNetwork", "TlsFiles"]

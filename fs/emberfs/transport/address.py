@@ -1,0 +1,41 @@
+"""Where a service is: `host:port`, `[v6]:port` or `unix:/path`."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import NamedTuple
+
+from ..errors import InvalidPath
+
+UNIX = "unix:"
+
+
+class Address(NamedTuple):
+    """One of the two: a host and its port, or the path of a socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return UNIX + self.path
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Raises InvalidPath."""
+    if text.startswith(UNIX):
+        if not text.startswith(UNIX + "/"):
+            raise InvalidPath(f"the path of a socket is absolute: unix:/path, not {text!r}")
+        return Address(path=text.removeprefix(UNIX))
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (host and colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise InvalidPath(f"an address is host:port, [v6]:port or unix:/path, not {text!r}")
+    return Address(host, int(port))
+
+
+def is_loopback(host: str) -> bool:
+    """True for a numeric address that no other machine can reach."""
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback

@@ -1,0 +1,67 @@
+"""What one process says of itself on the network, and how long it waits for others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TlsFiles:
+    """PEM files. They are looked at before each handshake: replace them, and new connections use the new ones."""
+
+    ca: Path
+    """The authorities to trust; several in one file while they are being changed."""
+    cert: Path | None = None
+    """None: a machine that joins has no certificate yet."""
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a certificate and its key go together")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TcpConfig:
+    """Options of `TcpNetwork`."""
+
+    cluster: str = ""
+    """The cluster's id. A client may leave it empty and take whoever answers."""
+    role: str = "client"
+    """What this process is. A certificate, if it has one, must say the same."""
+    token: str = ""
+    """A secret that peers without a certificate must know. Empty: there is none."""
+    tls: TlsFiles | None = None
+    """None: no TLS, which only loopback addresses and unix sockets allow."""
+    insecure: bool = False
+    """Plain text to and from other machines is all right."""
+    admits_strangers: bool = False
+    """As a server with TLS: take a `Join`, and nothing else, from peers that have no certificate."""
+    connect_timeout_s: float = 2.0
+    """For the whole way to a handshake, each side."""
+    call_timeout_s: float | None = None
+    """None: a call waits as long as its server is alive."""
+    ping_s: float = 1.0
+    """A sign of life goes out this often."""
+    dead_s: float = 3.0
+    """A peer that was silent for so long is dead."""
+    backoff_s_max: float = 0.5
+    """The longest pause between two attempts to connect."""
+    calls_max: int = 4096
+    """As a server: calls under way on one connection."""
+    bytes_max: int = 128 << 20
+    """As a server: bytes of requests and of buffers to fill under way on one connection."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ping_s < self.dead_s:
+            raise ValueError(f"ping_s must be in (0, dead_s), not {self.ping_s} of {self.dead_s}")
+        if self.connect_timeout_s <= 0 or self.backoff_s_max <= 0:
+            raise ValueError("connect_timeout_s and backoff_s_max must be above 0")
+        if self.call_timeout_s is not None and self.call_timeout_s <= 0:
+            raise ValueError(f"call_timeout_s must be above 0, not {self.call_timeout_s}")
+        if self.calls_max < 1:
+            raise ValueError(f"calls_max must be at least 1, not {self.calls_max}")
+        if self.bytes_max < HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX:
+            raise ValueError(f"bytes_max has no room for one large message: {self.bytes_max}")

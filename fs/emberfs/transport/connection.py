@@ -1,0 +1,244 @@
+"""The way to one address over TCP or a unix socket: connects when it is needed, and again after a loss.
+
+Invariants:
+  - A call that was not sent is sent over the next connection; if there is none to be had it raises, and so does every
+    call that waited with it. A call that was sent is never sent again: that is its caller's to decide.
+  - Small calls never wait behind large ones. There is no other order among calls.
+  - When `call` returns or raises, nothing here refers to the caller's memory any more.
+
+Does not know: frames (`link`), or what a call means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import (
+    AccessDenied,
+    DeadlineExceeded,
+    EmberError,
+    LimitExceeded,
+    StoreClosed,
+    Unavailable,
+    UpdateUnknown,
+)
+from ..messages import Message
+from ..runtime import AsyncioRuntime
+from ..types import BATCH_ITEMS_MAX
+from .address import is_loopback, parse_address
+from .codec import encode_message
+from .config import TcpConfig
+from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
+from .link import Call, Link
+from .tls import TlsContexts, is_tls_refusal
+from .window import SMALL_BYTES_MAX
+from .wire import Wire, start_tls
+
+BACKOFF_S_MIN = 0.02
+
+
+class TcpConnection:
+    """See `types.Connection`. Made by `TcpNetwork.connection`."""
+
+    def __init__(
+        self,
+        runtime: AsyncioRuntime,
+        address: str,
+        *,
+        config: TcpConfig,
+        contexts: TlsContexts | None,
+        watch: Callable[[Wire], None],
+    ) -> None:
+        """`watch` is told each new wire, to keep it alive and to notice its silence. Raises InvalidPath."""
+        self._runtime = runtime
+        self._address = parse_address(address)
+        self._config = config
+        self._contexts = contexts
+        self._watch = watch
+        self._link: Link | None = None
+        """The connection that takes new calls. One that is draining may live on beside it."""
+        self._connecting: asyncio.Task[None] | None = None
+        self._small: deque[Call] = deque()
+        self._large: deque[Call] = deque()
+        """Calls that wait: for a connection, or for room on it."""
+        self._backoff_s = 0.0
+        self._not_before_s = 0.0
+        self._is_closed = False
+
+    async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
+        """See `types.Call`. Raises what the server raised, and Unavailable, UpdateUnknown, DeadlineExceeded,
+        AccessDenied, ProtocolError, LimitExceeded, StoreClosed.
+        """
+        runtime = self._runtime
+        if runtime.is_inline():
+            await runtime.sleep(0)  # Goes on in the loop's thread: sockets are touched nowhere else.
+        if self._is_closed:
+            raise StoreClosed("the network was closed")
+        body = encode_message(request)
+        call = Call(request, body, buffers, runtime.future())
+        _check_size(call)
+        timer = None
+        if self._config.call_timeout_s is not None:
+            timer = runtime.loop.call_later(self._config.call_timeout_s, self._expire, call)
+        (self._small if call.weight <= SMALL_BYTES_MAX else self._large).append(call)
+        self._pump()
+        try:
+            return await call.future
+        except asyncio.CancelledError:
+            self._give_up(call)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def close(self) -> None:
+        """End the connection; calls in the air raise. In the loop's thread."""
+        self._is_closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        if self._link is not None:
+            self._link.wire.lose(ConnectionError("this side closed it"))
+        self._fail_waiting(lambda: Unavailable("the network was closed"))
+
+    # ---- calls
+
+    def _pump(self) -> None:
+        """Send what waits, as far as there is room."""
+        link = self._link
+        if link is None:
+            if (self._small or self._large) and self._connecting is None and not self._is_closed:
+                self._connecting = self._runtime.spawn(self._connect(), "transport-connect")
+            return
+        for waiting in (self._small, self._large):
+            while waiting and link.has_room(waiting[0].weight):
+                call = waiting.popleft()
+                if not call.future.done():
+                    link.send(call)
+
+    def _changed(self, link: Link) -> None:
+        if link is self._link and (link.is_draining or link.wire.is_closed):
+            self._link = None
+        self._pump()
+
+    def _give_up(self, call: Call) -> None:
+        if call.outgoing is not None:
+            assert call.link is not None
+            call.link.give_up(call)
+            return
+        waiting = self._small if call in self._small else self._large
+        if call in waiting:
+            waiting.remove(call)
+
+    def _expire(self, call: Call) -> None:
+        if call.future.done():
+            return
+        text = f"{call.name}: no answer from {self._address} within {self._config.call_timeout_s} s"
+        if call.may_have_happened:
+            error: Exception = UpdateUnknown(text)
+        else:
+            error = DeadlineExceeded(text) if call.changes_nothing else Unavailable(text)
+        call.fail(error)
+        self._give_up(call)
+
+    def _fail_waiting(self, error: Callable[[], Exception]) -> None:
+        for waiting in (self._small, self._large):
+            while waiting:
+                waiting.popleft().fail(error())
+
+    # ---- connections
+
+    async def _connect(self) -> None:
+        try:
+            pause_s = self._not_before_s - self._runtime.now_s()
+            if pause_s > 0:
+                await self._runtime.sleep(pause_s)
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                self._link = await self._open()
+        except (EmberError, OSError) as error:  # TimeoutError is one, and so are those of ssl.
+            self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_S_MIN), self._config.backoff_s_max)
+            self._not_before_s = self._runtime.now_s() + self._backoff_s
+            self._fail_waiting(_refusal(error, str(self._address)))
+        else:
+            self._backoff_s = 0.0
+        finally:
+            self._connecting = None
+        if self._link is not None:
+            self._changed(self._link)  # It may be gone again.
+
+    async def _open(self) -> Link:
+        """A connection that was let in."""
+        sock = await self._connected_socket()
+        link = Link(self._runtime, sock, config=self._config, address=str(self._address), on_change=self._changed)
+        try:
+            await link.welcome
+        except BaseException:
+            link.wire.lose(ConnectionError("not let in"))
+            raise
+        self._watch(link.wire)
+        return link
+
+    async def _connected_socket(self) -> socket.socket:
+        loop, address = self._runtime.loop, self._address
+        if address.path:
+            return await self._try(socket.AF_UNIX, address.path)
+        infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        if self._contexts is None and not self._config.insecure:
+            infos = [info for info in infos if is_loopback(str(info[4][0]))]
+            if not infos:
+                raise AccessDenied("another machine is spoken to with TLS only, or with insecure=True")
+        sock = None
+        for family, _, _, _, where in infos:
+            try:
+                sock = await self._try(family, where)
+                break
+            except OSError as error:
+                failure = error
+        if sock is None:
+            raise failure
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._contexts is None:
+            return sock
+        try:
+            context = await self._runtime.offload(self._contexts.client)
+        except BaseException:
+            sock.close()
+            raise
+        return await start_tls(loop, sock, context, server_name=address.host)
+
+    async def _try(self, family: int, where: Any) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await self._runtime.loop.sock_connect(sock, where)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+def _check_size(call: Call) -> None:
+    if len(call.body) + 4 * len(call.buffers) > HEADER_BYTES_MAX:
+        raise LimitExceeded(f"{call.name}: a message of {len(call.body)} bytes is over the limit of {HEADER_BYTES_MAX}")
+    if len(call.buffers) > BATCH_ITEMS_MAX:
+        raise LimitExceeded(f"{call.name}: a batch of {len(call.buffers)} is over the limit of {BATCH_ITEMS_MAX}")
+    payload = call.weight - len(call.body)
+    if payload > PAYLOAD_BYTES_MAX:
+        raise LimitExceeded(f"{call.name}: buffers of {payload} bytes are over the limit of {PAYLOAD_BYTES_MAX}")
+
+
+def _refusal(error: Exception, address: str) -> Callable[[], Exception]:
+    """What every call that waited for a connection is told, each with an exception of its own."""
+    kind: type[Exception]
+    if isinstance(error, EmberError):
+        kind = type(error)
+    elif is_tls_refusal(error):
+        kind = AccessDenied
+    else:
+        kind = Unavailable
+    text = str(error) or "no answer in time"
+    return lambda: kind(f"{address}: {text}")

@@ -1,0 +1,108 @@
+"""The first frame each way: who one is, and whether one may come in.
+
+The client says which protocols it speaks, which cluster it means, what it is and the token if it has one; the server
+answers with the protocol to speak and its limits, or with an error. A certificate counts as a token does, and binds
+its owner to the role written in it.
+
+Does not know: sockets. `Certificate` is what TLS has proved already.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ssl
+from dataclasses import dataclass
+
+import msgspec
+
+from ..errors import AccessDenied, ProtocolError
+from .config import TcpConfig
+from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX, PROTOCOL_MAX, PROTOCOL_MIN
+
+
+class Hello(msgspec.Struct, array_like=True):
+    """What either side says first. Fields are added at the end with a default, never moved."""
+
+    protocol_min: int
+    protocol_max: int
+    """Inclusive; a server answers with the one to speak in both."""
+    cluster: str
+    role: str
+    token: str = ""
+    calls_max: int = 0
+    """Of a server: how many calls may be under way."""
+    bytes_max: int = 0
+    """Of a server: how many bytes of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a peer has proved about itself."""
+
+    name: str
+    role: str
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Hello)
+
+
+def encode_hello(hello: Hello) -> bytes:
+    return _encoder.encode(hello)
+
+
+def decode_hello(body: memoryview) -> Hello:
+    """Raises ProtocolError."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ProtocolError(f"not a greeting that this program knows: {error}") from error
+
+
+def client_hello(config: TcpConfig) -> Hello:
+    return Hello(PROTOCOL_MIN, PROTOCOL_MAX, config.cluster, config.role, config.token)
+
+
+def answer_hello(config: TcpConfig, theirs: Hello, *, certificate: Certificate | None, is_stranger: bool) -> Hello:
+    """What a server says to a client. `is_stranger`: over TLS without a certificate, so that it can but join.
+
+    Raises ProtocolError, AccessDenied.
+    """
+    protocol = min(PROTOCOL_MAX, theirs.protocol_max)
+    if protocol < max(PROTOCOL_MIN, theirs.protocol_min):
+        raise ProtocolError(
+            f"the server speaks protocols {PROTOCOL_MIN} to {PROTOCOL_MAX}, "
+            f"the client {theirs.protocol_min} to {theirs.protocol_max}"
+        )
+    if theirs.cluster and theirs.cluster != config.cluster:
+        raise AccessDenied(f"this is a server of cluster {config.cluster!r}, not of {theirs.cluster!r}")
+    if certificate is not None:
+        if certificate.role != theirs.role:
+            raise AccessDenied(f"a certificate for role {certificate.role!r} does not make a {theirs.role!r}")
+    elif is_stranger:
+        if not config.admits_strangers:
+            raise AccessDenied("this server wants a certificate of its cluster")
+    elif config.token and not hmac.compare_digest(config.token.encode(), theirs.token.encode()):
+        raise AccessDenied("the token is missing, or is not that of this cluster")
+    return Hello(
+        protocol, protocol, config.cluster, config.role, calls_max=config.calls_max, bytes_max=config.bytes_max
+    )
+
+
+def accept_answer(config: TcpConfig, answer: Hello) -> None:
+    """The client looks at what the server said. Raises ProtocolError, AccessDenied."""
+    if not PROTOCOL_MIN <= answer.protocol_max <= PROTOCOL_MAX:
+        raise ProtocolError(f"the server wants to speak protocol {answer.protocol_max}")
+    if answer.calls_max < 1 or answer.bytes_max < HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX:
+        raise ProtocolError("the server has no room for the largest message")
+    if config.cluster and answer.cluster != config.cluster:
+        raise AccessDenied(f"a server of cluster {answer.cluster!r} answers, not one of {config.cluster!r}")
+
+
+def certificate_of(sock: object) -> Certificate | None:
+    """What the peer of a connected socket has proved; None without TLS, or without a certificate."""
+    proved = sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None
+    if not proved:
+        return None
+    fields = dict(field for group in proved["subject"] for field in group)  # type: ignore[misc]
+    return Certificate(str(fields.get("commonName", "")), str(fields.get("organizationalUnitName", "")))

@@ -1,0 +1,103 @@
+"""The network of a process: what it serves and whom it reaches, over TCP (with TLS) and unix sockets.
+
+Both sides send a sign of life every `ping_s` while they have nothing else to say, and give up a peer that was silent
+for `dead_s`. None is answered, so that a peer which is alive but reads slowly is not taken for dead.
+
+Does not know: what is said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from ..errors import StoreClosed
+from ..runtime import AsyncioRuntime
+from .address import parse_address
+from .config import TcpConfig
+from .connection import TcpConnection
+from .frame import Kind, encode_frame
+from .listener import TcpListener
+from .tls import TlsContexts
+from .types import Service
+from .wire import Outgoing, Wire
+
+TICKS_PER_PING = 4
+"""Silence is looked for this much more often than signs of life are sent."""
+
+_PING = encode_frame(Kind.PING, 0)
+
+
+class TcpNetwork:
+    """See `types.Network`. Addresses are `host:port`, `[v6]:port` and `unix:/path`."""
+
+    def __init__(self, runtime: AsyncioRuntime, config: TcpConfig | None = None) -> None:
+        self._runtime = runtime
+        self._config = config or TcpConfig()
+        self._contexts = TlsContexts(self._config.tls) if self._config.tls is not None else None
+        self._connections: dict[str, TcpConnection] = {}
+        self._listeners: list[TcpListener] = []
+        self._wires: dict[Wire, int] = {}
+        """Those that are watched -> how many ticks they have been silent."""
+        self._watching: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    def connection(self, address: str) -> TcpConnection:
+        """See `types.Network`. Raises InvalidPath, StoreClosed."""
+        if self._is_closed:
+            raise StoreClosed("the network was closed")
+        connection = self._connections.get(address)
+        if connection is None:
+            connection = self._connections[address] = TcpConnection(
+                self._runtime, address, config=self._config, contexts=self._contexts, watch=self._watch
+            )
+        return connection
+
+    async def serve(self, address: str, service: Service) -> TcpListener:
+        """See `types.Network`. Raises InvalidPath, AccessDenied (TLS is missing), OSError (the address is taken)."""
+        if self._runtime.is_inline():
+            await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        if self._is_closed:
+            raise StoreClosed("the network was closed")
+        listener = TcpListener(self._runtime, service, config=self._config, contexts=self._contexts, watch=self._watch)
+        await listener.open(parse_address(address))
+        self._listeners.append(listener)
+        return listener
+
+    async def close(self) -> None:
+        """See `types.Network`."""
+        if self._runtime.is_inline():
+            await self._runtime.sleep(0)
+        self._is_closed = True
+        for connection in self._connections.values():
+            await connection.close()
+        for listener in self._listeners:
+            await listener.close()
+        for wire in list(self._wires):
+            wire.lose(ConnectionError("this side closed it"))
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+
+    def _watch(self, wire: Wire) -> None:
+        self._wires[wire] = 0
+        if self._watching is None:
+            self._watching = self._runtime.spawn(self._keep_watch(), "transport-watch")
+
+    async def _keep_watch(self) -> None:
+        config = self._config
+        tick_s = config.ping_s / TICKS_PER_PING
+        silent_ticks_max = config.dead_s / tick_s
+        tick = 0
+        while True:
+            await self._runtime.sleep(tick_s)
+            tick += 1
+            for wire, silent_ticks in list(self._wires.items()):
+                if wire.is_closed:
+                    del self._wires[wire]
+                    continue
+                self._wires[wire] = silent_ticks = 0 if wire.heard else silent_ticks + 1
+                wire.heard = False
+                if silent_ticks >= silent_ticks_max:
+                    wire.lose(ConnectionError(f"silent for {config.dead_s} s"))
+                elif tick % TICKS_PER_PING == 0 and not wire.is_sending:
+                    wire.send(Outgoing(_PING))
