@@ -58,6 +58,7 @@ class Chain(msgspec.Struct, frozen=True, array_like=True):
 
     id: int
     version: int
+    """0: planned, and begins with version 1 once all its targets have reported."""
     targets: tuple[ChainTarget, ...]
     replicas: int = 1
     """How many serving targets it wants."""
@@ -75,7 +76,21 @@ class Chain(msgspec.Struct, frozen=True, array_like=True):
     @property
     def is_lost(self) -> bool:
         """No target has, or will have when it returns, the last committed version: an operator must decide."""
-        return not any(target.state in (TargetState.SERVING, TargetState.LASTSRV) for target in self.targets)
+        has_last = any(target.state in (TargetState.SERVING, TargetState.LASTSRV) for target in self.targets)
+        return self.version > 0 and not has_last
+
+    @property
+    def has_enough(self) -> bool:
+        """As many targets serve as the chain wants, not counting those that leave."""
+        return sum(not target.leaving for target in self.serving) >= self.replicas
+
+    def may_leave(self, target: bytes) -> bool:
+        """True if `target` is leaving and is not needed any more.
+
+        Its node then stops serving it for good and reports it `offline`: only after that is it taken out, because a
+        reader that goes by the old chain version could be answered by it until its lease ends.
+        """
+        return self.has_enough and any(each.target == target and each.leaving for each in self.targets)
 
 
 class Role(enum.StrEnum):

@@ -1,0 +1,391 @@
+"""The cluster manager: who is alive, who holds what, which clients there are. Start here.
+
+Several may run on one KV; the one that `election` makes primary serves, the others answer `StaleRouting` with its
+address. Heartbeats go to memory (`members`) and are answered at once; a tick looks what they mean for the chains
+(`states`), for sessions and for moves, and changes the tables (`cluster`) by transactions.
+
+Replies: HeartbeatReply, RoutingReply and StatusReply of what they are named for; Done of the rest.
+Does not know: chunks, files, which transport brought a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from typing import Any
+
+from msgspec.structs import replace
+
+from .. import messages
+from ..errors import AlreadyExists, Conflict, EmberError, NotFound, ProtocolError
+from ..kv.types import KV
+from ..messages import Done, Heartbeat, HeartbeatReply, Message, NodeStatus, RoutingReply, StatusReply, TargetReport
+from ..routing import Chain, ChainTarget, LocalState, Role, Target, TargetState
+from ..runtime import Runtime
+from .admission import admit
+from .chains import Layout, Move, Place, check_drain, disks_for, place_round_robin, plan_moves
+from .cluster import Change, Cluster, Plan
+from .config import ManagerConfig
+from .election import Election
+from .members import Members
+from .rows import NodeRow, Setup
+from .sessions import Sessions
+from .states import accept_loss, next_chain
+
+TARGET_ID_BYTES = 16
+
+log = logging.getLogger("emberline.manager")
+
+
+class ManagerService:
+    """One manager. `start` before the first request, `close` after the last; the KV is the caller's to close."""
+
+    def __init__(
+        self,
+        kv: KV,
+        runtime: Runtime,
+        *,
+        address: str,
+        place: Place = place_round_robin,
+        config: ManagerConfig | None = None,
+    ) -> None:
+        """`address`: where others reach this manager."""
+        self._runtime = runtime
+        self._address = address
+        self._place = place
+        self._config = config or ManagerConfig()
+        self._election = Election(kv, runtime, address=address, elected=self._begin, config=self._config)
+        self._cluster = Cluster(kv, runtime, self._election)
+        self._members = Members(dead_after_s=self._config.dead_after_s)
+        self._sessions = Sessions(self._cluster, timeout_s=self._config.session_timeout_s)
+        self._unsettled: set[int] = set()
+        """Chains whose next step may be a change."""
+        self._dead: frozenset[str] = frozenset()
+        self._moves_planned_for: object = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._handlers: dict[type[Message], Callable[[Any], Coroutine[Any, Any, Message]]] = {
+            messages.Heartbeat: self._heartbeat,
+            messages.GetRouting: self._get_routing,
+            messages.OpenSession: self._open_session,
+            messages.ExtendSession: self._extend_session,
+            messages.CloseClient: self._close_client,
+            messages.SetupChains: self._setup_chains,
+            messages.AddNode: self._add_node,
+            messages.DrainNode: self._drain_node,
+            messages.RemoveNode: self._remove_node,
+            messages.AcceptLoss: self._accept_loss,
+            messages.ClusterStatus: self._status,
+        }
+
+    async def start(self) -> None:
+        """Stand for election. Requests are taken at once; they are refused until this manager is primary."""
+        self._cluster.start()
+        self._election.start()
+        self._ticker = self._runtime.spawn(self._tick_for_ever(), "manager-ticks")
+
+    async def close(self) -> None:
+        """Stop; if this one was primary another may begin at once."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            try:
+                await self._ticker
+            except asyncio.CancelledError:
+                pass
+        await self._cluster.close()
+        await self._election.close()
+        self._cluster.wake()
+
+    @property
+    def is_primary(self) -> bool:
+        """True while this manager is the one that serves."""
+        return self._election.is_primary
+
+    def handle(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Awaitable[Message]:
+        """Serve one request. Raises StaleRouting, which names the primary, unless this manager is it."""
+        handler = self._handlers.get(type(request))
+        if handler is None:
+            raise ProtocolError(f"a cluster manager does not serve {type(request).__name__}")
+        self._election.require_primary()
+        return handler(request)
+
+    # ---- nodes
+
+    async def _heartbeat(self, request: Heartbeat) -> HeartbeatReply:
+        node = request.node
+        while True:
+            if node.name in self._cluster.condemned:
+                await self._cluster.change(_nothing)  # Behind the change that takes it for dead.
+            elif self._admit(request) is not None:
+                await self._cluster.change(lambda: self._admit(request))
+                self._unsettle([node.name])
+            else:
+                break
+        self._election.require_primary()
+        # From here to the reply nothing waits: the lease that it gives is under the routing that it carries.
+        is_news = self._members.hear(node.name, request.reports, now_s=self._runtime.now_s())
+        if is_news or node.name in self._dead:
+            self._unsettle([node.name])
+        cluster = self._cluster
+        routing = None if request.routing_version == cluster.routing.version else cluster.routing
+        sessions = None if request.sessions_version == cluster.sessions_version else list(cluster.sessions)
+        return HeartbeatReply(routing, cluster.sessions_version, sessions)
+
+    def _admit(self, request: Heartbeat) -> Change | None:
+        """A plan: make the sender known, if it is not."""
+        now_s, since_s = self._runtime.now_s(), self._election.since_s
+        is_over = self._members.is_dead(request.node.name, now_s=now_s, since_s=since_s)
+        return admit(self._cluster, request, lease_is_over=is_over)
+
+    async def _add_node(self, request: messages.AddNode) -> Done:
+        def plan() -> Change | None:
+            row = self._storage_node(request.node)
+            return _node_change(replace(row, node=replace(row.node, draining=False), member=True, joining=True))
+
+        await self._cluster.change(plan)
+        return Done()
+
+    async def _drain_node(self, request: messages.DrainNode) -> Done:
+        def plan() -> Change | None:
+            row = self._storage_node(request.node)
+            setup = self._cluster.setup
+            if setup is not None and self._cluster.chains_of(request.node):
+                left = [other.node for other in self._cluster.nodes.values() if other.member and other != row]
+                check_drain([node for node in left if not node.draining], setup.replicas, same_host=setup.same_host)
+            return _node_change(replace(row, node=replace(row.node, draining=True), joining=False))
+
+        await self._cluster.change(plan)
+        return Done()
+
+    async def _remove_node(self, request: messages.RemoveNode) -> Done:
+        def plan() -> Change | None:
+            if request.node not in self._cluster.nodes:
+                raise NotFound(f"there is no node {request.node}")
+            held = len(self._cluster.chains_of(request.node))
+            if held:
+                raise Conflict(f"node {request.node} still holds {held} targets: drain it first")
+            if request.node not in self._dead_nodes():
+                raise Conflict(f"node {request.node} is running: stop it first")
+            return Change(nodes={request.node: None})
+
+        await self._cluster.change(plan)
+        self._members.forget(request.node)
+        return Done()
+
+    def _storage_node(self, name: str) -> NodeRow:
+        row = self._cluster.nodes.get(name)
+        if row is None or row.node.role != Role.STORAGE:
+            raise NotFound(f"there is no storage node {name}")
+        return row
+
+    def _dead_nodes(self) -> frozenset[str]:
+        return self._members.dead(self._cluster.nodes, now_s=self._runtime.now_s(), since_s=self._election.since_s)
+
+    # ---- routing and sessions
+
+    async def _get_routing(self, request: messages.GetRouting) -> RoutingReply:
+        if self._cluster.routing.version <= request.version and request.wait_s > 0:
+            await self._cluster.news(min(request.wait_s, self._config.wait_s_max))
+            self._election.require_primary()
+        routing = self._cluster.routing
+        return RoutingReply(routing if routing.version > request.version else None)
+
+    async def _open_session(self, request: messages.OpenSession) -> Done:
+        await self._sessions.open(request, now_s=self._runtime.now_s())
+        return Done()
+
+    async def _extend_session(self, request: messages.ExtendSession) -> Done:
+        self._sessions.extend(request, now_s=self._runtime.now_s())
+        return Done()
+
+    async def _close_client(self, request: messages.CloseClient) -> Done:
+        await self._sessions.close(request)
+        return Done()
+
+    # ---- chains
+
+    async def _setup_chains(self, request: messages.SetupChains) -> Done:
+        wanted = (request.replicas, request.targets_per_disk)
+        if self._is_set_up(*wanted):
+            return Done()
+        dead = self._dead_nodes()
+        nodes = [row.node for name, row in self._cluster.nodes.items() if name not in dead]
+        disks, same_host = disks_for([node for node in nodes if node.role == Role.STORAGE], *wanted)
+        # Of a large cluster this takes seconds, in which the lease must be renewed.
+        groups = await self._runtime.offload(self._place, disks, *wanted)
+
+        def plan() -> Change | None:
+            if self._is_set_up(*wanted):
+                return None
+            rows = [self._storage_node(disk.node) for disk in disks]
+            change = Change(
+                nodes={row.node.name: replace(row, member=True) for row in rows}, setup=Setup(*wanted, same_host)
+            )
+            for chain, group in enumerate(groups, 1):
+                assert len({disk.host for disk in group}) == request.replicas
+                targets = [self._new_target(change, chain, disk.node) for disk in group]
+                change.chains[chain] = Chain(chain, 0, tuple(targets), request.replicas)
+            return change
+
+        await self._cluster.change(plan)
+        self._unsettled.update(self._cluster.chains)
+        return Done()
+
+    def _is_set_up(self, replicas: int, targets_per_disk: int) -> bool:
+        """True if the chain table was made just so. Raises AlreadyExists if it was made otherwise."""
+        old = self._cluster.setup
+        if old is not None and (old.replicas, old.targets_per_disk) != (replicas, targets_per_disk):
+            raise AlreadyExists(
+                f"the chain table was made already: {old.replicas} replicas, {old.targets_per_disk} targets a disk"
+            )
+        return old is not None
+
+    async def _accept_loss(self, request: messages.AcceptLoss) -> Done:
+        def plan() -> Change | None:
+            chain = self._cluster.chains.get(request.chain)
+            if chain is None:
+                raise NotFound(f"there is no chain {request.chain}")
+            target = self._cluster.targets.get(request.target)
+            heard = {} if target is None or target.node in self._dead_nodes() else self._members.reports(target.node)
+            return Change(chains={chain.id: accept_loss(chain, request.target, heard.get(request.target))})
+
+        await self._cluster.change(plan)
+        self._unsettled.add(request.chain)
+        return Done()
+
+    async def _status(self, _: messages.ClusterStatus) -> StatusReply:
+        now_s, dead = self._runtime.now_s(), self._dead_nodes()
+        nodes = []
+        for name in sorted(self._cluster.nodes):
+            heard_s = self._members.last_heard_s(name)
+            alive = heard_s is not None and name not in dead
+            reports = list(self._members.reports(name).values())
+            age_s = -1.0 if heard_s is None else now_s - heard_s
+            nodes.append(NodeStatus(self._cluster.nodes[name].node, alive, age_s, reports))
+        return StatusReply(self._address, self._cluster.routing, nodes, len(self._cluster.sessions))
+
+    def _new_target(self, change: Change, chain: int, node: str) -> ChainTarget:
+        target = self._runtime.random_bytes(TARGET_ID_BYTES)
+        change.targets[target] = Target(target, node, chain)
+        return ChainTarget(target, TargetState.OFFLINE)
+
+    # ---- what changes by itself
+
+    async def _begin(self) -> None:
+        """This manager becomes primary: it knows the tables, and has heard nobody yet."""
+        await self._cluster.load()
+        self._members.forget_all()
+        self._sessions.forget_all()
+        self._unsettled = set(self._cluster.chains)
+        self._dead = frozenset()
+        self._moves_planned_for = None
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            await self._runtime.sleep(self._config.tick_s)
+            if not self._election.is_primary:
+                self._cluster.wake()
+                continue
+            try:
+                for plan in self._plans():
+                    await self._cluster.change(plan)
+            except EmberError as error:
+                log.warning("the cluster's tables could not be changed: %s", error)
+
+    def _plans(self) -> list[Plan]:
+        """What this tick has to do."""
+        self._note_deaths()
+        plans: list[Plan] = [self._expire_sessions]
+        if self._unsettled:
+            plans.append(self._settle_chains)
+        alive = frozenset(self._cluster.nodes) - self._dead
+        if self._moves_planned_for != (self._cluster.routing.version, alive):
+            plans.append(self._move)
+        return plans
+
+    def _note_deaths(self) -> None:
+        dead = self._dead_nodes()
+        self._unsettle(dead ^ self._dead)
+        self._dead = dead
+
+    def _unsettle(self, nodes: Collection[str]) -> None:
+        for target in self._cluster.targets.values():
+            if target.node in nodes:
+                self._unsettled.add(target.chain)
+
+    def _expire_sessions(self) -> Change | None:
+        return self._sessions.expire(now_s=self._runtime.now_s(), since_s=self._election.since_s)
+
+    def _settle_chains(self) -> Change | None:
+        """A plan: one step of the state table for each chain that may have one."""
+        cluster, members = self._cluster, self._members
+        clock = {"now_s": self._runtime.now_s(), "since_s": self._election.since_s}
+        dead = members.dead(cluster.nodes, **clock)
+        change = Change(takes_for_dead=dead)
+        for chain_id in sorted(self._unsettled):
+            chain = cluster.chains[chain_id]
+            nodes = {each.target: cluster.targets[each.target].node for each in chain.targets}
+            if not all(members.is_known(node, **clock) for node in nodes.values()):
+                continue  # A new primary: it will hear of them, or call them dead.
+            after = next_chain(chain, self._reports_on(chain, dead))
+            if after is chain:
+                self._unsettled.discard(chain_id)
+                continue
+            log.info("chain %d, version %d -> %d", chain_id, chain.version, after.version)
+            change.chains[chain_id] = after
+            kept = {each.target for each in after.targets}
+            change.targets.update((target, None) for target in nodes if target not in kept)
+        return change if change.is_routing else None
+
+    def _reports_on(self, chain: Chain, dead: Collection[str]) -> dict[bytes, TargetReport]:
+        """What the living nodes say of the targets of `chain`."""
+        reports = {}
+        for each in chain.targets:
+            node = self._cluster.targets[each.target].node
+            if node in dead:
+                continue
+            report = self._members.reports(node).get(each.target)
+            if report is None and each.state == TargetState.SERVING:
+                # A late heartbeat, from before the node knew of this target: it may serve it inside its lease by now.
+                report = TargetReport(each.target, each.generation, LocalState.ONLINE)
+            if report is not None:
+                reports[each.target] = report
+        return reports
+
+    def _move(self) -> Change | None:
+        """A plan: begin moves off draining nodes and to joining ones."""
+        cluster = self._cluster
+        if cluster.setup is None:
+            return None
+        alive = frozenset(cluster.nodes) - self._dead_nodes()
+        layout = Layout(cluster.chains, cluster.targets, cluster.nodes, alive=alive, same_host=cluster.setup.same_host)
+        change = Change()
+        for move in plan_moves(layout, limit=self._config.moves_max):
+            self._begin_move(change, move)
+        for row in layout.takers():
+            if row.joining and layout.load[row.node.name] >= layout.share():
+                change.nodes[row.node.name] = replace(row, joining=False)
+        if not change.is_routing:
+            self._moves_planned_for = (cluster.routing.version, alive)
+            return None
+        return change
+
+    def _begin_move(self, change: Change, move: Move) -> None:
+        chain = self._cluster.chains[move.chain]
+        new = self._new_target(change, chain.id, move.to)
+        self._unsettled.add(chain.id)
+        if chain.version == 0:
+            targets = tuple(new if each.target == move.target else each for each in chain.targets)
+            change.targets[move.target] = None
+            change.chains[chain.id] = replace(chain, targets=targets)
+            return
+        targets = tuple(replace(each, leaving=each.leaving or each.target == move.target) for each in chain.targets)
+        change.chains[chain.id] = replace(chain, version=chain.version + 1, targets=(*targets, new))
+
+
+def _nothing() -> None:
+    """A plan that only waits for those before it."""
+
+
+def _node_change(row: NodeRow) -> Change:
+    return Change(nodes={row.node.name: row})
