@@ -109,16 +109,28 @@ def overlay(
     """Up to `limit` rows of [begin, end) as they are after `clears`, then `writes`, on top of `scan`."""
     rows: list[Row] = []
     for page, page_begin, page_end in _pages(scan, begin, end, limit, reverse):
-        merged = {key: value for key, value in page if not _covers(clears, key)}
-        for key, write in writes.items():
-            if page_begin <= key < page_end:
-                value = resolve(write, merged.pop(key, None))
-                if value is not None:
-                    merged[key] = value
-        rows += sorted(merged.items(), reverse=reverse)
+        rows += merge(page, writes, clears, page_begin, page_end, reverse)
         if len(rows) >= limit:
             break
     return rows[:limit]
+
+
+def merge(
+    page: list[Row],
+    writes: Mapping[bytes, Write],
+    clears: Collection[tuple[bytes, bytes]],
+    begin: bytes,
+    end: bytes,
+    reverse: bool,
+) -> list[Row]:
+    """The rows of [begin, end) after `clears`, then `writes`, where `page` is all there is below."""
+    merged = {key: value for key, value in page if not _covers(clears, key)}
+    for key, write in writes.items():
+        if begin <= key < end:
+            value = resolve(write, merged.pop(key, None))
+            if value is not None:
+                merged[key] = value
+    return sorted(merged.items(), reverse=reverse)
 
 
 def looked_at(rows: list[Row], begin: bytes, end: bytes, limit: int, reverse: bool) -> tuple[bytes, bytes]:

@@ -29,8 +29,9 @@ from ..errors import Conflict, NoSpace, StoreClosed, TargetFailed, UpdateUnknown
 from ..runtime import Runtime
 from .batch import Batch, Row, Scan, looked_at, overlay
 from .history import History, Interval, WriteSet
-from .limits import check_interval, check_key, check_limit, check_value, refuse_key, refuse_transaction
+from .limits import check_interval, check_key, check_limit, refuse_key
 from .types import KEY_BYTES_MAX, RANGE_ROWS_MAX, RUN_ATTEMPTS_MAX, TRANSACTION_BYTES_MAX, TRANSACTION_TIME_MAX_S
+from .writing import Writing
 
 T = TypeVar("T")
 
@@ -95,6 +96,21 @@ class OptimisticKV:
     def unchanged(self, keys: Sequence[bytes], stamp: int) -> bool:
         return not any(self._changed(key, stamp) for key in keys)
 
+    def begin_at(self, version: int) -> OptimisticTransaction:
+        """A transaction that goes on from a `stamp` of before; it conflicts if history does not reach back there."""
+        if self._closed is not None:
+            raise StoreClosed(self._closed)
+        return OptimisticTransaction(self, version)
+
+    async def commit_batch(
+        self, batch: Batch, version: int, keys: set[bytes] | None, intervals: list[Interval] | None
+    ) -> None:
+        """Commit what a transaction wrote that read `keys` and `intervals` at `version`. Raises what `commit` does."""
+        self._check_writable()
+        if keys or intervals:
+            self._validate(keys or set(), intervals or [], version)
+        await self._submit(batch)
+
     async def run(self, work: Callable[[OptimisticTransaction], Awaitable[T]], *, reclaims: bool = False) -> T:
         attempts = 0
         while True:
@@ -107,7 +123,7 @@ class OptimisticKV:
                 if attempts == RUN_ATTEMPTS_MAX:
                     raise
                 # The winner may still be in the queue: before it has landed every attempt would lose again.
-                await self._landed()
+                await self.landed()
             else:
                 return result
 
@@ -271,7 +287,7 @@ class OptimisticKV:
         self._landings.append(future)
         await future
 
-    async def _landed(self) -> None:
+    async def landed(self) -> None:
         """Wait until everything queued by now has landed."""
         flights = (self._flight is not None) + bool(self._queue)
         while flights and self._led:
@@ -285,18 +301,22 @@ def _answer(group: list[Batch], error: type[TargetFailed | UpdateUnknown], messa
             batch.error = error(message)
 
 
-class OptimisticTransaction:
+class OptimisticTransaction(Writing):
     """The `types.Transaction` of every engine here."""
 
-    __slots__ = ("_batch", "_done", "_intervals", "_keys", "_kv", "_version")
+    __slots__ = ("_intervals", "_keys", "_kv", "_version")
 
     def __init__(self, kv: OptimisticKV, version: int) -> None:
+        super().__init__()
         self._kv = kv
         self._version = version
         self._keys: set[bytes] | None = None
         self._intervals: list[Interval] | None = None
-        self._batch: Batch | None = None
-        self._done = False
+
+    @property
+    def version(self) -> int:
+        """The read version: the `stamp` at which it began."""
+        return self._version
 
     async def get(self, key: bytes, *, snapshot: bool = False) -> bytes | None:
         if self._batch is not None:
@@ -362,37 +382,6 @@ class OptimisticTransaction:
     def _scan_at_version(self, begin: bytes, end: bytes, limit: int, reverse: bool) -> list[Row]:
         return self._kv._read_interval(begin, end, limit, reverse, self._version)
 
-    def put(self, key: bytes, value: bytes) -> None:
-        check_key(key)
-        check_value(value)
-        self._writing(len(key) + len(value)).put(bytes(key), bytes(value))
-
-    def delete(self, key: bytes) -> None:
-        check_key(key)
-        self._writing(len(key)).delete(bytes(key))
-
-    def delete_range(self, begin: bytes, end: bytes) -> None:
-        check_interval(begin, end)
-        if begin < end:
-            self._writing(len(begin) + len(end)).delete_range(bytes(begin), bytes(end))
-
-    def add(self, key: bytes, delta: int) -> None:
-        check_key(key)
-        self._writing(len(key) + 8).add(bytes(key), delta)
-
-    def max(self, key: bytes, value: int) -> None:
-        check_key(key)
-        self._writing(len(key) + 8).max(bytes(key), value)
-
-    def _writing(self, size_bytes: int) -> Batch:
-        assert not self._done, "a transaction was used after its commit"
-        if self._batch is None:
-            self._batch = Batch()
-        self._batch.size_bytes += size_bytes
-        if self._batch.size_bytes > TRANSACTION_BYTES_MAX:
-            refuse_transaction()
-        return self._batch
-
     async def commit(self, *, reclaims: bool = False) -> None:
         assert not self._done, "a transaction was committed twice"
         self._done = True
@@ -402,8 +391,5 @@ class OptimisticTransaction:
             if kv._closed is not None:
                 raise StoreClosed(kv._closed)
             return
-        kv._check_writable()
-        if self._keys is not None or self._intervals is not None:
-            kv._validate(self._keys or set(), self._intervals or [], self._version)
         batch.reclaims = reclaims
-        await kv._submit(batch)
+        await kv.commit_batch(batch, self._version, self._keys, self._intervals)

@@ -11,11 +11,11 @@ The model is FoundationDB's: a transaction reads at one snapshot and commits onl
 Contract of every engine:
   - Keys are ordered as unsigned bytes. All limits below are the same everywhere, and are checked when a key or value
     is handed in, so that what works on one engine works on all.
-  - `get`/`range` return what was committed when the transaction began plus the transaction's own writes; if that is
-    no longer to be had they raise `Conflict`.
+  - `get`/`range` return what was committed at one moment, plus the transaction's own writes; if that is no longer to be
+    had they raise `Conflict`. The moment is the `begin`, or for an engine elsewhere the first read.
   - A commit is atomic and, once `commit` returned, durable. Before that no other transaction sees it.
   - `commit` raises `Conflict` (nothing happened), `NoSpace` (nothing happened), `TargetFailed` or `UpdateUnknown`
-    (it may have happened).
+    (it may have happened). An engine elsewhere raises `Unavailable` (nothing happened) if it cannot be reached.
   - A transaction may be kept across awaits; an engine keeps no lock, snapshot or reader slot for it meanwhile.
   - Range ends: `begin` inclusive, `end` exclusive.
 
@@ -87,7 +87,7 @@ class KV(Protocol):
     """An ordered transactional key-value store."""
 
     def begin(self) -> Transaction:
-        """Start a transaction at the newest committed state."""
+        """Start a transaction, at the newest committed state of now or of its first read."""
 
     def stamp(self) -> int | None:
         """A number for the newest applied state; None if the engine cannot say `unchanged`."""

@@ -273,18 +273,20 @@ class KVConformance:
         assert await get(kv, b"a") == b"1"
 
     @driven
-    async def test_a_read_is_as_of_the_begin_or_a_conflict(self, kv: KV, runtime: Runtime) -> None:
+    async def test_a_read_is_as_of_the_first_or_a_conflict(self, kv: KV, runtime: Runtime) -> None:
         await put_rows(kv, letters("ab"))
         reader = kv.begin()
+        assert await reader.get(b"b", snapshot=True) == b"bb"
         await put_rows(kv, {b"a": b"later"})
         await self.expect_old_or_conflict(reader.get(b"a"), b"aa")
         await self.expect_old_or_conflict(reader.range(b"a", b"b"), [(b"a", b"aa")])
         assert await reader.get(b"b") == b"bb"
 
     @driven
-    async def test_a_deleted_range_is_read_as_of_the_begin_or_a_conflict(self, kv: KV, runtime: Runtime) -> None:
+    async def test_a_deleted_range_is_read_as_of_the_first_or_a_conflict(self, kv: KV, runtime: Runtime) -> None:
         await put_rows(kv, letters("ab"))
         reader = kv.begin()
+        assert await reader.range(b"b", b"c") == [(b"b", b"bb")]
         eraser = kv.begin()
         eraser.delete_range(b"a", b"b")
         await eraser.commit()
