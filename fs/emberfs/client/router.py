@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import LimitExceeded, SessionExpired, StaleRouting, Unavailable, UpdateUnknown
+from ..errors import EmberError, LimitExceeded, SessionExpired, StaleRouting, Unavailable, UpdateUnknown
 from ..messages import (
     ChunkList,
     ChunksRead,
@@ -98,6 +98,10 @@ class Attempts:
             raise (UpdateUnknown(what) if self.is_unknown else Unavailable(what)) from error
         await router.routes.news(seen_version, min(self._pause_s, left_s))
         self._pause_s = min(2 * self._pause_s, router.config.retry_max_s)
+
+    def last(self, error: EmberError) -> EmberError:
+        """What to raise for an error that ends the operation: an earlier attempt may have got through."""
+        return UpdateUnknown(f"it may or may not have happened before this: {error}") if self.is_unknown else error
 
 
 class StorageRouter:
@@ -274,9 +278,12 @@ class StorageRouter:
             shares: dict[str, list[int]] = {}
             for item in left:
                 shares.setdefault(self._head(request.chains[item]), []).append(item)
-            outcomes = await self._all(
-                self._update_share(address, request, items, buffers) for address, items in shares.items()
-            )
+            try:
+                outcomes = await self._all(
+                    self._update_share(address, request, items, buffers) for address, items in shares.items()
+                )
+            except EmberError as error:
+                raise attempts.last(error) from error
             left, failure = [], None
             for items, outcome in zip(shares.values(), outcomes, strict=True):
                 if isinstance(outcome, Exception):
@@ -326,6 +333,8 @@ class StorageRouter:
                 return await self._send(self._head(request.chain), share, (), [request.chain])
             except (StaleRouting, Unavailable, UpdateUnknown, SessionExpired) as error:
                 await attempts.after(error, version)
+            except EmberError as error:
+                raise attempts.last(error) from error
 
     def _head(self, chain: int) -> str:
         """The server that takes a chain's updates; "" if there is none now."""

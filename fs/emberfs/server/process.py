@@ -27,6 +27,9 @@ from .config import ServerConfig
 from .metrics import Metered, serve_metrics
 from .roles import open_role
 
+LOOK_S = 1.0
+"""How often it is looked whether the role has to end."""
+
 log = logging.getLogger("emberline.server")
 
 
@@ -51,9 +54,10 @@ def run_server(config: ServerConfig) -> None:
         log.info("%s %s serves at %s", config.role, config.name, listener.address)
         print(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}), flush=True)
         _tell_systemd("READY=1")
-        # In steps: a wait without a limit does not see a signal on every system.
-        while not stop.wait(3600.0):
-            pass
+        while not stop.wait(LOOK_S):
+            if reason := role.must_stop():
+                log.error("stopping: %s", reason)
+                break
         log.info("stopping: calls in the air have %.0f s", config.drain_s)
         _tell_systemd("STOPPING=1")
         portal.run(listener.close(drain_s=config.drain_s))

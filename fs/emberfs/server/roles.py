@@ -38,6 +38,8 @@ class Served:
     """What may only be done once others reach the service."""
     close: Callable[[], Coroutine[Any, Any, None]]
     gauges: Gauges
+    must_stop: Callable[[], str | None] = lambda: None
+    """Why the process has to end, if it has to."""
 
 
 def node_of(config: ServerConfig, incarnation: bytes) -> Node:
@@ -173,11 +175,9 @@ async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: 
             await index.close()
 
     def gauges() -> dict[str, float]:
-        return {
-            "disk_free_bytes": shutil.disk_usage(root).free,
-            "disk_size_bytes": shutil.disk_usage(root).total,
-            "targets": len(service.replicas),
-            "routing_version": service.routing.version,
-        }
+        usage = shutil.disk_usage(root)
+        return {"disk_free_bytes": usage.free, "disk_size_bytes": usage.total} | service.gauges()
 
-    return Served(service=service, start=service.start, close=close, gauges=gauges)
+    return Served(
+        service=service, start=service.start, close=close, gauges=gauges, must_stop=lambda: service.stopped_because
+    )

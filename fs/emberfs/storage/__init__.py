@@ -1,5 +1,8 @@
-"""The storage service: chunks of several chains, served from the targets of one node. See `service`."""
+"""The storage service: of one process (`service`), and of a node of a cluster (`node`, `replica`)."""
 
+from .config import StorageConfig
+from .node import StorageNode
+from .replica import Replica
 from .service import StorageService
 
-__all__ = ["StorageService"]
+__all__ = ["Replica", "StorageConfig", "StorageNode", "StorageService"]

@@ -1,0 +1,446 @@
+"""A storage node: the targets of one disk, kept in step with the manager, and one service for all of them.
+
+Heartbeats renew the lease and bring routing and sessions. What the routing assigns to this node is opened, what it
+takes away is dropped. Invariants:
+  - Nothing is served before a routing names this very incarnation of the node: what the last one promised, it promised.
+  - A lease is only renewed once the routing that came with it is in force.
+
+Does not know: how updates travel, or where a target's files are (`open_target` does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from ..engine import Action, ChunkEngine, Request, Update
+from ..errors import (
+    AlreadyExists,
+    Corruption,
+    EmberError,
+    LimitExceeded,
+    ProtocolError,
+    SessionExpired,
+    StaleRouting,
+    Unavailable,
+    UpdateUnknown,
+)
+from ..messages import (
+    AskCommitted,
+    Done,
+    Drop,
+    Forward,
+    GetRouting,
+    Heartbeat,
+    HeartbeatReply,
+    Install,
+    InstallRequests,
+    ListChunks,
+    ListVersions,
+    Message,
+    ReadChunks,
+    RemoveChunks,
+    RoutingReply,
+    Settled,
+    SyncDone,
+    TargetReport,
+    TruncateChunk,
+    Vouch,
+    WriteChunks,
+)
+from ..routing import LocalState, Node, Routing
+from ..runtime import Runtime
+from ..transport.types import Network
+from ..types import BATCH_ITEMS_MAX
+from .config import StorageConfig
+from .lease import Lease
+from .replica import Replica
+from .resync import Pace, ResyncProgress
+from .service import check_batch, chunks_read, granule_log2_of
+from .sessions import Sessions
+from .upkeep import Upkeep
+from .waiting import call, drop, finish, first_of, pause, unwatched
+
+T = TypeVar("T")
+OpenTarget = Callable[[bytes], Awaitable[ChunkEngine]]
+"""Target id -> its engine. Absent, or another target's: a fresh one. Raises OSError or EmberError if the disk fails."""
+DropTarget = Callable[[bytes], Awaitable[None]]
+"""The target is not ours any more: its data may go. Its engine is closed already."""
+
+log = logging.getLogger("emberline.storage")
+
+_OF_NEIGHBOURS = (Forward, Vouch, Settled, AskCommitted, ListVersions, Install, Drop, InstallRequests, SyncDone)
+
+
+class StorageNode:
+    """Serves the targets of one disk. `start` once others can reach it, `close` at the end."""
+
+    def __init__(
+        self,
+        node: Node,
+        runtime: Runtime,
+        network: Network,
+        managers: Sequence[str],
+        open_target: OpenTarget,
+        *,
+        drop_target: DropTarget | None = None,
+        config: StorageConfig | None = None,
+    ) -> None:
+        """`managers`: addresses. `node.incarnation` must be new with each process."""
+        self.node = node
+        self.config = config or StorageConfig()
+        self.lease = Lease(runtime, self.config.lease_s)
+        self.routing = Routing(0)
+        self.replicas: dict[int, Replica] = {}
+        """By chain."""
+        self.stopped_because: str | None = None
+        """Another process has this node's name: nothing is served any more."""
+        self._runtime = runtime
+        self._network = network
+        self._managers = list(managers)
+        self._open_target = open_target
+        self._drop_target = drop_target
+        self._sessions = Sessions()
+        self._pace = Pace(runtime, bytes_per_s=self.config.resync_bytes_per_s, parallel=self.config.resync_parallel)
+        self._upkeeps: dict[int, Upkeep] = {}
+        self._broken: dict[bytes, str] = {}
+        """Targets that could not be opened, and why."""
+        self._closing = runtime.future()
+        self._beat_now = runtime.future()
+        self._curious: list[asyncio.Future[None]] = []
+        """Each is done when a heartbeat that was sent after it was made has been answered."""
+        self._applying: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._calls: dict[asyncio.Task[Message], None] = {}
+
+    # --- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to send heartbeats."""
+        self._tasks = [
+            self._runtime.spawn(self._beat(), "heartbeats"),
+            self._runtime.spawn(self._look_after(), "upkeep"),
+        ]
+
+    async def close(self) -> None:
+        """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's."""
+        finish(self._closing)
+        for each in self._curious:
+            finish(each)
+        for replica in self.replicas.values():
+            await replica.close()
+        while self._calls:
+            await first_of(self._runtime, *self._calls)
+        for task in self._tasks:
+            await task
+        if self._applying is not None:
+            await self._applying
+        for replica in self.replicas.values():
+            await replica.close()
+            await replica.engine.close()
+        self.replicas.clear()
+
+    def progress(self) -> list[ResyncProgress]:
+        """The resyncs that this node drives."""
+        return [each.resync.progress for each in self.replicas.values() if each.resync.progress is not None]
+
+    def gauges(self) -> dict[str, float]:
+        """Figures for metrics."""
+        resyncs = self.progress()
+        return {
+            "storage_targets": len(self.replicas),
+            "storage_targets_broken": len(self._broken),
+            "storage_lease_valid": float(self.lease.is_valid),
+            "storage_resyncs": len(resyncs),
+            "storage_resync_sent_bytes": sum(each.sent_bytes for each in resyncs),
+            "storage_repaired_chunks": sum(each.repairer.repaired for each in self.replicas.values()),
+        }
+
+    # --- the manager -----------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        await self._learn_targets()
+        while not self._closing.done():
+            self._beat_now = self._runtime.future()
+            curious, self._curious = self._curious, []
+            sent_s = self._runtime.now_s()
+            request = Heartbeat(self.node, self.reports(), self.routing.version, self._sessions.version)
+            try:
+                reply = await self._ask(request, HeartbeatReply)
+                await self._take(reply, sent_s)
+                for each in curious:
+                    finish(each)
+            except AlreadyExists as error:
+                self.stopped_because = str(error)
+                log.error("this server must stop: %s", error)
+                for replica in self.replicas.values():
+                    await replica.close()
+                return
+            except EmberError as error:
+                self._curious += curious
+                log.debug("no manager takes our heartbeat: %s", error)
+            rest_s = self.config.heartbeat_s - (self._runtime.now_s() - sent_s)
+            if rest_s > 0 and not self._beat_now.done() and not self._closing.done():
+                timer = self._runtime.spawn(self._runtime.sleep(rest_s), "heartbeat-timer")
+                await first_of(self._runtime, timer, self._beat_now, self._closing)
+                timer.cancel()
+
+    async def _learn_targets(self) -> None:
+        """Open what is ours before the first heartbeat: a restart proves by its disk that it is the only one."""
+        while not self._closing.done():
+            try:
+                reply = await self._ask(GetRouting(), RoutingReply)
+            except EmberError:
+                await pause(self._runtime, self.config.heartbeat_s, self._closing)
+                continue
+            if reply.routing is not None:
+                await self._open_targets(reply.routing)
+            return
+
+    async def _ask(self, request: Message, kind: type[T]) -> T:
+        """Ask the manager that answered last; the next time another one, if it does not answer in time."""
+        connection = self._network.connection(self._managers[0])
+        task = self._runtime.spawn(call(connection, request), "to-manager")
+        timer = self._runtime.spawn(self._runtime.sleep(2 * self.config.heartbeat_s), "to-manager-timer")
+        try:
+            await first_of(self._runtime, task, timer, self._closing)
+            if not task.done():
+                raise Unavailable("the manager did not answer in time")
+            reply = task.result()
+        except (Unavailable, UpdateUnknown, StaleRouting):
+            self._managers.append(self._managers.pop(0))
+            raise
+        finally:
+            drop(task)
+            timer.cancel()
+        assert isinstance(reply, kind)
+        return reply
+
+    async def _take(self, reply: HeartbeatReply, sent_s: float) -> None:
+        if reply.sessions is not None:
+            self._sessions.take(reply.sessions_version, reply.sessions)
+        if reply.routing is not None and reply.routing.version > self.routing.version:
+            self._follow(reply.routing)
+        self.lease.renew(sent_s)
+        if self._applying is None or self._applying.done():
+            self._applying = self._runtime.spawn(self._apply(), "apply-routing")
+
+    def reports(self) -> list[TargetReport]:
+        """What the next heartbeat says of each target."""
+        reports = []
+        for replica in self.replicas.values():
+            identity, (state, version) = replica.engine.identity, replica.local_state()
+            reports.append(TargetReport(identity.target, identity.generation, state, version))
+        return reports + [TargetReport(target, b"", LocalState.OFFLINE) for target in self._broken]
+
+    # --- the routing -----------------------------------------------------------------------------------------------
+
+    def _follow(self, routing: Routing) -> None:
+        """Let the replicas that are open go by `routing`, at once."""
+        self.routing = routing
+        incarnations = {each.name: each.incarnation for each in routing.nodes}
+        if incarnations.get(self.node.name) != self.node.incarnation:
+            return
+        nodes = {each.name: each.address for each in routing.nodes}
+        addresses = {each.id: nodes[each.node] for each in routing.targets if each.node in nodes}
+        for chain in routing.chains:
+            replica = self.replicas.get(chain.id)
+            if replica is not None and any(each.target == replica.engine.identity.target for each in chain.targets):
+                replica.follow(chain, addresses)
+
+    async def _apply(self) -> None:
+        """Open and drop targets until what is open is what the routing says."""
+        await self._close_others(self.routing)
+        await self._open_targets(self.routing)
+        self._follow(self.routing)
+
+    async def _open_targets(self, routing: Routing) -> None:
+        for target in routing.targets:
+            if target.node != self.node.name or target.chain in self.replicas or self._closing.done():
+                continue
+            try:
+                engine = await self._open_target(target.id)
+            except (EmberError, OSError) as error:
+                self._broken[target.id] = str(error)
+                log.error("target %s cannot be opened: %s", target.id.hex(), error)
+                continue
+            self._broken.pop(target.id, None)
+            replica = self.replicas[target.chain] = Replica(
+                engine,
+                self._runtime,
+                self._network,
+                lease=self.lease,
+                check_session=self._sessions.check,
+                pace=self._pace,
+                config=self.config,
+            )
+            self._upkeeps[target.chain] = Upkeep(replica)
+
+    async def _close_others(self, routing: Routing) -> None:
+        """Close what is not ours any more, and let its data go."""
+        ours = {each.id for each in routing.targets if each.node == self.node.name}
+        for target in [each for each in self._broken if each not in ours]:
+            del self._broken[target]
+        if not routing.version:
+            return
+        for chain, replica in list(self.replicas.items()):
+            target = replica.engine.identity.target
+            if target not in ours:
+                del self.replicas[chain], self._upkeeps[chain]
+                await replica.close()
+                await replica.engine.close()
+                if self._drop_target is not None:
+                    await self._drop_target(target)
+
+    async def _look_after(self) -> None:
+        while not self._closing.done():
+            await pause(self._runtime, self.config.tombstone_s, self._closing)
+            for upkeep in list(self._upkeeps.values()):
+                try:
+                    await upkeep.purge()
+                    if self.lease.is_valid:
+                        await upkeep.drop_requests(self._sessions)
+                except EmberError as error:
+                    log.warning("upkeep of a target failed: %s", error)
+
+    # --- requests --------------------------------------------------------------------------------------------------
+
+    async def handle(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
+        """Serve one request of a client or of another node. An update goes on to its end whatever the caller does."""
+        if self._closing.done():
+            raise Unavailable("this server is closing")
+        if request.changes_nothing:
+            return await self._serve(request, buffers)
+        task = self._runtime.spawn(self._serve(request, buffers), type(request).__name__)
+        self._calls[task] = None
+        task.add_done_callback(self._calls.pop)
+        unwatched(task)
+        return await asyncio.shield(task)
+
+    async def _serve(self, request: Message, buffers: Sequence[memoryview]) -> Message:
+        match request:
+            case ReadChunks():
+                return await self._read(request, buffers)
+            case WriteChunks():
+                return await self._update(request.client, request.chain_versions, _writes(request, buffers))
+            case TruncateChunk():
+                name = _name(request, 0)
+                update = Update(request.chunk, Action.TRUNCATE, request.length, request=name)
+                return await self._update(request.client, [request.chain_version], [(request.chain, update)])
+            case RemoveChunks():
+                return await self._update(request.client, request.chain_versions, _removals(request))
+            case ListChunks():
+                return await self._replica(request.chain).list(request)
+        if isinstance(request, _OF_NEIGHBOURS):
+            return await self._replica(request.chain).handle(request, buffers)
+        raise ProtocolError(f"a storage node does not serve {type(request).__name__}")
+
+    def _replica(self, chain: int) -> Replica:
+        replica = self.replicas.get(chain)
+        if replica is None:
+            raise StaleRouting(f"no target of chain {chain} is here")
+        return replica
+
+    async def _read(self, request: ReadChunks, buffers: Sequence[memoryview]) -> Message:
+        check_batch(len(request.chunks))
+        results: list[int | Corruption] = [0] * len(buffers)
+
+        async def read_of(chain: int, version: int, indices: list[int]) -> None:
+            part = await self._replica(chain).read(
+                version,
+                [request.chunks[index] for index in indices],
+                [request.offsets[index] for index in indices],
+                destinations=[buffers[index] for index in indices],
+                relaxed=request.relaxed,
+            )
+            for index, result in zip(indices, part, strict=True):
+                results[index] = result
+
+        groups = _by_chain(request.chains, request.chain_versions)
+        await self._all([read_of(chain, version, indices) for (chain, version), indices in groups.items()])
+        return chunks_read(results)
+
+    async def _update(
+        self, client: bytes, chain_versions: Sequence[int], updates: Sequence[tuple[int, Update]]
+    ) -> Message:
+        check_batch(len(updates))
+        await self._know(client)
+        groups = _by_chain([chain for chain, _ in updates], chain_versions)
+        await self._all(
+            [
+                self._replica(chain).update(version, [updates[index][1] for index in indices])
+                for (chain, version), indices in groups.items()
+            ],
+            changes=True,
+        )
+        return Done()
+
+    async def _know(self, client: bytes) -> None:
+        """A client that is new to us is asked for once. Raises SessionExpired."""
+        if not self._sessions.is_live(client) and self.lease.is_valid:
+            told = self._runtime.future()
+            self._curious.append(told)
+            finish(self._beat_now)
+            await pause(self._runtime, self.config.lease_s, told)
+        self._sessions.check(client)
+
+    async def _all(self, works: Sequence[Any], *, changes: bool = False) -> None:
+        """Run coroutines side by side. Raises an error of theirs; of updates (`changes`) not one that says that nothing
+        happened while something did."""
+        if len(works) == 1:
+            await works[0]
+            return
+        tasks = [self._runtime.spawn(work, "storage-part") for work in works]
+        for task in tasks:
+            unwatched(task)
+        errors: list[Exception] = []
+        for task in tasks:
+            try:
+                await task
+            except Exception as error:
+                errors.append(error)
+        if not errors:
+            return
+        worst = next((each for each in errors if isinstance(each, UpdateUnknown)), errors[0])
+        if changes and len(errors) < len(tasks) and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
+            raise UpdateUnknown(f"a part was done, then: {worst}") from worst
+        raise worst
+
+
+def _by_chain(chains: Sequence[int], versions: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """(chain, version that the client goes by) -> indices of its items."""
+    if len(versions) != len(chains):
+        raise ProtocolError("a request to a cluster names the version of each chain")
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, key in enumerate(zip(chains, versions, strict=True)):
+        groups.setdefault(key, []).append(index)
+    return groups
+
+
+def _name(request: WriteChunks | TruncateChunk | RemoveChunks, slot: int) -> Request:
+    return Request(request.client, request.channel * BATCH_ITEMS_MAX + slot, request.sequence)
+
+
+def _writes(request: WriteChunks, buffers: Sequence[memoryview]) -> list[tuple[int, Update]]:
+    action = Action.REPLACE if request.replace else Action.WRITE
+    granule_log2 = granule_log2_of(request.chunk_size_bytes)
+    slots = request.slots or range(len(request.chunks))
+    updates = []
+    for chain, chunk, offset, slot, payload in zip(
+        request.chains, request.chunks, request.offsets, slots, buffers, strict=True
+    ):
+        if offset + len(payload) > request.chunk_size_bytes:
+            raise LimitExceeded(f"a write ends at {offset + len(payload)} of a {request.chunk_size_bytes} B chunk")
+        update = Update(chunk, action, offset, payload, request=_name(request, slot), granule_log2=granule_log2)
+        updates.append((chain, update))
+    return updates
+
+
+def _removals(request: RemoveChunks) -> list[tuple[int, Update]]:
+    slots = request.slots or range(len(request.chunks))
+    return [
+        (chain, Update(chunk, Action.REMOVE, request=_name(request, slot)))
+        for chain, chunk, slot in zip(request.chains, request.chunks, slots, strict=True)
+    ]

@@ -1,0 +1,263 @@
+"""A storage node and its manager: heartbeats, lease, routing, sessions, reports."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+from emberfs.engine import ChunkEngine, EngineConfig
+from emberfs.errors import ProtocolError, SessionExpired, StaleRouting, TargetFailed, Unavailable
+from emberfs.kv.memory import MemoryKV
+from emberfs.messages import (
+    ChunksRead,
+    GetRouting,
+    Heartbeat,
+    HeartbeatReply,
+    Message,
+    ReadChunks,
+    RemoveChunks,
+    RoutingReply,
+    WriteChunks,
+)
+from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
+from emberfs.storage import StorageConfig, StorageNode
+from emberfs.testing.sim.disk import SimDisk
+from emberfs.testing.sim.loop import SimRuntime, run
+
+from tests.fs.chain_fakes import CHUNK, CLIENT, OTHER, Wire
+
+TARGET, SECOND = b"t" * 16, b"u" * 16
+SERVER = Node("s1", Role.STORAGE, "s1", b"incarnation")
+
+
+class FakeManager:
+    """Answers every heartbeat with what the test has put here."""
+
+    def __init__(self) -> None:
+        self.routing = Routing(1, (SERVER,), (Target(TARGET, "s1", 1), Target(SECOND, "s1", 2)))
+        self.sessions: list[bytes] = []
+        self.heartbeats: list[Heartbeat] = []
+        self.error: Exception | None = None
+
+    def put(self, *chains: Chain, targets: Sequence[Target] | None = None, node: Node = SERVER) -> None:
+        kept = self.routing.targets if targets is None else tuple(targets)
+        self.routing = Routing(self.routing.version + 1, (node,), kept, chains)
+
+    async def handle(self, request: Message, _: Sequence[memoryview]) -> Message:
+        if self.error is not None:
+            raise self.error
+        if isinstance(request, GetRouting):
+            return RoutingReply(self.routing)
+        assert isinstance(request, Heartbeat)
+        self.heartbeats.append(request)
+        return HeartbeatReply(self.routing, len(self.sessions), list(self.sessions))
+
+
+class Host:
+    """A node with two targets, one for each of the chains 1 and 2."""
+
+    def __init__(self, runtime: SimRuntime) -> None:
+        self.runtime, self.wire, self.manager = runtime, Wire(), FakeManager()
+        self.indexes: dict[bytes, MemoryKV] = {}
+        self.disks: dict[bytes, SimDisk] = {}
+        self.dropped: list[bytes] = []
+        self.wire.services["m1"] = self.refuse
+        self.wire.services["m2"] = self.manager.handle
+        self.node = StorageNode(
+            SERVER,
+            runtime,
+            self.wire,
+            ["m1", "m2"],
+            self.open_target,
+            drop_target=self.drop_target,
+            config=StorageConfig(tombstone_s=10.0),
+        )
+
+    async def refuse(self, request: Message, _: Sequence[memoryview]) -> Message:
+        raise StaleRouting("the primary is m2")
+
+    async def open_target(self, target: bytes) -> ChunkEngine:
+        self.disks.setdefault(target, SimDisk(self.runtime))
+        self.indexes.setdefault(target, MemoryKV(self.runtime))
+        config = EngineConfig(reserve_bytes=0, keeps_tombstones=True, target=target)
+        return await ChunkEngine.open(self.disks[target], self.indexes[target], self.runtime, config=config)
+
+    async def drop_target(self, target: bytes) -> None:
+        self.dropped.append(target)
+
+    def chain(self, number: int, target: bytes, *, version: int = 1) -> Chain:
+        generation = self.node.replicas[number].engine.identity.generation
+        return Chain(number, version, (ChainTarget(target, TargetState.SERVING, generation),))
+
+    async def serve(self) -> None:
+        """Both chains serve, and the client has a session."""
+        await self.beats()
+        self.manager.put(self.chain(1, TARGET), self.chain(2, SECOND))
+        self.manager.sessions.append(CLIENT)
+        await self.beats()
+
+    async def beats(self, seconds: float = 2.0) -> None:
+        await self.runtime.sleep(seconds)
+
+    async def write(self, payload: bytes, *, sequence: int = 1, client: bytes = CLIENT) -> None:
+        request = WriteChunks(
+            client, 0, sequence, [1, 2], [CHUNK, OTHER], [0, 0], 1 << 20, chain_versions=[1, 1], slots=[0, 1]
+        )
+        await self.node.handle(request, [memoryview(payload), memoryview(payload[::-1])])
+
+    async def read(self) -> list[bytes]:
+        buffers = [memoryview(bytearray(100)) for _ in range(2)]
+        reply = await self.node.handle(ReadChunks([1, 2], [CHUNK, OTHER], [0, 0], [1, 1]), buffers)
+        assert isinstance(reply, ChunksRead)
+        return [bytes(buffer[:count]) for buffer, count in zip(buffers, reply.counts, strict=True)]
+
+    def states(self) -> list[LocalState]:
+        return [report.state for report in self.manager.heartbeats[-1].reports]
+
+
+def on_host(work: Callable[[Host], Awaitable[None]]) -> None:
+    async def main(runtime: SimRuntime) -> None:
+        host = Host(runtime)
+        await host.node.start()
+        await work(host)
+        await host.node.close()
+        for index in host.indexes.values():
+            await index.close()
+
+    run(0, main)
+
+
+def test_a_new_node_opens_its_targets_and_serves_once_the_routing_says_so() -> None:
+    async def work(host: Host) -> None:
+        await host.beats()
+        assert host.states() == [LocalState.FRESH] * 2
+        with pytest.raises(StaleRouting):
+            await host.read()
+        await host.serve()
+        assert host.states() == [LocalState.UP_TO_DATE] * 2
+        await host.write(b"abc")
+        assert await host.read() == [b"abc", b"cba"]
+
+    on_host(work)
+
+
+def test_a_routing_of_another_incarnation_is_not_for_us() -> None:
+    async def work(host: Host) -> None:
+        await host.beats()
+        old = Node("s1", Role.STORAGE, "s1", b"the last one")
+        host.manager.put(host.chain(1, TARGET), host.chain(2, SECOND), node=old)
+        await host.beats()
+        with pytest.raises(StaleRouting):
+            await host.read()
+
+    on_host(work)
+
+
+def test_without_a_manager_the_lease_ends_and_with_one_it_begins_again() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        host.manager.error = Unavailable("gone")
+        await host.beats(3.1)
+        with pytest.raises(StaleRouting, match="manager"):
+            await host.read()
+        host.manager.error = None
+        await host.beats()
+        assert await host.read() == [b"abc", b"cba"]
+
+    on_host(work)
+
+
+def test_a_client_without_a_session_is_refused_and_a_new_one_is_asked_for() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        with pytest.raises(SessionExpired):
+            await host.write(b"x", client=b"n" * 16)
+        host.manager.sessions.append(b"n" * 16)
+        await host.write(b"x", client=b"n" * 16)
+        host.manager.sessions[:] = [CLIENT]
+        await host.beats()
+        with pytest.raises(SessionExpired):
+            await host.write(b"y", client=b"n" * 16, sequence=2)
+        assert await host.read() == [b"x", b"x"]
+
+    on_host(work)
+
+
+def test_request_rows_of_ended_sessions_are_dropped() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"x")
+        engine = host.node.replicas[1].engine
+        assert [row.client for row in await engine.request_rows()] == [CLIENT]
+        host.manager.sessions[:] = [b"o" * 16, b"p" * 16]
+        await host.beats(25.0)
+        assert await engine.request_rows() == []
+
+    on_host(work)
+
+
+def test_a_failed_disk_is_reported_and_serves_nothing() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        replica = host.node.replicas[1]
+        record = await replica.engine.record(CHUNK)
+        assert record is not None and record.committed is not None
+        file, _ = replica.engine.allocator.place(record.committed.position)
+        host.disks[TARGET].fail_sync(file)
+        with pytest.raises(Exception, match="disk failed"):
+            await host.write(b"xyz", sequence=2)
+        await host.beats()
+        assert host.states() == [LocalState.OFFLINE, LocalState.UP_TO_DATE]
+        with pytest.raises(StaleRouting):
+            await host.read()
+
+    on_host(work)
+
+
+def test_a_target_that_cannot_be_opened_is_reported_offline() -> None:
+    async def work(host: Host) -> None:
+        async def fail(target: bytes) -> ChunkEngine:
+            raise TargetFailed("no such disk")
+
+        host.node._open_target = fail
+        await host.beats()
+        assert host.states() == [LocalState.OFFLINE] * 2
+
+    on_host(work)
+
+
+def test_a_target_that_was_taken_away_is_closed_and_dropped() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        host.manager.put(host.chain(1, TARGET), targets=[Target(TARGET, "s1", 1)])
+        await host.beats()
+        assert (host.dropped, list(host.node.replicas)) == ([SECOND], [1])
+
+    on_host(work)
+
+
+def test_what_is_no_chunk_request_is_refused() -> None:
+    async def work(host: Host) -> None:
+        with pytest.raises(ProtocolError):
+            await host.node.handle(GetRouting())
+        with pytest.raises(ProtocolError):
+            await host.node.handle(ReadChunks([1], [CHUNK], [0]), [memoryview(bytearray(1))])
+
+    on_host(work)
+
+
+def test_old_tombstones_are_purged_and_leave_the_floor() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        await host.node.handle(RemoveChunks([1], [CHUNK], CLIENT, 0, 2, [1]))
+        engine = host.node.replicas[1].engine
+        assert await engine.tombstones() == [(CHUNK, 2)]
+        await host.beats(10.0)
+        assert await engine.tombstones() == [(CHUNK, 2)], "not before it is tombstone_s old"
+        await host.beats(10.0)
+        assert (await engine.states([CHUNK]), engine.floor) == ([None], 2)
+
+    on_host(work)
