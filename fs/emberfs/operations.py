@@ -13,7 +13,7 @@ from .client.buffers import NewBytes
 from .client.core import MESSAGE_BYTES_MAX, Core, NewFile, Range
 from .client.file import OpenFile, open_file
 from .client.namespace import Namespace
-from .errors import EmberError, IsADirectory, NotADirectory, NotFound
+from .errors import EmberError, InvalidPath, IsADirectory, NotADirectory, NotFound
 from .types import Inode, Kind
 
 KINDS = {Kind.FILE: "file", Kind.DIRECTORY: "directory", Kind.SYMLINK: "link"}
@@ -36,10 +36,10 @@ def describe(name: str, inode: Inode) -> dict[str, Any]:
 
 
 async def info(core: Core, path: str) -> dict[str, Any]:
-    """Of what `path` leads to; a link that leads nowhere describes itself."""
+    """Of what `path` leads to; a link that leads nowhere, or in a circle, describes itself."""
     try:
         return describe(path, await core.stat(path))
-    except NotFound:
+    except (NotFound, InvalidPath):
         return describe_link(path, await core.stat(path, False))
 
 
@@ -72,7 +72,7 @@ async def kind(core: Core, path: str) -> str | None:
     """ "file", "directory" or None."""
     try:
         return KINDS[(await core.stat(path)).kind]
-    except (NotFound, NotADirectory):
+    except (NotFound, NotADirectory, InvalidPath):
         return None
 
 

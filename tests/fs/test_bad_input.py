@@ -31,6 +31,7 @@ from emberfs.errors import (
     StoreFormat,
     TargetFailed,
 )
+from emberfs.filesystem import EmberFileSystem
 
 from tests.fs.stores import CHUNK, content, flip_byte, line_of, program, url_of
 
@@ -95,7 +96,7 @@ def test_a_file_where_a_directory_should_be(client: Client) -> None:
         ("ember:/tmp/store", "a store URL looks like"),
         ("ember://", "names a directory"),
         ("ember://host/store", "without a port"),
-            ("ember://host:1234/store", "names a path in a store"),
+        ("ember://host:1234/store", "names a path in a store"),
         ("ember:///a\0b", "names a directory"),
         ("ember://~nobody-of-that-name/store", "a user that does not exist"),
     ],
@@ -180,6 +181,14 @@ def test_dots_never_leave_the_store(client: Client, tmp_path: Path) -> None:
     for path in ("/", "/..", "/.", "//"):
         with pytest.raises(InvalidPath):
             client.remove(path, recursive=True)
+
+
+def test_a_listing_shows_links_in_a_circle(client: Client) -> None:
+    client.symlink("/b", "/a")
+    client.symlink("/a", "/b")
+    fs = EmberFileSystem(url=client.url)
+    assert [(entry["name"], entry["islink"]) for entry in fs.ls("/", detail=True)] == [("/a", True), ("/b", True)]
+    fs.close()
 
 
 def test_links_in_a_circle(client: Client) -> None:
