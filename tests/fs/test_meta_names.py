@@ -98,6 +98,23 @@ def test_mkdir_names_the_parent_that_is_missing(meta: Meta) -> None:
     assert caught.value.path == "/a/b"
 
 
+def test_whatever_is_made_names_the_parent_that_is_missing(meta: Meta) -> None:
+    meta.mkdir("/a")
+    meta.put("/file")
+    meta(Symlink("/a/b/nothing", "/a/link"))
+    for attempt in (
+        lambda: meta.put("/a/b/c/d"),
+        lambda: meta.open("/a/b/c/d"),
+        lambda: meta(Symlink("/", "/a/b/c")),
+        lambda: meta(Link("/file", "/a/b/c")),
+        lambda: meta(Rename("/file", "/a/b/c", False)),
+    ):
+        with pytest.raises(NotFound, match="parent directory is missing: '/a/b'"):
+            attempt()
+    with pytest.raises(NotFound, match="no such file or directory: '/a/link'"):
+        meta.put("/a/link")
+
+
 def test_mkdir(meta: Meta) -> None:
     with pytest.raises(NotFound):
         meta.mkdir("/a/b")

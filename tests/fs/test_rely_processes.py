@@ -152,4 +152,4 @@ def test_fsck_right_after_a_kill_finds_nothing(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
     with emberfs.connect(f"ember://{store}") as client:
         assert client.maintenance.fsck().clean
-        assert client.maintenance.space()["used_bytes"] == 0
+        assert client.space()["used_bytes"] == 0

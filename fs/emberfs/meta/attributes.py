@@ -36,7 +36,7 @@ async def set_attr(state: MetaState, request: SetAttr) -> InodeReply:
             txn.put(mtime_key(old.id), encode_int(request.mtime_ns))
         return await state.current(txn, new)
 
-    return InodeReply(await state.kv.run(work))
+    return InodeReply(await state.decide(work, Inode))
 
 
 async def get_xattrs(state: MetaState, request: GetXattrs) -> Xattrs:
@@ -70,5 +70,5 @@ async def set_xattr(state: MetaState, request: SetXattr) -> Done:
         else:
             txn.delete(key)
 
-    await state.kv.run(work)
+    await state.decide(work, None)
     return Done()

@@ -17,11 +17,13 @@ from msgspec.structs import replace
 from ..errors import Corruption
 from ..kv.types import KV, Transaction, decode_int, encode_int
 from ..types import FIRST_INODE, PATH_BYTES_MAX, ROOT_INODE, TRASH_INODE, Inode, Kind
+from .blocks import block_of
 from .chunks import ChunkOps
 from .keys import (
     KIND_AT,
     Counter,
     TrashRow,
+    block_key,
     check_entry,
     counted_length,
     decode_inode,
@@ -198,7 +200,7 @@ class _Checker:
     async def check_rows_of_inodes(self) -> None:
         """Rows that are about an inode: there must be one."""
         # Not sessions: one outlives a file that was removed while it was open.
-        for prefix, what in ((b"M", "time"), (b"X", "attribute"), (b"T", "truncate")):
+        for prefix, what in ((b"M", "time"), (b"X", "attribute"), (b"T", "truncate"), (b"E", "length")):
             async for page in pages(self._kv, prefix):
                 rows = await self._kv.begin().get_many([b"I" + key[1:9] for key, _ in page])
                 for (key, _), row in zip(page, rows, strict=True):
@@ -243,9 +245,10 @@ class _Checker:
         async for inodes in chunks.owners(0, end):
             # Before the rows: whoever is reserved no more by then was committed before, or its chunks are gone.
             unnamed = frozenset(reserved)
+            blocks = await self._kv.begin().get_many([block_key(block_of(inode)) for inode in inodes])
             rows = await self._kv.begin().get_many([inode_key(inode) for inode in inodes])
-            for inode, row in zip(inodes, rows, strict=True):
-                if row is None and inode not in unnamed:
+            for inode, block, row in zip(inodes, blocks, rows, strict=True):
+                if row is None and block is None and inode not in unnamed:
                     self._find("chunks", "", f"there are chunks of inode {inode:x}, which does not exist")
                     if self._repair:
                         await chunks.remove(inode, None)

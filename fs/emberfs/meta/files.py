@@ -27,9 +27,9 @@ from ..messages import (
     WriteInline,
 )
 from ..types import INLINE_BYTES_MAX, Chunks, Inline, Inode, Kind
-from . import nodes
+from . import grants, nodes
 from .keys import get_inode, put_inode, session_key
-from .paths import locate
+from .paths import locate_new
 from .state import MetaState, Promotion
 
 PROMOTE_WAIT_S = 5.0
@@ -38,8 +38,13 @@ PROMOTE_POLL_S = 0.01
 
 
 async def reserve(state: MetaState, request: Reserve) -> Reserved:
-    """An id and a layout to write chunks under. Memory only: a crash leaves chunks that the next start removes."""
+    """An id and a layout to write chunks under. Memory only: a crash leaves chunks that the next start removes.
+
+    When several servers share the KV the id is of a block that belongs to the client: see `blocks`.
+    """
     layout = state.new_layout(request.chunk_size_bytes)
+    if state.shared:
+        return Reserved(inode=await state.blocks.take(state.client), layout=layout)
     inode = await state.ids.take()
     state.reserved.add(inode)
     return Reserved(inode=inode, layout=layout)
@@ -51,7 +56,7 @@ async def commit_put(state: MetaState, request: CommitPut) -> InodeReply:
         raise LimitExceeded(f"{len(request.data)} inline bytes, at most {INLINE_BYTES_MAX}")
 
     async def work(txn: Transaction) -> Inode:
-        place = await locate(txn, request.path, follow=True)
+        place = await locate_new(txn, request.path, follow=True)
         if place.entry is not None:
             if place.is_dir:
                 raise IsADirectory("a directory is in the way", request.path)
@@ -62,7 +67,9 @@ async def commit_put(state: MetaState, request: CommitPut) -> InodeReply:
             if not request.overwrite:
                 raise AlreadyExists("the file exists", request.path)
             nodes.release(state, txn, old, await nodes.attached(txn, old))
-        if request.inode and request.inode not in state.reserved:
+        if request.inode and state.shared:
+            await state.blocks.check(txn, state.client, request.inode)
+        elif request.inode and request.inode not in state.reserved:
             raise StaleChunk("the file's inode is not reserved any more")
         return await nodes.create(
             state,
@@ -79,14 +86,20 @@ async def commit_put(state: MetaState, request: CommitPut) -> InodeReply:
             mtime_ns=request.mtime_ns,
         )
 
-    inode = await state.kv.run(work)
+    inode = await state.decide(work, Inode)
     state.reserved.discard(request.inode)
+    if state.shared:
+        state.blocks.committed(state.client, request.inode)
     return InodeReply(inode)
 
 
 async def abandon(state: MetaState, request: Abandon) -> Done:
     """Remove the chunks of a reserved inode, unless it was committed after all."""
-    if await get_inode(state.kv.begin(), request.inode) is None:
+    if state.shared:
+        is_unnamed = await state.blocks.abandon(request.inode)
+    else:
+        is_unnamed = await get_inode(state.kv.begin(), request.inode) is None
+    if is_unnamed:
         await state.chunks.remove(request.inode, request.layout)
     # Not before they are gone: the ids of a service that has nothing reserved are not swept at its next start.
     state.reserved.discard(request.inode)
@@ -97,7 +110,7 @@ async def write_inline(state: MetaState, request: WriteInline) -> InodeReply:
     """Change the bytes of an inline file. StaleChunk if it is not inline, or not any more after this."""
 
     async def work(txn: Transaction) -> Inode:
-        old = await _existing(txn, request.inode)
+        old = await grants.existing(txn, request.inode)
         if not isinstance(old.layout, Inline):
             raise StaleChunk("the file is in chunks")
         data = old.layout.data
@@ -107,7 +120,7 @@ async def write_inline(state: MetaState, request: WriteInline) -> InodeReply:
             raise StaleChunk(f"{end} bytes do not fit into the inode row: promote the file first")
         return _put_data(state, txn, old, data[:offset].ljust(offset, b"\0") + request.data + data[end:])
 
-    return InodeReply(await state.kv.run(work))
+    return InodeReply(await state.decide(work, Inode))
 
 
 def _put_data(state: MetaState, txn: Transaction, old: Inode, data: bytes) -> Inode:
@@ -125,12 +138,14 @@ async def promote(state: MetaState, request: Promote) -> Promoted:
     A second writer waits for the first, and gets the row without a grant if the file is in chunks by then. Conflict if
     the first is at it still after PROMOTE_WAIT_S: its chunks may be on their way, so nobody else may write any.
     """
+    if state.shared:
+        return await grants.promote(state, request)
     layout = state.new_layout(request.chunk_size_bytes)
     deadline_s = state.runtime.now_s() + PROMOTE_WAIT_S
     while True:
         async with state.turns.of(("promote", request.inode)):
             txn = state.kv.begin()
-            inode = await _existing(txn, request.inode)
+            inode = await grants.existing(txn, request.inode)
             if isinstance(inode.layout, Chunks):
                 return Promoted(inode=state.hinted(inode), layout=inode.layout)
             if not await _held_by_another(state, txn, request):
@@ -156,6 +171,9 @@ async def _held_by_another(state: MetaState, txn: Transaction, request: Promote)
 
 async def give_up_promotion(state: MetaState, inode: int, session: bytes) -> None:
     """Remove what a session's Promote led to without an AdoptChunks, and its grant. Nothing if it has none."""
+    if state.shared:
+        await grants.give_up(state, inode)
+        return
     async with state.turns.of(("promote", inode)):
         promotion = state.promoting.get(inode)
         if promotion is not None and promotion.session == session:
@@ -165,24 +183,11 @@ async def give_up_promotion(state: MetaState, inode: int, session: bytes) -> Non
 
 async def adopt_chunks(state: MetaState, request: AdoptChunks) -> InodeReply:
     """Switch an inline file to the chunks that its Promote was for. After StaleChunk those chunks are gone."""
+    if state.shared:
+        return await grants.adopt(state, request)
 
     async def work(txn: Transaction) -> Inode:
-        old = await _existing(txn, request.inode)
-        if old.layout == request.layout:
-            return old
-        if not isinstance(old.layout, Inline) or old.revision != request.revision:
-            raise StaleChunk("the file changed while it was moved to chunks")
-        now_ns = state.runtime.wall_ns()
-        new = replace(
-            old,
-            layout=request.layout,
-            length=request.length,
-            revision=old.revision + 1,
-            mtime_ns=now_ns,
-            ctime_ns=now_ns,
-        )
-        put_inode(txn, old, new)
-        return new
+        return await grants.switch_layout(state, txn, request)
 
     async with state.turns.of(("promote", request.inode)):
         promotion = state.promoting.get(request.inode)
@@ -196,12 +201,3 @@ async def adopt_chunks(state: MetaState, request: AdoptChunks) -> InodeReply:
             raise
         del state.promoting[request.inode]
         return InodeReply(inode)
-
-
-async def _existing(txn: Transaction, inode: int) -> Inode:
-    file = await get_inode(txn, inode)
-    if file is None:
-        raise NotFound("the file was removed")
-    if not file.is_file:
-        raise IsADirectory("not a file")
-    return file

@@ -24,13 +24,26 @@ class InodeIds:
     async def take(self) -> int:
         """A fresh id. One transaction of its own per batch, otherwise memory."""
         while self._next == self._end:
-            async with self._turns.of("lease"):
-                if self._next == self._end:
-                    # One row that is there already: this must not be what keeps a full store from trashing a file.
-                    end = await self._kv.run(self._lease, reclaims=True)
-                    self._next, self._end = end - self._batch, end
+            await self._renew(1)
         self._next += 1
         return self._next - 1
+
+    async def take_block(self, count: int) -> int:
+        """The first of `count` fresh ids in a row, a multiple of `count`."""
+        while True:
+            begin = -(-self._next // count) * count
+            if begin + count <= self._end:
+                self._next = begin + count
+                return begin
+            await self._renew(2 * count)
+
+    async def _renew(self, count: int) -> None:
+        """Lease ids, unless somebody just did. With less than `count` left, those are given up."""
+        async with self._turns.of("lease"):
+            if self._end - self._next < count:
+                # One row that is there already: this must not be what keeps a full store from trashing a file.
+                end = await self._kv.run(self._lease, reclaims=True)
+                self._next, self._end = end - self._batch, end
 
     async def unswept(self) -> tuple[int, int]:
         """[begin, end) of the ids that a process before this one may have left chunks under. Call it before `take`."""

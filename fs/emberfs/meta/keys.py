@@ -12,6 +12,16 @@
     X  inode name              bytes                 an extended attribute
     C  counter                 integer (add)         see `Counter`
 
+When several servers share the KV (`MetaConfig.shared`), also:
+
+    E  inode                   integer (max)         how far a file in chunks reaches by reports since its row was put
+    P  inode                   GrantRow              an inline file that one session moves to chunks
+    K  client                  integer (max)         a client: see `clients`
+    O  client number           a result              what a request of a client led to: see `clients`
+    L  first inode             client                a block of ids that a client may write chunks under: see `blocks`
+    A  inode                   nothing               an id of such a block that will never be committed
+    W  name                    ClaimRow              who does what only one server may do: see `claims`
+
 Ids are 8 bytes big-endian, so rows of one inode are neighbours and in order of age.
 
 Invariants: an entry's value starts with the packed id, so that a path walk joins bytes and decodes nothing.
@@ -88,6 +98,8 @@ class SessionRow(msgspec.Struct, frozen=True, array_like=True):
     """The file's, when it was opened."""
     append: bool
     """At most one of a file's sessions appends."""
+    client: bytes = b""
+    """Whose session it is, when several servers share the KV: it ends with the client's."""
 
 
 class Intent(msgspec.Struct, frozen=True, array_like=True):
@@ -95,6 +107,24 @@ class Intent(msgspec.Struct, frozen=True, array_like=True):
 
     length: int
     layout: Chunks
+
+
+class GrantRow(msgspec.Struct, frozen=True, array_like=True):
+    """A grant to move an inline file to chunks."""
+
+    session: bytes
+    layout: Chunks
+    void: bool = False
+    """It was given up, and its chunks are being removed: nobody is granted anything before they are gone."""
+
+
+class ClaimRow(msgspec.Struct, frozen=True, array_like=True):
+    """Somebody is at it."""
+
+    holder: bytes
+    """Random, drawn for this one time."""
+    beats: int
+    """Counts renewals: a row that does not change is abandoned."""
 
 
 class TrashRow(msgspec.Struct, frozen=True, array_like=True):
@@ -109,6 +139,8 @@ _decode_ids = msgspec.msgpack.Decoder(IdLease).decode
 decode_session = msgspec.msgpack.Decoder(SessionRow).decode
 decode_intent = msgspec.msgpack.Decoder(Intent).decode
 decode_trash = msgspec.msgpack.Decoder(TrashRow).decode
+decode_grant = msgspec.msgpack.Decoder(GrantRow).decode
+decode_claim = msgspec.msgpack.Decoder(ClaimRow).decode
 
 
 def encode_row(row: msgspec.Struct) -> bytes:
@@ -190,6 +222,34 @@ def xattr_key(inode: int, name: str) -> bytes:
 
 def xattr_range(inode: int) -> tuple[bytes, bytes]:
     return b"X" + _pack_id(inode), b"X" + _pack_id(inode + 1)
+
+
+def length_key(inode: int) -> bytes:
+    return b"E" + _pack_id(inode)
+
+
+def grant_key(inode: int) -> bytes:
+    return b"P" + _pack_id(inode)
+
+
+def client_key(client: bytes) -> bytes:
+    return b"K" + client
+
+
+def result_key(client: bytes, number: int) -> bytes:
+    return b"O" + client + _pack_id(number)
+
+
+def block_key(begin: int) -> bytes:
+    return b"L" + _pack_id(begin)
+
+
+def abandoned_key(inode: int) -> bytes:
+    return b"A" + _pack_id(inode)
+
+
+def claim_key(name: str) -> bytes:
+    return b"W" + name.encode()
 
 
 def rows_of(prefix: bytes) -> tuple[bytes, bytes]:

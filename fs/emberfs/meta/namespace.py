@@ -22,11 +22,12 @@ from .keys import (
     entry_name,
     entry_range,
     get_inode,
+    length_key,
     pack_id,
     put_inode,
     unpack_id,
 )
-from .paths import Place, locate, locate_existing, split_path
+from .paths import Place, locate, locate_existing, locate_new, split_path
 from .state import MetaState
 from .truncate import finish
 
@@ -57,9 +58,9 @@ async def _stat(state: MetaState, txn: Transaction, request: Stat) -> InodeReply
     assert row is not None, "an entry names a missing inode"
     inode = decode_inode(row)
     # The common case, a file without a hint, is spared a coroutine.
-    reply = InodeReply(await state.current(txn, inode) if place.is_dir or state.hints else inode)
+    reply = InodeReply(await state.current(txn, inode) if place.is_dir or state.hints or state.shared else inode)
     if request.follow and walked and not state.hints:
-        state.stats.put(request.path, stamp, (*walked, b"I" + packed, b"M" + packed), reply)
+        state.stats.put(request.path, stamp, (*walked, b"I" + packed, b"M" + packed, b"E" + packed), reply)
     return reply
 
 
@@ -95,7 +96,18 @@ async def _list(state: MetaState, txn: Transaction, request: List) -> Listing:
             entries[index] = (name, replace(inode, mtime_ns=decode_int(time)))
     if state.hints:
         entries = [(name, state.hinted(inode)) for name, inode in entries]
+    if state.shared:
+        entries = await _measured(txn, entries)
     return Listing(entries=entries, more=more)
+
+
+async def _measured(txn: Transaction, entries: list[tuple[str, Inode]]) -> list[tuple[str, Inode]]:
+    """`MetaState.measured` of a whole page at once."""
+    ends = await txn.get_many([length_key(inode.id) for _, inode in entries], snapshot=True)
+    return [
+        (name, inode if end is None else replace(inode, length=max(inode.length, decode_int(end))))
+        for (name, inode), end in zip(entries, ends, strict=True)
+    ]
 
 
 async def mkdir(state: MetaState, request: Mkdir) -> InodeReply:
@@ -104,10 +116,7 @@ async def mkdir(state: MetaState, request: Mkdir) -> InodeReply:
     async def work(txn: Transaction) -> InodeReply:
         if request.parents:
             await make_parents(state, txn, request.path, mode=request.mode, uid=request.uid, gid=request.gid)
-        try:
-            place = await locate(txn, request.path, follow=False)
-        except NotFound:
-            raise NotFound("the parent directory is missing", await _missing_parent(txn, request.path)) from None
+        place = await locate_new(txn, request.path, follow=False)
         if place.is_symlink and request.exist_ok:
             place = await locate(txn, request.path, follow=True)
         if place.entry is None:
@@ -127,17 +136,7 @@ async def mkdir(state: MetaState, request: Mkdir) -> InodeReply:
             raise AlreadyExists("something of that name exists", request.path)
         return InodeReply(await state.current(txn, inode))
 
-    return await state.kv.run(work)
-
-
-async def _missing_parent(txn: Transaction, path: str) -> str:
-    """The first of the directories on the way to `path` that is missing."""
-    names = split_path(path)
-    aboves = ["/" + b"/".join(names[:depth]).decode() for depth in range(1, len(names))]
-    for above in aboves:
-        if (await locate(txn, above, follow=True)).entry is None:
-            return above
-    return aboves[-1]
+    return await state.decide(work, InodeReply)
 
 
 async def make_parents(
@@ -169,9 +168,9 @@ async def link(state: MetaState, request: Link) -> InodeReply:
         put_inode(txn, old, new)
         assert source.entry is not None
         txn.put(entry_key(target.parent, target.name), source.entry)
-        return InodeReply(state.hinted(new))
+        return InodeReply(await state.measured(txn, new))
 
-    return await state.kv.run(work)
+    return await state.decide(work, InodeReply)
 
 
 async def symlink(state: MetaState, request: Symlink) -> InodeReply:
@@ -198,7 +197,7 @@ async def symlink(state: MetaState, request: Symlink) -> InodeReply:
         )
         return InodeReply(inode)
 
-    return await state.kv.run(work)
+    return await state.decide(work, InodeReply)
 
 
 async def rename(state: MetaState, request: Rename) -> Done:
@@ -206,7 +205,7 @@ async def rename(state: MetaState, request: Rename) -> Done:
 
     async def work(txn: Transaction) -> None:
         source = await locate_existing(txn, request.source, follow=False)
-        target = await locate(txn, request.target, follow=False)
+        target = await locate_new(txn, request.target, follow=False)
         if not source.parent:
             raise InvalidPath("the root directory cannot be renamed")
         if target.entry is not None:
@@ -220,7 +219,7 @@ async def rename(state: MetaState, request: Rename) -> Done:
             await _clear_target(state, txn, source, target, request.target)
         await nodes.move(state, txn, source, target, request.target)
 
-    await state.kv.run(work)
+    await state.decide(work, None)
     return Done()
 
 
@@ -249,7 +248,7 @@ async def _clear_target(state: MetaState, txn: Transaction, source: Place, targe
 
 
 async def _locate_free(txn: Transaction, path: str) -> Place:
-    place = await locate(txn, path, follow=False)
+    place = await locate_new(txn, path, follow=False)
     if place.entry is not None:
         raise AlreadyExists("something of that name exists", path)
     return place

@@ -152,7 +152,7 @@ def release(state: MetaState, txn: Transaction, inode: Inode, rest: Attached) ->
 
 
 def bury(txn: Transaction, inode: Inode, rest: Attached) -> None:
-    """Delete an inode and all rows about it. Its chunks must be gone."""
+    """Delete an inode and all rows about it. Its chunks must be gone, and no session have it open."""
     assert not rest.is_open
     put_inode(txn, inode, None)
     txn.delete(mtime_key(inode.id) if inode.is_dir else intent_key(inode.id))

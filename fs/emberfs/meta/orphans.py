@@ -47,8 +47,9 @@ async def detach(state: MetaState, txn: Transaction, place: Place) -> None:
 
 def start_sweeper(state: MetaState) -> None:
     """Delete the orphans in the background."""
-    if state.sweeper is None or state.sweeper.done():
-        state.sweeper = state.runtime.spawn(_sweep(state), "emberfs-orphans")
+    background = state.background
+    if background.sweeper is None or background.sweeper.done():
+        background.sweeper = state.runtime.spawn(_sweep(state), "emberfs-orphans")
 
 
 async def _sweep(state: MetaState) -> None:
@@ -61,8 +62,8 @@ async def _sweep(state: MetaState) -> None:
 async def delete_orphans(state: MetaState) -> None:
     """Delete all orphan trees. Returns when there are none, also if it was somebody else who deleted them."""
     # One at a time: two would take the same top and lose their steps to each other.
-    async with state.turns.of("orphans"):
-        while not state.stopping and await state.kv.run(lambda txn: _step(state, txn), reclaims=True):
+    async with state.claims.of("orphans"):
+        while not state.background.stopping and await state.kv.run(lambda txn: _step(state, txn), reclaims=True):
             pass
 
 

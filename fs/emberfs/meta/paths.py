@@ -151,3 +151,20 @@ async def locate_existing(txn: Transaction, path: str, *, follow: bool, snapshot
     if place.entry is None:
         raise NotFound("no such file or directory", path)
     return place
+
+
+async def locate_new(txn: Transaction, path: str, *, follow: bool) -> Place:
+    """`locate` for something that is to be made: NotFound names the first directory that is missing."""
+    try:
+        return await locate(txn, path, follow=follow)
+    except NotFound:
+        names = split_path(path)
+        for depth in range(1, len(names)):
+            above = "/" + b"/".join(names[:depth]).decode()
+            try:
+                is_missing = (await locate(txn, above, follow=True)).entry is None
+            except NotFound:  # A link on the way leads nowhere.
+                is_missing = True
+            if is_missing:
+                raise NotFound("the parent directory is missing", above) from None
+        raise

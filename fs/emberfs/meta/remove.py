@@ -19,26 +19,23 @@ from .trash import throw_away
 
 async def remove(state: MetaState, request: Remove) -> Removed:
     """Remove what is at a path; a link itself, not what it points to."""
-    detached = False
 
-    async def work(txn: Transaction) -> str:
-        nonlocal detached
+    async def work(txn: Transaction) -> tuple[str, bool]:
         place = await locate_existing(txn, request.path, follow=False)
         _check_kind(place, request)
         has_entries = place.is_dir and not await nodes.is_empty(txn, place.inode)
         if has_entries and not request.recursive:
             raise DirectoryNotEmpty("the directory is not empty", request.path)
-        detached = has_entries and not request.trash
         if request.trash:
-            return await throw_away(state, txn, place, request.path)
+            return await throw_away(state, txn, place, request.path), False
         if has_entries:
             await detach(state, txn, place)
         else:
             await nodes.remove(state, txn, place)
-        return ""
+        return "", has_entries
 
-    trash_id = await state.kv.run(work, reclaims=True)
-    if detached:
+    trash_id, is_detached = await state.decide(work, tuple[str, bool], reclaims=True)
+    if is_detached:
         start_sweeper(state)
     return Removed(trash_id=trash_id)
 

@@ -1,7 +1,7 @@
 """The trash: what was removed, until it is put back, expires, or is emptied.
 
 An entry of the trash is an ordinary directory entry of the trash directory, named by its id, and a row that says where
-it was. Ids come from the inode ids, so the order of names is the order of removal. No path leads into the trash.
+it was. Ids come from the inode ids, so the order of names is the order of removal, at one server. No path leads there.
 
 Does not know: when expiry is looked at (see `gc`).
 """
@@ -55,6 +55,8 @@ async def trash_list(state: MetaState, request: TrashList) -> TrashListing:
             assert inode is not None, "an entry names a missing inode"
             row = decode_trash(value)
             entries.append(TrashEntry(key[1:].decode(), row.path, row.deleted_ns, decode_inode(inode)))
+    if state.shared:  # The servers' ids are not of one sequence.
+        entries.sort(key=lambda entry: entry.deleted_ns)
     return TrashListing(entries=entries)
 
 
@@ -75,24 +77,31 @@ async def trash_restore(state: MetaState, request: TrashRestore) -> InodeReply:
         assert inode is not None
         return await state.current(txn, inode)
 
-    return InodeReply(await state.kv.run(work))
+    return InodeReply(await state.decide(work, Inode))
 
 
 async def trash_empty(state: MetaState, request: TrashEmpty) -> Done:
     """Remove for good what was thrown away at least `older_than_s` ago."""
     await expire(state, older_than_s=request.older_than_s)
+    await state.decide(_nothing, None)
     return Done()
 
 
+async def _nothing(txn: Transaction) -> None:
+    """A request that is done in steps is decided when they are done: a late copy of it then removes no more."""
+
+
 async def expire(state: MetaState, *, older_than_s: float) -> None:
-    """`trash_empty`, also for the background. Stops at the first entry that is younger; 0 is everything."""
+    """`trash_empty`, also for the background. 0 is everything."""
     now_ns = state.runtime.wall_ns()
     async for page in pages(state.kv, b"R"):
         for key, value in page:
-            if state.stopping:
+            if state.background.stopping:
                 return
             # Not by age alone: the wall clock may have been set back.
             if older_than_s > 0 and now_ns - decode_trash(value).deleted_ns < older_than_s * NANOSECONDS:
+                if state.shared:  # The order is only that of each server.
+                    continue
                 return
             await _remove(state, key[1:].decode())
 
@@ -114,7 +123,7 @@ async def _remove(state: MetaState, trash_id: str) -> None:
         await nodes.remove(state, txn, place)
         return False
 
-    if await state.kv.run(work, reclaims=True):
+    if await state.step(work, reclaims=True):
         start_sweeper(state)
 
 

@@ -17,7 +17,17 @@ from ..errors import IsADirectory, LimitExceeded, NotFound, StaleChunk
 from ..kv.types import Transaction
 from ..messages import InodeReply, Truncate
 from ..types import FILE_BYTES_MAX, INLINE_BYTES_MAX, Inline, Inode
-from .keys import Intent, decode_intent, encode_row, get_inode, intent_key, put_inode, session_range
+from .keys import (
+    Intent,
+    decode_intent,
+    encode_row,
+    get_inode,
+    grant_key,
+    intent_key,
+    length_key,
+    put_inode,
+    session_range,
+)
 from .paths import locate_existing
 from .state import MetaState
 
@@ -36,7 +46,7 @@ async def truncate(state: MetaState, request: Truncate) -> InodeReply:
             raise IsADirectory("not a file", request.path or None)
         return await set_length(state, txn, old, request.length)
 
-    inode = await state.kv.run(work, reclaims=True)
+    inode = await state.decide(work, Inode, reclaims=True)
     await finish(state, inode.id)
     return InodeReply(inode)
 
@@ -45,7 +55,7 @@ async def set_length(state: MetaState, txn: Transaction, old: Inode, length: int
     """The transaction's part of a truncate. The caller runs `finish` once it committed."""
     layout = old.layout
     if isinstance(layout, Inline):
-        if length > INLINE_BYTES_MAX and (layout.data or old.id in state.promoting):
+        if length > INLINE_BYTES_MAX and (layout.data or await _is_promoting(state, txn, old.id)):
             raise StaleChunk(f"{length} bytes do not fit into the inode row: promote the file first")
         layout = Inline(layout.data[:length].ljust(length, b"\0")) if length <= INLINE_BYTES_MAX else state.new_layout()
     else:
@@ -53,7 +63,7 @@ async def set_length(state: MetaState, txn: Transaction, old: Inode, length: int
         # An open session may have written more than anybody has reported.
         open_now = await txn.range(*session_range(old.id), limit=1, snapshot=True)
         pending = await txn.get(intent_key(old.id))
-        if open_now or pending or length < state.hinted(old).length:
+        if open_now or pending or length < (await state.measured(txn, old)).length:
             cut = min(length, decode_intent(pending).length) if pending else length
             txn.put(intent_key(old.id), encode_row(Intent(length=cut, layout=layout)))
     now_ns = state.runtime.wall_ns()
@@ -67,15 +77,21 @@ async def set_length(state: MetaState, txn: Transaction, old: Inode, length: int
         revision=old.revision + 1,
     )
     put_inode(txn, old, new)
+    if state.shared:
+        txn.delete(length_key(old.id))
     return new
 
 
+async def _is_promoting(state: MetaState, txn: Transaction, inode: int) -> bool:
+    return await txn.get(grant_key(inode)) is not None if state.shared else inode in state.promoting
+
+
 async def finish(state: MetaState, inode: int) -> None:
-    """Cut the chunks of a truncate that committed, if there is one. May be run by several at once, and again."""
+    """Cut the chunks of a truncate that committed, if there is one. May be called by several at once, and again."""
     row = await state.kv.begin().get(intent_key(inode))
     if row is None:
         return
-    async with state.turns.of(inode):
+    async with state.claims.of(inode):
         # Whoever waited for a turn may find it done, and the file written to since.
         row = await state.kv.begin().get(intent_key(inode))
         if row is not None:

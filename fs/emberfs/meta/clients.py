@@ -1,0 +1,187 @@
+"""The clients of a cluster: who may change something, and what came of it, so that nothing is done twice.
+
+A request that changes something comes as `Once`: its client's id and a number. The one transaction that makes it happen
+(`decide`) also keeps its result in a row (client, number). A repeated request finds that row in its own transaction, at
+whichever server, and the handler goes on from there as if it had just run it; two attempts at the same time conflict.
+If it was decided that nothing happens (an error), an earlier attempt may still be on its way and come to another end:
+so a repeated attempt keeps the error too.
+
+A client has one row. Its integer only grows:
+
+    done_below      from 1: requests below were answered. Their results are deleted, and a late copy is refused.
+    ENDED           its session is over: every decision reads this row, so none of its requests happens after that.
+    CLEANED + s     what it left has been taken care of, at that Unix time; deleted after KEEP_S
+
+Nobody but the cluster manager knows whose session is live. The server hands in the ids it hears of (`heard`). A client
+has ended when it is missing there, after this server knew that it had lived, and is not back within `grace_s`.
+
+Does not know: what requests do, and what a client leaves (`recovery`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from ..errors import EmberError, SessionExpired, StoreClosed, TargetFailed, Unavailable, UpdateUnknown
+from ..kv.types import KV, Transaction, decode_int
+from ..messages import Done
+from ..runtime import Runtime
+from ..transport.codec import decode_failure, encode_failure
+from .keys import client_key, result_key
+
+T = TypeVar("T")
+ENDED = 1 << 61
+CLEANED = 1 << 62
+KEEP_S = 3600
+"""How long a late request of an ended client is known as such by its row."""
+PRUNE_EVERY = 256
+"""Every so many requests of a client its answered ones are forgotten."""
+HEAR_S = 2.0
+"""How long a request of a client that we have not heard of waits: its session may be newer than our news."""
+HEAR_POLL_S = 0.05
+
+_RESULT, _FAILURE = b"\0", b"\1"
+_UNDECIDED = (Unavailable, UpdateUnknown, SessionExpired, StoreClosed, TargetFailed)
+"""Errors that say nothing about the request."""
+
+
+class RequestName(NamedTuple):
+    """The name under which a request is decided once."""
+
+    client: bytes
+    number: int
+    done_below: int
+    again: bool
+    """Not the first attempt: an earlier one may still be on its way."""
+
+
+class _UnheardOf(Exception):
+    """A client of whom neither its row nor the manager has told us."""
+
+
+class Clients:
+    """The clients' rows, and the news of their sessions."""
+
+    def __init__(self, kv: KV, runtime: Runtime) -> None:
+        self._kv = kv
+        self._runtime = runtime
+        self._live: frozenset[bytes] = frozenset()
+        self._known: set[bytes] = set()
+        """Those that live or have lived, for all that we know."""
+        self._gone: dict[bytes, float] = {}
+        """Known ones that are missing now -> since when."""
+
+    def heard(self, live: Collection[bytes]) -> None:
+        """The cluster manager said, just now, that these are all live sessions."""
+        self._live = frozenset(live)
+        for client in self._known - self._live:
+            self._gone.setdefault(client, self._runtime.now_s())
+        for client in self._live:
+            self._gone.pop(client, None)
+        self._known |= self._live
+        for client in [client for client, since_s in self._gone.items() if self._runtime.now_s() - since_s > KEEP_S]:
+            self.forget(client)
+
+    def has_ended(self, client: bytes, *, grace_s: float) -> bool:
+        """Whether a client that has a row is gone for good. Looking makes it known."""
+        self._known.add(client)
+        since_s = self._gone.get(client)
+        return since_s is not None and self._runtime.now_s() - since_s >= grace_s
+
+    def forget(self, client: bytes) -> None:
+        """It has been taken care of."""
+        self._known.discard(client)
+        self._gone.pop(client, None)
+
+    async def decide(
+        self, name: RequestName, work: Callable[[Transaction], Awaitable[T]], kind: Any, *, reclaims: bool
+    ) -> T:
+        """`kv.run` of the transaction that decides a request; if it is decided already, its result.
+
+        `kind`: the type of the result, for msgspec. Raises SessionExpired, and Unavailable for an unknown client.
+        """
+
+        async def once(txn: Transaction) -> T:
+            stored = await self._stored(txn, name)
+            if stored is not None:
+                return _decode(stored, kind)  # type: ignore[no-any-return]
+            result = await work(txn)
+            txn.put(result_key(name.client, name.number), _RESULT + msgspec.msgpack.encode(result))
+            if name.number % PRUNE_EVERY == 0:
+                txn.max(client_key(name.client), name.done_below)
+                txn.delete_range(result_key(name.client, 0), result_key(name.client, name.done_below))
+            return result
+
+        try:
+            return await self._run(once, reclaims=reclaims)
+        except EmberError as error:
+            if not name.again or isinstance(error, _UNDECIDED):
+                raise
+            failure = error
+
+        async def refuse(txn: Transaction) -> bytes:
+            stored = await self._stored(txn, name)
+            if stored is None:
+                stored = _FAILURE + encode_failure(failure, Done())
+                txn.put(result_key(name.client, name.number), stored)
+            return stored
+
+        return _decode(await self._run(refuse, reclaims=True), kind)  # type: ignore[no-any-return]
+
+    async def step(self, name: RequestName, work: Callable[[Transaction], Awaitable[T]], *, reclaims: bool) -> T:
+        """`kv.run` of a part of a request that is decided later. Raises UpdateUnknown if it is decided already."""
+
+        async def undecided(txn: Transaction) -> T:
+            if await self._stored(txn, name) is not None:
+                raise UpdateUnknown("another attempt has done this request to its end")
+            return await work(txn)
+
+        return await self._run(undecided, reclaims=reclaims)
+
+    async def admit(self, client: bytes, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """`kv.run` for something that must not happen after the client's end."""
+
+        async def admitted(txn: Transaction) -> T:
+            self._check(txn, client, await txn.get(client_key(client)))
+            return await work(txn)
+
+        return await self._run(admitted, reclaims=False)
+
+    async def _stored(self, txn: Transaction, name: RequestName) -> bytes | None:
+        row, stored = await txn.get_many([client_key(name.client), result_key(name.client, name.number)])
+        done_below = self._check(txn, name.client, row)
+        if stored is None and name.number < done_below:
+            raise UpdateUnknown("a late copy of a request that its client has done with")
+        return stored
+
+    def _check(self, txn: Transaction, client: bytes, row: bytes | None) -> int:
+        """`done_below` of a client. Raises SessionExpired."""
+        if row is None:
+            if client not in self._live:
+                raise _UnheardOf
+            txn.max(client_key(client), 1)
+            return 1
+        mark = decode_int(row)
+        if mark >= ENDED:
+            raise SessionExpired("the client's session has ended: what it had open is closed")
+        return mark
+
+    async def _run(self, work: Callable[[Transaction], Awaitable[T]], *, reclaims: bool) -> T:
+        deadline_s = self._runtime.now_s() + HEAR_S
+        while True:
+            try:
+                return await self._kv.run(work, reclaims=reclaims)
+            except _UnheardOf:
+                if self._runtime.now_s() >= deadline_s:
+                    raise Unavailable("the metadata server has not heard of the client's session") from None
+            await self._runtime.sleep(HEAR_POLL_S)
+
+
+def _decode(stored: bytes, kind: Any) -> Any:
+    """The result. Raises the error that was decided."""
+    if stored[:1] == _FAILURE:
+        raise decode_failure(memoryview(stored)[1:])
+    return msgspec.msgpack.decode(memoryview(stored)[1:], type=kind)
