@@ -31,7 +31,6 @@ from emberfs.errors import (
     StoreFormat,
     TargetFailed,
 )
-from emberfs.filesystem import EmberFileSystem
 
 from tests.fs.stores import CHUNK, content, flip_byte, line_of, program, url_of
 
@@ -181,14 +180,6 @@ def test_dots_never_leave_the_store(client: Client, tmp_path: Path) -> None:
     for path in ("/", "/..", "/.", "//"):
         with pytest.raises(InvalidPath):
             client.remove(path, recursive=True)
-
-
-def test_a_listing_shows_links_in_a_circle(client: Client) -> None:
-    client.symlink("/b", "/a")
-    client.symlink("/a", "/b")
-    fs = EmberFileSystem(url=client.url)
-    assert [(entry["name"], entry["islink"]) for entry in fs.ls("/", detail=True)] == [("/a", True), ("/b", True)]
-    fs.close()
 
 
 def test_links_in_a_circle(client: Client) -> None:

@@ -177,3 +177,12 @@ def test_asynchronous(tmp_path: Path) -> None:
         fs.close()
 
     asyncio.run(main())
+
+
+def test_a_listing_shows_links_in_a_circle(tmp_path: Path) -> None:
+    fs = EmberFileSystem(url=f"ember://{tmp_path / 'store'}")
+    with fs.client as client:
+        client.symlink("/b", "/a")
+        client.symlink("/a", "/b")
+    assert [(entry["name"], entry["islink"]) for entry in fs.ls("/", detail=True)] == [("/a", True), ("/b", True)]
+    fs.close()

@@ -1,9 +1,8 @@
 """The chunk engine: see `engine` for the contract, `replica` for what chains ask, `record` and `rows` for the index."""
 
-from .engine import EngineCounters
 from .record import NO_REQUEST, Request
 from .replica import ChunkEngine, ChunkState, Content, InstallItem
-from .target import EngineConfig, TargetIdentity
+from .target import EngineConfig, EngineCounters, TargetIdentity
 from .update import Action, Prepared, Update
 
 __all__ = [

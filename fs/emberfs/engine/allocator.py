@@ -176,7 +176,10 @@ class Allocator:
     """All size classes of one target."""
 
     def __init__(self, disk: Disk, *, reserve_bytes: int) -> None:
+        self._disk = disk
         self._reserve_bytes = reserve_bytes
+        self.used_bytes = 0
+        """In blocks that records name."""
         self.classes = {log2: SizeClass(log2, disk) for log2 in range(CLASS_LOG2_MIN, CLASS_LOG2_MAX + 1)}
 
     def allocate(self, length: int) -> int:
@@ -215,7 +218,18 @@ class Allocator:
     def adopt(self, rows: dict[tuple[int, int], int]) -> None:
         """The group rows are durable now."""
         for (class_log2, group), bitmap in rows.items():
-            self.classes[class_log2].durable[group] = bitmap
+            durable = self.classes[class_log2].durable
+            self.used_bytes += (bitmap.bit_count() - durable[group].bit_count()) << class_log2
+            durable[group] = bitmap
+
+    def load_group(self, class_log2: int, group: int, bitmap: int) -> None:
+        """Take over a group row at open."""
+        self.classes[class_log2].load_group(group, bitmap)
+        self.used_bytes += bitmap.bit_count() << class_log2
+
+    def free_bytes(self) -> int:
+        """What the disk has left above the reserve. Raises OSError."""
+        return max(self._disk.free_bytes() - self._reserve_bytes, 0)
 
     def trim(self) -> int:
         """Punch out wholly free groups of every class. Returns the bytes given back."""

@@ -26,8 +26,6 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
 
-import msgspec
-
 from ..batching import GroupCommit
 from ..checksum import crc32c, cumulative_sums
 from ..disk import Disk, WriteItem
@@ -39,21 +37,10 @@ from .allocator import Allocator, position_class
 from .reader import BlockReader, ReadRequest
 from .record import SUMS_INLINE_BYTES_MAX, Extent, Record, Stamp, decode_record, is_tombstone, last_sum, row_to_read
 from .rows import CHUNK, FLOOR_KEY, GROUP, Change, is_named, request_key
-from .target import ENGINE_FORMAT, EngineConfig, TargetIdentity, identify
+from .target import ENGINE_FORMAT, EngineConfig, EngineCounters, TargetIdentity, identify
 from .update import Action, Plan, Prepared, Update, appended_sums, padded_payload, plan_update
 
 T = TypeVar("T")
-
-
-class EngineCounters(msgspec.Struct):
-    """What the engine did since it was opened; for benchmarks and metrics."""
-
-    flushes: int = 0
-    updates: int = 0
-    payload_bytes: int = 0
-    """Bytes callers asked to write."""
-    block_bytes: int = 0
-    """Bytes written to block files for it."""
 
 
 class CoreEngine:
@@ -98,7 +85,7 @@ class CoreEngine:
         engine = cls(disk, index, runtime, config, identity)
         engine.floor = decode_int(await index.begin().get(FLOOR_KEY))
         async for class_log2, group, bitmap in engine.groups():
-            engine.allocator.classes[class_log2].load_group(group, bitmap)
+            engine.allocator.load_group(class_log2, group, bitmap)
         return engine
 
     @property
@@ -492,6 +479,13 @@ class CoreEngine:
         change = Change()
         change.freed = list(positions)
         await self.during(self._submit(change, []))
+
+    def space(self) -> tuple[int, int]:
+        """(bytes in blocks of chunks, bytes that the disk has left above the reserve; 0 if it does not answer)."""
+        try:
+            return self.allocator.used_bytes, self.allocator.free_bytes()
+        except OSError:
+            return self.allocator.used_bytes, 0
 
     def trim(self) -> int:
         """Give the space of wholly free block groups back to the file system; returns the bytes. Raises StoreClosed.

@@ -53,3 +53,14 @@ async def identify(txn: Transaction, *, runtime: Runtime, target: bytes | None) 
         identity = msgspec.structs.replace(identity, generation=runtime.random_bytes(16))
         txn.put(IDENTITY_KEY, msgspec.msgpack.encode(identity))
     return identity
+
+
+class EngineCounters(msgspec.Struct):
+    """What the engine did since it was opened; for benchmarks and metrics."""
+
+    flushes: int = 0
+    updates: int = 0
+    payload_bytes: int = 0
+    """Bytes callers asked to write."""
+    block_bytes: int = 0
+    """Bytes written to block files for it."""

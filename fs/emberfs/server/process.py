@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,8 @@ def run_server(config: ServerConfig) -> None:
         if config.metrics:
             end_metrics = serve_metrics(registry, role.gauges, config.metrics)
         log.info("%s %s serves at %s", config.role, config.name, listener.address)
-        print(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}), flush=True)
+        sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")
+        sys.stdout.flush()
         _tell_systemd("READY=1")
         while not stop.wait(LOOK_S):
             if reason := role.must_stop():
