@@ -94,6 +94,7 @@ main = _CommandLine(
         "sql": LazyCommand("emberline.sql:sql", "Run SQL over files of a store, or of any URL."),
         "cluster": LazyCommand("emberfs.cli.cluster:cluster", "A store of several servers: start one, look after it."),
         "server": LazyCommand("emberfs.cli.server:server", "Run one server of a cluster in this process."),
+        "sim": LazyCommand("emberfs.cli.sim:sim", "Simulate a cluster under faults, by seeds, and check it."),
         "bench": LazyCommand("emberfs.cli.bench:bench", "Measure a store on this machine, beside its ceilings."),
         "doctor": LazyCommand("emberfs.cli.doctor:doctor", "Check this machine and a store, and say what to do."),
     },

@@ -15,3 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sim-seeds", type=int, default=20, help="how many seeds each simulation test tries (0, 1, 2, ...)"
     )
+    parser.addoption(
+        "--chaos-seconds", type=float, default=0.0, help="how long the chaos test goes on (0: each fault once)"
+    )
+    parser.addoption("--long", action="store_true", help="tests too that take minutes")

@@ -1,7 +1,7 @@
 """The disk seam: one directory of files, as a chunk engine sees it.
 
 Reads and writes come in batches. `LocalDisk` tries a whole batch inline (`RWF_NOWAIT`) and hands only what was cold to
-a worker; `tests/sim` has a disk in memory that loses unsynced data, tears, flips bits and fills up.
+a worker; `testing.sim` has a disk in memory that loses unsynced data, tears, flips bits and fills up.
 
 Contract, the same for every implementation:
   - A write is durable only after `sync` of its file returned. Until then a crash may keep any part of it, in any order.

@@ -1,7 +1,7 @@
 """Time, randomness and concurrency, as the services are handed them.
 
 Three of the five seams (network is `transport`, disk is `disk`). A service holds a `Runtime` and reaches for nothing
-else: no clock, no `random`, no thread, no executor, no bare task. `AsyncioRuntime` is production; `tests/sim` has the
+else: no clock, no `random`, no thread, no executor, no bare task. `AsyncioRuntime` is production; `testing.sim` has the
 other one, a seeded event loop with virtual time, so the very same service code runs under both.
 
 Invariants of `AsyncioRuntime`:

@@ -1,13 +1,14 @@
 """The chunk engine under power failure: at every moment, with every legal outcome, and with bugs that must be found.
 
 A *life* opens an engine on what the last crash left and runs random updates of several chunks at once: published at
-once, or prepared and committed; in batches. It leaves the log of what the disk did, with a mark wherever the index
-changed or an update began or was acknowledged. Then it dies at each point of that log (`volume.crash_points`), and at
-some with garbage in the sectors that were just being written, which a flash disk may do. What is found then must be:
+once, or prepared and committed or discarded; in batches; and copies of chunks as other replicas have them. It leaves
+the log of what the disk did, with a mark wherever the index changed or an update began or was acknowledged. Then it
+dies at each point of that log (`volume.crash_points`), and at some with garbage in the sectors that were just being
+written, which a flash disk may do. What is found then must be:
 
   - of each chunk exactly one of the states it may be in: the last acknowledged, or that with the update in the air
     applied in whole, committed and pending version each, every byte;
-  - no block leaked, owned twice or unmarked (`check`).
+  - no block leaked, owned twice or unmarked, no pending version or tombstone that is not listed (`check`).
 
 `--sim-seeds` asks for more seeds than the ones that run each time.
 """
@@ -22,20 +23,19 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from emberfs.engine import Action, ChunkEngine, Update
+from emberfs.engine import Action, ChunkEngine, EngineConfig, InstallItem, Prepared, Update
 from emberfs.engine import engine as engine_module
 from emberfs.engine import update as update_module
 from emberfs.engine.allocator import Allocator
-from emberfs.engine.engine import Change
 from emberfs.engine.record import Extent, Record
+from emberfs.engine.rows import Change
 from emberfs.engine.scrub import check
 from emberfs.errors import Corruption
 from emberfs.kv.memory import MemoryKV
+from emberfs.testing.sim.disk import SimDisk
+from emberfs.testing.sim.loop import SimRuntime, run
+from emberfs.testing.sim.volume import BLOCK_BYTES, SECTOR_BYTES, FileImage, Image, Operation, Sync, Write, crash_points
 from emberfs.types import chunk_id
-
-from tests.sim.disk import SimDisk
-from tests.sim.loop import SimRuntime, run
-from tests.sim.volume import BLOCK_BYTES, SECTOR_BYTES, FileImage, Image, Operation, Sync, Write, crash_points
 
 Rows = dict[bytes, bytes]
 
@@ -47,6 +47,8 @@ IMAGES_PER_POINT = 3
 BIG_LENGTH = (1 << 20) + 3 * BLOCK_BYTES
 """Just enough 4 KiB granules for sums beside the block."""
 BIG_CHUNK = chunk_id(1, 0)
+
+CONFIG = EngineConfig(keeps_tombstones=True)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def live(seed: int, make: type[ChunkEngine], image: Image, rows: Rows) -> Life:
 
         index = JournaledKV(runtime, rows=rows, persist=persist)
         journal = index.journal = Journal(disk, dict(rows))
-        engine = await make.open(disk, index, runtime)
+        engine = await make.open(disk, index, runtime, config=CONFIG)
         names = [[chunk_id(writer + 1, number) for number in range(CHUNKS_EACH)] for writer in range(WRITERS)]
         for chunk in [chunk for chunks in names for chunk in chunks]:
             journal.states[chunk] = (await state_of(engine, chunk),)
@@ -139,9 +141,19 @@ async def write(engine: ChunkEngine, journal: Journal, chunks: list[bytes], rng:
         batch = rng.sample(chunks, rng.randint(1, len(chunks)))
         prepared = [chunk for chunk in batch if journal.states[chunk][0].is_pending]
         if prepared and rng.random() < 0.6:
-            versions = [await next_version(engine, chunk) for chunk in prepared]
+            versions = [each.pending_version for each in await engine.states(prepared) if each is not None]
             after = [State(journal.states[chunk][0].pending) for chunk in prepared]
             await step(journal, prepared, after, lambda p=prepared, v=versions: engine.commit(p, v))
+            continue
+        if prepared and rng.random() < 0.2:
+            versions = [each.pending_version for each in await engine.states(prepared) if each is not None]
+            after = [State(journal.states[chunk][0].committed) for chunk in prepared]
+            await step(journal, prepared, after, lambda p=prepared, v=versions: engine.discard(p, v))
+            continue
+        if rng.random() < 0.1:
+            items = [random_copy(chunk, rng) for chunk in batch]
+            after = [State(bytes(item.payload) if item.payload is not None else None) for item in items]
+            await step(journal, batch, after, lambda i=items: engine.install(i))
             continue
         publish = rng.random() < 0.5
         updates = [random_update(chunk, journal.states[chunk][0], rng, seed) for chunk in batch]
@@ -189,6 +201,12 @@ def random_update(chunk: bytes, state: State, rng: random.Random, seed: int) -> 
     )
 
 
+def random_copy(chunk: bytes, rng: random.Random) -> InstallItem:
+    """A chunk as another replica has it."""
+    payload = memoryview(rng.randbytes(rng.choice([0, 4096, 20_000]))) if rng.random() < 0.8 else None
+    return InstallItem(chunk, rng.randint(1, 9), 1, payload, granule_log2=12 if chunk == BIG_CHUNK else 14)
+
+
 def apply(update: Update, state: State, publish: bool) -> State:
     """What an update makes of a chunk."""
     old = state.committed
@@ -229,11 +247,6 @@ async def content(engine: ChunkEngine, chunk: bytes, record: Record, extent: Ext
     buffer = memoryview(bytearray(extent.length))
     await engine.reader.read_extent(chunk, extent, record.granule_log2, 0, buffer)
     return bytes(buffer)
-
-
-async def next_version(engine: ChunkEngine, chunk: bytes) -> int:
-    record = await engine.record(chunk)
-    return 1 if record is None or record.committed is None else record.committed.version + 1
 
 
 @dataclass(frozen=True)
@@ -285,7 +298,7 @@ def inspect(make: type[ChunkEngine], death: Death) -> None:
 
     async def main(runtime: SimRuntime) -> None:
         index = MemoryKV(runtime, rows=death.moment.rows)
-        engine = await make.open(SimDisk.from_image(runtime, death.image), index, runtime)
+        engine = await make.open(SimDisk.from_image(runtime, death.image), index, runtime, config=CONFIG)
         for chunk, states in death.moment.states.items():
             found = await state_of(engine, chunk)
             assert found in states, f"{shape(found)} is none of {[shape(state) for state in states]}"
@@ -362,12 +375,14 @@ class SkipsDataSync(ChunkEngine):
 class FreesTooEarly(ChunkEngine):
     """Gives a block away while the record that names it is still the durable one."""
 
-    async def _plan(self, update: Update, record: Record | None, publish: bool, change: Change, writes: Any) -> int:
+    async def _plan(
+        self, update: Update, record: Record | None, publish: bool, change: Change, writes: Any
+    ) -> Prepared:
         before = len(change.freed)
-        version = await super()._plan(update, record, publish, change, writes)
+        prepared = await super()._plan(update, record, publish, change, writes)
         for position in change.freed[before:]:
             self.allocator.release(position)
-        return version
+        return prepared
 
     def _release_limbo(self) -> None:
         self._limbo.clear()
@@ -406,10 +421,12 @@ class OverwritesInPlace(ChunkEngine):
 class FreesNothing(ChunkEngine):
     """Leaves the blocks of replaced versions marked."""
 
-    async def _plan(self, update: Update, record: Record | None, publish: bool, change: Change, writes: Any) -> int:
-        version = await super()._plan(update, record, publish, change, writes)
+    async def _plan(
+        self, update: Update, record: Record | None, publish: bool, change: Change, writes: Any
+    ) -> Prepared:
+        prepared = await super()._plan(update, record, publish, change, writes)
         change.freed.clear()
-        return version
+        return prepared
 
 
 class KeepsOneSumSlot(ChunkEngine):

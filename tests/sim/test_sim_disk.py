@@ -13,10 +13,9 @@ import pytest
 from emberfs.disk import Disk
 from emberfs.kv.memory import MemoryKV
 from emberfs.runtime import Runtime
-
-from tests.sim.disk import SimDisk
-from tests.sim.loop import SimRuntime, run
-from tests.sim.volume import BLOCK_BYTES, SECTOR_BYTES, Mark, Volume, crash_points, crash_states
+from emberfs.testing.sim.disk import SimDisk
+from emberfs.testing.sim.loop import SimRuntime, run
+from emberfs.testing.sim.volume import BLOCK_BYTES, SECTOR_BYTES, Mark, Volume, crash_points, crash_states
 
 BLOCK = BLOCK_BYTES
 

@@ -11,8 +11,7 @@ from emberfs.errors import Conflict
 from emberfs.kv.memory import MemoryKV
 from emberfs.kv.types import Transaction, decode_int, encode_int
 from emberfs.testing.kv import KVConformance
-
-from tests.sim.loop import SimRuntime, run
+from emberfs.testing.sim.loop import SimRuntime, run
 
 
 class TestSimulatedKV(KVConformance):

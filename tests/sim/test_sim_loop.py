@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from emberfs.runtime import Runtime
-
-from tests.sim import loop as loop_module
-from tests.sim.loop import Deadlock, Livelock, SimRuntime, Unhandled, run
+from emberfs.testing.sim import loop as loop_module
+from emberfs.testing.sim.loop import Deadlock, Livelock, SimRuntime, Unhandled, run
 
 ROOT = Path(__file__).resolve().parents[2]
 

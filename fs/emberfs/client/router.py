@@ -80,6 +80,8 @@ class Attempts:
         self._pause_s = router.config.retry_first_s
         self.is_unknown = False
         """An attempt was sent and its outcome is not known."""
+        self.client = router.routes.client
+        """Whose session names the operation. A second attempt under another one would not be known as the same."""
 
     async def after(self, error: Exception, seen_version: int) -> None:
         """Wait for a reason to try again. Raises when the time is over."""
@@ -90,7 +92,8 @@ class Attempts:
                 raise UpdateUnknown(
                     "the session ended while a write was in the air: it may or may not have happened"
                 ) from error
-            await router.routes.renew(router.routes.client)
+            await router.routes.renew(self.client)
+            self.client = router.routes.client
             return
         left_s = self._deadline_s - router.runtime.now_s()
         if left_s <= 0:
@@ -280,7 +283,10 @@ class StorageRouter:
                 shares.setdefault(self._head(request.chains[item]), []).append(item)
             try:
                 outcomes = await self._all(
-                    self._update_share(address, request, items, buffers) for address, items in shares.items()
+                    self._update_share(
+                        address, msgspec.structs.replace(request, client=attempts.client), items, buffers
+                    )
+                    for address, items in shares.items()
                 )
             except EmberError as error:
                 raise attempts.last(error) from error
@@ -307,13 +313,17 @@ class StorageRouter:
         chunks = [request.chunks[item] for item in items]
         share: Message
         if isinstance(request, RemoveChunks):
-            share = RemoveChunks(
-                chains, chunks, self.routes.client, request.channel, request.sequence, self._versions(chains), slots
+            share = msgspec.structs.replace(
+                request,
+                chains=chains,
+                chunks=chunks,
+                chain_versions=self._versions(chains),
+                slots=slots,
+                versions=[request.versions[item] for item in items] if request.versions else [],
             )
         else:
             share = msgspec.structs.replace(
                 request,
-                client=self.routes.client,
                 chains=chains,
                 chunks=chunks,
                 offsets=[request.offsets[item] for item in items],
@@ -327,7 +337,7 @@ class StorageRouter:
         while True:
             version = self.routes.routing.version
             share = msgspec.structs.replace(
-                request, client=self.routes.client, chain_version=self.routes.chain(request.chain).version
+                request, client=attempts.client, chain_version=self.routes.chain(request.chain).version
             )
             try:
                 return await self._send(self._head(request.chain), share, (), [request.chain])

@@ -5,7 +5,7 @@
     for point in crash_points(disk.operations, limit=8, rng=rng, initial=disk.initial):
         reopened = SimDisk.from_image(runtime, point.image)
 
-The content of the files and the model of a crash are `tests.sim.volume`; here are the calls, their latency, and the
+The content of the files and the model of a crash are `volume`; here are the calls, their latency, and the
 faults that a test orders: `fail_sync`, `fail_write`, `fail_read`, `flip_bit`, a capacity, and `crash`.
 
 Invariants:
@@ -26,9 +26,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from emberfs.disk import Buffer, Landed, ReadItem, WriteItem
-
+from ...disk import Buffer, Landed, ReadItem, WriteItem
 from .loop import SimRuntime
+from .process import SimProcess
 from .volume import (
     BLOCK_BYTES,
     SECTOR_BYTES,
@@ -54,7 +54,7 @@ class SimDisk:
 
     def __init__(
         self,
-        runtime: SimRuntime,
+        runtime: SimRuntime | SimProcess,
         *,
         initial: Image | None = None,
         capacity_bytes: int = CAPACITY_BYTES,
@@ -78,7 +78,12 @@ class SimDisk:
 
     @classmethod
     def from_image(
-        cls, runtime: SimRuntime, image: Image, *, capacity_bytes: int = CAPACITY_BYTES, record: bool = False
+        cls,
+        runtime: SimRuntime | SimProcess,
+        image: Image,
+        *,
+        capacity_bytes: int = CAPACITY_BYTES,
+        record: bool = False,
     ) -> SimDisk:
         """The disk that a machine finds after a restart."""
         return cls(runtime, initial=image, capacity_bytes=capacity_bytes, record=record)
@@ -113,11 +118,21 @@ class SimDisk:
             self._clean_copies.setdefault((file, sector), clean)
         self._apply(Flip(self._name(file), offset, bit))
 
+    def peek(self, file: int, offset: int, length: int) -> bytes:
+        """What a read would give now, in no time."""
+        return self._volume.view(self._names[file]).read(offset, length)
+
     def crash(self, rng: random.Random) -> Image:
         """The power fails: a random legal image of what is left. Every later call on this disk raises EIO."""
         self._check_power()
         self._is_crashed = True
         return self._volume.crash(random_fates(self._volume.unsynced(), rng))
+
+    def die(self) -> Image:
+        """The process is killed: what it wrote is in the page cache, and stays. Every later call raises EIO."""
+        self._check_power()
+        self._is_crashed = True
+        return self._volume.crash({})
 
     # ---- emberfs.disk.Disk
 
