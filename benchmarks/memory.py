@@ -20,7 +20,7 @@ import emberfs
 import lmdb
 from emberfs.checksum import cumulative_sums
 from emberfs.engine.allocator import GROUP_BLOCKS, stride_bytes
-from emberfs.engine.record import NO_REQUEST, Extent, Record
+from emberfs.engine.record import Extent, Record
 from emberfs.types import chunk_id
 
 from .memory_probe import MARK_SEED
@@ -117,7 +117,7 @@ def _rows(inode: int, chunks: int, chunk_log2: int, first_block: int, mark: byte
         position = chunk_log2 << 56 | first_block + index - 1
         sums = mark_sums if index == chunks - 1 else zero_sums
         extent = Extent(position, chunk_bytes, 1, 1, sums)
-        yield b"c" + chunk, Record(GRANULE_LOG2, extent, None, False, NO_REQUEST).encode(chunk)
+        yield b"c" + chunk, Record(GRANULE_LOG2, extent).encode(chunk)
     end = first_block + chunks - 1
     for group in range(first_block // GROUP_BLOCKS, (end - 1) // GROUP_BLOCKS + 1):
         taken = min(end - group * GROUP_BLOCKS, GROUP_BLOCKS)

@@ -85,10 +85,10 @@ def _changed(name: str, disks: Sequence[DiskSlot]) -> list[Row]:
     newcomer, leaver = disks[-1].host, disks[0].host
     joining = {disk.node for disk in disks if disk.host == newcomer}
     groups = place([disk for disk in disks if disk.host != newcomer], REPLICAS, TARGETS)
-    shifts = shifts_to_fill(groups, disks, joining)
+    shifts = list(shifts_to_fill(groups, disks, joining))
     grown = apply_shifts(groups, shifts)
     fair = len(groups) * REPLICAS * len(joining) / len(disks)
-    drains = shifts_to_empty(grown, [disk for disk in disks if disk.host != leaver])
+    drains = list(shifts_to_empty(grown, [disk for disk in disks if disk.host != leaver]))
     drained = apply_shifts(grown, drains)
     held = sum(disk.host == leaver for group in grown for disk in group)
     for after in (grown, drained):

@@ -5,6 +5,7 @@ Run: pytest tests/test_benchmarks.py. The sizes here are the smallest that go th
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from fsspec.implementations.local import LocalFileSystem
 
 from benchmarks import __main__ as command_line
-from benchmarks import embedded_io, memory, memory_probe, metadata, peers, runner
+from benchmarks import embedded_io, memory, memory_probe, metadata, peers, placement, runner
 from benchmarks.runner import Row, Seconds, WrongResult, compare, summary
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -164,6 +165,7 @@ TINY_IO = embedded_io.Size(
     fsspec_file_bytes=(8 * MIB,),
 )
 TINY_METADATA = metadata.Size(flat_files=20, tree=(2, 5), creates_in_flight=64, creates=3, changes=3, rounds=1)
+TINY_PLACEMENT = placement.Size(regular=(7, 2), larger=(9,), irregular=(8, 4))
 TINY_MEMORY = memory.Size(chunks=600, chunk_log2=(16,), stream_bytes=4 * MIB, rounds=1, has_goals=False)
 
 
@@ -183,6 +185,23 @@ def test_memory_runs_through(tmp_path: Path) -> None:
     rows = memory.run(tmp_path, TINY_MEMORY)
     assert all(row.ours > 0 for row in rows)
     assert not any(row.goal for row in rows)
+
+
+def test_placement_runs_through(tmp_path: Path) -> None:
+    rows = placement.run(tmp_path, TINY_PLACEMENT)
+    loads = [row for row in rows if "worst peer load" in row.row]
+    assert len(loads) == 8 and all(row.ours >= row.peers["bound"] > 0 for row in loads)
+    drained = [row for row in rows if "drained: targets moved" in row.row]
+    assert [row.ours for row in drained] == [row.peers["its own"] for row in drained]
+
+
+@pytest.mark.parametrize("name", command_line.BENCHMARKS)
+def test_every_benchmark_has_two_sizes_of_one_kind(name: str) -> None:
+    """Those that start clusters are too slow to be run here."""
+    module = command_line.BENCHMARKS[name]
+    assert type(module.FULL) is type(module.QUICK)
+    assert module.FULL != module.QUICK
+    assert list(inspect.signature(module.run).parameters) == ["directory", "size"]
 
 
 # ---- a wrong byte stops a benchmark

@@ -14,7 +14,7 @@ from .types import Chunks
 _MASK = (1 << 64) - 1
 
 
-def _splitmix64(state: int) -> tuple[int, int]:
+def splitmix64(state: int) -> tuple[int, int]:
     """(next state, output)."""
     state = (state + 0x9E3779B97F4A7C15) & _MASK
     mixed = state
@@ -29,7 +29,7 @@ def stripe_chains(chain_count: int, stripe: int, seed: int) -> tuple[int, ...]:
     chains = list(range(1, chain_count + 1))
     state = seed & _MASK
     for index in range(min(stripe, chain_count - 1)):
-        state, random = _splitmix64(state)
+        state, random = splitmix64(state)
         # Multiply-shift maps 64 random bits to [0, n) without a modulo; its bias below 2**-40 does not matter here.
         other = index + (random * (chain_count - index) >> 64)
         chains[index], chains[other] = chains[other], chains[index]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from emberfs.errors import Conflict, EmberError, LimitExceeded, ProtocolError, Unavailable, UpdateUnknown
+from emberfs.kv.batch import INT_MAX
 from emberfs.kv.buffered import BufferedKV, BufferedTransaction
 from emberfs.kv.commits import CHANNELS_MAX, OWN_BEGIN, OWN_END, SILENT_S
 from emberfs.kv.lmdb import LmdbKV
@@ -15,7 +16,7 @@ from emberfs.kv.memory import MemoryKV
 from emberfs.kv.remote import RemoteKV
 from emberfs.kv.server import REPLY_BYTES_MAX, KvServer
 from emberfs.kv.transaction import OptimisticKV
-from emberfs.kv.types import KEY_BYTES_MAX, KV, decode_int
+from emberfs.kv.types import KEY_BYTES_MAX, KV, decode_int, encode_int
 from emberfs.messages import KvCommit, KvForget, Message, Stat
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
@@ -294,6 +295,36 @@ class TestLostMessages:
     ) -> None:
         with pytest.raises(error):
             run(wire.handle(request_))
+
+
+@pytest.mark.parametrize("kind", ["memory", "lmdb"])
+def test_a_sum_that_leaves_64_bits_is_refused_and_stops_nobody(
+    kind: str, runtime: AgeingRuntime, run: Run, tmp_path: Path
+) -> None:
+    def commit(number: int, rows: dict[bytes, bytes | None], *steps: tuple[bytes, int]) -> KvCommit:
+        adds: list[Any] = [(key, [("add", delta)]) for key, delta in steps]
+        return KvCommit(b"c" * 16, number, 1, None, [], [], [(b"a", b"b")], list(rows.items()), adds)
+
+    async def check() -> None:
+        engine = MemoryKV(runtime) if kind == "memory" else LmdbKV.open(tmp_path / "kv", runtime)
+        kv, wire = await served(engine, runtime)
+        await put_rows(kv, {b"a": b"1", b"most": encode_int(INT_MAX), b"text": b"no integer"})
+        refused = [
+            commit(0, {b"b": b"half"}, (b"count", 1), (b"most", 1)),
+            commit(1, {}, (b"text", 1)),
+            commit(2, {}, (b"count", 1 << 63)),
+        ]
+        tasks = [runtime.spawn(wire.handle(request), "commit") for request in refused]
+        tasks.append(runtime.spawn(increment(kv), "commit"))
+        for task in tasks[:-1]:
+            with pytest.raises(LimitExceeded, match="64 bits"):
+                await task
+        await tasks[-1]
+        rows = dict(await kv.begin().range(b"", b"\xff"))
+        assert rows == {b"a": b"1", b"most": encode_int(INT_MAX), b"text": b"no integer", b"count": encode_int(1)}
+        await engine.close()
+
+    run(check())
 
 
 class OvertakenKV(BufferedKV):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 from click.testing import CliRunner
+from emberfs.cli.cluster import cluster
 from emberfs.cli.placement import placement
 from emberfs.errors import LimitExceeded
 from emberfs.manager.chains import DiskSlot, Group
@@ -222,3 +223,8 @@ def test_the_command_prints_json() -> None:
 
 def test_the_command_says_what_to_change() -> None:
     assert "add 1, or ask for 2 replicas" in run("--nodes", "2", code=2)
+    assert "at most 8 replicas" in run("--nodes", "20", "--replicas", "9", code=2)
+
+
+def test_it_is_a_command_of_cluster() -> None:
+    assert cluster.commands["placement"] is placement

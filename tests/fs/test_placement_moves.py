@@ -50,14 +50,14 @@ def test_a_host_that_joins_gets_its_share_and_nothing_else_moves(shape: str) -> 
     disks = disks_of(*SHAPES[shape])
     joining = {disk.node for disk in disks if disk.host == disks[-1].host}
     groups = place([disk for disk in disks if disk.node not in joining], 3, 6)
-    shifts = shifts_to_fill(groups, disks, joining)
+    shifts = list(shifts_to_fill(groups, disks, joining))
     fair = 3 * len(groups) * len(joining) / len(disks)
     assert fair - 1 < len(shifts) <= fair
     assert {shift.comes.node for shift in shifts} == joining
     assert not any(shift.leaves.node in joining for shift in shifts)
     grown = apply_shifts(groups, shifts)
     check(grown, disks, placement_report(groups))
-    assert shifts_to_fill(grown, disks, joining) == [], "it has its share now"
+    assert list(shifts_to_fill(grown, disks, joining)) == [], "it has its share now"
     levels = Counter(disk.node for group in grown for disk in group if disk.node in joining).values()
     assert max(levels) - min(levels) <= 1
 
@@ -67,7 +67,7 @@ def test_a_host_that_is_drained_loses_what_it_had_and_nothing_else_moves(shape: 
     disks = disks_of(*SHAPES[shape])
     groups = place(disks, 3, 6)
     rest = [disk for disk in disks if disk.host != "h003"]
-    shifts = shifts_to_empty(groups, rest)
+    shifts = list(shifts_to_empty(groups, rest))
     held = [(chain, disk) for chain, group in enumerate(groups) for disk in group if disk.host == "h003"]
     assert [(shift.chain, shift.leaves) for shift in shifts] == held
     check(apply_shifts(groups, shifts), rest, placement_report(groups))
@@ -77,19 +77,40 @@ def test_the_same_moves_each_time() -> None:
     disks = disks_of([4] * 9)
     groups = place(disks, 3, 6)
     rest = [disk for disk in disks if disk.host != "h003"]
-    assert shifts_to_empty(groups, rest) == shifts_to_empty(groups, rest[::-1])
+    assert list(shifts_to_empty(groups, rest)) == list(shifts_to_empty(groups, rest[::-1]))
 
 
 def test_what_has_no_place_to_go_stays() -> None:
     disks = disks_of([2] * 3)
     groups = place(disks, 3, 6)
-    assert shifts_to_empty(groups, disks[:4]) == []
+    assert list(shifts_to_empty(groups, disks[:4])) == []
 
 
 def test_two_disks_that_join_a_host_take_from_other_hosts() -> None:
     disks = disks_of([4] * 6)
     groups = place([disk for disk in disks if disk.node not in ("h002-02", "h002-03")], 3, 6)
-    shifts = shifts_to_fill(groups, disks, {"h002-02", "h002-03"})
+    shifts = list(shifts_to_fill(groups, disks, {"h002-02", "h002-03"}))
     assert len(shifts) == 10, "the fair share of 4 disks is 22 of 132, and it has 12"
     assert not any(shift.leaves.host == "h002" for shift in shifts)
     check(apply_shifts(groups, shifts), disks, placement_report(groups))
+
+
+def test_a_disk_on_one_of_as_many_hosts_as_replicas_takes_from_its_own_host() -> None:
+    disks = disks_of([3] * 3)
+    joining = disks[-1].node
+    groups = place([disk for disk in disks if disk != disks[-1]], 3, 6)
+    # Only as many chains as the smallest host had targets: 12 on each host.
+    grown = apply_shifts(groups, shifts_to_fill(groups, disks, {joining}))
+    assert sorted(Counter(disk.node for group in grown for disk in group if disk.host == "h002").values()) == [4, 4, 4]
+    assert [{disk.host for disk in group} for group in grown] == [{"h000", "h001", "h002"}] * 12
+
+
+def test_a_closed_disk_keeps_what_it_has_and_gets_nothing() -> None:
+    disks = disks_of([4] * 8)
+    groups = place(disks, 3, 6)
+    rest = [disk for disk in disks if disk.host != "h003"]
+    closed = {"h000-00", *(disk.node for disk in disks if disk.host == "h005")}
+    shifts = list(shifts_to_empty(groups, rest, closed))
+    assert {shift.leaves.host for shift in shifts} == {"h003"}
+    assert not any(shift.comes.node in closed for shift in shifts)
+    assert any(shift.comes.host == "h000" for shift in shifts)

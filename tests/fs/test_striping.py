@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from emberfs.striping import _splitmix64, chains_of, stripe_chains
+from emberfs.striping import chains_of, splitmix64, stripe_chains
 from emberfs.types import Chunks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +31,7 @@ def test_the_generator_is_splitmix64() -> None:
     """The first outputs for seed 1234567, as other implementations give them."""
     state, outputs = 1_234_567, []
     for _ in range(3):
-        state, output = _splitmix64(state)
+        state, output = splitmix64(state)
         outputs.append(output)
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 

@@ -18,6 +18,7 @@ from ..errors import NotFound, Unavailable
 from ..urls import cluster_addresses
 from .location import STORE_VARIABLE
 from .output import json_option, note, plural, print_columns, print_json, print_line, safe
+from .placement import placement
 
 if TYPE_CHECKING:
     from ..cluster.admin import Admin
@@ -62,7 +63,7 @@ def cluster() -> None:
 )
 @_directory
 @click.option("--nodes", type=click.IntRange(1, 64), default=3, show_default=True, help="Storage nodes.")
-@click.option("--replicas", type=click.IntRange(1, 16), help="Copies of each chunk.  [default: 3, or as many as nodes]")
+@click.option("--replicas", type=click.IntRange(1, 8), help="Copies of each chunk.  [default: 3, or as many as nodes]")
 @click.option("--targets", type=click.IntRange(1, 64), default=4, show_default=True, help="Replicas a disk holds.")
 @click.option("--kv", default="", metavar="URL", help="postgresql://… for the metadata, instead of a kv server.")
 @json_option
@@ -211,13 +212,15 @@ def _print_status(facts: dict[str, Any]) -> None:
     )
     for problem in facts["problems"]:
         print_line(f"- {problem}")
+    for hint in facts["hints"]:
+        print_line(f"hint: {hint}")
     if not facts["problems"]:
         print_line("all is well")
 
 
 @cluster.command(epilog="\b\nExamples:\n  emberline cluster setup --replicas 3 --targets 6 --url ember://db1:7301")
 @_cluster_argument
-@click.option("--replicas", type=click.IntRange(1, 16), default=3, show_default=True, help="Copies of each chunk.")
+@click.option("--replicas", type=click.IntRange(1, 8), default=3, show_default=True, help="Copies of each chunk.")
 @click.option("--targets", type=click.IntRange(1, 64), default=6, show_default=True, help="Replicas a disk holds.")
 @json_option
 def setup(directory: Path | None, url: str | None, replicas: int, targets: int, as_json: bool) -> None:
@@ -276,6 +279,9 @@ def accept_loss(chain: int, target: str, yes: bool, directory: Path | None, url:
             click.confirm(f"Give up what only the other replicas of chain {chain} have?", abort=True)
         admin.accept_loss(chain, matches[0])
     note(f"chain {chain} goes on with {matches[0].hex()[:8]}")
+
+
+cluster.add_command(placement)
 
 
 # ---- letting machines in

@@ -7,9 +7,6 @@ from dataclasses import asdict
 import click
 
 from ..errors import LimitExceeded
-from ..manager.chains import REPLICAS_MAX, TARGETS_PER_DISK_MAX, DiskSlot
-from ..manager.placement import place
-from ..manager.placement_report import placement_report
 from .output import json_option, plural, print_fields, print_json
 
 HOSTS_MAX = 2000
@@ -19,16 +16,20 @@ DISKS_MAX = 256
 @click.command(epilog="\b\nExample:\n  emberline cluster placement --nodes 200 --disks 16 --targets 6 --replicas 3")
 @click.option("--nodes", type=click.IntRange(1, HOSTS_MAX), required=True, help="Machines.")
 @click.option("--disks", type=click.IntRange(1, DISKS_MAX), default=1, show_default=True, help="Disks of each.")
-@click.option(
-    "--targets", type=click.IntRange(1, TARGETS_PER_DISK_MAX), default=6, show_default=True, help="Targets on a disk."
-)
-@click.option("--replicas", type=click.IntRange(1, REPLICAS_MAX), default=3, show_default=True, help="Of each chain.")
+@click.option("--targets", type=click.IntRange(min=1), default=6, show_default=True, help="Targets on a disk.")
+@click.option("--replicas", type=click.IntRange(min=1), default=3, show_default=True, help="Of each chain.")
 @click.option(
     "--racks", type=click.IntRange(min=1), help="Racks that the machines are in, in turn. Default: not known."
 )
 @json_option
 def placement(nodes: int, disks: int, targets: int, replicas: int, racks: int | None, as_json: bool) -> None:
     """Place the chains of a cluster that is not there, and say how evenly a lost machine would be recovered."""
+    from ..manager.chains import REPLICAS_MAX, TARGETS_PER_DISK_MAX, DiskSlot
+    from ..manager.placement import place
+    from ..manager.placement_report import placement_report
+
+    if replicas > REPLICAS_MAX or targets > TARGETS_PER_DISK_MAX:
+        raise click.UsageError(f"at most {REPLICAS_MAX} replicas, and {TARGETS_PER_DISK_MAX} targets on a disk")
     slots = [
         DiskSlot(f"node-{node}-disk-{disk}", f"node-{node}", f"rack-{node % racks}" if racks else "")
         for node in range(nodes)

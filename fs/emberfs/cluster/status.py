@@ -5,26 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 from ..manager import describe
+from ..manager.placement_report import groups_of, placement_report
 from ..messages import StatusReply
 from ..routing import Role, TargetState
 
+PEER_LOAD_SLACK = 1
+"""Chains over the bound that nobody needs to hear of."""
 FULL_FRACTION = 0.9
 """Of a disk, from which on status says that it gets full."""
 
 
 def summarise(reply: StatusReply) -> dict[str, Any]:
-    """JSON-ready: servers, chains, and the problems as sentences. No problem: all is well."""
+    """JSON-ready: servers, chains, the problems and the hints as sentences. No problem: all is well."""
     routing = reply.routing
     held: dict[str, int] = {}
     for target in routing.targets:
         held[target.node] = held.get(target.node, 0) + 1
     problems: list[str] = []
+    placement, hints = _placement(reply)
     servers = []
     for status in sorted(reply.nodes, key=lambda status: (status.node.role, status.node.name)):
         node = status.node
         state = "alive" if status.alive else "DOWN"
         if node.draining:
             state += ", drains"
+        free_bytes = min((report.free_bytes for report in status.reports), default=None)
+        used_bytes = sum(report.used_bytes for report in status.reports) if status.reports else None
+        if free_bytes is not None and used_bytes is not None and used_bytes > FULL_FRACTION * (used_bytes + free_bytes):
+            hints.append(f"the disk of {node.name} gets full: {free_bytes >> 20:,} MiB are left")
         servers.append(
             {
                 "name": node.name,
@@ -35,8 +43,8 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
                 "state": state,
                 "last_heard_s": round(status.last_heard_s, 1),
                 "targets": held.get(node.name, 0),
-                "free_bytes": min((report.free_bytes for report in status.reports), default=None),
-                "used_bytes": sum(report.used_bytes for report in status.reports) if status.reports else None,
+                "free_bytes": free_bytes,
+                "used_bytes": used_bytes,
             }
         )
         if not status.alive:
@@ -66,8 +74,25 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
         "chains_total": len(chains),
         "chains_serving": sum(len(chain.serving) >= chain.replicas for chain in routing.chains),
         "chains": chains,
+        "placement": placement,
         "problems": problems,
+        "hints": hints,
     }
+
+
+def _placement(reply: StatusReply) -> tuple[dict[str, Any] | None, list[str]]:
+    """(whose loss would burden one other machine most beyond what is even, what to say of it)."""
+    spreads = placement_report(groups_of(reply.routing, same_host=reply.same_host)).hosts
+    if not spreads:
+        return None, []
+    worst = max(spreads, key=lambda spread: (spread.peer_load_max - spread.bound, spread.peer_load_max))
+    facts = {"host": worst.host, "peer_load_max": worst.peer_load_max, "bound": worst.bound}
+    if worst.peer_load_max <= worst.bound + PEER_LOAD_SLACK:
+        return facts, []
+    return facts, [
+        f"if {worst.host} is lost, one other machine has to bring back {worst.peer_load_max} chains; "
+        f"spread evenly, none would have more than {worst.bound}"
+    ]
 
 
 def _down(name: str, role: Role, targets: int, last_heard_s: float) -> str:

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
-from ..errors import EmberError
+from ..errors import EmberError, LimitExceeded
 from .types import decode_int, encode_int
 
 INT_MAX = (1 << 63) - 1
@@ -81,10 +81,12 @@ class Batch:
 
 
 def compute(steps: Iterable[Step], base: bytes | None) -> bytes:
+    """The row after `steps` on `base`. Raises LimitExceeded: it leaves 64 bits, or is no integer."""
     value = decode_int(base)
     for kind, number in steps:
         value = value + number if kind == "add" else max(value, number)
-        assert INT_MIN <= value <= INT_MAX, "an integer row left 64 bits"
+    if not INT_MIN <= value <= INT_MAX:
+        raise LimitExceeded("an integer row would leave 64 bits")
     return encode_int(value)
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 
 from sortedcontainers import SortedDict
 
+from ..errors import LimitExceeded
 from ..runtime import Runtime
 from .batch import Batch, Row, resolve
 from .transaction import OptimisticKV
@@ -55,13 +56,23 @@ class MemoryKV(OptimisticKV):
         self._apply(group)
 
     def _apply(self, group: Sequence[Batch]) -> None:
-        for batch in group:
-            for begin, end in batch.clears:
-                for key in list(self._rows.irange(begin, end, inclusive=(True, False))):
-                    del self._rows[key]
-            for key, write in batch.writes.items():
-                value = resolve(write, self._rows.get(key))
-                if value is None:
-                    self._rows.pop(key, None)
-                else:
-                    self._rows[key] = value
+        before: dict[bytes, bytes | None] = {}
+        try:
+            for batch in group:
+                for begin, end in batch.clears:
+                    for key in list(self._rows.irange(begin, end, inclusive=(True, False))):
+                        before.setdefault(key, self._rows.pop(key))
+                for key, write in batch.writes.items():
+                    row = self._rows.get(key)
+                    before.setdefault(key, row)
+                    self._set(key, resolve(write, row))
+        except LimitExceeded:
+            for key, row in before.items():
+                self._set(key, row)
+            raise
+
+    def _set(self, key: bytes, row: bytes | None) -> None:
+        if row is None:
+            self._rows.pop(key, None)
+        else:
+            self._rows[key] = row

@@ -25,7 +25,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from ..errors import Conflict, NoSpace, StoreClosed, TargetFailed, UpdateUnknown
+from ..errors import Conflict, LimitExceeded, NoSpace, StoreClosed, TargetFailed, UpdateUnknown
 from ..runtime import Runtime
 from .batch import Batch, Row, Scan, looked_at, overlay
 from .history import History, Interval, WriteSet
@@ -73,7 +73,7 @@ class OptimisticKV:
         raise NotImplementedError
 
     async def _apply_group(self, group: Sequence[Batch]) -> None:
-        """Make all batches durable, in order, at once. NoSpace: nothing happened. Other errors: not known."""
+        """Make all batches durable, in order, at once. NoSpace, LimitExceeded: nothing happened. Others: not known."""
         raise NotImplementedError
 
     def _may_lead(self) -> bool:
@@ -253,19 +253,19 @@ class OptimisticKV:
         return group, written
 
     async def _apply_all(self, group: list[Batch]) -> None:
-        """Apply the group as one; if it does not fit, one by one, so that only those fail that really do not fit."""
+        """Apply the group as one; if that is refused, one by one, so that only those fail that really do not fit."""
         if self._failed is not None:
             raise self._failed
         try:
             await self._apply_group(group)
-        except NoSpace as error:
+        except (NoSpace, LimitExceeded) as error:
             if len(group) == 1:
                 group[0].error = error
                 return
             for batch in group:
                 try:
                     await self._apply_group([batch])
-                except NoSpace as batch_error:
+                except (NoSpace, LimitExceeded) as batch_error:
                     batch.error = batch_error
 
     def _land(self, group: list[Batch], written: WriteSet) -> None:

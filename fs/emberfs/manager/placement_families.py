@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..striping import _splitmix64
+from ..striping import splitmix64
 
 Block = tuple[int, ...]
 
@@ -30,7 +30,7 @@ class Draws:
 
     def below(self, limit: int) -> int:
         """The next number of 0..limit-1."""
-        self._state, random = _splitmix64(self._state)
+        self._state, random = splitmix64(self._state)
         return random * limit >> 64
 
     def shuffle(self, items: list[int]) -> None:

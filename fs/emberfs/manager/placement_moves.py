@@ -1,17 +1,18 @@
 """Moves of targets when disks come or go, so that what two hosts share stays even. Pure functions.
 
 A disk that comes gets its fair share and nothing else moves. What was on a disk that goes moves, and nothing else.
-After one host came or went, no two hosts share more than two chains over what `placement_report` calls the bound, and
-no disk has more than one target over the mean, rounded up: `tests/fs/test_placement_moves.py` holds it to that.
+After one host came or went, no two hosts share more than two chains over what `placement_report` calls the bound
+(three with five hosts), and no disk has more than one target over the mean, rounded up: the tests hold it to that.
 Invariants: as in `placement`: a chain is never twice on a host, nor more often in a rack than it was or must be.
 
-Does not know: states, nor how many moves may be under way; a caller carries them out in order, as slowly as it likes.
+Does not know: states, nor how many moves may be under way. Moves are found one by one as they are asked for: a caller
+takes the first few, carries them out, and asks again later with the groups as they are then.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .chains import DiskSlot, Group
@@ -27,36 +28,37 @@ class Shift:
     comes: DiskSlot
 
 
-def shifts_to_fill(groups: Sequence[Group], disks: Sequence[DiskSlot], joining: Collection[str]) -> list[Shift]:
+def shifts_to_fill(groups: Sequence[Group], disks: Sequence[DiskSlot], joining: Collection[str]) -> Iterator[Shift]:
     """Moves that give the disks of the nodes in `joining` their fair share of the targets, rounded down per host.
 
-    `disks` are all there are, the joining ones too.
+    `disks` are all there are, the joining ones too. Where no other host can give, disks of one host share what it has.
     """
     holdings = _Holdings(groups, disks)
-    shifts = []
     for host in holdings.hosts:
         empty = [disk for disk in host.disks if disk.node in joining]
         share = holdings.share(len(empty))
         while empty and sum(holdings.targets[disk] for disk in empty) < share:
             disk = min(empty, key=lambda disk: holdings.targets[disk])
-            found = holdings.find_donor(disk, joining)
+            found = holdings.find_donor(disk, joining) or holdings.find_neighbour(disk, host, joining)
             if found is None:
                 break
-            shifts.append(holdings.shift(*found, disk))
-    return shifts
+            yield holdings.shift(*found, disk)
 
 
-def shifts_to_empty(groups: Sequence[Group], disks: Sequence[DiskSlot]) -> list[Shift]:
-    """Moves that put on `disks` all that is elsewhere. What has no place there, for want of hosts, stays."""
+def shifts_to_empty(
+    groups: Sequence[Group], disks: Sequence[DiskSlot], closed: Collection[str] = ()
+) -> Iterator[Shift]:
+    """Moves that put on `disks` all that is elsewhere. What has no place there, for want of hosts, stays.
+
+    `closed`: nodes that keep what they have and get nothing.
+    """
     holdings = _Holdings(groups, disks)
     staying = set(disks)
-    shifts = []
     for chain, group in enumerate(groups):
         for leaves in group:
-            comes = None if leaves in staying else holdings.find_taker(chain, leaves)
+            comes = None if leaves in staying else holdings.find_taker(chain, leaves, closed)
             if comes is not None:
-                shifts.append(holdings.shift(chain, leaves, comes))
-    return shifts
+                yield holdings.shift(chain, leaves, comes)
 
 
 def apply_shifts(groups: Sequence[Group], shifts: Iterable[Shift]) -> list[Group]:
@@ -111,19 +113,28 @@ class _Holdings:
                 break
         return None if best is None else best[3:]
 
-    def find_taker(self, chain: int, leaving: DiskSlot) -> DiskSlot | None:
+    def find_neighbour(self, disk: DiskSlot, host: Host, joining: Collection[str]) -> tuple[int, DiskSlot] | None:
+        """A chain of the fullest other disk of `host`, if that has at least two targets more than `disk`."""
+        donors = [donor for donor in host.disks if donor.node not in joining]
+        donor = max(donors, key=lambda donor: self.targets[donor], default=disk)
+        if self.targets[donor] < self.targets[disk] + 2:
+            return None
+        return min(self._held[donor]), donor
+
+    def find_taker(self, chain: int, leaving: DiskSlot, closed: Collection[str]) -> DiskSlot | None:
         """The disk to take the place of `leaving`: in another rack, on a host with room, that shares least."""
-        best: tuple[tuple[bool, int, float, float, float], Host] | None = None
+        best: tuple[tuple[bool, int, float, float, float], list[DiskSlot]] | None = None
         taken = {disk.host for disk in self._groups[chain] if disk != leaving}
         for host in self.hosts:
-            if host.name in taken:
+            able = [disk for disk in host.disks if disk.node not in closed]
+            if not able or host.name in taken:
                 continue
             over = self._on_host[host.name] + 1 - self.share(len(host.disks))
             over_per_disk = max(0, -(-over // len(host.disks)))
-            crowds = not self._fits(host.disks[0], chain, leaving)
+            crowds = not self._fits(able[0], chain, leaving)
             key = (crowds, over_per_disk, *self._sharing(host.name, chain, leaving), self._load(host))
-            best = (key, host) if best is None or key < best[0] else best
-        return None if best is None else min(best[1].disks, key=lambda disk: self.targets[disk])
+            best = (key, able) if best is None or key < best[0] else best
+        return None if best is None else min(best[1], key=lambda disk: self.targets[disk])
 
     def shift(self, chain: int, leaves: DiskSlot, comes: DiskSlot) -> Shift:
         """Make a move."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -24,11 +24,13 @@ from ..messages import Done, Heartbeat, HeartbeatReply, Message, NodeStatus, Rou
 from ..routing import Chain, ChainTarget, LocalState, Role, Target, TargetState
 from ..runtime import Runtime
 from .admission import admit
-from .chains import Layout, Move, Place, check_drain, disks_for, place_round_robin, plan_moves
+from .chains import Place, check_drain, disks_for
 from .cluster import Change, Cluster, Plan
 from .config import ManagerConfig
 from .election import Election
 from .members import Members
+from .moves import Layout, Move, plan_moves
+from .placement import place
 from .rows import NodeRow, Setup
 from .sessions import Sessions
 from .states import accept_loss, next_chain
@@ -47,7 +49,7 @@ class ManagerService:
         runtime: Runtime,
         *,
         address: str,
-        place: Place = place_round_robin,
+        place: Place = place,
         config: ManagerConfig | None = None,
     ) -> None:
         """`address`: where others reach this manager."""
@@ -100,6 +102,23 @@ class ManagerService:
     def is_primary(self) -> bool:
         """True while this manager is the one that serves."""
         return self._election.is_primary
+
+    def gauges(self) -> dict[str, float]:
+        """For the metrics page, from any thread. Only the primary knows the cluster."""
+        if not self.is_primary:
+            return {"manager_is_primary": 0}
+        routing = self._cluster.routing
+        lost = sum(chain.is_lost for chain in routing.chains)
+        return {
+            "manager_is_primary": 1,
+            "chains_total": len(routing.chains),
+            "chains_degraded": sum(len(chain.serving) < chain.replicas for chain in routing.chains),
+            "chains_down": sum(not chain.serving for chain in routing.chains) - lost,
+            "chains_lost": lost,
+            "nodes_dead": len(self._dead_of(node.name for node in routing.nodes)),
+            "client_sessions": len(self._cluster.sessions),
+            "routing_version": routing.version,
+        }
 
     def handle(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Awaitable[Message]:
         """Serve one request. Raises StaleRouting, which names the primary, unless this manager is it."""
@@ -179,7 +198,10 @@ class ManagerService:
         return row
 
     def _dead_nodes(self) -> frozenset[str]:
-        return self._members.dead(self._cluster.nodes, now_s=self._runtime.now_s(), since_s=self._election.since_s)
+        return self._dead_of(self._cluster.nodes)
+
+    def _dead_of(self, nodes: Iterable[str]) -> frozenset[str]:
+        return self._members.dead(nodes, now_s=self._runtime.now_s(), since_s=self._election.since_s)
 
     # ---- routing and sessions
 
@@ -262,7 +284,8 @@ class ManagerService:
             reports = list(self._members.reports(name).values())
             age_s = -1.0 if heard_s is None else now_s - heard_s
             nodes.append(NodeStatus(self._cluster.nodes[name].node, alive, age_s, reports))
-        return StatusReply(self._address, self._cluster.routing, nodes, len(self._cluster.sessions))
+        same_host = self._cluster.setup is not None and self._cluster.setup.same_host
+        return StatusReply(self._address, self._cluster.routing, nodes, len(self._cluster.sessions), same_host)
 
     def _new_target(self, change: Change, chain: int, node: str) -> ChainTarget:
         target = self._runtime.random_bytes(TARGET_ID_BYTES)
@@ -359,12 +382,12 @@ class ManagerService:
             return None
         alive = frozenset(cluster.nodes) - self._dead_nodes()
         layout = Layout(cluster.chains, cluster.targets, cluster.nodes, alive=alive, same_host=cluster.setup.same_host)
+        moves, is_all = plan_moves(layout, limit=self._config.moves_max)
         change = Change()
-        for move in plan_moves(layout, limit=self._config.moves_max):
+        for move in moves:
             self._begin_move(change, move)
-        for row in layout.takers():
-            if row.joining and layout.load[row.node.name] >= layout.share():
-                change.nodes[row.node.name] = replace(row, joining=False)
+        if is_all:
+            change.nodes.update((name, replace(cluster.nodes[name], joining=False)) for name in sorted(layout.joining))
         if not change.is_routing:
             self._moves_planned_for = (cluster.routing.version, alive)
             return None

@@ -52,7 +52,8 @@ class KvRows(Message):
 class KvCommit(Message):
     """Apply the writes, durably, if nothing that was read has changed since `version`. -> Done
 
-    Raises Conflict, NoSpace (nothing happened), UpdateUnknown. Sent again with the same `number` it is applied once.
+    Raises Conflict, NoSpace or LimitExceeded (nothing happened), UpdateUnknown. Sent again with the same `number` it is
+    applied once.
     """
 
     client: bytes

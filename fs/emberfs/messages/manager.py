@@ -123,6 +123,8 @@ class StatusReply(Message):
     routing: Routing
     nodes: list[NodeStatus]
     sessions: int
+    same_host: bool = False
+    """All nodes were on one host when the chains were made: replicas may share it."""
 
 
 class Join(Message):

@@ -36,6 +36,8 @@ class Served:
     service: Service
     start: Callable[[], Coroutine[Any, Any, None]]
     """What may only be done once others reach the service."""
+    retire: Callable[[], Coroutine[Any, Any, None]]
+    """Let others take over, while calls are still answered: a call in the air may wait for one that is yet to come."""
     close: Callable[[], Coroutine[Any, Any, None]]
     gauges: Gauges
     must_stop: Callable[[], str | None] = lambda: None
@@ -58,6 +60,10 @@ async def open_role(config: ServerConfig, runtime: AsyncioRuntime, network: Netw
     return await opener(config, runtime, network)
 
 
+async def _nothing() -> None:
+    """Of a role that nobody takes over."""
+
+
 async def _open_kv_role(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -75,7 +81,7 @@ async def _open_kv_role(config: ServerConfig, runtime: AsyncioRuntime, network: 
         await server.close()
         await kv.close()
 
-    return Served(service=server, start=start, close=close, gauges=dict)
+    return Served(service=server, start=start, retire=_nothing, close=close, gauges=dict)
 
 
 async def _open_manager(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
@@ -91,15 +97,14 @@ async def _open_manager(config: ServerConfig, runtime: AsyncioRuntime, network: 
         await service.start()
         heart.start()
 
-    async def close() -> None:
+    async def retire() -> None:
         await heart.close()
         await service.close()
+
+    async def close() -> None:
         await kv.close()
 
-    def gauges() -> dict[str, float]:
-        return {"manager_is_primary": service.is_primary}
-
-    return Served(service=desk, start=start, close=close, gauges=gauges)
+    return Served(service=desk, start=start, retire=retire, close=close, gauges=service.gauges)
 
 
 async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
@@ -135,7 +140,7 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
         await routes.close()
         await kv.close()
 
-    return Served(service=service, start=start, close=close, gauges=dict)
+    return Served(service=service, start=start, retire=_nothing, close=close, gauges=dict)
 
 
 async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
@@ -179,5 +184,10 @@ async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: 
         return {"disk_free_bytes": usage.free, "disk_size_bytes": usage.total} | service.gauges()
 
     return Served(
-        service=service, start=service.start, close=close, gauges=gauges, must_stop=lambda: service.stopped_because
+        service=service,
+        start=service.start,
+        retire=service.retire,
+        close=close,
+        gauges=gauges,
+        must_stop=lambda: service.stopped_because,
     )

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context, ContextVar, copy_context
 from hashlib import blake2b
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -72,13 +72,15 @@ class Unhandled(AssertionError):
 class Handle:
     """A callback that waits for its turn. Does what `asyncio.TimerHandle` does, in a fifth of the time."""
 
-    __slots__ = ("args", "callback", "context", "is_cancelled", "when_s")
+    __slots__ = ("args", "callback", "context", "is_cancelled", "task", "when_s")
 
     def __init__(self, callback: Any, args: tuple[Any, ...], context: Context, when_s: float) -> None:
         self.callback = callback
         self.args = args
         self.context = context
         self.is_cancelled = False
+        self.task: asyncio.Task[Any] | None = None
+        """Whose step it is; None: a plain callback, or not ready yet."""
         self.when_s = when_s
 
     def cancel(self) -> None:
@@ -97,7 +99,7 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def __init__(self, seed: int) -> None:
         self.steps = 0
-        self._random = random.Random(f"schedule {seed}")
+        self._draw = random.Random(f"schedule {seed}").random
         self._time_s = 0.0
         self._callbacks: deque[Handle] = deque()
         self._task_steps: list[Handle] = []
@@ -144,7 +146,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         return task
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> Handle:  # type: ignore[override]
-        self._check_open()
+        if self._closed:
+            self._refuse()
         handle = Handle(callback, args, copy_context() if context is None else context, self._time_s)
         self.ready(handle)
         return handle
@@ -157,7 +160,8 @@ class SimLoop(asyncio.AbstractEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
     ) -> Handle:
-        self._check_open()
+        if self._closed:
+            self._refuse()
         handle = Handle(callback, args, copy_context() if context is None else context, when)
         self._timer_count += 1
         heapq.heappush(self._timers, (when, self._timer_count, handle))
@@ -188,7 +192,8 @@ class SimLoop(asyncio.AbstractEventLoop):
         except (Deadlock, Livelock):
             pass  # The run is over, and it is on its way to say why.
         self.failures()
-        for task in self._buried:
+        # A paused process did not even run its cancellations.
+        for task in [*self._buried, *self.tasks()]:
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             try:
                 task.get_coro().close()
@@ -209,7 +214,9 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def ready(self, handle: Handle) -> None:
         """Let a handle be one of those that may run next."""
-        if getattr(handle.callback, "__self__", None).__class__ is asyncio.Task:
+        owner = getattr(handle.callback, "__self__", None)
+        if owner.__class__ is asyncio.Task:
+            handle.task = owner
             self._task_steps.append(handle)
         else:
             self._callbacks.append(handle)
@@ -249,9 +256,8 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     # ---- the schedule
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the simulation is over")
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError("the simulation is over")
 
     def _drive(self, is_over: Callable[[], bool]) -> None:
         assert asyncio._get_running_loop() is None, "a simulation inside an event loop"
@@ -271,26 +277,31 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def _step(self) -> None:
         """Run one callback: a ready task, or the oldest plain callback."""
-        tasks = self._task_steps
-        count = len(tasks)
-        if self._callbacks:
-            choice = int(self._random.random() * (count + 1)) if count else 0
+        tasks, callbacks = self._task_steps, self._callbacks
+        if not tasks:
+            handle = callbacks.popleft()
         else:
-            choice = int(self._random.random() * count) if count > 1 else 0
-        if choice == count:
-            handle = self._callbacks.popleft()
-        else:
-            handle, tasks[choice] = tasks[choice], tasks[-1]
-            tasks.pop()
+            count = len(tasks)
+            if callbacks:
+                choice = int(self._draw() * (count + 1))
+            else:
+                choice = int(self._draw() * count) if count > 1 else 0
+            if choice == count:
+                handle = callbacks.popleft()
+            else:
+                handle, tasks[choice] = tasks[choice], tasks[-1]
+                tasks.pop()
         if handle.is_cancelled:
             return
-        process = handle.context.get(PROCESS)
+        context = handle.context
+        process = context.get(PROCESS)
         if process is not None and process.is_stopped and not process.may_run(handle):
             return
         self.steps += 1
-        self._events.append(_name(handle.callback))
+        task = handle.task
+        self._events.append(_name(handle.callback) if task is None else task.get_name())
         try:
-            handle.context.run(handle.callback, *handle.args)
+            context.run(handle.callback, *handle.args)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
@@ -305,7 +316,9 @@ class SimLoop(asyncio.AbstractEventLoop):
             raise Deadlock("\n  ".join(["every task waits for another:", *self.pending()]))
         if timers[0][0] > self._time_s:
             self._time_s = timers[0][0]
-            self.note(repr(self._time_s))  # Steps have no time of their own in the trace.
+            self._events.append(repr(self._time_s))  # Steps have no time of their own in the trace.
+            if len(self._events) > EVENTS_MAX:
+                self._hash_events()
         while timers and timers[0][0] <= self._time_s:
             self._callbacks.append(heapq.heappop(timers)[2])
 
@@ -446,9 +459,10 @@ def _fail(future: asyncio.Future[Any], error: Exception) -> None:
 
 def _name(callback: Any) -> str:
     """What a callback is called, without any address in memory."""
-    owner = getattr(callback, "__self__", None)
-    if owner.__class__ is asyncio.Task:
-        return owner.get_name()
+    try:
+        return callback.__qualname__  # type: ignore[no-any-return]
+    except AttributeError:
+        pass
     callback = getattr(callback, "func", callback)  # functools.partial
     return str(getattr(callback, "__qualname__", type(callback).__qualname__))
 
