@@ -34,8 +34,12 @@ def connect(url: str | None = None, **settings: Any) -> Client:
         read_from          the replica that is asked first: load, round_robin, head or tail. Default load
         relaxed            reads may return what was true a moment ago. Default False
 
-    Raises StoreBusy when another process owns the store, StoreFormat, Unavailable, AccessDenied, InvalidPath (a URL or
-    a setting that is not one), LimitExceeded (a setting out of its range).
+    Several processes of a host may open one embedded store: see docs/decisions/0010-sharing.md. Then the settings are
+    those of the process that was first.
+
+    Raises StoreBusy when another process owns the store and cannot share it, DeadlineExceeded when that one does not
+    answer (it is stopped), StoreFormat, Unavailable, AccessDenied, InvalidPath (a URL or a setting that is not one),
+    LimitExceeded (a setting out of its range).
     """
     return Client(url, _config(url, settings))
 

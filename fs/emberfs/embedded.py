@@ -1,45 +1,54 @@
-"""The embedded store: every role in this process, on one directory, over the memory transport.
+"""The embedded store: every role on one directory, in this process or in a server that several processes share.
 
     store/
       superblock.json    format, store id, shape; written once, checked at every open
-      owner.lock         flock of the owning process; its content (pid, since) is for people
+      owner.lock         flock of the owning process; its content says who that is (see `sharing.ownership`)
+      owner.sock         where the owner listens for others
       meta/              the metadata KV (LMDB)
       target-1/          a target: index/ (LMDB) and the block files
 
-This is the wiring, and the only place where the services meet the real clock, disk and threads. One process owns a
-store at a time; clients of one process share it. After a fork the child inherits nothing: see `forget_after_fork`.
+This is the wiring, and the only place where the services meet the real clock, disk and threads. The first process that
+opens a store owns it, and its calls end in its own services. When another process comes, both become clients of a small
+server (see `sharing`). Clients of one process share its way to the store. After a fork the child inherits nothing: see
+`forget_after_fork`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import fcntl
 import json
-import os
+import logging
 import shutil
-import time
-import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from .client.core import Core
 from .disk import LocalDisk
 from .engine import ChunkEngine, EngineConfig
-from .errors import AlreadyExists, InvalidPath, LimitExceeded, StoreBusy, StoreFormat
+from .errors import AlreadyExists, EmberError, LimitExceeded, StoreBusy, StoreFormat, Unavailable
 from .kv import LmdbKV
+from .maintenance import Progress, run_order
 from .meta import ClientChunkOps, MetaConfig, MetaService
 from .meta.dump import load
 from .portal import Portal
 from .runtime import AsyncioRuntime
+from .sharing.attached import AttachedConnection
+from .sharing.door import Door
+from .sharing.finding import find_owner
+from .sharing.ownership import Mode, Ownership, read_owner
+from .sharing.starting import NewServer, Order
 from .storage import StorageService
+from .superblock import make_directory, read_or_write_superblock
 from .transport import MemoryConnection
-from .urls import SCHEME, SUPERBLOCK
+from .urls import SCHEME
 
-STORE_FORMAT = 1
+log = logging.getLogger("emberline.sharing")
+
+MOVE_S = 20.0
+"""How long calls of ours that are under way may go on when another process wants to share the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,58 +73,35 @@ class StoreConfig:
                 raise LimitExceeded(f"{name} must be a number, 0 or more: {value!r}")
 
 
-class StoreVersion(msgspec.Struct, frozen=True):
-    """The part of every superblock, however new."""
+class Services:
+    """The services on a directory that this process owns: an engine per target, chunks and names."""
 
-    format: int
-
-
-class Superblock(msgspec.Struct, frozen=True):
-    """What a directory says of itself."""
-
-    format: int
-    store: str
-    """Random id in hex."""
-    targets: int
-    created_ns: int
-    crc: int = 0
-    """CRC32 of the JSON with this field 0."""
-
-    def sealed(self) -> Superblock:
-        """With its checksum."""
-        return msgspec.structs.replace(self, crc=zlib.crc32(msgspec.json.encode(msgspec.structs.replace(self, crc=0))))
-
-
-class EmbeddedStore:
-    """A store that this process owns. Get one from `stores.acquire`."""
-
-    def __init__(self, directory: Path, config: StoreConfig) -> None:
+    def __init__(self, directory: Path, config: StoreConfig, runtime: AsyncioRuntime, *, shared: bool) -> None:
         self.directory = directory
         self.config = config
-        self.forked = False
-        self.closed = False
-        self.url = f"{SCHEME}{directory}"
-        _make_directory(directory)
-        self._lock_file = _take_ownership(directory)
-        try:
-            self.superblock = _read_or_write_superblock(directory, config)
-            self.runtime = AsyncioRuntime()
-        except BaseException:
-            _give_up(self._lock_file)
-            raise
-        self.portal = Portal(self.runtime)
+        self.runtime = runtime
+        self.superblock = read_or_write_superblock(directory, config.targets)
+        self._shared = shared
         self._closers: list[Any] = []
-        self._disks: list[LocalDisk] = []
+        self.engines: dict[int, ChunkEngine] = {}
+
+    @classmethod
+    async def open(cls, directory: Path, config: StoreConfig, runtime: AsyncioRuntime, *, shared: bool) -> Services:
+        """Open or make the store. `shared`: others send requests, so the metadata service is yet to be started.
+
+        Raises StoreFormat, and what opening a KV or an engine raises.
+        """
+        services = cls(directory, config, runtime, shared=shared)
         try:
-            self.portal.run(self._start())
+            await services._open()
         except BaseException:
             with contextlib.suppress(Exception):  # The first error is the one that says why.
-                self.shut()
+                await services.close()
             raise
+        return services
 
-    async def _start(self) -> None:
+    async def _open(self) -> None:
         directory, runtime = self.directory, self.runtime
-        self.engines: dict[int, ChunkEngine] = {}
         for number in range(1, self.superblock.targets + 1):
             target = directory / f"target-{number}"
             (target / "index").mkdir(parents=True, exist_ok=True)
@@ -123,12 +109,10 @@ class EmbeddedStore:
             self._closers.append(index)
             engine_config = EngineConfig(reserve_bytes=self.config.reserve_bytes)
             disk = LocalDisk(str(target), runtime)
-            self._disks.append(disk)
             engine = await ChunkEngine.open(disk, index, runtime, config=engine_config)
             self._closers.append(engine)
             self.engines[number] = engine
-        storage = MemoryConnection(StorageService(self.engines, runtime))
-        self.chains = dict.fromkeys(self.engines, storage)
+        self.storage_service = StorageService(self.engines, runtime, checks_requests=self._shared)
         used = any(engine.allocator.used_blocks().values() for engine in self.engines.values())
         if used and not (directory / "meta" / "data.mdb").exists():
             raise StoreFormat(
@@ -143,63 +127,205 @@ class EmbeddedStore:
             trash_s=self.config.trash_s,
             chain_count=len(self.engines),
             stripe=len(self.engines),
+            shared=self._shared,
+            client_grace_s=0.0,
+            clients_interval_s=1.0,
         )
-        self.chunk_ops = ClientChunkOps(self.chains)
-        self.meta_service = MetaService(self.meta_kv, runtime, self.chunk_ops, config=meta_config)
+        chunk_ops = ClientChunkOps(dict.fromkeys(self.engines, MemoryConnection(self.storage_service)))
+        self.meta_service = MetaService(self.meta_kv, runtime, chunk_ops, config=meta_config)
         self._closers.append(self.meta_service)
-        await self.meta_service.start()
-        self.meta = MemoryConnection(self.meta_service)
+        if not self._shared:
+            await self.meta_service.start()
+
+    async def close(self) -> None:
+        """Close everything in the reverse order of its start, whatever fails on the way; then raise the first error."""
+        errors: list[Exception] = []
+        while self._closers:
+            try:
+                await self._closers.pop().close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+class EmbeddedStore:
+    """A store in a directory, as this process uses it. Get one from `stores.acquire`."""
+
+    def __init__(self, directory: Path, config: StoreConfig) -> None:
+        self.directory = directory
+        self.config = config
+        self.forked = False
+        self.closed = False
+        self.url = f"{SCHEME}{directory}"
+        self.services: Services | None = None
+        """Ours, while we own the store."""
+        self._ownership: Ownership | None = None
+        self._door: Door | None = None
+        self._moving: asyncio.Task[None] | None = None
+        self._attached: AttachedConnection | None = None
+        make_directory(directory)
+        self.runtime = AsyncioRuntime()
+        self.portal = Portal(self.runtime)
+        try:
+            self._open()
+        except BaseException:
+            with contextlib.suppress(Exception):  # The first error is the one that says why.
+                self.shut()
+            raise
+
+    def _open(self) -> None:
+        settings = json.dumps(asdict(self.config))
+        while True:
+            owner = find_owner(self.directory, settings, may_own=True)
+            if isinstance(owner, Ownership):
+                self._ownership = owner
+                with contextlib.suppress(OSError):  # A file system without sockets: then nobody can share.
+                    self._door = Door(self.runtime, self.directory, self._move_out)
+                owner.declare(Mode.INLINE, is_reachable=self._door is not None)
+                self.services = services = self.portal.run(self._own())
+                self.superblock = services.superblock
+                self.meta = MemoryConnection(services.meta_service)
+                self._storage = MemoryConnection(services.storage_service)
+                break
+            self.superblock = read_or_write_superblock(self.directory, self.config.targets)
+            attached = AttachedConnection(self.runtime, self.directory, settings)
+            try:
+                self.portal.run(attached.open(owner))
+            except Unavailable:  # It is just leaving.
+                self.portal.run(attached.close())
+                continue
+            self._attached = attached
+            self.meta, self._storage = MemoryConnection(attached), MemoryConnection(attached)
+            break
+        self.chains = dict.fromkeys(range(1, self.superblock.targets + 1), self._storage)
+
+    async def _own(self) -> Services:
+        services = await Services.open(self.directory, self.config, self.runtime, shared=False)
+        if self._door is not None:
+            self._door.open()
+        return services
+
+    # --- moving out ------------------------------------------------------------------------------------------------
+
+    async def _move_out(self) -> None:
+        """Give the store to a server that others can reach too, and become its client. In the loop's thread.
+
+        Raises Unavailable, and we own the store still: no server can be started, or calls of ours go on for too long.
+        """
+        if self._attached is not None:
+            return
+        if self._moving is None:
+            self._moving = self.runtime.spawn(self._move(), "sharing-move")
+        moving = self._moving
+        try:
+            await asyncio.shield(moving)
+        finally:
+            if moving.done() and self._moving is moving:
+                self._moving = None
+
+    async def _move(self) -> None:
+        services, ownership = self.services, self._ownership
+        assert services is not None and ownership is not None
+        server = await self.runtime.offload(NewServer, ownership)
+        try:
+            await self.portal.pause(timeout_s=MOVE_S)
+        except Unavailable:
+            await self.runtime.offload(server.close)
+            raise
+        # From here on there is no way back: if no server begins, our calls will start one.
+        settings = json.dumps(asdict(self.config))
+        attached = self._attached = AttachedConnection(self.runtime, self.directory, settings)
+        try:
+            left = services.meta_service.unwritten(attached.client)
+            await services.close()
+            assert self._door is not None
+            self._door.close()
+            ownership.declare(Mode.STARTING)
+            await self.runtime.offload(server.serve, Order(settings, left))
+        except (EmberError, OSError):
+            log.exception("%s was given to a server that does not serve it", self.directory)
+            await self.runtime.offload(server.close)
+            ownership.close()
+        finally:
+            self.services = self._ownership = None
+            attached.start()
+            self.meta.call = self._storage.call = attached.handle
+            self.portal.resume()
+
+    # --- what clients have of it -----------------------------------------------------------------------------------
 
     @property
     def id(self) -> str:
         """The store's random id."""
         return self.superblock.store
 
-    def free_bytes(self) -> int:
-        """Bytes the file system of the fullest target has left."""
-        return min(disk.free_bytes() for disk in self._disks)
-
     def core(self) -> Core:
         """A new client of this store, with an id of its own."""
         return Core(self.runtime, self.meta, self.chains)
 
+    async def space(self) -> dict[str, int]:
+        """Bytes: `used_bytes` in blocks that hold chunks, `free_bytes` the fullest disk has left above the reserve."""
+        found: dict[str, int] = json.loads(await self.maintain("space", {}))
+        return found
+
+    async def maintain(self, what: str, arguments: dict[str, Any], progress: Progress | None = None) -> str:
+        """Upkeep by name, as JSON: see `maintenance.run_order`. Of a server no progress is heard."""
+        if self.services is not None:
+            return await run_order(self.services, what, arguments, progress=progress)
+        assert self._attached is not None
+        return await self._attached.maintain(what, arguments)
+
+    async def spooled_dump(self) -> Path:
+        """A new file with a dump of the metadata, made by the server; the caller's to remove."""
+        assert self._attached is not None
+        return await self._attached.dump()
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
     def shut(self) -> None:
-        """Let the calls end, close the services in the reverse order of their start, then give the directory up.
+        """Let the calls end, close the services or our way to them, then give the directory up.
 
         Closes everything, whatever fails on the way, and then raises the first error.
         """
         self.closed = True
-        errors: list[Exception] = []
+        self.portal.run(self._stay())
         self.portal.drain()
-        for closer in reversed(self._closers):
-            try:
-                self.portal.run_last(closer.close())
-            except Exception as error:
-                errors.append(error)
-        self.runtime.stop()
-        _give_up(self._lock_file)
-        if errors:
-            raise errors[0]
+        try:
+            self.portal.run_last(self._close())
+        finally:
+            self.runtime.stop()
+            if self._ownership is not None:
+                self._ownership.close()
+
+    async def _stay(self) -> None:
+        """No more moves; one that has begun goes to its end."""
+        if self._moving is not None:
+            await self.runtime.sleep(0)  # Goes on in the loop's thread.
+            await asyncio.wait([self._moving])
+        if self._door is not None:
+            await self._door.end()
+
+    async def _close(self) -> None:
+        if self._attached is not None:
+            await self._attached.close()
+        if self.services is not None:
+            await self.services.close()
+            assert self._ownership is not None
+            self._ownership.clear()
 
     def forget_after_fork(self) -> None:
         """In the child: touch nothing but our copies of file descriptors. The parent goes on as if nothing was."""
         self.forked = True
+        if self._door is not None:
+            self._door.forget_after_fork()
+        if self._attached is not None:
+            self._attached.forget_after_fork()
         _inherited.append(self)
 
 
 _inherited: list[EmbeddedStore] = []
 """Stores of our parent process. Kept, so that no finalizer touches the parent's LMDB environment or event loop."""
-
-_lock_files: set[int] = set()
-"""Of all stores of this process, those too that are just being opened."""
-
-
-def forget_locks_after_fork() -> None:
-    """In the child: the locks are the parent's."""
-    for lock_file in _lock_files:
-        # The lock is the open file's, which we share: closing our copy leaves the parent's lock alone.
-        os.close(lock_file)
-    _lock_files.clear()
 
 
 def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
@@ -207,10 +333,14 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
 
     Raises StoreBusy, StoreFormat, AlreadyExists (there is metadata already: move `meta` away first).
     """
-    _make_directory(directory)
-    lock_file = _take_ownership(directory)
+    make_directory(directory)
+    ownership = Ownership.take(directory)
+    if ownership is None:
+        owner = read_owner(directory)
+        pid = owner.pid if owner is not None else None
+        raise StoreBusy(f"process {pid} has this store open; close it there first", str(directory), pid=pid)
     try:
-        _read_or_write_superblock(directory, StoreConfig())
+        read_or_write_superblock(directory, None)
         meta, new = directory / "meta", directory / "meta.new"
         if (meta / "data.mdb").exists():
             raise AlreadyExists(f"there is metadata already: move {meta} away, then load again", str(directory))
@@ -231,91 +361,4 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
             meta.rmdir()
         new.rename(meta)
     finally:
-        _give_up(lock_file)
-
-
-def _make_directory(directory: Path) -> None:
-    """Make sure that `directory` is there and ours to use. Raises StoreFormat, and touches nothing of a stranger."""
-    for parent in directory.parents:
-        if (parent / SUPERBLOCK).exists():
-            raise InvalidPath(f"{directory} is inside the store {parent}; a path in it is ember://{parent}/!/…")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise StoreFormat(f"{directory} is not an emberline store: a file is in the way") from error
-    strangers = {entry.name for entry in directory.iterdir()} - {SUPERBLOCK, "owner.lock", "superblock.new"}
-    # Looked for last: a store that somebody is making at this moment has it before anything else.
-    if strangers and not (directory / SUPERBLOCK).exists():
-        raise StoreFormat(
-            f"{directory} is not an emberline store and not empty (it holds {min(strangers)!r}); "
-            "give an empty or a new directory"
-        )
-
-
-def _give_up(lock_file: int) -> None:
-    """The reverse of `_take_ownership`."""
-    _lock_files.discard(lock_file)
-    os.close(lock_file)
-
-
-def _take_ownership(directory: Path) -> int:
-    """Lock the directory for this process; returns the lock's file descriptor. Raises StoreBusy."""
-    path = directory / "owner.lock"
-    lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(lock_file, 4096, 0)
-        os.close(lock_file)
-        try:
-            pid = int(json.loads(owner)["pid"])
-        except (ValueError, KeyError, TypeError):
-            pid = None
-        who = f"process {pid}" if pid is not None else "another process"
-        advice = "close it there first (one process at a time)"
-        if pid == os.getppid():
-            advice = "it is our parent: close the store there before it forks, or use threads instead of processes"
-        raise StoreBusy(f"{who} owns this store; {advice}", str(directory), pid=pid) from None
-    _lock_files.add(lock_file)
-    os.ftruncate(lock_file, 0)
-    os.pwrite(lock_file, json.dumps({"pid": os.getpid()}).encode(), 0)
-    return lock_file
-
-
-def _read_or_write_superblock(directory: Path, config: StoreConfig) -> Superblock:
-    path = directory / SUPERBLOCK
-    if not path.exists():
-        superblock = Superblock(STORE_FORMAT, os.urandom(16).hex(), config.targets or 1, time.time_ns()).sealed()
-        _write_durably(path, msgspec.json.format(msgspec.json.encode(superblock)))
-        return superblock
-    content = path.read_bytes()
-    try:
-        # The format first and alone: what else a newer one says is not known.
-        store_format = msgspec.json.decode(content, type=StoreVersion).format
-        if store_format > STORE_FORMAT:
-            raise StoreFormat(
-                f"{directory} has store format {store_format}; this emberline reads up to {STORE_FORMAT}: upgrade it"
-            )
-        superblock = msgspec.json.decode(content, type=Superblock)
-    except msgspec.DecodeError as error:
-        raise StoreFormat(f"{path} is damaged: {error}") from error
-    if superblock.sealed() != superblock:
-        raise StoreFormat(f"{path} is damaged: its checksum does not match")
-    if config.targets not in (None, superblock.targets):
-        raise StoreFormat(f"{directory} has {superblock.targets} targets, not {config.targets}: that cannot be changed")
-    return superblock
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write a new file so that it is there whole or not at all."""
-    temporary = path.with_suffix(".new")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        ownership.close()

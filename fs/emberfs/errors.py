@@ -14,7 +14,7 @@ programmer would catch. Our own mistakes are `assert`, never one of these.
     ├── NoSpace (OSError ENOSPC)              refused before the disk is full; deletes still work
     ├── Corruption (OSError EIO)              bytes do not match their checksum; never returned as data
     ├── TargetFailed (OSError EIO)            the disk failed an fsync or a write; reopen the store
-    ├── StoreBusy (BlockingIOError)           another process owns the store
+    ├── StoreBusy (BlockingIOError)           another process owns the store and cannot share it
     ├── StoreFormat (ValueError)              not a store, or written by a newer emberline
     ├── StoreClosed (ValueError)              the client or store was closed
     ├── Conflict (OSError EAGAIN)             a transaction lost a race; run it again
@@ -127,7 +127,7 @@ class TargetFailed(_OSEmberError):
 
 
 class StoreBusy(_OSEmberError, BlockingIOError):
-    """Another process owns the store. `pid` names it when the lock file says so."""
+    """Another process owns the store and cannot share it. `pid` names it when the lock file says so."""
 
     errno_default = errno.EAGAIN
 

@@ -1,16 +1,21 @@
 """What an operator does to a store: check it, read all of it back, back its names up, ask what it is.
 
-Works on an embedded store of this process, while it is open. Does not know: the command line.
+Works on an open embedded store, whoever owns it: what is asked for, and the answer, travel as JSON.
+
+Does not know: the command line, and how the owner is reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from .engine.scrub import ScrubReport, check, scrub
+from .errors import LimitExceeded
 from .kv.types import KV
 from .meta.check import Finding
 from .meta.dump import dump
@@ -19,7 +24,9 @@ from .meta.scan import pages
 from .types import ROOT_INODE
 
 if TYPE_CHECKING:
-    from .embedded import EmbeddedStore
+    from .embedded import EmbeddedStore, Services
+
+T = TypeVar("T")
 
 
 class FsckReport(msgspec.Struct):
@@ -46,8 +53,12 @@ class ScrubSummary(msgspec.Struct):
         return not self.findings
 
 
+Progress = Callable[[int, int], object]
+"""Called with the chunks and the bytes that have been read."""
+
+
 class Maintenance:
-    """Upkeep of one open store. Get it from `Client.maintenance`."""
+    """Upkeep of one open store. Get it from `Client.maintenance`. It is done by whoever owns the store."""
 
     def __init__(self, store: EmbeddedStore) -> None:
         self._store = store
@@ -57,86 +68,147 @@ class Maintenance:
 
         `repair` mends what loses no byte: see `meta.check`; leaked blocks are freed.
         """
-        return self._store.portal.run(self._fsck(repair))
+        return self._ask(FsckReport, "fsck", {"repair": repair})
 
-    async def _fsck(self, repair: bool) -> FsckReport:
-        findings = await self._store.meta_service.check(repair=repair)
-        for number, engine in self._store.engines.items():
-            report = await check(engine, repair=repair)
-            for found in report.findings:
-                where = f"target-{number}" + (f" chunk {found.chunk}" if found.chunk else "")
-                findings.append(Finding(found.kind, where, found.message, found.repaired))
-        return FsckReport(findings)
+    def scrub(self, *, bytes_per_s_max: int | None = None, progress: Progress | None = None) -> ScrubSummary:
+        """Read every byte back from the medium and verify it; `progress(chunks, bytes)` is called on the way.
 
-    def scrub(
-        self, *, bytes_per_s_max: int | None = None, progress: Callable[[int, int], object] | None = None
-    ) -> ScrubSummary:
-        """Read every byte back from the medium and verify it; `progress(chunks, bytes)` is called on the way."""
-        return self._store.portal.run(self._scrub(bytes_per_s_max, progress))
+        If the store is shared, `progress` is called at the end only.
+        """
+        calls = 0
 
-    async def _scrub(self, bytes_per_s_max: int | None, progress: Callable[[int, int], object] | None) -> ScrubSummary:
+        def count(chunks: int, read_bytes: int) -> None:
+            nonlocal calls
+            calls += 1
+            if progress is not None:
+                progress(chunks, read_bytes)
 
-        summary = ScrubSummary()
-        for engine in self._store.engines.values():
-            report: ScrubReport = await scrub(
-                engine, runtime=self._store.runtime, bytes_per_s_max=bytes_per_s_max, progress=progress
-            )
-            summary.chunks += report.chunks
-            summary.read_bytes += report.read_bytes
-            for found in report.findings:
-                summary.findings.append(Finding(found.kind, await self._file_of(found.chunk), found.message, False))
+        summary = self._ask(ScrubSummary, "scrub", {"bytes_per_s_max": bytes_per_s_max}, count)
+        if progress is not None and not calls:
+            progress(summary.chunks, summary.read_bytes)
         return summary
-
-    async def _file_of(self, chunk: str) -> str:
-        """The chunk as a path, when an entry leads to its file; else by its number."""
-        inode = int(chunk.partition(".")[0], 16)
-        return await _path_of(self._store.meta_kv, inode) or f"inode {inode:x}"
 
     def dump(self, write_line: Callable[[str], object]) -> None:
         """Back the metadata up: versioned JSONL, a line per call. Chunks are not in it."""
-        self._store.portal.run(dump(self._store.meta_kv, write_line))
+        spooled = self._store.portal.run(self._dump(write_line))
+        if spooled is not None:
+            try:
+                with spooled.open(encoding="utf-8") as lines:
+                    for line in lines:
+                        write_line(line.rstrip("\n"))
+            finally:
+                spooled.unlink()
+
+    async def _dump(self, write_line: Callable[[str], object]) -> Path | None:
+        """Hand out the lines, or (from a server) a file with them."""
+        services = self._store.services
+        if services is None:
+            return await self._store.spooled_dump()
+        await dump(services.meta_kv, write_line)
+        return None
 
     def info(self) -> dict[str, Any]:
         """What the store is: ids, formats, shape, sizes."""
-        superblock = self._store.superblock
-        targets = []
-        for number, engine in self._store.engines.items():
-            blocks = engine.allocator.used_blocks()
-            targets.append(
-                {
-                    "target": number,
-                    "id": engine.identity.target.hex(),
-                    "format": engine.identity.format,
-                    "blocks": {1 << log2: count for log2, count in blocks.items() if count},
-                    "block_bytes": sum(count << log2 for log2, count in blocks.items()),
-                    "counters": msgspec.to_builtins(engine.counters),
-                }
-            )
-        return {
-            "directory": str(self._store.directory),
-            "store": superblock.store,
-            "format": superblock.format,
-            "created_ns": superblock.created_ns,
-            "targets": targets,
-            "settings": {
-                "reserve_bytes": self._store.config.reserve_bytes,
-                "gc_delay_s": self._store.config.gc_delay_s,
-                "trash_s": self._store.config.trash_s,
-            },
-        }
-
-    def space(self) -> dict[str, int]:
-        """Bytes: `used_bytes` in blocks that hold chunks, `free_bytes` the file system has left above the reserve."""
-        info = self.info()
-        free = self._store.free_bytes() - self._store.config.reserve_bytes
-        return {"used_bytes": sum(target["block_bytes"] for target in info["targets"]), "free_bytes": max(free, 0)}
+        facts = self._ask(dict[str, Any], "info", {})
+        for target in facts["targets"]:
+            target["blocks"] = {int(size): count for size, count in target["blocks"].items()}  # JSON keys are text.
+        return facts
 
     def trim(self) -> int:
         """Give wholly free block groups back to the file system; returns the bytes."""
-        return self._store.portal.run(self._trim())
+        return self._ask(int, "trim", {})
 
-    async def _trim(self) -> int:
-        return sum(engine.trim() for engine in self._store.engines.values())
+    def _ask(self, kind: type[T], what: str, arguments: dict[str, Any], progress: Progress | None = None) -> T:
+        return msgspec.json.decode(self._store.portal.run(self._store.maintain(what, arguments, progress)), type=kind)
+
+
+async def run_order(
+    services: Services, what: str, arguments: dict[str, Any], *, progress: Progress | None = None
+) -> str:
+    """Do what `Maintenance` has a method for; the result as JSON. Raises LimitExceeded for what there is not."""
+    order = _ORDERS.get(what)
+    if order is None:
+        raise LimitExceeded(f"the owner of the store, an older emberline, does not know how to {what}")
+    if progress is not None:
+        arguments = {**arguments, "progress": progress}
+    return msgspec.json.encode(await order(services, **arguments)).decode()
+
+
+async def _fsck(services: Services, *, repair: bool) -> FsckReport:
+    findings = await services.meta_service.check(repair=repair)
+    for number, engine in services.engines.items():
+        report = await check(engine, repair=repair)
+        for found in report.findings:
+            where = f"target-{number}" + (f" chunk {found.chunk}" if found.chunk else "")
+            findings.append(Finding(found.kind, where, found.message, found.repaired))
+    return FsckReport(findings)
+
+
+async def _scrub(services: Services, *, bytes_per_s_max: int | None, progress: Progress | None = None) -> ScrubSummary:
+    summary = ScrubSummary()
+    for engine in services.engines.values():
+        report: ScrubReport = await scrub(
+            engine, runtime=services.runtime, bytes_per_s_max=bytes_per_s_max, progress=progress
+        )
+        summary.chunks += report.chunks
+        summary.read_bytes += report.read_bytes
+        for found in report.findings:
+            summary.findings.append(Finding(found.kind, await _file_of(services, found.chunk), found.message, False))
+    return summary
+
+
+async def _file_of(services: Services, chunk: str) -> str:
+    """The chunk as a path, when an entry leads to its file; else by its number."""
+    inode = int(chunk.partition(".")[0], 16)
+    return await _path_of(services.meta_kv, inode) or f"inode {inode:x}"
+
+
+async def _info(services: Services) -> dict[str, Any]:
+    superblock = services.superblock
+    targets = []
+    for number, engine in services.engines.items():
+        blocks = engine.allocator.used_blocks()
+        targets.append(
+            {
+                "target": number,
+                "id": engine.identity.target.hex(),
+                "format": engine.identity.format,
+                "blocks": {1 << log2: count for log2, count in blocks.items() if count},
+                "block_bytes": sum(count << log2 for log2, count in blocks.items()),
+                "counters": msgspec.to_builtins(engine.counters),
+            }
+        )
+    return {
+        "directory": str(services.directory),
+        "owner": os.getpid(),
+        "store": superblock.store,
+        "format": superblock.format,
+        "created_ns": superblock.created_ns,
+        "targets": targets,
+        "settings": {
+            "reserve_bytes": services.config.reserve_bytes,
+            "gc_delay_s": services.config.gc_delay_s,
+            "trash_s": services.config.trash_s,
+        },
+    }
+
+
+async def _space(services: Services) -> dict[str, int]:
+    spaces = [engine.space() for engine in services.engines.values()]
+    return {"used_bytes": sum(used for used, _ in spaces), "free_bytes": min(free for _, free in spaces)}
+
+
+async def _trim(services: Services) -> int:
+    return sum(engine.trim() for engine in services.engines.values())
+
+
+_ORDERS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
+    "fsck": _fsck,
+    "scrub": _scrub,
+    "info": _info,
+    "space": _space,
+    "trim": _trim,
+}
 
 
 async def _path_of(kv: KV, inode: int) -> str | None:

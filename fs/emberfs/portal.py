@@ -11,6 +11,8 @@ Invariants:
   - A call that began is never cancelled half-way: an interrupted or cancelled caller leaves once it ended, so that
     nothing writes to the caller's buffers afterwards and no commit is left in doubt. Calls on a local store are short.
   - Once `drain` was called no call begins, and it returns when every call that had begun has ended.
+  - While it is paused no call begins either: those that come wait, and begin at `resume`. What they call may be
+    exchanged meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
-from .errors import StoreClosed
+from .errors import StoreClosed, Unavailable
 from .runtime import AsyncioRuntime
 
 T = TypeVar("T")
@@ -39,9 +41,14 @@ class Portal:
         self._outcomes = _Outcomes()
         self._started = _Started(runtime, self._start_all)
         self._running = 0
-        """Calls that have begun and not ended. This and the next are guarded by the baton."""
-        self._drained: threading.Event | None = None
-        """Set when the last call has ended; there from the moment that no new one is taken."""
+        """Calls that have begun and not ended. This and all below are guarded by the baton."""
+        self._is_barred = False
+        """No call begins: closed, or paused."""
+        self._is_closed = False
+        self._resumed: asyncio.Future[None] | None = None
+        """Done at the end of a pause."""
+        self._on_quiet: Callable[[], object] | None = None
+        """Called when the last call has ended."""
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         """Run `call` to its end and return its result. Blocks the calling thread only. Raises StoreClosed."""
@@ -54,13 +61,42 @@ class Portal:
                 _release_interrupts(held)
 
     def drain(self) -> None:
-        """Take no more calls but `run_last`, and wait for those that have begun."""
+        """Take no more calls but `run_last`, and wait for those that have begun. Those held back are refused."""
+        drained = threading.Event()
         self._runtime.enter_inline(blocks=False)
-        self._drained = threading.Event()
-        if not self._running:
-            self._drained.set()
+        self._is_barred = self._is_closed = True
+        self.resume()
+        if self._running:
+            self._on_quiet = drained.set
+        else:
+            drained.set()
         self._runtime.leave_inline()
-        self._drained.wait()
+        drained.wait()
+
+    async def pause(self, *, timeout_s: float) -> None:
+        """Hold new calls back until `resume`, and return when those that have begun have ended. In the store's loop.
+
+        Raises Unavailable, and nothing is paused any more, if one goes on for `timeout_s`.
+        """
+        self._is_barred = True
+        self._resumed = self._runtime.future()
+        if not self._running:
+            return
+        quiet = self._runtime.future()
+        self._on_quiet = functools.partial(_set_done, quiet)
+        await asyncio.wait([quiet], timeout=timeout_s)
+        if self._running:
+            self.resume()
+            raise Unavailable(f"a call of it goes on for more than {timeout_s:g} s")
+
+    def resume(self) -> None:
+        """End a pause, if there is one."""
+        resumed, self._resumed = self._resumed, None
+        self._is_barred = self._is_closed
+        if not self._is_closed:
+            self._on_quiet = None
+        if resumed is not None:
+            resumed.set_result(None)
 
     def run_last(self, call: Coroutine[Any, Any, T]) -> T:
         """`run` for whoever closes the services, after `drain`."""
@@ -98,12 +134,7 @@ class Portal:
     def _start_all(self, loop: asyncio.AbstractEventLoop, calls: list[Any]) -> None:
         """Start calls of the caller's `loop`. Called in the store's thread."""
         for call, waiter in calls:
-            if self._drained is not None:
-                call.close()
-                call = _refused()
-            self._running += 1
-            task = self._runtime.spawn(call, "mutation")
-            task.add_done_callback(self._ended)
+            task = self._start(call, "mutation")
             task.add_done_callback(functools.partial(self._outcomes.deliver, loop, waiter))
 
     def post(self, call: Coroutine[Any, Any, Any]) -> None:
@@ -111,19 +142,36 @@ class Portal:
         self._runtime.loop.call_soon_threadsafe(self._start_posted, call)
 
     def _start_posted(self, call: Coroutine[Any, Any, Any]) -> None:
-        if self._drained is not None:
-            call.close()
-            return
-        self._running += 1
-        task = self._runtime.spawn(call, "posted")
-        task.add_done_callback(self._ended)
+        task = self._start(call, "posted")
         # Nobody waits for it: its error is logged by the call itself, not by asyncio at exit.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
+    def _start(self, call: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Run a call in the loop, as soon as calls may begin."""
+        if self._is_barred:
+            return self._runtime.spawn(self._held_back(call), name)
+        self._running += 1
+        task = self._runtime.spawn(call, name)
+        task.add_done_callback(self._ended)
+        return task
+
+    async def _held_back(self, call: Coroutine[Any, Any, T]) -> T:
+        """Run a call that came while none may begin."""
+        while self._resumed is not None:
+            await self._resumed
+        if self._is_closed:
+            call.close()
+            raise StoreClosed("the store is closed")
+        self._running += 1
+        try:
+            return await call
+        finally:
+            self._ended()
+
     def _ended(self, _: object = None) -> None:
         self._running -= 1
-        if not self._running and self._drained is not None:
-            self._drained.set()
+        if not self._running and self._on_quiet is not None:
+            self._on_quiet()
 
     def _drive(
         self,
@@ -143,9 +191,11 @@ class Portal:
         self._running += 1
         has_ended = True
         try:
-            if self._drained is not None and not is_last:
-                call.close()
-                raise StoreClosed("the store is closed")
+            if self._is_barred and not is_last:
+                if self._is_closed:
+                    call.close()
+                    raise StoreClosed("the store is closed")
+                return False, hand_over(runtime.spawn(self._held_back(call), "held-back"))
             awaited = call.send(None)
             task = runtime.spawn(_go_on(call, awaited), "handed-over")
             task.add_done_callback(self._ended)
@@ -159,8 +209,9 @@ class Portal:
             runtime.leave_inline()
 
 
-async def _refused() -> None:
-    raise StoreClosed("the store is closed")
+def _set_done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class _Wait:

@@ -14,8 +14,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Union
 
-from .embedded import EmbeddedStore, StoreConfig, forget_locks_after_fork
+from .embedded import EmbeddedStore, StoreConfig
 from .errors import InvalidPath, NotFound
+from .sharing.ownership import forget_locks_after_fork
 from .urls import SCHEME, SUPERBLOCK, cluster_addresses
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class Store(Protocol):
 
     def core(self) -> Core:
         """A new client."""
+
+    async def space(self) -> dict[str, int]:
+        """Bytes: `used_bytes` in chunks, `free_bytes` for new data; a cluster has more to say."""
 
     def shut(self) -> None:
         """Let the calls end and close everything."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys
@@ -18,9 +17,10 @@ from typing import Any
 import emberfs
 import fsspec
 import pytest
-from emberfs import Client, StoreBusy, StoreClosed
+from emberfs import Client, StoreClosed
 
-from tests.fs.stores import CHUNK, content, line_of, program, url_of
+from tests.fs.sharing_run import no_server_left
+from tests.fs.stores import CHUNK, content, program, url_of
 
 DATA = content(3 * CHUNK + 100)
 
@@ -65,26 +65,22 @@ def test_the_blocking_client_inside_an_event_loop(client: Client, store: Path) -
 
 
 @pytest.mark.sentence("T3")
-def test_one_owner_at_a_time(client: Client, store: Path) -> None:
+def test_several_processes_on_one_store(client: Client, store: Path) -> None:
     client.put("/file", b"x")
-    second = "import sys, emberfs\ntry: emberfs.connect(sys.argv[1])\nexcept emberfs.StoreBusy as e: print(e.pid, e)"
-    with program(second, url_of(store)) as other:
-        answer = line_of(other)
-    assert answer.startswith(f"{os.getpid()} process {os.getpid()} owns this store")
-    assert client.get("/file") == b"x"
+    second = "import sys, emberfs\nwith emberfs.connect(sys.argv[1]) as client: client.rename('/file', '/moved')"
+    with no_server_left(store):
+        with program(second, url_of(store)) as other:
+            assert other.wait(60) == 0
+        assert client.get("/moved") == b"x" and not client.exists("/file")
+        client.close()
 
 
-def in_a_fork(client: Client, file: Any, answers: Any, may_go_on: Any) -> None:
+def in_a_fork(client: Client, file: Any, answers: Any) -> None:
     """What the child of a fork finds, step by step."""
-    try:
-        client.get("/file")
-    except StoreBusy as error:
-        answers.put(("busy", error.pid))
     try:
         file.write(b"from the child")
     except StoreClosed:
         answers.put(("file", "closed"))
-    may_go_on.wait()
     answers.put(("read", client.get("/file")))
     client.put("/child", b"was here")
     answers.put(("id", client._attachment.core.client_id))
@@ -96,24 +92,21 @@ def in_a_fork(client: Client, file: Any, answers: Any, may_go_on: Any) -> None:
 def test_a_forked_child_starts_anew(client: Client, store: Path) -> None:
     client.put("/file", b"parent")
     context = multiprocessing.get_context("fork")
-    answers, may_go_on = context.Queue(), context.Event()
-    with client.open("/held", "ab") as file:
-        child = context.Process(target=in_a_fork, args=(client, file, answers, may_go_on))
-        child.start()
-        assert answers.get(timeout=60) == ("busy", os.getpid())
-        assert answers.get(timeout=60) == ("file", "closed")
-        file.write(b"the parent goes on")
-    parent_id = client._attachment.core.client_id
-    client.close()
-    may_go_on.set()
-    assert answers.get(timeout=60) == ("read", b"parent")
-    name, child_id = answers.get(timeout=60)
-    assert name == "id" and child_id != parent_id
-    child.join(60)
-    assert child.exitcode == 0
-    with emberfs.connect(url_of(store)) as again:
-        assert again.get("/child") == b"was here"
-        assert again.get("/held") == b"the parent goes on"
+    answers = context.Queue()
+    with no_server_left(store):
+        with client.open("/held", "ab") as file:
+            child = context.Process(target=in_a_fork, args=(client, file, answers))
+            child.start()
+            assert answers.get(timeout=60) == ("file", "closed")
+            assert answers.get(timeout=60) == ("read", b"parent")
+            file.write(b"the parent goes on")
+        name, child_id = answers.get(timeout=60)
+        assert name == "id" and child_id != client._attachment.core.client_id
+        child.join(60)
+        assert child.exitcode == 0
+        assert client.get("/child") == b"was here"
+        assert client.get("/held") == b"the parent goes on"
+        client.close()
 
 
 @pytest.mark.sentence("T5")

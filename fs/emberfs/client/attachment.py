@@ -22,7 +22,7 @@ class Attachment:
         self._lock = threading.Lock()
 
     def live(self) -> Core:
-        """The core to use now: a new one if this process is a fork. Raises StoreClosed, and StoreBusy in a child."""
+        """The core to use now: a new one if this process is a fork. Raises StoreClosed."""
         if self.closed or (self.store.closed and not self.store.forked):
             raise StoreClosed("the client is closed")
         if self.store.forked:

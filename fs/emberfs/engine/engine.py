@@ -37,7 +37,7 @@ from .allocator import Allocator, position_class
 from .reader import BlockReader, ReadRequest
 from .record import SUMS_INLINE_BYTES_MAX, Extent, Record, Stamp, decode_record, is_tombstone, last_sum, row_to_read
 from .rows import CHUNK, FLOOR_KEY, GROUP, Change, is_named, request_key
-from .target import ENGINE_FORMAT, EngineConfig, EngineCounters, TargetIdentity, identify
+from .target import EngineConfig, EngineCounters, TargetIdentity, identify
 from .update import Action, Plan, Prepared, Update, appended_sums, padded_payload, plan_update
 
 T = TypeVar("T")
@@ -78,8 +78,6 @@ class CoreEngine:
         """
         config = config or EngineConfig()
         identity = await index.run(partial(identify, runtime=runtime, target=config.target))
-        if identity.format > ENGINE_FORMAT:
-            raise StoreFormat(f"target format {identity.format} is newer than {ENGINE_FORMAT}; upgrade emberline")
         if config.target is not None and config.target != identity.target:
             raise StoreFormat(f"the disk holds target {identity.target.hex()}, not {config.target.hex()}")
         engine = cls(disk, index, runtime, config, identity)

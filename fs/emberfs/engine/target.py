@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from ..errors import StoreFormat
 from ..kv.types import Transaction
 from ..runtime import Runtime
 from .rows import IDENTITY_KEY
@@ -43,13 +44,17 @@ class TargetIdentity(msgspec.Struct, frozen=True, array_like=True):
 
 
 async def identify(txn: Transaction, *, runtime: Runtime, target: bytes | None) -> TargetIdentity:
-    """The identity row, made when there is none; a generation is added where it is missing."""
+    """The identity row, made when there is none; a generation is added where it is missing. Raises StoreFormat."""
     row = await txn.get(IDENTITY_KEY)
     if row is None:
         identity = TargetIdentity(ENGINE_FORMAT, target or runtime.random_bytes(16))
     else:
+        # The format first and alone: what else a newer one says is not known.
+        (newest, *_) = msgspec.msgpack.decode(row)
+        if newest > ENGINE_FORMAT:
+            raise StoreFormat(f"target format {newest} is newer than {ENGINE_FORMAT}; upgrade emberline")
         identity = msgspec.msgpack.decode(row, type=TargetIdentity)
-    if not identity.generation and identity.format <= ENGINE_FORMAT:
+    if not identity.generation:
         identity = msgspec.structs.replace(identity, generation=runtime.random_bytes(16))
         txn.put(IDENTITY_KEY, msgspec.msgpack.encode(identity))
     return identity

@@ -12,3 +12,4 @@ from .kv import *
 from .manager import *
 from .names import *
 from .replication import *
+from .sharing import *

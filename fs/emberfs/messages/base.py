@@ -12,6 +12,8 @@ class Message(msgspec.Struct, array_like=True, tag=True):
 
     changes_nothing: ClassVar[bool] = False
     """A request that may be lost, stopped half-way or sent twice, and nobody is the wiser."""
+    from_servers: ClassVar[bool] = False
+    """A request of servers among themselves, refused to whoever has the certificate of a client."""
     fills_buffers: ClassVar[bool] = False
     """The buffers of this request are destinations. Its reply says in `counts` how many bytes of each it filled."""
 

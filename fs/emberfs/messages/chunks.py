@@ -51,7 +51,10 @@ class WriteChunks(Message):
 
 
 class TruncateChunk(Message):
-    """Cut a chunk to `length` bytes (never extends; an absent chunk stays absent)."""
+    """Cut a chunk to `length` bytes (never extends; an absent chunk stays absent).
+
+    With a `version` nothing happens, and StaleChunk is raised, if another one is committed.
+    """
 
     chain: int
     chunk: bytes
@@ -60,10 +63,15 @@ class TruncateChunk(Message):
     channel: int = 0
     sequence: int = 0
     chain_version: int = 0
+    version: int = 0
+    """The committed version that the sender has seen. 0: whatever it is."""
 
 
 class RemoveChunks(Message):
-    """Remove chunks; absent ones are fine."""
+    """Remove chunks; absent ones are fine.
+
+    With `versions` those of another committed version stay, and StaleChunk is raised once the others are gone.
+    """
 
     chains: list[int]
     chunks: list[bytes]
@@ -74,6 +82,9 @@ class RemoveChunks(Message):
     slots: list[int] = msgspec.field(default_factory=list)
     """Place of each item in the whole batch, when this message is one share of it: item i is request
     (client, channel * BATCH_ITEMS_MAX + slot i, sequence). Empty: 0, 1, 2 and so on."""
+
+    versions: list[int] = msgspec.field(default_factory=list)
+    """The committed version of each that the sender has seen; 0: whatever it is. Empty: for all of them."""
 
 
 class ListChunks(Message):
@@ -93,3 +104,5 @@ class ChunkList(Message):
     """(chunk, committed length) pairs."""
 
     chunks: list[tuple[bytes, int]]
+    versions: list[int] = msgspec.field(default_factory=list)
+    """The committed version of each; 0: its row is damaged. Empty on a store without replication."""

@@ -18,6 +18,7 @@ class KvGet(Message):
     """Rows by key, as they were at `version`, or now. Raises Conflict if that is no longer known. -> KvValues"""
 
     changes_nothing = True
+    from_servers = True
 
     keys: list[bytes]
     version: int | None = None
@@ -34,6 +35,7 @@ class KvScan(Message):
     """Up to `limit` rows of [begin, end), as they were at `version`, or now. Raises Conflict. -> KvRows"""
 
     changes_nothing = True
+    from_servers = True
 
     begin: bytes
     end: bytes
@@ -56,6 +58,8 @@ class KvCommit(Message):
     applied once.
     """
 
+    from_servers = True
+
     client: bytes
     channel: int
     """One commit at a time is in the air on a channel of a client."""
@@ -76,5 +80,7 @@ class KvCommit(Message):
 
 class KvForget(Message):
     """The client ends: what is remembered of its commits may go. -> Done"""
+
+    from_servers = True
 
     client: bytes

@@ -24,6 +24,8 @@ class TargetReport(msgspec.Struct, frozen=True, array_like=True):
 class Heartbeat(Message):
     """Sent every `heartbeat_s` by each server. The reply renews the sender's lease from the time of *sending* on."""
 
+    from_servers = True
+
     node: Node
     reports: list[TargetReport]
     routing_version: int

@@ -20,6 +20,8 @@ class Forward(Message):
     Answered by `Forwarded` once the last serving target has committed and every node from the receiver on has too.
     """
 
+    from_servers = True
+
     chain: int
     chain_version: int
     number: int
@@ -51,6 +53,8 @@ class Forwarded(Message):
 class Vouch(Message):
     """The sender and all before it hold the updates of Forward `number` durably: the tail may commit them."""
 
+    from_servers = True
+
     chain: int
     chain_version: int
     number: int
@@ -64,6 +68,8 @@ class Settled(Message):
     What the receiver still holds from them was never vouched for, so nobody has committed it: the receiver drops it.
     """
 
+    from_servers = True
+
     chain: int
     chain_version: int
     number: int
@@ -74,6 +80,7 @@ class AskCommitted(Message):
     """A reader met pending versions and asks the last serving target which are committed."""
 
     changes_nothing = True
+    from_servers = True
 
     chain: int
     chain_version: int
@@ -90,6 +97,7 @@ class ListVersions(Message):
     """What the syncing successor has, in chunk order after `after`, at most `limit`."""
 
     changes_nothing = True
+    from_servers = True
 
     chain: int
     chain_version: int
@@ -122,6 +130,8 @@ class ChunkVersions(Message):
 class Install(Message):
     """Make these chunks of the syncing successor exactly this. Buffer i is the content of item i."""
 
+    from_servers = True
+
     chain: int
     chain_version: int
     number: int
@@ -134,6 +144,8 @@ class Install(Message):
 class Drop(Message):
     """The predecessor has no row at all of these chunks: the syncing successor forgets them."""
 
+    from_servers = True
+
     chain: int
     chain_version: int
     number: int
@@ -143,6 +155,8 @@ class Drop(Message):
 
 class InstallRequests(Message):
     """Last sequence per (client, channel), so that a retry is not applied twice by the new replica."""
+
+    from_servers = True
 
     chain: int
     chain_version: int
@@ -154,6 +168,8 @@ class InstallRequests(Message):
 
 class SyncDone(Message):
     """The successor has everything: it reports itself up to date under this chain version."""
+
+    from_servers = True
 
     chain: int
     chain_version: int

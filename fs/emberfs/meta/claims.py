@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 
-from ..errors import EmberError
+from ..errors import EmberError, Unavailable
 from ..kv.types import KV, Transaction
 from ..locks import KeyedLocks
 from ..runtime import Runtime
@@ -47,6 +47,11 @@ class Claim:
     def is_held(self) -> bool:
         """Ask again after every await."""
         return self._runtime.now_s() < self.until_s
+
+    def check(self) -> None:
+        """Raises Unavailable unless it is held."""
+        if not self.is_held:
+            raise Unavailable("another server may have taken this over: try again")
 
 
 class Claims:

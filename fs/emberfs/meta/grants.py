@@ -111,11 +111,11 @@ async def give_up(state: MetaState, inode: int) -> None:
         txn.put(grant_key(inode), encode_row(grant))
         return grant
 
-    async with state.claims.of(("promote", inode)):
+    async with state.claims.of(("promote", inode)) as claim:
         grant = await state.kv.run(make_void, reclaims=True)
         if grant is None:
             return
-        await state.chunks.remove(inode, grant.layout)
+        await state.chunks.remove(inode, grant.layout, claim=claim)
 
         async def forget(txn: Transaction) -> None:
             if await _get(txn, inode) == grant:

@@ -11,6 +11,8 @@ Does not know: how the two reach each other.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 
 from ..kv.types import Transaction
@@ -60,7 +62,7 @@ def unwritten(state: MetaState, client: bytes) -> Unwritten:
 
 
 async def write_down(state: MetaState, left: Unwritten) -> None:
-    """Go on from what the server before had. Before `start`."""
+    """Go on from what the server before had. Before the first request."""
 
     async def work(txn: Transaction) -> None:
         txn.max(client_key(left.client), 1)
@@ -76,13 +78,18 @@ async def write_down(state: MetaState, left: Unwritten) -> None:
 
     await state.kv.run(work, reclaims=True)
     async for page in pages(state.kv, b"S"):
+        await state.kv.run(_naming([key for key, _ in page], left.client), reclaims=True)
 
-        async def name(txn: Transaction, keys: list[bytes] = [key for key, _ in page]) -> None:
-            for key, value in zip(keys, await txn.get_many(keys), strict=True):
-                if value is not None and not decode_session(value).client:
-                    txn.put(key, encode_row(msgspec.structs.replace(decode_session(value), client=left.client)))
 
-        await state.kv.run(name, reclaims=True)
+def _naming(keys: list[bytes], client: bytes) -> Callable[[Transaction], Awaitable[None]]:
+    """A transaction that makes sessions of nobody those of `client`."""
+
+    async def work(txn: Transaction) -> None:
+        for key, value in zip(keys, await txn.get_many(keys), strict=True):
+            if value is not None and not decode_session(value).client:
+                txn.put(key, encode_row(msgspec.structs.replace(decode_session(value), client=client)))
+
+    return work
 
 
 async def recover_nameless(state: MetaState) -> None:

@@ -137,11 +137,11 @@ class MetaService:
             await state.ids.give_back()
 
     def unwritten(self, client: bytes) -> Unwritten:
-        """What a service alone has in memory, for a shared one that goes on: see `handover`. Ask when no call is left."""
+        """What a service alone has in memory, for a shared one: see `handover`. Ask after the last call."""
         return unwritten(self._state, client)
 
     async def take_over(self, left: Unwritten | None) -> None:
-        """Before the start of a shared service on a KV that one alone may have served: go on from what that one left.
+        """Before the first request to a shared service on a KV that one alone may have served: go on from its state.
 
         None: that one said nothing, because it died or because there was none.
         """
@@ -151,7 +151,7 @@ class MetaService:
             await recover_nameless(self._state)
 
     async def forget_clients(self) -> bool:
-        """Before the close of a shared service with no client left: what remains is for one alone. False if it is not."""
+        """Before the close of a shared service without clients: see `handover`. False if that could not be done."""
         return await forget_clients(self._state)
 
     async def check(self, *, repair: bool = False) -> list[Finding]:

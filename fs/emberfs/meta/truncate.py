@@ -91,12 +91,12 @@ async def finish(state: MetaState, inode: int) -> None:
     row = await state.kv.begin().get(intent_key(inode))
     if row is None:
         return
-    async with state.claims.of(inode):
+    async with state.claims.of(inode) as claim:
         # Whoever waited for a turn may find it done, and the file written to since.
         row = await state.kv.begin().get(intent_key(inode))
         if row is not None:
             intent = decode_intent(row)
-            await state.chunks.truncate(inode, intent.layout, intent.length)
+            await state.chunks.truncate(inode, intent.layout, intent.length, claim=claim)
             done = row
 
             async def forget(txn: Transaction) -> None:

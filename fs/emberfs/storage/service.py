@@ -1,7 +1,8 @@
 """The storage service: takes chunk messages and runs them on the engines of its targets.
 
 Embedded, every chain has one replica, which is head and last serving target at once: an update is prepared and
-published in one flush. Calls within a process are not sent again, so the engine is not told their requests.
+published in one flush. Calls within a process are not sent again, so the engine is told the names of requests only if
+others send some (`checks_requests`).
 
 Invariants: one update of a chunk at a time (a lock per chunk, held until it is durable); items of a batch that name
 the same chunk are applied in their order.
@@ -15,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from ..engine import Action, ChunkEngine, Update
-from ..engine.record import decode_record
+from ..engine.record import NO_REQUEST, Request, decode_record
 from ..errors import Corruption, LimitExceeded
 from ..locks import KeyedLocks
 from ..messages import (
@@ -40,8 +41,12 @@ GRANULE_SMALL_CHUNK_BYTES_MAX = 4 << 20
 class StorageService:
     """Serves the chains of `engines` ({chain id: engine}; several chains may share one engine)."""
 
-    def __init__(self, engines: Mapping[int, ChunkEngine], runtime: Runtime) -> None:
+    def __init__(
+        self, engines: Mapping[int, ChunkEngine], runtime: Runtime, *, checks_requests: bool = False
+    ) -> None:
+        """`checks_requests`: an update that comes again is not applied again, by its client, channel and sequence."""
         self._engines = engines
+        self._checks_requests = checks_requests
         self._runtime = runtime
         self._locks = KeyedLocks(runtime)
         self._only = next(iter(engines.values())) if len(set(engines.values())) == 1 else None
@@ -86,16 +91,21 @@ class StorageService:
         check_batch(len(request.chunks))
         granule_log2 = granule_log2_of(request.chunk_size_bytes)
         action = Action.REPLACE if request.replace else Action.WRITE
-        updates = []
+        updates: list[Update] = []
         for chunk, offset, payload in zip(request.chunks, request.offsets, buffers, strict=True):
             if offset + len(payload) > request.chunk_size_bytes:
                 raise LimitExceeded(f"a write ends at {offset + len(payload)} of a {request.chunk_size_bytes} B chunk")
-            updates.append(Update(chunk, action, offset, payload, granule_log2=granule_log2))
+            name = self._name(request, len(updates)) if self._checks_requests else NO_REQUEST
+            updates.append(Update(chunk, action, offset, payload, request=name, granule_log2=granule_log2))
         await self._update(request.chains, updates)
         return Done()
 
+    def _name(self, request: WriteChunks | TruncateChunk, slot: int) -> Request:
+        return Request(request.client, request.channel * BATCH_ITEMS_MAX + slot, request.sequence)
+
     async def _truncate(self, request: TruncateChunk, _: Sequence[memoryview]) -> Message:
-        await self._update([request.chain], [Update(request.chunk, Action.TRUNCATE, request.length)])
+        name = self._name(request, 0) if self._checks_requests else NO_REQUEST
+        await self._update([request.chain], [Update(request.chunk, Action.TRUNCATE, request.length, request=name)])
         return Done()
 
     async def _remove(self, request: RemoveChunks, _: Sequence[memoryview]) -> Message:

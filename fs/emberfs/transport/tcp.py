@@ -78,6 +78,11 @@ class TcpNetwork:
             self._watching.cancel()
             await asyncio.wait([self._watching])
 
+    def forget_after_fork(self) -> None:
+        """In a forked child: close our copies of the sockets, so that peers learn when the parent ends."""
+        for wire in list(self._wires):
+            wire.forget_after_fork()
+
     def _watch(self, wire: Wire) -> None:
         self._wires[wire] = 0
         if self._watching is None:

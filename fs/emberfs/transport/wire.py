@@ -119,6 +119,10 @@ class Wire:
         self._queue.clear()
         self._peer.lost(error)
 
+    def forget_after_fork(self) -> None:
+        """In a forked child: the connection is the parent's, who goes on with it."""
+        self._sock.close()
+
     # ---- in
 
     def _readable(self) -> None:
