@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from emberfs.errors import StaleChunk
 from emberfs.kv.memory import MemoryKV
 from emberfs.kv.types import KV
 from emberfs.messages import (
     Abandon,
+    ChunkList,
     CollectGarbage,
     CommitPut,
+    Done,
     List,
+    ListChunks,
     Message,
     Mkdir,
     Once,
     Open,
     Opened,
     Remove,
+    RemoveChunks,
     ReportLength,
     Reserve,
     Stat,
+    TruncateChunk,
 )
 from emberfs.meta import MetaConfig, MetaService
 from emberfs.meta.check import Finding
+from emberfs.meta.claims import Claim
 from emberfs.meta.keys import get_ids
 from emberfs.meta.recovery import end_clients
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime, Runtime
+from emberfs.striping import chains_of
 from emberfs.transport.codec import encode_message
-from emberfs.types import CHUNK_SIZE_BYTES_MIN, Chunks, Inode
+from emberfs.types import CHUNK_SIZE_BYTES_MIN, Chunks, Inode, chunk_id, split_chunk_id
 
 CHUNK = CHUNK_SIZE_BYTES_MIN
 
@@ -49,10 +57,10 @@ class FakeChunks:
     def of(self, inode: int) -> dict[int, int]:
         return {index: length for (owner, index), length in self.lengths.items() if owner == inode}
 
-    async def remove(self, inode: int, layout: Chunks | None) -> int:
+    async def remove(self, inode: int, layout: Chunks | None, *, claim: Claim | None = None) -> int:
         return len([self.lengths.pop((inode, index)) for index in self.of(inode)])
 
-    async def truncate(self, inode: int, layout: Chunks, length: int) -> None:
+    async def truncate(self, inode: int, layout: Chunks, length: int, *, claim: Claim | None = None) -> None:
         for index, old in self.of(inode).items():
             new = min(old, length - index * layout.chunk_size_bytes)
             if new > 0:
@@ -65,6 +73,59 @@ class FakeChunks:
 
     async def owners(self, begin_inode: int, end_inode: int) -> AsyncIterator[list[int]]:
         yield sorted({inode for inode, _ in self.lengths if begin_inode <= inode < end_inode})
+
+
+class FakeStorage:
+    """Chunks of all chains, by messages: (chain, chunk) -> length, and the committed version."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[tuple[int, bytes], int] = {}
+        self.versions: dict[tuple[int, bytes], int] = {}
+        """Of removed chunks too."""
+
+    def write(self, inode: int, length: int, layout: Chunks) -> None:
+        """As if a client had written `length` bytes from the start, in chunks of CHUNK."""
+        chains = chains_of(layout)
+        for index in range(-(-length // CHUNK)):
+            key = chains[index % len(chains)], chunk_id(inode, index)
+            self.put(key, min(CHUNK, length - index * CHUNK))
+
+    def of(self, inode: int) -> dict[int, int]:
+        found = {split_chunk_id(chunk): length for (_, chunk), length in self.lengths.items()}
+        return {index: length for (owner, index), length in sorted(found.items()) if owner == inode}
+
+    def put(self, key: tuple[int, bytes], length: int) -> None:
+        self.lengths[key] = length
+        self.versions[key] = self.versions.get(key, 0) + 1
+
+    def _is_stale(self, key: tuple[int, bytes], version: int) -> bool:
+        return key in self.lengths and version not in (0, self.versions[key])
+
+    async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+        stale: list[tuple[int, bytes]] = []
+        match request:
+            case ListChunks(chain, begin, end, limit, reverse):
+                here = sorted((chunk, length) for (where, chunk), length in self.lengths.items() if where == chain)
+                rows = [row for row in here if begin <= row[0] < end]
+                rows = (rows[::-1] if reverse else rows)[:limit]
+                return ChunkList(rows, [self.versions[chain, chunk] for chunk, _ in rows])
+            case RemoveChunks(chains, names):
+                versions = request.versions or [0] * len(names)
+                for key, version in zip(zip(chains, names, strict=True), versions, strict=True):
+                    if self._is_stale(key, version):
+                        stale.append(key)
+                    elif key in self.lengths:
+                        self.put(key, 0)
+                        del self.lengths[key]
+            case TruncateChunk(chain, chunk, length):
+                if self._is_stale((chain, chunk), request.version):
+                    stale.append((chain, chunk))
+                elif (chain, chunk) in self.lengths:
+                    assert self.lengths[chain, chunk] > length
+                    self.put((chain, chunk), length)
+        if stale:
+            raise StaleChunk(f"{len(stale)} chunks changed since they were looked at")
+        return Done()
 
 
 class ClockRuntime(AsyncioRuntime):

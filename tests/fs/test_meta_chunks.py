@@ -5,46 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pytest
-from emberfs.messages import ChunkList, Done, ListChunks, Message, RemoveChunks, TruncateChunk
+from emberfs.errors import Unavailable
+from emberfs.messages import Message, RemoveChunks, TruncateChunk
 from emberfs.meta import ClientChunkOps, chunks
+from emberfs.meta.claims import Claim
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
-from emberfs.striping import chains_of
 from emberfs.transport.memory import MemoryConnection
-from emberfs.types import Chunks, chunk_id, split_chunk_id
+from emberfs.types import Chunks, chunk_id
 
-CHUNK = 64 << 10
+from tests.fs.meta_fakes import CHUNK, FakeStorage
+
 LAYOUT = Chunks(chunk_size_bytes=CHUNK, chain_count=5, stripe=3, seed=7)
-
-
-class FakeStorage:
-    """Chunks of all chains: (chain, chunk) -> length."""
-
-    def __init__(self) -> None:
-        self.lengths: dict[tuple[int, bytes], int] = {}
-
-    def write(self, inode: int, length: int, layout: Chunks = LAYOUT) -> None:
-        chains = chains_of(layout)
-        for index in range(-(-length // CHUNK)):
-            self.lengths[chains[index % len(chains)], chunk_id(inode, index)] = min(CHUNK, length - index * CHUNK)
-
-    def of(self, inode: int) -> dict[int, int]:
-        found = {split_chunk_id(chunk): length for (_, chunk), length in self.lengths.items()}
-        return {index: length for (owner, index), length in sorted(found.items()) if owner == inode}
-
-    async def handle(self, request: Message, buffers: Sequence[memoryview]) -> Message:
-        match request:
-            case ListChunks(chain, begin, end, limit, reverse):
-                here = sorted((chunk, length) for (where, chunk), length in self.lengths.items() if where == chain)
-                rows = [row for row in here if begin <= row[0] < end]
-                return ChunkList((rows[::-1] if reverse else rows)[:limit])
-            case RemoveChunks(chains, names):
-                for key in zip(chains, names, strict=True):
-                    del self.lengths[key]
-            case TruncateChunk(chain, chunk, length):
-                assert self.lengths[chain, chunk] > length
-                self.lengths[chain, chunk] = length
-        return Done()
 
 
 @pytest.fixture
@@ -54,20 +26,28 @@ def portal() -> Iterator[Portal]:
     runtime.stop()
 
 
-@pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch) -> FakeStorage:
+@pytest.fixture(autouse=True)
+def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "LIST_CHUNKS", 2)
+
+
+@pytest.fixture
+def storage() -> FakeStorage:
     return FakeStorage()
 
 
 @pytest.fixture
 def ops(storage: FakeStorage) -> ClientChunkOps:
+    return over(storage)
+
+
+def over(storage: FakeStorage) -> ClientChunkOps:
     return ClientChunkOps(dict.fromkeys(range(1, 6), MemoryConnection(storage)))
 
 
 def test_remove(portal: Portal, storage: FakeStorage, ops: ClientChunkOps) -> None:
     for inode in (16, 17, 18):
-        storage.write(inode, 20 * CHUNK)
+        storage.write(inode, 20 * CHUNK, LAYOUT)
     assert portal.run(ops.remove(17, LAYOUT)) == 20
     assert portal.run(ops.remove(17, LAYOUT)) == 0
     assert (len(storage.of(16)), len(storage.of(18))) == (20, 20)
@@ -83,10 +63,10 @@ def test_remove_without_a_layout_looks_everywhere(portal: Portal, storage: FakeS
 
 @pytest.mark.parametrize("length", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 7 * CHUNK, 7 * CHUNK + 9, 99 * CHUNK])
 def test_truncate(portal: Portal, storage: FakeStorage, ops: ClientChunkOps, length: int) -> None:
-    storage.write(16, 11 * CHUNK + 5)
-    storage.write(17, 3 * CHUNK)
+    storage.write(16, 11 * CHUNK + 5, LAYOUT)
+    storage.write(17, 3 * CHUNK, LAYOUT)
     expected = FakeStorage()
-    expected.write(16, min(length, 11 * CHUNK + 5))
+    expected.write(16, min(length, 11 * CHUNK + 5), LAYOUT)
     for _ in range(2):
         portal.run(ops.truncate(16, LAYOUT, length))
         assert storage.of(16) == expected.of(16)
@@ -96,7 +76,7 @@ def test_truncate(portal: Portal, storage: FakeStorage, ops: ClientChunkOps, len
 
 def test_owners(portal: Portal, storage: FakeStorage, ops: ClientChunkOps) -> None:
     for inode in range(16, 30):
-        storage.write(inode, 5 * CHUNK)
+        storage.write(inode, 5 * CHUNK, LAYOUT)
 
     async def owners() -> set[int]:
         found: set[int] = set()
@@ -109,3 +89,53 @@ def test_owners(portal: Portal, storage: FakeStorage, ops: ClientChunkOps) -> No
     assert portal.run(owners()) == set(range(18, 28))
     assert not storage.of(20)
     assert storage.of(28)
+
+
+class WrittenTo(FakeStorage):
+    """A chunk of file 16 is written to just before each of the next `writes` requests to change it arrives."""
+
+    writes = 0
+    changes = 0
+
+    async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+        if isinstance(request, RemoveChunks | TruncateChunk):
+            self.changes += 1
+            chunks = request.chunks if isinstance(request, RemoveChunks) else [request.chunk]
+            if HOT in chunks and self.writes:
+                self.writes -= 1
+                (key,) = [key for key in self.lengths if key[1] == HOT]
+                self.put(key, CHUNK)
+        return await super().handle(request, buffers)
+
+
+HOT = chunk_id(16, 5)
+
+
+@pytest.mark.parametrize("length", [0, 3 * CHUNK, 5 * CHUNK + 1])
+def test_a_chunk_that_is_written_to_is_looked_at_again(portal: Portal, length: int) -> None:
+    storage = WrittenTo()
+    ops = over(storage)
+    storage.write(16, 11 * CHUNK, LAYOUT)
+    storage.writes = chunks.LOOKS_MAX - 1
+    portal.run(ops.truncate(16, LAYOUT, length))
+    assert (storage.writes, sum(storage.of(16).values())) == (0, length)
+    storage.write(16, 11 * CHUNK, LAYOUT)
+    storage.writes = 5
+    assert portal.run(ops.remove(16, LAYOUT)) == 11, "each is counted once"
+    storage.write(16, 11 * CHUNK, LAYOUT)
+    storage.writes = 1000
+    with pytest.raises(Unavailable):
+        portal.run(ops.remove(16, LAYOUT))
+    assert 5 in storage.of(16)
+
+
+def test_without_the_claim_nothing_is_changed(portal: Portal) -> None:
+    storage = WrittenTo()
+    ops = over(storage)
+    storage.write(16, 11 * CHUNK, LAYOUT)
+    lost = Claim(AsyncioRuntime("test"), b"", b"", until_s=0.0)
+    with pytest.raises(Unavailable):
+        portal.run(ops.remove(16, LAYOUT, claim=lost))
+    with pytest.raises(Unavailable):
+        portal.run(ops.truncate(16, LAYOUT, 7, claim=lost))
+    assert storage.changes == 0

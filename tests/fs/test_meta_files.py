@@ -24,6 +24,7 @@ from emberfs.messages import (
     Usage,
     WriteInline,
 )
+from emberfs.meta.claims import Claim
 from emberfs.types import CHUNK_SIZE_BYTES_MIN, INLINE_BYTES_MAX, Chunks, Inline, Inode
 
 from tests.fs.meta_fakes import CHUNK, FakeChunks, Meta, SharedMeta
@@ -124,10 +125,10 @@ class UnremovableChunks(FakeChunks):
 
     broken = True
 
-    async def remove(self, inode: int, layout: Chunks | None) -> int:
+    async def remove(self, inode: int, layout: Chunks | None, *, claim: Claim | None = None) -> int:
         if self.broken:
             raise TargetFailed("the disk does not answer")
-        return await super().remove(inode, layout)
+        return await super().remove(inode, layout, claim=claim)
 
 
 # ---- bytes in the row
@@ -240,7 +241,7 @@ class SlowChunks(FakeChunks):
     began: asyncio.Future[None]
     go_on: asyncio.Future[None]
 
-    async def remove(self, inode: int, layout: Chunks | None) -> int:
+    async def remove(self, inode: int, layout: Chunks | None, *, claim: Claim | None = None) -> int:
         found = list(self.of(inode))
         if found and not self.began.done():
             self.began.set_result(None)
@@ -457,10 +458,10 @@ class FailingChunks(FakeChunks):
 
     broken = True
 
-    async def truncate(self, inode: int, layout: Chunks, length: int) -> None:
+    async def truncate(self, inode: int, layout: Chunks, length: int, *, claim: Claim | None = None) -> None:
         if self.broken:
             raise TargetFailed("the disk does not answer")
-        await super().truncate(inode, layout, length)
+        await super().truncate(inode, layout, length, claim=claim)
 
 
 def test_a_truncate_that_failed_is_finished_before_the_next_session() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from emberfs.errors import (
     SessionExpired,
     StaleChunk,
     Unavailable,
+    UpdateUnknown,
 )
 from emberfs.messages import (
     Abandon,
@@ -19,6 +21,7 @@ from emberfs.messages import (
     CloseSession,
     DropTail,
     List,
+    Message,
     Mkdir,
     Promote,
     Remove,
@@ -28,15 +31,15 @@ from emberfs.messages import (
     Usage,
     WriteInline,
 )
-from emberfs.meta import gc
+from emberfs.meta import ClientChunkOps, gc
 from emberfs.meta.claims import LEASE_S, TAKEOVER_S, Claims
 from emberfs.meta.keys import rows_of
 from emberfs.testing.sim import SimRuntime, run
 from emberfs.testing.sim.process import SimProcess
-from emberfs.types import CHUNK_SIZE_BYTES_DEFAULT, Inline
+from emberfs.types import CHUNK_SIZE_BYTES_DEFAULT, Chunks, Inline
 
 from tests.fs.meta_cluster import Client, Cluster, SlowKV, commit, open_file, simulate
-from tests.fs.meta_fakes import CHUNK
+from tests.fs.meta_fakes import CHUNK, FakeStorage
 
 SEEDS = range(12)
 
@@ -384,6 +387,103 @@ def test_a_claim_of_a_holder_that_stood_still_is_not_held_any_more() -> None:
         assert was_held[0] is False
 
     run(0, whole)
+
+
+class Way:
+    """A server's way to the chunks. Requests to change them stay in the air once `is_slow`, until the test delivers."""
+
+    def __init__(self, cluster: Cluster, server: int, storage: FakeStorage) -> None:
+        self.storage, self.process = storage, cluster.processes[server]
+        self.is_slow = self.pauses = False
+        self.in_the_air: list[Message] = []
+        cluster.servers[server]._state.chunks = ClientChunkOps(dict.fromkeys(range(1, 5), self))
+
+    async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
+        await self.process.sleep(0.001)
+        if self.is_slow and not request.changes_nothing:
+            self.in_the_air.append(request)
+            await self.process.future()
+        reply = await self.storage.handle(request)
+        if self.pauses:
+            self.process.pause()
+        await self.process.sleep(0.001)
+        return reply
+
+
+async def chunked(client: Client, storage: FakeStorage, length: int) -> tuple[int, Chunks]:
+    reserved = await client(0, Reserve(CHUNK))
+    storage.write(reserved.inode, length, reserved.layout)
+    await client(1, commit(reserved, "/file", length))
+    return reserved.inode, reserved.layout
+
+
+@pytest.mark.parametrize("length", [0, 10, CHUNK + 10])
+def test_a_cut_that_arrives_after_another_server_took_over_changes_nothing(length: int) -> None:
+    async def main(cluster: Cluster) -> None:
+        storage = FakeStorage()
+        first, _ = [Way(cluster, server, storage) for server in (0, 1)]
+        client = await cluster.client()
+        inode, layout = await chunked(client, storage, 2 * CHUNK)
+        first.is_slow = True
+        cutting = cluster.processes[0].spawn(client(0, Truncate("/file", 0, length)), "truncate")
+        while not first.in_the_air:
+            await cluster.runtime.sleep(0.001)
+        cluster.processes[0].kill()
+        assert (await client(1, open_file("/file"))).inode.length == length
+        assert sum(storage.of(inode).values()) == length
+        storage.write(inode, 2 * CHUNK, layout)
+        for late in first.in_the_air:
+            with pytest.raises(StaleChunk):
+                await storage.handle(late)
+        assert sum(storage.of(inode).values()) == 2 * CHUNK
+        assert not cutting.done()
+
+    simulate(main)
+
+
+def test_the_end_of_a_move_that_arrives_after_another_server_took_over_changes_nothing() -> None:
+    async def main(cluster: Cluster) -> None:
+        storage = FakeStorage()
+        first, _ = [Way(cluster, server, storage) for server in (0, 1)]
+        client = await cluster.client()
+        opened = await client(0, open_file("/file"))
+        inode = opened.inode.id
+        granted = await client(0, Promote(inode, CHUNK, opened.session))
+        storage.write(inode, CHUNK, granted.layout)
+        first.is_slow = True
+        cluster.processes[0].spawn(client(0, DropTail(opened.session, inode)), "drop")
+        while not first.in_the_air:
+            await cluster.runtime.sleep(0.001)
+        cluster.processes[0].kill()
+        await client(1, Promote(inode, CHUNK, opened.session))
+        assert not storage.of(inode)
+        storage.write(inode, CHUNK, granted.layout)  # as if the new layout had the same chain
+        for late in first.in_the_air:
+            with pytest.raises(StaleChunk):
+                await storage.handle(late)
+        assert storage.of(inode) == {0: CHUNK}
+
+    simulate(main)
+
+
+def test_a_server_that_stood_still_while_it_looked_changes_nothing() -> None:
+    async def main(cluster: Cluster) -> None:
+        storage = FakeStorage()
+        first, _ = [Way(cluster, server, storage) for server in (0, 1)]
+        client = await cluster.client()
+        inode, layout = await chunked(client, storage, CHUNK)
+        first.pauses = True
+        cutting = cluster.processes[0].spawn(client(0, Truncate("/file", 0, 10)), "truncate")
+        await cluster.runtime.sleep(1)
+        await client(1, open_file("/file"))
+        storage.write(inode, CHUNK, layout)
+        first.pauses = False
+        cluster.processes[0].resume()
+        with pytest.raises(UpdateUnknown, match="it happened"):
+            await cutting
+        assert storage.of(inode) == {0: CHUNK}
+
+    simulate(main)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from unittest.mock import patch
 
 import pytest
-from emberfs.engine import Action, InstallItem, Update
+from emberfs.engine import Action, InstallItem, Prepared, Update
 from emberfs.errors import StaleRouting, Unavailable, UpdateUnknown
 from emberfs.messages import Forward, Message, Vouch
 from emberfs.routing import LocalState
@@ -234,6 +236,34 @@ def test_one_replica_alone_takes_writes_while_another_syncs() -> None:
         assert await chain.equal("ab")
 
     on_chain(work, names="ab")
+
+
+def test_a_write_that_began_alone_reaches_a_replica_that_syncs_before_it_ends() -> None:
+    async def work(chain: ReplicaChain) -> None:
+        await chain.write("a", b"old")
+        await chain["b"].stop()
+        chain.change({"a": SERVING, "b": OFFLINE})
+        await chain["b"].start()
+        prepare = chain["a"].engine.prepare
+
+        async def slow(updates: Sequence[Update], **options: bool) -> list[Prepared]:
+            await chain.runtime.sleep(1)
+            return await prepare(updates, **options)
+
+        with patch.object(chain["a"].engine, "prepare", slow):
+            writing = chain.runtime.spawn(chain.write("a", b"new"), "write")
+            await chain.runtime.sleep(0.1)
+            chain.change({"a": SERVING, "b": SYNCING})
+            await chain.until(lambda: _has_synced(chain, "b"))
+            await writing
+        chain.change({"a": SERVING, "b": SERVING})
+        assert [await chain.read(name) for name in "ab"] == [b"new"] * 2
+
+    on_chain(work, names="ab")
+
+
+async def _has_synced(chain: ReplicaChain, name: str) -> bool:
+    return chain[name].replica.local_state()[0] is LocalState.UP_TO_DATE
 
 
 def test_a_removed_chunk_does_not_come_back_with_an_old_replica() -> None:

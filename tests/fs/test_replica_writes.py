@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from emberfs.engine import Action
+from emberfs.engine import Action, Update
 from emberfs.errors import Corruption, NoSpace, StaleChunk, StaleRouting, Unavailable, UpdateUnknown
-from emberfs.messages import Forward, Message, Vouch
+from emberfs.messages import Forward, ListChunks, Message, Vouch
 
 from tests.fs.chain_fakes import CHUNK, OFFLINE, OTHER, SERVING, ReplicaChain, on_chain
 
@@ -142,6 +142,64 @@ def test_a_removal_of_nothing_counts_too() -> None:
         await chain.send("a", chain.update(Action.WRITE, b"x")._replace(request=cut.request._replace(channel=3)))
         await chain.send("a", removal)
         assert await chain.read("c") == b"x", "a late copy of the removal must not remove what came after it"
+
+    on_chain(work)
+
+
+def removals(chain: ReplicaChain, *chunks: bytes, action: Action = Action.REMOVE) -> list[Update]:
+    updates = [chain.update(action, chunk=chunk) for chunk in chunks]
+    return [each._replace(request=each.request._replace(channel=7 + slot)) for slot, each in enumerate(updates)]
+
+
+@pytest.mark.parametrize("action", [Action.REMOVE, Action.TRUNCATE])
+def test_a_chunk_that_changed_since_it_was_looked_at_stays(action: Action) -> None:
+    async def work(chain: ReplicaChain) -> None:
+        await chain.write("a", b"old")
+        await chain.write("a", b"other", chunk=OTHER)
+        listed = await chain["c"].replica.list(ListChunks(1, CHUNK, OTHER + b"\0", chain_version=chain.version))
+        assert (listed.chunks, listed.versions) == ([(CHUNK, 3), (OTHER, 5)], [1, 1])
+        await chain.write("a", b"new")
+        late = removals(chain, CHUNK, OTHER, action=action)
+        expected = dict(zip((CHUNK, OTHER), listed.versions, strict=True))
+        for _ in range(2):
+            with pytest.raises(StaleChunk, match="1 of 2"):
+                await chain["a"].replica.update(chain.version, late, expected=expected)
+            assert [await chain.read(name) for name in "abc"] == [b"new"] * 3
+            assert [await chain.read(name, chunk=OTHER) for name in "abc"] == [b""] * 3
+        (again,) = removals(chain, CHUNK, action=action)
+        await chain["a"].replica.update(chain.version, [again], expected={CHUNK: 2})
+        await chain["a"].replica.update(chain.version, [again], expected={CHUNK: 2})
+        assert await chain.read("b") == b""
+        assert await chain.equal("abc")
+
+    on_chain(work)
+
+
+def test_a_removal_that_comes_late_finds_the_chunk_of_another_writer() -> None:
+    async def work(chain: ReplicaChain) -> None:
+        await chain.write("a", b"old")
+        late = chain.update(Action.REMOVE)
+        late = late._replace(request=late.request._replace(channel=2))
+        await chain.send("a", chain.update(Action.REMOVE))
+        await chain["a"].replica.update(chain.version, removals(chain, CHUNK), expected={CHUNK: 1})  # absent is fine
+        await chain.write("a", b"new")
+        with pytest.raises(StaleChunk):
+            await chain["a"].replica.update(chain.version, [late], expected={CHUNK: 1})
+        assert await chain.read("c") == b"new"
+
+    on_chain(work)
+
+
+def test_a_version_is_compared_once_what_is_pending_is_settled() -> None:
+    async def work(chain: ReplicaChain) -> None:
+        await chain.write("a", b"old")
+        service = chain.wire.services.pop("c")
+        with pytest.raises(UpdateUnknown):
+            await chain.write("a", b"new")
+        chain.wire.services["c"] = service
+        with pytest.raises(StaleChunk):
+            await chain["a"].replica.update(chain.version, removals(chain, CHUNK), expected={CHUNK: 1})
+        assert [await chain.read(name) for name in "abc"] == [b"new"] * 3
 
     on_chain(work)
 

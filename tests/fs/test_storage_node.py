@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import ProtocolError, SessionExpired, StaleRouting, TargetFailed, Unavailable
+from emberfs.errors import ProtocolError, SessionExpired, StaleChunk, StaleRouting, TargetFailed, Unavailable
 from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
     ChunksRead,
@@ -17,6 +17,7 @@ from emberfs.messages import (
     ReadChunks,
     RemoveChunks,
     RoutingReply,
+    TruncateChunk,
     WriteChunks,
 )
 from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
@@ -244,6 +245,38 @@ def test_what_is_no_chunk_request_is_refused() -> None:
             await host.node.handle(GetRouting())
         with pytest.raises(ProtocolError):
             await host.node.handle(ReadChunks([1], [CHUNK], [0]), [memoryview(bytearray(1))])
+
+    on_host(work)
+
+
+def test_versions_go_with_their_chunks() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        await host.write(b"def", sequence=2)
+        removal = RemoveChunks([1, 2], [CHUNK, OTHER], CLIENT, 7, 1, [1, 1], versions=[1, 2])
+        with pytest.raises(StaleChunk):
+            await host.node.handle(removal)
+        assert await host.read() == [b"def", b""]
+        with pytest.raises(StaleChunk):
+            await host.node.handle(TruncateChunk(1, CHUNK, 1, CLIENT, 8, 1, 1, version=1))
+        await host.node.handle(TruncateChunk(1, CHUNK, 1, CLIENT, 8, 2, 1, version=2))
+        assert await host.read() == [b"d", b""]
+        with pytest.raises(ProtocolError):
+            await host.node.handle(RemoveChunks([1, 2], [CHUNK, OTHER], CLIENT, 7, 2, [1, 1], versions=[3]))
+
+    on_host(work)
+
+
+def test_reports_say_how_much_space_there_is() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        before = host.manager.heartbeats[-1].reports[0]
+        await host.write(bytes(1 << 10))
+        await host.beats()
+        after = host.manager.heartbeats[-1].reports[0]
+        assert before.used_bytes == 0 < after.used_bytes
+        assert 0 < after.free_bytes <= before.free_bytes
 
     on_host(work)
 

@@ -23,6 +23,7 @@ from ..errors import (
     LimitExceeded,
     ProtocolError,
     SessionExpired,
+    StaleChunk,
     StaleRouting,
     Unavailable,
     UpdateUnknown,
@@ -123,6 +124,18 @@ class StorageNode:
             self._runtime.spawn(self._beat(), "heartbeats"),
             self._runtime.spawn(self._look_after(), "upkeep"),
         ]
+
+    async def retire(self) -> None:
+        """Serve nothing any more and say so to the manager, so that others take over now and not after our lease.
+
+        The calls that wait for a neighbour end with that. `close` comes next.
+        """
+        for replica in self.replicas.values():
+            await replica.close()
+        told = self._runtime.future()
+        self._curious.append(told)
+        finish(self._beat_now)
+        await pause(self._runtime, self.config.lease_s, told)
 
     async def close(self) -> None:
         """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's."""
@@ -232,7 +245,8 @@ class StorageNode:
         reports = []
         for replica in self.replicas.values():
             identity, (state, version) = replica.engine.identity, replica.local_state()
-            reports.append(TargetReport(identity.target, identity.generation, state, version))
+            used_bytes, free_bytes = replica.engine.space()
+            reports.append(TargetReport(identity.target, identity.generation, state, version, used_bytes, free_bytes))
         return reports + [TargetReport(target, b"", LocalState.OFFLINE) for target in self._broken]
 
     # --- the routing -----------------------------------------------------------------------------------------------
@@ -328,9 +342,11 @@ class StorageNode:
             case TruncateChunk():
                 name = _name(request, 0)
                 update = Update(request.chunk, Action.TRUNCATE, request.length, request=name)
-                return await self._update(request.client, [request.chain_version], [(request.chain, update)])
+                chain_versions, updates = [request.chain_version], [(request.chain, update)]
+                return await self._update(request.client, chain_versions, updates, expected=[request.version])
             case RemoveChunks():
-                return await self._update(request.client, request.chain_versions, _removals(request))
+                chain_versions, updates = request.chain_versions, _removals(request)
+                return await self._update(request.client, chain_versions, updates, expected=request.versions)
             case ListChunks():
                 return await self._replica(request.chain).list(request)
         if isinstance(request, _OF_NEIGHBOURS):
@@ -363,14 +379,26 @@ class StorageNode:
         return chunks_read(results)
 
     async def _update(
-        self, client: bytes, chain_versions: Sequence[int], updates: Sequence[tuple[int, Update]]
+        self,
+        client: bytes,
+        chain_versions: Sequence[int],
+        updates: Sequence[tuple[int, Update]],
+        *,
+        expected: Sequence[int] = (),
     ) -> Message:
+        """`expected`: the version of each chunk that the client has seen, 0 if it did not look; or empty."""
         check_batch(len(updates))
+        if expected and len(expected) != len(updates):
+            raise ProtocolError("a request names the version of each chunk, or of none")
         await self._know(client)
         groups = _by_chain([chain for chain, _ in updates], chain_versions)
         await self._all(
             [
-                self._replica(chain).update(version, [updates[index][1] for index in indices])
+                self._replica(chain).update(
+                    version,
+                    [updates[index][1] for index in indices],
+                    expected={updates[index][1].chunk: expected[index] for index in indices} if expected else None,
+                )
                 for (chain, version), indices in groups.items()
             ],
             changes=True,
@@ -378,12 +406,17 @@ class StorageNode:
         return Done()
 
     async def _know(self, client: bytes) -> None:
-        """A client that is new to us is asked for once. Raises SessionExpired."""
-        if not self._sessions.is_live(client) and self.lease.is_valid:
-            told = self._runtime.future()
+        """A client that is new to us is asked for once. Raises SessionExpired; StaleRouting if nobody tells us."""
+        if self._sessions.is_live(client):
+            return
+        told = self._runtime.future()
+        if self.lease.is_valid:
             self._curious.append(told)
             finish(self._beat_now)
             await pause(self._runtime, self.config.lease_s, told)
+        if not told.done() or self._closing.done():
+            # Not the client's fault: to say that its session is over would make it give up what hangs on it.
+            raise StaleRouting("this server does not hear from the manager whether the client's session is live")
         self._sessions.check(client)
 
     async def _all(self, works: Sequence[Any], *, changes: bool = False) -> None:
@@ -404,7 +437,9 @@ class StorageNode:
         if not errors:
             return
         worst = next((each for each in errors if isinstance(each, UpdateUnknown)), errors[0])
-        if changes and len(errors) < len(tasks) and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
+        # After StaleChunk the rest of that part was done.
+        is_part_done = len(errors) < len(tasks) or any(isinstance(each, StaleChunk) for each in errors)
+        if changes and is_part_done and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
             raise UpdateUnknown(f"a part was done, then: {worst}") from worst
         raise worst
 

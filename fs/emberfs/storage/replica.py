@@ -11,7 +11,7 @@ Does not know: heartbeats, or other chains.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from ..engine import Action, ChunkEngine, ChunkState, Request, Update
@@ -176,8 +176,13 @@ class Replica:
 
     # --- updates ---------------------------------------------------------------------------------------------------
 
-    async def update(self, version: int, updates: Sequence[Update]) -> None:
+    async def update(
+        self, version: int, updates: Sequence[Update], *, expected: Mapping[bytes, int] | None = None
+    ) -> None:
         """Apply a client's `updates` (no versions yet) in order and have them committed by the whole chain.
+
+        `expected`: committed versions of chunks that are only changed if they still have them. StaleChunk, once the
+        others are changed, if some have not. An absent chunk counts as one that has it.
 
         Raises StaleRouting, SessionExpired, NoSpace, Corruption, StaleChunk, Unavailable (nothing of the last of them
         happened), UpdateUnknown.
@@ -186,10 +191,10 @@ class Replica:
         self.head_view(version, client)
         chunks = list({each.chunk: None for each in updates})
         await self.locks.acquire(chunks)
-        done = 0
+        done = changed = 0
         try:
             for batch in rounds(updates):
-                await self._update_round(self.head_view(version, client), batch)
+                changed += await self._update_round(self.head_view(version, client), batch, expected or {})
                 done += 1
                 version = self.view.version if self.view is not None else version
         except (StaleRouting, Unavailable, SessionExpired) as error:
@@ -198,9 +203,11 @@ class Replica:
             raise
         finally:
             self.locks.release(chunks)
+        if changed:
+            raise StaleChunk(f"{changed} of {len(updates)} chunks changed since they were looked at: they stay")
 
-    async def _update_round(self, view: View, updates: Sequence[Update]) -> None:
-        """One update each of several chunks, whose locks are held."""
+    async def _update_round(self, view: View, updates: Sequence[Update], expected: Mapping[bytes, int]) -> int:
+        """One update each of several chunks, whose locks are held. Returns how many are not of the expected version."""
         chunks = [each.chunk for each in updates]
         states = await self.engine.states(chunks)
         left = {
@@ -212,9 +219,9 @@ class Replica:
             await self.settle(left, given_up_as=Unavailable)
             states = await self.engine.states(chunks)
         view = self._same_head(view)
-        named = await self._named(view, updates, states)
+        named, changed = await self._named(view, updates, states, expected)
         if not named:
-            return
+            return changed
         try:
             if view.link is None:
                 await self._repaired(view, lambda: self.engine.prepare(named, publish=True, checks_requests=False))
@@ -224,6 +231,7 @@ class Replica:
             raise UpdateUnknown(f"the disk failed: {error}") from error
         except UpdateUnknown:
             await self.settle({each.chunk: each.version or 0 for each in named}, given_up_as=UpdateUnknown)
+        return changed
 
     def _same_head(self, view: View) -> View:
         """The present view: we may have waited, and the chain changed; but nothing of the update has happened yet."""
@@ -232,10 +240,18 @@ class Replica:
             raise StaleRouting("this replica is not the head of its chain any more")
         return now
 
-    async def _named(self, view: View, updates: Sequence[Update], states: Sequence[ChunkState | None]) -> list[Update]:
-        """`updates` as every replica will carry them out, less those that are done. Raises StaleChunk, Corruption."""
+    async def _named(
+        self,
+        view: View,
+        updates: Sequence[Update],
+        states: Sequence[ChunkState | None],
+        expected: Mapping[bytes, int],
+    ) -> tuple[list[Update], int]:
+        """`updates` as every replica will carry them out, less those that are done, and less those of chunks that are
+        not of the expected version: how many of them. Raises StaleChunk, Corruption.
+        """
         last = await self.engine.last_sequences([each.request for each in updates])
-        named = []
+        named, changed = [], 0
         for update, state, sequence in zip(updates, states, last, strict=True):
             if sequence is not None and sequence >= update.request.sequence:
                 if sequence == update.request.sequence:
@@ -247,12 +263,15 @@ class Replica:
                 if state is not None and state.damaged:
                     raise Corruption("the row of the chunk is damaged, and no replica could repair it")
             is_absent = state is None or state.removed or not state.version
+            if state is not None and not is_absent and expected.get(update.chunk, 0) not in (0, state.version):
+                changed += 1
+                continue
             if update.action is Action.TRUNCATE and is_absent:
                 # It stays absent, and still every replica notes the request.
                 update = update._replace(action=Action.REMOVE, offset=0)
             current = state.version if state is not None and state.version else self.engine.floor
             named.append(update._replace(version=current + 1, chain_version=view.version))
-        return named
+        return named, changed
 
     async def _repaired(self, view: View, work: Callable[[], Awaitable[Any]]) -> Any:
         """`work`, once more if a damaged chunk that it met could be repaired."""
@@ -399,17 +418,19 @@ class Replica:
         if not view.settled.done():
             await first_of(self._runtime, view.settled, view.changed)
         rows = await self.engine.scan(request.begin, request.end, limit=request.limit, reverse=request.reverse)
-        found = []
+        found, versions = [], []
         for chunk, row in rows:
             try:
                 committed = decode_record(chunk, row).committed
             except Corruption:
                 found.append((chunk, 0))  # It must not hide the others; whoever reads it is told.
+                versions.append(0)
                 continue
             if committed is not None:
                 found.append((chunk, committed.length))
+                versions.append(committed.version)
         self.serving_view(request.chain_version)
-        return ChunkList(found)
+        return ChunkList(found, versions)
 
     # --- neighbours ------------------------------------------------------------------------------------------------
 

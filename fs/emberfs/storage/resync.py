@@ -122,6 +122,8 @@ class Resync:
 
     async def _drive(self, view: View, link: Link, progress: ResyncProgress) -> None:
         await first_of(self._runtime, view.settled, view.changed)
+        # An update that began when we were alone is published without being sent: it must be there to be compared.
+        await self._replica.locks.drain()
         while not view.changed.done():
             if not await self._pace.begin(view.changed):
                 return
