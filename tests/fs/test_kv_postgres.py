@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ from tests.fs.test_kv_stateful import KVMachine
 
 asyncpg = pytest.importorskip("asyncpg", reason="needs the extra 'postgres'")
 from emberfs.kv.postgres import PostgresKV, PostgresKVConfig  # noqa: E402
+from emberfs.kv.postgres_hosts import Host, Hosts, hosts_of  # noqa: E402
 
 STORES = itertools.count()
 
@@ -223,6 +227,9 @@ def test_what_was_cleared_is_forgotten_in_the_end(kv: PostgresKV, sql: Any, url:
             await kv._execute(f"UPDATE emberfs_head SET marked_at = marked_at - interval '{age_s} seconds'")
         with pytest.raises(Conflict):
             await old.get(b"c")
+        for reverse in (False, True):
+            with pytest.raises(Conflict):
+                await old.range(b"c", b"d", reverse=reverse)
         old.put(b"d", b"")
         with pytest.raises(Conflict):
             await old.commit()
@@ -320,7 +327,79 @@ def test_a_client_that_ends_leaves_nothing(kv: PostgresKV, sql: Any, url: str, r
     assert sql(clients)[0][0] == 0
 
 
+def test_a_machine_that_falls_silent_is_left(url: str, sql: Any, runtime: AsyncioRuntime, run: Run) -> None:
+    kv = run(PostgresKV.open(url, runtime, config=PostgresKVConfig(answer_timeout_s=1.0)))
+    run(together(runtime, [put_rows(kv, {b"a": b"1"}), *(get(kv, b"a") for _ in range(8))]))
+    execute = kv._execute_once
+    attempts: list[str] = []
+
+    async def counted(statement: str, arguments: Any) -> Any:
+        attempts.append(statement)
+        return await execute(statement, arguments)
+
+    kv._execute_once = counted  # type: ignore[method-assign]
+    silent = [row[0] for row in sql(CUT.replace("pg_terminate_backend(pid)", "pid"))]
+    assert len(silent) > 4
+    try:
+        for pid in silent:
+            os.kill(pid, signal.SIGSTOP)
+        assert run(get(kv, b"a")) == b"1"
+        run(together(runtime, [get(kv, b"a") for _ in range(8)]))
+        assert len(attempts) < 2 + 8 + 4  # All but one were renewed unasked.
+    finally:
+        for pid in silent:
+            os.kill(pid, signal.SIGCONT)
+    run(kv.close())
+
+
 # Finding the database.
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts"),
+    [
+        ("postgresql:///name", [Host("", None)]),
+        ("postgresql://me:word@db/name", [Host("db", None)]),
+        ("postgresql://me@db1,db2:6/name?port=5", [Host("db1", 5), Host("db2", 6)]),
+        ("postgresql://[::1]:5,%2Frun%2Fpg:6/name", [Host("::1", 5), Host("/run/pg", 6)]),
+        ("postgresql:///name?host=/run/pg,db&port=5,6", [Host("/run/pg", 5), Host("db", 6)]),
+    ],
+)
+def test_the_hosts_of_a_url(url: str, hosts: list[Host]) -> None:
+    assert hosts_of(url) == hosts
+
+
+@pytest.mark.parametrize("password", ["se@cret", "se/cret", "se#cret", "se?cret", "[secret", "se:cret@x?cret"])
+def test_a_password_that_breaks_the_url_is_not_quoted(password: str) -> None:
+    with pytest.raises(InvalidPath) as caught:
+        hosts_of(f"postgresql://me:{password}@db/name")
+    assert "cret" not in str(caught.value)
+
+
+def test_a_first_host_that_never_answers(database: str, runtime: AsyncioRuntime, run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        several = database.replace("?host=", "?host=127.0.0.1,") + f"&port={port},5432"
+        kv = run(PostgresKV.open(several, runtime, config=PostgresKVConfig(connect_timeout_s=1.0)))
+        run(kv.close())
+
+
+def test_a_server_that_never_was_there_is_not_waited_for(runtime: AsyncioRuntime, run: Run) -> None:
+    config = PostgresKVConfig(connect_timeout_s=0.1, retry_s=3600)
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1: .*; /nobody/here:2: ") as caught:
+        run(PostgresKV.open("postgresql://me:secret@127.0.0.1:1,%2Fnobody%2Fhere:2/name", runtime, config=config))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_takes_no_writes_was_reached(url: str, runtime: AsyncioRuntime, run: Run) -> None:
+    hosts = Hosts(f"{url}&default_transaction_read_only=on", connect_timeout_s=10.0)
+
+    async def connect() -> None:
+        await runtime.spawn(hosts.connect(), "connect")
+
+    with pytest.raises(Unavailable, match="takes writes"):
+        run(connect())
+    assert hosts.was_reached
 
 
 def test_of_several_hosts_the_one_that_writes_is_found(url: str, runtime: AsyncioRuntime, run: Run) -> None:

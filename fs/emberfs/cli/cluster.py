@@ -65,7 +65,9 @@ def cluster() -> None:
 @click.option("--nodes", type=click.IntRange(1, 64), default=3, show_default=True, help="Storage nodes.")
 @click.option("--replicas", type=click.IntRange(1, 8), help="Copies of each chunk.  [default: 3, or as many as nodes]")
 @click.option("--targets", type=click.IntRange(1, 64), default=4, show_default=True, help="Replicas a disk holds.")
-@click.option("--kv", default="", metavar="URL", help="postgresql://… for the metadata, instead of a kv server.")
+@click.option(
+    "--kv", default="", envvar="EMBERLINE_KV", metavar="URL", help="postgresql://… for the metadata (or EMBERLINE_KV)."
+)
 @json_option
 def up(directory: Path | None, nodes: int, replicas: int | None, targets: int, kv: str, as_json: bool) -> None:
     """Start a cluster on this host: one process per role and per disk, TLS between them.

@@ -49,19 +49,13 @@ from ..runtime import Runtime
 from . import postgres_schema as schema
 from .batch import Batch, Row
 from .buffered import BufferedKV, Reads
+from .postgres_hosts import CONNECTION_LOST, NOT_SERVING, Hosts
 from .transaction import FLIGHT_BYTES_MAX
 
 T = TypeVar("T")
 
 FLIGHT_BATCHES_MAX = 128
 CLIENT_ID_BYTES = 16
-CONNECTION_LOST = (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, asyncpg.PostgresConnectionError)
-NOT_SERVING = (
-    asyncpg.AdminShutdownError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +65,7 @@ class PostgresKVConfig:
     connections_max: int = 8
     """Of this process. A transaction holds one only while a statement runs."""
     connect_timeout_s: float = 5.0
-    """For one attempt to connect to one host."""
+    """For one attempt to connect to one host; and how long `open` looks for a server that answers anything at all."""
     answer_timeout_s: float = 10.0
     """A statement without an answer for so long counts as lost."""
     retry_s: float = 30.0
@@ -109,10 +103,13 @@ class PostgresKV(BufferedKV):
         """Connect to `postgresql://user@host,host/database` and make the tables if there are none.
 
         Of several hosts the one that takes writes is used, again after each failover. Raises Unavailable, AccessDenied,
-        NotFound (no such database), StoreFormat (made by a newer emberline).
+        NotFound (no such database), InvalidPath, StoreFormat (made by a newer emberline).
         """
-        kv = cls(url, runtime, config or PostgresKVConfig())
+        config = config or PostgresKVConfig()
+        kv = cls(url, runtime, config)
         try:
+            await kv._persist(kv._reach, changes=False)
+            kv._retry_s = config.retry_s
             await kv._persist(lambda: kv._on_loop(kv._set_up()), changes=False)
         except BaseException:
             await kv.close()
@@ -120,8 +117,9 @@ class PostgresKV(BufferedKV):
         return kv
 
     def __init__(self, url: str, runtime: Runtime, config: PostgresKVConfig) -> None:
-        super().__init__(runtime, retry_s=config.retry_s)
-        self._url = url
+        # Only a server that has been there is waited for as long as a failover takes: another may be a wrong address.
+        super().__init__(runtime, retry_s=min(config.connect_timeout_s, config.retry_s))
+        self._hosts = Hosts(url, connect_timeout_s=config.connect_timeout_s)
         self._config = config
         self._pool: Any = None
         self._client = runtime.random_bytes(CLIENT_ID_BYTES)
@@ -216,31 +214,53 @@ class PostgresKV(BufferedKV):
     async def _on_loop(self, work: Any) -> Any:
         return await self._runtime.spawn(work, "kv-postgres")
 
+    async def _reach(self) -> None:
+        """Raises Unavailable if no server answers, not even that it does not serve now."""
+        try:
+            await self._on_loop(self._execute_once("SELECT", ()))
+        except Unavailable:
+            if not self._hosts.was_reached:
+                raise
+
     async def _execute_once(self, statement: str, arguments: tuple[Any, ...]) -> list[Any]:
         was_sent = False
         try:
             pool = await self._connected()
-            async with pool.acquire(timeout=self._config.answer_timeout_s) as connection:
+            async with pool.acquire(timeout=self._acquire_timeout_s) as connection:
                 was_sent = True
-                return await connection.fetch(statement, *arguments)  # type: ignore[no-any-return]
+                try:
+                    return await connection.fetch(statement, *arguments)  # type: ignore[no-any-return]
+                except TimeoutError:
+                    connection.terminate()  # Or the pool waits for a farewell.
+                    raise
+        except EmberError:
+            raise
         except (asyncpg.PostgresError, *CONNECTION_LOST) as error:
-            if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                await self._pool.expire_connections()  # It became a standby under us: the next one is chosen anew.
+            if isinstance(error, (asyncpg.ReadOnlySQLTransactionError, TimeoutError)):
+                # The server became a standby under us, or its machine is gone: no connection to it is of use.
+                await self._pool.expire_connections()
             raise _translate(error, was_sent) from error
+
+    @property
+    def _acquire_timeout_s(self) -> float:
+        """Until a connection is free, and renewed by asking every host."""
+        return self._config.answer_timeout_s + self._config.connect_timeout_s * len(self._hosts)
 
     async def _connected(self) -> Any:
         if self._pool is None:
             self._pool = asyncpg.create_pool(
-                self._url,
+                connect=self._connect,
                 min_size=0,
                 max_size=self._config.connections_max,
-                timeout=self._config.connect_timeout_s,
                 command_timeout=self._config.answer_timeout_s,
-                target_session_attrs="read-write",
                 server_settings=schema.SETTINGS,
                 connection_class=_Connection,
             )
         return await self._pool
+
+    async def _connect(self, url: None, **options: Any) -> Any:
+        """What the pool calls: it has no URL, the hosts do."""
+        return await self._hosts.connect(**options)
 
     async def _set_up(self) -> None:
         """Find the tables or make them."""
@@ -250,6 +270,8 @@ class PostgresKV(BufferedKV):
                 if await connection.fetchval("SELECT to_regclass('emberfs_head')") is None:
                     await connection.execute(schema.TABLES + schema.INTEGERS + schema.COMMIT_FUNCTION)
                 found = await connection.fetchval("SELECT format FROM emberfs_head")
+        except EmberError:
+            raise
         except (asyncpg.PostgresError, *CONNECTION_LOST) as error:
             raise _translate(error, was_sent=False) from error
         if found != schema.FORMAT:

@@ -74,7 +74,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     advertise: str = ""
     """host:port as others reach it; empty: `listen`."""
     managers: list[str] = []
-    """Addresses of all managers. Not for the kv role."""
+    """Addresses of all managers. The kv role does without; with them it is in `cluster status`."""
     kv: str = ""
     """Managers and metadata: kv://host:port, or postgresql://user@host/database."""
     directory: str = ""
@@ -131,8 +131,10 @@ def read_config(path: Path) -> ServerConfig:
 
 
 def write_config(path: Path, config: ServerConfig) -> None:
-    """The reverse of `read_config`; defaults are left out."""
+    """The reverse of `read_config`; defaults are left out. Only its owner may read it: a database URL is a secret."""
     raw = _without_defaults(config)
+    path.touch(mode=0o600)
+    path.chmod(0o600)
     path.write_text(_toml(raw))
 
 
