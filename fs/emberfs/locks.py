@@ -41,6 +41,12 @@ class KeyedLocks:
             self.release(taken)
             raise
 
+    async def drain(self) -> None:
+        """Return once all who hold a key now, or wait for one, have let go. Later ones are not waited for."""
+        for key in list(self._waiting):
+            async with self.of(key):
+                pass
+
     def release(self, keys: Sequence[bytes]) -> None:
         """Hand each key to its next waiter."""
         for key in keys:

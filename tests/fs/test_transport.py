@@ -30,8 +30,8 @@ def run(runtime: AsyncioRuntime) -> Run:
 def tls_config(tmp_path_factory: pytest.TempPathFactory) -> TcpConfig:
     folder = tmp_path_factory.mktemp("tls")
     make_authority(folder / "authority", cluster="c1", now_s=time.time())
-    files = issue(folder / "authority", ["127.0.0.1"], role="client", into=folder / "own", now_s=time.time())
-    return TcpConfig(cluster="c1", tls=files)
+    files = issue(folder / "authority", ["127.0.0.1"], role="storage", into=folder / "own", now_s=time.time())
+    return TcpConfig(cluster="c1", role="storage", tls=files)
 
 
 class TestMemory(ConnectionConformance):

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..meta.check import Finding
+from ..urls import cluster_addresses
 from .output import (
     human_bytes,
     human_time,
@@ -32,22 +33,31 @@ from .store import open_store, store_argument
 def info(store: str | None, as_json: bool) -> None:
     """Describe a store: ids, format versions, sizes, settings."""
     with open_store(store) as client:
-        facts: dict[str, Any] = client.maintenance.info()
+        is_cluster = bool(cluster_addresses(client.url))
+        facts: dict[str, Any] = {"store": client.url} if is_cluster else client.maintenance.info()
         usage = client.usage()
-        space = client.maintenance.space()
+        space = client.space()
     counts = {name: getattr(usage, name) for name in usage.__struct_fields__}
     if as_json:
         print_json({**facts, "usage": counts, "space": space})
+        return
+    replicas = space.pop("replicas", 1)
+    held = [
+        ("files", f"{usage.files} in {plural(usage.directories, 'directory')}, {human_bytes(usage.length_bytes)}"),
+        ("trash", plural(usage.trash_entries, "entry")),
+        ("garbage", f"{plural(usage.gc_pending, 'file')} waiting to be freed"),
+        ("space", ", ".join(f"{human_bytes(count)} {_words(name)}" for name, count in space.items())),
+    ]
+    if is_cluster:
+        print_fields([("cluster", facts["store"]), ("replicas", f"{replicas} of each chunk"), *held])
+        note("`emberline cluster status` shows its servers")
         return
     print_fields([
         ("directory", facts["directory"]),
         ("store", facts["store"]),
         ("format", str(facts["format"])),
         ("made", human_time(facts["created_ns"] / 1e9)),
-        ("files", f"{usage.files} in {plural(usage.directories, 'directory')}, {human_bytes(usage.length_bytes)}"),
-        ("trash", plural(usage.trash_entries, "entry")),
-        ("garbage", f"{plural(usage.gc_pending, 'file')} waiting to be freed"),
-        ("space", ", ".join(f"{human_bytes(count)} {name.removesuffix('_bytes')}" for name, count in space.items())),
+        *held,
         ("reserve", f"new data is refused below {human_bytes(facts['settings']['reserve_bytes'])} free"),
         ("gc delay", f"{facts['settings']['gc_delay_s']:.0f} s for readers of a removed file"),
         ("trash time", f"{facts['settings']['trash_s'] / 86400:.1f} days"),
@@ -57,6 +67,10 @@ def info(store: str | None, as_json: bool) -> None:
         print_fields(
             [(f"target {target['target']}", f"format {target['format']}, id {target['id']}, blocks: {blocks}")]
         )
+
+
+def _words(name: str) -> str:
+    return name.removesuffix("_bytes").replace("_", " ")
 
 
 @click.command(epilog="\b\nExamples:\n  emberline fs fsck ember:///srv/store\n  emberline fs fsck --repair")
@@ -89,7 +103,7 @@ def scrub(store: str | None, rate: float | None, as_json: bool) -> None:
     """Read every stored byte from the disk and check it. Exit code 1 if something is damaged."""
     limit = None if rate is None else max(int(rate * (1 << 20)), 1)
     with open_store(store) as client:
-        used_bytes = client.maintenance.space()["used_bytes"]
+        used_bytes = client.space()["used_bytes"]
         with progress_bar("scrubbing", used_bytes) as advance:
             read_before = 0
 
@@ -129,7 +143,8 @@ def gc(store: str | None, force: bool, as_json: bool) -> None:
     """Free the space of files removed for good. A store does this by itself while it is open."""
     with open_store(store) as client:
         collected = client.collect_garbage(force=force)
-        trimmed_bytes = client.maintenance.trim()
+        # The servers of a cluster look after their disks themselves.
+        trimmed_bytes = 0 if cluster_addresses(client.url) else client.maintenance.trim()
     if as_json:
         counts = {name: getattr(collected, name) for name in collected.__struct_fields__}
         print_json({**counts, "trimmed_bytes": trimmed_bytes})

@@ -73,7 +73,7 @@ def df(path: str, as_json: bool) -> None:
     row: dict[str, int]
     if location.protocol == "ember":
         with location.fs.client as client:
-            space, usage = client.maintenance.space(), client.usage()
+            space, usage = client.space(), client.usage()
         row = {
             **space,
             "files": usage.files,

@@ -213,6 +213,12 @@ class AsyncClient:
         """Counts of files, directories and bytes."""
         return await self._run(lambda core: Namespace(core).usage())
 
+    async def space(self) -> dict[str, int]:
+        """Bytes used and free: see `Client.space`."""
+        self._attachment.live()
+        store = self._attachment.store
+        return await store.portal.run_async(store.space())
+
     async def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""
         self._attachment.close()

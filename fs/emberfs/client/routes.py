@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import DataLost, EmberError, LimitExceeded, SessionExpired, Unavailable
-from ..messages import CloseClient, Done, ExtendSession, GetRouting, OpenSession, RoutingReply
+from ..messages import (
+    CloseClient,
+    ClusterStatus,
+    Done,
+    ExtendSession,
+    GetRouting,
+    OpenSession,
+    RoutingReply,
+    StatusReply,
+)
 from ..routing import Chain, Role, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
@@ -119,6 +128,10 @@ class Routes:
     def host(self, address: str) -> str:
         """The machine of a server."""
         return self._hosts.get(address, "")
+
+    async def status(self) -> StatusReply:
+        """What the primary manager knows of the cluster. Raises Unavailable."""
+        return await self._managers.ask(ClusterStatus(), StatusReply, timeout_s=self._config.connect_timeout_s)
 
     @property
     def metas(self) -> list[str]:

@@ -217,6 +217,15 @@ class Client:
         """Counts of files, directories and bytes."""
         return self._run(lambda core: Namespace(core).usage())
 
+    def space(self) -> dict[str, int]:
+        """Bytes: `used_bytes` in chunks, `free_bytes` that new data may still take.
+
+        Of a cluster both are what its files see; `disk_used_bytes` and `disk_free_bytes` count each of the `replicas`.
+        """
+        self._attachment.live()
+        store = self._attachment.store
+        return store.portal.run(store.space())
+
     @property
     def maintenance(self) -> Maintenance:
         """fsck, scrub, dump, load, info: what an operator does. Raises UnsupportedOperation for a cluster."""

@@ -24,7 +24,7 @@ from ..routing import Routing
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork
 from ..urls import cluster_addresses
-from .credentials import find_credentials
+from .credentials import explained, find_credentials
 from .store import tls_files
 
 Reply = TypeVar("Reply", bound=Message)
@@ -35,7 +35,8 @@ class Admin:
 
     def __init__(self, url: str, *, credentials: str = "", timeout_s: float = 10.0) -> None:
         managers = cluster_addresses(url)
-        files = tls_files(find_credentials(managers, credentials))
+        self._credentials = find_credentials(managers, credentials)
+        files = tls_files(self._credentials)
         self._runtime = AsyncioRuntime("emberfs-admin")
         self._portal = Portal(self._runtime)
         self._network = TcpNetwork(self._runtime, TcpConfig(tls=files))
@@ -44,7 +45,8 @@ class Admin:
 
     def ask(self, request: Message, reply: type[Reply]) -> Reply:
         """Raises Unavailable when no manager answers in time, and what the primary raises."""
-        return self._portal.run(self._managers.ask(request, reply, timeout_s=self._timeout_s))
+        with explained(self._credentials):
+            return self._portal.run(self._managers.ask(request, reply, timeout_s=self._timeout_s))
 
     def status(self) -> StatusReply:
         """What the primary knows."""

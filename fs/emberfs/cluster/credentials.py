@@ -9,10 +9,11 @@ Does not know: what is in a certificate.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import AccessDenied
+from ..errors import AccessDenied, Unavailable
 
 FILES = ("ca.pem", "cert.pem", "key.pem")
 
@@ -26,6 +27,20 @@ def credentials_home() -> Path:
 def directory_for(address: str) -> Path:
     """Where those for a manager's address are kept."""
     return credentials_home() / address.replace(":", "_")
+
+
+@contextmanager
+def explained(credentials: Path | None) -> Iterator[None]:
+    """A server with TLS just hangs up on who speaks plainly: if there were no credentials, Unavailable says so."""
+    try:
+        yield
+    except Unavailable as error:
+        if credentials is not None:
+            raise
+        raise Unavailable(
+            f"{error}. This client has no credentials of the cluster: if it wants some, get them with "
+            "`emberline cluster join` or set EMBERLINE_CREDENTIALS"
+        ) from error
 
 
 def find_credentials(managers: Sequence[str], given: str = "") -> Path | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import AlreadyExists, InvalidPath, LimitExceeded, NotFound, Unavailable
+from ..errors import AlreadyExists, Conflict, InvalidPath, LimitExceeded, NotFound, Unavailable
 from ..routing import Role, TargetState
 from ..server import ServerConfig, read_config, write_config
 from ..server.config import ManagerSection, MetaSection, StorageSection, TlsConfig
@@ -128,6 +128,7 @@ class LocalCluster:
 
     def _save(self, plan: Plan) -> None:
         temporary = self.directory / "cluster.json.new"
+        temporary.touch(mode=0o600)  # A database URL is a secret.
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(plan)))
         temporary.replace(self.directory / "cluster.json")
 
@@ -254,9 +255,17 @@ class LocalCluster:
             raise InvalidPath(f"not a storage node: {name!r}; there are {', '.join(plan.nodes)}")
         server = self.server(name)
         with self.admin() as admin:
+            if held := sum(target.node == name for target in admin.routing().targets):
+                raise Conflict(f"{name} still holds {held} replicas: drain it first")
+            say(f"stopping {name}")
+            server.stop()
+            # The manager forgets a node only when its lease is over.
+            deadline_s = time.monotonic() + START_TIMEOUT_S
+            while any(status.alive for status in admin.status().nodes if status.node.name == name):
+                if time.monotonic() > deadline_s:
+                    raise Unavailable(f"the manager still takes {name} for alive")
+                time.sleep(0.1)
             admin.remove_node(name)
-        say(f"stopping {name}")
-        server.stop()
         self._save(msgspec.structs.replace(plan, nodes=[node for node in plan.nodes if node != name]))
 
 

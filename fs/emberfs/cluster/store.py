@@ -24,7 +24,8 @@ from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
 from ..transport.types import Connection
 from ..urls import cluster_addresses
-from .credentials import find_credentials
+from .credentials import explained, find_credentials
+from .space import space_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,8 @@ class ClusterStore:
         self.storage = StorageRouter(self.runtime, self.network, self.routes, config=router_config)
         self.meta = MetaRouter(self.runtime, self.network, self.routes)
         try:
-            self.portal.run(self.routes.start())
+            with explained(credentials):
+                self.portal.run(self.routes.start())
         except BaseException:
             with contextlib.suppress(Exception):  # The first error is the one that says why.
                 self.shut()
@@ -92,6 +94,10 @@ class ClusterStore:
     def core(self) -> Core:
         """A new client of the cluster."""
         return Core(self.runtime, self.meta, EveryChain(self.routes, self.storage))
+
+    async def space(self) -> dict[str, int]:
+        """What the storage servers say that they hold and have left."""
+        return space_of(await self.routes.status())
 
     def shut(self) -> None:
         """Let the calls end, then close the session and the connections."""

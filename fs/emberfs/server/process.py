@@ -62,6 +62,7 @@ def run_server(config: ServerConfig) -> None:
                 break
         log.info("stopping: calls in the air have %.0f s", config.drain_s)
         _tell_systemd("STOPPING=1")
+        portal.run(role.retire())
         portal.run(listener.close(drain_s=config.drain_s))
         portal.run(role.close())
     finally:

@@ -70,14 +70,17 @@ async def _open_kv_role(config: ServerConfig, runtime: AsyncioRuntime, network: 
     kv = LmdbKV.open(directory, runtime)
     server = KvServer(kv, runtime)
     await server.start()
-    heart = Heart(runtime, network, config.managers, node_of(config, runtime.random_bytes(8)))
+    heart = None
+    if config.managers:
+        heart = Heart(runtime, network, config.managers, node_of(config, runtime.random_bytes(8)))
 
     async def start() -> None:
-        if config.managers:
+        if heart is not None:
             heart.start()
 
     async def close() -> None:
-        await heart.close()
+        if heart is not None:
+            await heart.close()
         await server.close()
         await kv.close()
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
 
+CLIENT_ROLE = "client"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TlsFiles:
@@ -29,7 +31,7 @@ class TcpConfig:
 
     cluster: str = ""
     """The cluster's id. A client may leave it empty and take whoever answers."""
-    role: str = "client"
+    role: str = CLIENT_ROLE
     """What this process is. A certificate, if it has one, must say the same."""
     token: str = ""
     """A secret that peers without a certificate must know. Empty: there is none."""

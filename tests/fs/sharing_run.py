@@ -1,0 +1,69 @@
+"""What the tests of a shared store share: who owns it now, and the end of servers that a test has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from emberfs.sharing.ownership import Mode, Owner, Ownership, read_owner
+
+PATIENCE_S = 60.0
+
+
+def owner_of(store: Path) -> Owner:
+    """What the owner says of itself."""
+    owner = read_owner(store)
+    assert owner is not None
+    return owner
+
+
+def server_of(store: Path) -> int:
+    """The process that serves the store."""
+    owner = owner_of(store)
+    assert owner.mode is Mode.SERVER
+    return owner.pid
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Wait for what another process does."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def is_free(store: Path) -> bool:
+    """Whether nobody owns the store."""
+    ownership = Ownership.take(store)
+    if ownership is None:
+        return False
+    ownership.close()
+    return True
+
+
+@contextlib.contextmanager
+def no_server_left(store: Path) -> Iterator[None]:
+    """At the end, a server of the store that has nobody left need not wait for anybody."""
+    try:
+        yield
+    finally:
+        owner = read_owner(store)
+        if owner is not None and owner.mode is Mode.SERVER and not is_free(store):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(owner.pid, signal.SIGCONT)
+                os.kill(owner.pid, signal.SIGTERM)
+            until(lambda: is_free(store))
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process that is stopped meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,60 @@
+"""What `cluster status` makes of a manager's answer: problems, and hints at what could be better."""
+
+from __future__ import annotations
+
+from emberfs.cluster.status import summarise
+from emberfs.messages import NodeStatus, StatusReply, TargetReport
+from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
+
+NAMES = "abcd"
+
+
+def status(chains: list[str], *, same_host: bool = False, used_bytes: int = 10) -> StatusReply:
+    """Chains that serve, each of a target on every node that it names, on disks of 100 MiB."""
+    nodes = [Node(name, Role.STORAGE, f"{name}:1", b"", host="one" if same_host else f"host-{name}") for name in NAMES]
+    targets, made = [], []
+    for number, names in enumerate(chains, 1):
+        ids = [f"{number}{name}".encode() for name in names]
+        targets += [Target(target, name, number) for target, name in zip(ids, names, strict=True)]
+        places = tuple(ChainTarget(target, TargetState.SERVING) for target in ids)
+        made.append(Chain(number, 1, places, len(places)))
+    routing = Routing(7, tuple(nodes), tuple(targets), tuple(made))
+    report = TargetReport(b"", b"", LocalState.UP_TO_DATE, 0, used_bytes << 20, (100 - used_bytes) << 20)
+    heard = [NodeStatus(node, True, 0.1, [report]) for node in nodes]
+    return StatusReply("m:1", routing, heard, 0, same_host)
+
+
+def test_an_even_cluster_has_nothing_to_say() -> None:
+    facts = summarise(status(["ab", "cd", "ac", "bd", "ad", "bc"]))
+    assert (facts["problems"], facts["hints"]) == ([], [])
+    assert facts["placement"]["peer_load_max"] == facts["placement"]["bound"] == 1
+
+
+def test_hosts_that_share_too_much_are_a_hint_and_no_problem() -> None:
+    facts = summarise(status(["ab"] * 4 + ["cd"] * 4))
+    assert facts["problems"] == []
+    assert facts["placement"] == {"host": "host-a", "peer_load_max": 4, "bound": 2}
+    (hint,) = facts["hints"]
+    assert "if host-a is lost, one other machine has to bring back 4 chains" in hint
+
+
+def test_one_over_the_bound_is_no_hint() -> None:
+    facts = summarise(status(["ab", "ab", "cd", "cd"]))
+    assert (facts["placement"]["peer_load_max"], facts["placement"]["bound"]) == (2, 1)
+    assert facts["hints"] == []
+
+
+def test_on_one_host_its_nodes_are_what_can_be_lost() -> None:
+    facts = summarise(status(["ab"] * 4 + ["cd"] * 4, same_host=True))
+    assert facts["placement"] == {"host": "a", "peer_load_max": 4, "bound": 2}
+
+
+def test_no_chains_yet_is_a_problem_and_no_placement() -> None:
+    facts = summarise(status([]))
+    assert facts["placement"] is None
+    assert facts["problems"] == ["there are no chains yet: nothing can be stored"]
+
+
+def test_a_disk_that_gets_full_is_a_hint() -> None:
+    hints = summarise(status(["ab", "cd", "ac", "bd", "ad", "bc"], used_bytes=95))["hints"]
+    assert hints == [f"the disk of {name} gets full: 5 MiB are left" for name in NAMES]
