@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 OFFLOAD_THREADS_MAX = 4
 
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Goes on while the machine sleeps: a lease must not outlive a suspend."""
+
 
 class Runtime(Protocol):
     """What a service may know of the world outside its messages and its disk."""
@@ -133,7 +136,7 @@ class AsyncioRuntime:
             self.loop.close()
 
     def now_s(self) -> float:
-        return time.monotonic()
+        return time.clock_gettime(_CLOCK)
 
     def wall_ns(self) -> int:
         return time.time_ns()
