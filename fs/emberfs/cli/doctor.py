@@ -22,7 +22,7 @@ import msgspec
 from ..client.sync import Client
 from ..embedded import StoreConfig
 from ..errors import StoreBusy
-from ..urls import SUPERBLOCK
+from ..urls import SUPERBLOCK, cluster_addresses
 from .location import STORE_VARIABLE
 from .output import human_bytes, json_option, plural, print_json, safe
 from .store import directory_of
@@ -56,7 +56,10 @@ class Line(msgspec.Struct, frozen=True):
 @json_option
 def doctor(url: str | None, as_json: bool) -> None:
     """Check this machine and the store at URL (or EMBERLINE_URL). Exit code 1 if something fails."""
-    directory = directory_of(url) if url or os.environ.get(STORE_VARIABLE) else None
+    given = url or os.environ.get(STORE_VARIABLE, "")
+    if url is None and cluster_addresses(given):
+        given = ""  # This machine is checked all the same.
+    directory = directory_of(given) if given else None
     checks: list[Callable[[], Iterator[Line]]] = [_python, _libraries, _open_files, _memory]
     place = _existing_parent(directory or Path.cwd())
     checks += [lambda: _disk(place), lambda: _preallocation(place), lambda: _cached_reads(place)]

@@ -24,11 +24,16 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
     problems: list[str] = []
     placement, hints = _placement(reply)
     servers = []
+    unheard: list[str] = []
     for status in sorted(reply.nodes, key=lambda status: (status.node.role, status.node.name)):
         node = status.node
-        state = "alive" if status.alive else "DOWN"
+        is_unheard = not status.alive and status.last_heard_s < 0 and node.address != reply.primary
+        is_down = not status.alive and status.last_heard_s >= 0
+        state = "DOWN" if is_down else "not heard of yet" if is_unheard else "alive"
         if node.draining:
-            state += ", drains"
+            state += ", drains" if held.get(node.name) else ", empty"
+            if not held.get(node.name):
+                hints.append(f"{node.name} holds nothing any more: `emberline cluster remove-node {node.name}`")
         free_bytes = min((report.free_bytes for report in status.reports), default=None)
         used_bytes = sum(report.used_bytes for report in status.reports) if status.reports else None
         if free_bytes is not None and used_bytes is not None and used_bytes > FULL_FRACTION * (used_bytes + free_bytes):
@@ -47,8 +52,19 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
                 "used_bytes": used_bytes,
             }
         )
-        if not status.alive:
+        if is_unheard:
+            unheard.append(node.name)
+        if is_down:
             problems.append(_down(node.name, node.role, held.get(node.name, 0), status.last_heard_s))
+    if unheard:
+        problems.append(
+            f"not heard of by the present primary manager: {', '.join(unheard)}; after a change of the primary that "
+            "takes a second, else start them"
+        )
+    metas = [status for status in reply.nodes if status.node.role == Role.META]
+    if metas and not any(status.alive for status in metas):
+        names = " or ".join(status.node.name for status in metas)
+        problems.append(f"no metadata server is left: nothing can be opened or listed; start {names}")
     chains = []
     for chain in routing.chains:
         words = describe(chain)
@@ -96,11 +112,10 @@ def _placement(reply: StatusReply) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _down(name: str, role: Role, targets: int, last_heard_s: float) -> str:
-    since = f"not heard of for {last_heard_s:.0f} s" if last_heard_s >= 0 else "never heard of by this manager"
     if role == Role.STORAGE:
         then = f"its {targets} replicas are brought up to date when it is back; start it, or replace its disk"
     elif role == Role.META:
-        then = "clients use the other metadata servers"
+        then = "clients use the other metadata servers, if there are any; start it"
     else:
         then = "start it"
-    return f"{name} is down ({since}): {then}"
+    return f"{name} is down (not heard of for {last_heard_s:.0f} s): {then}"
