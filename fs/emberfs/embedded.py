@@ -166,6 +166,8 @@ class EmbeddedStore:
         self._attached: AttachedConnection | None = None
         make_directory(directory)
         self.runtime = AsyncioRuntime()
+        self._first_client = self.runtime.random_bytes(16)
+        """Who we are while we own the store, and when we have moved out."""
         self.portal = Portal(self.runtime)
         try:
             self._open()
@@ -189,7 +191,7 @@ class EmbeddedStore:
                 self._storage = MemoryConnection(services.storage_service)
                 break
             self.superblock = read_or_write_superblock(self.directory, self.config.targets)
-            attached = AttachedConnection(self.runtime, self.directory, settings)
+            attached = AttachedConnection(self.runtime, self.directory, settings, client=self.runtime.random_bytes(16))
             try:
                 self.portal.run(attached.open(owner))
             except Unavailable:  # It is just leaving.
@@ -235,7 +237,9 @@ class EmbeddedStore:
             raise
         # From here on there is no way back: if no server begins, our calls will start one.
         settings = json.dumps(asdict(self.config))
-        attached = self._attached = AttachedConnection(self.runtime, self.directory, settings)
+        attached = self._attached = AttachedConnection(
+            self.runtime, self.directory, settings, client=self._first_client
+        )
         try:
             left = services.meta_service.unwritten(attached.client)
             await services.close()
@@ -261,8 +265,11 @@ class EmbeddedStore:
         return self.superblock.store
 
     def core(self) -> Core:
-        """A new client of this store, with an id of its own."""
-        return Core(self.runtime, self.meta, self.chains)
+        """A new client of this store."""
+        return Core(self.runtime, self.meta, self.chains, client=self._client)
+
+    def _client(self) -> bytes:
+        return self._attached.client if self._attached is not None else self._first_client
 
     async def space(self) -> dict[str, int]:
         """Bytes: `used_bytes` in blocks that hold chunks, `free_bytes` the fullest disk has left above the reserve."""

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import emberfs
 import pytest
+from emberfs.cluster.admin import Admin
+from emberfs.cluster.joining import join_cluster
 from emberfs.cluster.local import LocalCluster
-from emberfs.errors import AccessDenied, Unavailable
+from emberfs.errors import AccessDenied, NotFound, Unavailable
 from emberfs.messages import Heartbeat, HeartbeatReply, Message
 from emberfs.portal import Portal
 from emberfs.routing import Node, Role
@@ -16,6 +18,8 @@ from emberfs.runtime import AsyncioRuntime
 from emberfs.server import read_config
 from emberfs.transport import TcpConfig, TcpNetwork, TlsFiles
 from emberfs.transport.certificates import issue, make_authority
+
+from tests.fs.cli_run import emberline
 
 PATIENCE_S = 3.0
 
@@ -72,8 +76,32 @@ def test_a_client_cannot_pass_for_a_server(cluster: LocalCluster, manager: str) 
 def test_a_client_may_not_say_what_only_servers_say(cluster: LocalCluster, manager: str) -> None:
     directory = cluster.directory / "client"
     files = TlsFiles(ca=directory / "ca.pem", cert=directory / "cert.pem", key=directory / "key.pem")
-    with pytest.raises(AccessDenied, match="a client may not send Heartbeat"):
+    with pytest.raises(AccessDenied, match="role 'client' may not send Heartbeat"):
         ask(manager, heartbeat(), TcpConfig(tls=files, role="client"))
+
+
+def test_changing_the_cluster_takes_an_admin(cluster: LocalCluster) -> None:
+    """Credentials of a client, which `up` leaves for this user, are enough to look at it."""
+    with Admin(cluster.url) as client:
+        before = client.routing()
+        assert client.status().primary
+        with pytest.raises(AccessDenied, match="a certificate of role admin"):
+            client.drain_node("storage-1")
+        with pytest.raises(AccessDenied, match="a certificate of role admin"):
+            client.accept_loss(1, b"target")
+        assert client.routing() == before
+    with cluster.admin() as admin, pytest.raises(NotFound, match="nobody"):
+        admin.drain_node("nobody")
+
+
+def test_a_machine_joins_as_an_admin(cluster: LocalCluster, manager: str, tmp_path: Path) -> None:
+    (token,) = emberline("cluster", "token", "--role", "admin", "--dir", cluster.directory).stdout.split()
+    join_cluster(token, manager, into=tmp_path / "admin", names=["desk"])
+    with Admin(cluster.url, credentials=str(tmp_path / "admin")) as admin, pytest.raises(NotFound, match="nobody"):
+        admin.remove_node("nobody")
+    with emberfs.connect(cluster.url, credentials=str(tmp_path / "admin")) as client:
+        client.put("/by-the-admin", b"text")
+        assert client.get("/by-the-admin") == b"text"
 
 
 def test_a_server_of_the_cluster_is_let_in(cluster: LocalCluster, manager: str) -> None:

@@ -63,9 +63,9 @@ class Client:
         self.number = 0
         self.in_the_air = 0
 
-    def once(self, request: Message, *, again: bool = False) -> Once:
+    def once(self, request: Message) -> Once:
         self.number += 1
-        return Once(self.id, self.number, 1 if self.in_the_air else self.number, encode_message(request), again)
+        return Once(self.id, self.number, 1 if self.in_the_air else self.number, encode_message(request))
 
     async def __call__(self, server: int, request: Message) -> Any:
         if not request.changes_nothing:

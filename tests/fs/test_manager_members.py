@@ -6,7 +6,7 @@ import pytest
 from emberfs.errors import AlreadyExists, Conflict, EmberError
 from emberfs.manager import ManagerConfig
 from emberfs.messages import AcceptLoss, AddNode, ClusterStatus, DrainNode, GetRouting, Heartbeat, SetupChains
-from emberfs.routing import Node, Role, TargetState
+from emberfs.routing import Chain, Node, Role, TargetState
 from emberfs.testing.sim.loop import SimRuntime, run
 
 from tests.fs.manager_fakes import FakeNode, Managers, all_serving, drift, until
@@ -50,6 +50,45 @@ def test_a_dead_node_is_taken_off_in_its_time_and_returns_to_all_serving() -> No
 
     for seed in range(4):
         run(seed, main)
+
+
+def test_failover_goes_on_after_a_mistake_in_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(sim: SimRuntime) -> None:
+        managers, nodes = await cluster(sim, nodes=4)
+        with monkeypatch.context() as patch:
+            patch.setattr("emberfs.manager.service.plan_moves", _mistaken)
+            await nodes[0].kill()
+            await sim.sleep(CONFIG.dead_after_s + 1.0)
+            assert all(len(chain.serving) < 3 for chain in await _chains_of(managers, nodes[0].name))
+        nodes[0].start()
+        await all_serving(managers, replicas=3)
+        await stop(managers, nodes)
+
+    run(0, main)
+
+
+def test_a_manager_stands_again_after_an_exception_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(sim: SimRuntime) -> None:
+        managers, nodes = await cluster(sim)
+        with monkeypatch.context() as patch:
+            patch.setattr(managers.links[0], "carry", _mistaken)
+            await until(sim, lambda: managers.primary is None)
+        await until(sim, lambda: managers.primary is not None)
+        await all_serving(managers, replicas=3)
+        await stop(managers, nodes)
+
+    run(0, main)
+
+
+def _mistaken(*_: object, **__: object) -> None:
+    raise RuntimeError("a mistake")
+
+
+async def _chains_of(managers: Managers, node: str) -> list[Chain]:
+    routing = (await managers.call(GetRouting())).routing
+    chains = [target.chain for target in routing.targets if target.node == node]
+    assert chains
+    return [chain for chain in routing.chains if chain.id in chains]
 
 
 def test_a_quick_restart_makes_a_new_version_of_every_chain_it_serves_in() -> None:

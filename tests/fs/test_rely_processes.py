@@ -83,7 +83,7 @@ def in_a_fork(client: Client, file: Any, answers: Any) -> None:
         answers.put(("file", "closed"))
     answers.put(("read", client.get("/file")))
     client.put("/child", b"was here")
-    answers.put(("id", client._attachment.core.client_id))
+    answers.put(("id", client._attachment.core.client()))
     client.close()
 
 
@@ -101,7 +101,7 @@ def test_a_forked_child_starts_anew(client: Client, store: Path) -> None:
             assert answers.get(timeout=60) == ("read", b"parent")
             file.write(b"the parent goes on")
         name, child_id = answers.get(timeout=60)
-        assert name == "id" and child_id != client._attachment.core.client_id
+        assert name == "id" and child_id != client._attachment.core.client()
         child.join(60)
         assert child.exitcode == 0
         assert client.get("/child") == b"was here"
@@ -138,8 +138,8 @@ def test_fsck_right_after_a_kill_finds_nothing(tmp_path: Path) -> None:
         "core, portal = client._attachment.core, client._attachment.store.portal\n"
         "from emberfs.client.core import NewFile\n"
         "for _ in range(20):\n"
-        "    reserved = portal.run(core.reserve(NewFile()))\n"
-        "    portal.run(core.write_reserved(reserved, 0, memoryview(bytes(100_000))))\n"
+        "    reserved, owner = portal.run(core.reserve(NewFile()))\n"
+        "    portal.run(core.write_reserved(reserved, 0, memoryview(bytes(100_000)), owner))\n"
         "os._exit(9)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9

@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import pytest
 from emberfs.engine import Action, InstallItem, Prepared, Update
-from emberfs.errors import StaleRouting, Unavailable, UpdateUnknown
-from emberfs.messages import Forward, Message, Vouch
+from emberfs.errors import Corruption, NoSpace, StaleRouting, Unavailable, UpdateUnknown
+from emberfs.messages import Forward, ListChunks, Message, Vouch
 from emberfs.routing import LocalState
 from emberfs.types import chunk_id
 
@@ -107,10 +107,84 @@ def test_a_new_tail_answers_only_once_the_head_has_settled() -> None:
             await chain[name].engine.prepare([_leftover(b"seen")], checks_requests=False)
         chain.change({"a": SERVING, "b": SERVING, "c": OFFLINE}, tell="b")
         reading = chain.runtime.spawn(chain.read("b"), "read")
-        await chain.runtime.sleep(5.0)
+        await chain.runtime.sleep(4.0)
         assert not reading.done()
         chain.tell("a")
         assert await reading == b"seen"
+
+    on_chain(work)
+
+
+def test_a_tail_that_nobody_settles_says_so_in_the_end() -> None:
+    async def work(chain: ReplicaChain) -> None:
+        for name in "ab":
+            await chain[name].engine.prepare([_leftover(b"seen")], checks_requests=False)
+        chain.change({"a": SERVING, "b": SERVING, "c": OFFLINE}, tell="b")
+        for asking in (chain.read("b"), _listed(chain, "b")):
+            with pytest.raises(Unavailable, match="settled"):
+                await asking
+
+    on_chain(work)
+
+
+async def _listed(chain: ReplicaChain, tail: str) -> list[bytes]:
+    everything = ListChunks(1, chunk_id(0, 0), chunk_id(100, 0), chain_version=chain.version)
+    return [chunk for chunk, _ in (await chain[tail].replica.list(everything)).chunks]
+
+
+def test_a_full_successor_keeps_only_the_chunks_that_it_cannot_take() -> None:
+    """Its disk could never be emptied if nothing could be listed and removed."""
+
+    async def work(chain: ReplicaChain) -> None:
+        await chain.write("a", b"old")
+        await chain.write("a", b"old", chunk=OTHER)
+        for name in "ac":
+            await chain[name].engine.prepare([_leftover(b"new", 2)], checks_requests=False)
+        with patch.object(chain["b"].engine.allocator, "allocate", side_effect=NoSpace("the disk is full")):
+            chain.change(dict.fromkeys("abc", SERVING))
+            assert await chain.read("c", chunk=OTHER) == b"old"
+            await chain.until(lambda: _has_settled(chain, "c"))
+            assert await chain["c"].is_pending(), "an old tail may have committed it"
+            with pytest.raises(Unavailable, match="settle"):
+                await chain.read("c")
+            with pytest.raises(Unavailable, match="settle"):
+                await _listed(chain, "c")
+            await chain["c"].replica.list(ListChunks(1, OTHER, chunk_id(100, 0), chain_version=chain.version))
+            await chain.send("a", chain.update(Action.REMOVE, chunk=OTHER))
+            with pytest.raises(NoSpace):
+                await chain.write("a", b"newer")
+        await chain.until(lambda: _is_settled(chain, "abc"))
+        assert [await chain.read(name) for name in "abc"] == [b"new"] * 3
+        assert await _listed(chain, "c") == [CHUNK]
+
+    on_chain(work)
+
+
+async def _has_settled(chain: ReplicaChain, name: str) -> bool:
+    view = chain[name].replica.view
+    return view is not None and view.settled.done()
+
+
+def test_damaged_bytes_at_the_head_keep_only_their_chunk() -> None:
+    async def work(chain: ReplicaChain) -> None:
+        await chain.write("a", b"old", chunk=OTHER)
+        for name in "ab":
+            await chain[name].engine.prepare([_leftover(b"bytes" * 4000)], checks_requests=False)
+        content = chain["a"].engine.content
+
+        async def damaged(chunk: bytes, **options: bool) -> object:
+            if chunk == CHUNK:
+                raise Corruption("the bytes are damaged")
+            return await content(chunk, **options)
+
+        with patch.object(chain["a"].engine, "content", damaged):
+            chain.change({"a": SERVING, "b": SERVING, "c": SYNCING})
+            assert await chain.read("b", chunk=OTHER) == b"old"
+            with pytest.raises(Unavailable, match="settle"):
+                await chain.read("b")
+            await chain.write("a", b"new", chunk=OTHER)
+        await chain.until(lambda: _is_synced(chain, "c"))
+        assert await chain.equal("abc")
 
     on_chain(work)
 

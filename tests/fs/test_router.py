@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from emberfs.client.router import StorageRouter
-from emberfs.errors import StaleChunk, Unavailable
-from emberfs.messages import Done, Message, RemoveChunks, TruncateChunk
+from emberfs.client.router import RouterConfig, StorageRouter
+from emberfs.errors import SessionExpired, StaleChunk, Unavailable, UpdateUnknown
+from emberfs.messages import Done, ListChunks, Message, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
 from emberfs.routing import Chain, ChainTarget, Routing, TargetState
 from emberfs.testing.sim.loop import SimRuntime, run
 
@@ -28,6 +29,9 @@ class FakeRoutes:
     async def news(self, seen_version: int, timeout_s: float) -> None:
         pass
 
+    async def renew(self, expired: bytes) -> None:
+        self.client = b"d" * 16
+
 
 class Servers:
     """A network to servers that keep what they are sent, and raise what the test has put for their address."""
@@ -35,6 +39,9 @@ class Servers:
     def __init__(self) -> None:
         self.sent: list[tuple[str, Any]] = []
         self.errors: dict[str, list[Exception]] = {}
+        self.stuck: set[str] = set()
+        """Servers that take a request and never answer."""
+        self.forever: asyncio.Future[None]
 
     def connection(self, address: str) -> Any:
         return _Connection(self, address)
@@ -46,6 +53,8 @@ class _Connection:
 
     async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
         self.servers.sent.append((self.address, request))
+        if self.address in self.servers.stuck:
+            await self.servers.forever
         if self.servers.errors.get(self.address):
             raise self.servers.errors[self.address].pop()
         return Done()
@@ -77,5 +86,49 @@ def test_a_chunk_that_changed_is_said_to_have() -> None:
         with pytest.raises(StaleChunk):
             await router.call(RemoveChunks([1, 2], [b"a", b"b"], versions=[1, 1]))
         assert len(servers.sent) == 2, "and is not sent again"
+
+    run(0, main)
+
+
+def test_what_is_written_in_a_session_ends_with_it() -> None:
+    """Its files were closed when it ended: under another session the write would go over somebody else's."""
+
+    async def main(runtime: SimRuntime) -> None:
+        servers, routes = Servers(), FakeRoutes()
+        router = StorageRouter(runtime, servers, routes)  # type: ignore[arg-type]
+        servers.errors["1"] = [SessionExpired("over"), SessionExpired("over")]
+        payload = [memoryview(b"payload")]
+        with pytest.raises(SessionExpired):
+            await router.call(WriteChunks(b"c" * 16, 0, 0, [1], [b"a"], [0], 1 << 16), payload)
+        assert [request.client for _, request in servers.sent] == [b"c" * 16]
+        await router.call(WriteChunks(b"", 0, 0, [1], [b"a"], [0], 1 << 16), payload)
+        assert {request.client for _, request in servers.sent[1:]} == {b"d" * 16}
+
+    run(0, main)
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (ReadChunks([1], [b"a"], [0]), Unavailable),
+        (ReadChunks([2, 1], [b"b", b"a"], [0, 0]), Unavailable),
+        (ListChunks(1, b"a", b"b"), Unavailable),
+        (WriteChunks(b"", 0, 0, [1], [b"a"], [0], 1 << 16), UpdateUnknown),
+        (WriteChunks(b"", 0, 0, [2, 1], [b"b", b"a"], [0, 0], 1 << 16), UpdateUnknown),
+        (TruncateChunk(1, b"a", 5), UpdateUnknown),
+    ],
+)
+def test_a_server_that_never_answers_is_waited_for_until_the_deadline(
+    request_: Message, error: type[Exception]
+) -> None:
+    async def main(runtime: SimRuntime) -> None:
+        servers = Servers()
+        servers.stuck, servers.forever = {"0", "1"}, runtime.future()
+        router = StorageRouter(runtime, servers, FakeRoutes(), config=RouterConfig(deadline_s=3.0))  # type: ignore[arg-type]
+        buffers = [memoryview(bytearray(4)) for _ in getattr(request_, "offsets", [])]
+        started_s = runtime.now_s()
+        with pytest.raises(error, match="not done after 3 s"):
+            await router.call(request_, buffers)
+        assert 3.0 <= runtime.now_s() - started_s < 3.1
 
     run(0, main)

@@ -9,9 +9,8 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,13 @@ import emberfs
 import pytest
 from emberfs import Client, StoreBusy
 from emberfs.embedded import StoreConfig
+from emberfs.errors import SessionExpired
+from emberfs.messages import Attach, Detach, Message, ReadChunks, WriteChunks
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.sharing.ownership import Mode, Ownership
 from emberfs.sharing.server import ServerConfig, SharingServer
+from emberfs.types import chunk_id
 
 from tests.fs.sharing_run import is_free, no_server_left, owner_of, server_of, until
 from tests.fs.stores import CHUNK, content, line_of, program, url_of
@@ -133,29 +135,93 @@ def test_calls_that_come_during_the_move_wait_for_its_end(client: Client, store:
     assert client.maintenance.fsck().findings == []
 
 
-def use_as_a_child(url: str, client: Client | None, number: int) -> None:
+def use_as_a_child(url: str, number: int) -> None:
     """Read what the parent has written, and write."""
-    with client or emberfs.connect(url) as mine:
+    with emberfs.connect(url) as mine:
         assert mine.get("/of-the-owner") == DATA
         mine.put(f"/child-{number}", DATA)
         with mine.open(f"/log-{number}", "ab") as log:
             log.write(b"line\n")
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python 3.12 warns of any fork with threads")
+FORKING = """
+import multiprocessing, sys, emberfs
+
+def use(client, number):
+    with client as mine:
+        assert mine.get("/of-the-owner") == b"owner"
+        mine.put(f"/child-{number}", b"child")
+        with mine.open(f"/log-{number}", "ab") as log:
+            log.write(b"line\\n")
+
+with emberfs.connect(sys.argv[1]) as client:
+    client.put("/of-the-owner", b"owner")
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=use, args=(client, number)) for number in range(4)]
+    for child in children: child.start()
+    for child in children: child.join(60)
+    print(*[child.exitcode for child in children])
+    for number in range(4):
+        assert client.get(f"/child-{number}") == b"child"
+        assert client.get(f"/log-{number}") == b"line\\n"
+    print(client.maintenance.fsck().findings)
+    for child in children: child.kill()
+"""
+
+
 @pytest.mark.sentence("T4")
-def test_forked_children_attach(client: Client, store: Path) -> None:
-    children_work(client, store, "fork", client)
+def test_forked_children_attach(store: Path) -> None:
+    """In a program of its own: this one's threads are not to be forked."""
+    with program(FORKING, url_of(store)) as parent:
+        assert [line_of(parent), line_of(parent)] == ["0 0 0 0", "[]"]
+
+
+STARTING = """
+import os, subprocess, sys, threading
+from pathlib import Path
+from emberfs.sharing import starting
+from emberfs.sharing.ownership import Ownership
+
+is_starting, has_forked = threading.Event(), threading.Event()
+
+class SlowPopen(subprocess.Popen):
+    def _execute_child(self, *arguments):
+        is_starting.set()
+        was_too_early.append(has_forked.wait(0.2))
+        super()._execute_child(*arguments)
+
+def fork():
+    is_starting.wait()
+    if not os.fork():
+        sys.stdin.read()
+        os._exit(0)
+    has_forked.set()
+
+was_too_early = []
+subprocess.Popen = SlowPopen
+threading.Thread(target=fork).start()
+ownership = Ownership.take(Path(sys.argv[1]))
+server = starting.NewServer(ownership)
+has_forked.wait()
+print(*was_too_early, flush=True)
+ownership.close()
+server.close()
+print("closed", flush=True)
+"""
+
+
+def test_a_child_that_is_forked_while_a_server_starts_has_nothing_of_it(store: Path) -> None:
+    """Else the server would not see that it is not wanted, and the lock would be held as long as the child is there."""
+    store.mkdir()
+    with program(STARTING, store) as parent:
+        assert [line_of(parent), line_of(parent)] == ["False", "closed"]
+        until(lambda: is_free(store))
 
 
 def test_spawned_children_attach(client: Client, store: Path) -> None:
-    children_work(client, store, "spawn", None)
-
-
-def children_work(client: Client, store: Path, method: str, theirs: Client | None) -> None:
     client.put("/of-the-owner", DATA)
-    context: Any = multiprocessing.get_context(method)
-    children = [context.Process(target=use_as_a_child, args=(url_of(store), theirs, number)) for number in range(4)]
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=use_as_a_child, args=(url_of(store), number)) for number in range(4)]
     for child in children:
         child.start()
     for child in children:
@@ -251,7 +317,7 @@ class ServedHere:
 
 def test_a_server_without_clients_leaves_a_store_that_one_process_may_own(store: Path) -> None:
     store.mkdir()
-    served = ServedHere(store, ServerConfig(idle_s=0.0, grace_s=0.0, look_s=0.01))
+    served = ServedHere(store, ServerConfig(idle_s=0.0, grace_s=0.5, look_s=0.01))
     with program(LOOKER + 'client.put("/of-the-guest", b"guest"); client.close()', url_of(store)) as guest:
         assert line_of(guest) == "done"
         assert owner_of(store).mode is Mode.SERVER
@@ -286,9 +352,44 @@ def test_the_next_server_waits_for_the_clients_of_the_one_before(store: Path) ->
         assert owner.get("/log") == b"flushed and not"
 
 
+def test_a_client_that_was_given_up_is_not_let_in_again(store: Path) -> None:
+    """What it did is forgotten: it would be done again."""
+    store.mkdir()
+    config = ServerConfig(idle_s=3600.0, grace_s=3600.0)
+    served = ServedHere(store, config)
+    gone, other = b"g" * 16, b"o" * 16
+    chunk = chunk_id(99, 0)
+
+    def call(request: Message, *buffers: memoryview) -> None:
+        served.portal.run(_answer(served.server.handle(request, buffers)))
+
+    def write(client: bytes, data: bytes) -> None:
+        call(WriteChunks(client, 0, 1, [1], [chunk], [0], CHUNK), memoryview(data))
+
+    for client, data in ((gone, b"lost"), (other, b"last")):
+        call(Attach(client, False, "one of the test's"))
+        write(client, data)
+    call(Detach(gone))
+    for _ in range(2):
+        with pytest.raises(SessionExpired):
+            call(Attach(gone, True, "one of the test's"))
+        with pytest.raises(SessionExpired):
+            write(gone, b"lost")
+        found = bytearray(4)
+        call(ReadChunks([1], [chunk], [0]), memoryview(found))
+        assert found == b"last"
+        served.close()
+        served = ServedHere(store, config)  # The next server does not know it either.
+    served.close()
+
+
+async def _answer(answer: Awaitable[Message]) -> Message:
+    return await answer
+
+
 def test_what_a_dead_client_had_open_is_closed(store: Path) -> None:
     store.mkdir()
-    served = ServedHere(store, ServerConfig(idle_s=3600.0, grace_s=0.0, look_s=0.01))
+    served = ServedHere(store, ServerConfig(idle_s=3600.0, grace_s=0.5, look_s=0.01))
     with program(HOLDER, url_of(store)) as holder, program(HOLDER, url_of(store)) as second:
         lines = {line_of(holder), line_of(second)}
         assert lines == {"open", ""}  # One of them was refused: it appends already.

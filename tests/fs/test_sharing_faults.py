@@ -8,14 +8,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emberfs
 import pytest
 from emberfs import Client, UpdateUnknown
-from emberfs.errors import DeadlineExceeded, Unavailable
+from emberfs.errors import DeadlineExceeded, SessionExpired, Unavailable
+from emberfs.messages import Attach, Attached, Attend, Done, Message, WriteChunks
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.sharing.attached import AttachedConnection
+from emberfs.sharing.ownership import Mode, Ownership
+from emberfs.types import chunk_id
 
 from tests.fs.sharing_run import no_server_left, server_of, stopped, until
 from tests.fs.stores import CHUNK, content, line_of, program, url_of
@@ -202,3 +208,54 @@ def test_ctrl_c_in_a_guest_leaves_the_others_alone(client: Client, store: Path) 
     client.put("/file", DATA)
     assert client.get("/file") == DATA
     assert server_of(store) == server
+
+
+class Forgetful:
+    """A server that has given everybody up that was there before."""
+
+    def __init__(self, runtime: AsyncioRuntime) -> None:
+        self.runtime = runtime
+        self.names: list[tuple[bytes, int, int]] = []
+
+    async def call(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+        if isinstance(request, Attach):
+            if request.again:
+                raise SessionExpired("given up")
+            return Attached(os.getpid(), "{}")
+        if isinstance(request, Attend):
+            await self.runtime.future()
+        if isinstance(request, WriteChunks):
+            self.names.append((request.client, request.channel, request.sequence))
+        return Done()
+
+
+def test_an_update_that_waits_for_the_next_client_shares_its_name_with_none_of_that_one(store: Path) -> None:
+    """Two updates of one name: the second is taken for the first, and acknowledged without being done."""
+    store.mkdir()
+    ownership = Ownership.take(store)
+    assert ownership is not None
+    ownership.declare(Mode.SERVER, is_reachable=True)
+    runtime = AsyncioRuntime()
+    server = Forgetful(runtime)
+
+    async def work() -> None:
+        connection = AttachedConnection(runtime, store, "{}", client=bytes(range(16)))
+        connection._connection = server  # type: ignore[assignment]
+
+        async def write() -> None:
+            await connection.handle(WriteChunks(b"", 0, 0, [1], [chunk_id(1, 0)], [0], CHUNK), [memoryview(b"x")])
+
+        await runtime.sleep(0)  # Goes on in the loop's thread.
+        waiting = runtime.spawn(write(), "waits until we are attached")
+        await runtime.sleep(0)
+        connection.start()
+        await waiting
+        for _ in range(3):
+            await write()
+        await connection.close()
+
+    Portal(runtime).run(work())
+    runtime.stop()
+    ownership.clear()
+    ownership.close()
+    assert len(set(server.names)) == len(server.names) == 4

@@ -9,11 +9,28 @@ from pathlib import Path
 
 import pytest
 from emberfs.errors import AccessDenied
-from emberfs.messages import Join, Joined, Message, Usage
+from emberfs.messages import (
+    EVERYBODY,
+    OPERATORS,
+    SERVERS,
+    AcceptLoss,
+    AddNode,
+    DrainNode,
+    GetRouting,
+    Heartbeat,
+    Join,
+    Joined,
+    KvGet,
+    Message,
+    RemoveNode,
+    SetupChains,
+    Usage,
+)
 from emberfs.portal import Portal
+from emberfs.routing import Node, Role
 from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.transport import Echo, Run
-from emberfs.transport import TcpConfig, TcpNetwork, TlsFiles
+from emberfs.transport import TcpConfig, TcpNetwork, TlsFiles, certificates
 from emberfs.transport.certificates import (
     CA_FILE,
     CA_KEY_FILE,
@@ -75,9 +92,9 @@ def address(server_files: TlsFiles, make_network: MakeNetwork, run: Run) -> str:
     return str(listener.address)
 
 
-def ask(run: Run, network: TcpNetwork, address: str) -> Message:
+def ask(run: Run, network: TcpNetwork, address: str, request: Message | None = None) -> Message:
     """One call over a connection."""
-    return run(network.connection(address).call(Usage()))  # type: ignore[no-any-return]
+    return run(network.connection(address).call(request or Usage()))  # type: ignore[no-any-return]
 
 
 # ---- who is let in
@@ -112,6 +129,34 @@ def test_a_role_that_the_certificate_does_not_give(
         ask(run, make_network(TcpConfig(role="manager", tls=client_files)), address)
 
 
+@pytest.mark.parametrize("role", ["client", "admin"])
+def test_a_client_cannot_serve_under_the_name_of_a_server(
+    role: str, authority: Path, server_files: TlsFiles, tmp_path: Path, make_network: MakeNetwork, run: Run
+) -> None:
+    token = make_token(authority, role=role, valid_s=60, now_s=time.time())
+    key, csr = make_request([HOST], role=role)  # The names are its own choice.
+    cert = sign_request(authority, token=token, csr=csr, now_s=time.time())
+    files = install(tmp_path / "own", key=key, cert=cert, ca=server_files.ca.read_bytes())
+    listener = run(make_network(TcpConfig(cluster="c1", role="manager", tls=files)).serve(f"{HOST}:0", Echo()))
+    with pytest.raises(AccessDenied, match="purpose"):
+        ask(run, make_network(TcpConfig(cluster="c1", role="storage", tls=server_files)), listener.address)
+
+
+def test_a_role_that_does_not_serve_is_refused_whatever_tls_says(
+    authority: Path,
+    client_files: TlsFiles,
+    tmp_path: Path,
+    make_network: MakeNetwork,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(certificates, "SERVERS", EVERYBODY)
+    files = issue(authority, [HOST], role="client", into=tmp_path / "own", now_s=time.time())
+    listener = run(make_network(TcpConfig(cluster="c1", role="manager", tls=files)).serve(f"{HOST}:0", Echo()))
+    with pytest.raises(AccessDenied, match="role 'client', not that of a server"):
+        ask(run, make_network(TcpConfig(tls=client_files)), listener.address)
+
+
 def test_a_server_under_another_name(
     authority: Path, client_files: TlsFiles, tmp_path: Path, make_network: MakeNetwork, run: Run
 ) -> None:
@@ -139,6 +184,67 @@ def test_an_expired_certificate(
     files = issue(authority, [HOST], role="client", into=tmp_path / "old", now_s=long_ago)
     with pytest.raises(AccessDenied):
         ask(run, make_network(TcpConfig(tls=files)), address)
+
+
+# ---- who may send what
+
+HEARTBEAT = Heartbeat(Node("storage-1", Role.STORAGE, "127.0.0.1:1", b"12345678"), [], 0)
+FOR_OPERATORS = [SetupChains(1, 1), AddNode("n"), DrainNode("n"), RemoveNode("n"), AcceptLoss(1, b"t")]
+FOR_SERVERS = [HEARTBEAT, KvGet([b"key"])]
+
+
+@pytest.mark.parametrize(
+    ("role", "allowed", "refused"),
+    [
+        ("client", [Usage(), GetRouting()], FOR_OPERATORS + FOR_SERVERS),
+        ("admin", [Usage(), GetRouting(), *FOR_OPERATORS], FOR_SERVERS),
+        ("meta", [Usage(), GetRouting(), *FOR_OPERATORS, *FOR_SERVERS], []),
+        ("gardener", [], [Usage(), *FOR_OPERATORS, *FOR_SERVERS]),
+    ],
+)
+def test_what_a_role_may_send(
+    role: str,
+    allowed: list[Message],
+    refused: list[Message],
+    address: str,
+    authority: Path,
+    tmp_path: Path,
+    make_network: MakeNetwork,
+    run: Run,
+) -> None:
+    files = issue(authority, [HOST], role=role, into=tmp_path / "own", now_s=time.time())
+    network = make_network(TcpConfig(role=role, tls=files))
+    for request in allowed:
+        assert ask(run, network, address, request) == request
+    for request in refused:
+        with pytest.raises(AccessDenied, match=f"role '{role}' may not send {type(request).__name__}"):
+            ask(run, network, address, request)
+
+
+def test_who_is_refused_as_an_operator_is_told_what_it_takes(
+    address: str, client_files: TlsFiles, make_network: MakeNetwork, run: Run
+) -> None:
+    with pytest.raises(AccessDenied, match="emberline cluster token --role admin"):
+        ask(run, make_network(TcpConfig(tls=client_files)), address, DrainNode("n"))
+
+
+def test_any_certificate_makes_a_client_and_keeps_its_rights(
+    address: str, authority: Path, tmp_path: Path, make_network: MakeNetwork, run: Run
+) -> None:
+    files = issue(authority, ["desk"], role="admin", into=tmp_path / "own", now_s=time.time())
+    network = make_network(TcpConfig(role="client", tls=files))
+    assert ask(run, network, address, DrainNode("n")) == DrainNode("n")
+    with pytest.raises(AccessDenied, match="role 'admin' may not send Heartbeat"):
+        ask(run, network, address, HEARTBEAT)
+
+
+def test_a_new_message_is_for_servers_only() -> None:
+    assert Message.may_send == SERVERS < OPERATORS < EVERYBODY
+
+
+def test_without_tls_there_are_no_roles(make_network: MakeNetwork, run: Run) -> None:
+    listener = run(make_network(TcpConfig()).serve(f"{HOST}:0", Echo()))
+    assert ask(run, make_network(TcpConfig()), listener.address, HEARTBEAT) == HEARTBEAT
 
 
 # ---- rotation

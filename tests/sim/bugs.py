@@ -1,20 +1,29 @@
 """Protocol bugs, planted by patching the product's classes, that the simulation must find.
 
-`BUGS` maps a sentence to a function that returns the patches. Product code has no switch for any of them. Each is
-something that a hurried reader of docs/replication.md might write.
+`BUGS` maps a sentence to a function that returns the patches, and to the faults that expose it. Product code has no
+switch for any of them. Each is something that a hurried reader of docs/replication.md might write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 from unittest.mock import PropertyMock, patch
 
 from emberfs.engine import ChunkEngine
-from emberfs.manager import election, states
+from emberfs.errors import StaleRouting, UpdateUnknown
+from emberfs.locks import KeyedLocks
+from emberfs.manager import admission, election, members, states
+from emberfs.manager import service as manager_service
 from emberfs.routing import LocalState, TargetState
-from emberfs.storage import lease, passing, replica, resync, settle
+from emberfs.storage import forward, lease, passing, replica, resync, service, settle
+from emberfs.testing.sim.directed import DirectedFaults
+from emberfs.testing.sim.faults import Fault
+from emberfs.testing.sim.simulation import DIRECTED, SimConfig
 
 Patch = AbstractContextManager[Any]
 
@@ -50,7 +59,86 @@ def _takes_the_primary_lease_over_too_soon() -> Patch:
     return patch.object(election.Election, "_look", hasty)
 
 
+def _declares_nodes_dead_too_early() -> Patch:
+    def is_dead(self: members.Members, node: str, *, now_s: float, since_s: float) -> bool:
+        heard = self._heard.get(node)
+        return now_s - (since_s if heard is None else max(heard.at_s, since_s)) >= 1.0
+
+    return patch.object(members.Members, "is_dead", is_dead)
+
+
+def _a_new_primary_calls_silent_nodes_dead() -> Patch:
+    is_dead = members.Members.is_dead
+
+    def hasty(self: members.Members, node: str, *, now_s: float, since_s: float) -> bool:
+        return node not in self._heard or is_dead(self, node, now_s=now_s, since_s=since_s)
+
+    return patch.object(members.Members, "is_dead", hasty)
+
+
+def _makes_no_new_version_after_a_restart() -> Patch:
+    admit = admission.admit
+
+    def quiet(*args: Any, **options: Any) -> Any:
+        change = admit(*args, **options)
+        if change is not None:
+            change.chains.clear()
+        return change
+
+    return patch.object(manager_service, "admit", quiet)
+
+
+def _accepts_any_chain_version() -> Patch:
+    def view(self: replica.Replica, version: int) -> Any:
+        if self.view is None:
+            raise StaleRouting("no chain is known here")
+        return self.view
+
+    return patch.object(replica.Replica, "_view", view)
+
+
 # ---- updates
+
+
+def _skips_the_second_version_check() -> Patch:
+    """What the first look allowed is done once the lock is had, whatever the chain is then and whatever is pending.
+
+    One of the two alone harms nobody: who held the lock when we were taken out of the chain has left a version pending,
+    and only a head may settle that.
+    """
+    settle = replica.Replica.settle
+
+    async def settle_own(self: replica.Replica, versions: dict[bytes, int], *, given_up_as: Any) -> None:
+        if given_up_as is UpdateUnknown:
+            await settle(self, versions, given_up_as=given_up_as)
+
+    async def update(self: replica.Replica, version: int, updates: Any, *, expected: Any = None) -> None:
+        self.head_view(version, updates[0].request.client)
+        chunks = list({each.chunk: None for each in updates})
+        await self.locks.acquire(chunks)
+        try:
+            for batch in service.rounds(updates):
+                await self._update_round(present(self), batch, expected or {})
+        finally:
+            self.locks.release(chunks)
+
+    def present(self: replica.Replica, view: Any = None) -> Any:
+        if self.view is None:
+            raise StaleRouting("no chain is known here")
+        return self.view
+
+    return _all(
+        patch.object(replica.Replica, "update", update),
+        patch.object(replica.Replica, "_same_head", present),
+        patch.object(replica.Replica, "settle", settle_own),
+    )
+
+
+def _commits_without_a_vouch() -> Patch:
+    return _all(
+        patch.object(forward.Passing, "vouched", _nothing),
+        patch.object(forward.Passing, "is_vouched", PropertyMock(return_value=True)),
+    )
 
 
 def _acknowledges_before_the_tail() -> Patch:
@@ -95,7 +183,58 @@ def _serves_dirty_reads() -> Patch:
     return patch.object(replica.Replica, "_read_dirty", dirty)
 
 
+def _answers_a_dirty_read_without_the_tail() -> Patch:
+    """With what is committed here."""
+
+    async def local(self: replica.Replica, view: Any, chunk: bytes, offset: int, destination: memoryview) -> Any:
+        (result,) = await self.engine.read([chunk], [offset], [destination])
+        return result
+
+    return patch.object(replica.Replica, "_read_dirty", local)
+
+
 # ---- resync and states
+
+
+def _resyncs_without_a_chain_version() -> Patch:
+    """Whatever a predecessor ever sent is installed when it comes."""
+
+    async def trusting(self: replica.Replica, request: Any, chunks: Any, work: Any) -> None:
+        if self.view is None:
+            raise StaleRouting("no chain is known here")
+        await self.locks.acquire(chunks)
+        try:
+            await work()
+        finally:
+            self.locks.release(chunks)
+
+    return patch.object(replica.Replica, "_while_syncing", trusting)
+
+
+class _WithoutLocks:
+    """A replica whose locks keep nobody out."""
+
+    def __init__(self, real: replica.Replica) -> None:
+        self._real = real
+        self.locks = KeyedLocks(real._runtime)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+def _resyncs_without_the_lock() -> Patch:
+    bring = resync.Resync._bring
+
+    async def unlocked(self: resync.Resync, *args: Any) -> bool:
+        twin = copy.copy(self)
+        twin._replica = _WithoutLocks(self._replica)  # type: ignore[assignment]
+        return await bring(twin, *args)
+
+    return patch.object(resync.Resync, "_bring", unlocked)
+
+
+def _resyncs_beside_updates_that_began_alone() -> Patch:
+    return patch.object(KeyedLocks, "drain", _nothing)
 
 
 def _is_up_to_date_before_the_resync() -> Patch:
@@ -120,6 +259,11 @@ def _resyncs_without_comparing_versions() -> Patch:
 
 
 def _resync_overlooks_removed_chunks() -> Patch:
+    """A removed chunk comes back with a replica that was away.
+
+    To purge tombstones while a replica is away is not enough for that: the resync drops what it has no row of, and the
+    floor keeps the next version above all before.
+    """
     bring = resync.Resync._bring
 
     async def only_present(self: resync.Resync, view: Any, link: Any, chunk: bytes, progress: Any) -> bool:
@@ -167,18 +311,64 @@ def _the_first_that_returns_serves() -> Patch:
     return patch.object(states, "_next_state", trusting)
 
 
-BUGS: dict[str, tuple[Callable[[], Patch], int]] = {
-    "serves without a lease": (_serves_without_a_lease, 60),
-    "takes the primary's lease over too soon": (_takes_the_primary_lease_over_too_soon, 60),
-    "acknowledges before the tail": (_acknowledges_before_the_tail, 60),
-    "forgets requests, so a retry is applied twice": (_forgets_requests, 60),
-    "leaves pending versions alone when the chain changes": (_leaves_pending_versions_alone, 60),
-    "rolls back what is in doubt": (_rolls_back_what_is_in_doubt, 60),
-    "serves dirty reads": (_serves_dirty_reads, 60),
-    "is up to date before the resync": (_is_up_to_date_before_the_resync, 60),
-    "resyncs by length alone": (_resyncs_without_comparing_versions, 60),
-    "resync overlooks removed chunks": (_resync_overlooks_removed_chunks, 60),
-    "serves a wiped disk": (_serves_a_wiped_disk, 60),
-    "the first that returns serves": (_the_first_that_returns_serves, 60),
+Play = Callable[[DirectedFaults, float], Coroutine[Any, Any, None]]
+
+
+class Bug(NamedTuple):
+    """How to plant it, and under which faults one of SEEDS finds it."""
+
+    plant: Callable[[], Patch]
+    play: Play | None = None
+    """A directed play, again and again; None: faults by chance."""
+    chunks: int = DIRECTED.chunks
+    """Of a play: what is left pending in one of many may stay unseen by clients."""
+
+    def config(self) -> SimConfig:
+        """What to simulate."""
+        play = self.play
+        if play is None:
+            return SimConfig()
+
+        class OnePlay(DirectedFaults):
+            def kinds(self) -> list[tuple[Fault, int]]:
+                return [(partial(play, self), 1)]
+
+        return replace(DIRECTED, faults=OnePlay, chunks=self.chunks)
+
+
+SEEDS = range(40)
+"""One of these finds each bug."""
+
+BUGS: dict[str, Bug] = {
+    "serves without a lease": Bug(_serves_without_a_lease, DirectedFaults.island_under_a_new_primary),
+    "declares nodes dead too early": Bug(_declares_nodes_dead_too_early, DirectedFaults.island_under_a_new_primary),
+    "a new primary calls silent nodes dead": Bug(
+        _a_new_primary_calls_silent_nodes_dead, DirectedFaults.island_under_a_new_primary
+    ),
+    "takes the primary's lease over too soon": Bug(_takes_the_primary_lease_over_too_soon),
+    "makes no new version after a restart": Bug(
+        _makes_no_new_version_after_a_restart, DirectedFaults.dies_half_way, chunks=12
+    ),
+    "accepts any chain version": Bug(_accepts_any_chain_version),
+    "skips the second version check": Bug(_skips_the_second_version_check, DirectedFaults.island_under_a_new_primary),
+    "acknowledges before the tail": Bug(_acknowledges_before_the_tail),
+    "commits without a vouch": Bug(_commits_without_a_vouch, DirectedFaults.dies_half_way),
+    "forgets requests, so a retry is applied twice": Bug(_forgets_requests),
+    "leaves pending versions alone when the chain changes": Bug(_leaves_pending_versions_alone),
+    "rolls back what is in doubt": Bug(_rolls_back_what_is_in_doubt),
+    "serves dirty reads": Bug(_serves_dirty_reads),
+    "answers a dirty read without the tail": Bug(
+        _answers_a_dirty_read_without_the_tail, DirectedFaults.answers_come_late
+    ),
+    "is up to date before the resync": Bug(_is_up_to_date_before_the_resync),
+    "resyncs by length alone": Bug(_resyncs_without_comparing_versions),
+    "resyncs without a chain version": Bug(_resyncs_without_a_chain_version, DirectedFaults.resync_is_overtaken),
+    "resyncs without the lock": Bug(_resyncs_without_the_lock, DirectedFaults.resync_is_overtaken),
+    "resyncs beside updates that began alone": Bug(
+        _resyncs_beside_updates_that_began_alone, DirectedFaults.alone_and_slow
+    ),
+    "resync overlooks removed chunks": Bug(_resync_overlooks_removed_chunks, DirectedFaults.resync_is_overtaken),
+    "serves a wiped disk": Bug(_serves_a_wiped_disk),
+    "the first that returns serves": Bug(_the_first_that_returns_serves),
 }
-"""What is wrong -> (how to plant it, within how many seeds it is found)."""
+"""What is wrong -> how to plant it, and what finds it."""

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 
 import pytest
 from emberfs.testing.sim.campaign import Summary, Verdict, campaign, judge
-from emberfs.testing.sim.simulation import OPERATIONS_MIN, VIRTUAL_S_MIN, simulate
+from emberfs.testing.sim.directed import ManagerFaults
+from emberfs.testing.sim.simulation import OPERATIONS_MIN, VIRTUAL_S_MIN, SimConfig, simulate
 
-from tests.sim.bugs import BUGS
+from tests.sim.bugs import BUGS, SEEDS
 
 FAULTS_MIN = 5
+STALL_S_MAX = 1.0
+"""Of one operation of a client, in virtual seconds."""
 
 
 def test_nothing_is_lost_and_every_chain_becomes_whole(seeds: Sequence[int]) -> None:
@@ -30,11 +33,18 @@ def test_a_seed_replays_to_the_same_trace() -> None:
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug: str) -> None:
-    plant, seeds_max = BUGS[bug]
-    with plant(), pytest.raises(Exception) as caught:
-        for seed in range(seeds_max):
-            simulate(seed)
+    planted = BUGS[bug]
+    with planted.plant(), pytest.raises(Exception) as caught:
+        for seed in SEEDS:
+            simulate(seed, config=planted.config())
     assert "seed" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killing_only_the_primary_manager_stalls_no_operation(seed: int) -> None:
+    report = simulate(seed, config=SimConfig(faults=ManagerFaults, faults_gap_s=6.0))
+    assert report.faults["kill"] >= 3
+    assert report.longest_s < STALL_S_MAX
 
 
 def test_a_campaign_counts_what_its_seeds_did() -> None:
@@ -46,9 +56,8 @@ def test_a_campaign_counts_what_its_seeds_did() -> None:
 
 
 def test_a_failing_seed_is_told_with_its_story() -> None:
-    plant, _ = BUGS["acknowledges before the tail"]
     summary = Summary()
-    with plant():
+    with BUGS["acknowledges before the tail"].plant():
         verdicts = map(judge, range(5))
         verdict: Verdict = next(each for each in verdicts if each.failure)
     summary.add(verdict)

@@ -295,10 +295,13 @@ cluster.add_command(placement)
 )
 @_directory
 @click.option("--authority", type=click.Path(file_okay=False, path_type=Path), help="Where ca.pem and ca.key are.")
-@click.option("--role", type=click.Choice(["client", "kv", "manager", "meta", "storage"]), default="client")
+@click.option("--role", type=click.Choice(["client", "admin", "kv", "manager", "meta", "storage"]), default="client")
 @click.option("--hours", type=float, default=24.0, show_default=True, help="How long it is good for.")
 def token(directory: Path | None, authority: Path | None, role: str, hours: float) -> None:
-    """Print a secret with which another machine may `join`: whoever has it gets a certificate of that role."""
+    """Print a secret with which another machine may `join`: whoever has it gets a certificate of that role.
+
+    A client reads and writes files; an admin also adds, drains and removes nodes; the others are servers.
+    """
     from ..transport.certificates import make_token
 
     where = authority or _local(directory).directory / "ca"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -106,13 +106,15 @@ Part = tuple[int, int, bytes, int, memoryview]
 class WriteHandle:
     """A file open for writing: its session and the newest row we know."""
 
-    __slots__ = ("chunk_size_bytes", "end", "inode", "path", "session")
+    __slots__ = ("chunk_size_bytes", "client", "end", "inode", "path", "session")
 
-    def __init__(self, path: str, inode: Inode, session: bytes, chunk_size_bytes: int) -> None:
+    def __init__(self, path: str, inode: Inode, session: bytes, chunk_size_bytes: int, client: bytes) -> None:
         self.path = path
         self.inode = inode
         self.session = session
         self.chunk_size_bytes = chunk_size_bytes
+        self.client = client
+        """Whose session with the cluster it is part of: nothing is written under another one."""
         self.end = 0
         """Largest end we wrote to; 0 when nothing was."""
 
@@ -120,9 +122,18 @@ class WriteHandle:
 class Core:
     """One client: an id, a connection to the metadata service and one per chain."""
 
-    def __init__(self, runtime: Runtime, meta: Connection, chains: Mapping[int, Connection]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        meta: Connection,
+        chains: Mapping[int, Connection],
+        *,
+        client: Callable[[], bytes] | None = None,
+    ) -> None:
+        """`client`: our session with the cluster, which may end and be another one then. None: there is none."""
         self.runtime = runtime
-        self.client_id = runtime.random_bytes(16)
+        client_id = runtime.random_bytes(16)
+        self.client = client or (lambda: client_id)
         self._meta = meta
         self._chains = chains
         self._only = next(iter(chains.values())) if len(set(chains.values())) == 1 else None
@@ -282,25 +293,31 @@ class Core:
         """Make `payload` the file at `path`: a new inode and one swap of the entry, so readers see old or new."""
         if len(payload) <= INLINE_BYTES_MAX:
             return await self.commit_put(path, None, bytes(payload), len(payload), new)
-        reserved = await self.reserve(new)
+        reserved, client = await self.reserve(new)
         try:
-            await self.write_reserved(reserved, 0, payload)
+            await self.write_reserved(reserved, 0, payload, client)
             return await self.commit_put(path, reserved, b"", len(payload), new)
         except Exception:
-            await self.abandon(reserved)
+            # The first error says whether the file may be there. What is left of it goes with our session.
+            with contextlib.suppress(EmberError):
+                await self.abandon(reserved)
             raise
 
-    async def reserve(self, new: NewFile) -> Reserved:
-        """A new inode that no name leads to yet."""
-        return await self.ask(Reserve(new.chunk_size_bytes), Reserved)
+    async def reserve(self, new: NewFile) -> tuple[Reserved, bytes]:
+        """A new inode that no name leads to yet, and the client that it is of."""
+        while True:
+            client = self.client()
+            reserved = await self.ask(Reserve(new.chunk_size_bytes), Reserved)
+            if client == self.client():
+                return reserved, client
 
     async def abandon(self, reserved: Reserved) -> None:
         """Give a reserved inode and its chunks up."""
         await self._meta.call(Abandon(reserved.inode, reserved.layout))
 
-    async def write_reserved(self, reserved: Reserved, offset: int, payload: memoryview) -> None:
-        """Write chunks of a reserved inode. Whole chunks from their start only replace what is there."""
-        await self._write_chunks(reserved.inode, reserved.layout, offset, payload)
+    async def write_reserved(self, reserved: Reserved, offset: int, payload: memoryview, client: bytes) -> None:
+        """Write chunks of an inode that was reserved by `client`."""
+        await self._write_chunks(reserved.inode, reserved.layout, offset, payload, client)
 
     async def truncate_reserved(self, reserved: Reserved, length: int) -> None:
         """Remove what was written past `length` of a reserved inode: it has no length yet but that of its chunks."""
@@ -333,11 +350,18 @@ class Core:
         request = Open(
             normalise(path), create, False, False, new.permissions, size, os.getuid(), os.getgid(), append=append
         )
-        try:
-            opened = await self.ask(request, Opened)
-        except Corruption as error:
-            raise _of_file(error, path) from error
-        return WriteHandle(path, opened.inode, opened.session, size)
+        while True:
+            client = self.client()
+            try:
+                opened = await self.ask(request, Opened)
+            except Corruption as error:
+                raise _of_file(error, path) from error
+            handle = WriteHandle(path, opened.inode, opened.session, size, client)
+            if client == self.client():
+                return handle
+            # Which of our two sessions it is of is not known.
+            with contextlib.suppress(EmberError):
+                await self.close_handle(handle)
 
     async def refresh(self, handle: WriteHandle) -> None:
         """Take the newest row of an open file."""
@@ -372,7 +396,7 @@ class Core:
 
     async def write_many(self, work: Sequence[tuple[WriteHandle, int, memoryview]]) -> None:
         """Write many payloads, each as `write` does; those of files in chunks share their messages and flushes."""
-        parts: dict[int, list[Part]] = {}
+        parts: dict[tuple[int, bytes], list[Part]] = {}
         together: list[tuple[WriteHandle, int, memoryview]] = []
         for handle, offset, payload in work:
             check_range(offset, len(payload))
@@ -381,7 +405,9 @@ class Core:
                 continue
             if type(layout) is Chunks:
                 size = layout.chunk_size_bytes
-                parts.setdefault(size, []).extend(self._parts(handle.inode.id, layout, offset, payload))
+                parts.setdefault((size, handle.client), []).extend(
+                    self._parts(handle.inode.id, layout, offset, payload)
+                )
                 together.append((handle, offset, payload))
             else:
                 await self.write(handle, offset, payload)
@@ -390,8 +416,8 @@ class Core:
             ends[handle] = max(ends.get(handle, 0), offset + len(payload))
         generations = {handle: handle.inode.truncate_generation for handle in ends}
         try:
-            for size, same_size in parts.items():
-                await self._write_parts(same_size, size)
+            for (size, client), alike in parts.items():
+                await self._write_parts(alike, size, client)
         except EmberError:
             for handle in ends:
                 await self._drop_tail(handle)
@@ -412,7 +438,7 @@ class Core:
         assert type(layout) is Chunks
         generation = handle.inode.truncate_generation
         try:
-            await self._write_chunks(handle.inode.id, layout, offset, payload)
+            await self._write_chunks(handle.inode.id, layout, offset, payload, handle.client)
         except EmberError:
             await self._drop_tail(handle)
             raise
@@ -456,8 +482,8 @@ class Core:
         end = offset + len(payload)
         if inode.layout.data:
             old = memoryview(inode.layout.data)
-            await self._write_chunks(inode.id, promoted.layout, 0, old)
-        await self._write_chunks(inode.id, promoted.layout, offset, payload)
+            await self._write_chunks(inode.id, promoted.layout, 0, old, handle.client)
+        await self._write_chunks(inode.id, promoted.layout, offset, payload, handle.client)
         adopt = AdoptChunks(handle.session, inode.id, inode.revision, promoted.layout, max(end, inode.length))
         handle.inode = (await self.ask(adopt, InodeReply)).inode
 
@@ -467,7 +493,9 @@ class Core:
         try:
             await self.truncate_handle(handle, length)
         finally:
-            await self.close_handle(handle)
+            # Not an error of ours, whatever became of the truncate: a session that stays open goes with our own.
+            with contextlib.suppress(EmberError):
+                await self.close_handle(handle)
         return handle.inode
 
     async def truncate_handle(self, handle: WriteHandle, length: int) -> None:
@@ -500,8 +528,8 @@ class Core:
         except StaleChunk:
             pass  # Somebody truncated after our last write: the length is theirs, and the session is closed.
 
-    async def _write_chunks(self, inode: int, layout: Chunks, offset: int, payload: memoryview) -> None:
-        await self._write_parts(self._parts(inode, layout, offset, payload), layout.chunk_size_bytes)
+    async def _write_chunks(self, inode: int, layout: Chunks, offset: int, payload: memoryview, client: bytes) -> None:
+        await self._write_parts(self._parts(inode, layout, offset, payload), layout.chunk_size_bytes, client)
 
     def _parts(self, inode: int, layout: Chunks, offset: int, payload: memoryview) -> list[Part]:
         """`payload` at `offset` of a file, cut at chunk boundaries."""
@@ -517,15 +545,15 @@ class Core:
             done, index, inside = done + step, index + 1, 0
         return parts
 
-    async def _write_parts(self, parts: list[Part], chunk_size_bytes: int) -> None:
-        """Write parts of files with one chunk size."""
+    async def _write_parts(self, parts: list[Part], chunk_size_bytes: int, client: bytes) -> None:
+        """Write parts of files with one chunk size. Raises SessionExpired when `client` has ended."""
         for connection, batch in self._batches(parts):
             _, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
             channel = self._take_channel()
             sequence = self._sequences[channel]
             self._sequences[channel] = sequence + 1
             try:
-                request = WriteChunks(self.client_id, channel, sequence, chains, chunks, offsets, chunk_size_bytes)
+                request = WriteChunks(client, channel, sequence, chains, chunks, offsets, chunk_size_bytes)
                 await connection.call(request, views)
             finally:
                 self._idle_channels.append(channel)

@@ -41,6 +41,8 @@ class FreshTarget:
         self._path = path
         self._new = new
         self._reserved: Reserved | None = None
+        self._client = b""
+        """Who reserved it."""
         self.length = 0
 
     @property
@@ -51,14 +53,14 @@ class FreshTarget:
     async def start(self) -> Reserved:
         """The inode that the bytes go to."""
         if self._reserved is None:
-            self._reserved = await self._core.reserve(self._new)
+            self._reserved, self._client = await self._core.reserve(self._new)
         return self._reserved
 
     async def write(self, offset: int, payload: memoryview) -> None:
         """Write durably, still unnamed."""
         reserved = await self.start()
         try:
-            await self._core.write_reserved(reserved, offset, payload)
+            await self._core.write_reserved(reserved, offset, payload, self._client)
         except EmberError:
             with contextlib.suppress(EmberError):  # What came past the end must not turn up in a hole later.
                 await self._core.truncate_reserved(reserved, self.length)

@@ -146,7 +146,7 @@ class MetaRouter:
         while True:
             server = self._choose()
             try:
-                once = Once(numbers.client, number, numbers.done_below, body, attempts.is_unknown)
+                once = Once(numbers.client, number, numbers.done_below, body)
                 return await self._send(server, once)
             except (UpdateUnknown, StoreClosed) as error:
                 attempts.is_unknown = True

@@ -5,8 +5,9 @@ the heads), names the chain versions it goes by, and sends a share again, by new
 deadline is over. An update gets a name of the router's own (session, channel, sequence, slot) and keeps it from attempt
 to attempt, so the replicas apply it once.
 
-Errors at the deadline: UpdateUnknown if an update was ever sent without an answer, else Unavailable. A damaged replica
-is passed over as long as another one has the bytes.
+The deadline bounds an operation, even if a server takes a call and never answers. Errors at the deadline: UpdateUnknown
+if an update was ever sent without an answer, else Unavailable. A damaged replica is passed over as long as another one
+has the bytes.
 
 Does not know: files, or how a server finds out that it should not serve.
 """
@@ -36,6 +37,7 @@ from ..messages import (
 from ..routing import Chain, ChainTarget
 from ..runtime import Runtime
 from ..transport.types import Network
+from ..waiting import call, drop, first_of
 from .routes import Routes
 
 
@@ -74,14 +76,47 @@ class RouterConfig:
 class Attempts:
     """The attempts of one operation."""
 
-    def __init__(self, router: StorageRouter) -> None:
+    def __init__(self, router: StorageRouter, client: bytes = b"") -> None:
+        """`client`: the session that the operation is part of; b"": whichever we have."""
         self._router = router
         self._deadline_s = router.runtime.now_s() + router.config.deadline_s
         self._pause_s = router.config.retry_first_s
         self.is_unknown = False
         """An attempt was sent and its outcome is not known."""
-        self.client = router.routes.client
+        self.client = client or router.routes.client
         """Whose session names the operation. A second attempt under another one would not be known as the same."""
+        self._is_bound = bool(client)
+        self._timer: asyncio.Task[None] | None = None
+
+    async def reply(self, address: str, request: Message, buffers: Sequence[memoryview]) -> Message:
+        """One call. Raises Unavailable or UpdateUnknown if no answer comes before the deadline, too.
+
+        However it ends, nobody touches `buffers` any more.
+        """
+        runtime, network = self._router.runtime, self._router.network
+        if self._timer is None:
+            left_s = max(self._deadline_s - runtime.now_s(), 0.0)
+            self._timer = runtime.spawn(runtime.sleep(left_s), "deadline")
+        task: asyncio.Task[Message] = runtime.spawn(call(network.connection(address), request, buffers), "router-call")
+        try:
+            await first_of(runtime, task, self._timer)
+        except asyncio.CancelledError:
+            await self._stop(task)
+            raise
+        if not task.done():
+            await self._stop(task)
+            what = f"{address} did not answer in time"
+            raise Unavailable(what) if request.changes_nothing else UpdateUnknown(what)
+        return task.result()
+
+    async def _stop(self, task: asyncio.Task[Message]) -> None:
+        drop(task)
+        await first_of(self._router.runtime, task)
+
+    def end(self) -> None:
+        """The operation is over."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def after(self, error: Exception, seen_version: int) -> None:
         """Wait for a reason to try again. Raises when the time is over."""
@@ -93,6 +128,9 @@ class Attempts:
                     "the session ended while a write was in the air: it may or may not have happened"
                 ) from error
             await router.routes.renew(self.client)
+            if self._is_bound:
+                # What it had open was closed: somebody else may write there by now.
+                raise error
             self.client = router.routes.client
             return
         left_s = self._deadline_s - router.runtime.now_s()
@@ -116,7 +154,7 @@ class StorageRouter:
         self.runtime = runtime
         self.routes = routes
         self.config = config or RouterConfig()
-        self._network = network
+        self.network = network
         self._in_the_air: dict[str, int] = {}
         self._suspects: dict[str, float] = {}
         """Address -> until when it is asked last."""
@@ -124,7 +162,7 @@ class StorageRouter:
         self._sequences: list[int] = []
         """Last sequence number by channel."""
         self._idle_channels: list[int] = []
-        self._handlers: dict[type[Message], Callable[[Any, Sequence[memoryview]], Awaitable[Message]]] = {
+        self._handlers: dict[type[Message], Callable[[Attempts, Any, Sequence[memoryview]], Awaitable[Message]]] = {
             ReadChunks: self._read,
             WriteChunks: self._named,
             RemoveChunks: self._named,
@@ -132,24 +170,27 @@ class StorageRouter:
             ListChunks: self._list,
         }
 
-    def call(self, request: Message, buffers: Sequence[memoryview] = ()) -> Awaitable[Message]:
+    async def call(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
         """Serve one chunk request. Raises what the replicas raise, Unavailable, UpdateUnknown, DataLost."""
-        return self._handlers[type(request)](request, buffers)
+        attempts = Attempts(self, request.client if isinstance(request, WriteChunks) else b"")
+        try:
+            return await self._handlers[type(request)](attempts, request, buffers)
+        finally:
+            attempts.end()
 
     # --- reads -----------------------------------------------------------------------------------------------------
 
-    async def _read(self, request: ReadChunks, buffers: Sequence[memoryview]) -> Message:
+    async def _read(self, attempts: Attempts, request: ReadChunks, buffers: Sequence[memoryview]) -> Message:
         counts = [0] * len(buffers)
         errors: dict[int, tuple[str, str, int]] = {}
         damaged: dict[int, set[bytes]] = {}
         """Item -> targets whose copy is damaged."""
-        attempts = Attempts(self)
         left = list(range(len(buffers)))
         while left:
             version = self.routes.routing.version
             shares = self._read_shares(request, left, damaged)
             outcomes = await self._all(
-                self._read_share(address, request, [item for item, _ in share], buffers)
+                self._read_share(attempts, address, request, [item for item, _ in share], buffers)
                 for address, share in shares.items()
             )
             left, failure = [], None
@@ -224,7 +265,12 @@ class StorageRouter:
         return until_s is not None and until_s > self.runtime.now_s()
 
     async def _read_share(
-        self, address: str, request: ReadChunks, items: Sequence[int], buffers: Sequence[memoryview]
+        self,
+        attempts: Attempts,
+        address: str,
+        request: ReadChunks,
+        items: Sequence[int],
+        buffers: Sequence[memoryview],
     ) -> ChunksRead:
         chains = [request.chains[item] for item in items]
         share = ReadChunks(
@@ -234,20 +280,19 @@ class StorageRouter:
             self._versions(chains),
             request.relaxed or self.config.relaxed,
         )
-        reply = await self._send(address, share, [buffers[item] for item in items], chains)
+        reply = await self._send(attempts, address, share, buffers=[buffers[item] for item in items], chains=chains)
         assert isinstance(reply, ChunksRead)
         return reply
 
-    async def _list(self, request: ListChunks, _: Sequence[memoryview]) -> Message:
+    async def _list(self, attempts: Attempts, request: ListChunks, _: Sequence[memoryview]) -> Message:
         """Committed chunks, from the tail: what others have pending may be committed there."""
-        attempts = Attempts(self)
         while True:
             version = self.routes.routing.version
             chain = self.routes.chain(request.chain)
             try:
                 address = self.routes.address(chain.serving[-1].target) if chain.serving else ""
                 share = msgspec.structs.replace(request, chain_version=chain.version)
-                reply = await self._send(address, share, (), [request.chain])
+                reply = await self._send(attempts, address, share, chains=[request.chain])
             except (StaleRouting, Unavailable, UpdateUnknown) as error:
                 await attempts.after(Unavailable(str(error)), version)
             else:
@@ -257,7 +302,7 @@ class StorageRouter:
     # --- updates ---------------------------------------------------------------------------------------------------
 
     async def _named(
-        self, request: WriteChunks | RemoveChunks | TruncateChunk, buffers: Sequence[memoryview]
+        self, attempts: Attempts, request: WriteChunks | RemoveChunks | TruncateChunk, buffers: Sequence[memoryview]
     ) -> Message:
         """Run an update under a name: a channel is one call's at a time, with a sequence number that only grows."""
         if not self._idle_channels:
@@ -268,13 +313,14 @@ class StorageRouter:
         request = msgspec.structs.replace(request, channel=channel, sequence=self._sequences[channel])
         try:
             if isinstance(request, TruncateChunk):
-                return await self._truncate(request)
-            return await self._update(request, buffers)
+                return await self._truncate(attempts, request)
+            return await self._update(attempts, request, buffers)
         finally:
             self._idle_channels.append(channel)
 
-    async def _update(self, request: WriteChunks | RemoveChunks, buffers: Sequence[memoryview]) -> Message:
-        attempts = Attempts(self)
+    async def _update(
+        self, attempts: Attempts, request: WriteChunks | RemoveChunks, buffers: Sequence[memoryview]
+    ) -> Message:
         left = list(range(len(request.chunks)))
         while left:
             version = self.routes.routing.version
@@ -284,7 +330,7 @@ class StorageRouter:
             try:
                 outcomes = await self._all(
                     self._update_share(
-                        address, msgspec.structs.replace(request, client=attempts.client), items, buffers
+                        attempts, address, msgspec.structs.replace(request, client=attempts.client), items, buffers
                     )
                     for address, items in shares.items()
                 )
@@ -303,6 +349,7 @@ class StorageRouter:
 
     async def _update_share(
         self,
+        attempts: Attempts,
         address: str,
         request: WriteChunks | RemoveChunks,
         items: Sequence[int],
@@ -330,17 +377,17 @@ class StorageRouter:
                 chain_versions=self._versions(chains),
                 slots=slots,
             )
-        return await self._send(address, share, [buffers[item] for item in items] if buffers else (), chains)
+        parts = [buffers[item] for item in items] if buffers else ()
+        return await self._send(attempts, address, share, buffers=parts, chains=chains)
 
-    async def _truncate(self, request: TruncateChunk) -> Message:
-        attempts = Attempts(self)
+    async def _truncate(self, attempts: Attempts, request: TruncateChunk) -> Message:
         while True:
             version = self.routes.routing.version
             share = msgspec.structs.replace(
                 request, client=attempts.client, chain_version=self.routes.chain(request.chain).version
             )
             try:
-                return await self._send(self._head(request.chain), share, (), [request.chain])
+                return await self._send(attempts, self._head(request.chain), share, chains=[request.chain])
             except (StaleRouting, Unavailable, UpdateUnknown, SessionExpired) as error:
                 await attempts.after(error, version)
             except EmberError as error:
@@ -357,13 +404,19 @@ class StorageRouter:
         return [self.routes.chain(chain).version for chain in chains]
 
     async def _send(
-        self, address: str, request: Message, buffers: Sequence[memoryview], chains: Sequence[int]
+        self,
+        attempts: Attempts,
+        address: str,
+        request: Message,
+        *,
+        buffers: Sequence[memoryview] = (),
+        chains: Sequence[int],
     ) -> Message:
         if not address:
             raise Unavailable(f"no replica of chain {chains[0]} serves now")
         self._in_the_air[address] = self._in_the_air.get(address, 0) + 1
         try:
-            return await self._network.connection(address).call(request, buffers)
+            return await attempts.reply(address, request, buffers)
         except (Unavailable, UpdateUnknown):
             self._suspects[address] = self.runtime.now_s() + self.config.suspect_s
             raise

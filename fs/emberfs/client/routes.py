@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import DataLost, EmberError, LimitExceeded, SessionExpired, Unavailable
+from ..errors import DataLost, EmberError, LimitExceeded, SessionExpired, StoreClosed, Unavailable
 from ..messages import (
     CloseClient,
     ClusterStatus,
@@ -28,6 +28,9 @@ from ..routing import Chain, Role, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
 from .managers import Managers
+
+FOLLOW_RETRY_S = 0.1
+"""Pause after the managers refused to say what the routing is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,8 @@ class Routes:
         self._metas: list[str] = []
         self._news: asyncio.Future[None] | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        """What goes on until `close`, or until the network is closed."""
 
     async def start(self) -> None:
         """Get the first routing and open a session. Raises Unavailable when no manager answers in time."""
@@ -80,14 +84,14 @@ class Routes:
         assert reply.routing is not None
         self._adopt(reply.routing)
         await self._open_session(self._config.connect_timeout_s)
-        self._tasks = [
+        self.tasks = [
             self._runtime.spawn(self._follow(), "client-routing"),
             self._runtime.spawn(self._extend(), "client-session"),
         ]
 
     async def close(self) -> None:
         """End the session. What the cluster cannot be told now it will find out."""
-        tasks = self._tasks + ([self._opening] if self._opening is not None else [])
+        tasks = self.tasks + ([self._opening] if self._opening is not None else [])
         for task in tasks:
             task.cancel()
         for task in tasks:
@@ -95,7 +99,7 @@ class Routes:
                 await task
             except (asyncio.CancelledError, EmberError):
                 pass
-        self._tasks = []
+        self.tasks = []
         if self.client:
             try:
                 await self._managers.ask(CloseClient(self.client), Done, timeout_s=1.0)
@@ -182,7 +186,10 @@ class Routes:
                 reply = await self._managers.ask(
                     GetRouting(self.routing.version, wait_s), RoutingReply, timeout_s=wait_s
                 )
+            except StoreClosed:
+                return
             except EmberError:
+                await self._runtime.sleep(FOLLOW_RETRY_S)
                 continue
             if reply.routing is not None:
                 self._adopt(reply.routing)
@@ -191,11 +198,17 @@ class Routes:
         while True:
             await self._runtime.sleep(self._config.session_extend_s)
             try:
-                await self._managers.ask(ExtendSession(self.client), Done, timeout_s=self._config.session_extend_s)
-            except SessionExpired:
-                await self.renew(self.client)
+                await self._extend_once()
+            except StoreClosed:
+                return
             except EmberError:
                 pass
+
+    async def _extend_once(self) -> None:
+        try:
+            await self._managers.ask(ExtendSession(self.client), Done, timeout_s=self._config.session_extend_s)
+        except SessionExpired:
+            await self.renew(self.client)
 
     async def _open_session(self, timeout_s: float) -> None:
         client = self._runtime.random_bytes(16)

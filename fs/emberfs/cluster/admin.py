@@ -31,7 +31,10 @@ Reply = TypeVar("Reply", bound=Message)
 
 
 class Admin:
-    """Blocking; close it, or use it in a `with` block. Opens no client session."""
+    """Blocking; close it, or use it in a `with` block. Opens no client session.
+
+    With the credentials of a client only `status` and `routing` are answered: the rest raises AccessDenied.
+    """
 
     def __init__(self, url: str, *, credentials: str = "", timeout_s: float = 10.0) -> None:
         managers = cluster_addresses(url)

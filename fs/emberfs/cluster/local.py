@@ -3,6 +3,7 @@
     D/cluster.json      what there is: written first, so that an interrupted `up` goes on
     D/ca/               the cluster's own certificate authority
     D/client/           credentials of this user; a copy is left under ~/.config/emberline
+    D/admin/            those with which to change the cluster itself
     D/NAME/             a server: config.toml, tls/, data/, server.log, ready.json, pid.json
 
 `up` may be run again: it starts what does not run. `down` ends only what was started from this directory.
@@ -94,7 +95,7 @@ class LocalCluster:
 
     def admin(self, *, timeout_s: float = 10.0) -> Admin:
         """The way to its managers."""
-        return Admin(self.url, credentials=str(self.directory / "client"), timeout_s=timeout_s)
+        return Admin(self.url, credentials=str(self.directory / "admin"), timeout_s=timeout_s)
 
     # --- up and down -----------------------------------------------------------------------------------------------
 
@@ -171,8 +172,10 @@ class LocalCluster:
             temporary = directory / "config.toml.new"
             write_config(temporary, config)
             temporary.replace(directory / "config.toml")
-        if not (self.directory / "client").exists():
-            issue(self.directory / "ca", ["client"], role="client", into=self.directory / "client", now_s=time.time())
+        for person in ("client", "admin"):
+            into = self.directory / person
+            if not into.exists():
+                issue(self.directory / "ca", [person], role=person, into=into, now_s=time.time())
 
     def _start(self, servers: list[ServerProcess], say: Say) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
@@ -218,7 +221,11 @@ class LocalCluster:
             directory = directory_for(address)
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             for name in FILES:
-                shutil.copy(self.directory / "client" / name, directory / name)
+                temporary = directory / f"{name}.new"
+                temporary.unlink(missing_ok=True)
+                temporary.touch(mode=0o600, exist_ok=False)  # Before there is a key in it.
+                temporary.write_bytes((self.directory / "client" / name).read_bytes())
+                temporary.replace(directory / name)
 
     def down(self, *, say: Say = lambda _: None) -> int:
         """Stop what runs, those that others need last; returns how many that were."""

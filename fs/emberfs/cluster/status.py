@@ -7,7 +7,7 @@ from typing import Any
 from ..manager import describe
 from ..manager.placement_report import groups_of, placement_report
 from ..messages import StatusReply
-from ..routing import Role, TargetState
+from ..routing import Role, Routing, TargetState
 
 PEER_LOAD_SLACK = 1
 """Chains over the bound that nobody needs to hear of."""
@@ -65,6 +65,25 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
     if metas and not any(status.alive for status in metas):
         names = " or ".join(status.node.name for status in metas)
         problems.append(f"no metadata server is left: nothing can be opened or listed; start {names}")
+    chains = _chains(routing, problems)
+    if not routing.chains:
+        problems.append("there are no chains yet: nothing can be stored")
+    return {
+        "primary": reply.primary,
+        "routing_version": routing.version,
+        "sessions": reply.sessions,
+        "servers": servers,
+        "chains_total": len(chains),
+        "chains_serving": sum(len(chain.serving) >= chain.replicas for chain in routing.chains),
+        "chains": chains,
+        "placement": placement,
+        "problems": problems,
+        "hints": hints,
+    }
+
+
+def _chains(routing: Routing, problems: list[str]) -> list[dict[str, Any]]:
+    """JSON-ready chains; adds what is wrong with them to `problems`."""
     chains = []
     for chain in routing.chains:
         words = describe(chain)
@@ -80,20 +99,7 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
         )
         if len(chain.serving) < chain.replicas or any(each.state != TargetState.SERVING for each in chain.targets):
             problems.append(f"chain {chain.id}: {words}")
-    if not routing.chains:
-        problems.append("there are no chains yet: nothing can be stored")
-    return {
-        "primary": reply.primary,
-        "routing_version": routing.version,
-        "sessions": reply.sessions,
-        "servers": servers,
-        "chains_total": len(chains),
-        "chains_serving": sum(len(chain.serving) >= chain.replicas for chain in routing.chains),
-        "chains": chains,
-        "placement": placement,
-        "problems": problems,
-        "hints": hints,
-    }
+    return chains
 
 
 def _placement(reply: StatusReply) -> tuple[dict[str, Any] | None, list[str]]:

@@ -93,7 +93,7 @@ class ClusterStore:
 
     def core(self) -> Core:
         """A new client of the cluster."""
-        return Core(self.runtime, self.meta, EveryChain(self.routes, self.storage))
+        return Core(self.runtime, self.meta, EveryChain(self.routes, self.storage), client=lambda: self.routes.client)
 
     async def space(self) -> dict[str, int]:
         """What the storage servers say that they hold and have left."""

@@ -58,6 +58,11 @@ class OptimisticKV:
         self._closed: str | None = None
         self._failed: Exception | None = None
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why no commit is taken any more until the store is opened again; None: they are."""
+        return self._failed
+
     # The primitives of an engine.
 
     def _get(self, key: bytes) -> bytes | None:

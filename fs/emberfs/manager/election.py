@@ -61,6 +61,11 @@ class Election:
         """The lease row could not be had; said once in the log."""
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """What goes on until `close`."""
+        return [] if self._task is None else [self._task]
+
     def start(self) -> None:
         self._task = self._runtime.spawn(self._stand(), "manager-election")
 
@@ -133,6 +138,11 @@ class Election:
             except EmberError as error:
                 if not self._is_blind:
                     log.warning("the manager's lease row cannot be read or renewed: %s", error)
+                self._is_blind = True
+            except Exception:
+                # A mistake of ours or of a library: the lease runs out if it stays, but this manager stands again.
+                if not self._is_blind:
+                    log.exception("the manager's lease row cannot be read or renewed")
                 self._is_blind = True
             await self._runtime.sleep(self._config.renew_s)
 

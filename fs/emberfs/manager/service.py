@@ -66,6 +66,8 @@ class ManagerService:
         self._dead: frozenset[str] = frozenset()
         self._moves_planned_for: object = None
         self._ticker: asyncio.Task[None] | None = None
+        self._mistake = ""
+        """The last exception that nobody meant to raise in a tick; said once in the log."""
         self._handlers: dict[type[Message], Callable[[Any], Coroutine[Any, Any, Message]]] = {
             messages.Heartbeat: self._heartbeat,
             messages.GetRouting: self._get_routing,
@@ -97,6 +99,11 @@ class ManagerService:
         await self._cluster.close()
         await self._election.close()
         self._cluster.wake()
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """What goes on until `close`."""
+        return self._election.tasks + ([] if self._ticker is None else [self._ticker])
 
     @property
     def is_primary(self) -> bool:
@@ -309,15 +316,23 @@ class ManagerService:
             if not self._election.is_primary:
                 self._cluster.wake()
                 continue
-            try:
-                for plan in self._plans():
-                    await self._cluster.change(plan)
-            except EmberError as error:
-                log.warning("the cluster's tables could not be changed: %s", error)
+            self._note_deaths()
+            for plan in self._plans():
+                await self._carry_out(plan)
+
+    async def _carry_out(self, plan: Plan) -> None:
+        """One plan of a tick. If it fails, the others and the next tick go on: failover must not end with it."""
+        try:
+            await self._cluster.change(plan)
+        except EmberError as error:
+            log.warning("the cluster's tables could not be changed: %s", error)
+        except Exception as error:
+            if self._mistake != repr(error):
+                log.exception("a change of the cluster's tables could not be planned")
+            self._mistake = repr(error)
 
     def _plans(self) -> list[Plan]:
         """What this tick has to do."""
-        self._note_deaths()
         plans: list[Plan] = [self._expire_sessions]
         if self._unsettled:
             plans.append(self._settle_chains)

@@ -6,14 +6,21 @@ from typing import ClassVar
 
 import msgspec
 
+from ..routing import Role
+
+SERVERS = frozenset[str](Role)
+OPERATORS = SERVERS | {"admin"}
+EVERYBODY = OPERATORS | {"client"}
+"""Roles that a certificate may give, in sets of those who may send the same."""
+
 
 class Message(msgspec.Struct, array_like=True, tag=True):
     """Base of all messages; the tag is the class name. Fields are added at the end with a default, never moved."""
 
     changes_nothing: ClassVar[bool] = False
     """A request that may be lost, stopped half-way or sent twice, and nobody is the wiser."""
-    from_servers: ClassVar[bool] = False
-    """A request of servers among themselves, refused to whoever has the certificate of a client."""
+    may_send: ClassVar[frozenset[str]] = SERVERS
+    """The roles that it is taken from, where peers have certificates."""
     fills_buffers: ClassVar[bool] = False
     """The buffers of this request are destinations. Its reply says in `counts` how many bytes of each it filled."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from .base import Message
+from .base import EVERYBODY, Message
 
 
 class ReadChunks(Message):
     """Read [offset, offset+length) of each chunk into the buffer of its index. Parallel lists, no object per item."""
 
+    may_send = EVERYBODY
     changes_nothing = True
     fills_buffers = True
 
@@ -32,6 +33,8 @@ class ChunksRead(Message):
 
 class WriteChunks(Message):
     """Write the buffer of the same index at `offset` of each chunk: each chunk write is atomic, the batch is not."""
+
+    may_send = EVERYBODY
 
     client: bytes
     channel: int
@@ -56,6 +59,8 @@ class TruncateChunk(Message):
     With a `version` nothing happens, and StaleChunk is raised, if another one is committed.
     """
 
+    may_send = EVERYBODY
+
     chain: int
     chunk: bytes
     length: int
@@ -72,6 +77,8 @@ class RemoveChunks(Message):
 
     With `versions` those of another committed version stay, and StaleChunk is raised once the others are gone.
     """
+
+    may_send = EVERYBODY
 
     chains: list[int]
     chunks: list[bytes]
@@ -90,6 +97,7 @@ class RemoveChunks(Message):
 class ListChunks(Message):
     """Committed chunks of [begin, end) on one chain, in order, at most `limit`."""
 
+    may_send = EVERYBODY
     changes_nothing = True
 
     chain: int

@@ -18,7 +18,6 @@ class KvGet(Message):
     """Rows by key, as they were at `version`, or now. Raises Conflict if that is no longer known. -> KvValues"""
 
     changes_nothing = True
-    from_servers = True
 
     keys: list[bytes]
     version: int | None = None
@@ -35,7 +34,6 @@ class KvScan(Message):
     """Up to `limit` rows of [begin, end), as they were at `version`, or now. Raises Conflict. -> KvRows"""
 
     changes_nothing = True
-    from_servers = True
 
     begin: bytes
     end: bytes
@@ -58,8 +56,6 @@ class KvCommit(Message):
     applied once.
     """
 
-    from_servers = True
-
     client: bytes
     channel: int
     """One commit at a time is in the air on a channel of a client."""
@@ -80,7 +76,5 @@ class KvCommit(Message):
 
 class KvForget(Message):
     """The client ends: what is remembered of its commits may go. -> Done"""
-
-    from_servers = True
 
     client: bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ..routing import LocalState, Node, Routing
-from .base import Message
+from .base import EVERYBODY, OPERATORS, Message
 
 
 class TargetReport(msgspec.Struct, frozen=True, array_like=True):
@@ -23,8 +23,6 @@ class TargetReport(msgspec.Struct, frozen=True, array_like=True):
 
 class Heartbeat(Message):
     """Sent every `heartbeat_s` by each server. The reply renews the sender's lease from the time of *sending* on."""
-
-    from_servers = True
 
     node: Node
     reports: list[TargetReport]
@@ -44,6 +42,7 @@ class HeartbeatReply(Message):
 class GetRouting(Message):
     """The routing if it is newer than `version`; waits up to `wait_s` for one."""
 
+    may_send = EVERYBODY
     changes_nothing = True
 
     version: int = 0
@@ -57,6 +56,8 @@ class RoutingReply(Message):
 class OpenSession(Message):
     """A client begins: storage nodes take its requests from now on."""
 
+    may_send = EVERYBODY
+
     client: bytes
     description: str = ""
     """Host, pid and program, for people."""
@@ -65,17 +66,23 @@ class OpenSession(Message):
 class ExtendSession(Message):
     """The client is alive. Raises SessionExpired if it was given up meanwhile."""
 
+    may_send = EVERYBODY
+
     client: bytes
 
 
 class CloseClient(Message):
     """The client ends: its session and what hangs on it may go."""
 
+    may_send = EVERYBODY
+
     client: bytes
 
 
 class SetupChains(Message):
     """Make the chain table, once: `replicas` targets a chain, `targets_per_disk` targets a disk."""
+
+    may_send = OPERATORS
 
     replicas: int
     targets_per_disk: int
@@ -84,11 +91,15 @@ class SetupChains(Message):
 class AddNode(Message):
     """Let chains move to this storage node, until it has its share."""
 
+    may_send = OPERATORS
+
     node: str
 
 
 class DrainNode(Message):
     """Move every target off this storage node; `GetRouting` shows when it holds none."""
+
+    may_send = OPERATORS
 
     node: str
 
@@ -96,11 +107,15 @@ class DrainNode(Message):
 class RemoveNode(Message):
     """Forget a node that holds no target. Raises Conflict if it does."""
 
+    may_send = OPERATORS
+
     node: str
 
 
 class AcceptLoss(Message):
     """A chain has no replica left with the last committed version: go on with what `target` has."""
+
+    may_send = OPERATORS
 
     chain: int
     target: bytes
@@ -109,6 +124,7 @@ class AcceptLoss(Message):
 class ClusterStatus(Message):
     """What the primary knows. -> StatusReply"""
 
+    may_send = EVERYBODY
     changes_nothing = True
 
 
@@ -134,6 +150,8 @@ class Join(Message):
 
     Raises AccessDenied if the token is not of this cluster or has expired.
     """
+
+    may_send = EVERYBODY
 
     token: str
     """What the operator was given: see `transport.certificates`."""

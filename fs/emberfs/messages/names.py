@@ -8,10 +8,11 @@ from __future__ import annotations
 import msgspec
 
 from ..types import Chunks, Inode
-from .base import Message
+from .base import EVERYBODY, Message
 
 
 class Stat(Message):
+    may_send = EVERYBODY
     changes_nothing = True
 
     path: str
@@ -26,6 +27,8 @@ class InodeReply(Message):
 
 class Open(Message):
     """Open for writing: opens a session, so that the length survives a crash of the writer."""
+
+    may_send = EVERYBODY
 
     path: str
     create: bool
@@ -47,6 +50,8 @@ class Opened(Message):
 class CloseSession(Message):
     """End a session. Carries the last length report, durable when this returns."""
 
+    may_send = EVERYBODY
+
     session: bytes
     inode: int
     end: int
@@ -56,6 +61,8 @@ class CloseSession(Message):
 
 class ReportLength(Message):
     """The file now reaches at least `end`. Raises StaleChunk if `truncate_generation` is not the file's own."""
+
+    may_send = EVERYBODY
 
     session: bytes
     inode: int
@@ -67,6 +74,8 @@ class ReportLength(Message):
 class Reserve(Message):
     """A new inode id and a layout, named by nobody yet: `put` writes its chunks, then commits them."""
 
+    may_send = EVERYBODY
+
     chunk_size_bytes: int
 
 
@@ -77,6 +86,8 @@ class Reserved(Message):
 
 class CommitPut(Message):
     """Make `inode` (reserved, or 0 with inline `data`) the file at `path`, in one transaction."""
+
+    may_send = EVERYBODY
 
     path: str
     inode: int
@@ -94,12 +105,16 @@ class CommitPut(Message):
 class Abandon(Message):
     """A reserved inode will not be committed: its chunks may go now."""
 
+    may_send = EVERYBODY
+
     inode: int
     layout: Chunks
 
 
 class WriteInline(Message):
     """Write `data` at `offset` of a file that is inline and stays within INLINE_BYTES_MAX; else raises StaleChunk."""
+
+    may_send = EVERYBODY
 
     session: bytes
     inode: int
@@ -109,6 +124,8 @@ class WriteInline(Message):
 
 class Promote(Message):
     """A chunk layout for a file that outgrows its inode row. Changes nothing yet: see AdoptChunks. -> Promoted"""
+
+    may_send = EVERYBODY
 
     inode: int
     chunk_size_bytes: int
@@ -125,6 +142,8 @@ class Promoted(Message):
 class AdoptChunks(Message):
     """The inline file `inode` becomes `layout`, whose chunks the client wrote. StaleChunk if it changed meanwhile."""
 
+    may_send = EVERYBODY
+
     session: bytes
     inode: int
     revision: int
@@ -138,12 +157,16 @@ class DropTail(Message):
     Of an inline file: the chunks of a Promote of this session, and its grant.
     """
 
+    may_send = EVERYBODY
+
     session: bytes
     inode: int
 
 
 class Truncate(Message):
     """Set the length: bytes past it are gone, bytes up to it read as zero."""
+
+    may_send = EVERYBODY
 
     path: str
     inode: int
@@ -152,6 +175,8 @@ class Truncate(Message):
 
 
 class SetAttr(Message):
+    may_send = EVERYBODY
+
     path: str
     mode: int | None = None
     mtime_ns: int | None = None
@@ -161,6 +186,8 @@ class SetAttr(Message):
 
 
 class Mkdir(Message):
+    may_send = EVERYBODY
+
     path: str
     mode: int
     parents: bool
@@ -172,6 +199,7 @@ class Mkdir(Message):
 class List(Message):
     """Entries of a directory in byte order of their names, after `after`, at most `limit`."""
 
+    may_send = EVERYBODY
     changes_nothing = True
 
     path: str
@@ -185,6 +213,8 @@ class Listing(Message):
 
 
 class Remove(Message):
+    may_send = EVERYBODY
+
     path: str
     recursive: bool
     trash: bool
@@ -201,17 +231,23 @@ class Removed(Message):
 class Rename(Message):
     """Atomic; over an existing file or an empty directory when `overwrite`."""
 
+    may_send = EVERYBODY
+
     source: str
     target: str
     overwrite: bool
 
 
 class Link(Message):
+    may_send = EVERYBODY
+
     source: str
     target: str
 
 
 class Symlink(Message):
+    may_send = EVERYBODY
+
     target: str
     path: str
     uid: int = 0
@@ -219,6 +255,7 @@ class Symlink(Message):
 
 
 class GetXattrs(Message):
+    may_send = EVERYBODY
     changes_nothing = True
 
     path: str
@@ -230,6 +267,8 @@ class Xattrs(Message):
 
 
 class SetXattr(Message):
+    may_send = EVERYBODY
+
     path: str
     name: str
     value: bytes | None
@@ -237,6 +276,7 @@ class SetXattr(Message):
 
 
 class TrashList(Message):
+    may_send = EVERYBODY
     changes_nothing = True
 
 
@@ -253,17 +293,23 @@ class TrashListing(Message):
 
 
 class TrashRestore(Message):
+    may_send = EVERYBODY
+
     id: str
     path: str
     """Where to; empty means where it was."""
 
 
 class TrashEmpty(Message):
+    may_send = EVERYBODY
+
     older_than_s: float
 
 
 class CollectGarbage(Message):
     """Remove chunks of files unlinked longer than gc_delay ago (`force`: all of them), and expired trash."""
+
+    may_send = EVERYBODY
 
     force: bool
 
@@ -276,6 +322,7 @@ class Collected(Message):
 
 
 class Usage(Message):
+    may_send = EVERYBODY
     changes_nothing = True
 
 
@@ -294,6 +341,8 @@ class Once(Message):
     The reply is that of the request inside. Raises SessionExpired if the client's session has ended.
     """
 
+    may_send = EVERYBODY
+
     client: bytes
     """The session with the cluster (`OpenSession`)."""
     number: int
@@ -302,5 +351,3 @@ class Once(Message):
     """Requests with lower numbers are done with: they are not sent again."""
     request: bytes
     """The encoded message."""
-    again: bool = False
-    """An earlier attempt was sent and its outcome is not known."""

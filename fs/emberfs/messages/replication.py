@@ -20,8 +20,6 @@ class Forward(Message):
     Answered by `Forwarded` once the last serving target has committed and every node from the receiver on has too.
     """
 
-    from_servers = True
-
     chain: int
     chain_version: int
     number: int
@@ -53,8 +51,6 @@ class Forwarded(Message):
 class Vouch(Message):
     """The sender and all before it hold the updates of Forward `number` durably: the tail may commit them."""
 
-    from_servers = True
-
     chain: int
     chain_version: int
     number: int
@@ -68,19 +64,18 @@ class Settled(Message):
     What the receiver still holds from them was never vouched for, so nobody has committed it: the receiver drops it.
     """
 
-    from_servers = True
-
     chain: int
     chain_version: int
     number: int
     oldest: int
+    stuck: list[bytes] = msgspec.field(default_factory=list)
+    """Chunks that could not be brought yet: of these the receiver drops nothing."""
 
 
 class AskCommitted(Message):
     """A reader met pending versions and asks the last serving target which are committed."""
 
     changes_nothing = True
-    from_servers = True
 
     chain: int
     chain_version: int
@@ -97,7 +92,6 @@ class ListVersions(Message):
     """What the syncing successor has, in chunk order after `after`, at most `limit`."""
 
     changes_nothing = True
-    from_servers = True
 
     chain: int
     chain_version: int
@@ -130,8 +124,6 @@ class ChunkVersions(Message):
 class Install(Message):
     """Make these chunks of the syncing successor exactly this. Buffer i is the content of item i."""
 
-    from_servers = True
-
     chain: int
     chain_version: int
     number: int
@@ -144,8 +136,6 @@ class Install(Message):
 class Drop(Message):
     """The predecessor has no row at all of these chunks: the syncing successor forgets them."""
 
-    from_servers = True
-
     chain: int
     chain_version: int
     number: int
@@ -155,8 +145,6 @@ class Drop(Message):
 
 class InstallRequests(Message):
     """Last sequence per (client, channel), so that a retry is not applied twice by the new replica."""
-
-    from_servers = True
 
     chain: int
     chain_version: int
@@ -168,8 +156,6 @@ class InstallRequests(Message):
 
 class SyncDone(Message):
     """The successor has everything: it reports itself up to date under this chain version."""
-
-    from_servers = True
 
     chain: int
     chain_version: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Message
+from .base import EVERYBODY, Message
 
 
 class Attach(Message):
@@ -10,6 +10,8 @@ class Attach(Message):
 
     Raises SessionExpired if it comes back (`again`) and was given up meanwhile, Unavailable if the server is leaving.
     """
+
+    may_send = EVERYBODY
 
     client: bytes
     again: bool
@@ -27,6 +29,7 @@ class Attached(Message):
 class Attend(Message):
     """Is never answered: the client lives as long as this call is under way. Lost, it has a while to come back."""
 
+    may_send = EVERYBODY
     changes_nothing = True
 
     client: bytes
@@ -35,11 +38,15 @@ class Attend(Message):
 class Detach(Message):
     """The client ends: what it has open is closed."""
 
+    may_send = EVERYBODY
+
     client: bytes
 
 
 class Maintain(Message):
     """Upkeep by name: see `emberfs.maintenance`. -> Maintained"""
+
+    may_send = EVERYBODY
 
     what: str
     arguments: str

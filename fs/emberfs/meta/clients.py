@@ -3,8 +3,8 @@
 A request that changes something comes as `Once`: its client's id and a number. The one transaction that makes it happen
 (`decide`) also keeps its result in a row (client, number). A repeated request finds that row in its own transaction, at
 whichever server, and the handler goes on from there as if it had just run it; two attempts at the same time conflict.
-If it was decided that nothing happens (an error), an earlier attempt may still be on its way and come to another end:
-so a repeated attempt keeps the error too.
+An error is kept as well: another attempt, or a copy that the network made, may still be on its way, and would come to
+another end.
 
 A client has one row. Its integer only grows:
 
@@ -54,8 +54,6 @@ class RequestName(NamedTuple):
     client: bytes
     number: int
     done_below: int
-    again: bool
-    """Not the first attempt: an earlier one may still be on its way."""
 
 
 class _UnheardOf(Exception):
@@ -118,7 +116,7 @@ class Clients:
         try:
             return await self._run(once, reclaims=reclaims)
         except EmberError as error:
-            if not name.again or isinstance(error, _UNDECIDED):
+            if isinstance(error, _UNDECIDED):
                 raise
             failure = error
 

@@ -89,7 +89,7 @@ class MetaService:
         inner = decode_message(memoryview(request.request))
         if inner.changes_nothing or type(inner) not in HANDLERS:
             raise ProtocolError(f"a Once with a {type(inner).__name__} in it")
-        name = RequestName(request.client, request.number, request.done_below, request.again)
+        name = RequestName(request.client, request.number, request.done_below)
         state = self._state.named(name)
         try:
             return await HANDLERS[type(inner)](state, inner)

@@ -43,6 +43,11 @@ class Heart:
         self._sessions_version = 0
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """What goes on until `close`."""
+        return [] if self._task is None else [self._task]
+
     def start(self) -> None:
         """Begin."""
         self._task = self._runtime.spawn(self._beat(), "server-heart")
@@ -63,6 +68,9 @@ class Heart:
                 await self._tell()
             except EmberError as error:
                 log.warning("no manager takes our heartbeat: %s", error)
+            except Exception:
+                # A mistake of ours, maybe in what takes the routing: without heartbeats this server would be lost.
+                log.exception("a heartbeat failed")
             await self._runtime.sleep(HEARTBEAT_S)
 
     async def _tell(self) -> None:

@@ -15,18 +15,21 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from ..errors import EmberError
+from ..errors import EmberError, Unavailable
+from ..messages import Message
 from ..portal import Portal
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
+from ..transport.types import Listener, Service
 from .config import ServerConfig
 from .metrics import Metered, serve_metrics
-from .roles import open_role
+from .roles import Served, open_role
 
 LOOK_S = 1.0
 """How often it is looked whether the role has to end."""
@@ -45,34 +48,71 @@ def run_server(config: ServerConfig) -> None:
     portal = Portal(runtime)
     registry = CollectorRegistry()
     network = TcpNetwork(runtime, tcp_config(config))
+    door = _Door()
+    role: Served | None = None
     end_metrics: Callable[[], None] | None = None
     try:
+        # The address first: who cannot have it is a second one of us, and leaves the disk alone.
+        with _named(config.listen):
+            listener = portal.run(network.serve(config.listen, Metered(door, runtime, registry)))
         role = portal.run(open_role(config, runtime, network))
-        listener = portal.run(network.serve(config.listen, Metered(role.service, runtime, registry)))
+        door.service = role.service
         portal.run(role.start())
         if config.metrics:
-            end_metrics = serve_metrics(registry, role.gauges, config.metrics)
-        log.info("%s %s serves at %s", config.role, config.name, listener.address)
-        sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")
-        sys.stdout.flush()
-        _tell_systemd("READY=1")
-        while not stop.wait(LOOK_S):
-            if reason := role.must_stop():
-                log.error("stopping: %s", reason)
-                break
-        log.info("stopping: calls in the air have %.0f s", config.drain_s)
-        _tell_systemd("STOPPING=1")
+            with _named(config.metrics):
+                end_metrics = serve_metrics(registry, role.gauges, config.metrics)
+        _serve(config, role, listener, stop)
         portal.run(role.retire())
         portal.run(listener.close(drain_s=config.drain_s))
-        portal.run(role.close())
     finally:
         if end_metrics is not None:
             end_metrics()
+        # Of what cannot be closed the first error is told, and the process ends all the same.
         try:
+            if role is not None:
+                portal.run(role.close())
             portal.run(network.close())
-        except EmberError:
-            log.exception("closing the network")
+        except Exception:
+            log.exception("closing")
         runtime.stop()
+
+
+def _serve(config: ServerConfig, role: Served, listener: Listener, stop: threading.Event) -> None:
+    """Say that we serve, and return when it is time to stop."""
+    log.info("%s %s serves at %s", config.role, config.name, listener.address)
+    sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")
+    sys.stdout.flush()
+    _tell_systemd("READY=1")
+    while not stop.wait(LOOK_S):
+        if reason := role.must_stop():
+            log.error("stopping: %s", reason)
+            break
+    log.info("stopping: calls in the air have %.0f s", config.drain_s)
+    _tell_systemd("STOPPING=1")
+
+
+class _Door:
+    """What is served while the role still opens: nothing."""
+
+    def __init__(self) -> None:
+        self.service: Service | None = None
+
+    def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Awaitable[Message]:
+        """Serve one request. Raises Unavailable until there is a service."""
+        if self.service is None:
+            raise Unavailable("the server is starting")
+        return self.service.handle(request, buffers)
+
+
+@contextmanager
+def _named(address: str) -> Iterator[None]:
+    """Errors of the operating system say which address it is about."""
+    try:
+        yield
+    except EmberError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, address) from error
 
 
 def tcp_config(config: ServerConfig) -> TcpConfig:

@@ -5,8 +5,10 @@ Does not know: signals, logs, or the metrics page.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,22 @@ from ..cluster.joining import JoinDesk
 from ..cluster.store import EveryChain
 from ..disk import LocalDisk
 from ..engine import ChunkEngine, EngineConfig
+from ..errors import EmberError, StoreBusy
 from ..kv import KvServer, LmdbKV, open_kv
 from ..manager import ManagerConfig, ManagerService
 from ..meta import ClientChunkOps, MetaConfig, MetaService
 from ..routing import Node, Role, Routing
 from ..runtime import AsyncioRuntime
+from ..sharing.ownership import Mode, Ownership, read_owner
 from ..storage import StorageConfig, StorageNode
 from ..transport.types import Network, Service
 from .config import ServerConfig
 from .heart import Heart
 from .metrics import Gauges
+
+OWN_WAIT_S = 2.0
+"""How long another process may still have the directory: one that was killed keeps it until its last write ends."""
+OWN_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +47,7 @@ class Served:
     retire: Callable[[], Coroutine[Any, Any, None]]
     """Let others take over, while calls are still answered: a call in the air may wait for one that is yet to come."""
     close: Callable[[], Coroutine[Any, Any, None]]
+    """Also of a role that was never started, or not retired."""
     gauges: Gauges
     must_stop: Callable[[], str | None] = lambda: None
     """Why the process has to end, if it has to."""
@@ -64,9 +73,37 @@ async def _nothing() -> None:
     """Of a role that nobody takes over."""
 
 
+async def _own(directory: Path, runtime: AsyncioRuntime) -> None:
+    """Make `directory` and lock it until this process ends: nobody else opens what is in it. Raises StoreBusy.
+
+    The manager relies on it: a storage server that shows a disk's content is the only one that has it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    deadline_s = runtime.now_s() + OWN_WAIT_S
+    while True:
+        ownership = Ownership.take(directory)
+        if ownership is not None:
+            ownership.declare(Mode.INLINE)
+            return
+        if runtime.now_s() > deadline_s:
+            owner = read_owner(directory)
+            pid = owner.pid if owner is not None else None
+            raise StoreBusy(f"process {pid} has this directory open; stop it first", str(directory), pid=pid)
+        await runtime.sleep(OWN_POLL_S)
+
+
+def _ended(tasks: Sequence[asyncio.Task[None]]) -> str | None:
+    """Says which one of `tasks`, that should go on until the role is closed, does not. From any thread."""
+    for task in tasks:
+        if task.done():
+            error = "cancelled" if task.cancelled() else repr(task.exception())
+            return f"the task {task.get_name()} has ended: {error}"
+    return None
+
+
 async def _open_kv_role(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
     directory = Path(config.directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    await _own(directory, runtime)
     kv = LmdbKV.open(directory, runtime)
     server = KvServer(kv, runtime)
     await server.start()
@@ -84,7 +121,12 @@ async def _open_kv_role(config: ServerConfig, runtime: AsyncioRuntime, network: 
         await server.close()
         await kv.close()
 
-    return Served(service=server, start=start, retire=_nothing, close=close, gauges=dict)
+    def must_stop() -> str | None:
+        if kv.failure is not None:
+            return f"the key-value store takes no more commits: {kv.failure}"
+        return _ended(heart.tasks) if heart is not None else None
+
+    return Served(service=server, start=start, retire=_nothing, close=close, gauges=dict, must_stop=must_stop)
 
 
 async def _open_manager(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
@@ -105,9 +147,17 @@ async def _open_manager(config: ServerConfig, runtime: AsyncioRuntime, network: 
         await service.close()
 
     async def close() -> None:
+        await retire()
         await kv.close()
 
-    return Served(service=desk, start=start, retire=retire, close=close, gauges=service.gauges)
+    return Served(
+        service=desk,
+        start=start,
+        retire=retire,
+        close=close,
+        gauges=service.gauges,
+        must_stop=lambda: _ended([*heart.tasks, *service.tasks]),
+    )
 
 
 async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
@@ -143,14 +193,20 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
         await routes.close()
         await kv.close()
 
-    return Served(service=service, start=start, retire=_nothing, close=close, gauges=dict)
+    return Served(
+        service=service,
+        start=start,
+        retire=_nothing,
+        close=close,
+        gauges=dict,
+        must_stop=lambda: _ended([*heart.tasks, *routes.tasks]),
+    )
 
 
 async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
     root = Path(config.directory)
-    root.mkdir(parents=True, exist_ok=True)
+    await _own(root, runtime)
     indices: dict[bytes, LmdbKV] = {}
-    disks: dict[bytes, LocalDisk] = {}
 
     def directory_of(target: bytes) -> Path:
         return root / f"target-{target.hex()}"
@@ -158,13 +214,22 @@ async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: 
     async def open_target(target: bytes) -> ChunkEngine:
         directory = directory_of(target)
         (directory / "index").mkdir(parents=True, exist_ok=True)
-        index = indices[target] = LmdbKV.open(directory / "index", runtime)
-        disk = disks[target] = LocalDisk(str(directory), runtime)
+        index = LmdbKV.open(directory / "index", runtime)
+        disk = LocalDisk(str(directory), runtime)
         settings = EngineConfig(reserve_bytes=config.storage.reserve_bytes, keeps_tombstones=True, target=target)
-        return await ChunkEngine.open(disk, index, runtime, config=settings)
+        try:
+            engine = await ChunkEngine.open(disk, index, runtime, config=settings)
+        except BaseException:
+            # It is tried again, and an index is opened once. What closing says is less than why we close.
+            with contextlib.suppress(EmberError, OSError):
+                disk.close()
+            with contextlib.suppress(EmberError, OSError):
+                await index.close()
+            raise
+        indices[target] = index
+        return engine
 
     async def drop_target(target: bytes) -> None:
-        disks.pop(target, None)
         if index := indices.pop(target, None):
             await index.close()
         await runtime.offload(shutil.rmtree, directory_of(target), True)

@@ -56,17 +56,15 @@ _LOST = (Unavailable, UpdateUnknown, DeadlineExceeded, StoreClosed)
 
 
 class _Client:
-    """Who we are for the server, and the names of our requests."""
+    """Who we are for the server, and the names of our requests to the metadata."""
 
     def __init__(self, client: bytes) -> None:
         self.client = client
         self._next = 1
         self._open: dict[int, None] = {}
-        self._sequences: list[int] = []
-        self._idle_channels: list[int] = []
 
     def take_number(self) -> int:
-        """For a request to the metadata."""
+        """For a request."""
         number = self._next
         self._next += 1
         self._open[number] = None
@@ -81,32 +79,45 @@ class _Client:
         """Numbers below are not sent again."""
         return next(iter(self._open), self._next)
 
-    def take_channel(self) -> tuple[int, int]:
-        """(channel, sequence) for an update of chunks: a channel is one call's at a time."""
-        if not self._idle_channels:
-            self._idle_channels.append(len(self._sequences))
+
+class _Channels:
+    """Names of updates of chunks, below that of the client.
+
+    They go on when we become another client: an update that is sent again then takes its name along.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: list[int] = []
+        """Last sequence number by channel."""
+        self._idle: list[int] = []
+
+    def take(self) -> tuple[int, int]:
+        """(channel, sequence) for an update: a channel is one call's at a time."""
+        if not self._idle:
+            self._idle.append(len(self._sequences))
             self._sequences.append(0)
-        channel = self._idle_channels.pop()
+        channel = self._idle.pop()
         self._sequences[channel] += 1
         return channel, self._sequences[channel]
 
-    def end_channel(self, channel: int) -> None:
+    def end(self, channel: int) -> None:
         """Its update is not sent again."""
-        self._idle_channels.append(channel)
+        self._idle.append(channel)
 
 
 class AttachedConnection:
     """A `Service` that is elsewhere. `open` or `start`, later `close`."""
 
-    def __init__(self, runtime: AsyncioRuntime, directory: Path, settings: str) -> None:
-        """`settings`: those of a store that has to be opened anew."""
+    def __init__(self, runtime: AsyncioRuntime, directory: Path, settings: str, *, client: bytes) -> None:
+        """`settings`: those of a store that has to be opened anew. `client`: who we are at first."""
         self._runtime = runtime
         self._directory = directory
         self._settings = settings
         self._place = SocketPlace(directory)
         self._network = TcpNetwork(runtime, TcpConfig())
         self._connection = self._network.connection(f"unix:{self._place.path}")
-        self._client = _Client(runtime.random_bytes(16))
+        self._client = _Client(client)
+        self._channels = _Channels()
         self._is_new = False
         """No server knows us yet."""
         self._pid = 0
@@ -163,7 +174,7 @@ class AttachedConnection:
     def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Awaitable[Message]:
         """Serve one request. Raises what the server raises; see above."""
         if request.changes_nothing:
-            return self._send(lambda _, __: request, buffers)
+            return self._send(lambda _: request, buffers)
         if isinstance(request, WriteChunks | TruncateChunk | RemoveChunks):
             return self._update(request, buffers)
         return self._change(request)
@@ -171,25 +182,28 @@ class AttachedConnection:
     async def _update(
         self, request: WriteChunks | TruncateChunk | RemoveChunks, buffers: Sequence[memoryview]
     ) -> Message:
-        owner = self._client
-        channel, sequence = owner.take_channel()
+        bound = request.client if isinstance(request, WriteChunks) else b""
+        channel, sequence = self._channels.take()
 
-        def named(client: _Client, _: bool) -> Message:
+        def named(client: _Client) -> Message:
+            if bound and bound != client.client:
+                # What it is part of was closed: somebody else may write there by now.
+                raise SessionExpired("this process was given up: what it had open is closed")
             return msgspec.structs.replace(request, client=client.client, channel=channel, sequence=sequence)
 
         try:
             return await self._send(named, buffers, changes=True)
         finally:
-            owner.end_channel(channel)
+            self._channels.end(channel)
 
     async def _change(self, request: Message) -> Message:
         body = encode_message(request)
         numbers: dict[_Client, int] = {}
 
-        def numbered(client: _Client, is_unknown: bool) -> Message:
+        def numbered(client: _Client) -> Message:
             if client not in numbers:
                 numbers[client] = client.take_number()
-            return Once(client.client, numbers[client], client.done_below, body, is_unknown)
+            return Once(client.client, numbers[client], client.done_below, body)
 
         try:
             return await self._send(numbered, (), changes=True)
@@ -198,9 +212,9 @@ class AttachedConnection:
                 client.end_number(number)
 
     async def _send(
-        self, make: Callable[[_Client, bool], Message], buffers: Sequence[memoryview], *, changes: bool = False
+        self, make: Callable[[_Client], Message], buffers: Sequence[memoryview], *, changes: bool = False
     ) -> Message:
-        """Send what `make` makes for (who we are, whether an attempt may have happened) until it is answered."""
+        """Send what `make` makes for who we are until it is answered."""
         is_unknown = False
         client = self._client
         pause_s = RETRY_FIRST_S
@@ -213,7 +227,7 @@ class AttachedConnection:
                     raise UpdateUnknown("this process was given up while a request was in the air")
                 client = self._client
             try:
-                return await self._connection.call(make(client, is_unknown), buffers)
+                return await self._connection.call(make(client), buffers)
             except SessionExpired:
                 if self._is_up and client is self._client:
                     raise

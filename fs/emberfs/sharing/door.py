@@ -40,6 +40,7 @@ class Door:
         self._move_out = move_out
         self._place = SocketPlace(directory)
         self._answering: set[asyncio.Task[None]] = set()
+        self._knocking: set[socket.socket] = set()
         try:
             self._listening: socket.socket | None = self._place.listen()
         except BaseException:
@@ -67,6 +68,8 @@ class Door:
         """In the child: who knocks must not wait for us when the parent is gone."""
         if self._listening is not None:
             self._listening.close()
+        for knocking in self._knocking:
+            knocking.close()
 
     async def end(self) -> None:
         """`close`, and let go of those who knocked: they find out that we have gone."""
@@ -92,6 +95,7 @@ class Door:
 
     async def _answer(self, knocking: socket.socket) -> None:
         loop = self._runtime.loop
+        self._knocking.add(knocking)
         with knocking:
             try:
                 await loop.sock_recv(knocking, LINE_BYTES_MAX)
@@ -108,6 +112,8 @@ class Door:
                     await loop.sock_sendall(knocking, _line(moved=True))
             except OSError:
                 pass  # Whoever it was has gone.
+            finally:
+                self._knocking.discard(knocking)
 
 
 def _line(**content: object) -> bytes:

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import msgspec
 
+from .forking import no_fork
+
 LOCK_FILE = "owner.lock"
 
 
@@ -59,20 +61,21 @@ class Ownership:
     def take(cls, directory: Path) -> Ownership | None:
         """The lock, or None if somebody has it."""
         while True:
-            file = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            with no_fork:
+                file = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(file)
+                    return None
+                # The name may lead to another file by now: that one's lock is what others look at.
+                try:
+                    named = os.stat(directory / LOCK_FILE)
+                except FileNotFoundError:
+                    named = None
+                if named is not None and os.path.samestat(named, os.fstat(file)):
+                    return cls(directory, file, _decode(os.pread(file, 4096, 0)))
                 os.close(file)
-                return None
-            # The name may lead to another file by now: that one's lock is what others look at.
-            try:
-                named = os.stat(directory / LOCK_FILE)
-            except FileNotFoundError:
-                named = None
-            if named is not None and os.path.samestat(named, os.fstat(file)):
-                return cls(directory, file, _decode(os.pread(file, 4096, 0)))
-            os.close(file)
 
     @classmethod
     def inherited(cls, directory: Path, file: int) -> Ownership:
@@ -93,9 +96,10 @@ class Ownership:
 
     def close(self) -> None:
         """Give the lock up, unless a process that we started has it too."""
-        if self.file in _files:
-            _files.discard(self.file)
-            os.close(self.file)
+        with no_fork:
+            if self.file in _files:
+                _files.discard(self.file)
+                os.close(self.file)
 
 
 def read_owner(directory: Path) -> Owner | None:

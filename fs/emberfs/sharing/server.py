@@ -55,6 +55,7 @@ log = logging.getLogger("emberline.sharing")
 
 SETTLE_S = 2.0
 """How long calls may go on when the server leaves."""
+GIVEN_UP = "the owner of the store has given this process up"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +167,14 @@ class SharingServer:
         ended = self._sessions.look()
         if not ended:
             return
+
+        async def mark(txn: Transaction) -> None:
+            for client in ended:
+                txn.max(client_key(client), ENDED)
+
         try:
+            # First of all, and durably: no server lets them in again once it is forgotten what they have done.
+            await self._services.meta_kv.run(mark, reclaims=True)
             await self._services.meta_service.sessions_changed(self._sessions.live)
             for engine in self._services.engines.values():
                 await engine.drop_requests(ended)
@@ -176,19 +184,20 @@ class SharingServer:
     async def _attach(self, request: Attach, _: Sequence[memoryview]) -> Message:
         if self._is_leaving:
             raise Unavailable("the server of the store is leaving")
+        if request.again and not self._sessions.knows(request.client):
+            raise SessionExpired(GIVEN_UP)
         is_new = self._sessions.admit(request.client)
         key = client_key(request.client)
 
         async def work(txn: Transaction) -> bool:
-            mark = decode_int(await txn.get(key))
-            if mark >= ENDED or (request.again and not mark):
+            if decode_int(await txn.get(key)) >= ENDED:
                 return False
             txn.max(key, 1)
             return True
 
         if not await self._services.meta_kv.run(work, reclaims=True):
             self._sessions.leave(request.client)
-            raise SessionExpired("the owner of the store has given this process up")
+            raise SessionExpired(GIVEN_UP)
         if is_new:
             await self._services.meta_service.sessions_changed(self._sessions.live)
             log.info("%s has come", request.description)

@@ -40,6 +40,10 @@ class Sessions:
         """Those that have not ended."""
         return list(self._clients)
 
+    def knows(self, client: bytes) -> bool:
+        """It is there, or may come back."""
+        return client in self._clients
+
     def idle_s(self) -> float:
         """For how long there has been no client."""
         return 0.0 if self._clients else self._runtime.now_s() - self._empty_s

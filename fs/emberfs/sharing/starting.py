@@ -4,24 +4,28 @@ The server gets the lock as an open file and loads its code; then it waits for a
 line it has touched nothing, and it ends if the line does not come: whoever starts it may still think better of it, or
 die. It is no child of ours: a session of its own, so that no Ctrl-C reaches it, adopted by the system.
 
+Another thread may fork meanwhile. The child must not have the pipes: who reads from one would wait until the child
+ends, and the child may be waiting for the server.
+
 Does not know: what a server does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
 from ..errors import EmberError, StoreBusy, Unavailable
 from ..meta.handover import Unwritten
 from ..transport.codec import decode_failure
+from .forking import no_fork
 from .ownership import Mode, Ownership
 
 LOAD_S = 30.0
@@ -60,18 +64,21 @@ class NewServer:
         with open(directory / LOG, "ab") as log:
             if log.tell() > 1 << 20:
                 log.truncate(0)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "emberfs.sharing", str(directory), str(ownership.file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd="/",
-                env={**os.environ, "PYTHONPATH": _import_path()},
-                pass_fds=[ownership.file],
-                start_new_session=True,
-            )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._to, self._from = self._process.stdin, self._process.stdout
+            with no_fork:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "emberfs.sharing", str(directory), str(ownership.file)],
+                    bufsize=0,  # A buffer has a lock, and a child that closes it would need that.
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    cwd="/",
+                    env={**os.environ, "PYTHONPATH": _import_path()},
+                    pass_fds=[ownership.file],
+                    start_new_session=True,
+                )
+                assert self._process.stdin is not None and self._process.stdout is not None
+                self._to, self._from = self._process.stdin, self._process.stdout
+                _pipes.update((self._to, self._from))
         self._received = b""
         try:
             self._answer(LOAD_S)
@@ -85,8 +92,9 @@ class NewServer:
         Raises what opening the store raised, Unavailable.
         """
         try:
-            self._to.write(msgspec.json.encode(order) + b"\n")
-            self._to.flush()
+            left = memoryview(msgspec.json.encode(order) + b"\n")
+            while left:
+                left = left[self._to.write(left) :]
             self._ownership.close()
             if not self._answer(OPEN_S).serves:
                 raise Unavailable(f"the server of {self._ownership.directory} did not begin")
@@ -97,9 +105,10 @@ class NewServer:
 
     def close(self) -> None:
         """Let go of it: if it serves, it goes on; else it ends."""
-        with contextlib.suppress(OSError):  # It may have ended before it read everything.
+        with no_fork:
             self._to.close()
-        self._from.close()
+            self._from.close()
+            _pipes.difference_update((self._to, self._from))
         self._process.wait()  # Only a step between us and the server, which ends at once.
 
     def _answer(self, timeout_s: float) -> Answer:
@@ -129,6 +138,19 @@ def start_server(ownership: Ownership, settings: str) -> None:
         raise StoreBusy(f"no server can be started for this store: {error}", str(ownership.directory)) from error
     finally:
         ownership.close()
+
+
+_pipes: set[IO[bytes]] = set()
+"""To servers of this process that are being started."""
+
+
+def _forget_after_fork() -> None:
+    for pipe in _pipes:
+        pipe.close()
+    _pipes.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 def _import_path() -> str:

@@ -10,7 +10,8 @@ A token carries the authority's certificate, so that the new machine knows whom 
 itself, and is vouched for by an HMAC with a secret that only holders of the authority's key have.
 
 Invariants: a private key is never sent, and its file is its owner's only (0600). A certificate gives names (of hosts,
-or addresses) and one role. Functions here block: they read and write files.
+or addresses) and one role; only that of a server's role can serve. The names are what the request says: whoever has a
+token for a server's role is believed about where it serves. Functions here block: they read and write files.
 
 Does not know: connections. Time is handed in, as Unix seconds.
 """
@@ -35,6 +36,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ..errors import AccessDenied
+from ..messages.base import SERVERS
 from .config import TlsFiles
 
 DAY_S = 24 * 3600
@@ -183,7 +185,8 @@ def _sign(authority: Path, csr: x509.CertificateSigningRequest, *, role: str, no
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     names = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     own = str(csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    # The names are the holder's choice, and may be those of a server: TLS itself must not take others for one.
+    usages = [ExtendedKeyUsageOID.CLIENT_AUTH] + ([ExtendedKeyUsageOID.SERVER_AUTH] if role in SERVERS else [])
     return (
         _builder(_subject(own, role), csr.public_key(), issuer=ca.subject, now_s=now_s, valid_s=CERTIFICATE_VALID_S)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

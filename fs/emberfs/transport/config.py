@@ -32,7 +32,7 @@ class TcpConfig:
     cluster: str = ""
     """The cluster's id. A client may leave it empty and take whoever answers."""
     role: str = CLIENT_ROLE
-    """What this process is. A certificate, if it has one, must say the same."""
+    """What this process is. A certificate, if it has one, must say the same; but any certificate makes a client."""
     token: str = ""
     """A secret that peers without a certificate must know. Empty: there is none."""
     tls: TlsFiles | None = None

@@ -2,7 +2,7 @@
 
 The client says which protocols it speaks, which cluster it means, what it is and the token if it has one; the server
 answers with the protocol to speak and its limits, or with an error. A certificate counts as a token does, and binds
-its owner to the role written in it.
+its owner to the role written in it: nobody serves, or sends a request, for which that role will not do.
 
 Does not know: sockets. `Certificate` is what TLS has proved already.
 """
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import msgspec
 
 from ..errors import AccessDenied, ProtocolError
-from .config import TcpConfig
+from ..messages.base import OPERATORS, SERVERS, Message
+from .config import CLIENT_ROLE, TcpConfig
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX, PROTOCOL_MAX, PROTOCOL_MIN
 
 
@@ -77,7 +78,7 @@ def answer_hello(config: TcpConfig, theirs: Hello, *, certificate: Certificate |
     if theirs.cluster and theirs.cluster != config.cluster:
         raise AccessDenied(f"this is a server of cluster {config.cluster!r}, not of {theirs.cluster!r}")
     if certificate is not None:
-        if certificate.role != theirs.role:
+        if theirs.role not in (certificate.role, CLIENT_ROLE):
             raise AccessDenied(f"a certificate for role {certificate.role!r} does not make a {theirs.role!r}")
     elif is_stranger:
         if not config.admits_strangers:
@@ -89,14 +90,29 @@ def answer_hello(config: TcpConfig, theirs: Hello, *, certificate: Certificate |
     )
 
 
-def accept_answer(config: TcpConfig, answer: Hello) -> None:
-    """The client looks at what the server said. Raises ProtocolError, AccessDenied."""
+def accept_answer(config: TcpConfig, answer: Hello, *, certificate: Certificate | None) -> None:
+    """The client looks at what the server said, and has proved. Raises ProtocolError, AccessDenied."""
+    if certificate is not None and certificate.role not in SERVERS:
+        raise AccessDenied(f"who answers has a certificate for role {certificate.role!r}, not that of a server")
     if not PROTOCOL_MIN <= answer.protocol_max <= PROTOCOL_MAX:
         raise ProtocolError(f"the server wants to speak protocol {answer.protocol_max}")
     if answer.calls_max < 1 or answer.bytes_max < HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX:
         raise ProtocolError("the server has no room for the largest message")
     if config.cluster and answer.cluster != config.cluster:
         raise AccessDenied(f"a server of cluster {answer.cluster!r} answers, not one of {config.cluster!r}")
+
+
+def check_sender(request: Message, certificate: Certificate | None) -> None:
+    """May the peer send this request? Without certificates there are no roles. Raises AccessDenied."""
+    if certificate is None or certificate.role in request.may_send:
+        return
+    hint = ""
+    if request.may_send is OPERATORS:
+        hint = (
+            ": it takes a certificate of role admin. Get one with `emberline cluster token --role admin` and "
+            "`emberline cluster join`, or name a cluster of this host with --dir"
+        )
+    raise AccessDenied(f"a certificate for role {certificate.role!r} may not send {type(request).__name__}{hint}")
 
 
 def certificate_of(sock: object) -> Certificate | None:

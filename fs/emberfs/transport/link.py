@@ -22,7 +22,7 @@ from ..runtime import AsyncioRuntime
 from .codec import decode_failure, decode_message
 from .config import TcpConfig
 from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame
-from .handshake import Hello, accept_answer, client_hello, decode_hello, encode_hello
+from .handshake import Hello, accept_answer, certificate_of, client_hello, decode_hello, encode_hello
 from .window import Window
 from .wire import Outgoing, Wire
 
@@ -92,6 +92,7 @@ class Link:
         """The server takes no more calls."""
         self._config = config
         self._address = address
+        self._certificate = certificate_of(sock)
         self._on_change = on_change
         self._window = Window(0, 0)
         self._calls: dict[int, Call] = {}
@@ -201,7 +202,7 @@ class Link:
         if self.welcome.done():
             raise ProtocolError("a second welcome")
         try:
-            accept_answer(self._config, answer)
+            accept_answer(self._config, answer, certificate=self._certificate)
         except EmberError as error:
             self._refuse(error)
             return

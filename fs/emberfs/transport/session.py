@@ -1,7 +1,7 @@
 """The server's end of one connection: requests in, each one a task, and exactly one answer for each.
 
 Invariants:
-  - Nothing is served before the handshake, to a stranger nothing but `Join`, and to a client not what servers say.
+  - Nothing is served before the handshake, to a stranger nothing but `Join`, and to others what their role may send.
   - A request that changes nothing is stopped when its caller cancels it or is lost. An update goes on to its end.
   - Memory of a request's buffers is used again only after its handler returned: one that raised or was stopped may have
     left a worker thread behind that still writes to it.
@@ -22,9 +22,9 @@ from ..messages import Join, Message
 from ..runtime import AsyncioRuntime
 from .blocks import BlockPool
 from .codec import decode_message, encode_failure, encode_message
-from .config import CLIENT_ROLE, TcpConfig
+from .config import TcpConfig
 from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame
-from .handshake import answer_hello, certificate_of, decode_hello, encode_hello
+from .handshake import answer_hello, certificate_of, check_sender, decode_hello, encode_hello
 from .types import Service
 from .window import Window
 from .wire import Outgoing, Wire
@@ -173,8 +173,7 @@ class Session:
             served.request = decode_message(frame.body)
             if self._is_stranger and not isinstance(served.request, Join):
                 raise AccessDenied("without a certificate of this cluster one can only join")
-            if served.request.from_servers and self._certificate is not None and self._certificate.role == CLIENT_ROLE:
-                raise AccessDenied(f"a client may not send {type(served.request).__name__}")
+            check_sender(served.request, self._certificate)
             if self._is_draining:
                 raise Unavailable("the server is shutting down")
             if (frame.kind == Kind.FETCH) != (served.request.fills_buffers and bool(frame.lengths)):

@@ -1,4 +1,4 @@
-"""A whole cluster in one simulation: key-value server, managers, storage nodes and clients, each a process of its own.
+"""A whole cluster in one simulation: every server and every client a process of its own.
 
     cluster = SimCluster(runtime)
     await cluster.start()
@@ -18,8 +18,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...client.core import Core
+from ...client.meta_router import MetaRouter, MetaRouterConfig
 from ...client.router import ReadFrom, RouterConfig, StorageRouter
 from ...client.routes import Routes, RoutesConfig
+from ...cluster.store import EveryChain
 from ...engine import ChunkEngine, EngineConfig
 from ...errors import EmberError
 from ...kv.memory import MemoryKV
@@ -27,7 +30,9 @@ from ...kv.remote import RemoteKV
 from ...kv.server import KvServer
 from ...manager import ManagerConfig, ManagerService
 from ...messages import Done, SetupChains
+from ...meta import ClientChunkOps, MetaConfig, MetaService
 from ...routing import Node, Role, Routing
+from ...server.heart import Heart
 from ...storage import StorageConfig, StorageNode
 from .disk import SimDisk
 from .loop import SimRuntime
@@ -38,6 +43,9 @@ from .volume import Image
 DRIFT_MAX = 0.02
 READ_FROM = (ReadFrom.LOAD, ReadFrom.ROUND_ROBIN, ReadFrom.LOAD, ReadFrom.TAIL, ReadFrom.HEAD)
 """What the clients go by, in turn."""
+SESSION_EXTEND_S = 2.0
+RESTART_S = 0.5
+"""A service manager waits for so long before it starts a server again that could not start."""
 KV_ADDRESS = "kv:1"
 ENGINE_RESERVE_BYTES = 0
 
@@ -128,6 +136,36 @@ class ManagerMachine(SimMachine):
         await service.start()
 
 
+class MetaMachine(SimMachine):
+    """A metadata server, wired as the role of that name is."""
+
+    service: MetaService | None = None
+
+    async def _boot(self, process: SimProcess, network: SimNetwork) -> None:
+        cluster = self.cluster
+        kv = RemoteKV(network.connection(KV_ADDRESS), process)
+        routes = cluster.routes(process, network, self.name)
+        storage = StorageRouter(process, network, routes, config=RouterConfig(deadline_s=cluster.config.deadline_s))
+        service = MetaService(kv, process, ClientChunkOps(EveryChain(routes, storage)), config=cluster.config.meta)
+
+        async def take_routing(routing: Routing) -> None:
+            service.chains_changed([chain.id for chain in routing.chains])
+
+        async def take_sessions(live: list[bytes]) -> None:
+            await service.sessions_changed(set(live))
+
+        node = Node(self.name, Role.META, self.address, process.random_bytes(8), host=self.name)
+        heart = Heart(
+            process, network, cluster.manager_addresses, node, on_routing=take_routing, on_sessions=take_sessions
+        )
+        await _until_done(process, routes.start)
+        await network.serve(self.address, service)
+        await take_routing(routes.routing)
+        await _until_done(process, service.start)
+        heart.start()
+        self.service = service
+
+
 @dataclass(slots=True)
 class StoredTarget:
     """What is on the disk of a target."""
@@ -183,27 +221,30 @@ class StorageMachine(SimMachine):
 
 
 class SimClient:
-    """A client process with a router."""
+    """A client process: its way to the chunks, and to the files if the cluster has metadata servers."""
 
     def __init__(self, cluster: SimCluster, name: str, *, read_from: ReadFrom = ReadFrom.LOAD) -> None:
         self.name = name
         rng = cluster.world.random(f"clock of {name}")
         self.process = SimProcess(cluster.world, name, drift=rng.uniform(-DRIFT_MAX, DRIFT_MAX))
-        network = cluster.fabric.network(self.process, name)
+        self.network = network = cluster.fabric.network(self.process, name)
         config = cluster.config
-        self.routes = Routes(
-            self.process,
-            network,
-            cluster.manager_addresses,
-            description=name,
-            config=RoutesConfig(session_extend_s=2.0),
-        )
+        self.routes = cluster.routes(self.process, network, name)
         self.router = StorageRouter(
             self.process,
             network,
             self.routes,
             config=RouterConfig(deadline_s=config.deadline_s, read_from=read_from),
         )
+        if config.metas:
+            meta_config = MetaRouterConfig(deadline_s=config.deadline_s)
+            self.meta = MetaRouter(self.process, network, self.routes, config=meta_config)
+            self.core = Core(
+                self.process,
+                self.meta,
+                EveryChain(self.routes, self.router),
+                client=lambda: self.routes.client,
+            )
 
     def kill(self) -> None:
         self.process.kill()
@@ -215,12 +256,17 @@ class ClusterConfig:
 
     managers: int = 3
     storage_nodes: int = 5
+    metas: int = 0
+    """Metadata servers; 0: the clients know chunks only."""
     replicas: int = 3
     targets_per_disk: int = 2
     deadline_s: float = 8.0
     """Of a client's operation."""
     manager: ManagerConfig = field(default_factory=lambda: ManagerConfig(session_timeout_s=15.0))
     storage: StorageConfig = field(default_factory=lambda: StorageConfig(tombstone_s=20.0))
+    meta: MetaConfig = field(
+        default_factory=lambda: MetaConfig(gc_delay_s=5.0, gc_interval_s=6.0, trash_s=30.0, shared=True)
+    )
 
 
 class SimCluster:
@@ -242,11 +288,17 @@ class SimCluster:
         self.kv = KvMachine(self)
         self.managers = [ManagerMachine(self, f"m{number + 1}") for number in range(self.config.managers)]
         self.storage = [StorageMachine(self, f"s{number + 1}") for number in range(self.config.storage_nodes)]
+        self.metas = [MetaMachine(self, f"d{number + 1}") for number in range(self.config.metas)]
         self.clients: list[SimClient] = []
 
     @property
     def machines(self) -> Sequence[SimMachine]:
-        return [self.kv, *self.managers, *self.storage]
+        return [self.kv, *self.managers, *self.storage, *self.metas]
+
+    def routes(self, process: SimProcess, network: SimNetwork, name: str) -> Routes:
+        """What a process that uses the cluster knows of it."""
+        config = RoutesConfig(session_extend_s=SESSION_EXTEND_S)
+        return Routes(process, network, self.manager_addresses, description=name, config=config)
 
     @property
     def primary(self) -> ManagerMachine | None:
@@ -274,12 +326,8 @@ class SimCluster:
         """A new client with a session."""
         client = SimClient(self, name, read_from=READ_FROM[len(self.clients) % len(READ_FROM)])
         self.clients.append(client)
-        while True:
-            try:
-                await client.process.spawn(client.routes.start(), "start")
-                return client
-            except EmberError:
-                pass
+        await client.process.spawn(_until_done(client.process, client.routes.start), "start")
+        return client
 
     def routing(self) -> Routing:
         """The table as the primary has it; an empty one when there is no primary."""
@@ -308,6 +356,15 @@ class SimCluster:
     async def within(self, work: Coroutine[Any, Any, Any], process: SimProcess) -> Any:
         """Run `work` as a task of `process`."""
         return await process.spawn(work, "work")
+
+
+async def _until_done(process: SimProcess, start: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Start something, however often that fails."""
+    while True:
+        try:
+            return await start()
+        except EmberError:
+            await process.sleep(RESTART_S)
 
 
 def _fsync() -> None:

@@ -19,6 +19,10 @@ from ...routing import TargetState
 from .cluster import SimCluster, SimMachine, StorageMachine
 from .loop import SimRuntime
 from .network import LinkFaults
+from .workload import Workload
+
+Fault = Callable[[float], Coroutine[Any, Any, None]]
+"""Begins, lasts about so many seconds, ends."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +30,7 @@ class Faults:
     """Injects for a while, then undoes what is still in force."""
 
     cluster: SimCluster
+    workload: Workload
     rng: random.Random
     gap_s: float = 3.0
     """The mean time between the beginnings of two faults."""
@@ -36,19 +41,7 @@ class Faults:
     async def run(self, world: SimRuntime, end_s: float) -> None:
         """Faults one after the other, overlapping as they do, until virtual time `end_s`."""
         rng = self.rng
-        kinds: list[tuple[Callable[[float], Coroutine[Any, Any, None]], int]] = [
-            (self._crash_storage, 8),
-            (self._crash_several, 2),
-            (self._wipe, 3),
-            (self._wipe_in_blackout, 1),
-            (self._pause, 4),
-            (self._partition, 8),
-            (self._crash_manager, 2),
-            (self._crash_kv, 1),
-            (self._weather, 3),
-            (self._slow_disk, 3),
-        ]
-        faults, weights = [kind for kind, _ in kinds], [weight for _, weight in kinds]
+        faults, weights = zip(*self.kinds(), strict=True)
         running = []
         while world.now_s() < end_s:
             if self.is_truce:
@@ -62,10 +55,28 @@ class Faults:
             task.cancel()
         self._stop()
 
+    def kinds(self) -> list[tuple[Fault, int]]:
+        """What may happen, and how often."""
+        return [
+            (self._crash_storage, 8),
+            (self._crash_several, 2),
+            (self._wipe, 3),
+            (self._wipe_in_blackout, 1),
+            (self._pause, 4),
+            (self._partition, 8),
+            (self._crash_manager, 2),
+            (self._crash_kv, 1),
+            (self._weather, 3),
+            (self._slow_disk, 3),
+        ]
+
     def _stop(self) -> None:
         """The network is whole, and every machine runs."""
         fabric = self.cluster.fabric
         fabric.heal()
+        for trap in fabric.traps:
+            trap.release()
+        fabric.traps.clear()
         fabric.faults = LinkFaults()
         for machine in self.cluster.machines:
             if machine.process is None or not machine.process.is_alive:

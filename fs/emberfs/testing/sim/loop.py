@@ -282,10 +282,8 @@ class SimLoop(asyncio.AbstractEventLoop):
             handle = callbacks.popleft()
         else:
             count = len(tasks)
-            if callbacks:
-                choice = int(self._draw() * (count + 1))
-            else:
-                choice = int(self._draw() * count) if count > 1 else 0
+            choices = count + 1 if callbacks else count
+            choice = int(self._draw() * choices) if choices > 1 else 0
             if choice == count:
                 handle = callbacks.popleft()
             else:

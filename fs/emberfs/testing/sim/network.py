@@ -37,6 +37,7 @@ from ...messages import Message
 from ...transport.types import Service
 from .loop import SimRuntime
 from .process import SimProcess
+from .traps import Passage, Trap
 
 CONNECT_TIMEOUT_S = 1.0
 KEEPALIVE_S = 2.0
@@ -66,8 +67,9 @@ class _Exchange:
     """One call in the air."""
 
     connection: SimConnection
-    changes_nothing: bool
+    message: Message
     request: bytes
+    """The message as it travels."""
     payloads: list[bytes]
     reads: list[int] | None
     """Lengths of the buffers to fill, for a read."""
@@ -83,7 +85,7 @@ class SimFabric:
     def __init__(self, world: SimRuntime) -> None:
         self.world = world
         self.faults = LinkFaults()
-        self.messages_count = 0
+        self.traps: list[Trap] = []
         self._random = world.random("network")
         self._cut: set[tuple[str, str]] = set()
         self._listening: dict[str, SimListener] = {}
@@ -122,6 +124,10 @@ class SimFabric:
 
     def is_cut(self, source: str, destination: str) -> bool:
         return (source, destination) in self._cut
+
+    def trap(self, passage: Passage, go_on: Callable[[], None]) -> Trap | None:
+        """The trap that holds a message which sets out, if one does."""
+        return next((trap for trap in list(self.traps) if trap.takes(passage, go_on)), None)
 
     # ---- what the connections use
 
@@ -273,9 +279,7 @@ class SimConnection:
         payloads = [bytes(buffer) for buffer in buffers] if reads is None else []
         encoded = _encoder.encode(request)
         await self._connect()
-        exchange = _Exchange(
-            self, request.changes_nothing, encoded, payloads, reads, buffers, self.network.process.future()
-        )
+        exchange = _Exchange(self, request, encoded, payloads, reads, buffers, self.network.process.future())
         self._air[exchange] = None
         self._send(exchange, fabric)
         try:
@@ -309,9 +313,15 @@ class SimConnection:
                 fabric.later(KEEPALIVE_S, self.break_if_stuck)
 
     def _send(self, exchange: _Exchange, fabric: SimFabric) -> None:
-        fabric.messages_count += 1
         faults, peer = fabric.faults, self.peer
         assert peer is not None
+        if fabric.traps:
+            passage = Passage(self.network.host, peer.network.host, exchange.message, is_reply=False)
+            trap = fabric.trap(passage, lambda: fabric.later(fabric.delay_s(), self._arrive, exchange, peer))
+            if trap is not None:
+                if trap.breaks:
+                    fabric.later(fabric.delay_s(), self._lose_if_waiting, exchange)
+                return
         if fabric.chance(faults.lost):
             fabric.later(KEEPALIVE_S, self._lose_if_waiting, exchange)
             return
@@ -341,8 +351,15 @@ class SimConnection:
     ) -> None:
         """What the service answered sets out."""
         fabric = self.network.fabric
-        fabric.messages_count += 1
         exchange.is_answered = True
+        if fabric.traps:
+            passage = Passage(peer.network.host, self.network.host, exchange.message, is_reply=True)
+            back = exchange, reply, filled, peer
+            trap = fabric.trap(passage, lambda: fabric.later(fabric.delay_s(), self._return, *back))
+            if trap is not None:
+                if trap.breaks:
+                    fabric.later(fabric.delay_s(), self._lose_if_waiting, exchange)
+                return
         if fabric.chance(fabric.faults.lost):
             fabric.later(KEEPALIVE_S, self._lose_if_waiting, exchange)
             return
@@ -396,7 +413,7 @@ class SimConnection:
                 continue
             del self._air[exchange]
             if not exchange.reply.done():
-                kind = Unavailable if exchange.changes_nothing else UpdateUnknown
+                kind = Unavailable if exchange.message.changes_nothing else UpdateUnknown
                 exchange.reply.set_exception(kind(f"the connection to {self.address} {how}"))
 
 

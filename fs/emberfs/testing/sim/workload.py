@@ -16,7 +16,8 @@ from ...types import CHUNK_SIZE_BYTES_MIN, chunk_id
 from .checker import Call, History, Operation, Outcome, Read, Remove, Replace, Truncate, Write
 from .cluster import SimClient
 
-INODE = 77
+INODE = 1 << 40
+"""Of all its chunks: no file has it."""
 LENGTH_MAX = 6000
 """Of a chunk, in bytes. Over a sector, so that appends go in place, and over a block."""
 TAG_BYTES = 8

@@ -1,0 +1,78 @@
+"""Waiting for work that something else may cut short, with the runtime's futures and tasks only.
+
+Does not know: what is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from .errors import UpdateUnknown
+from .messages import Message
+from .runtime import Runtime
+from .transport.types import Connection
+
+T = TypeVar("T")
+
+
+def finish(future: asyncio.Future[None]) -> None:
+    """Let those who wait for `future` go on; twice is fine."""
+    if not future.done():
+        future.set_result(None)
+
+
+def unwatched(task: asyncio.Task[Any]) -> None:
+    """Whoever waits for `task` may go away: then its error is nobody's."""
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+
+def drop(task: asyncio.Task[Any]) -> None:
+    """Stop `task`: nobody waits for it any more."""
+    unwatched(task)
+    task.cancel()
+
+
+async def first_of(runtime: Runtime, *futures: asyncio.Future[Any]) -> None:
+    """Return once one of `futures` is done, however it ended."""
+    one = runtime.future()
+
+    def wake(_: asyncio.Future[Any]) -> None:
+        finish(one)
+
+    for future in futures:
+        future.add_done_callback(wake)
+    try:
+        await one
+    finally:
+        for future in futures:
+            future.remove_done_callback(wake)
+
+
+async def until(runtime: Runtime, work: Coroutine[Any, Any, T], stop: asyncio.Future[None], *, name: str) -> T:
+    """The result of `work`; once `stop` is done before it, `work` is cancelled. Raises UpdateUnknown then."""
+    task: asyncio.Task[T] = runtime.spawn(work, name)
+    try:
+        await first_of(runtime, task, stop)
+    except BaseException:
+        drop(task)
+        raise
+    if not task.done():
+        drop(task)
+        raise UpdateUnknown("the chain changed while an update was on its way")
+    return task.result()
+
+
+async def pause(runtime: Runtime, seconds: float, stop: asyncio.Future[None]) -> None:
+    """Sleep, but not longer than until `stop` is done."""
+    timer = runtime.spawn(runtime.sleep(seconds), "pause")
+    try:
+        await first_of(runtime, timer, stop)
+    finally:
+        timer.cancel()
+
+
+async def call(connection: Connection, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+    """A call as `Runtime.spawn` takes it: nothing of it exists before it runs."""
+    return await connection.call(request, buffers)

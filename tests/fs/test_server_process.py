@@ -1,0 +1,185 @@
+"""A server process where something is in its way. Run: pytest tests/fs/test_server_process.py"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emberfs.client.routes import Routes
+from emberfs.disk import LocalDisk
+from emberfs.engine import ChunkEngine, EngineConfig
+from emberfs.errors import StoreClosed
+from emberfs.kv import LmdbKV
+from emberfs.messages import Done, GetRouting, Heartbeat, HeartbeatReply, Message, RoutingReply, TargetReport
+from emberfs.portal import Portal
+from emberfs.routing import Node, Role, Routing, Target
+from emberfs.runtime import AsyncioRuntime
+from emberfs.server import ServerConfig, write_config
+from emberfs.server.heart import HEARTBEAT_S, Heart
+from emberfs.server.roles import node_of, open_role
+from emberfs.sharing.ownership import Mode, Ownership
+from emberfs.testing.sim.loop import SimRuntime, run
+
+from tests.fs.cli_run import start_emberline
+
+TARGET = b"t" * 16
+
+
+class Manager:
+    """The only manager: answers with what `answers` makes of a request."""
+
+    def __init__(self, answer: Callable[[Any], Message]) -> None:
+        self.answer = answer
+        self.is_closed = False
+        self.calls = 0
+
+    def connection(self, address: str) -> Any:
+        if self.is_closed:
+            self.calls += 1
+            assert self.calls < 100, "it asks a closed network for ever"
+            raise StoreClosed("the network was closed")
+        return self
+
+    async def call(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+        return self.answer(request)
+
+
+def config_of(role: Role, directory: Path, *, listen: str = "127.0.0.1:0") -> ServerConfig:
+    return ServerConfig(
+        name=f"{role}-1", role=role, listen=listen, managers=["127.0.0.1:1"], directory=str(directory / "data")
+    )
+
+
+def last_words(config: ServerConfig, path: Path) -> str:
+    """What a process with these settings says when it fails at its start."""
+    write_config(path, config)
+    with start_emberline("server", "--config", path) as process:
+        try:
+            output, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()  # Should it serve.
+    assert process.returncode == 1
+    assert output == b"", "it said that it is ready"
+    assert b"Traceback" not in errors
+    return errors.decode().splitlines()[-1]
+
+
+@pytest.mark.parametrize("role", [Role.KV, Role.STORAGE])
+def test_a_directory_that_another_process_has_open_is_refused(role: Role, tmp_path: Path) -> None:
+    config = config_of(role, tmp_path)
+    Path(config.directory).mkdir()
+    ownership = Ownership.take(Path(config.directory))
+    assert ownership is not None
+    ownership.declare(Mode.INLINE)
+    said = last_words(config, tmp_path / "config.toml")
+    ownership.close()
+    assert f"process {os.getpid()} has this directory open" in said
+    assert [path.name for path in Path(config.directory).iterdir()] == ["owner.lock"]
+
+
+def test_a_process_whose_port_is_taken_ends_and_leaves_the_disk_alone(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        said = last_words(config_of(Role.KV, tmp_path, listen=address), tmp_path / "config.toml")
+    assert said == f"Error: Address already in use: {address}"
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_process_whose_metrics_port_is_taken_ends(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = ServerConfig(
+            name="kv-1", role=Role.KV, listen="127.0.0.1:0", directory=str(tmp_path / "data"), metrics=address
+        )
+        assert last_words(config, tmp_path / "config.toml") == f"Error: Address already in use: {address}"
+
+
+def test_who_follows_the_routing_ends_with_its_network() -> None:
+    async def main(sim: SimRuntime) -> None:
+        manager: Any = Manager(lambda request: RoutingReply(Routing(1)) if type(request) is GetRouting else Done())
+        original = manager.call
+
+        async def slowly(request: Message) -> Message:
+            await sim.sleep(0.1)
+            return await original(request)  # type: ignore[no-any-return]
+
+        manager.call = slowly
+        routes = Routes(sim, manager, ["m:1"])
+        await routes.start()
+        manager.is_closed = True
+        for task in routes.tasks:
+            await task
+        await routes.close()
+
+    run(0, main)
+
+
+def test_a_heart_goes_on_after_a_mistake_in_what_takes_the_routing() -> None:
+    taken: list[int] = []
+
+    async def take(routing: Routing) -> None:
+        taken.append(routing.version)
+        assert len(taken) > 1, "a mistake"
+
+    async def main(sim: SimRuntime) -> None:
+        versions = iter(range(1, 100))
+        manager: Any = Manager(lambda _: HeartbeatReply(Routing(next(versions)), 0, None))
+        heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"), on_routing=take)
+        heart.start()
+        await sim.sleep(HEARTBEAT_S * 2.5)
+        assert not heart.tasks[0].done()
+        await heart.close()
+
+    run(0, main)
+    assert taken == [1, 2, 3]
+
+
+def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path: Path) -> None:
+    runtime = AsyncioRuntime()
+    portal = Portal(runtime)
+    config = config_of(Role.STORAGE, tmp_path)
+    routing = Routing(1, (node_of(config, b"i"),), (Target(TARGET, config.name, 1),))
+    index = tmp_path / "data" / f"target-{TARGET.hex()}" / "index"
+    index.mkdir(parents=True)
+    portal.run(make_target(index, runtime, target=b"x" * 16))  # Another one lies there.
+    asked: list[GetRouting] = []
+    heard = runtime.future()
+
+    def answer(request: Any) -> Message:
+        if isinstance(request, Heartbeat):
+            if not heard.done():
+                heard.set_result(request.reports)
+            return HeartbeatReply(routing, 0, None)
+        asked.append(request)
+        if len(asked) == 2:
+            for path in index.iterdir():
+                path.unlink()
+        return RoutingReply(routing)
+
+    network: Any = Manager(answer)
+
+    async def first_reports() -> list[TargetReport]:
+        role = await open_role(config, runtime, network)
+        await role.start()
+        reports: list[TargetReport] = await heard
+        await role.close()
+        return reports
+
+    (report,) = portal.run(first_reports())
+    runtime.stop()
+    assert len(asked) == 2, "it opens at the second attempt"
+    assert report.target == TARGET
+    assert report.generation
+
+
+async def make_target(index: Path, runtime: AsyncioRuntime, *, target: bytes) -> None:
+    kv = LmdbKV.open(index, runtime)
+    engine = await ChunkEngine.open(
+        LocalDisk(str(index.parent), runtime), kv, runtime, config=EngineConfig(target=target)
+    )
+    await engine.close()
+    await kv.close()
