@@ -15,7 +15,7 @@ from ..errors import StaleRouting, Unavailable, UpdateUnknown
 from ..messages import Message, Vouch
 from ..runtime import Runtime
 from ..transport.types import Connection
-from .waiting import call, finish, first_of, until
+from ..waiting import call, finish, first_of, until
 
 VOUCH_RETRY_S = 0.05
 EARLY_VOUCHES_MAX = 65_536
@@ -70,10 +70,11 @@ class Link:
 
     async def vouch(self, number: int, *, abandoned: bool = False) -> None:
         """Tell the successor what became of call `number` here. Returns once it knows, or the call has ended."""
-        while number in self._air:
+        while number in self._air and not self._changed.done():
             try:
                 await self.ask(Vouch(self._chain, self._version, number, abandoned))
-            except (Unavailable, UpdateUnknown):
+            except (Unavailable, UpdateUnknown, StaleRouting):
+                # Stale: it does not know our chain version yet. It may when the call arrives, and then waits for this.
                 await self._runtime.sleep(VOUCH_RETRY_S)
             else:
                 return

@@ -4,6 +4,7 @@ Heartbeats renew the lease and bring routing and sessions. What the routing assi
 takes away is dropped. Invariants:
   - Nothing is served before a routing names this very incarnation of the node: what the last one promised, it promised.
   - A lease is only renewed once the routing that came with it is in force.
+  - A target that was reported offline is not served by this incarnation any more: the report may be acted on late.
 
 Does not know: how updates travel, or where a target's files are (`open_target` does).
 """
@@ -55,6 +56,7 @@ from ..routing import LocalState, Node, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
 from ..types import BATCH_ITEMS_MAX
+from ..waiting import call, drop, finish, first_of, pause, unwatched
 from .config import StorageConfig
 from .lease import Lease
 from .replica import Replica
@@ -62,13 +64,20 @@ from .resync import Pace, ResyncProgress
 from .service import check_batch, chunks_read, granule_log2_of
 from .sessions import Sessions
 from .upkeep import Upkeep
-from .waiting import call, drop, finish, first_of, pause, unwatched
 
 T = TypeVar("T")
 OpenTarget = Callable[[bytes], Awaitable[ChunkEngine]]
 """Target id -> its engine. Absent, or another target's: a fresh one. Raises OSError or EmberError if the disk fails."""
 DropTarget = Callable[[bytes], Awaitable[None]]
 """The target is not ours any more: its data may go. Its engine is closed already."""
+
+UNANSWERED_FACTOR = 0.2
+"""After a heartbeat that was not answered the next one comes in this part of the time: a new primary must be found
+before the lease is over, one manager after the other."""
+BEAT_REST_S = 0.1
+"""At least so long between two heartbeats, however many clients are asked for."""
+BEAT_FAILURES_MAX = 10
+"""After so many errors of our own in a row the server stops: without heartbeats it serves nothing anyway."""
 
 log = logging.getLogger("emberline.storage")
 
@@ -97,7 +106,7 @@ class StorageNode:
         self.replicas: dict[int, Replica] = {}
         """By chain."""
         self.stopped_because: str | None = None
-        """Another process has this node's name: nothing is served any more."""
+        """Another process has this node's name, or heartbeats fail here: nothing is served any more."""
         self._runtime = runtime
         self._network = network
         self._managers = list(managers)
@@ -107,7 +116,7 @@ class StorageNode:
         self._pace = Pace(runtime, bytes_per_s=self.config.resync_bytes_per_s, parallel=self.config.resync_parallel)
         self._upkeeps: dict[int, Upkeep] = {}
         self._broken: dict[bytes, str] = {}
-        """Targets that could not be opened, and why."""
+        """Targets that could not be opened, and why. They are reported offline until the server is started again."""
         self._closing = runtime.future()
         self._beat_now = runtime.future()
         self._curious: list[asyncio.Future[None]] = []
@@ -175,33 +184,54 @@ class StorageNode:
 
     async def _beat(self) -> None:
         await self._learn_targets()
+        failures = 0
         while not self._closing.done():
             self._beat_now = self._runtime.future()
             curious, self._curious = self._curious, []
-            sent_s = self._runtime.now_s()
-            request = Heartbeat(self.node, self.reports(), self.routing.version, self._sessions.version)
+            sent_s, interval_s = self._runtime.now_s(), self.config.heartbeat_s
             try:
+                request = Heartbeat(self.node, self.reports(), self.routing.version, self._sessions.version)
                 reply = await self._ask(request, HeartbeatReply)
                 await self._take(reply, sent_s)
+                failures = 0
                 for each in curious:
                     finish(each)
             except AlreadyExists as error:
-                self.stopped_because = str(error)
-                log.error("this server must stop: %s", error)
-                for replica in self.replicas.values():
-                    await replica.close()
+                await self._stop(str(error))
                 return
             except EmberError as error:
                 self._curious += curious
                 log.debug("no manager takes our heartbeat: %s", error)
-            rest_s = self.config.heartbeat_s - (self._runtime.now_s() - sent_s)
-            if rest_s > 0 and not self._beat_now.done() and not self._closing.done():
-                timer = self._runtime.spawn(self._runtime.sleep(rest_s), "heartbeat-timer")
-                await first_of(self._runtime, timer, self._beat_now, self._closing)
-                timer.cancel()
+                interval_s *= UNANSWERED_FACTOR
+            except Exception as error:
+                self._curious += curious
+                log.exception("a heartbeat failed")
+                failures += 1
+                if failures == BEAT_FAILURES_MAX:
+                    await self._stop(f"heartbeats fail: {error!r}")
+                    return
+            await self._rest(sent_s, interval_s)
+
+    async def _rest(self, sent_s: float, interval_s: float) -> None:
+        """Wait until `interval_s` after the last heartbeat; when one is asked for, only BEAT_REST_S."""
+        passed_s = self._runtime.now_s() - sent_s
+        if passed_s < BEAT_REST_S:
+            await pause(self._runtime, BEAT_REST_S - passed_s, self._closing)
+        left_s = interval_s - (self._runtime.now_s() - sent_s)
+        if left_s > 0 and not self._beat_now.done() and not self._closing.done():
+            timer = self._runtime.spawn(self._runtime.sleep(left_s), "heartbeat-timer")
+            await first_of(self._runtime, timer, self._beat_now, self._closing)
+            timer.cancel()
+
+    async def _stop(self, reason: str) -> None:
+        self.stopped_because = reason
+        log.error("this server must stop: %s", reason)
+        for replica in self.replicas.values():
+            await replica.close()
 
     async def _learn_targets(self) -> None:
         """Open what is ours before the first heartbeat: a restart proves by its disk that it is the only one."""
+        due_s = self._runtime.now_s() + self.config.lease_s
         while not self._closing.done():
             try:
                 reply = await self._ask(GetRouting(), RoutingReply)
@@ -210,7 +240,11 @@ class StorageNode:
                 continue
             if reply.routing is not None:
                 await self._open_targets(reply.routing)
-            return
+            if not self._broken or self._runtime.now_s() >= due_s:
+                return
+            # Nothing is reported yet. The process before us may still be about to let go of the disk.
+            self._broken.clear()
+            await pause(self._runtime, self.config.heartbeat_s, self._closing)
 
     async def _ask(self, request: Message, kind: type[T]) -> T:
         """Ask the manager that answered last; the next time another one, if it does not answer in time."""
@@ -272,15 +306,19 @@ class StorageNode:
 
     async def _open_targets(self, routing: Routing) -> None:
         for target in routing.targets:
-            if target.node != self.node.name or target.chain in self.replicas or self._closing.done():
+            is_ours = target.node == self.node.name and target.chain not in self.replicas
+            if not is_ours or target.id in self._broken or self._closing.done():
                 continue
             try:
                 engine = await self._open_target(target.id)
             except (EmberError, OSError) as error:
                 self._broken[target.id] = str(error)
-                log.error("target %s cannot be opened: %s", target.id.hex(), error)
+                log.error(
+                    "target %s cannot be opened; once reported, it stays offline until a restart: %s",
+                    target.id.hex(),
+                    error,
+                )
                 continue
-            self._broken.pop(target.id, None)
             replica = self.replicas[target.chain] = Replica(
                 engine,
                 self._runtime,

@@ -23,9 +23,9 @@ from ..errors import Corruption, EmberError, NoSpace, StaleChunk, Unavailable, U
 from ..messages import Forward, Forwarded, Message
 from ..runtime import Runtime
 from ..types import describe_chunk
+from ..waiting import drop
 from .forward import Abandoned, Link, Passing
 from .view import View
-from .waiting import drop
 
 REFUSED = (NoSpace, Corruption)
 """Errors of a successor after which neither it nor anybody after it holds anything of the call."""
@@ -62,7 +62,7 @@ class Passer:
             except UpdateUnknown:
                 raise
             except (EmberError, Abandoned) as error:
-                await self._abandon(updates, error, link=link, number=number, forward=forward)
+                await self._abandon(updates, error, whole=whole, link=link, number=number, forward=forward)
             if forward is not None:
                 assert link is not None
                 vouching = self._runtime.spawn(link.vouch(number), "vouch")
@@ -177,6 +177,7 @@ class Passer:
         updates: Sequence[Update],
         error: EmberError | Abandoned,
         *,
+        whole: bool,
         link: Link | None,
         number: int,
         forward: asyncio.Task[Message] | None,
@@ -196,7 +197,8 @@ class Passer:
             finally:
                 drop(vouching)
         if isinstance(error, Abandoned):
-            await self._discard(updates)
+            if not whole:
+                await self._discard(updates)
             raise Unavailable("the predecessor could not prepare it")
         raise error
 

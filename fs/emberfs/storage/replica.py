@@ -48,6 +48,7 @@ from ..messages import (
 from ..routing import Chain, LocalState
 from ..runtime import Runtime
 from ..transport.types import Network
+from ..waiting import finish, first_of, pause
 from .config import StorageConfig
 from .forward import Passing
 from .lease import Lease
@@ -57,7 +58,6 @@ from .resync import Pace, Resync
 from .service import rounds
 from .settle import Settler
 from .view import View
-from .waiting import finish, first_of, pause
 
 LOOKS_MAX = 16
 """So often a read looks again at a chunk that changes while it is read."""
@@ -304,6 +304,7 @@ class Replica:
             except TargetFailed as error:
                 raise given_up_as(f"the disk failed: {error}") from error
             except Exception as error:
+                self._settler.order(chunks)
                 if given_up_as is UpdateUnknown:
                     raise UpdateUnknown(f"it is prepared here, and not committed: {error}") from error
                 raise
@@ -398,34 +399,49 @@ class Replica:
         return reply.versions[0]
 
     async def _committed(self, view: View, chunks: Sequence[bytes]) -> list[int]:
-        """What the tail has committed, settled first where it is pending since an older chain version."""
+        """What the tail has committed, settled first if of an older chain version. Raises Unavailable."""
         states = await self.engine.states(chunks)
-        if not view.settled.done() and any(
-            state is not None and state.pending_version and state.pending_chain_version < view.version
-            for state in states
-        ):
-            await first_of(self._runtime, view.settled, view.changed)
+        if not view.settled.done() and any(_is_open(state, view) for state in states):
+            await self._wait_settled(view)
             states = await self.engine.states(chunks)
         if any(state is not None and state.damaged for state in states):
             raise Unavailable("the row of a chunk is damaged at the tail")
+        if any(_is_open(state, view) for state in states):
+            raise Unavailable("the head could not settle a chunk yet: what is committed of it is not known")
         return [state.version if state is not None else 0 for state in states]
 
+    async def _wait_settled(self, view: View) -> None:
+        """Return once older chain versions are settled, or the chain has changed. Raises Unavailable in the end."""
+        timer = self._runtime.spawn(self._runtime.sleep(self._config.forward_wait_s), "wait-settled")
+        try:
+            await first_of(self._runtime, view.settled, view.changed, timer)
+        finally:
+            timer.cancel()
+        if not (view.settled.done() or view.changed.done()):
+            raise Unavailable("the head has not settled yet what older chain versions left")
+
     async def list(self, request: ListChunks) -> ChunkList:
-        """Committed chunks of a range, as the tail has them. Raises StaleRouting, Unavailable."""
+        """Committed chunks of a range, as the tail has them.
+
+        Raises StaleRouting; Unavailable if it is not known whether something that is pending there was committed.
+        """
         view = self.serving_view(request.chain_version)
         if not view.is_tail:
             raise StaleRouting("chunks are listed at the tail of a chain")
         if not view.settled.done():
-            await first_of(self._runtime, view.settled, view.changed)
+            await self._wait_settled(view)
         rows = await self.engine.scan(request.begin, request.end, limit=request.limit, reverse=request.reverse)
         found, versions = [], []
         for chunk, row in rows:
             try:
-                committed = decode_record(chunk, row).committed
+                record = decode_record(chunk, row)
             except Corruption:
                 found.append((chunk, 0))  # It must not hide the others; whoever reads it is told.
                 versions.append(0)
                 continue
+            committed, pending = record.committed, record.pending or record.removal
+            if pending is not None and pending.chain_version < view.version:
+                raise Unavailable("the head could not settle a listed chunk yet")
             if committed is not None:
                 found.append((chunk, committed.length))
                 versions.append(committed.version)
@@ -481,7 +497,7 @@ class Replica:
         view = self._view(request.chain_version)
         view.inbound.begin(request.number, request.oldest)
         try:
-            await self._settler.take_settled(view)
+            await self._settler.take_settled(view, request.stuck)
         finally:
             view.inbound.end(request.number)
         return Done()
@@ -556,6 +572,11 @@ class Replica:
                 self.locks.release(chunks)
         finally:
             view.inbound.end(request.number)
+
+
+def _is_open(state: ChunkState | None, view: View) -> bool:
+    """Something is pending since an older chain version: an old tail may have committed it."""
+    return state is not None and 0 < state.pending_chain_version < view.version
 
 
 def _updates_of(request: Forward, buffers: Sequence[memoryview]) -> list[Update]:

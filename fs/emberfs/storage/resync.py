@@ -29,10 +29,10 @@ from ..messages import (
     SyncDone,
 )
 from ..runtime import Runtime
+from ..waiting import finish, first_of, pause
 from .config import StorageConfig
 from .forward import Link
 from .view import View
-from .waiting import finish, first_of, pause
 
 if TYPE_CHECKING:
     from .replica import Replica

@@ -41,9 +41,7 @@ GRANULE_SMALL_CHUNK_BYTES_MAX = 4 << 20
 class StorageService:
     """Serves the chains of `engines` ({chain id: engine}; several chains may share one engine)."""
 
-    def __init__(
-        self, engines: Mapping[int, ChunkEngine], runtime: Runtime, *, checks_requests: bool = False
-    ) -> None:
+    def __init__(self, engines: Mapping[int, ChunkEngine], runtime: Runtime, *, checks_requests: bool = False) -> None:
         """`checks_requests`: an update that comes again is not applied again, by its client, channel and sequence."""
         self._engines = engines
         self._checks_requests = checks_requests
