@@ -347,7 +347,7 @@ BUGS: dict[str, Bug] = {
     ),
     "takes the primary's lease over too soon": Bug(_takes_the_primary_lease_over_too_soon),
     "makes no new version after a restart": Bug(
-        _makes_no_new_version_after_a_restart, DirectedFaults.dies_half_way, chunks=12
+        _makes_no_new_version_after_a_restart, DirectedFaults.dies_half_way, chunks=60
     ),
     "accepts any chain version": Bug(_accepts_any_chain_version),
     "skips the second version check": Bug(_skips_the_second_version_check, DirectedFaults.island_under_a_new_primary),

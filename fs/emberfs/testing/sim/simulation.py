@@ -271,9 +271,11 @@ Content = dict[bytes, tuple[int, bytes]]
 
 
 def content_of(stored: StoredTarget) -> tuple[Content, str]:
-    """What an open target holds, read behind the engine's back, and a problem: something pending or unreadable."""
+    """What a target holds, read behind the engine's back, and a problem: something pending or unreadable."""
     content: Content = {}
-    assert stored.index is not None and stored.engine is not None and stored.disk is not None
+    if stored.engine is None:
+        return content, "the target is not open yet"  # Restarted so fast that the manager did not notice.
+    assert stored.index is not None and stored.disk is not None
     for key, row in sorted(stored.index.snapshot().items()):
         if not key.startswith(b"c"):
             continue
