@@ -137,9 +137,6 @@ class Core:
         self._meta = meta
         self._chains = chains
         self._only = next(iter(chains.values())) if len(set(chains.values())) == 1 else None
-        self._idle_channels: list[int] = []
-        self._channel_count = 0
-        self._sequences: list[int] = []
         self._moves = KeyedLocks(runtime)
 
     async def ask(self, request: Message, reply: type[Reply]) -> Reply:
@@ -549,19 +546,6 @@ class Core:
         """Write parts of files with one chunk size. Raises SessionExpired when `client` has ended."""
         for connection, batch in self._batches(parts):
             _, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
-            channel = self._take_channel()
-            sequence = self._sequences[channel]
-            self._sequences[channel] = sequence + 1
-            try:
-                request = WriteChunks(client, channel, sequence, chains, chunks, offsets, chunk_size_bytes)
-                await connection.call(request, views)
-            finally:
-                self._idle_channels.append(channel)
-
-    def _take_channel(self) -> int:
-        """A channel is one call's at a time: within it, a lower sequence number is always the older write."""
-        if self._idle_channels:
-            return self._idle_channels.pop()
-        self._channel_count += 1
-        self._sequences.append(1)
-        return self._channel_count - 1
+            # Who may have to send it again names it: see `channels`. In one process nobody has to.
+            request = WriteChunks(client, 0, 0, chains, chunks, offsets, chunk_size_bytes)
+            await connection.call(request, views)

@@ -38,6 +38,7 @@ from ..routing import Chain, ChainTarget
 from ..runtime import Runtime
 from ..transport.types import Network
 from ..waiting import call, drop, first_of
+from .channels import Channels
 from .routes import Routes
 
 
@@ -159,9 +160,7 @@ class StorageRouter:
         self._suspects: dict[str, float] = {}
         """Address -> until when it is asked last."""
         self._turn = 0
-        self._sequences: list[int] = []
-        """Last sequence number by channel."""
-        self._idle_channels: list[int] = []
+        self._channels = Channels()
         self._handlers: dict[type[Message], Callable[[Attempts, Any, Sequence[memoryview]], Awaitable[Message]]] = {
             ReadChunks: self._read,
             WriteChunks: self._named,
@@ -304,19 +303,15 @@ class StorageRouter:
     async def _named(
         self, attempts: Attempts, request: WriteChunks | RemoveChunks | TruncateChunk, buffers: Sequence[memoryview]
     ) -> Message:
-        """Run an update under a name: a channel is one call's at a time, with a sequence number that only grows."""
-        if not self._idle_channels:
-            self._idle_channels.append(len(self._sequences))
-            self._sequences.append(0)
-        channel = self._idle_channels.pop()
-        self._sequences[channel] += 1
-        request = msgspec.structs.replace(request, channel=channel, sequence=self._sequences[channel])
+        """Run an update under a name of its own."""
+        channel, sequence = self._channels.take()
+        request = msgspec.structs.replace(request, channel=channel, sequence=sequence)
         try:
             if isinstance(request, TruncateChunk):
                 return await self._truncate(attempts, request)
             return await self._update(attempts, request, buffers)
         finally:
-            self._idle_channels.append(channel)
+            self._channels.end(channel)
 
     async def _update(
         self, attempts: Attempts, request: WriteChunks | RemoveChunks, buffers: Sequence[memoryview]
@@ -325,9 +320,9 @@ class StorageRouter:
         while left:
             version = self.routes.routing.version
             shares: dict[str, list[int]] = {}
-            for item in left:
-                shares.setdefault(self._head(request.chains[item]), []).append(item)
             try:
+                for item in left:
+                    shares.setdefault(self._head(request.chains[item]), []).append(item)
                 outcomes = await self._all(
                     self._update_share(
                         attempts, address, msgspec.structs.replace(request, client=attempts.client), items, buffers

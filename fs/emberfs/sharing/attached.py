@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 
+from ..client.channels import Channels
 from ..errors import DeadlineExceeded, EmberError, SessionExpired, StoreClosed, Unavailable, UpdateUnknown
 from ..messages import (
     Attach,
@@ -80,31 +81,6 @@ class _Client:
         return next(iter(self._open), self._next)
 
 
-class _Channels:
-    """Names of updates of chunks, below that of the client.
-
-    They go on when we become another client: an update that is sent again then takes its name along.
-    """
-
-    def __init__(self) -> None:
-        self._sequences: list[int] = []
-        """Last sequence number by channel."""
-        self._idle: list[int] = []
-
-    def take(self) -> tuple[int, int]:
-        """(channel, sequence) for an update: a channel is one call's at a time."""
-        if not self._idle:
-            self._idle.append(len(self._sequences))
-            self._sequences.append(0)
-        channel = self._idle.pop()
-        self._sequences[channel] += 1
-        return channel, self._sequences[channel]
-
-    def end(self, channel: int) -> None:
-        """Its update is not sent again."""
-        self._idle.append(channel)
-
-
 class AttachedConnection:
     """A `Service` that is elsewhere. `open` or `start`, later `close`."""
 
@@ -117,7 +93,7 @@ class AttachedConnection:
         self._network = TcpNetwork(runtime, TcpConfig())
         self._connection = self._network.connection(f"unix:{self._place.path}")
         self._client = _Client(client)
-        self._channels = _Channels()
+        self._channels = Channels()
         self._is_new = False
         """No server knows us yet."""
         self._pid = 0
