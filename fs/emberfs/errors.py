@@ -21,6 +21,7 @@ programmer would catch. Our own mistakes are `assert`, never one of these.
     ├── StaleChunk (OSError ESTALE)           a chunk version or truncate generation has moved on
     ├── UpdateUnknown (OSError EIO)           a write may or may not have happened; read to find out
     ├── Unavailable (ConnectionError)         nobody could serve it now; nothing happened, try again
+    │   └── Unreachable                       there was no answer from the server that was asked: try another one
     ├── DeadlineExceeded (TimeoutError)       no answer in time, to a request that changes nothing
     ├── StaleRouting (OSError ESTALE)         a server is in another chain version or may not serve; nothing happened
     ├── SessionExpired (OSError ESTALE)       the cluster gave this client up; connect again
@@ -166,6 +167,16 @@ class Unavailable(_OSEmberError, ConnectionError):
     """No server could take the request. Nothing was applied; try again."""
 
     errno_default = errno.EHOSTUNREACH
+
+
+class Unreachable(Unavailable):
+    """No connection could be made to a server, or the one there was is lost, or it did not answer in time.
+
+    A server that met this when it asked another one was reached itself: it travels as Unavailable.
+    """
+
+    def __reduce__(self) -> tuple[type[Unavailable], tuple[str, str | None]]:
+        return (Unavailable, (self.message, self.path))
 
 
 class DeadlineExceeded(_OSEmberError, TimeoutError):

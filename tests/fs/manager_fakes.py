@@ -12,7 +12,7 @@ from emberfs.errors import AlreadyExists, EmberError, StaleRouting, Unavailable,
 from emberfs.kv.memory import MemoryKV
 from emberfs.kv.types import Transaction
 from emberfs.manager import ManagerConfig, ManagerService, rows
-from emberfs.messages import Heartbeat, HeartbeatReply, Message, TargetReport
+from emberfs.messages import GetRouting, Heartbeat, HeartbeatReply, Message, TargetReport
 from emberfs.routing import Chain, LocalState, Node, Role, Routing, TargetState
 from emberfs.testing.sim.loop import SimRuntime
 
@@ -150,6 +150,7 @@ class FakeNode:
         self.is_running, self.must_stop = True, False
         self.incarnation = self.runtime.random_bytes(8)
         self.routing = Routing(0)
+        self._known = 0
         self.sessions_version = 0
         self.lease_until_s = float("-inf")
         self._given_up: set[bytes] = set()
@@ -194,8 +195,12 @@ class FakeNode:
         node = Node(self.name, Role.STORAGE, f"{self.name}:1", self.incarnation, host=self.host)
         for service in self._managers.services:
             sent_s = self.runtime.now_s()
-            request = Heartbeat(node, self.reports(), self.routing.version, self.sessions_version)
             try:
+                if not self._known:
+                    reply = await self.link.carry(partial(service.handle, GetRouting()))
+                    self._known = reply.routing.version if reply.routing else 0
+                version = max(self.routing.version, self._known)
+                request = Heartbeat(node, self.reports(), version, self.sessions_version)
                 await self.link.carry(partial(self._deliver, service, request, sent_s))
                 return
             except AlreadyExists:

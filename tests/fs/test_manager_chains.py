@@ -165,7 +165,7 @@ def test_a_new_node_gets_its_share_while_every_chain_keeps_its_replicas(seed: in
         await sim.sleep(5.0)
         assert (await held(managers))["new"] == 0, "nothing moves unasked"
         await managers.call(AddNode("new"))
-        while (await held(managers))["new"] < 6 or any(
+        while sorted((await held(managers)).values()) != [6, 6, 6, 6] or any(
             len(chain.targets) > 3 for chain in (await managers.chains()).values()
         ):
             chains = (await managers.chains()).values()
@@ -173,7 +173,8 @@ def test_a_new_node_gets_its_share_while_every_chain_keeps_its_replicas(seed: in
             assert sum(len(chain.targets) > 3 for chain in chains) <= 4, "moves_max"
             assert sim.now_s() < 60.0
             await sim.sleep(0.02)
-        assert sorted((await held(managers)).values()) == [6, 6, 6, 6]
+        await sim.sleep(5.0)
+        assert sorted((await held(managers)).values()) == [6, 6, 6, 6], "and nothing moves any more"
         await all_serving(managers, replicas=3)
         assert len(nodes[3].disk) == 6
         await stop(managers, nodes)

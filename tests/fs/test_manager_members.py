@@ -183,12 +183,28 @@ def test_a_heartbeat_from_before_a_node_knew_its_targets_takes_nothing_from_it()
     run(0, main)
 
 
+def test_what_a_process_said_before_it_died_takes_nothing_from_its_successor() -> None:
+    """Its heartbeat is late and the first one of that process that arrives: nobody knows yet that it is an old one."""
+
+    async def main(sim: SimRuntime) -> None:
+        managers = await Managers(sim).start()
+        first, dead, last = (Node("meta1", Role.META, "h:1", incarnation) for incarnation in (b"1", b"2", b"3"))
+        known = (await managers.call(Heartbeat(first, [], 0))).routing.version
+        await managers.call(Heartbeat(last, [], known))
+        with pytest.raises(Conflict, match="learn that first"):
+            await managers.call(Heartbeat(dead, [], known))
+        await managers.call(Heartbeat(last, [], known))
+        await managers.close()
+
+    run(0, main)
+
+
 def test_what_an_old_incarnation_still_says_is_refused() -> None:
     async def main(sim: SimRuntime) -> None:
         managers = await Managers(sim).start()
         old, new = (Node("meta1", Role.META, "h:1", incarnation) for incarnation in (b"1", b"2"))
-        await managers.call(Heartbeat(old, [], 0))
-        await managers.call(Heartbeat(new, [], 0))
+        known = (await managers.call(Heartbeat(old, [], 0))).routing.version
+        await managers.call(Heartbeat(new, [], known))
         with pytest.raises(AlreadyExists, match="must stop"):
             await managers.call(Heartbeat(old, [], 0))
         with pytest.raises(AlreadyExists, match="choose another"):

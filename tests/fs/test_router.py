@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from emberfs.client.router import RouterConfig, StorageRouter
+from emberfs.client.router import ReadFrom, RouterConfig, StorageRouter
 from emberfs.errors import SessionExpired, StaleChunk, Unavailable, UpdateUnknown
-from emberfs.messages import Done, ListChunks, Message, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
+from emberfs.messages import ChunksRead, Done, ListChunks, Message, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
 from emberfs.routing import Chain, ChainTarget, Routing, TargetState
 from emberfs.testing.sim.loop import SimRuntime, run
 
 
 class FakeRoutes:
-    """Chain n has one target, at the server of that number; chains 1 and 3 have the same server."""
+    """Chain n has one target, at server n % 2. Both serve chain 100."""
 
     client = b"c" * 16
     routing = Routing(1)
 
     def chain(self, chain: int) -> Chain:
-        return Chain(chain, 10 * chain, (ChainTarget(b"%d" % (chain % 2), TargetState.SERVING),))
+        targets = [b"0", b"1"] if chain == 100 else [b"%d" % (chain % 2)]
+        return Chain(chain, 10 * chain, tuple(ChainTarget(target, TargetState.SERVING) for target in targets))
 
     def address(self, target: bytes) -> str:
         return target.decode()
@@ -41,7 +42,7 @@ class Servers:
         self.errors: dict[str, list[Exception]] = {}
         self.stuck: set[str] = set()
         """Servers that take a request and never answer."""
-        self.forever: asyncio.Future[None]
+        self.forever: Callable[[], asyncio.Future[None]]
 
     def connection(self, address: str) -> Any:
         return _Connection(self, address)
@@ -54,10 +55,10 @@ class _Connection:
     async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
         self.servers.sent.append((self.address, request))
         if self.address in self.servers.stuck:
-            await self.servers.forever
+            await self.servers.forever()
         if self.servers.errors.get(self.address):
             raise self.servers.errors[self.address].pop()
-        return Done()
+        return ChunksRead([len(buffer) for buffer in buffers]) if isinstance(request, ReadChunks) else Done()
 
 
 def test_expected_versions_go_with_their_chunks() -> None:
@@ -123,12 +124,69 @@ def test_a_server_that_never_answers_is_waited_for_until_the_deadline(
 ) -> None:
     async def main(runtime: SimRuntime) -> None:
         servers = Servers()
-        servers.stuck, servers.forever = {"0", "1"}, runtime.future()
+        servers.stuck, servers.forever = {"0", "1"}, runtime.future
         router = StorageRouter(runtime, servers, FakeRoutes(), config=RouterConfig(deadline_s=3.0))  # type: ignore[arg-type]
         buffers = [memoryview(bytearray(4)) for _ in getattr(request_, "offsets", [])]
         started_s = runtime.now_s()
         with pytest.raises(error, match="not done after 3 s"):
             await router.call(request_, buffers)
         assert 3.0 <= runtime.now_s() - started_s < 3.1
+
+    run(0, main)
+
+
+READ = ReadChunks([100], [b"a"], [0])
+
+
+async def read_times(runtime: SimRuntime, router: StorageRouter, count: int) -> list[float]:
+    """How long each of `count` reads of chain 100 takes, one second apart."""
+    times_s = []
+    for _ in range(count):
+        started_s = runtime.now_s()
+        await router.call(READ, [memoryview(bytearray(4))])
+        times_s.append(runtime.now_s() - started_s)
+        await runtime.sleep(1.0)
+    return times_s
+
+
+def test_a_read_does_not_wait_long_for_a_server_where_another_one_has_the_bytes() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        servers = Servers()
+        servers.stuck, servers.forever = {"1"}, runtime.future
+        config = RouterConfig(read_from=ReadFrom.TAIL, read_patience_s=0.5, suspect_s=3.0, suspect_max_s=6.0)
+        router = StorageRouter(runtime, servers, FakeRoutes(), config=config)  # type: ignore[arg-type]
+        times_s = await read_times(runtime, router, 20)
+        slow = [index for index, time_s in enumerate(times_s) if time_s > 0.1]
+        assert max(times_s) < 0.6
+        assert slow == [0, 3, 9, 15], "a server that goes on failing is asked less often"
+        servers.stuck.clear()
+        await runtime.sleep(6.0)
+        await read_times(runtime, router, 2)
+        assert [address for address, _ in servers.sent[-2:]] == ["1", "1"], "one that answers is asked first again"
+
+    run(0, main)
+
+
+def test_patience_grows_when_all_replicas_are_slow() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        servers = Servers()
+        servers.stuck, servers.forever = {"0", "1"}, runtime.future
+        config = RouterConfig(deadline_s=10.0, read_patience_s=0.5)
+        router = StorageRouter(runtime, servers, FakeRoutes(), config=config)  # type: ignore[arg-type]
+        with pytest.raises(Unavailable, match="not done after 10 s"):
+            await router.call(READ, [memoryview(bytearray(4))])
+        assert len(servers.sent) == 5, "0.5, 1, 2, 4 s, and what is left"
+
+    run(0, main)
+
+
+def test_an_update_is_waited_for() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        servers = Servers()
+        servers.stuck, servers.forever = {"0"}, runtime.future
+        router = StorageRouter(runtime, servers, FakeRoutes(), config=RouterConfig(deadline_s=10.0))  # type: ignore[arg-type]
+        with pytest.raises(UpdateUnknown):
+            await router.call(WriteChunks(b"", 0, 0, [100], [b"a"], [0], 1 << 16), [memoryview(b"payload")])
+        assert len(servers.sent) == 1
 
     run(0, main)

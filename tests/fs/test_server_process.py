@@ -12,7 +12,7 @@ import pytest
 from emberfs.client.routes import Routes
 from emberfs.disk import LocalDisk
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import StoreClosed
+from emberfs.errors import StoreClosed, Unavailable
 from emberfs.kv import LmdbKV
 from emberfs.messages import Done, GetRouting, Heartbeat, HeartbeatReply, Message, RoutingReply, TargetReport
 from emberfs.portal import Portal
@@ -127,7 +127,13 @@ def test_a_heart_goes_on_after_a_mistake_in_what_takes_the_routing() -> None:
 
     async def main(sim: SimRuntime) -> None:
         versions = iter(range(1, 100))
-        manager: Any = Manager(lambda _: HeartbeatReply(Routing(next(versions)), 0, None))
+
+        def answer(request: Message) -> Message:
+            if isinstance(request, GetRouting):
+                return RoutingReply(None)
+            return HeartbeatReply(Routing(next(versions)), 0, None)
+
+        manager: Any = Manager(answer)
         heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"), on_routing=take)
         heart.start()
         await sim.sleep(HEARTBEAT_S * 2.5)
@@ -154,6 +160,8 @@ def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path:
             if not heard.done():
                 heard.set_result(request.reports)
             return HeartbeatReply(routing, 0, None)
+        if request.wait_s:
+            raise Unavailable("no news")
         asked.append(request)
         if len(asked) == 2:
             for path in index.iterdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
@@ -25,6 +26,7 @@ from emberfs.storage import StorageConfig, StorageNode
 from emberfs.storage.node import BEAT_REST_S
 from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
+from emberfs.waiting import finish, pause
 
 from tests.fs.chain_fakes import CHUNK, CLIENT, OTHER, Wire
 
@@ -33,24 +35,34 @@ SERVER = Node("s1", Role.STORAGE, "s1", b"incarnation")
 
 
 class FakeManager:
-    """Answers every heartbeat with what the test has put here."""
+    """Answers every heartbeat with what the test has put here, and holds questions for a newer routing."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: SimRuntime) -> None:
+        self.runtime = runtime
+        self.news: asyncio.Future[None] = runtime.future()
         self.routing = Routing(1, (SERVER,), (Target(TARGET, "s1", 1), Target(SECOND, "s1", 2)))
         self.sessions: list[bytes] = []
         self.heartbeats: list[Heartbeat] = []
         self.error: Exception | None = None
+        self.is_deaf = False
+        """Heartbeats are refused."""
 
     def put(self, *chains: Chain, targets: Sequence[Target] | None = None, node: Node = SERVER) -> None:
         kept = self.routing.targets if targets is None else tuple(targets)
         self.routing = Routing(self.routing.version + 1, (node,), kept, chains)
+        finish(self.news)
+        self.news = self.runtime.future()
 
     async def handle(self, request: Message, _: Sequence[memoryview]) -> Message:
         if self.error is not None:
             raise self.error
         if isinstance(request, GetRouting):
-            return RoutingReply(self.routing)
+            if request.version >= self.routing.version:
+                await pause(self.runtime, request.wait_s, self.news)
+            return RoutingReply(self.routing if request.version < self.routing.version else None)
         assert isinstance(request, Heartbeat)
+        if self.is_deaf:
+            raise Unavailable("what?")
         self.heartbeats.append(request)
         return HeartbeatReply(self.routing, len(self.sessions), list(self.sessions))
 
@@ -59,7 +71,7 @@ class Host:
     """A node with two targets, one for each of the chains 1 and 2."""
 
     def __init__(self, runtime: SimRuntime) -> None:
-        self.runtime, self.wire, self.manager = runtime, Wire(), FakeManager()
+        self.runtime, self.wire, self.manager = runtime, Wire(), FakeManager(runtime)
         self.indexes: dict[bytes, MemoryKV] = {}
         self.disks: dict[bytes, SimDisk] = {}
         self.dropped: list[bytes] = []
@@ -151,6 +163,35 @@ def test_a_routing_of_another_incarnation_is_not_for_us() -> None:
         await host.beats()
         with pytest.raises(StaleRouting):
             await host.read()
+
+    on_host(work)
+
+
+def test_a_chain_change_is_known_before_the_next_heartbeat() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        beats = len(host.manager.heartbeats)
+        host.manager.put(host.chain(1, TARGET, version=2), host.chain(2, SECOND))
+        await host.runtime.sleep(0.001)
+        reply = await host.node.handle(ReadChunks([1], [CHUNK], [0], [2]), [memoryview(bytearray(3))])
+        assert isinstance(reply, ChunksRead)
+        assert reply.counts == [3]
+        assert len(host.manager.heartbeats) == beats
+
+    on_host(work)
+
+
+def test_what_the_manager_said_while_a_question_waited_renews_no_lease() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        known = host.node.routing.version
+        host.manager.is_deaf = True
+        for version in range(2, 12):
+            host.manager.put(host.chain(1, TARGET, version=version), host.chain(2, SECOND))
+            await host.beats(0.5)
+        assert host.node.routing.version > known
+        assert not host.node.lease.is_valid
 
     on_host(work)
 

@@ -117,7 +117,7 @@ def test_payload_is_copied_at_the_sender_and_arrives_with_the_reply() -> None:
 def test_a_call_to_nobody_did_not_happen_and_says_so_at_once() -> None:
     async def work(hosts: Hosts) -> None:
         name, seconds = await hosts.outcome()
-        assert name == "Unavailable" and seconds < 0.1
+        assert name == "Unreachable" and seconds < 0.1
 
     on_hosts(work)
 
@@ -131,7 +131,7 @@ def test_the_death_of_the_server_breaks_calls_and_runs_none_of_its_code() -> Non
         name, seconds = await calling
         assert name == "UpdateUnknown" and seconds < 0.6
         assert (echo.begun, echo.ended) == (1, 0)
-        assert (await hosts.outcome())[0] == "Unavailable"
+        assert (await hosts.outcome())[0] == "Unreachable"
         again, _ = await hosts.serve()
         assert (await hosts.outcome())[0] == "NotFound"
         again.kill()
@@ -159,7 +159,7 @@ def test_a_question_that_changes_nothing_did_not_happen_when_the_connection_brea
         calling = hosts.runtime.spawn(hosts.outcome(GetRouting()), "call")
         await hosts.runtime.sleep(0.5)
         process.kill()
-        assert (await calling)[0] == "Unavailable"
+        assert (await calling)[0] == "Unreachable"
 
     on_hosts(work)
 
@@ -192,7 +192,7 @@ def test_a_cut_either_way_loses_the_answer_then_refuses_then_heals(cut: tuple[st
         assert name == "UpdateUnknown" and seconds >= KEEPALIVE_S - 1e-6
         assert echo.begun == (1 if cut[0] == "client" else 2)
         name, seconds = await hosts.outcome()
-        assert name == "Unavailable" and seconds >= CONNECT_TIMEOUT_S - 1e-6
+        assert name == "Unreachable" and seconds >= CONNECT_TIMEOUT_S - 1e-6
         hosts.fabric.heal()
         assert (await hosts.outcome())[0] == "NotFound"
         process.kill()

@@ -18,11 +18,11 @@ import asyncio
 import enum
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from ..errors import EmberError, LimitExceeded, SessionExpired, StaleRouting, Unavailable, UpdateUnknown
+from ..errors import EmberError, LimitExceeded, SessionExpired, StaleRouting, Unavailable, Unreachable, UpdateUnknown
 from ..messages import (
     ChunkList,
     ChunksRead,
@@ -61,8 +61,12 @@ class RouterConfig:
     retry_first_s: float = 0.02
     """Pause before the second attempt, unless newer routing comes sooner; doubled up to `retry_max_s`."""
     retry_max_s: float = 0.5
-    suspect_s: float = 1.0
-    """A server that failed is asked last for this long."""
+    read_patience_s: float = 1.0
+    """A read that was not answered for so long goes to another replica; each time it waits twice as long."""
+    suspect_s: float = 5.0
+    """A server that was not reached is asked last for this long, or until it answers: longer than the cluster takes to
+    find out that it is dead. Doubled with each failure up to `suspect_max_s`: only our way to it may be broken."""
+    suspect_max_s: float = 60.0
     read_from: ReadFrom = ReadFrom.LOAD
     relaxed: bool = False
     """Reads take what the replica has committed, without asking the tail: it may be older than the newest write."""
@@ -70,8 +74,16 @@ class RouterConfig:
     """This machine, as servers name theirs."""
 
     def __post_init__(self) -> None:
-        if min(self.deadline_s, self.retry_first_s, self.retry_max_s) <= 0 or self.suspect_s < 0:
-            raise LimitExceeded("deadlines and pauses must be more than 0")
+        for name in ("deadline_s", "retry_first_s", "retry_max_s", "read_patience_s", "suspect_s", "suspect_max_s"):
+            if getattr(self, name) <= 0:
+                raise LimitExceeded(f"{name} must be more than 0: {getattr(self, name)}")
+
+
+class _Suspect(NamedTuple):
+    """A server that did not answer."""
+
+    until_s: float
+    for_s: float
 
 
 class Attempts:
@@ -87,17 +99,21 @@ class Attempts:
         self.client = client or router.routes.client
         """Whose session names the operation. A second attempt under another one would not be known as the same."""
         self._is_bound = bool(client)
+        self.has_choice = False
+        """Somebody else could answer: nobody is waited for until the deadline."""
+        self._patience_s = router.config.read_patience_s
         self._timer: asyncio.Task[None] | None = None
 
     async def reply(self, address: str, request: Message, buffers: Sequence[memoryview]) -> Message:
-        """One call. Raises Unavailable or UpdateUnknown if no answer comes before the deadline, too.
+        """One call. Raises Unavailable or UpdateUnknown if no answer comes in time, too.
 
         However it ends, nobody touches `buffers` any more.
         """
         runtime, network = self._router.runtime, self._router.network
         if self._timer is None:
             left_s = max(self._deadline_s - runtime.now_s(), 0.0)
-            self._timer = runtime.spawn(runtime.sleep(left_s), "deadline")
+            wait_s = min(left_s, self._patience_s) if self.has_choice else left_s
+            self._timer = runtime.spawn(runtime.sleep(wait_s), "deadline")
         task: asyncio.Task[Message] = runtime.spawn(call(network.connection(address), request, buffers), "router-call")
         try:
             await first_of(runtime, task, self._timer)
@@ -107,7 +123,7 @@ class Attempts:
         if not task.done():
             await self._stop(task)
             what = f"{address} did not answer in time"
-            raise Unavailable(what) if request.changes_nothing else UpdateUnknown(what)
+            raise Unreachable(what) if request.changes_nothing else UpdateUnknown(what)
         return task.result()
 
     async def _stop(self, task: asyncio.Task[Message]) -> None:
@@ -115,12 +131,16 @@ class Attempts:
         await first_of(self._router.runtime, task)
 
     def end(self) -> None:
-        """The operation is over."""
+        """The operation is over, or this round of attempts: all that were made side by side have ended."""
         if self._timer is not None:
+            if self._timer.done():
+                self._patience_s *= 2
             self._timer.cancel()
+            self._timer = None
 
     async def after(self, error: Exception, seen_version: int) -> None:
         """Wait for a reason to try again. Raises when the time is over."""
+        self.end()
         self.is_unknown = self.is_unknown or isinstance(error, UpdateUnknown)
         router = self._router
         if isinstance(error, SessionExpired):
@@ -157,8 +177,8 @@ class StorageRouter:
         self.config = config or RouterConfig()
         self.network = network
         self._in_the_air: dict[str, int] = {}
-        self._suspects: dict[str, float] = {}
-        """Address -> until when it is asked last."""
+        self._suspects: dict[str, _Suspect] = {}
+        """By address: those that did not answer since they failed."""
         self._turn = 0
         self._channels = Channels()
         self._handlers: dict[type[Message], Callable[[Attempts, Any, Sequence[memoryview]], Awaitable[Message]]] = {
@@ -187,6 +207,7 @@ class StorageRouter:
         left = list(range(len(buffers)))
         while left:
             version = self.routes.routing.version
+            attempts.has_choice = any(len(self.routes.chain(chain).serving) > 1 for chain in set(request.chains))
             shares = self._read_shares(request, left, damaged)
             outcomes = await self._all(
                 self._read_share(attempts, address, request, [item for item, _ in share], buffers)
@@ -210,6 +231,8 @@ class StorageRouter:
                         left.append(item)
             if failure is not None:
                 await attempts.after(failure, version)
+            else:
+                attempts.end()
         return ChunksRead(counts, errors)
 
     def _chain_of(self, request: ReadChunks, item: int) -> Chain:
@@ -260,8 +283,16 @@ class StorageRouter:
         return is_far, self._in_the_air.get(address, 0)
 
     def _is_suspect(self, target: ChainTarget) -> bool:
-        until_s = self._suspects.get(self.routes.address(target.target))
-        return until_s is not None and until_s > self.runtime.now_s()
+        suspect = self._suspects.get(self.routes.address(target.target))
+        return suspect is not None and suspect.until_s > self.runtime.now_s()
+
+    def _suspect(self, address: str) -> None:
+        """It did not answer: ask it last for a while."""
+        now_s, before = self.runtime.now_s(), self._suspects.get(address)
+        if before is not None and before.until_s > now_s:
+            return
+        for_s = self.config.suspect_s if before is None else min(2 * before.for_s, self.config.suspect_max_s)
+        self._suspects[address] = _Suspect(now_s + for_s, for_s)
 
     async def _read_share(
         self,
@@ -411,10 +442,13 @@ class StorageRouter:
             raise Unavailable(f"no replica of chain {chains[0]} serves now")
         self._in_the_air[address] = self._in_the_air.get(address, 0) + 1
         try:
-            return await attempts.reply(address, request, buffers)
-        except (Unavailable, UpdateUnknown):
-            self._suspects[address] = self.runtime.now_s() + self.config.suspect_s
+            reply = await attempts.reply(address, request, buffers)
+        except Unreachable:
+            self._suspect(address)
             raise
+        else:
+            self._suspects.pop(address, None)
+            return reply
         finally:
             self._in_the_air[address] -= 1
 

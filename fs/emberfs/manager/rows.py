@@ -75,6 +75,8 @@ class NodeRow(msgspec.Struct, frozen=True, array_like=True):
     """Chains move to it until it has its share."""
     retired: tuple[bytes, ...] = ()
     """Incarnations before the present one, the newest last, at most RETIRED_MAX: what they say is late."""
+    known_from: int = 0
+    """The routing version that first named the present incarnation."""
 
 
 class SessionRow(msgspec.Struct, frozen=True, array_like=True):

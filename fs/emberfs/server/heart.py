@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from ..client.managers import Managers
 from ..errors import EmberError
-from ..messages import Heartbeat, HeartbeatReply
+from ..messages import GetRouting, Heartbeat, HeartbeatReply, RoutingReply
 from ..routing import Node, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
@@ -41,6 +41,7 @@ class Heart:
         self._on_routing = on_routing
         self._on_sessions = on_sessions
         self._sessions_version = 0
+        self._is_admitted = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -67,6 +68,7 @@ class Heart:
             try:
                 await self._tell()
             except EmberError as error:
+                self._is_admitted = False
                 log.warning("no manager takes our heartbeat: %s", error)
             except Exception:
                 # A mistake of ours, maybe in what takes the routing: without heartbeats this server would be lost.
@@ -74,13 +76,21 @@ class Heart:
             await self._runtime.sleep(HEARTBEAT_S)
 
     async def _tell(self) -> None:
+        if not self._is_admitted:
+            # Who takes over a name must know who has it.
+            known = await self._managers.ask(GetRouting(), RoutingReply, timeout_s=HEARTBEAT_S * 4)
+            await self._take(known.routing)
         request = Heartbeat(self._node, [], self.routing.version, self._sessions_version)
         reply = await self._managers.ask(request, HeartbeatReply, timeout_s=HEARTBEAT_S * 4)
-        if reply.routing is not None:
-            self.routing = reply.routing
-            if self._on_routing is not None:
-                await self._on_routing(reply.routing)
+        self._is_admitted = True
+        await self._take(reply.routing)
         if reply.sessions is not None:
             self._sessions_version = reply.sessions_version
             if self._on_sessions is not None:
                 await self._on_sessions(reply.sessions)
+
+    async def _take(self, routing: Routing | None) -> None:
+        if routing is not None and routing.version > self.routing.version:
+            self.routing = routing
+            if self._on_routing is not None:
+                await self._on_routing(routing)

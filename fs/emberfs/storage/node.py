@@ -1,7 +1,7 @@
 """A storage node: the targets of one disk, kept in step with the manager, and one service for all of them.
 
-Heartbeats renew the lease and bring routing and sessions. What the routing assigns to this node is opened, what it
-takes away is dropped. Invariants:
+Heartbeats renew the lease and bring routing and sessions; a question that waits at the manager brings a newer routing
+as soon as there is one. What the routing assigns to this node is opened, what it takes away is dropped. Invariants:
   - Nothing is served before a routing names this very incarnation of the node: what the last one promised, it promised.
   - A lease is only renewed once the routing that came with it is in force.
   - A target that was reported offline is not served by this incarnation any more: the report may be acted on late.
@@ -76,6 +76,8 @@ UNANSWERED_FACTOR = 0.2
 before the lease is over, one manager after the other."""
 BEAT_REST_S = 0.1
 """At least so long between two heartbeats, however many clients are asked for."""
+FOLLOW_WAIT_S = 5.0
+"""How long the manager holds a question for a newer routing."""
 BEAT_FAILURES_MAX = 10
 """After so many errors of our own in a row the server stops: without heartbeats it serves nothing anyway."""
 
@@ -184,6 +186,7 @@ class StorageNode:
 
     async def _beat(self) -> None:
         await self._learn_targets()
+        self._tasks.append(self._runtime.spawn(self._follow_changes(), "routing"))
         failures = 0
         while not self._closing.done():
             self._beat_now = self._runtime.future()
@@ -230,7 +233,8 @@ class StorageNode:
             await replica.close()
 
     async def _learn_targets(self) -> None:
-        """Open what is ours before the first heartbeat: a restart proves by its disk that it is the only one."""
+        """Open what is ours before the first heartbeat: a restart proves by its disk that it is the only one, and by
+        the routing it knows that it came last."""
         due_s = self._runtime.now_s() + self.config.lease_s
         while not self._closing.done():
             try:
@@ -239,6 +243,7 @@ class StorageNode:
                 await pause(self._runtime, self.config.heartbeat_s, self._closing)
                 continue
             if reply.routing is not None:
+                self.routing = reply.routing
                 await self._open_targets(reply.routing)
             if not self._broken or self._runtime.now_s() >= due_s:
                 return
@@ -246,18 +251,35 @@ class StorageNode:
             self._broken.clear()
             await pause(self._runtime, self.config.heartbeat_s, self._closing)
 
-    async def _ask(self, request: Message, kind: type[T]) -> T:
-        """Ask the manager that answered last; the next time another one, if it does not answer in time."""
-        connection = self._network.connection(self._managers[0])
-        task = self._runtime.spawn(call(connection, request), "to-manager")
-        timer = self._runtime.spawn(self._runtime.sleep(2 * self.config.heartbeat_s), "to-manager-timer")
+    async def _follow_changes(self) -> None:
+        """Learn of a chain change when it is made and not by the next heartbeat: until then nobody serves that chain.
+
+        The lease is none of its business: a heartbeat renews it, with a routing that is no older.
+        """
+        while not self._closing.done() and self.stopped_because is None:
+            try:
+                reply = await self._ask(GetRouting(self.routing.version, FOLLOW_WAIT_S), RoutingReply, FOLLOW_WAIT_S)
+            except EmberError:
+                await pause(self._runtime, self.config.heartbeat_s, self._closing)
+                continue
+            self._adopt(reply.routing)
+
+    async def _ask(self, request: Message, kind: type[T], wait_s: float = 0.0) -> T:
+        """Ask the manager that answered last; the next time another one, if it does not answer in time.
+
+        `wait_s`: how long it may hold the question.
+        """
+        manager = self._managers[0]
+        task = self._runtime.spawn(call(self._network.connection(manager), request), "to-manager")
+        timer = self._runtime.spawn(self._runtime.sleep(wait_s + 2 * self.config.heartbeat_s), "to-manager-timer")
         try:
             await first_of(self._runtime, task, timer, self._closing)
             if not task.done():
                 raise Unavailable("the manager did not answer in time")
             reply = task.result()
         except (Unavailable, UpdateUnknown, StaleRouting):
-            self._managers.append(self._managers.pop(0))
+            if manager == self._managers[0]:
+                self._managers.append(self._managers.pop(0))
             raise
         finally:
             drop(task)
@@ -268,9 +290,13 @@ class StorageNode:
     async def _take(self, reply: HeartbeatReply, sent_s: float) -> None:
         if reply.sessions is not None:
             self._sessions.take(reply.sessions_version, reply.sessions)
-        if reply.routing is not None and reply.routing.version > self.routing.version:
-            self._follow(reply.routing)
+        self._adopt(reply.routing)
         self.lease.renew(sent_s)
+
+    def _adopt(self, routing: Routing | None) -> None:
+        """Go by `routing` if it is news, and open and drop targets as it says."""
+        if routing is not None and routing.version > self.routing.version:
+            self._follow(routing)
         if self._applying is None or self._applying.done():
             self._applying = self._runtime.spawn(self._apply(), "apply-routing")
 

@@ -24,6 +24,7 @@ from ..errors import (
     LimitExceeded,
     StoreClosed,
     Unavailable,
+    Unreachable,
     UpdateUnknown,
 )
 from ..messages import Message
@@ -71,7 +72,7 @@ class TcpConnection:
 
     async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
         """See `types.Call`. Raises what the server raised, and Unavailable, UpdateUnknown, DeadlineExceeded,
-        AccessDenied, ProtocolError, LimitExceeded, StoreClosed.
+        AccessDenied, ProtocolError, LimitExceeded, StoreClosed. Unreachable where there is no connection.
         """
         runtime = self._runtime
         if runtime.is_inline():
@@ -239,6 +240,6 @@ def _refusal(error: Exception, address: str) -> Callable[[], Exception]:
     elif is_tls_refusal(error):
         kind = AccessDenied
     else:
-        kind = Unavailable
+        kind = Unreachable
     text = str(error) or "no answer in time"
     return lambda: kind(f"{address}: {text}")

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from socket import socket
 
-from ..errors import EmberError, ProtocolError, Unavailable, UpdateUnknown
+from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
 from ..messages import Message
 from ..runtime import AsyncioRuntime
 from .codec import decode_failure, decode_message
@@ -168,7 +168,7 @@ class Link:
         self._refuse(error)
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            kind = UpdateUnknown if call.may_have_happened else Unavailable
+            kind = UpdateUnknown if call.may_have_happened else Unreachable
             call.fail(kind(f"{call.name}: the connection to {self._address} was lost ({error})"))
         self._on_change(self)
 

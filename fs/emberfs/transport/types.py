@@ -4,7 +4,8 @@
 them (a write); afterwards it never touches them again. An error of the server arrives as the same exception class.
 
 What can go wrong between the two is told by class:
-  Unavailable       the request did not leave, or the server refused to take it: nothing happened
+  Unreachable       the request did not leave, or it changes nothing and was not answered: nothing happened
+  Unavailable       the server refused to take it: nothing happened
   UpdateUnknown     the request was sent and nothing is known about its outcome
 """
 

@@ -4,11 +4,11 @@
     network = fabric.network(process, host="storage-1")     # a `transport.types.Network`
 
 It behaves as TCP connections between hosts do, and a little worse:
-  - A connection is made at the first call. Nobody listens: Unavailable, at once. The way is cut: Unavailable, late.
+  - A connection is made at the first call. Nobody listens: Unreachable, at once. The way is cut: Unreachable, late.
   - Requests on their way overtake each other. Payload is copied at the sender's, and a reader's memory is written to
     only as the reply arrives.
   - A connection breaks when the other process dies, when it or the way is dead for KEEPALIVE_S, and when a fault says
-    so. Every call in its air raises UpdateUnknown (Unavailable if it changes nothing); its requests may still arrive,
+    so. Every call in its air raises UpdateUnknown (Unreachable if it changes nothing); its requests may still arrive,
     even much later.
   - A doubled request is handled twice; the first reply counts.
 
@@ -32,7 +32,7 @@ from typing import Any
 import msgspec
 
 from ... import messages
-from ...errors import EmberError, Unavailable, UpdateUnknown
+from ...errors import EmberError, Unavailable, Unreachable, UpdateUnknown
 from ...messages import Message
 from ...transport.types import Service
 from .loop import SimRuntime
@@ -290,9 +290,9 @@ class SimConnection:
     # ---- there
 
     async def _connect(self) -> None:
-        """Raises Unavailable if nobody answers."""
+        """Raises Unreachable if nobody answers."""
         if not self.network.process.is_alive or self.network not in self.network.fabric._networks:
-            raise Unavailable(f"{self.network.host} is off the network")
+            raise Unreachable(f"{self.network.host} is off the network")
         fabric, process = self.network.fabric, self.network.process
         if self.peer is not None:
             return
@@ -300,14 +300,14 @@ class SimConnection:
         host = listener.network.host if listener is not None else self.address.rpartition(":")[0]
         if fabric.is_cut(self.network.host, host) or fabric.is_cut(host, self.network.host):
             await process.sleep(CONNECT_TIMEOUT_S)
-            raise Unavailable(f"{self.address} does not answer")
+            raise Unreachable(f"{self.address} does not answer")
         done = process.future()
         fabric.later(fabric.delay_s() + fabric.delay_s(), _finish, done)
         await done
         if self.peer is None:
             listener = fabric._listening.get(self.address)
             if listener is None or not listener.is_open:
-                raise Unavailable(f"nobody listens at {self.address}")
+                raise Unreachable(f"nobody listens at {self.address}")
             self.peer = listener
             if self.is_stuck():
                 fabric.later(KEEPALIVE_S, self.break_if_stuck)
@@ -413,7 +413,7 @@ class SimConnection:
                 continue
             del self._air[exchange]
             if not exchange.reply.done():
-                kind = Unavailable if exchange.message.changes_nothing else UpdateUnknown
+                kind = Unreachable if exchange.message.changes_nothing else UpdateUnknown
                 exchange.reply.set_exception(kind(f"the connection to {self.address} {how}"))
 
 
