@@ -176,6 +176,53 @@ def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path:
     assert report.generation
 
 
+def test_a_disk_that_was_not_mounted_shows_its_old_content_when_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renames stand for the mounts: what is found at the path is another directory."""
+
+    async def own(directory: Path, _: AsyncioRuntime) -> None:
+        directory.mkdir(exist_ok=True)  # The lock is held until the process ends, and this is one process.
+
+    monkeypatch.setattr("emberfs.server.roles._own", own)
+    path, disk, blank = tmp_path / "data", tmp_path / "disk", tmp_path / "blank"
+    (known,) = reports_of_a_server(tmp_path)
+    path.rename(disk)
+    (unknown,) = reports_of_a_server(tmp_path)
+    assert unknown.generation not in (b"", known.generation)
+    path.rename(blank)
+    disk.rename(path)
+    assert reports_of_a_server(tmp_path)[0].generation == known.generation
+
+
+def reports_of_a_server(directory: Path) -> list[TargetReport]:
+    """What a storage server says of its targets at first, when `directory` is its."""
+    runtime = AsyncioRuntime()
+    portal = Portal(runtime)
+    config = config_of(Role.STORAGE, directory)
+    routing = Routing(1, (node_of(config, b"i"),), (Target(TARGET, config.name, 1),))
+    heard = runtime.future()
+
+    def answer(request: Any) -> Message:
+        if not isinstance(request, Heartbeat):
+            return RoutingReply(routing)
+        if not heard.done():
+            heard.set_result(request.reports)
+        return HeartbeatReply(routing, 0, None)
+
+    async def first_reports() -> list[TargetReport]:
+        network: Any = Manager(answer)
+        role = await open_role(config, runtime, network)
+        await role.start()
+        reports: list[TargetReport] = await heard
+        await role.close()
+        return reports
+
+    reports = portal.run(first_reports())
+    runtime.stop()
+    return reports
+
+
 async def make_target(index: Path, runtime: AsyncioRuntime, *, target: bytes) -> None:
     kv = LmdbKV.open(index, runtime)
     engine = await ChunkEngine.open(
