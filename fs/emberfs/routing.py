@@ -82,6 +82,11 @@ class Chain(msgspec.Struct, frozen=True, array_like=True):
         return self.version > 0 and not self.serving and all(target.foreign for target in last)
 
     @property
+    def is_short(self) -> bool:
+        """Fewer targets serve than the chain wants, those that leave counted."""
+        return len(self.serving) < self.replicas
+
+    @property
     def has_enough(self) -> bool:
         """As many targets serve as the chain wants, not counting those that leave."""
         return sum(not target.leaving for target in self.serving) >= self.replicas

@@ -19,8 +19,9 @@ from emberfs.portal import Portal
 from emberfs.routing import Node, Role, Routing, Target
 from emberfs.runtime import AsyncioRuntime
 from emberfs.server import ServerConfig, write_config
-from emberfs.server.heart import HEARTBEAT_S, Heart
+from emberfs.server.heart import Heart
 from emberfs.server.roles import node_of, open_role
+from emberfs.settings import Config, Settings
 from emberfs.sharing.ownership import Mode, Ownership
 from emberfs.testing.sim.loop import SimRuntime, run
 
@@ -130,12 +131,36 @@ def test_a_heart_goes_on_after_a_mistake_in_what_takes_the_routing() -> None:
         manager: Any = Manager(lambda _: HeartbeatReply(Routing(next(versions)), 0, None))
         heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"), on_routing=take)
         heart.start()
-        await sim.sleep(HEARTBEAT_S * 2.5)
+        await sim.sleep(Settings().heartbeat_s * 2.5)
         assert not heart.tasks[0].done()
         await heart.close()
 
     run(0, main)
     assert taken == [1, 2, 3]
+
+
+def test_a_heart_takes_the_configuration_first_and_goes_by_it() -> None:
+    heard: list[object] = []
+
+    async def take(what: object) -> None:
+        heard.append(what)
+
+    async def main(sim: SimRuntime) -> None:
+        config = Config(4, {"heartbeat_s": 2.0}, (), 9.0)
+
+        def answer(request: Heartbeat) -> Message:
+            heard.append(request.config_version)
+            return HeartbeatReply(None, 1, [b"c"], config=None if request.config_version == 4 else config)
+
+        manager: Any = Manager(answer)
+        node = Node("n", Role.META, "n:1", b"i")
+        heart = Heart(sim, manager, ["m:1"], node, on_sessions=take, on_config=heard.append)
+        heart.start()
+        await sim.sleep(2.1)
+        await heart.close()
+        assert heard == [0, config, [b"c"], 4, [b"c"]]
+
+    run(0, main)
 
 
 def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from emberfs.messages import (
     KvGet,
     Message,
     RemoveNode,
+    SetConfig,
     SetupChains,
     Usage,
 )
@@ -189,7 +190,14 @@ def test_an_expired_certificate(
 # ---- who may send what
 
 HEARTBEAT = Heartbeat(Node("storage-1", Role.STORAGE, "127.0.0.1:1", b"12345678"), [], 0)
-FOR_OPERATORS = [SetupChains(1, 1), AddNode("n"), DrainNode("n"), RemoveNode("n"), AcceptLoss(1, b"t")]
+FOR_OPERATORS = [
+    SetConfig(1, {}),
+    SetupChains(1, 1),
+    AddNode("n"),
+    DrainNode("n"),
+    RemoveNode("n"),
+    AcceptLoss(1, b"t"),
+]
 FOR_SERVERS = [HEARTBEAT, KvGet([b"key"])]
 
 

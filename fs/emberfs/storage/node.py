@@ -54,13 +54,15 @@ from ..messages import (
 )
 from ..routing import LocalState, Node, Routing
 from ..runtime import Runtime
+from ..settings import Config, Settings
 from ..transport.types import Network
 from ..types import BATCH_ITEMS_MAX
 from ..waiting import call, drop, finish, first_of, pause, unwatched
 from .config import StorageConfig
 from .lease import Lease
+from .pace import Paces
 from .replica import Replica
-from .resync import Pace, ResyncProgress
+from .resync import ResyncProgress
 from .service import check_batch, chunks_read, granule_log2_of
 from .sessions import Sessions
 from .upkeep import Upkeep
@@ -101,7 +103,9 @@ class StorageNode:
         """`managers`: addresses. `node.incarnation` must be new with each process."""
         self.node = node
         self.config = config or StorageConfig()
-        self.lease = Lease(runtime, self.config.lease_s)
+        self.settings = Settings()
+        """Of the whole cluster, as they were heard last."""
+        self.lease = Lease(runtime)
         self.routing = Routing(0)
         self.replicas: dict[int, Replica] = {}
         """By chain."""
@@ -113,7 +117,10 @@ class StorageNode:
         self._open_target = open_target
         self._drop_target = drop_target
         self._sessions = Sessions()
-        self._pace = Pace(runtime, bytes_per_s=self.config.resync_bytes_per_s, parallel=self.config.resync_parallel)
+        self._config_version = 0
+        self._retuned = runtime.future()
+        """Done when other settings are in force."""
+        self._paces = Paces(runtime, parallel=self.config.resync_parallel)
         self._upkeeps: dict[int, Upkeep] = {}
         self._broken: dict[bytes, str] = {}
         """Targets that could not be opened, and why. They are reported offline until the server is started again."""
@@ -144,7 +151,7 @@ class StorageNode:
         told = self._runtime.future()
         self._curious.append(told)
         finish(self._beat_now)
-        await pause(self._runtime, self.config.lease_s, told)
+        await pause(self._runtime, self.settings.lease_s, told)
 
     async def close(self) -> None:
         """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's."""
@@ -176,6 +183,7 @@ class StorageNode:
             "storage_targets_broken": len(self._broken),
             "storage_lease_valid": float(self.lease.is_valid),
             "storage_resyncs": len(resyncs),
+            "storage_migrations": sum(each.is_migration for each in resyncs),
             "storage_resync_sent_bytes": sum(each.sent_bytes for each in resyncs),
             "storage_repaired_chunks": sum(each.repairer.repaired for each in self.replicas.values()),
         }
@@ -188,9 +196,10 @@ class StorageNode:
         while not self._closing.done():
             self._beat_now = self._runtime.future()
             curious, self._curious = self._curious, []
-            sent_s, interval_s = self._runtime.now_s(), self.config.heartbeat_s
+            sent_s, interval_s = self._runtime.now_s(), self.settings.heartbeat_s
             try:
-                request = Heartbeat(self.node, self.reports(), self.routing.version, self._sessions.version)
+                versions = (self.routing.version, self._sessions.version, self._config_version)
+                request = Heartbeat(self.node, self.reports(), *versions)
                 reply = await self._ask(request, HeartbeatReply)
                 await self._take(reply, sent_s)
                 failures = 0
@@ -231,12 +240,12 @@ class StorageNode:
 
     async def _learn_targets(self) -> None:
         """Open what is ours before the first heartbeat: a restart proves by its disk that it is the only one."""
-        due_s = self._runtime.now_s() + self.config.lease_s
+        due_s = self._runtime.now_s() + self.settings.lease_s
         while not self._closing.done():
             try:
                 reply = await self._ask(GetRouting(), RoutingReply)
             except EmberError:
-                await pause(self._runtime, self.config.heartbeat_s, self._closing)
+                await pause(self._runtime, self.settings.heartbeat_s, self._closing)
                 continue
             if reply.routing is not None:
                 await self._open_targets(reply.routing)
@@ -244,13 +253,13 @@ class StorageNode:
                 return
             # Nothing is reported yet. The process before us may still be about to let go of the disk.
             self._broken.clear()
-            await pause(self._runtime, self.config.heartbeat_s, self._closing)
+            await pause(self._runtime, self.settings.heartbeat_s, self._closing)
 
     async def _ask(self, request: Message, kind: type[T]) -> T:
         """Ask the manager that answered last; the next time another one, if it does not answer in time."""
         connection = self._network.connection(self._managers[0])
         task = self._runtime.spawn(call(connection, request), "to-manager")
-        timer = self._runtime.spawn(self._runtime.sleep(2 * self.config.heartbeat_s), "to-manager-timer")
+        timer = self._runtime.spawn(self._runtime.sleep(2 * self.settings.heartbeat_s), "to-manager-timer")
         try:
             await first_of(self._runtime, task, timer, self._closing)
             if not task.done():
@@ -270,9 +279,17 @@ class StorageNode:
             self._sessions.take(reply.sessions_version, reply.sessions)
         if reply.routing is not None and reply.routing.version > self.routing.version:
             self._follow(reply.routing)
-        self.lease.renew(sent_s)
+        if reply.config is not None:
+            self._retune(reply.config)
+        self.lease.renew(sent_s, reply.lease_s)
         if self._applying is None or self._applying.done():
             self._applying = self._runtime.spawn(self._apply(), "apply-routing")
+
+    def _retune(self, config: Config) -> None:
+        self._config_version, self.settings = config.version, Settings.of(config.values)
+        self._paces.retune(self.settings)
+        retuned, self._retuned = self._retuned, self._runtime.future()
+        finish(retuned)
 
     def reports(self) -> list[TargetReport]:
         """What the next heartbeat says of each target."""
@@ -325,7 +342,7 @@ class StorageNode:
                 self._network,
                 lease=self.lease,
                 check_session=self._sessions.check,
-                pace=self._pace,
+                paces=self._paces,
                 config=self.config,
             )
             self._upkeeps[target.chain] = Upkeep(replica)
@@ -347,8 +364,13 @@ class StorageNode:
                     await self._drop_target(target)
 
     async def _look_after(self) -> None:
+        begin_s = self._runtime.now_s()
         while not self._closing.done():
-            await pause(self._runtime, self.config.tombstone_s, self._closing)
+            passed_s, retuned = self._runtime.now_s() - begin_s, self._retuned
+            await pause(self._runtime, max(self.settings.tombstone_s - passed_s, 0.0), self._closing, retuned)
+            if retuned.done():
+                continue
+            begin_s = self._runtime.now_s()
             for upkeep in list(self._upkeeps.values()):
                 try:
                     await upkeep.purge()
@@ -451,7 +473,7 @@ class StorageNode:
         if self.lease.is_valid:
             self._curious.append(told)
             finish(self._beat_now)
-            await pause(self._runtime, self.config.lease_s, told)
+            await pause(self._runtime, self.settings.lease_s, told)
         if not told.done() or self._closing.done():
             # Not the client's fault: to say that its session is over would make it give up what hangs on it.
             raise StaleRouting("this server does not hear from the manager whether the client's session is live")
