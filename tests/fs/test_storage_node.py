@@ -6,7 +6,15 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import ProtocolError, SessionExpired, StaleChunk, StaleRouting, TargetFailed, Unavailable
+from emberfs.errors import (
+    AccessDenied,
+    ProtocolError,
+    SessionExpired,
+    StaleChunk,
+    StaleRouting,
+    TargetFailed,
+    Unavailable,
+)
 from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
     ChunksRead,
@@ -170,6 +178,22 @@ def test_without_a_manager_the_lease_ends_and_with_one_it_begins_again() -> None
         host.manager.error = None
         await host.beats()
         assert await host.read() == [b"abc", b"cba"]
+
+    on_host(work)
+
+
+def test_a_node_that_is_not_let_in_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        caplog.clear()
+        host.manager.error = AccessDenied("the certificate is for another server")
+        await host.beats(10.0)
+        assert [each.getMessage() for each in caplog.records if each.levelname == "WARNING"] == [
+            "no manager takes our heartbeat: the certificate is for another server"
+        ]
+        host.manager.error = None
+        await host.beats()
+        assert host.node.lease.is_valid
 
     on_host(work)
 

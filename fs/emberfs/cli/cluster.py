@@ -417,16 +417,24 @@ def token(directory: Path | None, authority: Path | None, role: str, hours: floa
 
 @cluster.command(
     epilog="\b\nExamples:\n  emberline cluster join TOKEN 10.0.0.2:7301\n"
-    "  emberline cluster join TOKEN 10.0.0.2:7301 --into /etc/emberline/tls --name 10.0.0.9"
+    "  emberline cluster join TOKEN 10.0.0.2:7301 --into /etc/emberline/tls --name 10.0.0.9 --name storage-1"
 )
 @click.argument("token")
 @click.argument("manager")
 @click.option(
     "--into", type=click.Path(file_okay=False, path_type=Path), help="Directory for ca.pem, cert.pem, key.pem."
 )
-@click.option("--name", "names", multiple=True, help="Host name or address of this machine, as others reach it.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    help="Address of this machine, or name of a server on it. As often as needed.",
+)
 def join(token: str, manager: str, into: Path | None, names: tuple[str, ...]) -> None:
-    """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients."""
+    """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients.
+
+    A server needs one with the address that others reach it at, and with its own name.
+    """
     from ..cluster.credentials import directory_for
     from ..cluster.joining import join_cluster
 

@@ -155,7 +155,8 @@ class LocalCluster:
             role = Role(server.name.rpartition("-")[0])
             directory = server.directory
             directory.mkdir(parents=True, exist_ok=True)
-            issue(self.directory / "ca", [HOST, "localhost"], role=role, into=directory / "tls", now_s=time.time())
+            names = [server.name, HOST, "localhost"]
+            issue(self.directory / "ca", names, role=role, into=directory / "tls", now_s=time.time())
             config = ServerConfig(
                 name=server.name,
                 role=role,

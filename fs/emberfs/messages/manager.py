@@ -32,6 +32,10 @@ class Heartbeat(Message):
     sessions_version: int = 0
     config_version: int = 0
 
+    @property
+    def speaks_as(self) -> Node:
+        return self.node
+
 
 class HeartbeatReply(Message):
     routing: Routing | None

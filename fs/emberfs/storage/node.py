@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ..engine import Action, ChunkEngine, Request, Update
 from ..errors import (
+    AccessDenied,
     AlreadyExists,
     Corruption,
     EmberError,
@@ -124,6 +125,7 @@ class StorageNode:
         self._upkeeps: dict[int, Upkeep] = {}
         self._broken: dict[bytes, str] = {}
         """Targets that could not be opened, and why. They are reported offline until the server is started again."""
+        self._refusal = ""
         self._closing = runtime.future()
         self._beat_now = runtime.future()
         self._curious: list[asyncio.Future[None]] = []
@@ -210,7 +212,7 @@ class StorageNode:
                 return
             except EmberError as error:
                 self._curious += curious
-                log.debug("no manager takes our heartbeat: %s", error)
+                self._note_refusal(error)
                 interval_s *= UNANSWERED_FACTOR
             except Exception as error:
                 self._curious += curious
@@ -220,6 +222,13 @@ class StorageNode:
                     await self._stop(f"heartbeats fail: {error!r}")
                     return
             await self._rest(sent_s, interval_s)
+
+    def _note_refusal(self, error: EmberError) -> None:
+        """Not to be heard for a while is nothing to speak of; not to be let in is somebody's mistake, said once."""
+        is_news = isinstance(error, AccessDenied) and str(error) != self._refusal
+        log.log(logging.WARNING if is_news else logging.DEBUG, "no manager takes our heartbeat: %s", error)
+        if is_news:
+            self._refusal = str(error)
 
     async def _rest(self, sent_s: float, interval_s: float) -> None:
         """Wait until `interval_s` after the last heartbeat; when one is asked for, only BEAT_REST_S."""
