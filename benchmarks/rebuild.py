@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import emberfs
-import msgspec
 from emberfs.cluster.local import LocalCluster, Plan
-from emberfs.server import read_config, write_config
-from emberfs.server.config import StorageSection
 
 from .runner import Row, verify
 
@@ -55,15 +52,8 @@ def run(directory: Path, size: Size) -> list[Row]:
 
 
 def _rebuild(cluster: LocalCluster, size: Size, disk: float, cap_bytes_per_s: int) -> Row:
-    # The sender keeps to the cap: the last serving node of each chain, so all of them.
-    for server in cluster.servers():
-        if server.name.startswith("storage-"):
-            path = server.directory / "config.toml"
-            section = StorageSection(reserve_bytes=64 * MIB, resync_bytes_per_s=cap_bytes_per_s)
-            write_config(path, msgspec.structs.replace(read_config(path), storage=section))
-            server.stop()
-            server.start()
     with cluster.admin(timeout_s=60) as admin:
+        admin.set_config(admin.config().version, {"resync_bytes_per_s": cap_bytes_per_s})
         cluster.wait_serving(admin, lambda _: None)
         lost = cluster.server("storage-2")
         lost.stop()

@@ -70,17 +70,24 @@ class Disk(Protocol):
 
 
 class LocalDisk:
-    """A directory of the local file system. Files are opened once and kept."""
+    """A directory of the local file system. Files are opened once and kept.
+
+    It is the directory that was there at the beginning, whatever is mounted over it or renamed later: block files are
+    opened at first use, and those of another disk must not be taken for ours.
+    """
 
     def __init__(self, directory: str, runtime: Runtime) -> None:
-        self._directory = directory
+        """Raises OSError if there is no such directory."""
+        self._path = directory
         self._runtime = runtime
+        self._opened: int | None = None
+        self._directory()
         self._files: dict[str, int] = {}
 
     def open(self, name: str) -> int:
         if name not in self._files:
-            path = os.path.join(self._directory, name)
-            self._files[name] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._files[name] = os.open(name, flags, 0o600, dir_fd=self._directory())
         return self._files[name]
 
     def size(self, file: int) -> int:
@@ -97,7 +104,7 @@ class LocalDisk:
                 raise OSError(error, os.strerror(error))
 
     def free_bytes(self) -> int:
-        status = os.statvfs(self._directory)
+        status = os.fstatvfs(self._directory())
         return status.f_bavail * status.f_frsize
 
     def drop_cache(self, file: int, offset: int, length: int) -> None:
@@ -136,12 +143,21 @@ class LocalDisk:
         await self._runtime.offload(_sync_all, files)
 
     async def sync_directory(self) -> None:
-        await self._runtime.offload(_sync_path, self._directory)
+        await self._runtime.offload(os.fsync, self._directory())
 
     def close(self) -> None:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+        if self._opened is not None:
+            os.close(self._opened)
+            self._opened = None
+
+    def _directory(self) -> int:
+        """Once closed, a disk that is used again is what is at its path then."""
+        if self._opened is None:
+            self._opened = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._opened
 
 
 def _read_all(items: Sequence[ReadItem], landed: Landed | None) -> list[int]:
@@ -181,14 +197,6 @@ def _write_all(items: Sequence[WriteItem]) -> None:
 def _sync_all(files: Sequence[int]) -> None:
     for file in files:
         os.fdatasync(file)
-
-
-def _sync_path(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

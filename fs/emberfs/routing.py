@@ -51,6 +51,8 @@ class ChainTarget(msgspec.Struct, frozen=True, array_like=True):
     """The disk content that was last trusted with data; empty: none yet."""
     leaving: bool = False
     """To be taken out once the chain has enough others serving."""
+    foreign: bool = False
+    """LASTSRV: its node has shown another disk content. The disk is not mounted, or it is gone for good."""
 
 
 class Chain(msgspec.Struct, frozen=True, array_like=True):
@@ -75,9 +77,14 @@ class Chain(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def is_lost(self) -> bool:
-        """No target has, or will have when it returns, the last committed version: an operator must decide."""
-        has_last = any(target.state in (TargetState.SERVING, TargetState.LASTSRV) for target in self.targets)
-        return self.version > 0 and not has_last
+        """Nobody has the last committed version, nor is expected back with it: an operator must act."""
+        last = (target for target in self.targets if target.state == TargetState.LASTSRV)
+        return self.version > 0 and not self.serving and all(target.foreign for target in last)
+
+    @property
+    def is_short(self) -> bool:
+        """Fewer targets serve than the chain wants, those that leave counted."""
+        return len(self.serving) < self.replicas
 
     @property
     def has_enough(self) -> bool:

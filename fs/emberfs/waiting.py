@@ -64,11 +64,11 @@ async def until(runtime: Runtime, work: Coroutine[Any, Any, T], stop: asyncio.Fu
     return task.result()
 
 
-async def pause(runtime: Runtime, seconds: float, stop: asyncio.Future[None]) -> None:
-    """Sleep, but not longer than until `stop` is done."""
+async def pause(runtime: Runtime, seconds: float, *stops: asyncio.Future[None]) -> None:
+    """Sleep, but not longer than until one of `stops` is done."""
     timer = runtime.spawn(runtime.sleep(seconds), "pause")
     try:
-        await first_of(runtime, timer, stop)
+        await first_of(runtime, timer, *stops)
     finally:
         timer.cancel()
 

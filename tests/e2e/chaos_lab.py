@@ -111,7 +111,7 @@ class Lab:
         address = f"{self._net}.2"
         write_config(path, msgspec.structs.replace(config, listen=f"{address}:7401", metrics=f"{address}:7402"))
         ca = self.cluster.directory / "ca"
-        issue(ca, [address], role=config.role, into=server.directory / "tls", now_s=time.time())
+        issue(ca, [config.name, address], role=config.role, into=server.directory / "tls", now_s=time.time())
         self.start(server)
 
     def _move_to_small_disk(self, server: ServerProcess) -> bool:

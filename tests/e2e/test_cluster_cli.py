@@ -203,3 +203,31 @@ def test_a_machine_with_a_token_joins(cluster: LocalCluster, url: str, tmp_path:
     changed = ("A" if token[-5] != "A" else "B").join([token[:-5], token[-4:]])
     assert emberline("cluster", "join", changed, manager, "--into", tmp_path / "forged", code=1).stderr
     assert not (tmp_path / "forged").exists()
+
+
+def test_the_configuration_is_changed_while_the_cluster_runs(directory: Path) -> None:
+    cluster = up(directory, "--nodes", 1)
+    at = ("--dir", directory)
+    (before,) = emberline_json("cluster", "config", "get", "--url", cluster.url)
+    assert before["chosen"] == [] and before["values"]["migration_bytes_per_s"] == 50 << 20
+    changes = ("migration_bytes_per_s=20MiB", "trash_s=3d", "dead_after_s=4")
+    (after,) = emberline_json("cluster", "config", "set", *changes, *at)
+    assert after["version"] == before["version"] + 1
+    assert after["values"] == {"migration_bytes_per_s": 20 << 20, "trash_s": 3 * 86400.0, "dead_after_s": 4.0}
+    assert emberline("cluster", "config", "get", "trash_s", *at).stdout == "259200.0\n"
+    text = emberline("cluster", "config", "get", *at).stdout
+    assert f"version {after['version']}" in text and "a node counts as dead" in text
+    for words, code, says in [
+        (("set", "moves_max=2", "--version", before["version"]), 1, "by now"),
+        (("set", "moves_max=lots"), 2, "not a change"),
+        (("set", "trash_s=3MiB"), 2, "not a change"),
+        (("set", "moves_max=0"), 1, "moves_max is 1 to"),
+        (("set", "moves=2"), 1, "did you mean moves_max"),
+        (("get", "moves"), 1, "did you mean moves_max"),
+    ]:
+        assert says in emberline("cluster", "config", *words, *at, code=code).stderr
+    emberline("cluster", "config", "unset", "trash_s", "migration_bytes_per_s", "dead_after_s", *at)
+    (unset,) = emberline_json("cluster", "config", "get", *at)
+    assert unset["chosen"] == []
+    with emberfs.connect(cluster.url) as client:
+        client.put("/works", DATA)

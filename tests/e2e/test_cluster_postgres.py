@@ -83,7 +83,9 @@ def cluster(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Ite
     cluster = LocalCluster(tmp_path_factory.mktemp("cluster") / "on-postgres")
     nodes = ["storage-1", "storage-2", "storage-3"]
     try:
-        cluster.up(Plan(cluster="on-postgres", kv=database.url, targets_per_disk=2, nodes=nodes, gc_delay_s=1.0))
+        cluster.up(
+            Plan(cluster="on-postgres", kv=database.url, targets_per_disk=2, nodes=nodes, settings={"gc_delay_s": 1.0})
+        )
         yield cluster
     finally:
         if cluster.exists:

@@ -47,8 +47,8 @@ def manager(cluster: LocalCluster) -> str:
         return admin.status().primary
 
 
-def heartbeat() -> Heartbeat:
-    return Heartbeat(Node("intruder", Role.STORAGE, "127.0.0.1:1", b"12345678"), [], 0)
+def heartbeat(name: str = "intruder") -> Heartbeat:
+    return Heartbeat(Node(name, Role.STORAGE, "127.0.0.1:1", b"12345678"), [], 0)
 
 
 def test_plaintext_is_refused(cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +104,16 @@ def test_a_machine_joins_as_an_admin(cluster: LocalCluster, manager: str, tmp_pa
         assert client.get("/by-the-admin") == b"text"
 
 
-def test_a_server_of_the_cluster_is_let_in(cluster: LocalCluster, manager: str) -> None:
+def test_a_server_of_the_cluster_is_let_in(cluster: LocalCluster, manager: str, tmp_path: Path) -> None:
     """The same question, from one who may ask it: what was refused above was not refused for something else."""
+    files = issue(cluster.directory / "ca", ["new-1"], role="storage", into=tmp_path / "new", now_s=time.time())
+    answer = ask(manager, heartbeat("new-1"), TcpConfig(tls=files, role="storage"))
+    assert isinstance(answer, HeartbeatReply)
+
+
+def test_a_storage_node_cannot_speak_as_another_one(cluster: LocalCluster, manager: str) -> None:
     server = cluster.server("storage-1")
     directory = Path(read_config(server.directory / "config.toml").tls.directory)
     files = TlsFiles(ca=directory / "ca.pem", cert=directory / "cert.pem", key=directory / "key.pem")
-    answer = ask(manager, heartbeat(), TcpConfig(tls=files, role="storage"))
-    assert isinstance(answer, HeartbeatReply)
+    with pytest.raises(AccessDenied, match=r"is for storage-1, .*not for a server named storage-2"):
+        ask(manager, heartbeat("storage-2"), TcpConfig(tls=files, role="storage"))

@@ -12,7 +12,7 @@ from emberfs.messages import Message
 from emberfs.routing import Chain, ChainTarget, TargetState
 from emberfs.storage import Replica, StorageConfig
 from emberfs.storage.lease import Lease
-from emberfs.storage.resync import Pace
+from emberfs.storage.pace import Paces
 from emberfs.storage.service import chunks_read
 from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
@@ -71,15 +71,16 @@ class Member:
         self.index = MemoryKV(self.runtime, rows=self.rows, persist=lambda: self.runtime.sleep(1e-3))
         config = EngineConfig(reserve_bytes=0, keeps_tombstones=True, target=self.target)
         self.engine = await ChunkEngine.open(self.disk, self.index, self.runtime, config=config)
-        self.lease = Lease(self.runtime, 2.5)
-        self.lease.renew(self.runtime.now_s() + 1e6)
+        self.lease = Lease(self.runtime)
+        self.lease.renew(self.runtime.now_s(), 1e6)
+        self.paces = Paces(self.runtime, parallel=2)
         self.replica = Replica(
             self.engine,
             self.runtime,
             self.wire,
             lease=self.lease,
             check_session=lambda client: None,
-            pace=Pace(self.runtime, bytes_per_s=1e9, parallel=2),
+            paces=self.paces,
             config=StorageConfig(forward_wait_s=5.0),
         )
         self.wire.services[self.name] = self._handle
@@ -129,14 +130,17 @@ class ReplicaChain:
     def __getitem__(self, name: str) -> Member:
         return self.members[name]
 
-    def change(self, states: dict[str, TargetState], *, tell: str | None = None) -> Chain:
-        """A new version of the chain; `tell`: who learns of it at once (default: all in it)."""
+    def change(self, states: dict[str, TargetState], *, tell: str | None = None, replicas: int | None = None) -> Chain:
+        """A new version of the chain; `tell`: who learns of it at once (default: all in it).
+
+        `replicas`: how many the chain wants, if it is not as many as are in it.
+        """
         self.version += 1
         targets = tuple(
             ChainTarget(self[name].target, state, self[name].engine.identity.generation)
             for name, state in states.items()
         )
-        self.chain = Chain(1, self.version, targets, len(targets))
+        self.chain = Chain(1, self.version, targets, replicas or len(targets))
         self.tell("".join(states) if tell is None else tell)
         return self.chain
 

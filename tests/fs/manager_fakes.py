@@ -8,16 +8,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from emberfs.errors import AlreadyExists, EmberError, StaleRouting, Unavailable, UpdateUnknown
+from emberfs.errors import AlreadyExists, Conflict, EmberError, StaleRouting, Unavailable, UpdateUnknown
 from emberfs.kv.memory import MemoryKV
 from emberfs.kv.types import Transaction
 from emberfs.manager import ManagerConfig, ManagerService, rows
-from emberfs.messages import GetRouting, Heartbeat, HeartbeatReply, Message, TargetReport
+from emberfs.messages import GetConfig, GetRouting, Heartbeat, HeartbeatReply, Message, SetConfig, TargetReport
 from emberfs.routing import Chain, LocalState, Node, Role, Routing, TargetState
 from emberfs.testing.sim.loop import SimRuntime
 
 HEARTBEAT_S = 0.5
-LEASE_S = ManagerConfig().storage_lease_s
 
 
 class Clock:
@@ -121,6 +120,16 @@ class Managers:
                     pass
             await self.sim.sleep(0.05)
 
+    async def configure(self, **values: float) -> None:
+        """Set these, whatever others do."""
+        while True:
+            config = (await self.call(GetConfig())).config
+            try:
+                await self.call(SetConfig(config.version, values))
+                return
+            except Conflict:
+                pass
+
     async def chains(self) -> dict[int, Chain]:
         """As they stand in the KV now."""
         found = await rows.get_all(self.kv.begin(), rows.CHAINS, Chain)
@@ -216,7 +225,7 @@ class FakeNode:
             self.sessions, self.sessions_version = set(reply.sessions), reply.sessions_version
         if reply.routing is not None and reply.routing.version > self.routing.version:
             self.routing = reply.routing
-        self.lease_until_s = max(self.lease_until_s, sent_s + LEASE_S)
+        self.lease_until_s = max(self.lease_until_s, sent_s + reply.lease_s)
 
     def reports(self) -> list[TargetReport]:
         """What it says of its targets now."""

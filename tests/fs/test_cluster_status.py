@@ -5,6 +5,7 @@ from __future__ import annotations
 from emberfs.cluster.status import summarise
 from emberfs.messages import NodeStatus, StatusReply, TargetReport
 from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
+from msgspec.structs import replace
 
 NAMES = "abcd"
 
@@ -47,6 +48,17 @@ def test_one_over_the_bound_is_no_hint() -> None:
 def test_on_one_host_its_nodes_are_what_can_be_lost() -> None:
     facts = summarise(status(["ab"] * 4 + ["cd"] * 4, same_host=True))
     assert facts["placement"] == {"host": "a", "peer_load_max": 4, "bound": 2}
+
+
+def test_a_lost_chain_names_the_node_whose_disk_would_bring_it_back() -> None:
+    reply = status(["ab", "cd"])
+    first, *others = reply.routing.chains
+    a, b = first.targets
+    targets = (replace(a, state=TargetState.LASTSRV, foreign=True), replace(b, state=TargetState.OFFLINE))
+    reply.routing = replace(reply.routing, chains=(replace(first, targets=targets), *others))
+    (problem,) = summarise(reply)["problems"]
+    assert "LOST, unless a disk comes back: 3161 on a had every" in problem
+    assert "mount it" in problem and "accept-loss" in problem
 
 
 def test_no_chains_yet_is_a_problem_and_no_placement() -> None:

@@ -247,3 +247,23 @@ def test_a_failed_write_or_sync_is_raised(disk: LocalDisk, run: Run, monkeypatch
         write(disk, run, b"x")
     with pytest.raises(OSError, match="full"):
         run(disk.sync([file]))
+
+
+def test_what_is_mounted_over_the_directory_later_is_left_alone(
+    run: Run, runtime: CountingRuntime, tmp_path: Path
+) -> None:
+    """A rename stands for the mount: the path leads to another directory afterwards."""
+    blank, other, path = tmp_path / "blank", tmp_path / "other", tmp_path / "disk1"
+    path.mkdir()
+    other.mkdir()
+    (other / "file").write_bytes(b"another disk")
+    disk = LocalDisk(str(path), runtime)
+    path.rename(blank)
+    other.rename(path)
+    file = write(disk, run, b"ours")
+    run(disk.sync([file]))
+    run(disk.sync_directory())
+    assert disk.free_bytes() > 0
+    disk.close()
+    assert (path / "file").read_bytes() == b"another disk"
+    assert (blank / "file").read_bytes() == b"ours"

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from emberfs.errors import AlreadyExists, Conflict, LimitExceeded, NotFound
-from emberfs.manager import ManagerConfig, place
+from emberfs.manager import place
 from emberfs.manager.chains import DiskSlot, disks_for
 from emberfs.manager.moves import Layout, Move, plan_moves
 from emberfs.manager.placement_report import groups_of, placement_report
@@ -252,7 +252,8 @@ def test_a_drain_that_is_called_off_ends_with_a_fair_share() -> None:
 
 def test_a_node_that_dies_while_chains_move_to_it_can_be_drained() -> None:
     async def main(sim: SimRuntime) -> None:
-        managers = await Managers(sim, config=ManagerConfig(moves_max=2)).start()
+        managers = await Managers(sim).start()
+        await managers.configure(moves_max=2)
         nodes = [FakeNode(managers, f"n{number}").start() for number in range(5)]
         await joined(managers, nodes)
         nodes[4].link.is_cut = True
@@ -297,7 +298,8 @@ def test_what_hosts_share_stays_even_when_hosts_come_and_go(
         assert report.disk_targets[1] <= -(-report.chains * replicas // len(takers)) + 1
 
     async def main(sim: SimRuntime) -> None:
-        managers = await Managers(sim, config=ManagerConfig(moves_max=moves_max)).start()
+        managers = await Managers(sim).start()
+        await managers.configure(moves_max=moves_max)
         nodes = [node for number in range(hosts) for node in host(managers, number)]
         await joined(managers, nodes)
         await managers.call(SetupChains(replicas, 6))

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import pytest
 from emberfs.errors import AlreadyExists, Conflict, EmberError
-from emberfs.manager import ManagerConfig
-from emberfs.messages import AcceptLoss, AddNode, ClusterStatus, DrainNode, GetRouting, Heartbeat, SetupChains
+from emberfs.messages import (
+    AcceptLoss,
+    AddNode,
+    ClusterStatus,
+    DrainNode,
+    GetConfig,
+    GetRouting,
+    Heartbeat,
+    SetConfig,
+    SetupChains,
+)
 from emberfs.routing import Chain, Node, Role, TargetState
+from emberfs.settings import Settings
 from emberfs.testing.sim.loop import SimRuntime, run
 
 from tests.fs.manager_fakes import FakeNode, Managers, all_serving, drift, until
 
-CONFIG = ManagerConfig()
-FAULTS = ["cut", "one-way", "slow", "heal", "heal", "die", "wipe", "restart", "manager", "all-well", "drain", "add"]
+SETTINGS = Settings()
+FAULTS = [
+    "cut",
+    "one-way",
+    "slow",
+    "heal",
+    "heal",
+    "die",
+    "wipe",
+    "restart",
+    "manager",
+    "all-well",
+    "drain",
+    "add",
+    "lease",
+]
 
 
 async def cluster(sim: SimRuntime, *, nodes: int = 3, managers: int = 1) -> tuple[Managers, list[FakeNode]]:
@@ -40,7 +64,7 @@ def test_a_dead_node_is_taken_off_in_its_time_and_returns_to_all_serving() -> No
         killed_s = sim.now_s()
         while all(len(chain.serving) == 3 for chain in (await managers.chains()).values()):
             await sim.sleep(0.01)
-        assert CONFIG.dead_after_s - 0.5 <= sim.now_s() - killed_s <= CONFIG.dead_after_s + 0.3
+        assert SETTINGS.dead_after_s - 0.5 <= sim.now_s() - killed_s <= SETTINGS.dead_after_s + 0.3
         assert all(len(chain.serving) == 2 for chain in (await managers.chains()).values())
         status = await managers.call(ClusterStatus())
         assert [each.alive for each in status.nodes] == [False, True, True]
@@ -58,7 +82,7 @@ def test_failover_goes_on_after_a_mistake_in_a_plan(monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patch:
             patch.setattr("emberfs.manager.service.plan_moves", _mistaken)
             await nodes[0].kill()
-            await sim.sleep(CONFIG.dead_after_s + 1.0)
+            await sim.sleep(SETTINGS.dead_after_s + 1.0)
             assert all(len(chain.serving) < 3 for chain in await _chains_of(managers, nodes[0].name))
         nodes[0].start()
         await all_serving(managers, replicas=3)
@@ -158,7 +182,7 @@ def test_a_late_heartbeat_is_not_answered_with_the_old_routing_while_its_node_is
         reply = await managers.call(Heartbeat(me, node.reports(), node.routing.version))
         routing = reply.routing or node.routing
         serves = [chain.id for chain in routing.chains if any(each.target in node.disk for each in chain.serving)]
-        end_s = sim.now_s() + CONFIG.storage_lease_s
+        end_s = sim.now_s() + SETTINGS.lease_s
         while sim.now_s() < end_s:
             for chain in (await managers.chains()).values():
                 assert chain.id not in serves or len(chain.serving) == 3
@@ -343,11 +367,22 @@ async def _one_fault(rng, managers: Managers, nodes: list[FakeNode]) -> None:  #
         case "all-well":
             for each in managers.links + [other.link for other in nodes]:
                 each.is_cut = each.loses_answers = False
+        case "lease" if managers.primary is not None:
+            # Nodes go on under the leases that they have, whatever the next ones are like.
+            await _configure(managers, rng.choice([2.0, 3.0, 6.0, 10.0]))
         case "drain" | "add" as order if managers.primary is not None:
             try:
                 await managers.primary.handle((DrainNode if order == "drain" else AddNode)(node.name))
             except EmberError:
                 pass  # Cut off, or too few would be left.
+
+
+async def _configure(managers: Managers, dead_after_s: float) -> None:
+    try:
+        version = (await managers.primary.handle(GetConfig())).config.version  # type: ignore[union-attr]
+        await managers.primary.handle(SetConfig(version, {"dead_after_s": dead_after_s}))  # type: ignore[union-attr]
+    except (AttributeError, EmberError):
+        pass  # No primary any more, or cut off.
 
 
 async def _heal(managers: Managers, nodes: list[FakeNode]) -> None:
@@ -357,7 +392,7 @@ async def _heal(managers: Managers, nodes: list[FakeNode]) -> None:
     for node in nodes:
         if not node.is_running:
             node.start()
-    await managers.sim.sleep(15.0)
+    await managers.sim.sleep(30.0)
 
 
 async def _accept(managers: Managers, chain_id: int) -> None:

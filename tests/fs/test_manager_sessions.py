@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 from emberfs.errors import InvalidPath, ProtocolError, SessionExpired
-from emberfs.manager import ManagerConfig
 from emberfs.messages import CloseClient, ClusterStatus, Done, ExtendSession, GetRouting, OpenSession
+from emberfs.settings import Settings
 from emberfs.testing.sim.loop import SimRuntime, run
 
 from tests.fs.manager_fakes import FakeNode, Managers, until
 
 ALICE, BOB = b"a" * 16, b"b" * 16
-TIMEOUT_S = ManagerConfig().session_timeout_s
+TIMEOUT_S = Settings().session_timeout_s
 
 
 def test_servers_hear_of_sessions_as_they_open_and_close() -> None:

@@ -85,7 +85,7 @@ def test_every_cell_of_the_page_is_what_the_code_does(public: TargetState, heard
                 other.state == TargetState.LASTSRV and heard_other in (LocalState.UP_TO_DATE, LocalState.ONLINE)
                 for other, heard_other in neighbours
             )
-            if (public, heard) == (TargetState.LASTSRV, LocalState.OFFLINE) and returns:
+            if public == TargetState.LASTSRV and heard in (LocalState.OFFLINE, LocalState.FRESH) and returns:
                 continue  # So is this.
             stays = any(
                 other.state == TargetState.SERVING and heard_other in (LocalState.UP_TO_DATE, LocalState.ONLINE)
@@ -97,6 +97,8 @@ def test_every_cell_of_the_page_is_what_the_code_does(public: TargetState, heard
             after = next_chain(before, said)
             assert state_after(after, me) == expected(cell, stays=stays, syncing=syncing), (before, said)
             assert [each.state for each in after.targets] == sorted(each.state for each in after.targets)
+            (mine,) = [each for each in after.targets if each.target == me.target]
+            assert mine.foreign == (mine.state == TargetState.LASTSRV and heard == LocalState.FRESH)
 
 
 def test_every_cell_of_the_page_was_read() -> None:
@@ -199,10 +201,11 @@ def test_a_leaving_target_goes_when_enough_others_serve_and_it_has_stopped() -> 
     assert len(next_chain(needed, online(a)).targets) == 2
 
 
-def test_a_wiped_last_server_loses_the_chain_until_the_loss_is_accepted() -> None:
-    a, b = target("a", TargetState.LASTSRV), target("b", TargetState.OFFLINE)
+@pytest.mark.parametrize("before", [TargetState.SERVING, TargetState.LASTSRV])
+def test_a_last_server_with_another_disk_loses_the_chain_until_the_loss_is_accepted(before: TargetState) -> None:
+    a, b = target("a", before), target("b", TargetState.OFFLINE)
     lost = next_chain(chain(a, b), {a.target: report(a, LocalState.FRESH)} | online(b))
-    assert lost.is_lost and "LOST" in describe(lost)
+    assert lost.is_lost and "LOST" in describe(lost) and "mount it" in describe(lost)
     assert next_chain(next_chain(lost, online(b)), online(b)).is_lost, "it waits, whoever is back"
     with pytest.raises(Conflict, match="is not there"):
         accept_loss(lost, b.target, None)
@@ -212,6 +215,33 @@ def test_a_wiped_last_server_loses_the_chain_until_the_loss_is_accepted() -> Non
     assert [each.target for each in found.serving] == [b.target] and found.version == lost.version + 1
     with pytest.raises(Conflict, match="has lost nothing"):
         accept_loss(found, a.target, report(a, LocalState.ONLINE))
+
+
+def test_a_disk_that_was_not_mounted_brings_its_chain_back_when_it_is() -> None:
+    a, b = target("a", TargetState.LASTSRV), target("b", TargetState.OFFLINE)
+    unmounted = {a.target: report(a, LocalState.FRESH)} | online(b)
+    lost = next_chain(chain(a, b), unmounted)
+    waiting = next_chain(lost, unmounted)
+    assert next_chain(waiting, unmounted) is waiting and waiting.is_lost
+    restarting = next_chain(waiting, online(b))
+    assert restarting.is_lost, "a node that is silent has not shown the disk again"
+    back = next_chain(restarting, online(a, b))
+    assert [each.target for each in back.serving] == [a.target] and not back.is_lost
+    assert state_after(back, b) == TargetState.WAITING
+
+
+def test_one_of_several_last_servers_with_another_disk_is_filled_again_once_another_serves() -> None:
+    a, b = target("a", TargetState.LASTSRV), target("b", TargetState.LASTSRV)
+    down = next_chain(chain(a, b), {a.target: report(a, LocalState.FRESH)})
+    assert not down.is_lost and "as soon as one of 62626262 is back" in describe(down)
+    said = {a.target: report(a, LocalState.FRESH)} | online(b)
+    up = next_chain(down, said)
+    assert [(each.target[:1], each.state, each.foreign) for each in up.targets] == [
+        (b"b", TargetState.SERVING, False),
+        (b"a", TargetState.OFFLINE, False),
+    ]
+    syncing = next_chain(next_chain(up, said), said)
+    assert state_after(syncing, a) == TargetState.SYNCING
 
 
 def test_accepting_a_loss_frees_a_chain_whose_last_servers_will_never_return() -> None:
@@ -236,7 +266,6 @@ def test_a_survivor_that_was_leaving_still_leaves() -> None:
         ("SERVING WAITING", "62626262 waits for its turn"),
         ("SERVING OFFLINE", "62626262 is down"),
         ("LASTSRV OFFLINE", "serves again as soon as one of 61616161 is back"),
-        ("OFFLINE OFFLINE", "accept-loss"),
     ],
 )
 def test_a_chain_says_how_it_is(states: str, words: str) -> None:
@@ -258,6 +287,8 @@ class Replica:
         self.said: TargetReport | None = None
         self.writes: set[int] = set()
         """Acknowledged writes it has."""
+        self.shelf: list[tuple[bytes, set[int]]] = []
+        """Disks that were taken out, or are not mounted: (generation, writes)."""
 
 
 class History:
@@ -315,14 +346,28 @@ class History:
             replica.said = self.truth(replica)
         elif event == "returns":
             replica.is_alive, replica.said = True, self.truth(replica)
+        elif event == "returns with another disk" and replica.said is None and replica.shelf:
+            replica.shelf.append((replica.generation, replica.writes))
+            replica.generation, replica.writes = replica.shelf.pop(0)
+            replica.is_alive, replica.said = True, self.truth(replica)
         elif event == "returns wiped" and replica.said is None:
             replica.wipes += 1
+            replica.shelf.append((replica.generation, replica.writes))
             replica.generation = b"%d-%s" % (replica.wipes, replica.id)
             replica.writes = set()
             replica.is_alive, replica.said = True, self.truth(replica)
 
 
-EVENTS = ["dies", "is expired", "is cut off", "reports", "reports", "returns", "returns wiped"]
+EVENTS = [
+    "dies",
+    "is expired",
+    "is cut off",
+    "reports",
+    "reports",
+    "returns",
+    "returns wiped",
+    "returns with another disk",
+]
 
 
 @settings(max_examples=400, deadline=None)

@@ -34,6 +34,7 @@ from emberfs.messages import (
 from emberfs.meta import ClientChunkOps, gc
 from emberfs.meta.claims import LEASE_S, TAKEOVER_S, Claims
 from emberfs.meta.keys import rows_of
+from emberfs.settings import Config
 from emberfs.testing.sim import SimRuntime, run
 from emberfs.testing.sim.process import SimProcess
 from emberfs.types import CHUNK_SIZE_BYTES_DEFAULT, Chunks, Inline
@@ -313,6 +314,21 @@ def test_nothing_of_a_client_happens_after_its_end(seed: int) -> None:
         assert await cluster.servers[0].check() == []
 
     simulate(main, seed)
+
+
+def test_a_client_that_ended_is_left_alone_as_long_as_a_lease_may_last() -> None:
+    async def main(cluster: Cluster) -> None:
+        client, other = await cluster.client(), await cluster.client()
+        await client(0, open_file("/file"))
+        for server in cluster.servers:
+            server.configure(Config(2, {"dead_after_s": 3.0, "gc_interval_s": 1.0}, (), 20.0))
+        await cluster.tell({other.id})
+        await cluster.runtime.sleep(20.0)
+        assert await cluster.kv.begin().range(*rows_of(b"S")), "a storage node may still take its writes"
+        await cluster.runtime.sleep(7.0)
+        assert not await cluster.kv.begin().range(*rows_of(b"S"))
+
+    simulate(main)
 
 
 def test_a_session_that_a_server_has_not_heard_of_yet_is_waited_for() -> None:

@@ -108,8 +108,8 @@ def test_another_chain_version_is_refused_before_and_after_the_lock() -> None:
 def test_outside_its_lease_nobody_serves() -> None:
     async def work(chain: ReplicaChain) -> None:
         await chain.write("a", b"x")
-        lease = chain["b"].lease = chain["b"].replica._lease = type(chain["b"].lease)(chain.runtime, 2.5)
-        lease.renew(chain.runtime.now_s())
+        lease = chain["b"].lease = chain["b"].replica._lease = type(chain["b"].lease)(chain.runtime)
+        lease.renew(chain.runtime.now_s(), 2.5)
         assert await chain.read("b") == b"x"
         await chain.runtime.sleep(2.5)
         with pytest.raises(StaleRouting, match="manager"):

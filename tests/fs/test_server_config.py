@@ -8,7 +8,7 @@ import pytest
 from emberfs.errors import InvalidPath
 from emberfs.routing import Role
 from emberfs.server import ServerConfig, read_config, write_config
-from emberfs.server.config import ManagerSection, MetaSection, StorageSection, TlsConfig
+from emberfs.server.config import ManagerSection, StorageSection, TlsConfig
 
 from tests.fs.cli_run import emberline, start_emberline
 
@@ -37,7 +37,6 @@ def test_what_is_written_is_read(path: Path) -> None:
         drain_s=0.5,
         tls=TlsConfig(directory="/etc/tls", insecure=True),
         storage=StorageSection(reserve_bytes=1),
-        meta=MetaSection(trash_s=1.5),
         manager=ManagerSection(authority="/ca"),
     )
     write_config(path, config)
@@ -58,6 +57,7 @@ def test_what_is_written_is_read(path: Path) -> None:
         (STORAGE.replace('"storage"', '"meta"'), "needs kv"),
         (STORAGE + 'log_level = "loud"\n', "loud"),
         (STORAGE + "[storage]\nreserve_bytes = 'all'\n", "reserve_bytes"),
+        (STORAGE + "[storage]\ntombstone_s = 5\n", "`emberline cluster config set tombstone_s=VALUE`"),
     ],
 )
 def test_a_mistake_names_the_file_and_the_field(path: Path, text: str, says: str) -> None:

@@ -19,8 +19,9 @@ from emberfs.portal import Portal
 from emberfs.routing import Node, Role, Routing, Target
 from emberfs.runtime import AsyncioRuntime
 from emberfs.server import ServerConfig, write_config
-from emberfs.server.heart import HEARTBEAT_S, Heart
+from emberfs.server.heart import Heart
 from emberfs.server.roles import node_of, open_role
+from emberfs.settings import Config, Settings
 from emberfs.sharing.ownership import Mode, Ownership
 from emberfs.testing.sim.loop import SimRuntime, run
 
@@ -136,12 +137,38 @@ def test_a_heart_goes_on_after_a_mistake_in_what_takes_the_routing() -> None:
         manager: Any = Manager(answer)
         heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"), on_routing=take)
         heart.start()
-        await sim.sleep(HEARTBEAT_S * 2.5)
+        await sim.sleep(Settings().heartbeat_s * 2.5)
         assert not heart.tasks[0].done()
         await heart.close()
 
     run(0, main)
     assert taken == [1, 2, 3]
+
+
+def test_a_heart_takes_the_configuration_first_and_goes_by_it() -> None:
+    heard: list[object] = []
+
+    async def take(what: object) -> None:
+        heard.append(what)
+
+    async def main(sim: SimRuntime) -> None:
+        config = Config(4, {"heartbeat_s": 2.0}, (), 9.0)
+
+        def answer(request: Message) -> Message:
+            if not isinstance(request, Heartbeat):
+                return RoutingReply(None)
+            heard.append(request.config_version)
+            return HeartbeatReply(None, 1, [b"c"], config=None if request.config_version == 4 else config)
+
+        manager: Any = Manager(answer)
+        node = Node("n", Role.META, "n:1", b"i")
+        heart = Heart(sim, manager, ["m:1"], node, on_sessions=take, on_config=heard.append)
+        heart.start()
+        await sim.sleep(2.1)
+        await heart.close()
+        assert heard == [0, config, [b"c"], 4, [b"c"]]
+
+    run(0, main)
 
 
 def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path: Path) -> None:
@@ -182,6 +209,53 @@ def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path:
     assert len(asked) == 2, "it opens at the second attempt"
     assert report.target == TARGET
     assert report.generation
+
+
+def test_a_disk_that_was_not_mounted_shows_its_old_content_when_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renames stand for the mounts: what is found at the path is another directory."""
+
+    async def own(directory: Path, _: AsyncioRuntime) -> None:
+        directory.mkdir(exist_ok=True)  # The lock is held until the process ends, and this is one process.
+
+    monkeypatch.setattr("emberfs.server.roles._own", own)
+    path, disk, blank = tmp_path / "data", tmp_path / "disk", tmp_path / "blank"
+    (known,) = reports_of_a_server(tmp_path)
+    path.rename(disk)
+    (unknown,) = reports_of_a_server(tmp_path)
+    assert unknown.generation not in (b"", known.generation)
+    path.rename(blank)
+    disk.rename(path)
+    assert reports_of_a_server(tmp_path)[0].generation == known.generation
+
+
+def reports_of_a_server(directory: Path) -> list[TargetReport]:
+    """What a storage server says of its targets at first, when `directory` is its."""
+    runtime = AsyncioRuntime()
+    portal = Portal(runtime)
+    config = config_of(Role.STORAGE, directory)
+    routing = Routing(1, (node_of(config, b"i"),), (Target(TARGET, config.name, 1),))
+    heard = runtime.future()
+
+    def answer(request: Any) -> Message:
+        if not isinstance(request, Heartbeat):
+            return RoutingReply(routing)
+        if not heard.done():
+            heard.set_result(request.reports)
+        return HeartbeatReply(routing, 0, None)
+
+    async def first_reports() -> list[TargetReport]:
+        network: Any = Manager(answer)
+        role = await open_role(config, runtime, network)
+        await role.start()
+        reports: list[TargetReport] = await heard
+        await role.close()
+        return reports
+
+    reports = portal.run(first_reports())
+    runtime.stop()
+    return reports
 
 
 async def make_target(index: Path, runtime: AsyncioRuntime, *, target: bytes) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import ProtocolError, SessionExpired, StaleChunk, StaleRouting, TargetFailed, Unavailable
+from emberfs.errors import (
+    AccessDenied,
+    ProtocolError,
+    SessionExpired,
+    StaleChunk,
+    StaleRouting,
+    TargetFailed,
+    Unavailable,
+)
 from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
     ChunksRead,
@@ -22,7 +30,8 @@ from emberfs.messages import (
     WriteChunks,
 )
 from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
-from emberfs.storage import StorageConfig, StorageNode
+from emberfs.settings import Config
+from emberfs.storage import StorageNode
 from emberfs.storage.node import BEAT_REST_S
 from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
@@ -46,6 +55,9 @@ class FakeManager:
         self.error: Exception | None = None
         self.is_deaf = False
         """Heartbeats are refused."""
+        self.lease_s = 2.5
+        self.config_version = 1
+        self.settings: dict[str, float] = {"tombstone_s": 10.0}
 
     def put(self, *chains: Chain, targets: Sequence[Target] | None = None, node: Node = SERVER) -> None:
         kept = self.routing.targets if targets is None else tuple(targets)
@@ -64,7 +76,8 @@ class FakeManager:
         if self.is_deaf:
             raise Unavailable("what?")
         self.heartbeats.append(request)
-        return HeartbeatReply(self.routing, len(self.sessions), list(self.sessions))
+        config = Config(self.config_version, self.settings)
+        return HeartbeatReply(self.routing, len(self.sessions), list(self.sessions), self.lease_s, config)
 
 
 class Host:
@@ -84,7 +97,6 @@ class Host:
             ["m1", "m2"],
             self.open_target,
             drop_target=self.drop_target,
-            config=StorageConfig(tombstone_s=10.0),
         )
 
     async def refuse(self, request: Message, _: Sequence[memoryview]) -> Message:
@@ -207,6 +219,59 @@ def test_without_a_manager_the_lease_ends_and_with_one_it_begins_again() -> None
         host.manager.error = None
         await host.beats()
         assert await host.read() == [b"abc", b"cba"]
+
+    on_host(work)
+
+
+def test_a_node_that_is_not_let_in_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        caplog.clear()
+        host.manager.error = AccessDenied("the certificate is for another server")
+        await host.beats(10.0)
+        assert [each.getMessage() for each in caplog.records if each.levelname == "WARNING"] == [
+            "no manager takes our heartbeat: the certificate is for another server"
+        ]
+        host.manager.error = None
+        await host.beats()
+        assert host.node.lease.is_valid
+
+    on_host(work)
+
+
+def test_a_lease_is_as_long_as_the_manager_says() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        host.manager.lease_s = 8.0
+        await host.beats()
+        host.manager.error = Unavailable("gone")
+        await host.beats(7.0)
+        assert await host.read() == [b"abc", b"cba"]
+        await host.beats(1.1)
+        with pytest.raises(StaleRouting, match="manager"):
+            await host.read()
+
+    on_host(work)
+
+
+def test_other_settings_are_in_force_at_once() -> None:
+    async def work(host: Host) -> None:
+        await host.beats()
+        assert host.manager.heartbeats[-1].config_version == 1
+        host.manager.config_version = 2
+        host.manager.settings = {
+            "heartbeat_s": 2.0,
+            "tombstone_s": 1000.0,
+            "colour": 7,
+            "migration_bytes_per_s": 1 << 20,
+        }
+        await host.beats()
+        assert host.node.settings.heartbeat_s == 2.0
+        before = len(host.manager.heartbeats)
+        await host.beats(20.0)
+        assert 9 <= len(host.manager.heartbeats) - before <= 11
+        assert host.manager.heartbeats[-1].config_version == 2
 
     on_host(work)
 
@@ -396,5 +461,14 @@ def test_old_tombstones_are_purged_and_leave_the_floor() -> None:
         assert await engine.tombstones() == [(CHUNK, 2)], "not before it is tombstone_s old"
         await host.beats(10.0)
         assert (await engine.states([CHUNK]), engine.floor) == ([None], 2)
+        host.manager.config_version, host.manager.settings = 2, {"tombstone_s": 1000.0}
+        await host.beats()
+        await host.write(b"abc", sequence=3)
+        await host.node.handle(RemoveChunks([1], [CHUNK], CLIENT, 0, 4, [1]))
+        await host.beats(100.0)
+        assert len(await engine.tombstones()) == 1
+        host.manager.config_version, host.manager.settings = 3, {"tombstone_s": 5.0}
+        await host.beats(8.0)
+        assert await engine.tombstones() == [], "the long time is not slept to its end"
 
     on_host(work)

@@ -23,6 +23,7 @@ from emberfs.messages import (
     KvGet,
     Message,
     RemoveNode,
+    SetConfig,
     SetupChains,
     Usage,
 )
@@ -188,8 +189,15 @@ def test_an_expired_certificate(
 
 # ---- who may send what
 
-HEARTBEAT = Heartbeat(Node("storage-1", Role.STORAGE, "127.0.0.1:1", b"12345678"), [], 0)
-FOR_OPERATORS = [SetupChains(1, 1), AddNode("n"), DrainNode("n"), RemoveNode("n"), AcceptLoss(1, b"t")]
+HEARTBEAT = Heartbeat(Node("meta-1", Role.META, "127.0.0.1:1", b"12345678"), [], 0)
+FOR_OPERATORS = [
+    SetConfig(1, {}),
+    SetupChains(1, 1),
+    AddNode("n"),
+    DrainNode("n"),
+    RemoveNode("n"),
+    AcceptLoss(1, b"t"),
+]
 FOR_SERVERS = [HEARTBEAT, KvGet([b"key"])]
 
 
@@ -212,13 +220,41 @@ def test_what_a_role_may_send(
     make_network: MakeNetwork,
     run: Run,
 ) -> None:
-    files = issue(authority, [HOST], role=role, into=tmp_path / "own", now_s=time.time())
+    files = issue(authority, [HOST, "meta-1"], role=role, into=tmp_path / "own", now_s=time.time())
     network = make_network(TcpConfig(role=role, tls=files))
     for request in allowed:
         assert ask(run, network, address, request) == request
     for request in refused:
         with pytest.raises(AccessDenied, match=f"role '{role}' may not send {type(request).__name__}"):
             ask(run, network, address, request)
+
+
+@pytest.mark.parametrize(
+    ("names", "role", "says"),
+    [
+        (["meta-1", HOST], "meta", None),
+        ([HOST, "meta-2", "meta-1"], "meta", None),
+        ([HOST, "meta-2"], "meta", "is for 127.0.0.1, meta-2, and not for a server named meta-1"),
+        (["meta-1", HOST], "storage", "role 'storage' does not speak for a meta server"),
+    ],
+)
+def test_a_server_speaks_as_the_nodes_that_its_certificate_names(
+    names: list[str],
+    role: str,
+    says: str | None,
+    address: str,
+    authority: Path,
+    tmp_path: Path,
+    make_network: MakeNetwork,
+    run: Run,
+) -> None:
+    files = issue(authority, names, role=role, into=tmp_path / "own", now_s=time.time())
+    network = make_network(TcpConfig(role=role, tls=files))
+    if says is None:
+        assert ask(run, network, address, HEARTBEAT) == HEARTBEAT
+        return
+    with pytest.raises(AccessDenied, match=says):
+        ask(run, network, address, HEARTBEAT)
 
 
 def test_who_is_refused_as_an_operator_is_told_what_it_takes(

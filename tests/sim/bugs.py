@@ -17,13 +17,17 @@ from unittest.mock import PropertyMock, patch
 from emberfs.engine import ChunkEngine
 from emberfs.errors import StaleRouting, UpdateUnknown
 from emberfs.locks import KeyedLocks
-from emberfs.manager import admission, election, members, states
+from emberfs.manager import admission, election, members, settings, states
 from emberfs.manager import service as manager_service
 from emberfs.routing import LocalState, TargetState
+from emberfs.settings import Settings
 from emberfs.storage import forward, lease, passing, replica, resync, service, settle
 from emberfs.testing.sim.directed import DirectedFaults
 from emberfs.testing.sim.faults import Fault
 from emberfs.testing.sim.simulation import DIRECTED, SimConfig
+from msgspec import structs
+
+from tests.sim.plays import island_under_a_shorter_lease
 
 Patch = AbstractContextManager[Any]
 
@@ -65,6 +69,16 @@ def _declares_nodes_dead_too_early() -> Patch:
         return now_s - (since_s if heard is None else max(heard.at_s, since_s)) >= 1.0
 
     return patch.object(members.Members, "is_dead", is_dead)
+
+
+def _shortens_the_wait_with_the_lease() -> Patch:
+    """As if nobody could still have a longer one."""
+
+    def hasty(row: Any, request: Any) -> Any:
+        after = settings.after_request(row, request)
+        return None if after is None else structs.replace(after, waits_s=Settings.of(after.values).dead_after_s)
+
+    return patch.object(manager_service, "after_request", hasty)
 
 
 def _a_new_primary_calls_silent_nodes_dead() -> Patch:
@@ -342,6 +356,7 @@ SEEDS = range(40)
 BUGS: dict[str, Bug] = {
     "serves without a lease": Bug(_serves_without_a_lease, DirectedFaults.island_under_a_new_primary),
     "declares nodes dead too early": Bug(_declares_nodes_dead_too_early, DirectedFaults.island_under_a_new_primary),
+    "shortens the wait with the lease": Bug(_shortens_the_wait_with_the_lease, island_under_a_shorter_lease),
     "a new primary calls silent nodes dead": Bug(
         _a_new_primary_calls_silent_nodes_dead, DirectedFaults.island_under_a_new_primary
     ),

@@ -40,6 +40,12 @@ def test_a_planted_bug_is_found(bug: str) -> None:
     assert "seed" in "".join(caught.value.__notes__)
 
 
+def test_leases_that_become_shorter_harm_nothing() -> None:
+    config = BUGS["shortens the wait with the lease"].config()
+    for seed in range(3):
+        assert simulate(seed, config=config).faults["shorter leases"] >= 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_killing_only_the_primary_manager_stalls_no_operation(seed: int) -> None:
     report = simulate(seed, config=SimConfig(faults=ManagerFaults, faults_gap_s=6.0))

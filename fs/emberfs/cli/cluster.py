@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +25,7 @@ from .placement import placement
 if TYPE_CHECKING:
     from ..cluster.admin import Admin
     from ..cluster.local import LocalCluster
+    from ..settings import Config, Value
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -286,6 +289,110 @@ def accept_loss(chain: int, target: str, yes: bool, directory: Path | None, url:
 cluster.add_command(placement)
 
 
+# ---- its configuration
+
+
+@cluster.group(
+    no_args_is_help=True,
+    epilog="\b\nExamples:\n"
+    "  emberline cluster config get\n"
+    "  emberline cluster config set resync_bytes_per_s=500MiB trash_s=3d\n"
+    "  emberline cluster config unset trash_s",
+)
+def config() -> None:
+    """Settings that hold on all nodes. A change is in force within a heartbeat, and nothing is restarted."""
+
+
+@config.command("get", epilog="\b\nExample:\n  emberline cluster config get resync_bytes_per_s")
+@click.argument("name", required=False)
+@_cluster_argument
+@json_option
+def config_get(name: str | None, directory: Path | None, url: str | None, as_json: bool) -> None:
+    """Print all settings, or the value of NAME alone."""
+    from ..settings import SETTINGS, known
+
+    with _admin(directory, url) as admin:
+        found = admin.config()
+    if name is not None and name not in found.values:
+        known(name)
+        raise NotFound("the managers are of an older release and do not know this setting", name)
+    if name is not None:
+        value = found.values[name]
+        print_json({"version": found.version, "name": name, "value": value}) if as_json else click.echo(value)
+    elif as_json:
+        print_json({"version": found.version, "values": found.values, "chosen": found.chosen})
+    else:
+        rows = [
+            (each, str(value), "" if each in found.chosen else "default", _meaning(SETTINGS.get(each)))
+            for each, value in found.values.items()
+        ]
+        print_columns([(f"version {found.version}", "value", "", "meaning"), *rows], right=(1,))
+
+
+def _meaning(setting: Field[Any] | None) -> str:
+    return "of a newer release than this command" if setting is None else setting.metadata["means"]
+
+
+@config.command("set", epilog="\b\nExample:\n  emberline cluster config set dead_after_s=6 heartbeat_s=1")
+@click.argument("changes", nargs=-1, required=True, metavar="NAME=VALUE...")
+@click.option("--version", type=int, help="Only if the configuration is still at this version.")
+@_cluster_argument
+@json_option
+def config_set(
+    changes: tuple[str, ...], version: int | None, directory: Path | None, url: str | None, as_json: bool
+) -> None:
+    """Change settings, all of them at once or none.
+
+    Bytes may be written as 64KiB, 100MiB, 2GiB; seconds as 30s, 5min, 12h, 7d.
+    """
+    values = dict(map(_read_change, changes))
+    with _admin(directory, url) as admin:
+        after = admin.set_config(admin.config().version if version is None else version, values)
+    _say_config(after, list(values), as_json)
+
+
+@config.command("unset", epilog="\b\nExample:\n  emberline cluster config unset resync_bytes_per_s")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@_cluster_argument
+@json_option
+def config_unset(names: tuple[str, ...], directory: Path | None, url: str | None, as_json: bool) -> None:
+    """Give settings their defaults again."""
+    with _admin(directory, url) as admin:
+        after = admin.set_config(admin.config().version, {}, unset=names)
+    _say_config(after, names, as_json)
+
+
+def _say_config(after: Config, names: Sequence[str], as_json: bool) -> None:
+    if as_json:
+        print_json({"version": after.version, "values": {name: after.values[name] for name in names}})
+        return
+    for name in names:
+        note(f"{name} is {after.values[name]}")
+    if after.waits_s > after.values["dead_after_s"]:
+        note(f"nodes are waited for {after.waits_s:g} s until the longer leases of before are over")
+
+
+_UNITS = {
+    "_bytes_per_s": {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30},
+    "_s": {"s": 1, "min": 60, "h": 3600, "d": 86400},
+}
+"""End of a setting's name -> units that its value may have."""
+
+
+def _read_change(text: str) -> tuple[str, Value]:
+    name, equals, value = text.partition("=")
+    units = next((units for end, units in _UNITS.items() if name.endswith(end)), {})
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", value.strip())
+    if not equals or match is None or match[2] not in ("", *units):
+        example = f"5{next(iter(units))}" if units else "5"
+        raise click.UsageError(f"not a change: {text!r}; it looks like {name or 'moves_max'}={example}")
+    try:
+        number: Value = float(match[1]) if "." in match[1] else int(match[1])
+    except ValueError as error:
+        raise click.UsageError(f"not a number: {match[1]!r}") from error
+    return name, number * units.get(match[2], 1)
+
+
 # ---- letting machines in
 
 
@@ -310,16 +417,24 @@ def token(directory: Path | None, authority: Path | None, role: str, hours: floa
 
 @cluster.command(
     epilog="\b\nExamples:\n  emberline cluster join TOKEN 10.0.0.2:7301\n"
-    "  emberline cluster join TOKEN 10.0.0.2:7301 --into /etc/emberline/tls --name 10.0.0.9"
+    "  emberline cluster join TOKEN 10.0.0.2:7301 --into /etc/emberline/tls --name 10.0.0.9 --name storage-1"
 )
 @click.argument("token")
 @click.argument("manager")
 @click.option(
     "--into", type=click.Path(file_okay=False, path_type=Path), help="Directory for ca.pem, cert.pem, key.pem."
 )
-@click.option("--name", "names", multiple=True, help="Host name or address of this machine, as others reach it.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    help="Address of this machine, or name of a server on it. As often as needed.",
+)
 def join(token: str, manager: str, into: Path | None, names: tuple[str, ...]) -> None:
-    """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients."""
+    """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients.
+
+    A server needs one with the address that others reach it at, and with its own name.
+    """
     from ..cluster.credentials import directory_for
     from ..cluster.joining import join_cluster
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -10,18 +11,22 @@ from ..messages import (
     AcceptLoss,
     AddNode,
     ClusterStatus,
+    ConfigReply,
     Done,
     DrainNode,
+    GetConfig,
     GetRouting,
     Message,
     RemoveNode,
     RoutingReply,
+    SetConfig,
     SetupChains,
     StatusReply,
 )
 from ..portal import Portal
 from ..routing import Routing
 from ..runtime import AsyncioRuntime
+from ..settings import Config, Value
 from ..transport import TcpConfig, TcpNetwork
 from ..urls import cluster_addresses
 from .credentials import explained, find_credentials
@@ -80,6 +85,14 @@ class Admin:
     def accept_loss(self, chain: int, target: bytes) -> None:
         """Go on with what a target has of a lost chain."""
         self.ask(AcceptLoss(chain, target), Done)
+
+    def config(self) -> Config:
+        """What holds on all nodes."""
+        return self.ask(GetConfig(), ConfigReply).config
+
+    def set_config(self, version: int, values: Mapping[str, Value], *, unset: Sequence[str] = ()) -> Config:
+        """Change it. Raises Conflict if it is at another version by now, NotFound, LimitExceeded."""
+        return self.ask(SetConfig(version, dict(values), list(unset)), ConfigReply).config
 
     def close(self) -> None:
         """End the connections."""

@@ -22,7 +22,8 @@ import msgspec
 from ..errors import AlreadyExists, Conflict, InvalidPath, LimitExceeded, NotFound, Unavailable
 from ..routing import Role, TargetState
 from ..server import ServerConfig, read_config, write_config
-from ..server.config import ManagerSection, MetaSection, StorageSection, TlsConfig
+from ..server.config import ManagerSection, StorageSection, TlsConfig
+from ..settings import Value
 from ..transport.certificates import issue, make_authority
 from .admin import Admin
 from .credentials import FILES, directory_for
@@ -49,7 +50,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     nodes: list[str] = []
     """Storage servers."""
     reserve_bytes: int = 64 << 20
-    gc_delay_s: float = 300.0
+    settings: dict[str, Value] = {}
+    """What the cluster's configuration begins with, beside the defaults: see `emberfs.settings`."""
 
 
 class LocalCluster:
@@ -113,6 +115,7 @@ class LocalCluster:
         with self.admin(timeout_s=START_TIMEOUT_S) as admin:
             if not admin.routing().chains:
                 self._wait_heard(admin, plan.nodes, say)
+                admin.set_config(admin.config().version, plan.settings)
                 admin.setup_chains(replicas=plan.replicas, targets_per_disk=plan.targets_per_disk)
             self.wait_serving(admin, say)
         self._leave_credentials()
@@ -152,7 +155,8 @@ class LocalCluster:
             role = Role(server.name.rpartition("-")[0])
             directory = server.directory
             directory.mkdir(parents=True, exist_ok=True)
-            issue(self.directory / "ca", [HOST, "localhost"], role=role, into=directory / "tls", now_s=time.time())
+            names = [server.name, HOST, "localhost"]
+            issue(self.directory / "ca", names, role=role, into=directory / "tls", now_s=time.time())
             config = ServerConfig(
                 name=server.name,
                 role=role,
@@ -166,7 +170,6 @@ class LocalCluster:
                 cluster=plan.cluster,
                 tls=TlsConfig(directory=str(directory / "tls")),
                 storage=StorageSection(reserve_bytes=plan.reserve_bytes),
-                meta=MetaSection(gc_delay_s=plan.gc_delay_s),
                 manager=ManagerSection(authority=str(self.directory / "ca") if role == Role.MANAGER else ""),
             )
             temporary = directory / "config.toml.new"

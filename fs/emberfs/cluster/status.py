@@ -84,9 +84,10 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
 
 def _chains(routing: Routing, problems: list[str]) -> list[dict[str, Any]]:
     """JSON-ready chains; adds what is wrong with them to `problems`."""
+    homes = {target.id: target.node for target in routing.targets}
     chains = []
     for chain in routing.chains:
-        words = describe(chain)
+        words = describe(chain, homes)
         chains.append(
             {
                 "chain": chain.id,

@@ -6,7 +6,8 @@ Invariants:
   - The caller of a change may be cancelled; the change is not.
   - While a change that takes a node for dead is under way the node is *condemned*: its heartbeat must not be answered
     before that change is published, or it would serve under the old chain version with a new lease.
-  - A change of nodes, targets or chains raises the routing version; one of sessions the sessions version.
+  - A change of nodes, targets or chains raises the routing version; one of sessions the sessions version; the
+    configuration has its version in its row.
 
 Does not know: why things change.
 """
@@ -26,9 +27,10 @@ from ..errors import StaleRouting
 from ..kv.types import KV, Transaction
 from ..routing import Chain, Routing, Target
 from ..runtime import Runtime
+from ..settings import SETTINGS, Config, Settings
 from . import rows
-from .election import Election
-from .rows import Format, NodeRow, SessionRow, Setup
+from .election import NEVER_S, Election
+from .rows import ConfigRow, Format, NodeRow, SessionRow, Setup
 
 K = TypeVar("K")
 R = TypeVar("R")
@@ -43,6 +45,7 @@ class Change:
     chains: dict[int, Chain] = field(default_factory=dict)
     sessions: dict[bytes, SessionRow | None] = field(default_factory=dict)
     setup: Setup | None = None
+    config: ConfigRow | None = None
     takes_for_dead: frozenset[str] = frozenset()
     """Nodes whose lease must be over for this change to be right."""
 
@@ -64,6 +67,12 @@ class Cluster:
         self.chains: dict[int, Chain] = {}
         self.sessions: dict[bytes, SessionRow] = {}
         self.setup: Setup | None = None
+        self.config_row = ConfigRow()
+        self.settings = Settings()
+        self.config = Config()
+        """`config_row` and `settings`, as they are published."""
+        self.configured_s = NEVER_S
+        """When this manager changed the configuration last."""
         self.routing = Routing(0)
         self.condemned: frozenset[str] = frozenset()
         self._format = Format()
@@ -108,6 +117,7 @@ class Cluster:
         chains = await rows.get_all(txn, rows.CHAINS, Chain)
         self.sessions = await rows.get_all(txn, rows.SESSIONS, SessionRow)
         self.setup = await rows.get(txn, rows.SETUP_KEY, Setup)
+        self._configure(await rows.get(txn, rows.CONFIG_KEY, ConfigRow) or ConfigRow())
         self.nodes = {row.node.name: row for row in nodes.values()}
         self.targets = targets
         self.chains = {chain.id: chain for chain in chains.values()}
@@ -178,6 +188,8 @@ class Cluster:
             txn.put(rows.FORMAT_KEY, rows.encode(new))
             if change.setup is not None:
                 txn.put(rows.SETUP_KEY, rows.encode(change.setup))
+            if change.config is not None:
+                txn.put(rows.CONFIG_KEY, rows.encode(change.config))
             _put(txn, ((rows.NODES + name.encode(), row) for name, row in change.nodes.items()))
             _put(txn, ((rows.TARGETS + target, row) for target, row in change.targets.items()))
             _put(txn, ((rows.chain_key(chain), row) for chain, row in change.chains.items()))
@@ -186,12 +198,20 @@ class Cluster:
         await self._election.run(work)
         self._format = new
         self.setup = change.setup or self.setup
+        if change.config is not None:
+            self._configure(change.config)
+            self.configured_s = self._runtime.now_s()
         _apply(self.nodes, change.nodes)
         _apply(self.targets, change.targets)
         _apply(self.chains, change.chains)
         _apply(self.sessions, change.sessions)
         if change.is_routing:
             self._publish()
+
+    def _configure(self, row: ConfigRow) -> None:
+        self.config_row, self.settings = row, Settings.of(row.values)
+        chosen = tuple(sorted(name for name in row.values if name in SETTINGS))
+        self.config = Config(row.version, self.settings.values(), chosen, row.waits_s)
 
     def _publish(self) -> None:
         self.routing = Routing(

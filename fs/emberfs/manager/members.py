@@ -1,14 +1,14 @@
 """Who is alive, and what the nodes say of their targets. In memory only: a new primary begins with silence.
 
-Invariants: nobody is dead within `dead_after_s` after the receipt of a heartbeat, nor after this manager began to act
-as primary.
+Invariants: nobody is dead within `wait_s` (what it is when one asks) after the receipt of a heartbeat, nor after this
+manager began to act as primary.
 
 Does not know: chains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..messages import TargetReport
@@ -26,8 +26,9 @@ class Heard:
 class Members:
     """The last heartbeats."""
 
-    def __init__(self, *, dead_after_s: float) -> None:
-        self._dead_after_s = dead_after_s
+    def __init__(self, *, wait_s: Callable[[], float]) -> None:
+        """`wait_s`: how long after it was granted every lease is over."""
+        self._wait_s = wait_s
         self._heard: dict[str, Heard] = {}
 
     def forget_all(self) -> None:
@@ -57,7 +58,7 @@ class Members:
         """True if its lease is over, whoever gave it. `since_s`: when this manager began to act as primary."""
         heard = self._heard.get(node)
         last_s = since_s if heard is None else max(heard.at_s, since_s)
-        return now_s - last_s >= self._dead_after_s
+        return now_s - last_s >= self._wait_s()
 
     def is_known(self, node: str, *, now_s: float, since_s: float) -> bool:
         """False while a primary that has just begun does not know yet whether the node lives."""

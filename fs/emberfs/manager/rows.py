@@ -3,6 +3,7 @@
     \\xffm F              Format                the format of all these rows, and the versions of the two lists
     \\xffm L              Lease                 who is primary
     \\xffm S              Setup                 how the chain table was made
+    \\xffm C              ConfigRow             the configuration of the cluster; absent: all defaults
     \\xffm n name         NodeRow
     \\xffm t target       Target
     \\xffm c chain        Chain                 the id as 8 bytes, big-endian
@@ -23,12 +24,14 @@ from ..checksum import crc32c
 from ..errors import Corruption, StoreFormat
 from ..kv.types import RANGE_ROWS_MAX, Transaction
 from ..routing import Node
+from ..settings import Settings, Value
 
 FORMAT = 1
 PREFIX = b"\xffm"
 FORMAT_KEY = PREFIX + b"F"
 LEASE_KEY = PREFIX + b"L"
 SETUP_KEY = PREFIX + b"S"
+CONFIG_KEY = PREFIX + b"C"
 NODES = PREFIX + b"n"
 TARGETS = PREFIX + b"t"
 CHAINS = PREFIX + b"c"
@@ -65,6 +68,14 @@ class Setup(msgspec.Struct, frozen=True, array_like=True):
     targets_per_disk: int
     same_host: bool
     """All nodes were on one host: replicas may share it."""
+
+
+class ConfigRow(msgspec.Struct, frozen=True, array_like=True):
+    version: int = 1
+    values: dict[str, Value] = {}
+    """What was set. Names of a newer release are kept."""
+    waits_s: float = Settings().dead_after_s
+    """The longest `dead_after_s` under which a lease may have been granted that is still valid."""
 
 
 class NodeRow(msgspec.Struct, frozen=True, array_like=True):

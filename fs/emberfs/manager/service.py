@@ -4,7 +4,8 @@ Several may run on one KV; the one that `election` makes primary serves, the oth
 address. Heartbeats go to memory (`members`) and are answered at once; a tick looks what they mean for the chains
 (`states`), for sessions and for moves, and changes the tables (`cluster`) by transactions.
 
-Replies: HeartbeatReply, RoutingReply and StatusReply of what they are named for; Done of the rest.
+Replies: HeartbeatReply, RoutingReply and StatusReply of what they are named for, ConfigReply of GetConfig and
+SetConfig, Done of the rest.
 Does not know: chunks, files, which transport brought a request.
 """
 
@@ -20,7 +21,17 @@ from msgspec.structs import replace
 from .. import messages
 from ..errors import AlreadyExists, Conflict, EmberError, NotFound, ProtocolError
 from ..kv.types import KV
-from ..messages import Done, Heartbeat, HeartbeatReply, Message, NodeStatus, RoutingReply, StatusReply, TargetReport
+from ..messages import (
+    ConfigReply,
+    Done,
+    Heartbeat,
+    HeartbeatReply,
+    Message,
+    NodeStatus,
+    RoutingReply,
+    StatusReply,
+    TargetReport,
+)
 from ..routing import Chain, ChainTarget, LocalState, Role, Target, TargetState
 from ..runtime import Runtime
 from .admission import admit
@@ -33,6 +44,7 @@ from .moves import Layout, Move, plan_moves
 from .placement import place
 from .rows import NodeRow, Setup
 from .sessions import Sessions
+from .settings import after_request, after_wait
 from .states import accept_loss, next_chain
 
 TARGET_ID_BYTES = 16
@@ -59,8 +71,8 @@ class ManagerService:
         self._config = config or ManagerConfig()
         self._election = Election(kv, runtime, address=address, elected=self._begin, config=self._config)
         self._cluster = Cluster(kv, runtime, self._election)
-        self._members = Members(dead_after_s=self._config.dead_after_s)
-        self._sessions = Sessions(self._cluster, timeout_s=self._config.session_timeout_s)
+        self._members = Members(wait_s=lambda: self._cluster.config.waits_s)
+        self._sessions = Sessions(self._cluster)
         self._unsettled: set[int] = set()
         """Chains whose next step may be a change."""
         self._dead: frozenset[str] = frozenset()
@@ -79,6 +91,8 @@ class ManagerService:
             messages.DrainNode: self._drain_node,
             messages.RemoveNode: self._remove_node,
             messages.AcceptLoss: self._accept_loss,
+            messages.GetConfig: self._get_config,
+            messages.SetConfig: self._set_config,
             messages.ClusterStatus: self._status,
         }
 
@@ -119,7 +133,7 @@ class ManagerService:
         return {
             "manager_is_primary": 1,
             "chains_total": len(routing.chains),
-            "chains_degraded": sum(len(chain.serving) < chain.replicas for chain in routing.chains),
+            "chains_degraded": sum(chain.is_short for chain in routing.chains),
             "chains_down": sum(not chain.serving for chain in routing.chains) - lost,
             "chains_lost": lost,
             "nodes_dead": len(self._dead_of(node.name for node in routing.nodes)),
@@ -148,14 +162,16 @@ class ManagerService:
             else:
                 break
         self._election.require_primary()
-        # From here to the reply nothing waits: the lease that it gives is under the routing that it carries.
+        # From here to the reply nothing waits: the lease that it gives is under the routing that it carries, and of the
+        # length that is waited for.
         is_news = self._members.hear(node.name, request.reports, now_s=self._runtime.now_s())
         if is_news or node.name in self._dead:
             self._unsettle([node.name])
         cluster = self._cluster
         routing = None if request.routing_version == cluster.routing.version else cluster.routing
         sessions = None if request.sessions_version == cluster.sessions_version else list(cluster.sessions)
-        return HeartbeatReply(routing, cluster.sessions_version, sessions)
+        config = None if request.config_version == cluster.config.version else cluster.config
+        return HeartbeatReply(routing, cluster.sessions_version, sessions, cluster.settings.lease_s, config)
 
     def _admit(self, request: Heartbeat) -> Change | None:
         """A plan: make the sender known, if it is not."""
@@ -282,6 +298,17 @@ class ManagerService:
         self._unsettled.add(request.chain)
         return Done()
 
+    async def _get_config(self, _: messages.GetConfig) -> ConfigReply:
+        return ConfigReply(self._cluster.config)
+
+    async def _set_config(self, request: messages.SetConfig) -> ConfigReply:
+        def plan() -> Change | None:
+            row = after_request(self._cluster.config_row, request)
+            return None if row is None else Change(config=row)
+
+        await self._cluster.change(plan)
+        return ConfigReply(self._cluster.config)
+
     async def _status(self, _: messages.ClusterStatus) -> StatusReply:
         now_s, dead = self._runtime.now_s(), self._dead_nodes()
         nodes = []
@@ -334,10 +361,12 @@ class ManagerService:
     def _plans(self) -> list[Plan]:
         """What this tick has to do."""
         plans: list[Plan] = [self._expire_sessions]
+        if self._cluster.config.waits_s > self._cluster.settings.dead_after_s:
+            plans.append(self._shorten_wait)
         if self._unsettled:
             plans.append(self._settle_chains)
         alive = frozenset(self._cluster.nodes) - self._dead
-        if self._moves_planned_for != (self._cluster.routing.version, alive):
+        if self._moves_planned_for != (self._cluster.routing.version, self._cluster.config.version, alive):
             plans.append(self._move)
         return plans
 
@@ -353,6 +382,11 @@ class ManagerService:
 
     def _expire_sessions(self) -> Change | None:
         return self._sessions.expire(now_s=self._runtime.now_s(), since_s=self._election.since_s)
+
+    def _shorten_wait(self) -> Change | None:
+        since_s = max(self._cluster.configured_s, self._election.since_s)
+        row = after_wait(self._cluster.config_row, now_s=self._runtime.now_s(), since_s=since_s)
+        return None if row is None else Change(config=row)
 
     def _settle_chains(self) -> Change | None:
         """A plan: one step of the state table for each chain that may have one."""
@@ -397,14 +431,14 @@ class ManagerService:
             return None
         alive = frozenset(cluster.nodes) - self._dead_nodes()
         layout = Layout(cluster.chains, cluster.targets, cluster.nodes, alive=alive, same_host=cluster.setup.same_host)
-        moves, is_all = plan_moves(layout, limit=self._config.moves_max)
+        moves, is_all = plan_moves(layout, limit=cluster.settings.moves_max)
         change = Change()
         for move in moves:
             self._begin_move(change, move)
         if is_all:
             change.nodes.update((name, replace(cluster.nodes[name], joining=False)) for name in sorted(layout.joining))
         if not change.is_routing:
-            self._moves_planned_for = (cluster.routing.version, alive)
+            self._moves_planned_for = (cluster.routing.version, cluster.config.version, alive)
             return None
         return change
 

@@ -18,9 +18,8 @@ DESCRIPTION_CHARS_MAX = 256
 class Sessions:
     """Opens, extends, closes and expires."""
 
-    def __init__(self, cluster: Cluster, *, timeout_s: float) -> None:
+    def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._timeout_s = timeout_s
         self._extended_s: dict[bytes, float] = {}
 
     def forget_all(self) -> None:
@@ -54,12 +53,13 @@ class Sessions:
 
     def expire(self, *, now_s: float, since_s: float) -> Change | None:
         """A plan: end the sessions of the silent."""
+        timeout_s = self._cluster.settings.session_timeout_s
         for client in [client for client in self._extended_s if client not in self._cluster.sessions]:
-            if now_s - self._extended_s[client] >= self._timeout_s:
+            if now_s - self._extended_s[client] >= timeout_s:
                 del self._extended_s[client]
         ended = [
             client
             for client in self._cluster.sessions
-            if now_s - max(self._extended_s.get(client, since_s), since_s) >= self._timeout_s
+            if now_s - max(self._extended_s.get(client, since_s), since_s) >= timeout_s
         ]
         return Change(sessions=dict.fromkeys(ended)) if ended else None

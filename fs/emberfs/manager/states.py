@@ -1,7 +1,8 @@
 """The state table of docs/replication.md: how a chain changes with what its targets' nodes say. Pure functions.
 
 Invariants:
-  - Every serving target has every acknowledged write. While none serves, the lastsrv targets have them all.
+  - Every serving target has every acknowledged write. While none serves, the lastsrv targets have them all: on the disk
+    content of their generation, which may come back although the node shows another one now.
   - At most one target of a chain is syncing.
   - The order is serving, lastsrv, syncing, waiting, offline; within a state the order of before.
 
@@ -10,7 +11,7 @@ Does not know: leases, time, where targets are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from msgspec.structs import replace
 
@@ -55,23 +56,28 @@ def accept_loss(chain: Chain, target: bytes, report: TargetReport | None) -> Cha
     if report is None or report.state == LocalState.OFFLINE:
         raise Conflict(f"target {target.hex()} of chain {chain.id} is not there: start its node first")
     targets = [
-        replace(each, state=TargetState.SERVING, generation=report.generation)
+        replace(each, state=TargetState.SERVING, generation=report.generation, foreign=False)
         if each.target == target
-        else replace(each, state=TargetState.OFFLINE)
+        else replace(each, state=TargetState.OFFLINE, foreign=False)
         for each in chain.targets
     ]
     return replace(chain, version=chain.version + 1, targets=_order(targets))
 
 
-def describe(chain: Chain) -> str:
-    """In plain words: how it is, and what will happen."""
+def describe(chain: Chain, homes: Mapping[bytes, str] | None = None) -> str:
+    """In plain words: how it is, and what will happen. `homes`: the nodes of its targets, to be named."""
     serving, wanted = len(chain.serving), chain.replicas
     if chain.version == 0:
         return "new: it begins when all its targets have reported"
     if chain.is_lost:
-        return "LOST: no replica is left that has every acknowledged write; `cluster accept-loss` goes on without them"
+        last = _named(chain.targets, TargetState.LASTSRV, homes)
+        return (
+            f"LOST, unless a disk comes back: {last} had every acknowledged write, and its node shows another disk "
+            "content now. If the disk is not mounted, stop the node, mount it, start the node; if it is gone for good, "
+            "`cluster accept-loss` goes on with what another replica has"
+        )
     if not serving:
-        last = _named(chain, TargetState.LASTSRV)
+        last = _named([each for each in chain.targets if not each.foreign], TargetState.LASTSRV, homes)
         return f"DOWN: it serves again as soon as one of {last} is back; nothing is lost"
     parts = [f"{serving} of {wanted} replicas serve"]
     for state, text in (
@@ -79,15 +85,20 @@ def describe(chain: Chain) -> str:
         (TargetState.WAITING, "waits for its turn to be brought up to date"),
         (TargetState.OFFLINE, "is down and will be brought up to date when it is back"),
     ):
-        if names := _named(chain, state):
+        if names := _named(chain.targets, state, homes):
             parts.append(f"{names} {text}")
-    if names := ", ".join(each.target.hex()[:8] for each in chain.targets if each.leaving):
+    if names := ", ".join(_name(each, homes) for each in chain.targets if each.leaving):
         parts.append(f"{names} leaves when {wanted} others serve")
     return "; ".join(parts)
 
 
-def _named(chain: Chain, state: TargetState) -> str:
-    return ", ".join(each.target.hex()[:8] for each in chain.targets if each.state == state)
+def _named(targets: Iterable[ChainTarget], state: TargetState, homes: Mapping[bytes, str] | None) -> str:
+    return ", ".join(_name(each, homes) for each in targets if each.state == state)
+
+
+def _name(target: ChainTarget, homes: Mapping[bytes, str] | None) -> str:
+    short = target.target.hex()[:8]
+    return f"{short} on {homes[target.target]}" if homes else short
 
 
 def _begin(chain: Chain, reports: Mapping[bytes, TargetReport]) -> Chain:
@@ -117,7 +128,8 @@ def _step(chain: Chain, heard: Mapping[bytes, LocalState], reports: Mapping[byte
             generation = reports[each.target].generation
             targets.append(replace(each, state=TargetState.SYNCING, generation=generation))
         else:
-            targets.append(replace(each, state=_next_state(each, report, staying, returning)))
+            state = _next_state(each, report, staying, returning)
+            targets.append(replace(each, state=state, foreign=_is_foreign(each, state, report)))
     return targets
 
 
@@ -139,15 +151,13 @@ def _next_state(
     match target.state, report:
         case TargetState.SERVING, LocalState.OFFLINE:
             return TargetState.OFFLINE if others_serve else TargetState.LASTSRV
-        case TargetState.LASTSRV, LocalState.OFFLINE:
-            # One that returns takes writes from now on, which this one misses.
-            return TargetState.OFFLINE if others_serve or returning else TargetState.LASTSRV
         case TargetState.SERVING, LocalState.FRESH:
-            return TargetState.WAITING if others_serve else TargetState.OFFLINE
+            return TargetState.WAITING if others_serve else TargetState.LASTSRV
         case TargetState.SERVING, _:
             return TargetState.SERVING
-        case TargetState.LASTSRV, LocalState.FRESH:
-            return TargetState.OFFLINE
+        case TargetState.LASTSRV, LocalState.OFFLINE | LocalState.FRESH:
+            # One that returns takes writes from now on, which this one misses.
+            return TargetState.OFFLINE if others_serve or returning else TargetState.LASTSRV
         case TargetState.LASTSRV, _:
             return TargetState.WAITING if others_serve else TargetState.SERVING
         case _, LocalState.OFFLINE:
@@ -157,6 +167,13 @@ def _next_state(
         case TargetState.SYNCING, LocalState.ONLINE if others_serve:
             return TargetState.SYNCING
     return TargetState.WAITING
+
+
+def _is_foreign(target: ChainTarget, after: TargetState, report: LocalState) -> bool:
+    """See `ChainTarget.foreign`. A node that goes silent has not shown anything else."""
+    if after != TargetState.LASTSRV:
+        return False
+    return report == LocalState.FRESH or (target.foreign and report == LocalState.OFFLINE)
 
 
 def _order(targets: list[ChainTarget]) -> tuple[ChainTarget, ...]:

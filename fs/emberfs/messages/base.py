@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import msgspec
 
-from ..routing import Role
+from ..routing import Node, Role
 
 SERVERS = frozenset[str](Role)
 OPERATORS = SERVERS | {"admin"}
@@ -23,6 +23,11 @@ class Message(msgspec.Struct, array_like=True, tag=True):
     """The roles that it is taken from, where peers have certificates."""
     fills_buffers: ClassVar[bool] = False
     """The buffers of this request are destinations. Its reply says in `counts` how many bytes of each it filled."""
+
+    @property
+    def speaks_as(self) -> Node | None:
+        """The node that the sender says it is: its certificate must name it, and be of its role."""
+        return None
 
 
 class Done(Message):

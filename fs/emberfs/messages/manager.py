@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from ..routing import LocalState, Node, Routing
+from ..settings import Config, Settings, Value
 from .base import EVERYBODY, OPERATORS, Message
 
 
@@ -29,6 +30,11 @@ class Heartbeat(Message):
     routing_version: int
     """What the sender has: the reply carries a newer one, if there is one."""
     sessions_version: int = 0
+    config_version: int = 0
+
+    @property
+    def speaks_as(self) -> Node:
+        return self.node
 
 
 class HeartbeatReply(Message):
@@ -37,6 +43,10 @@ class HeartbeatReply(Message):
     sessions_version: int = 0
     sessions: list[bytes] | None = None
     """Client ids with a live session; None: unchanged."""
+    lease_s: float = Settings().lease_s
+    """The sender serves for so long from the time of sending on, by its own clock."""
+    config: Config | None = None
+    """None: yours is the newest."""
 
 
 class GetRouting(Message):
@@ -119,6 +129,33 @@ class AcceptLoss(Message):
 
     chain: int
     target: bytes
+
+
+class GetConfig(Message):
+    """The configuration of the cluster. -> ConfigReply"""
+
+    may_send = EVERYBODY
+    changes_nothing = True
+
+
+class SetConfig(Message):
+    """Change the configuration, all of it at once or nothing. -> ConfigReply
+
+    Raises Conflict if it is at another version than `version` by now, unless nothing would change; NotFound,
+    LimitExceeded.
+    """
+
+    may_send = OPERATORS
+
+    version: int
+    """What the sender has seen."""
+    values: dict[str, Value]
+    unset: list[str] = msgspec.field(default_factory=list)
+    """These get their defaults."""
+
+
+class ConfigReply(Message):
+    config: Config
 
 
 class ClusterStatus(Message):

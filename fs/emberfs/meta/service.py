@@ -25,6 +25,7 @@ from ..errors import ProtocolError, StoreFormat, Unavailable, UpdateUnknown
 from ..kv.types import KV, Transaction
 from ..messages import Message
 from ..runtime import Runtime
+from ..settings import Config
 from ..transport.codec import decode_message
 from ..types import ROOT_INODE, TRASH_INODE, Inode, Kind
 from . import attributes, background, files, gc, namespace, recovery, session, trash
@@ -104,6 +105,10 @@ class MetaService:
         A file uses `stripe` of them; None: all, but at most STRIPE_DEFAULT.
         """
         self._state.chains_changed(chains, stripe)
+
+    def configure(self, config: Config) -> None:
+        """The cluster manager said that this holds. Call it before `sessions_changed` of the same answer."""
+        self._state.configure(config)
 
     async def sessions_changed(self, live: Collection[bytes]) -> None:
         """The cluster manager said that these are the clients with a live session.

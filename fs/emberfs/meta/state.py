@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -18,6 +18,7 @@ from ..errors import Conflict, LimitExceeded, Unavailable
 from ..kv.types import KV, Transaction, decode_int
 from ..locks import KeyedLocks
 from ..runtime import Runtime
+from ..settings import Config, Settings
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, CHUNK_SIZE_BYTES_MAX, CHUNK_SIZE_BYTES_MIN, Chunks, Inode
 from .blocks import BLOCK_IDS, Blocks
 from .cache import StatCache
@@ -32,6 +33,8 @@ NANOSECONDS = 1_000_000_000
 STRIPE_DEFAULT = 16
 """Chains of a new file in a cluster that has more: enough to keep a reader's network busy, and few enough that removing
 or measuring a file, which asks each of its chains, does not ask them all."""
+CLIENT_GRACE_MARGIN_S = 2.0
+"""For clocks that drift; see `client_grace_s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +55,9 @@ class MetaConfig:
     """Inode ids leased at a time."""
     shared: bool = False
     """Several servers serve the same KV: the cluster. Requests that change something must come as `Once`."""
-    client_grace_s: float = 5.0
-    """Shared: seconds between a client's end and its recovery. By then every storage node refuses its requests."""
+    client_grace_s: float = Settings().dead_after_s + CLIENT_GRACE_MARGIN_S
+    """Shared: seconds between a client's end and its recovery. By then every storage node refuses its requests: it has
+    heard of that, or its lease is over."""
     clients_interval_s: float = 2.0
     """Shared: seconds between two looks for clients that have ended."""
 
@@ -131,6 +135,17 @@ class MetaState:
         """Inline files that one writer is moving to chunks: nobody else may write chunks under that id meanwhile."""
         self.settling: set[int] = set()
         """Files whose hint is being put into their row: a report waits for its own transaction meanwhile."""
+
+    def configure(self, config: Config) -> None:
+        """What the whole cluster goes by from now on."""
+        settings = Settings.of(config.values)
+        self.config = replace(
+            self.config,
+            gc_delay_s=settings.gc_delay_s,
+            gc_interval_s=settings.gc_interval_s,
+            trash_s=settings.trash_s,
+            client_grace_s=config.waits_s + CLIENT_GRACE_MARGIN_S,
+        )
 
     def named(self, name: RequestName) -> MetaState:
         """This state, as the handler of one request sees it."""

@@ -9,7 +9,8 @@
     [tls]
     directory = "/etc/emberline/tls"     # ca.pem, cert.pem, key.pem: `emberline cluster join` makes them
 
-Unknown names are refused, so that a typing error is not silently the default.
+Unknown names are refused, so that a typing error is not silently the default. What holds for the whole cluster is not
+set here but with `emberline cluster config` (see `emberfs.settings`).
 Does not know: what a role does with it.
 """
 
@@ -21,6 +22,7 @@ import msgspec
 
 from ..errors import InvalidPath
 from ..routing import Role
+from ..settings import SETTINGS
 
 
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,28 +39,11 @@ class StorageSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     reserve_bytes: int = 1 << 30
     """New data is refused when the disk has less than this left."""
-    resync_bytes_per_s: int = 200 << 20
-    """How fast a replica that missed writes is brought up to date, per disk."""
-    tombstone_s: float = 600.0
-    """Seconds that the trace of a removed chunk stays."""
-
-
-class MetaSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the metadata role."""
-
-    gc_delay_s: float = 300.0
-    """Seconds that readers of an unlinked or replaced file may go on."""
-    gc_interval_s: float = 60.0
-    """Seconds between two looks at the garbage."""
-    trash_s: float = 7 * 86400.0
-    """Seconds that removed files stay in the trash."""
 
 
 class ManagerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of the manager role."""
 
-    session_timeout_s: float = 60.0
-    """A client that is not heard of for this long is given up."""
     authority: str = ""
     """Directory of the cluster's certificate authority: this manager lets machines with a token join."""
 
@@ -93,7 +78,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Id of the cluster: others are refused. Empty: any."""
     tls: TlsConfig = TlsConfig()
     storage: StorageSection = StorageSection()
-    meta: MetaSection = MetaSection()
     manager: ManagerSection = ManagerSection()
 
     def __post_init__(self) -> None:
@@ -127,7 +111,9 @@ def read_config(path: Path) -> ServerConfig:
     try:
         return msgspec.toml.decode(path.read_bytes(), type=ServerConfig)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise InvalidPath(f"{path}: {error}") from error
+        shared = [name for name in SETTINGS if f"`{name}`" in str(error)]
+        hint = f"; it is set for the whole cluster: `emberline cluster config set {shared[0]}=VALUE`" if shared else ""
+        raise InvalidPath(f"{path}: {error}{hint}") from error
 
 
 def write_config(path: Path, config: ServerConfig) -> None:

@@ -1,4 +1,4 @@
-"""What keeps a server without targets in the cluster: heartbeats out, routing and sessions back.
+"""What keeps a server without targets in the cluster: heartbeats out, routing, sessions and configuration back.
 
 Storage nodes have a heart of their own (`storage.node`), because theirs carries a lease.
 """
@@ -14,15 +14,14 @@ from ..errors import EmberError
 from ..messages import GetRouting, Heartbeat, HeartbeatReply, RoutingReply
 from ..routing import Node, Routing
 from ..runtime import Runtime
+from ..settings import Config, Settings
 from ..transport.types import Network
-
-HEARTBEAT_S = 0.5
 
 log = logging.getLogger("emberline.server")
 
 
 class Heart:
-    """Tells the primary manager twice a second that `node` is alive."""
+    """Tells the primary manager every `heartbeat_s` that `node` is alive."""
 
     def __init__(
         self,
@@ -33,6 +32,7 @@ class Heart:
         *,
         on_routing: Callable[[Routing], Awaitable[None]] | None = None,
         on_sessions: Callable[[list[bytes]], Awaitable[None]] | None = None,
+        on_config: Callable[[Config], None] | None = None,
     ) -> None:
         self.routing = Routing(0)
         self._runtime = runtime
@@ -40,6 +40,9 @@ class Heart:
         self._node = node
         self._on_routing = on_routing
         self._on_sessions = on_sessions
+        self._on_config = on_config
+        self._config_version = 0
+        self._heartbeat_s = Settings().heartbeat_s
         self._sessions_version = 0
         self._is_admitted = False
         self._task: asyncio.Task[None] | None = None
@@ -73,16 +76,23 @@ class Heart:
             except Exception:
                 # A mistake of ours, maybe in what takes the routing: without heartbeats this server would be lost.
                 log.exception("a heartbeat failed")
-            await self._runtime.sleep(HEARTBEAT_S)
+            await self._runtime.sleep(self._heartbeat_s)
 
     async def _tell(self) -> None:
         if not self._is_admitted:
             # Who takes over a name must know who has it.
-            known = await self._managers.ask(GetRouting(), RoutingReply, timeout_s=HEARTBEAT_S * 4)
+            known = await self._managers.ask(GetRouting(), RoutingReply, timeout_s=self._heartbeat_s * 4)
             await self._take(known.routing)
-        request = Heartbeat(self._node, [], self.routing.version, self._sessions_version)
-        reply = await self._managers.ask(request, HeartbeatReply, timeout_s=HEARTBEAT_S * 4)
+        versions = (self.routing.version, self._sessions_version, self._config_version)
+        request = Heartbeat(self._node, [], *versions)
+        reply = await self._managers.ask(request, HeartbeatReply, timeout_s=self._heartbeat_s * 4)
         self._is_admitted = True
+        if reply.config is not None:
+            # First: it says how long those may still be heard whose sessions are gone.
+            self._config_version = reply.config.version
+            self._heartbeat_s = Settings.of(reply.config.values).heartbeat_s
+            if self._on_config is not None:
+                self._on_config(reply.config)
         await self._take(reply.routing)
         if reply.sessions is not None:
             self._sessions_version = reply.sessions_version

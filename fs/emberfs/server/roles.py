@@ -21,12 +21,12 @@ from ..disk import LocalDisk
 from ..engine import ChunkEngine, EngineConfig
 from ..errors import EmberError, StoreBusy
 from ..kv import KvServer, LmdbKV, open_kv
-from ..manager import ManagerConfig, ManagerService
+from ..manager import ManagerService
 from ..meta import ClientChunkOps, MetaConfig, MetaService
 from ..routing import Node, Role, Routing
 from ..runtime import AsyncioRuntime
 from ..sharing.ownership import Mode, Ownership, read_owner
-from ..storage import StorageConfig, StorageNode
+from ..storage import StorageNode
 from ..transport.types import Network, Service
 from .config import ServerConfig
 from .heart import Heart
@@ -131,8 +131,7 @@ async def _open_kv_role(config: ServerConfig, runtime: AsyncioRuntime, network: 
 
 async def _open_manager(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
     kv = await open_kv(config.kv, runtime, network=network)
-    settings = ManagerConfig(session_timeout_s=config.manager.session_timeout_s)
-    service = ManagerService(kv, runtime, address=config.address, config=settings)
+    service = ManagerService(kv, runtime, address=config.address)
     desk = JoinDesk(service, Path(config.manager.authority)) if config.manager.authority else service
 
     # Managers are in the routing too, so that `cluster status` misses one that is gone.
@@ -165,13 +164,7 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
     routes = Routes(runtime, network, config.managers, description=f"metadata server {config.name}")
     await routes.start()
     chains = EveryChain(routes, StorageRouter(runtime, network, routes))
-    settings = MetaConfig(
-        gc_delay_s=config.meta.gc_delay_s,
-        gc_interval_s=config.meta.gc_interval_s,
-        trash_s=config.meta.trash_s,
-        shared=True,
-    )
-    service = MetaService(kv, runtime, ClientChunkOps(chains), config=settings)
+    service = MetaService(kv, runtime, ClientChunkOps(chains), config=MetaConfig(shared=True))
 
     async def take_routing(routing: Routing) -> None:
         service.chains_changed([chain.id for chain in routing.chains])
@@ -180,7 +173,15 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
         await service.sessions_changed(set(live))
 
     node = node_of(config, runtime.random_bytes(8))
-    heart = Heart(runtime, network, config.managers, node, on_routing=take_routing, on_sessions=take_sessions)
+    heart = Heart(
+        runtime,
+        network,
+        config.managers,
+        node,
+        on_routing=take_routing,
+        on_sessions=take_sessions,
+        on_config=service.configure,
+    )
 
     async def start() -> None:
         await take_routing(routes.routing)
@@ -234,13 +235,8 @@ async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: 
             await index.close()
         await runtime.offload(shutil.rmtree, directory_of(target), True)
 
-    settings = StorageConfig(
-        resync_bytes_per_s=config.storage.resync_bytes_per_s, tombstone_s=config.storage.tombstone_s
-    )
     node = node_of(config, runtime.random_bytes(8))
-    service = StorageNode(
-        node, runtime, network, config.managers, open_target, drop_target=drop_target, config=settings
-    )
+    service = StorageNode(node, runtime, network, config.managers, open_target, drop_target=drop_target)
 
     async def close() -> None:
         await service.close()

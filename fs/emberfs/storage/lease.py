@@ -1,7 +1,8 @@
 """The lease of a storage node: until when its targets may serve.
 
 It runs from the moment a heartbeat was *sent*, so that it ends before the manager, which counts from the receipt, may
-act. The clock is this node's monotonic one.
+act. How long it is, the manager says each time: it waits for the longest that it gave. The clock is this node's
+monotonic one.
 
 Does not know: who renews it.
 """
@@ -15,18 +16,17 @@ from ..runtime import Runtime
 class Lease:
     """Not valid until it is renewed."""
 
-    def __init__(self, runtime: Runtime, lease_s: float) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._lease_s = lease_s
-        self._sent_s: float | None = None
+        self._until_s = float("-inf")
 
-    def renew(self, sent_s: float) -> None:
+    def renew(self, sent_s: float, lease_s: float) -> None:
         """The primary has answered a heartbeat that was sent at `sent_s`. An answer that was overtaken is fine."""
-        self._sent_s = max(sent_s, self._sent_s) if self._sent_s is not None else sent_s
+        self._until_s = max(self._until_s, sent_s + lease_s)
 
     @property
     def is_valid(self) -> bool:
-        return self._sent_s is not None and self._runtime.now_s() < self._sent_s + self._lease_s
+        return self._runtime.now_s() < self._until_s
 
     def check(self) -> None:
         """Raises StaleRouting outside the lease."""

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ..engine import Action, ChunkEngine, Request, Update
 from ..errors import (
+    AccessDenied,
     AlreadyExists,
     Corruption,
     EmberError,
@@ -54,13 +55,15 @@ from ..messages import (
 )
 from ..routing import LocalState, Node, Routing
 from ..runtime import Runtime
+from ..settings import Config, Settings
 from ..transport.types import Network
 from ..types import BATCH_ITEMS_MAX
 from ..waiting import call, drop, finish, first_of, pause, unwatched
 from .config import StorageConfig
 from .lease import Lease
+from .pace import Paces
 from .replica import Replica
-from .resync import Pace, ResyncProgress
+from .resync import ResyncProgress
 from .service import check_batch, chunks_read, granule_log2_of
 from .sessions import Sessions
 from .upkeep import Upkeep
@@ -103,7 +106,9 @@ class StorageNode:
         """`managers`: addresses. `node.incarnation` must be new with each process."""
         self.node = node
         self.config = config or StorageConfig()
-        self.lease = Lease(runtime, self.config.lease_s)
+        self.settings = Settings()
+        """Of the whole cluster, as they were heard last."""
+        self.lease = Lease(runtime)
         self.routing = Routing(0)
         self.replicas: dict[int, Replica] = {}
         """By chain."""
@@ -115,10 +120,14 @@ class StorageNode:
         self._open_target = open_target
         self._drop_target = drop_target
         self._sessions = Sessions()
-        self._pace = Pace(runtime, bytes_per_s=self.config.resync_bytes_per_s, parallel=self.config.resync_parallel)
+        self._config_version = 0
+        self._retuned = runtime.future()
+        """Done when other settings are in force."""
+        self._paces = Paces(runtime, parallel=self.config.resync_parallel)
         self._upkeeps: dict[int, Upkeep] = {}
         self._broken: dict[bytes, str] = {}
         """Targets that could not be opened, and why. They are reported offline until the server is started again."""
+        self._refusal = ""
         self._closing = runtime.future()
         self._beat_now = runtime.future()
         self._curious: list[asyncio.Future[None]] = []
@@ -146,7 +155,7 @@ class StorageNode:
         told = self._runtime.future()
         self._curious.append(told)
         finish(self._beat_now)
-        await pause(self._runtime, self.config.lease_s, told)
+        await pause(self._runtime, self.settings.lease_s, told)
 
     async def close(self) -> None:
         """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's."""
@@ -178,6 +187,7 @@ class StorageNode:
             "storage_targets_broken": len(self._broken),
             "storage_lease_valid": float(self.lease.is_valid),
             "storage_resyncs": len(resyncs),
+            "storage_migrations": sum(each.is_migration for each in resyncs),
             "storage_resync_sent_bytes": sum(each.sent_bytes for each in resyncs),
             "storage_repaired_chunks": sum(each.repairer.repaired for each in self.replicas.values()),
         }
@@ -191,9 +201,10 @@ class StorageNode:
         while not self._closing.done():
             self._beat_now = self._runtime.future()
             curious, self._curious = self._curious, []
-            sent_s, interval_s = self._runtime.now_s(), self.config.heartbeat_s
+            sent_s, interval_s = self._runtime.now_s(), self.settings.heartbeat_s
             try:
-                request = Heartbeat(self.node, self.reports(), self.routing.version, self._sessions.version)
+                versions = (self.routing.version, self._sessions.version, self._config_version)
+                request = Heartbeat(self.node, self.reports(), *versions)
                 reply = await self._ask(request, HeartbeatReply)
                 await self._take(reply, sent_s)
                 failures = 0
@@ -204,7 +215,7 @@ class StorageNode:
                 return
             except EmberError as error:
                 self._curious += curious
-                log.debug("no manager takes our heartbeat: %s", error)
+                self._note_refusal(error)
                 interval_s *= UNANSWERED_FACTOR
             except Exception as error:
                 self._curious += curious
@@ -214,6 +225,13 @@ class StorageNode:
                     await self._stop(f"heartbeats fail: {error!r}")
                     return
             await self._rest(sent_s, interval_s)
+
+    def _note_refusal(self, error: EmberError) -> None:
+        """Not to be heard for a while is nothing to speak of; not to be let in is somebody's mistake, said once."""
+        is_news = isinstance(error, AccessDenied) and str(error) != self._refusal
+        log.log(logging.WARNING if is_news else logging.DEBUG, "no manager takes our heartbeat: %s", error)
+        if is_news:
+            self._refusal = str(error)
 
     async def _rest(self, sent_s: float, interval_s: float) -> None:
         """Wait until `interval_s` after the last heartbeat; when one is asked for, only BEAT_REST_S."""
@@ -235,12 +253,12 @@ class StorageNode:
     async def _learn_targets(self) -> None:
         """Open what is ours before the first heartbeat: a restart proves by its disk that it is the only one, and by
         the routing it knows that it came last."""
-        due_s = self._runtime.now_s() + self.config.lease_s
+        due_s = self._runtime.now_s() + self.settings.lease_s
         while not self._closing.done():
             try:
                 reply = await self._ask(GetRouting(), RoutingReply)
             except EmberError:
-                await pause(self._runtime, self.config.heartbeat_s, self._closing)
+                await pause(self._runtime, self.settings.heartbeat_s, self._closing)
                 continue
             if reply.routing is not None:
                 self.routing = reply.routing
@@ -249,7 +267,7 @@ class StorageNode:
                 return
             # Nothing is reported yet. The process before us may still be about to let go of the disk.
             self._broken.clear()
-            await pause(self._runtime, self.config.heartbeat_s, self._closing)
+            await pause(self._runtime, self.settings.heartbeat_s, self._closing)
 
     async def _follow_changes(self) -> None:
         """Learn of a chain change when it is made and not by the next heartbeat: until then nobody serves that chain.
@@ -260,7 +278,7 @@ class StorageNode:
             try:
                 reply = await self._ask(GetRouting(self.routing.version, FOLLOW_WAIT_S), RoutingReply, FOLLOW_WAIT_S)
             except EmberError:
-                await pause(self._runtime, self.config.heartbeat_s, self._closing)
+                await pause(self._runtime, self.settings.heartbeat_s, self._closing)
                 continue
             self._adopt(reply.routing)
 
@@ -271,7 +289,7 @@ class StorageNode:
         """
         manager = self._managers[0]
         task = self._runtime.spawn(call(self._network.connection(manager), request), "to-manager")
-        timer = self._runtime.spawn(self._runtime.sleep(wait_s + 2 * self.config.heartbeat_s), "to-manager-timer")
+        timer = self._runtime.spawn(self._runtime.sleep(wait_s + 2 * self.settings.heartbeat_s), "to-manager-timer")
         try:
             await first_of(self._runtime, task, timer, self._closing)
             if not task.done():
@@ -291,7 +309,9 @@ class StorageNode:
         if reply.sessions is not None:
             self._sessions.take(reply.sessions_version, reply.sessions)
         self._adopt(reply.routing)
-        self.lease.renew(sent_s)
+        if reply.config is not None:
+            self._retune(reply.config)
+        self.lease.renew(sent_s, reply.lease_s)
 
     def _adopt(self, routing: Routing | None) -> None:
         """Go by `routing` if it is news, and open and drop targets as it says."""
@@ -299,6 +319,12 @@ class StorageNode:
             self._follow(routing)
         if self._applying is None or self._applying.done():
             self._applying = self._runtime.spawn(self._apply(), "apply-routing")
+
+    def _retune(self, config: Config) -> None:
+        self._config_version, self.settings = config.version, Settings.of(config.values)
+        self._paces.retune(self.settings)
+        retuned, self._retuned = self._retuned, self._runtime.future()
+        finish(retuned)
 
     def reports(self) -> list[TargetReport]:
         """What the next heartbeat says of each target."""
@@ -351,7 +377,7 @@ class StorageNode:
                 self._network,
                 lease=self.lease,
                 check_session=self._sessions.check,
-                pace=self._pace,
+                paces=self._paces,
                 config=self.config,
             )
             self._upkeeps[target.chain] = Upkeep(replica)
@@ -373,8 +399,13 @@ class StorageNode:
                     await self._drop_target(target)
 
     async def _look_after(self) -> None:
+        begin_s = self._runtime.now_s()
         while not self._closing.done():
-            await pause(self._runtime, self.config.tombstone_s, self._closing)
+            passed_s, retuned = self._runtime.now_s() - begin_s, self._retuned
+            await pause(self._runtime, max(self.settings.tombstone_s - passed_s, 0.0), self._closing, retuned)
+            if retuned.done():
+                continue
+            begin_s = self._runtime.now_s()
             for upkeep in list(self._upkeeps.values()):
                 try:
                     await upkeep.purge()
@@ -477,7 +508,7 @@ class StorageNode:
         if self.lease.is_valid:
             self._curious.append(told)
             finish(self._beat_now)
-            await pause(self._runtime, self.config.lease_s, told)
+            await pause(self._runtime, self.settings.lease_s, told)
         if not told.done() or self._closing.done():
             # Not the client's fault: to say that its session is over would make it give up what hangs on it.
             raise StaleRouting("this server does not hear from the manager whether the client's session is live")

@@ -52,9 +52,10 @@ from ..waiting import finish, first_of, pause
 from .config import StorageConfig
 from .forward import Passing
 from .lease import Lease
+from .pace import Paces
 from .passing import Passer
 from .repair import Repairer
-from .resync import Pace, Resync
+from .resync import Resync
 from .service import rounds
 from .settle import Settler
 from .view import View
@@ -77,13 +78,13 @@ class Replica:
         *,
         lease: Lease,
         check_session: SessionCheck,
-        pace: Pace,
+        paces: Paces,
         config: StorageConfig,
     ) -> None:
         self.engine = engine
         self.locks = KeyedLocks(runtime)
         self.passer = Passer(engine, runtime)
-        self.resync = Resync(self, runtime, pace=pace, config=config)
+        self.resync = Resync(self, runtime, paces=paces, config=config)
         self.repairer = Repairer(self, runtime)
         self.view: View | None = None
         self._settler = Settler(self, runtime, config=config)

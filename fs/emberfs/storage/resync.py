@@ -1,6 +1,6 @@
 """Resync: the last serving target brings its syncing successor what it missed.
 
-Both list their rows in chunk order; what differs is sent, under the chunk's lock, at no more than the node's `Pace`.
+Both list their rows in chunk order; what differs is sent, under the chunk's lock, no faster than the node's `pace`.
 Writes go on meanwhile: they reach the successor as replacements. If the chain changes, a new view begins again and
 finds most of it done.
 
@@ -10,7 +10,6 @@ Does not know: who decides that a target is to be synced.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,9 +28,10 @@ from ..messages import (
     SyncDone,
 )
 from ..runtime import Runtime
-from ..waiting import finish, first_of, pause
+from ..waiting import first_of, pause
 from .config import StorageConfig
 from .forward import Link
+from .pace import Paces
 from .view import View
 
 if TYPE_CHECKING:
@@ -42,50 +42,13 @@ AGAIN_S = 5.0
 """A successor that has everything and is still not serving after this forgot it in a restart: it is told again."""
 
 
-class Pace:
-    """A token bucket for all resyncs of a node, and the turns of those that may run at the same time."""
-
-    def __init__(self, runtime: Runtime, *, bytes_per_s: float, parallel: int) -> None:
-        self._runtime = runtime
-        self._bytes_per_s = bytes_per_s
-        self._free_s = runtime.now_s()
-        self._turns = parallel
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def take(self, count: int) -> None:
-        """Return when `count` bytes may be sent: at once if all before were sent in time."""
-        now_s = self._runtime.now_s()
-        due_s = max(self._free_s, now_s)
-        self._free_s = due_s + count / self._bytes_per_s
-        if due_s > now_s:
-            await self._runtime.sleep(due_s - now_s)
-
-    async def begin(self, stop: asyncio.Future[None]) -> bool:
-        """Wait for a turn; False if `stop` came first. Give it back with `end`."""
-        if self._turns:
-            self._turns -= 1
-            return True
-        turn = self._runtime.future()
-        self._waiting.append(turn)
-        await first_of(self._runtime, turn, stop)
-        if turn.done():
-            return True
-        self._waiting.remove(turn)
-        return False
-
-    def end(self) -> None:
-        """The next one may run."""
-        if self._waiting:
-            finish(self._waiting.popleft())
-        else:
-            self._turns += 1
-
-
 class ResyncProgress(msgspec.Struct):
     """How far the resync of a chain is; for status."""
 
     chain: int
     successor: bytes
+    is_migration: bool = False
+    """The chain has all that it wants: see `pace`."""
     compared: int = 0
     """Chunks, in the present pass."""
     sent: int = 0
@@ -99,11 +62,11 @@ class ResyncProgress(msgspec.Struct):
 class Resync:
     """Drives the resync of one chain, while its target is the tail and the chain has a syncing one."""
 
-    def __init__(self, replica: Replica, runtime: Runtime, *, pace: Pace, config: StorageConfig) -> None:
+    def __init__(self, replica: Replica, runtime: Runtime, *, paces: Paces, config: StorageConfig) -> None:
         self.progress: ResyncProgress | None = None
         self._replica = replica
         self._runtime = runtime
-        self._pace = pace
+        self._paces = paces
         self._config = config
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -112,7 +75,8 @@ class Resync:
         self.progress = None
         self._tasks = [task for task in self._tasks if not task.done()]
         if view.is_tail and view.successor is not None and view.link is not None:
-            progress = self.progress = ResyncProgress(view.chain.id, view.successor.target)
+            is_migration = not view.chain.is_short
+            progress = self.progress = ResyncProgress(view.chain.id, view.successor.target, is_migration=is_migration)
             self._tasks.append(self._runtime.spawn(self._drive(view, view.link, progress), "resync"))
 
     async def close(self) -> None:
@@ -124,8 +88,9 @@ class Resync:
         await first_of(self._runtime, view.settled, view.changed)
         # An update that began when we were alone is published without being sent: it must be there to be compared.
         await self._replica.locks.drain()
+        pace = self._paces.of(view.chain)
         while not view.changed.done():
-            if not await self._pace.begin(view.changed):
+            if not await pace.begin(view.changed):
                 return
             try:
                 progress.compared = 0
@@ -136,7 +101,7 @@ class Resync:
             except EmberError as error:
                 progress.is_done, progress.problem = False, str(error)
             finally:
-                self._pace.end()
+                pace.end()
             again_s = AGAIN_S if progress.is_done else self._config.retry_s
             await pause(self._runtime, again_s, view.changed)
 
@@ -164,7 +129,7 @@ class Resync:
         """Make the successor's chunk what ours is. False: ours is not committed yet."""
         chain, version, engine = view.chain.id, view.version, self._replica.engine
         (state,) = await engine.states([chunk])
-        await self._pace.take(state.length if state is not None else 0)
+        await self._paces.of(view.chain).take(state.length if state is not None else 0, view.changed)
         async with self._replica.locks.of(chunk):
             if view is not self._replica.view:
                 raise UpdateUnknown("the chain has changed")

@@ -10,8 +10,9 @@ A token carries the authority's certificate, so that the new machine knows whom 
 itself, and is vouched for by an HMAC with a secret that only holders of the authority's key have.
 
 Invariants: a private key is never sent, and its file is its owner's only (0600). A certificate gives names (of hosts,
-or addresses) and one role; only that of a server's role can serve. The names are what the request says: whoever has a
-token for a server's role is believed about where it serves. Functions here block: they read and write files.
+addresses, and nodes) and one role; only that of a server's role can serve. The names are what the request says: whoever
+has a token for a server's role is believed about where it serves, and as which nodes. Functions here block: they read
+and write files.
 
 Does not know: connections. Time is handed in, as Unix seconds.
 """

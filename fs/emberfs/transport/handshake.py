@@ -2,7 +2,8 @@
 
 The client says which protocols it speaks, which cluster it means, what it is and the token if it has one; the server
 answers with the protocol to speak and its limits, or with an error. A certificate counts as a token does, and binds
-its owner to the role written in it: nobody serves, or sends a request, for which that role will not do.
+its owner to the role and the names written in it: nobody serves, or sends a request, for which that role will not do,
+nor speaks as a node of another name.
 
 Does not know: sockets. `Certificate` is what TLS has proved already.
 """
@@ -17,6 +18,7 @@ import msgspec
 
 from ..errors import AccessDenied, ProtocolError
 from ..messages.base import OPERATORS, SERVERS, Message
+from ..routing import Node
 from .config import CLIENT_ROLE, TcpConfig
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX, PROTOCOL_MAX, PROTOCOL_MIN
 
@@ -40,7 +42,8 @@ class Hello(msgspec.Struct, array_like=True):
 class Certificate:
     """What a peer has proved about itself."""
 
-    name: str
+    names: tuple[str, ...]
+    """Of hosts and of nodes; the first is the machine's own."""
     role: str
 
 
@@ -103,8 +106,11 @@ def accept_answer(config: TcpConfig, answer: Hello, *, certificate: Certificate 
 
 
 def check_sender(request: Message, certificate: Certificate | None) -> None:
-    """May the peer send this request? Without certificates there are no roles. Raises AccessDenied."""
-    if certificate is None or certificate.role in request.may_send:
+    """May the peer send this request? Without certificates there are no roles and no names. Raises AccessDenied."""
+    if certificate is None:
+        return
+    if certificate.role in request.may_send:
+        _check_node(request.speaks_as, certificate)
         return
     hint = ""
     if request.may_send is OPERATORS:
@@ -115,10 +121,25 @@ def check_sender(request: Message, certificate: Certificate | None) -> None:
     raise AccessDenied(f"a certificate for role {certificate.role!r} may not send {type(request).__name__}{hint}")
 
 
+def _check_node(node: Node | None, certificate: Certificate) -> None:
+    """May the peer speak as `node`? Else a server's certificate would do for taking over any other node."""
+    if node is None:
+        return
+    if node.role != certificate.role:
+        raise AccessDenied(f"a certificate for role {certificate.role!r} does not speak for a {node.role} server")
+    if node.name not in certificate.names:
+        raise AccessDenied(
+            f"the certificate is for {', '.join(certificate.names)}, and not for a server named {node.name}: get one "
+            f"with `emberline cluster join ... --name {node.name}`"
+        )
+
+
 def certificate_of(sock: object) -> Certificate | None:
     """What the peer of a connected socket has proved; None without TLS, or without a certificate."""
     proved = sock.getpeercert() if isinstance(sock, ssl.SSLSocket) else None
     if not proved:
         return None
     fields = dict(field for group in proved["subject"] for field in group)  # type: ignore[misc]
-    return Certificate(str(fields.get("commonName", "")), str(fields.get("organizationalUnitName", "")))
+    others = [str(name) for _, name in proved.get("subjectAltName", ())]  # type: ignore[str-unpack]
+    names = dict.fromkeys([str(fields.get("commonName", "")), *others])
+    return Certificate(tuple(names), str(fields.get("organizationalUnitName", "")))

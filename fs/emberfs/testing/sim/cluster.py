@@ -28,12 +28,12 @@ from ...errors import EmberError
 from ...kv.memory import MemoryKV
 from ...kv.remote import RemoteKV
 from ...kv.server import KvServer
-from ...manager import ManagerConfig, ManagerService
-from ...messages import Done, SetupChains
+from ...manager import ManagerService
+from ...messages import ConfigReply, Done, SetConfig, SetupChains
 from ...meta import ClientChunkOps, MetaConfig, MetaService
 from ...routing import Node, Role, Routing
 from ...server.heart import Heart
-from ...storage import StorageConfig, StorageNode
+from ...storage import StorageNode
 from .disk import SimDisk
 from .loop import SimRuntime
 from .network import SimFabric, SimNetwork
@@ -48,6 +48,8 @@ RESTART_S = 0.5
 """A service manager waits for so long before it starts a server again that could not start."""
 KV_ADDRESS = "kv:1"
 ENGINE_RESERVE_BYTES = 0
+SETTINGS: dict[str, float] = {"gc_delay_s": 5.0, "gc_interval_s": 6.0, "trash_s": 30.0}
+"""Of every simulated cluster: what takes minutes and days elsewhere happens in a simulation, too."""
 
 
 class SimMachine:
@@ -130,7 +132,7 @@ class ManagerMachine(SimMachine):
 
     async def _boot(self, process: SimProcess, network: SimNetwork) -> None:
         kv = RemoteKV(network.connection(KV_ADDRESS), process)
-        service = ManagerService(kv, process, address=self.address, config=self.cluster.config.manager)
+        service = ManagerService(kv, process, address=self.address)
         self.service = service
         await network.serve(self.address, service)
         await service.start()
@@ -146,7 +148,7 @@ class MetaMachine(SimMachine):
         kv = RemoteKV(network.connection(KV_ADDRESS), process)
         routes = cluster.routes(process, network, self.name)
         storage = StorageRouter(process, network, routes, config=RouterConfig(deadline_s=cluster.config.deadline_s))
-        service = MetaService(kv, process, ClientChunkOps(EveryChain(routes, storage)), config=cluster.config.meta)
+        service = MetaService(kv, process, ClientChunkOps(EveryChain(routes, storage)), config=MetaConfig(shared=True))
 
         async def take_routing(routing: Routing) -> None:
             service.chains_changed([chain.id for chain in routing.chains])
@@ -156,7 +158,13 @@ class MetaMachine(SimMachine):
 
         node = Node(self.name, Role.META, self.address, process.random_bytes(8), host=self.name)
         heart = Heart(
-            process, network, cluster.manager_addresses, node, on_routing=take_routing, on_sessions=take_sessions
+            process,
+            network,
+            cluster.manager_addresses,
+            node,
+            on_routing=take_routing,
+            on_sessions=take_sessions,
+            on_config=service.configure,
         )
         await _until_done(process, routes.start)
         await network.serve(self.address, service)
@@ -199,10 +207,7 @@ class StorageMachine(SimMachine):
             return stored.engine
 
         me = Node(self.name, Role.STORAGE, self.address, process.random_bytes(8), host=self.name)
-        make = self.cluster.make_node
-        node = make(
-            me, process, network, self.cluster.manager_addresses, open_target, config=self.cluster.config.storage
-        )
+        node = self.cluster.make_node(me, process, network, self.cluster.manager_addresses, open_target)
         self.node = node
         await network.serve(self.address, node)
         await node.start()
@@ -262,11 +267,8 @@ class ClusterConfig:
     targets_per_disk: int = 2
     deadline_s: float = 8.0
     """Of a client's operation."""
-    manager: ManagerConfig = field(default_factory=lambda: ManagerConfig(session_timeout_s=15.0))
-    storage: StorageConfig = field(default_factory=lambda: StorageConfig(tombstone_s=20.0))
-    meta: MetaConfig = field(
-        default_factory=lambda: MetaConfig(gc_delay_s=5.0, gc_interval_s=6.0, trash_s=30.0, shared=True)
-    )
+    session_timeout_s: float = 15.0
+    tombstone_s: float = 20.0
 
 
 class SimCluster:
@@ -312,12 +314,14 @@ class SimCluster:
         for machine in self.machines:
             machine.start()
         console = SimClient(self, "console")
-        setup = SetupChains(self.config.replicas, self.config.targets_per_disk)
-        await console.process.spawn(self._set_up(console, setup), "setup")
+        await console.process.spawn(self._set_up(console), "setup")
         console.kill()
 
-    async def _set_up(self, console: SimClient, setup: SetupChains) -> None:
+    async def _set_up(self, console: SimClient) -> None:
         await console.process.sleep(3.0)  # All nodes have sent a heartbeat: the table is made over those that have.
+        own = {"session_timeout_s": self.config.session_timeout_s, "tombstone_s": self.config.tombstone_s}
+        await console.routes._managers.ask(SetConfig(1, SETTINGS | own), ConfigReply, timeout_s=30.0)
+        setup = SetupChains(self.config.replicas, self.config.targets_per_disk)
         await console.routes._managers.ask(setup, Done, timeout_s=30.0)
         while not self.is_whole(self.routing()):
             await console.process.sleep(0.1)

@@ -21,11 +21,11 @@ from unittest.mock import patch
 
 from ...engine.record import decode_record
 from ...errors import Corruption
-from ...manager import ManagerConfig, states
 from ...manager import service as manager_service
+from ...manager import states
 from ...manager.states import counts_as
 from ...routing import Chain, Routing
-from ...storage import StorageConfig, StorageNode
+from ...storage import StorageNode
 from .checker import Read, failures
 from .cluster import ClusterConfig, SimCluster, StoredTarget
 from .directed import DirectedFaults
@@ -79,9 +79,7 @@ class Report:
     cells: Cells = field(default_factory=Counter)
 
 
-DIRECTED = SimConfig(
-    faults=DirectedFaults, chunks=3, pause_s=0.6, cluster=ClusterConfig(storage=StorageConfig(tombstone_s=4.0))
-)
+DIRECTED = SimConfig(faults=DirectedFaults, chunks=3, pause_s=0.6, cluster=ClusterConfig(tombstone_s=4.0))
 """Few chunks, busy clients, and faults that wait for their moment."""
 
 
@@ -91,7 +89,7 @@ def config_of(seed: int) -> SimConfig:
     Every second seed has files, and less of the rest.
     """
     if seed % 2 == 0:
-        shape = ClusterConfig(managers=2, storage_nodes=4, metas=2, manager=ManagerConfig(session_timeout_s=8.0))
+        shape = ClusterConfig(managers=2, storage_nodes=4, metas=2, session_timeout_s=8.0)
         return SimConfig(clients=2, tenants=3, workers=1, busy_s=35.0, cluster=shape)
     if seed % 4 != 3:
         return SimConfig()
