@@ -12,7 +12,7 @@ import pytest
 from emberfs.client.routes import Routes
 from emberfs.disk import LocalDisk
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import StoreClosed
+from emberfs.errors import AlreadyExists, StoreClosed
 from emberfs.kv import LmdbKV
 from emberfs.messages import Done, GetRouting, Heartbeat, HeartbeatReply, Message, RoutingReply, TargetReport
 from emberfs.portal import Portal
@@ -136,6 +136,23 @@ def test_a_heart_goes_on_after_a_mistake_in_what_takes_the_routing() -> None:
 
     run(0, main)
     assert taken == [1, 2, 3]
+
+
+def test_a_heart_stops_when_another_process_has_taken_the_name() -> None:
+    """A server that nobody tells of sessions any more must not go on: its process ends, and is started again."""
+
+    def refuse(_: Message) -> Message:
+        raise AlreadyExists("another process has taken over as n")
+
+    async def main(sim: SimRuntime) -> None:
+        manager: Any = Manager(refuse)
+        heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"))
+        heart.start()
+        await sim.sleep(HEARTBEAT_S)
+        assert isinstance(heart.tasks[0].exception(), AlreadyExists)
+        await heart.close()
+
+    run(0, main)
 
 
 def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path: Path) -> None:

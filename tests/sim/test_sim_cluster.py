@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from emberfs.messages import Heartbeat, HeartbeatReply
 from emberfs.testing.sim.campaign import Summary, Verdict, campaign, judge
+from emberfs.testing.sim.cluster import SimCluster
 from emberfs.testing.sim.directed import ManagerFaults
+from emberfs.testing.sim.loop import SimRuntime, run
 from emberfs.testing.sim.simulation import OPERATIONS_MIN, VIRTUAL_S_MIN, SimConfig, simulate
+from msgspec.structs import replace
 
 from tests.sim.bugs import BUGS, SEEDS
 
@@ -38,6 +42,28 @@ def test_a_planted_bug_is_found(bug: str) -> None:
         for seed in SEEDS:
             simulate(seed, config=planted.config())
     assert "seed" in "".join(caught.value.__notes__)
+
+
+def test_a_server_whose_name_a_late_heartbeat_has_taken_is_started_again() -> None:
+    """A heartbeat of a process that died before it was admitted arrives after its successor was."""
+
+    async def main(world: SimRuntime) -> None:
+        cluster = SimCluster(world)
+        await cluster.start()
+        client, machine = await cluster.client("c1"), cluster.storage[0]
+        node, begun = machine.node, machine.process
+        assert node is not None
+        late = Heartbeat(replace(node.node, incarnation=b"earlier."), node.reports(), 0, 0)
+        ask = client.routes._managers.ask(late, HeartbeatReply, timeout_s=5.0)
+        await cluster.within(ask, client.process)
+        await world.sleep(1.0)
+        assert node.stopped_because is not None
+        await world.sleep(10.0)
+        assert machine.process is not begun
+        assert cluster.is_whole(cluster.routing())
+        cluster.stop()
+
+    run(0, main)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from ..client.managers import Managers
-from ..errors import EmberError
+from ..errors import AlreadyExists, EmberError
 from ..messages import Heartbeat, HeartbeatReply
 from ..routing import Node, Routing
 from ..runtime import Runtime
@@ -45,7 +45,7 @@ class Heart:
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
-        """What goes on until `close`."""
+        """What goes on until `close`, or until another process has taken the name."""
         return [] if self._task is None else [self._task]
 
     def start(self) -> None:
@@ -58,7 +58,7 @@ class Heart:
             self._task.cancel()
             try:
                 await self._task
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, AlreadyExists):
                 pass
             self._task = None
 
@@ -66,6 +66,9 @@ class Heart:
         while True:
             try:
                 await self._tell()
+            except AlreadyExists:
+                # Another process has our name. A restart takes it back if that one is gone: what it said came late.
+                raise
             except EmberError as error:
                 log.warning("no manager takes our heartbeat: %s", error)
             except Exception:

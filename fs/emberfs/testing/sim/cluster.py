@@ -7,7 +7,8 @@
     cluster.storage[0].start()
 
 The code of every role is the product's; here is what a service manager and a machine do for it: start it, kill it,
-keep its disk. A machine has a disk per target: its files, and the rows of its index as they were durable.
+start it again when it has ended by itself, keep its disk. A machine has a disk per target: its files, and the rows of
+its index as they were durable.
 
 Does not know: workloads, faults by plan, or what is right.
 """
@@ -45,7 +46,9 @@ READ_FROM = (ReadFrom.LOAD, ReadFrom.ROUND_ROBIN, ReadFrom.LOAD, ReadFrom.TAIL, 
 """What the clients go by, in turn."""
 SESSION_EXTEND_S = 2.0
 RESTART_S = 0.5
-"""A service manager waits for so long before it starts a server again that could not start."""
+"""A service manager waits for so long before it starts a server again that could not start, or has ended."""
+LOOK_S = 1.0
+"""How often a server process looks whether its role must stop."""
 KV_ADDRESS = "kv:1"
 ENGINE_RESERVE_BYTES = 0
 
@@ -95,6 +98,19 @@ class SimMachine:
 
     async def _boot(self, process: SimProcess, network: SimNetwork) -> None:
         raise NotImplementedError
+
+    async def _run(self, process: SimProcess, must_stop: Callable[[], str | None]) -> None:
+        """What a server process does once it serves: it ends when its role says so. Then it is started again."""
+        while (reason := must_stop()) is None:
+            await process.sleep(LOOK_S)
+        if "another process has taken over" not in reason:  # The one good reason here.
+            self.cluster.world.loop.fail(AssertionError(f"{self.name} must stop: {reason}"))
+        self.kill()
+        self.cluster.fabric.later(RESTART_S, self._restart, process)
+
+    def _restart(self, ended: SimProcess) -> None:
+        if self.process is ended:
+            self.start()
 
     def _died(self, *, power: bool) -> None:
         """Keep what outlives the process."""
@@ -164,6 +180,8 @@ class MetaMachine(SimMachine):
         await _until_done(process, service.start)
         heart.start()
         self.service = service
+        (beating,) = heart.tasks
+        await self._run(process, lambda: str(beating.exception()) if beating.done() else None)
 
 
 @dataclass(slots=True)
@@ -206,6 +224,7 @@ class StorageMachine(SimMachine):
         self.node = node
         await network.serve(self.address, node)
         await node.start()
+        await self._run(process, lambda: node.stopped_because)
 
     def _died(self, *, power: bool) -> None:
         for stored in self.targets.values():
