@@ -66,7 +66,7 @@ async def until(runtime: Runtime, work: Coroutine[Any, Any, T], stop: asyncio.Fu
 
 async def pause(runtime: Runtime, seconds: float, stop: asyncio.Future[None]) -> None:
     """Sleep, but not longer than until `stop` is done."""
-    timer = runtime.spawn(runtime.sleep(seconds), "pause")
+    timer = runtime.timer(seconds)
     try:
         await first_of(runtime, timer, stop)
     finally:

@@ -54,7 +54,7 @@ class _Connection:
     async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
         self.servers.sent.append((self.address, request))
         if self.address in self.servers.stuck:
-            await self.servers.forever
+            await asyncio.shield(self.servers.forever)
         if self.servers.errors.get(self.address):
             raise self.servers.errors[self.address].pop()
         return Done()

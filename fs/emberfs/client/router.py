@@ -87,7 +87,7 @@ class Attempts:
         self.client = client or router.routes.client
         """Whose session names the operation. A second attempt under another one would not be known as the same."""
         self._is_bound = bool(client)
-        self._timer: asyncio.Task[None] | None = None
+        self._timer: asyncio.Future[None] | None = None
 
     async def reply(self, address: str, request: Message, buffers: Sequence[memoryview]) -> Message:
         """One call. Raises Unavailable or UpdateUnknown if no answer comes before the deadline, too.
@@ -97,7 +97,7 @@ class Attempts:
         runtime, network = self._router.runtime, self._router.network
         if self._timer is None:
             left_s = max(self._deadline_s - runtime.now_s(), 0.0)
-            self._timer = runtime.spawn(runtime.sleep(left_s), "deadline")
+            self._timer = runtime.timer(left_s)
         task: asyncio.Task[Message] = runtime.spawn(call(network.connection(address), request, buffers), "router-call")
         try:
             await first_of(runtime, task, self._timer)

@@ -219,7 +219,7 @@ class StorageNode:
             await pause(self._runtime, BEAT_REST_S - passed_s, self._closing)
         left_s = interval_s - (self._runtime.now_s() - sent_s)
         if left_s > 0 and not self._beat_now.done() and not self._closing.done():
-            timer = self._runtime.spawn(self._runtime.sleep(left_s), "heartbeat-timer")
+            timer = self._runtime.timer(left_s)
             await first_of(self._runtime, timer, self._beat_now, self._closing)
             timer.cancel()
 
@@ -250,7 +250,7 @@ class StorageNode:
         """Ask the manager that answered last; the next time another one, if it does not answer in time."""
         connection = self._network.connection(self._managers[0])
         task = self._runtime.spawn(call(connection, request), "to-manager")
-        timer = self._runtime.spawn(self._runtime.sleep(2 * self.config.heartbeat_s), "to-manager-timer")
+        timer = self._runtime.timer(2 * self.config.heartbeat_s)
         try:
             await first_of(self._runtime, task, timer, self._closing)
             if not task.done():

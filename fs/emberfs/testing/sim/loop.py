@@ -103,7 +103,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._time_s = 0.0
         self._callbacks: deque[Handle] = deque()
         self._task_steps: list[Handle] = []
-        self._timers: list[tuple[float, int, Handle]] = []
+        self._timers: list[tuple[float, int, Handle | asyncio.Future[None]]] = []
         self._timer_count = 0
         self._tasks: list[asyncio.Task[Any]] = []
         self._task_count = 0
@@ -166,6 +166,13 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._timer_count += 1
         heapq.heappush(self._timers, (when, self._timer_count, handle))
         return handle
+
+    def timer(self, seconds: float) -> asyncio.Future[None]:
+        """A future that is done once so much time has passed: what waits for it needs no callback to wake it."""
+        future: asyncio.Future[None] = asyncio.Future(loop=self)
+        self._timer_count += 1
+        heapq.heappush(self._timers, (self._time_s + seconds, self._timer_count, future))
+        return future
 
     def fail(self, error: BaseException) -> None:
         """The run fails with this error."""
@@ -308,7 +315,7 @@ class SimLoop(asyncio.AbstractEventLoop):
     def _jump(self) -> None:
         """Nothing is ready: move time to the next timer, and make ready all that are due then."""
         timers = self._timers
-        while timers and timers[0][2].is_cancelled:
+        while timers and timers[0][2].cancelled():
             heapq.heappop(timers)
         if not timers:
             raise Deadlock("\n  ".join(["every task waits for another:", *self.pending()]))
@@ -318,7 +325,11 @@ class SimLoop(asyncio.AbstractEventLoop):
             if len(self._events) > EVENTS_MAX:
                 self._hash_events()
         while timers and timers[0][0] <= self._time_s:
-            self._callbacks.append(heapq.heappop(timers)[2])
+            due = heapq.heappop(timers)[2]
+            if isinstance(due, Handle):
+                self._callbacks.append(due)
+            elif not due.done():
+                due.set_result(None)
 
 
 class SimRuntime:
@@ -389,13 +400,11 @@ class SimRuntime:
     def future(self) -> asyncio.Future[Any]:
         return self.loop.create_future()
 
+    def timer(self, seconds: float) -> asyncio.Future[None]:
+        return self.loop.timer(seconds)
+
     async def sleep(self, seconds: float) -> None:
-        future = self.loop.create_future()
-        timer = self.loop.call_later(seconds, _wake, future)
-        try:
-            await future
-        finally:
-            timer.cancel()
+        await self.loop.timer(seconds)
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
         return (await self.offload_steps([lambda: blocking(*args)]))[0]
@@ -438,11 +447,6 @@ class SimRuntime:
 def run(seed: int, main: Callable[[SimRuntime], Coroutine[Any, Any, T]]) -> T:
     """Run `main(runtime)` under the schedule of `seed` and return its result."""
     return SimRuntime(seed).run(main)
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _succeed(future: asyncio.Future[T], result: T) -> None:

@@ -114,8 +114,11 @@ class SimProcess:
     def future(self) -> asyncio.Future[Any]:
         return self.world.loop.create_future()
 
+    def timer(self, seconds: float) -> asyncio.Future[None]:
+        return self.world.loop.timer(seconds / self._rate)
+
     async def sleep(self, seconds: float) -> None:
-        await self.world.sleep(seconds / self._rate)
+        await self.timer(seconds)
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
         return await self.world.offload(blocking, *args)
