@@ -89,7 +89,7 @@ class SimMachine:
         """SIGSTOP."""
         assert self.process is not None
         self.process.pause()
-        self.cluster.fabric.suspect()
+        self.cluster.fabric.suspect(self.name)
 
     def resume(self) -> None:
         """SIGCONT."""

@@ -41,7 +41,6 @@ class SimProcess:
         self._rate = 1.0 + drift
         self._origin_s = origin_s
         self._ids = world.random(f"ids of {name}")
-        self._tasks: list[asyncio.Task[Any]] = []
         self._held: list[Handle] = []
         self._on_death: list[Callable[[], None]] = []
         self.context = Context()
@@ -56,8 +55,7 @@ class SimProcess:
         self.is_alive = False
         self.is_stopped = True
         self._held.clear()
-        self.world.loop.bury([task for task in self._tasks if not task.done() or task._log_traceback])
-        self._tasks.clear()
+        self.world.loop.bury(self)
         for watcher in self._on_death:
             watcher()
 
@@ -78,12 +76,6 @@ class SimProcess:
         self._on_death.append(watcher)
 
     # ---- what the loop asks
-
-    def adopt(self, task: asyncio.Task[Any]) -> None:
-        """A task of this process was made."""
-        if len(self._tasks) > 256:
-            self._tasks = [each for each in self._tasks if not each.done() or each._log_traceback]
-        self._tasks.append(task)
 
     def may_run(self, handle: Handle) -> bool:
         """May this step run now? If not, it is dropped, or kept until `resume`."""
