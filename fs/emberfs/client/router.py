@@ -108,7 +108,10 @@ class Attempts:
             await self._stop(task)
             what = f"{address} did not answer in time"
             raise Unavailable(what) if request.changes_nothing else UpdateUnknown(what)
-        return task.result()
+        try:
+            return task.result()
+        finally:
+            del task  # As in `waiting.until`; here it is `buffers` that would be kept.
 
     async def _stop(self, task: asyncio.Task[Message]) -> None:
         drop(task)
@@ -426,15 +429,20 @@ class StorageRouter:
         pending: list[Coroutine[Any, Any, Any] | asyncio.Task[Any]] = list(works)
         for index in range(1, len(pending)):
             pending[index] = self.runtime.spawn(pending[index], "router-share")  # type: ignore[arg-type]
-        outcomes: list[Any] = []
-        for work in pending:
-            try:
-                outcomes.append(await work)
-            except Exception as error:
-                outcomes.append(error)
+        outcomes = [await _outcome(work) for work in pending]
         for outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(
                 outcome, (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
             ):
                 raise outcome
         return outcomes
+
+
+async def _outcome(work: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> Any:
+    """The result, or the error, which knows none of the frames of those who keep it."""
+    try:
+        return await work
+    except Exception as error:
+        return error
+    finally:
+        del work

@@ -56,7 +56,7 @@ from ..routing import LocalState, Node, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
 from ..types import BATCH_ITEMS_MAX
-from ..waiting import call, drop, finish, first_of, pause, unwatched
+from ..waiting import call, drop, finish, first_of, look, pause, unwatched
 from .config import StorageConfig
 from .lease import Lease
 from .replica import Replica
@@ -261,6 +261,7 @@ class StorageNode:
             raise
         finally:
             drop(task)
+            del task  # As in `waiting.until`.
             timer.cancel()
         assert isinstance(reply, kind)
         return reply
@@ -365,11 +366,17 @@ class StorageNode:
             raise Unavailable("this server is closing")
         if request.changes_nothing:
             return await self._serve(request, buffers)
+        return await asyncio.shield(self._begin(request, buffers))
+
+    def _begin(self, request: Message, buffers: Sequence[memoryview]) -> asyncio.Task[Message]:
         task = self._runtime.spawn(self._serve(request, buffers), type(request).__name__)
         self._calls[task] = None
-        task.add_done_callback(self._calls.pop)
-        unwatched(task)
-        return await asyncio.shield(task)
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[Message]) -> None:
+        del self._calls[task]
+        look(task)
 
     async def _serve(self, request: Message, buffers: Sequence[memoryview]) -> Message:
         match request:

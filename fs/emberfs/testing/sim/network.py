@@ -253,7 +253,7 @@ class SimListener:
         try:
             reply: bytes | EmberError = _encoder.encode(await self.service.handle(request, buffers))
         except EmberError as error:
-            reply = error
+            reply = _copied(error)
         except Exception as error:
             self.network.fabric.world.loop.fail(error)
             return
@@ -289,6 +289,7 @@ class SimConnection:
             return await exchange.reply
         finally:
             self._air.pop(exchange, None)
+            del exchange  # An error of the reply knows this frame: together they would be garbage in a circle.
 
     # ---- there
 
@@ -381,7 +382,7 @@ class SimConnection:
             fabric.later(RESEND_S, self._return, exchange, reply, filled, peer)
             return
         if isinstance(reply, EmberError):
-            exchange.reply.set_exception(_copied(reply))
+            exchange.reply.set_exception(reply)
             return
         message = _decoder.decode(reply)
         if exchange.reads is not None:
