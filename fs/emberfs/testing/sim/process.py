@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
 from typing import Any, TypeVar
 
-from .loop import PROCESS, Handle, SimRuntime
+from .loop import PROCESS, Ready, SimRuntime
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class SimProcess:
         self._rate = 1.0 + drift
         self._origin_s = origin_s
         self._ids = world.random(f"ids of {name}")
-        self._held: list[Handle] = []
+        self._held: list[Ready] = []
         self._on_death: list[Callable[[], None]] = []
         self.context = Context()
         self.context.run(PROCESS.set, self)
@@ -68,8 +68,8 @@ class SimProcess:
         self.is_paused = False
         self.is_stopped = not self.is_alive
         held, self._held = self._held, []
-        for handle in held:
-            self.world.loop.ready(handle)
+        for step in held:
+            self.world.loop.ready(step)
 
     def on_death(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` when the process is killed."""
@@ -77,12 +77,12 @@ class SimProcess:
 
     # ---- what the loop asks
 
-    def may_run(self, handle: Handle) -> bool:
+    def may_run(self, step: Ready) -> bool:
         """May this step run now? If not, it is dropped, or kept until `resume`."""
         if not self.is_alive:
             return False
         if self.is_paused:
-            self._held.append(handle)
+            self._held.append(step)
             return False
         return True
 
