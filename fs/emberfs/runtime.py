@@ -49,6 +49,9 @@ class Runtime(Protocol):
     def future(self) -> asyncio.Future[Any]:
         """A future of this runtime's loop."""
 
+    def timer(self, seconds: float) -> asyncio.Future[None]:
+        """A future that is done after at least `seconds`. Cancel it when nobody waits for it any more."""
+
     async def sleep(self, seconds: float) -> None:
         """Suspend for at least `seconds`."""
 
@@ -150,11 +153,19 @@ class AsyncioRuntime:
     def future(self) -> asyncio.Future[Any]:
         return self.loop.create_future()
 
-    async def sleep(self, seconds: float) -> None:
+    def timer(self, seconds: float) -> asyncio.Future[None]:
         future = self.loop.create_future()
         # call_later is not thread-safe, and an inline caller is another thread: the loop sets its own timer.
-        self.loop.call_soon(self.loop.call_later, seconds, _wake, future)
-        await future
+        self.loop.call_soon(self._set_off, seconds, future)
+        return future
+
+    def _set_off(self, seconds: float, future: asyncio.Future[None]) -> None:
+        if not future.done():
+            handle = self.loop.call_later(seconds, _wake, future)
+            future.add_done_callback(lambda _: handle.cancel())
+
+    async def sleep(self, seconds: float) -> None:
+        await self.timer(seconds)
 
     def may_block(self) -> bool:
         return self._inline_blocks and self._inline_ident == threading.get_ident()

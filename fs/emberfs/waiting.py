@@ -23,15 +23,24 @@ def finish(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def look(ended: asyncio.Task[Any]) -> None:
+    """Its error is nobody's."""
+    if not ended.cancelled():
+        ended.exception()
+
+
 def unwatched(task: asyncio.Task[Any]) -> None:
     """Whoever waits for `task` may go away: then its error is nobody's."""
-    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    task.add_done_callback(look)
 
 
 def drop(task: asyncio.Task[Any]) -> None:
     """Stop `task`: nobody waits for it any more."""
-    unwatched(task)
-    task.cancel()
+    if task.done():
+        look(task)
+    else:
+        unwatched(task)
+        task.cancel()
 
 
 async def first_of(runtime: Runtime, *futures: asyncio.Future[Any]) -> None:
@@ -55,18 +64,18 @@ async def until(runtime: Runtime, work: Coroutine[Any, Any, T], stop: asyncio.Fu
     task: asyncio.Task[T] = runtime.spawn(work, name)
     try:
         await first_of(runtime, task, stop)
-    except BaseException:
+        if not task.done():
+            raise UpdateUnknown("the chain changed while an update was on its way")
+        return task.result()
+    finally:
         drop(task)
-        raise
-    if not task.done():
-        drop(task)
-        raise UpdateUnknown("the chain changed while an update was on its way")
-    return task.result()
+        # An error of the task knows this frame: in a circle they would keep what was sent until garbage is looked for.
+        del task
 
 
 async def pause(runtime: Runtime, seconds: float, *stops: asyncio.Future[None]) -> None:
     """Sleep, but not longer than until one of `stops` is done."""
-    timer = runtime.spawn(runtime.sleep(seconds), "pause")
+    timer = runtime.timer(seconds)
     try:
         await first_of(runtime, timer, *stops)
     finally:

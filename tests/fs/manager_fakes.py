@@ -32,8 +32,11 @@ class Clock:
     def now_s(self) -> float:
         return 1e6 + self._sim.now_s() * self._rate
 
+    def timer(self, seconds: float) -> asyncio.Future[None]:
+        return self._sim.timer(seconds / self._rate)
+
     async def sleep(self, seconds: float) -> None:
-        await self._sim.sleep(seconds / self._rate)
+        await self.timer(seconds)
 
 
 class Link:

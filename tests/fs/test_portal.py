@@ -293,6 +293,21 @@ def test_a_cancelled_caller_leaves_once_the_call_has_ended(
 # ---- the runtime
 
 
+def test_a_timer_ends_in_time_and_a_cancelled_one_leaves_nothing(portal: Portal, runtime: AsyncioRuntime) -> None:
+    async def nap() -> float:
+        began_s = runtime.now_s()
+        forgotten = runtime.timer(3600.0)  # Set by the caller's thread, as what follows is by the loop's.
+        await runtime.timer(0.01)
+        forgotten.cancel()
+        runtime.timer(3600.0).cancel()
+        await runtime.timer(0.0)
+        return runtime.now_s() - began_s
+
+    assert portal.run(nap()) >= 0.01
+    with runtime.baton:
+        assert all(handle.cancelled() for handle in runtime.loop._scheduled)  # type: ignore[attr-defined]
+
+
 def test_a_stopped_runtime_leaves_no_thread() -> None:
     before = set(threading.enumerate())
     runtime = AsyncioRuntime("stopping")

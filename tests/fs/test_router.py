@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 from emberfs.client.router import ReadFrom, RouterConfig, StorageRouter
 from emberfs.errors import SessionExpired, StaleChunk, Unavailable, UpdateUnknown
 from emberfs.messages import ChunksRead, Done, ListChunks, Message, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
+from emberfs.portal import Portal
 from emberfs.routing import Chain, ChainTarget, Routing, TargetState
+from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.sim.loop import SimRuntime, run
 
 
@@ -77,6 +81,33 @@ def test_expected_versions_go_with_their_chunks() -> None:
         assert (servers.sent[-1][1].version, servers.sent[-1][1].chain_version) == (7, 10)
 
     run(0, main)
+
+
+def test_an_attempt_that_failed_lets_go_of_the_callers_memory() -> None:
+    """At once, and not when garbage in circles is looked for: the memory may be large."""
+
+    class Memory(bytearray):
+        pass
+
+    async def main(runtime: AsyncioRuntime) -> None:
+        servers = Servers()
+        router = StorageRouter(runtime, servers, FakeRoutes())  # type: ignore[arg-type]
+        servers.errors["0"], servers.errors["1"] = [Unavailable("not now")], [UpdateUnknown("reset")]
+        memory = Memory(b"payload")
+        watch = weakref.ref(memory)
+        write = WriteChunks(b"", 0, 0, [2, 1], [b"b", b"a"], [0, 0], 1 << 16)
+        await router.call(write, [memoryview(memory), memoryview(memory)])
+        assert len(servers.sent) == 4
+        del memory
+        assert watch() is None
+
+    runtime = AsyncioRuntime()
+    gc.disable()
+    try:
+        Portal(runtime).run(main(runtime))
+    finally:
+        gc.enable()
+        runtime.stop()
 
 
 def test_a_chunk_that_changed_is_said_to_have() -> None:

@@ -12,7 +12,7 @@ import pytest
 from emberfs.client.routes import Routes
 from emberfs.disk import LocalDisk
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import StoreClosed, Unavailable
+from emberfs.errors import AlreadyExists, StoreClosed, Unavailable
 from emberfs.kv import LmdbKV
 from emberfs.messages import Done, GetRouting, Heartbeat, HeartbeatReply, Message, RoutingReply, TargetReport
 from emberfs.portal import Portal
@@ -167,6 +167,23 @@ def test_a_heart_takes_the_configuration_first_and_goes_by_it() -> None:
         await sim.sleep(2.1)
         await heart.close()
         assert heard == [0, config, [b"c"], 4, [b"c"]]
+
+    run(0, main)
+
+
+def test_a_heart_stops_when_another_process_has_taken_the_name() -> None:
+    """A server that nobody tells of sessions any more must not go on: its process ends, and is started again."""
+
+    def refuse(_: Message) -> Message:
+        raise AlreadyExists("another process has taken over as n")
+
+    async def main(sim: SimRuntime) -> None:
+        manager: Any = Manager(refuse)
+        heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"))
+        heart.start()
+        await sim.sleep(Settings().heartbeat_s)
+        assert isinstance(heart.tasks[0].exception(), AlreadyExists)
+        await heart.close()
 
     run(0, main)
 

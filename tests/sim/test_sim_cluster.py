@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from emberfs.errors import Conflict
+from emberfs.messages import Heartbeat, HeartbeatReply
 from emberfs.testing.sim.campaign import Summary, Verdict, campaign, judge
+from emberfs.testing.sim.cluster import SimCluster
 from emberfs.testing.sim.directed import ManagerFaults
+from emberfs.testing.sim.loop import SimRuntime, run
 from emberfs.testing.sim.simulation import OPERATIONS_MIN, VIRTUAL_S_MIN, SimConfig, simulate
+from msgspec.structs import replace
 
 from tests.sim.bugs import BUGS, SEEDS
 
@@ -44,6 +49,27 @@ def test_leases_that_become_shorter_harm_nothing() -> None:
     config = BUGS["shortens the wait with the lease"].config()
     for seed in range(3):
         assert simulate(seed, config=config).faults["shorter leases"] >= 2
+
+
+def test_a_late_heartbeat_of_a_dead_process_does_not_take_its_successor_s_name() -> None:
+    """It died before it was admitted, and what it said arrives after its successor was."""
+
+    async def main(world: SimRuntime) -> None:
+        cluster = SimCluster(world)
+        await cluster.start()
+        client, machine = await cluster.client("c1"), cluster.storage[0]
+        node = machine.node
+        assert node is not None
+        late = Heartbeat(replace(node.node, incarnation=b"earlier."), node.reports(), 0, 0)
+        ask = client.routes._managers.ask(late, HeartbeatReply, timeout_s=5.0)
+        with pytest.raises(Conflict):
+            await cluster.within(ask, client.process)
+        await world.sleep(1.0)
+        assert node.stopped_because is None
+        assert cluster.is_whole(cluster.routing())
+        cluster.stop()
+
+    run(0, main)
 
 
 @pytest.mark.parametrize("seed", range(4))

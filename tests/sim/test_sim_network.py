@@ -170,7 +170,7 @@ def test_a_short_pause_delays_and_a_long_one_breaks_the_connection() -> None:
         for pause_s in (1.0, KEEPALIVE_S + 1):
             calling = hosts.runtime.spawn(hosts.outcome(), "call")
             process.pause()
-            hosts.fabric.suspect()
+            hosts.fabric.suspect("server")
             await hosts.runtime.sleep(pause_s)
             process.resume()
             name, seconds = await calling

@@ -102,7 +102,7 @@ class Attempts:
         self.has_choice = False
         """Somebody else could answer: nobody is waited for until the deadline."""
         self._patience_s = router.config.read_patience_s
-        self._timer: asyncio.Task[None] | None = None
+        self._timer: asyncio.Future[None] | None = None
 
     async def reply(self, address: str, request: Message, buffers: Sequence[memoryview]) -> Message:
         """One call. Raises Unavailable or UpdateUnknown if no answer comes in time, too.
@@ -113,7 +113,7 @@ class Attempts:
         if self._timer is None:
             left_s = max(self._deadline_s - runtime.now_s(), 0.0)
             wait_s = min(left_s, self._patience_s) if self.has_choice else left_s
-            self._timer = runtime.spawn(runtime.sleep(wait_s), "deadline")
+            self._timer = runtime.timer(wait_s)
         task: asyncio.Task[Message] = runtime.spawn(call(network.connection(address), request, buffers), "router-call")
         try:
             await first_of(runtime, task, self._timer)
@@ -124,7 +124,10 @@ class Attempts:
             await self._stop(task)
             what = f"{address} did not answer in time"
             raise Unreachable(what) if request.changes_nothing else UpdateUnknown(what)
-        return task.result()
+        try:
+            return task.result()
+        finally:
+            del task  # As in `waiting.until`; here it is `buffers` that would be kept.
 
     async def _stop(self, task: asyncio.Task[Message]) -> None:
         drop(task)
@@ -460,15 +463,20 @@ class StorageRouter:
         pending: list[Coroutine[Any, Any, Any] | asyncio.Task[Any]] = list(works)
         for index in range(1, len(pending)):
             pending[index] = self.runtime.spawn(pending[index], "router-share")  # type: ignore[arg-type]
-        outcomes: list[Any] = []
-        for work in pending:
-            try:
-                outcomes.append(await work)
-            except Exception as error:
-                outcomes.append(error)
+        outcomes = [await _outcome(work) for work in pending]
         for outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(
                 outcome, (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
             ):
                 raise outcome
         return outcomes
+
+
+async def _outcome(work: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> Any:
+    """The result, or the error, which knows none of the frames of those who keep it."""
+    try:
+        return await work
+    except Exception as error:
+        return error
+    finally:
+        del work

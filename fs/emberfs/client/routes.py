@@ -27,6 +27,7 @@ from ..messages import (
 from ..routing import Chain, Role, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
+from ..waiting import finish, pause
 from .managers import Managers
 
 FOLLOW_RETRY_S = 0.1
@@ -148,22 +149,7 @@ class Routes:
             return
         if self._news is None:
             self._news = self._runtime.future()
-        news = self._news
-        timer = self._runtime.spawn(self._wake_later(news, wait_s), "client-news")
-        try:
-            await news
-        finally:
-            timer.cancel()
-
-    async def _wake_later(self, news: asyncio.Future[None], wait_s: float) -> None:
-        await self._runtime.sleep(wait_s)
-        self._wake(news)
-
-    def _wake(self, news: asyncio.Future[None]) -> None:
-        if self._news is news:
-            self._news = None
-        if not news.done():
-            news.set_result(None)
+        await pause(self._runtime, wait_s, self._news)
 
     def _adopt(self, routing: Routing) -> None:
         if routing.version <= self.routing.version:
@@ -175,7 +161,8 @@ class Routes:
         self._hosts = {node.address: node.host for node in routing.nodes}
         self._metas = [node.address for node in routing.nodes if node.role == Role.META]
         if self._news is not None:
-            self._wake(self._news)
+            finish(self._news)
+            self._news = None
 
     # --- the managers ----------------------------------------------------------------------------------------------
 

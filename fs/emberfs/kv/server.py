@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import Conflict, EmberError, LimitExceeded, ProtocolError, StoreClosed, Unavailable, UpdateUnknown
 from ..messages import Done, KvCommit, KvForget, KvGet, KvRows, KvScan, KvValues, Message
 from ..runtime import Runtime
+from ..waiting import look
 from .batch import Batch, Row
 from .commits import EPOCH_KEY, OWN_BEGIN, OWN_END, Channel, Commits, outside
 from .limits import check_interval, check_key, check_limit, check_value, refuse_transaction
@@ -144,11 +145,14 @@ class KvServer:
             channel.seen = request.number
             channel.flight = self._runtime.spawn(self._apply(channel, request), "kv-commit")
             self._flights.add(channel.flight)
-            channel.flight.add_done_callback(self._flights.discard)
-            channel.flight.add_done_callback(lambda flight: flight.cancelled() or flight.exception())
+            channel.flight.add_done_callback(self._landed)
         # A sender that is gone must not stop it: a copy may be waiting for the outcome, too.
         await asyncio.shield(channel.flight)
         return Done()
+
+    def _landed(self, flight: asyncio.Task[None]) -> None:
+        self._flights.discard(flight)
+        look(flight)
 
     async def _apply(self, channel: Channel, request: KvCommit) -> None:
         try:

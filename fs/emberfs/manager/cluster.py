@@ -28,6 +28,7 @@ from ..kv.types import KV, Transaction
 from ..routing import Chain, Routing, Target
 from ..runtime import Runtime
 from ..settings import SETTINGS, Config, Settings
+from ..waiting import pause
 from . import rows
 from .election import NEVER_S, Election
 from .rows import ConfigRow, Format, NodeRow, SessionRow, Setup
@@ -135,23 +136,16 @@ class Cluster:
         """Return when a newer routing is published, `wake` was called, or after `wait_s`."""
         future = self._runtime.future()
         self._news.append(future)
-        timer = self._runtime.spawn(self._ring(future, wait_s), "manager-wait")
         try:
-            await future
+            await pause(self._runtime, wait_s, future)
         finally:
             self._news = [each for each in self._news if each is not future]
-            timer.cancel()
 
     def wake(self) -> None:
         """Let all who wait for news look again."""
         for future in self._news:
             if not future.done():
                 future.set_result(None)
-
-    async def _ring(self, future: asyncio.Future[None], wait_s: float) -> None:
-        await self._runtime.sleep(wait_s)
-        if not future.done():
-            future.set_result(None)
 
     async def _write(self) -> None:
         while True:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from ..client.managers import Managers
-from ..errors import EmberError
+from ..errors import AlreadyExists, EmberError
 from ..messages import GetRouting, Heartbeat, HeartbeatReply, RoutingReply
 from ..routing import Node, Routing
 from ..runtime import Runtime
@@ -49,7 +49,7 @@ class Heart:
 
     @property
     def tasks(self) -> list[asyncio.Task[None]]:
-        """What goes on until `close`."""
+        """What goes on until `close`, or until another process has taken the name."""
         return [] if self._task is None else [self._task]
 
     def start(self) -> None:
@@ -62,7 +62,7 @@ class Heart:
             self._task.cancel()
             try:
                 await self._task
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, AlreadyExists):
                 pass
             self._task = None
 
@@ -70,6 +70,9 @@ class Heart:
         while True:
             try:
                 await self._tell()
+            except AlreadyExists:
+                # Another process has our name. A restart takes it back if that one is gone: what it said came late.
+                raise
             except EmberError as error:
                 self._is_admitted = False
                 log.warning("no manager takes our heartbeat: %s", error)

@@ -58,7 +58,7 @@ from ..runtime import Runtime
 from ..settings import Config, Settings
 from ..transport.types import Network
 from ..types import BATCH_ITEMS_MAX
-from ..waiting import call, drop, finish, first_of, pause, unwatched
+from ..waiting import call, drop, finish, first_of, look, pause, unwatched
 from .config import StorageConfig
 from .lease import Lease
 from .pace import Paces
@@ -240,7 +240,7 @@ class StorageNode:
             await pause(self._runtime, BEAT_REST_S - passed_s, self._closing)
         left_s = interval_s - (self._runtime.now_s() - sent_s)
         if left_s > 0 and not self._beat_now.done() and not self._closing.done():
-            timer = self._runtime.spawn(self._runtime.sleep(left_s), "heartbeat-timer")
+            timer = self._runtime.timer(left_s)
             await first_of(self._runtime, timer, self._beat_now, self._closing)
             timer.cancel()
 
@@ -289,7 +289,7 @@ class StorageNode:
         """
         manager = self._managers[0]
         task = self._runtime.spawn(call(self._network.connection(manager), request), "to-manager")
-        timer = self._runtime.spawn(self._runtime.sleep(wait_s + 2 * self.settings.heartbeat_s), "to-manager-timer")
+        timer = self._runtime.timer(wait_s + 2 * self.settings.heartbeat_s)
         try:
             await first_of(self._runtime, task, timer, self._closing)
             if not task.done():
@@ -301,6 +301,7 @@ class StorageNode:
             raise
         finally:
             drop(task)
+            del task  # As in `waiting.until`.
             timer.cancel()
         assert isinstance(reply, kind)
         return reply
@@ -422,11 +423,17 @@ class StorageNode:
             raise Unavailable("this server is closing")
         if request.changes_nothing:
             return await self._serve(request, buffers)
+        return await asyncio.shield(self._begin(request, buffers))
+
+    def _begin(self, request: Message, buffers: Sequence[memoryview]) -> asyncio.Task[Message]:
         task = self._runtime.spawn(self._serve(request, buffers), type(request).__name__)
         self._calls[task] = None
-        task.add_done_callback(self._calls.pop)
-        unwatched(task)
-        return await asyncio.shield(task)
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[Message]) -> None:
+        del self._calls[task]
+        look(task)
 
     async def _serve(self, request: Message, buffers: Sequence[memoryview]) -> Message:
         match request:

@@ -413,7 +413,7 @@ class Replica:
 
     async def _wait_settled(self, view: View) -> None:
         """Return once older chain versions are settled, or the chain has changed. Raises Unavailable in the end."""
-        timer = self._runtime.spawn(self._runtime.sleep(self._config.forward_wait_s), "wait-settled")
+        timer = self._runtime.timer(self._config.forward_wait_s)
         try:
             await first_of(self._runtime, view.settled, view.changed, timer)
         finally:

@@ -7,7 +7,8 @@
     cluster.storage[0].start()
 
 The code of every role is the product's; here is what a service manager and a machine do for it: start it, kill it,
-keep its disk. A machine has a disk per target: its files, and the rows of its index as they were durable.
+keep its disk. A machine has a disk per target: its files, and the rows of
+its index as they were durable.
 
 Does not know: workloads, faults by plan, or what is right.
 """
@@ -46,6 +47,8 @@ READ_FROM = (ReadFrom.LOAD, ReadFrom.ROUND_ROBIN, ReadFrom.LOAD, ReadFrom.TAIL, 
 SESSION_EXTEND_S = 2.0
 RESTART_S = 0.5
 """A service manager waits for so long before it starts a server again that could not start."""
+LOOK_S = 1.0
+"""How often a server process looks whether its role must stop."""
 KV_ADDRESS = "kv:1"
 ENGINE_RESERVE_BYTES = 0
 SETTINGS: dict[str, float] = {"gc_delay_s": 5.0, "gc_interval_s": 6.0, "trash_s": 30.0}
@@ -88,7 +91,7 @@ class SimMachine:
         """SIGSTOP."""
         assert self.process is not None
         self.process.pause()
-        self.cluster.fabric.suspect()
+        self.cluster.fabric.suspect(self.name)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -97,6 +100,12 @@ class SimMachine:
 
     async def _boot(self, process: SimProcess, network: SimNetwork) -> None:
         raise NotImplementedError
+
+    async def _watch(self, process: SimProcess, must_stop: Callable[[], str | None]) -> None:
+        """A server process ends when its role says so. No fault here is a reason."""
+        while (reason := must_stop()) is None:
+            await process.sleep(LOOK_S)
+        self.cluster.world.loop.fail(AssertionError(f"{self.name} must stop: {reason}"))
 
     def _died(self, *, power: bool) -> None:
         """Keep what outlives the process."""
@@ -172,6 +181,8 @@ class MetaMachine(SimMachine):
         await _until_done(process, service.start)
         heart.start()
         self.service = service
+        (beating,) = heart.tasks
+        await self._watch(process, lambda: str(beating.exception()) if beating.done() else None)
 
 
 @dataclass(slots=True)
@@ -211,6 +222,7 @@ class StorageMachine(SimMachine):
         self.node = node
         await network.serve(self.address, node)
         await node.start()
+        await self._watch(process, lambda: node.stopped_because)
 
     def _died(self, *, power: bool) -> None:
         for stored in self.targets.values():

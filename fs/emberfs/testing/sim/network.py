@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
 from functools import reduce
@@ -89,21 +89,24 @@ class SimFabric:
         self._random = world.random("network")
         self._cut: set[tuple[str, str]] = set()
         self._listening: dict[str, SimListener] = {}
-        self._networks: list[SimNetwork] = []
+        self._networks: dict[SimNetwork, None] = {}
         self._context = Context()
         self._ports = 0
 
     def network(self, process: SimProcess, host: str) -> SimNetwork:
         """The network as `process` on `host` sees it."""
         network = SimNetwork(self, process, host)
-        self._networks.append(network)
+        self._networks[network] = None
         process.on_death(network.die)
         return network
 
     def cut(self, source: str, destination: str) -> None:
         """Nothing gets from one host to the other any more (the way back stays)."""
         self._cut.add((source, destination))
-        self._suspect()
+        ends = (source, destination)
+        for network in self._networks:
+            if network.host in ends:
+                self._suspect(connection for connection in network.connections.values() if connection.peer_host in ends)
 
     def mend(self, source: str, destination: str) -> None:
         """Take `cut` back."""
@@ -113,9 +116,10 @@ class SimFabric:
         """Every link works again."""
         self._cut.clear()
 
-    def suspect(self) -> None:
+    def suspect(self, host: str) -> None:
         """A process was paused: connections to it break if it stays so."""
-        self._suspect()
+        for network in self._networks:
+            self._suspect(connection for connection in network.connections.values() if connection.peer_host == host)
 
     @property
     def is_whole(self) -> bool:
@@ -148,18 +152,17 @@ class SimFabric:
         return self._random.uniform(0.0, LATE_S_MAX)
 
     def forget(self, network: SimNetwork) -> None:
-        if network in self._networks:
-            self._networks.remove(network)
+        self._networks.pop(network, None)
 
     def free_port(self) -> int:
         self._ports += 1
         return 50_000 + self._ports
 
-    def _suspect(self) -> None:
-        for network in list(self._networks):
-            for connection in list(network.connections.values()):
-                if connection.is_stuck():
-                    self.later(KEEPALIVE_S, connection.break_if_stuck)
+    def _suspect(self, connections: Iterable[SimConnection]) -> None:
+        """They may have got stuck just now."""
+        for connection in connections:
+            if connection.is_stuck():
+                self.later(KEEPALIVE_S, connection.break_if_stuck)
 
 
 class SimNetwork:
@@ -250,7 +253,7 @@ class SimListener:
         try:
             reply: bytes | EmberError = _encoder.encode(await self.service.handle(request, buffers))
         except EmberError as error:
-            reply = error
+            reply = _copied(error)
         except Exception as error:
             self.network.fabric.world.loop.fail(error)
             return
@@ -271,14 +274,14 @@ class SimConnection:
         self.peer: SimListener | None = None
         """Whom it is connected to."""
         self._air: dict[_Exchange, None] = {}
-        self._connecting: asyncio.Future[None] | None = None
 
     async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
         fabric = self.network.fabric
         reads = [len(buffer) for buffer in buffers] if request.fills_buffers else None
         payloads = [bytes(buffer) for buffer in buffers] if reads is None else []
         encoded = _encoder.encode(request)
-        await self._connect()
+        if self.peer is None:
+            await self._connect()
         exchange = _Exchange(self, request, encoded, payloads, reads, buffers, self.network.process.future())
         self._air[exchange] = None
         self._send(exchange, fabric)
@@ -286,16 +289,14 @@ class SimConnection:
             return await exchange.reply
         finally:
             self._air.pop(exchange, None)
+            del exchange  # An error of the reply knows this frame: together they would be garbage in a circle.
 
     # ---- there
 
     async def _connect(self) -> None:
         """Raises Unreachable if nobody answers."""
-        if not self.network.process.is_alive or self.network not in self.network.fabric._networks:
-            raise Unreachable(f"{self.network.host} is off the network")
         fabric, process = self.network.fabric, self.network.process
-        if self.peer is not None:
-            return
+        self._check_network()
         listener = fabric._listening.get(self.address)
         host = listener.network.host if listener is not None else self.address.rpartition(":")[0]
         if fabric.is_cut(self.network.host, host) or fabric.is_cut(host, self.network.host):
@@ -304,6 +305,7 @@ class SimConnection:
         done = process.future()
         fabric.later(fabric.delay_s() + fabric.delay_s(), _finish, done)
         await done
+        self._check_network()
         if self.peer is None:
             listener = fabric._listening.get(self.address)
             if listener is None or not listener.is_open:
@@ -311,6 +313,10 @@ class SimConnection:
             self.peer = listener
             if self.is_stuck():
                 fabric.later(KEEPALIVE_S, self.break_if_stuck)
+
+    def _check_network(self) -> None:
+        if not self.network.process.is_alive or self.network not in self.network.fabric._networks:
+            raise Unreachable(f"{self.network.host} is off the network")
 
     def _send(self, exchange: _Exchange, fabric: SimFabric) -> None:
         faults, peer = fabric.faults, self.peer
@@ -376,7 +382,7 @@ class SimConnection:
             fabric.later(RESEND_S, self._return, exchange, reply, filled, peer)
             return
         if isinstance(reply, EmberError):
-            exchange.reply.set_exception(_copied(reply))
+            exchange.reply.set_exception(reply)
             return
         message = _decoder.decode(reply)
         if exchange.reads is not None:
@@ -385,6 +391,10 @@ class SimConnection:
         exchange.reply.set_result(message)
 
     # ---- the end
+
+    @property
+    def peer_host(self) -> str | None:
+        return None if self.peer is None else self.peer.network.host
 
     def is_stuck(self) -> bool:
         """The peer says nothing: it is paused, or the way there or back is cut."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
 from typing import Any, TypeVar
 
-from .loop import PROCESS, Handle, SimRuntime
+from .loop import PROCESS, Ready, SimRuntime
 
 T = TypeVar("T")
 
@@ -41,8 +41,7 @@ class SimProcess:
         self._rate = 1.0 + drift
         self._origin_s = origin_s
         self._ids = world.random(f"ids of {name}")
-        self._tasks: list[asyncio.Task[Any]] = []
-        self._held: list[Handle] = []
+        self._held: list[Ready] = []
         self._on_death: list[Callable[[], None]] = []
         self.context = Context()
         self.context.run(PROCESS.set, self)
@@ -56,8 +55,7 @@ class SimProcess:
         self.is_alive = False
         self.is_stopped = True
         self._held.clear()
-        self.world.loop.bury([task for task in self._tasks if not task.done() or task._log_traceback])
-        self._tasks.clear()
+        self.world.loop.bury(self)
         for watcher in self._on_death:
             watcher()
 
@@ -70,8 +68,8 @@ class SimProcess:
         self.is_paused = False
         self.is_stopped = not self.is_alive
         held, self._held = self._held, []
-        for handle in held:
-            self.world.loop.ready(handle)
+        for step in held:
+            self.world.loop.ready(step)
 
     def on_death(self, watcher: Callable[[], None]) -> None:
         """Call `watcher` when the process is killed."""
@@ -79,18 +77,12 @@ class SimProcess:
 
     # ---- what the loop asks
 
-    def adopt(self, task: asyncio.Task[Any]) -> None:
-        """A task of this process was made."""
-        if len(self._tasks) > 256:
-            self._tasks = [each for each in self._tasks if not each.done() or each._log_traceback]
-        self._tasks.append(task)
-
-    def may_run(self, handle: Handle) -> bool:
+    def may_run(self, step: Ready) -> bool:
         """May this step run now? If not, it is dropped, or kept until `resume`."""
         if not self.is_alive:
             return False
         if self.is_paused:
-            self._held.append(handle)
+            self._held.append(step)
             return False
         return True
 
@@ -114,8 +106,11 @@ class SimProcess:
     def future(self) -> asyncio.Future[Any]:
         return self.world.loop.create_future()
 
+    def timer(self, seconds: float) -> asyncio.Future[None]:
+        return self.world.loop.timer(seconds / self._rate)
+
     async def sleep(self, seconds: float) -> None:
-        await self.world.sleep(seconds / self._rate)
+        await self.timer(seconds)
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
         return await self.world.offload(blocking, *args)

@@ -107,7 +107,6 @@ class Upsets:
             return
         self.faults._note("pause a client", victim.name)
         victim.process.pause()
-        self.cluster.fabric.suspect()
         await self.cluster.world.sleep(length_s)
         victim.process.resume()
 
