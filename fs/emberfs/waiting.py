@@ -6,7 +6,7 @@ Does not know: what is waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from .errors import UpdateUnknown
@@ -57,6 +57,34 @@ async def first_of(runtime: Runtime, *futures: asyncio.Future[Any]) -> None:
     finally:
         for future in futures:
             future.remove_done_callback(wake)
+
+
+async def all_of(runtime: Runtime, works: Iterable[Coroutine[Any, Any, T]], name: str) -> list[T | Exception]:
+    """Run `works` side by side: the result of each, or the error it raised.
+
+    Cancelled, it ends when all of them have: what they were given is its owner's again.
+    """
+    pending: list[Coroutine[Any, Any, T] | asyncio.Task[T]] = list(works)
+    tasks = [runtime.spawn(work, name) for work in pending[1:]]  # type: ignore[arg-type]
+    pending[1:] = tasks
+    try:
+        return [await _outcome(work) for work in pending]
+    except BaseException:
+        for task in tasks:
+            drop(task)
+        for task in tasks:
+            await first_of(runtime, task)
+        raise
+
+
+async def _outcome(work: Awaitable[T]) -> T | Exception:
+    """The result, or the error, which knows none of the frames of those who keep it."""
+    try:
+        return await work
+    except Exception as error:
+        return error
+    finally:
+        del work
 
 
 async def until(runtime: Runtime, work: Coroutine[Any, Any, T], stop: asyncio.Future[None], *, name: str) -> T:

@@ -272,3 +272,12 @@ def refuse_after(client: Client, monkeypatch: pytest.MonkeyPatch, *, messages: i
         return await call(request, buffers)
 
     monkeypatch.setattr(storage, "call", refusing)
+
+
+def test_the_error_of_a_batch_is_its_cause(client: Client) -> None:
+    """One path of several cannot be opened: that is said, and the sessions of the others are closed."""
+    with pytest.raises(IsADirectory):
+        client.batch_write([("/one", 0, b"a" * 5000), ("/dir", 0, b"b"), ("/two", 0, b"c")])
+    assert client.get("/one") == client.get("/two") == b"", "nothing was written"
+    client.batch_write([("/one", 0, b"a"), ("/two", 0, b"b"), ("/one", 1, b"c")])
+    assert (client.get("/one"), client.get("/two")) == (b"ac", b"b")

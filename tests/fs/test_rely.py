@@ -236,7 +236,7 @@ class HalfFailingDisk(LocalDisk):
     failing: ClassVar[set[str]] = set()
 
     async def sync(self, files: Sequence[int]) -> None:
-        if any(self._directory.endswith(name) for name in self.failing):
+        if any(self._path.endswith(name) for name in self.failing):
             raise OSError(errno.EIO, "Input/output error")
         await super().sync(files)
 

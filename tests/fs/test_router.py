@@ -47,6 +47,8 @@ class Servers:
         self.stuck: set[str] = set()
         """Servers that take a request and never answer."""
         self.forever: Callable[[], asyncio.Future[None]]
+        self.ended = 0
+        """Calls to them that were given up."""
 
     def connection(self, address: str) -> Any:
         return _Connection(self, address)
@@ -59,7 +61,10 @@ class _Connection:
     async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
         self.servers.sent.append((self.address, request))
         if self.address in self.servers.stuck:
-            await self.servers.forever()
+            try:
+                await self.servers.forever()
+            finally:
+                self.servers.ended += 1
         if self.servers.errors.get(self.address):
             raise self.servers.errors[self.address].pop()
         return ChunksRead([len(buffer) for buffer in buffers]) if isinstance(request, ReadChunks) else Done()
@@ -219,5 +224,22 @@ def test_an_update_is_waited_for() -> None:
         with pytest.raises(UpdateUnknown):
             await router.call(WriteChunks(b"", 0, 0, [100], [b"a"], [0], 1 << 16), [memoryview(b"payload")])
         assert len(servers.sent) == 1
+
+    run(0, main)
+
+
+def test_a_read_that_is_cancelled_leaves_no_share_behind_that_still_writes() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        servers = Servers()
+        servers.stuck, servers.forever = {"0", "1"}, runtime.future
+        router = StorageRouter(runtime, servers, FakeRoutes())  # type: ignore[arg-type]
+        buffers = [memoryview(bytearray(4)) for _ in range(2)]
+        reading = runtime.spawn(router.call(ReadChunks([1, 2], [b"a", b"b"], [0, 0]), buffers), "read")
+        await runtime.sleep(0.1)
+        assert len(servers.sent) == 2
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert servers.ended == 2
 
     run(0, main)

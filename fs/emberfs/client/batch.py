@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import EmberError, InvalidPath, LimitExceeded, StoreClosed
 from ..types import BATCH_ITEMS_MAX, Inode
+from ..waiting import all_of
 from .buffers import flat_view, writable_view
-from .core import Core, Range, WriteHandle, check_range
+from .core import Core, Range, check_range
 
 if TYPE_CHECKING:
     from ..stores import Store
@@ -83,21 +84,26 @@ def _destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
 async def batch_write(core: Core, items: Sequence[BatchWrite]) -> None:
     """See `Client.batch_write`."""
     _check_count(items)
-    handles: dict[str, WriteHandle] = {}
-    work: list[tuple[WriteHandle, int, memoryview]] = []
+    payloads = [flat_view(data) for _, _, data in items]
+    paths = list(dict.fromkeys(file for file, _, _ in items if isinstance(file, str)))
+    opened = await all_of(core.runtime, [core.open_for_write(path, create=True) for path in paths], "batch-open")
+    handles = {path: each for path, each in zip(paths, opened, strict=True) if not isinstance(each, Exception)}
+    errors = [each for each in opened if isinstance(each, Exception)]
     try:
-        for file, offset, data in items:
-            if isinstance(file, str):
-                if file not in handles:
-                    handles[file] = await core.open_for_write(file, create=True)
-                handle = handles[file]
-            else:
-                handle = file._file.write_handle()
-            work.append((handle, offset, flat_view(data)))
-        await core.write_many(work)
-    finally:
-        for handle in handles.values():
-            await core.close_handle(handle)
+        if not errors:
+            await core.write_many(
+                [
+                    (handles[file] if isinstance(file, str) else file._file.write_handle(), offset, payload)
+                    for (file, offset, _), payload in zip(items, payloads, strict=True)
+                ]
+            )
+    except Exception as error:
+        errors.append(error)
+    closed = await all_of(core.runtime, [core.close_handle(each) for each in handles.values()], "batch-close")
+    # The first is the cause of the others.
+    for problem in [*errors, *closed]:
+        if isinstance(problem, Exception):
+            raise problem
 
 
 def open_files(items: Sequence[BatchRead] | Sequence[BatchWrite], store: Store) -> list[File | AsyncFile]:

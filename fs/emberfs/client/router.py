@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -37,9 +37,11 @@ from ..messages import (
 from ..routing import Chain, ChainTarget
 from ..runtime import Runtime
 from ..transport.types import Network
-from ..waiting import call, drop, first_of
+from ..waiting import all_of, call, drop, first_of
 from .channels import Channels
 from .routes import Routes
+
+T = TypeVar("T")
 
 
 class ReadFrom(enum.StrEnum):
@@ -455,28 +457,15 @@ class StorageRouter:
         finally:
             self._in_the_air[address] -= 1
 
-    async def _all(self, works: Any) -> list[Any]:
+    async def _all(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T | Exception]:
         """Run coroutines side by side: their results, or the errors after which a share is sent again.
 
         Any other error is raised once all have ended.
         """
-        pending: list[Coroutine[Any, Any, Any] | asyncio.Task[Any]] = list(works)
-        for index in range(1, len(pending)):
-            pending[index] = self.runtime.spawn(pending[index], "router-share")  # type: ignore[arg-type]
-        outcomes = [await _outcome(work) for work in pending]
+        outcomes = await all_of(self.runtime, works, "router-share")
         for outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(
                 outcome, (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
             ):
                 raise outcome
         return outcomes
-
-
-async def _outcome(work: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> Any:
-    """The result, or the error, which knows none of the frames of those who keep it."""
-    try:
-        return await work
-    except Exception as error:
-        return error
-    finally:
-        del work

@@ -58,7 +58,7 @@ from ..runtime import Runtime
 from ..settings import Config, Settings
 from ..transport.types import Network
 from ..types import BATCH_ITEMS_MAX
-from ..waiting import call, drop, finish, first_of, look, pause, unwatched
+from ..waiting import all_of, call, drop, finish, first_of, look, pause
 from .config import StorageConfig
 from .lease import Lease
 from .pace import Paces
@@ -527,20 +527,12 @@ class StorageNode:
         if len(works) == 1:
             await works[0]
             return
-        tasks = [self._runtime.spawn(work, "storage-part") for work in works]
-        for task in tasks:
-            unwatched(task)
-        errors: list[Exception] = []
-        for task in tasks:
-            try:
-                await task
-            except Exception as error:
-                errors.append(error)
+        errors = [each for each in await all_of(self._runtime, works, "storage-part") if isinstance(each, Exception)]
         if not errors:
             return
         worst = next((each for each in errors if isinstance(each, UpdateUnknown)), errors[0])
         # After StaleChunk the rest of that part was done.
-        is_part_done = len(errors) < len(tasks) or any(isinstance(each, StaleChunk) for each in errors)
+        is_part_done = len(errors) < len(works) or any(isinstance(each, StaleChunk) for each in errors)
         if changes and is_part_done and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
             raise UpdateUnknown(f"a part was done, then: {worst}") from worst
         raise worst
