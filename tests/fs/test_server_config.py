@@ -49,7 +49,16 @@ def test_what_is_written_is_read(path: Path) -> None:
     [
         ("", "name"),
         ("name = ", "config.toml"),
-        (STORAGE.replace("listen", "lisen"), "lisen"),
+        (
+            STORAGE.replace("listen", "lisen"),
+            "unknown name 'lisen'; did you mean listen?; there are name, role, listen,",
+        ),
+        (STORAGE + "[storag]\n", "did you mean storage?"),
+        (STORAGE + "[storage]\nreserve = 1\n", "unknown name 'reserve' in [storage]; did you mean reserve_bytes?"),
+        (STORAGE + "[tls]\nrack = 'a'\n", "unknown name 'rack' in [tls]; it belongs above the first [table]"),
+        (STORAGE + "[storage]\ndirectory = 'a'\n", "unknown name 'directory' in [storage]; it belongs above"),
+        (STORAGE + "tombstone_s = 1\n", "unknown name 'tombstone_s'; it belongs in [storage]"),
+        (STORAGE + "[tls]\nxyz = 1\n", "unknown name 'xyz' in [tls]; there are directory, insecure"),
         (STORAGE.replace('"storage"', '"boss"'), "boss"),
         (STORAGE.replace('"storage-1"', '"my storage"'), "a word"),
         (STORAGE.replace('managers = ["127.0.0.1:1"]', ""), "needs managers"),
