@@ -103,6 +103,10 @@ def test_an_interrupted_up_goes_on(directory: Path) -> None:
         (["status", "--dir", "{new}"], 1, "no cluster here"),
         (["status", "--url", "ember:///dir"], 2, "not the URL of a cluster"),
         (["down", "--dir", "{new}"], 1, "no cluster here"),
+        (["token", "--dir", "{new}"], 1, "no cluster here"),
+        (["token", "--dir", "{new}", "--hours", "-1"], 2, "--hours"),
+        (["add-node", "--dir", "{new}"], 1, "no cluster here"),
+        (["remove-node", "x", "--dir", "{new}"], 1, "no cluster here"),
         (["join", "nonsense", "127.0.0.1:1"], 1, "not a join token"),
     ],
 )

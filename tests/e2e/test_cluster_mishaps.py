@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import emberfs
 import pytest
+from emberfs.cluster.credentials import directory_for
 from emberfs.cluster.local import LocalCluster
 from emberfs.server import read_config
+from emberfs.transport.certificates import make_authority, make_token
 
 from tests.e2e.test_cluster_cli import DATA, eventually, pids
 from tests.fs.cli_run import emberline, emberline_json, start_emberline
@@ -183,3 +186,37 @@ def test_servers_do_not_listen_where_connections_come_from(cluster: LocalCluster
     ports = [int(address.rpartition(":")[2]) for config in configs for address in (config.listen, config.metrics)]
     assert len(set(ports)) == len(ports)
     assert max(ports) < 32768
+
+
+def test_join_renews_and_does_not_overwrite_others(
+    cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    manager = cluster.address("manager-1")
+    mine = directory_for(manager)
+
+    def token(role: str, authority: Path = cluster.directory / "ca") -> str:
+        return make_token(authority, role=role, valid_s=3600, now_s=time.time())
+
+    def join(text: str, *arguments: object, code: int = 0) -> str:
+        return emberline("cluster", "join", text, manager, *arguments, code=code).stderr
+
+    join(token("client"))
+    first = (mine / "cert.pem").read_bytes()
+    join(token("client"))
+    renewed = (mine / "cert.pem").read_bytes()
+    assert renewed != first
+    said = join(token("admin"), code=1)
+    assert "there are credentials of the role client, not admin" in said
+    assert "--into, or --force" in said
+    assert str(mine) in said
+    make_authority(tmp_path / "other", cluster="other", now_s=time.time())
+    assert "of another cluster" in join(token("client", tmp_path / "other"), code=1)
+    assert (mine / "cert.pem").read_bytes() == renewed
+    join(token("admin"), "--force")
+    assert "this token is for a storage server: give its directory by --into" in join(token("storage"), code=2)
+    join(token("storage"), "--into", tmp_path / "tls")
+    wrong = emberline("cluster", "join", token("storage"), cluster.address("storage-1"), "--into", tmp_path, code=1)
+    assert "a manager that has `authority` gives one" in wrong.stderr
+    (tmp_path / "tls" / "cert.pem").write_text("?")
+    assert "that cannot be read" in join(token("storage"), "--into", tmp_path / "tls", code=1)

@@ -331,7 +331,7 @@ cluster.add_command(placement)
 @_directory
 @click.option("--authority", type=click.Path(file_okay=False, path_type=Path), help="Where ca.pem and ca.key are.")
 @click.option("--role", type=click.Choice(["client", "admin", "kv", "manager", "meta", "storage"]), default="client")
-@click.option("--hours", type=float, default=24.0, show_default=True, help="How long it is good for.")
+@click.option("--hours", type=click.FloatRange(min=0), default=24.0, show_default=True, help="How long it is good for.")
 def token(directory: Path | None, authority: Path | None, role: str, hours: float) -> None:
     """Print a secret with which another machine may `join`: whoever has it gets a certificate of that role.
 
@@ -339,8 +339,11 @@ def token(directory: Path | None, authority: Path | None, role: str, hours: floa
     """
     from ..transport.certificates import make_token
 
-    where = authority or _local(directory).directory / "ca"
-    click.echo(make_token(where, role=role, valid_s=hours * 3600, now_s=time.time()))
+    if authority is None:
+        local = _local(directory)
+        local.plan()  # Raises NotFound where no cluster is.
+        authority = local.directory / "ca"
+    click.echo(make_token(authority, role=role, valid_s=hours * 3600, now_s=time.time()))
 
 
 @cluster.command(
@@ -353,13 +356,22 @@ def token(directory: Path | None, authority: Path | None, role: str, hours: floa
     "--into", type=click.Path(file_okay=False, path_type=Path), help="Directory for ca.pem, cert.pem, key.pem."
 )
 @click.option("--name", "names", multiple=True, help="Host name or address of this machine, as others reach it.")
-def join(token: str, manager: str, into: Path | None, names: tuple[str, ...]) -> None:
-    """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients."""
+@click.option("--force", is_flag=True, help="Replace credentials of another cluster or role.")
+def join(token: str, manager: str, into: Path | None, names: tuple[str, ...], force: bool) -> None:
+    """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients.
+
+    One that is there already is renewed, if it is of the same cluster and role.
+    """
     from ..cluster.credentials import directory_for
     from ..cluster.joining import join_cluster
+    from ..messages.base import SERVERS
+    from ..transport.certificates import read_token
 
+    role = read_token(token).role
+    if into is None and role in SERVERS:
+        raise click.UsageError(f"this token is for a {role} server: give its directory by --into, as in its [tls]")
     where = into or directory_for(manager)
-    join_cluster(token, manager, into=where, names=list(names) or [socket.gethostname()])
+    join_cluster(token, manager, into=where, names=list(names) or [socket.gethostname()], replaces=force)
     note(f"the certificate is in {where}")
 
 
