@@ -12,7 +12,7 @@ import pytest
 from emberfs.client.routes import Routes
 from emberfs.disk import LocalDisk
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import StoreClosed
+from emberfs.errors import AccessDenied, StoreClosed
 from emberfs.kv import LmdbKV
 from emberfs.messages import Done, GetRouting, Heartbeat, HeartbeatReply, Message, RoutingReply, TargetReport
 from emberfs.portal import Portal
@@ -136,6 +136,31 @@ def test_a_heart_goes_on_after_a_mistake_in_what_takes_the_routing() -> None:
 
     run(0, main)
     assert taken == [1, 2, 3]
+
+
+def test_a_heart_that_nobody_hears_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    deaf = [True]
+
+    def answer(_: object) -> Message:
+        if deaf[0]:
+            raise AccessDenied("another authority")
+        return HeartbeatReply(None, 0, None)
+
+    async def main(sim: SimRuntime) -> None:
+        manager: Any = Manager(answer)
+        heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"))
+        heart.start()
+        await sim.sleep(10.0)
+        deaf[0] = False
+        await sim.sleep(10.0)
+        await heart.close()
+
+    caplog.set_level("INFO", logger="emberline")
+    run(0, main)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no manager takes our heartbeat: another authority",
+        "a manager takes our heartbeat again",
+    ]
 
 
 def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path: Path) -> None:

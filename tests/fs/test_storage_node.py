@@ -6,7 +6,15 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import ProtocolError, SessionExpired, StaleChunk, StaleRouting, TargetFailed, Unavailable
+from emberfs.errors import (
+    AccessDenied,
+    ProtocolError,
+    SessionExpired,
+    StaleChunk,
+    StaleRouting,
+    TargetFailed,
+    Unavailable,
+)
 from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
     ChunksRead,
@@ -357,3 +365,21 @@ def test_old_tombstones_are_purged_and_leave_the_floor() -> None:
         assert (await engine.states([CHUNK]), engine.floor) == ([None], 2)
 
     on_host(work)
+
+
+def test_that_no_manager_answers_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def main(sim: SimRuntime) -> None:
+        host = Host(sim)
+        host.manager.error = AccessDenied("another authority")
+        await host.node.start()
+        await sim.sleep(60.0)
+        host.manager.error = None
+        await sim.sleep(60.0)
+        await host.node.close()
+
+    caplog.set_level("INFO", logger="emberline")
+    run(0, main)
+    assert [record.getMessage() for record in caplog.records if "manager" in record.getMessage()] == [
+        "no manager answers, and without one nothing is served once the lease is over: another authority",
+        "a manager answers again",
+    ]

@@ -63,11 +63,17 @@ class Heart:
             self._task = None
 
     async def _beat(self) -> None:
+        is_heard = True
         while True:
             try:
                 await self._tell()
+                if not is_heard:
+                    log.info("a manager takes our heartbeat again")
+                is_heard = True
             except EmberError as error:
-                log.warning("no manager takes our heartbeat: %s", error)
+                if is_heard:
+                    log.warning("no manager takes our heartbeat: %s", error)
+                is_heard = False
             except Exception:
                 # A mistake of ours, maybe in what takes the routing: without heartbeats this server would be lost.
                 log.exception("a heartbeat failed")

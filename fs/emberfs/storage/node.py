@@ -74,6 +74,8 @@ DropTarget = Callable[[bytes], Awaitable[None]]
 UNANSWERED_FACTOR = 0.2
 """After a heartbeat that was not answered the next one comes in this part of the time: a new primary must be found
 before the lease is over, one manager after the other."""
+UNANSWERED_WARN = 10
+"""Questions in a row that no manager answered, after which the log says so."""
 BEAT_REST_S = 0.1
 """At least so long between two heartbeats, however many clients are asked for."""
 BEAT_FAILURES_MAX = 10
@@ -117,6 +119,8 @@ class StorageNode:
         self._upkeeps: dict[int, Upkeep] = {}
         self._broken: dict[bytes, str] = {}
         """Targets that could not be opened, and why. They are reported offline until the server is started again."""
+        self._unanswered = 0
+        """Questions to managers since the last answer."""
         self._closing = runtime.future()
         self._beat_now = runtime.future()
         self._curious: list[asyncio.Future[None]] = []
@@ -201,7 +205,7 @@ class StorageNode:
                 return
             except EmberError as error:
                 self._curious += curious
-                log.debug("no manager takes our heartbeat: %s", error)
+                self._note_unanswered(error)
                 interval_s *= UNANSWERED_FACTOR
             except Exception as error:
                 self._curious += curious
@@ -235,7 +239,8 @@ class StorageNode:
         while not self._closing.done():
             try:
                 reply = await self._ask(GetRouting(), RoutingReply)
-            except EmberError:
+            except EmberError as error:
+                self._note_unanswered(error)
                 await pause(self._runtime, self.config.heartbeat_s, self._closing)
                 continue
             if reply.routing is not None:
@@ -245,6 +250,12 @@ class StorageNode:
             # Nothing is reported yet. The process before us may still be about to let go of the disk.
             self._broken.clear()
             await pause(self._runtime, self.config.heartbeat_s, self._closing)
+
+    def _note_unanswered(self, error: EmberError) -> None:
+        """A change of the primary is no news; that this server is cut off is, once."""
+        self._unanswered += 1
+        if self._unanswered == UNANSWERED_WARN:
+            log.warning("no manager answers, and without one nothing is served once the lease is over: %s", error)
 
     async def _ask(self, request: Message, kind: type[T]) -> T:
         """Ask the manager that answered last; the next time another one, if it does not answer in time."""
@@ -263,6 +274,9 @@ class StorageNode:
             drop(task)
             timer.cancel()
         assert isinstance(reply, kind)
+        if self._unanswered >= UNANSWERED_WARN:
+            log.info("a manager answers again")
+        self._unanswered = 0
         return reply
 
     async def _take(self, reply: HeartbeatReply, sent_s: float) -> None:
