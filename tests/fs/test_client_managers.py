@@ -47,5 +47,11 @@ def test_one_who_lives_is_quoted_and_not_the_dead() -> None:
         assert words.endswith("): no key-value store")
 
 
+def test_a_primary_that_the_url_does_not_name_is_a_hint() -> None:
+    elsewhere = StaleRouting("the primary manager is at b:1")
+    assert said({"a:1": elsewhere}).endswith("is at b:1; a URL should name all managers")
+    assert said({"a:1": elsewhere, "b:1": Unavailable("gone")}).endswith("is at b:1")
+
+
 def test_silence_is_told_as_such() -> None:
     assert said({"a:1": Unavailable("Connection refused")}) == "no manager answered (a:1): Connection refused"

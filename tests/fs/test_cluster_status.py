@@ -52,7 +52,7 @@ def test_on_one_host_its_nodes_are_what_can_be_lost() -> None:
 def test_no_chains_yet_is_a_problem_and_no_placement() -> None:
     facts = summarise(status([]))
     assert facts["placement"] is None
-    assert facts["problems"] == ["there are no chains yet: nothing can be stored"]
+    assert facts["problems"] == ["there are no chains yet: nothing can be stored before `emberline cluster setup`"]
 
 
 def test_a_disk_that_gets_full_is_a_hint() -> None:

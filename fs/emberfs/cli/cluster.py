@@ -132,31 +132,6 @@ def down(directory: Path | None, as_json: bool) -> None:
         note(f"stopped {plural(stopped, 'server')}")
 
 
-@cluster.command("add-node", epilog="\b\nExamples:\n  emberline cluster add-node --dir /tmp/ember")
-@_directory
-@json_option
-def add_node(directory: Path | None, as_json: bool) -> None:
-    """Start one storage node more; its share of the chains moves there while the cluster serves."""
-    name = _local(directory).add_node(say=note)
-    if as_json:
-        print_json({"added": name})
-    else:
-        note(f"added {name}; `emberline cluster status` shows what moves")
-
-
-@cluster.command("remove-node", epilog="\b\nExamples:\n  emberline cluster remove-node storage-1 --dir /tmp/ember")
-@click.argument("name")
-@_directory
-@json_option
-def remove_node(name: str, directory: Path | None, as_json: bool) -> None:
-    """Take a drained storage node out of the cluster and stop it. Its directory stays."""
-    _local(directory).remove_node(name, say=note)
-    if as_json:
-        print_json({"removed": name})
-    else:
-        note(f"removed {name}")
-
-
 @cluster.command(
     epilog="\b\nExamples:\n"
     "  emberline cluster logs manager-1 --dir /tmp/ember\n"
@@ -294,6 +269,59 @@ def drain(name: str, directory: Path | None, url: str | None, wait: bool, as_jso
         print_json({"node": name, "left": left})
     elif not left:
         note(f"`emberline cluster remove-node {name}` takes it out")
+
+
+@cluster.command(
+    "add-node",
+    epilog="\b\nExamples:\n"
+    "  emberline cluster add-node --dir /tmp/ember                     # starts one more on this host\n"
+    "  emberline cluster add-node storage-4 --url ember://db1:7301     # one that was started on its machine",
+)
+@click.argument("name", required=False)
+@_cluster_argument
+@json_option
+def add_node(name: str | None, directory: Path | None, url: str | None, as_json: bool) -> None:
+    """Let a storage node take its share of the chains; they move there while the cluster serves.
+
+    Without NAME one more is started on this host. With it, it is one that runs and that `status` shows, or one that was
+    drained and is to be filled again.
+    """
+    if name is not None:
+        with _admin(directory, url) as admin:
+            admin.add_node(name)
+    elif url is not None or directory is None:
+        raise click.UsageError("say which node: NAME, one that has been started; or --dir, to start one on this host")
+    else:
+        name = _local(directory).add_node(say=note)
+    if as_json:
+        print_json({"added": name})
+    else:
+        note(f"added {name}; `emberline cluster status` shows what moves")
+
+
+@cluster.command(
+    "remove-node",
+    epilog="\b\nExamples:\n"
+    "  emberline cluster remove-node storage-1 --dir /tmp/ember            # stops it, too\n"
+    "  emberline cluster remove-node storage-1 --url ember://db1:7301      # after it was stopped on its machine",
+)
+@click.argument("name")
+@_cluster_argument
+@json_option
+def remove_node(name: str, directory: Path | None, url: str | None, as_json: bool) -> None:
+    """Take a server that holds nothing out of the cluster: a drained storage node, or one that is gone for good.
+
+    One of this host (--dir) is stopped before. Its directory stays.
+    """
+    if url is None and directory is not None:
+        _local(directory).remove_node(name, say=note)
+    else:
+        with _admin(directory, url) as admin:
+            admin.remove_node(name)
+    if as_json:
+        print_json({"removed": name})
+    else:
+        note(f"removed {name}")
 
 
 @cluster.command(

@@ -51,5 +51,7 @@ class Managers:
         """One who lives knows better what is wrong than the silence of the others."""
         addresses = ", ".join(self._addresses)
         if refused is not None:
-            return Unavailable(f"no manager is the primary ({addresses}): {refused}")
+            is_elsewhere = " is at " in str(refused) and not any(each in str(refused) for each in self._addresses)
+            hint = "; a URL should name all managers" if is_elsewhere else ""
+            return Unavailable(f"no manager is the primary ({addresses}): {refused}{hint}")
         return Unavailable(f"no manager answered ({addresses}): {error}")

@@ -46,7 +46,8 @@ def join_cluster(token: str, manager: str, *, into: Path, names: Sequence[str], 
             # The token says whom to trust: nobody in between can pose as the manager.
             ca = Path(directory) / CA_FILE
             ca.write_bytes(x509.load_der_x509_certificate(said.ca).public_bytes(Encoding.PEM))
-            config = TcpConfig(cluster=said.cluster, role=said.role, tls=TlsFiles(ca=ca))
+            # And which cluster: servers whose configuration does not name theirs are of it too.
+            config = TcpConfig(role=said.role, tls=TlsFiles(ca=ca))
             network = TcpNetwork(runtime, config)
             try:
                 joined = portal.run(_ask(network, manager, Join(token, csr)))

@@ -394,8 +394,9 @@ class LocalCluster:
             server = self.server(name)
             if held := sum(target.node == name for target in admin.routing().targets):
                 raise Conflict(f"{name} still holds {held} replicas: drain it first")
-            say(f"stopping {name}")
-            server.stop()
+            if server.pid() is not None:
+                say(f"stopping {name}")
+                server.stop()
 
             def look() -> tuple[bool, str]:
                 is_alive = any(status.alive for status in admin.status().nodes if status.node.name == name)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import Unavailable
+from ..errors import AccessDenied, Unavailable
 from .waiting import Say, wait_until
 
 STOP_TIMEOUT_S = 20.0
@@ -107,7 +107,10 @@ class ServerProcess:
         pid = self.pid()
         if pid is None:
             return
-        os.kill(pid, by)
+        try:
+            os.kill(pid, by)
+        except PermissionError as error:
+            raise AccessDenied(f"{self.name} is process {pid} of another user") from error
         if not _wait(lambda: self.pid() is None, timeout_s) and self.pid() == pid:
             os.kill(pid, signal.SIGKILL)
             _wait(lambda: self.pid() is None, timeout_s)
