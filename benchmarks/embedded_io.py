@@ -368,42 +368,39 @@ def _fsspec_reads(directory: Path, url: str, corpus: memoryview, size: Size, fil
 
         return subject
 
-    def checked(read: Callable[[Any], Any]) -> Subject:
-        """The files beside the store, opened, read and checked without fsspec: what a verified read can reach."""
-
-        def subject(check: bool) -> float:
-            for name, source in sources.items():
-                with open(folder / name, "rb", buffering=0) as file:
-                    data = read(file)
-                    crc32c(data)
-                if check:
-                    verify(data == source, f"read {name}")
-            return amount_mib
-
-        return subject
-
-    def fill(file: Any) -> memoryview:
-        file.readinto(buffer)
-        return buffer
-
     rows = [
         compare(
             f"fsspec {name} {_bytes(file_bytes)}, MiB/s",
             make(ember, "/files"),
             peers={"LocalFileSystem": make(local, str(folder))},
-            ceiling=checked(ceiling),
+            ceiling=_checked(folder, sources, into),
             baseline="LocalFileSystem",
             goal=goal if size.has_read_goals else None,
             rounds=size.rounds,
         )
-        for name, make, ceiling, goal in (
-            ("cat_file", cat, lambda file: file.read(), CAT_GOAL),
-            ("open().readinto", readinto, fill, READINTO_GOAL),
+        for name, make, into, goal in (
+            ("cat_file", cat, None, CAT_GOAL),
+            ("open().readinto", readinto, buffer, READINTO_GOAL),
         )
     ]
     local.rm(str(folder), recursive=True)
     ember.rm("/files", recursive=True)
     return rows
+
+
+def _checked(folder: Path, sources: dict[str, memoryview], into: memoryview | None) -> Subject:
+    """The files beside the store, opened, read and checked without fsspec: what a verified read can reach."""
+
+    def subject(check: bool) -> float:
+        for name, source in sources.items():
+            with open(folder / name, "rb", buffering=0) as file:
+                data = file.read() if into is None else into[: file.readinto(into)]
+                crc32c(data)
+            if check:
+                verify(data == source, f"read {name}")
+        return sum(map(len, sources.values())) / MIB
+
+    return subject
 
 
 def _bytes(count: int) -> str:

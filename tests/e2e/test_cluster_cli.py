@@ -103,6 +103,10 @@ def test_an_interrupted_up_goes_on(directory: Path) -> None:
         (["status", "--dir", "{new}"], 1, "no cluster here"),
         (["status", "--url", "ember:///dir"], 2, "not the URL of a cluster"),
         (["down", "--dir", "{new}"], 1, "no cluster here"),
+        (["token", "--dir", "{new}"], 1, "no cluster here"),
+        (["token", "--dir", "{new}", "--hours", "-1"], 2, "--hours"),
+        (["add-node", "--dir", "{new}"], 1, "no cluster here"),
+        (["remove-node", "x", "--dir", "{new}"], 1, "no cluster here"),
         (["join", "nonsense", "127.0.0.1:1"], 1, "not a join token"),
     ],
 )
@@ -162,6 +166,27 @@ def test_chains_move_to_a_new_node_and_off_an_old_one(directory: Path) -> None:
         assert client.get("/data") == DATA
         client.put("/data", DATA[::-1])
     assert "all is well" in emberline("cluster", "status", "--dir", directory).stdout
+
+
+def test_a_lost_node_is_replaced(directory: Path) -> None:
+    """As docs/operations.md has it, by the URL of the managers for what is asked of them."""
+    cluster = up(directory, "--nodes", 2)
+    far = ("--url", cluster.url)
+    with pytest.MonkeyPatch.context() as patch, emberfs.connect(cluster.url) as client:
+        patch.setenv("EMBERLINE_CREDENTIALS", str(directory / "admin"))
+        client.put("/data", DATA)
+        cluster.server("storage-1").stop(by=signal.SIGKILL)
+        shutil.rmtree(cluster.server("storage-1").directory / "data")
+        emberline("cluster", "add-node", "--dir", directory)
+        assert "say which node" in emberline("cluster", "add-node", *far, code=2).stderr
+        assert "no storage node nobody" in emberline("cluster", "add-node", "nobody", *far, code=1).stderr
+        assert emberline_json("cluster", "add-node", "storage-3", *far) == [{"added": "storage-3"}]
+        assert "drain it first" in emberline("cluster", "remove-node", "storage-1", *far, code=1).stderr
+        drained = emberline("cluster", "drain", "storage-1", *far).stderr
+        assert "`emberline cluster remove-node storage-1` takes it out" in drained
+        assert emberline_json("cluster", "remove-node", "storage-1", *far) == [{"removed": "storage-1"}]
+        eventually(lambda: "all is well" in emberline("cluster", "status", *far, code=None).stdout)
+        assert client.get("/data") == DATA
 
 
 def test_a_loss_is_said_and_accepted(directory: Path) -> None:

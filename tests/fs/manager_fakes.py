@@ -236,8 +236,11 @@ class FakeNode:
         mine = {each.id: chains[each.chain] for each in self.routing.targets if each.node == self.name}
         if self.routing.version:
             self.disk = {target: content for target, content in self.disk.items() if target in mine}
-        for target in mine:
-            self.disk.setdefault(target, self.runtime.random_bytes(8))
+        open_chains = {mine[target].id for target in self.disk if target in mine}
+        for target, chain in mine.items():
+            if chain.id not in open_chains:  # One of a chain at a time, as `storage.node` has it.
+                self.disk.setdefault(target, self.runtime.random_bytes(8))
+                open_chains.add(chain.id)
         return [self._report(target, content, mine.get(target)) for target, content in sorted(self.disk.items())]
 
     def _report(self, target: bytes, generation: bytes, chain: Chain | None) -> TargetReport:

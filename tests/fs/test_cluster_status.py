@@ -64,7 +64,7 @@ def test_a_lost_chain_names_the_node_whose_disk_would_bring_it_back() -> None:
 def test_no_chains_yet_is_a_problem_and_no_placement() -> None:
     facts = summarise(status([]))
     assert facts["placement"] is None
-    assert facts["problems"] == ["there are no chains yet: nothing can be stored"]
+    assert facts["problems"] == ["there are no chains yet: nothing can be stored before `emberline cluster setup`"]
 
 
 def test_a_disk_that_gets_full_is_a_hint() -> None:

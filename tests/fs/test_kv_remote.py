@@ -260,6 +260,21 @@ class TestLostMessages:
         run(increment(kv))
         assert decode_int(run(get(kv, b"count"))) == 3
 
+    def test_a_restarted_server_still_commits_when_it_has_swept(
+        self, kv: RemoteKV, engine: MemoryKV, runtime: AgeingRuntime, run: Run
+    ) -> None:
+        """Its row of starts lies beside those of clients, and is none of them."""
+        run(increment(kv))
+        again, _ = run(served(engine, runtime))
+        runtime.age_s += 2 * SILENT_S
+        run(increment(again))
+        run(increment(again))
+        assert decode_int(run(get(again, b"count"))) == 3
+        third, _ = run(served(engine, runtime))
+        runtime.age_s += 2 * SILENT_S
+        run(increment(third))
+        assert len(own_rows(engine)) == 2, "its own client, and the starts"
+
     def test_round_trips(self, kv: RemoteKV, wire: Wire, run: Run) -> None:
         async def create(transaction: BufferedTransaction) -> None:
             await transaction.get_many([b"parent", b"entry"])

@@ -76,6 +76,14 @@ def test_a_chain_that_moves_waits_unless_its_new_node_is_drained_too() -> None:
     assert {move.chain for move in plan_moves(stuck, limit=3)[0]} == {1, 2, 7}
 
 
+def test_what_would_move_to_where_it_is_leaving_stays() -> None:
+    """A lost node `a` is drained while `b` gives to one that joined, and only `b` could take its place."""
+    chains = {1: "cBd.a"}
+    assert plan_moves(layout(chains, "abcd", draining="a", dead="a"), limit=2) == ([Move(1, b"1a", "b", b"1B")], True)
+    chains = {1: "cd.aB"}
+    assert plan_moves(layout(chains, "abcd", draining="a", dead="a"), limit=2)[0] == [Move(1, b"1a", "b", b"1B")]
+
+
 def test_only_a_joining_node_is_filled() -> None:
     chains = dict.fromkeys(range(1, 7), "ab")
     assert plan_moves(layout(chains, "abc"), limit=4) == ([], True)
@@ -272,6 +280,33 @@ def test_a_node_that_dies_while_chains_move_to_it_can_be_drained() -> None:
         await stop(managers, nodes)
 
     run(0, main)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_lost_node_is_drained_while_its_successor_joins(seed: int) -> None:
+    async def main(sim: SimRuntime) -> None:
+        managers = await Managers(sim).start()
+        nodes = [FakeNode(managers, f"n{number}").start() for number in range(3)]
+        await joined(managers, nodes)
+        await managers.call(SetupChains(3, 4))
+        await all_serving(managers, replicas=3)
+        await nodes[0].kill()
+        await sim.sleep(4.0)
+        nodes.append(FakeNode(managers, "n3").start())
+        await sim.sleep(1.0)
+        await managers.call(AddNode("n3"))
+        while (await held(managers))["n3"] < 2:
+            await sim.sleep(0.01)
+        await sim.sleep(2.0 * seed)
+        await managers.call(DrainNode("n0"))
+        while "n0" in await held(managers):
+            assert sim.now_s() < 60.0, await managers.chains()
+            await sim.sleep(0.1)
+        await settled(managers, replicas=3)
+        await managers.call(RemoveNode("n0"))
+        await stop(managers, nodes[1:])
+
+    run(seed, main)
 
 
 @settings(deadline=None, max_examples=8)

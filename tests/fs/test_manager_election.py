@@ -69,6 +69,8 @@ def test_a_lapse_of_the_only_manager_ends_when_the_kv_is_back() -> None:
         managers.links[0].is_cut = True
         await sim.sleep(20.0)
         assert managers.primary is None
+        with pytest.raises(StaleRouting, match=r"key-value store for (19|20) s"):
+            await managers.services[0].handle(GetRouting())
         managers.links[0].is_cut = False
         await until(sim, lambda: managers.primary is not None, within_s=2.0)
         await managers.close()

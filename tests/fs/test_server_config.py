@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from emberfs.cli.server import CONFIGURATIONS
 from emberfs.errors import InvalidPath
 from emberfs.routing import Role
 from emberfs.server import ServerConfig, read_config, write_config
@@ -48,7 +49,16 @@ def test_what_is_written_is_read(path: Path) -> None:
     [
         ("", "name"),
         ("name = ", "config.toml"),
-        (STORAGE.replace("listen", "lisen"), "lisen"),
+        (
+            STORAGE.replace("listen", "lisen"),
+            "unknown name 'lisen'; did you mean listen?; there are name, role, listen,",
+        ),
+        (STORAGE + "[storag]\n", "did you mean storage?"),
+        (STORAGE + "[storage]\nreserve = 1\n", "unknown name 'reserve' in [storage]; did you mean reserve_bytes?"),
+        (STORAGE + "[tls]\nrack = 'a'\n", "unknown name 'rack' in [tls]; it belongs above the first [table]"),
+        (STORAGE + "[storage]\ndirectory = 'a'\n", "unknown name 'directory' in [storage]; it belongs above"),
+        (STORAGE + "reserve_bytes = 1\n", "unknown name 'reserve_bytes'; it belongs in [storage]"),
+        (STORAGE + "[tls]\nxyz = 1\n", "unknown name 'xyz' in [tls]; there are directory, insecure"),
         (STORAGE.replace('"storage"', '"boss"'), "boss"),
         (STORAGE.replace('"storage-1"', '"my storage"'), "a word"),
         (STORAGE.replace('managers = ["127.0.0.1:1"]', ""), "needs managers"),
@@ -96,3 +106,34 @@ def test_a_server_says_that_it_is_ready_and_leaves_when_told(path: Path, tmp_pat
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert b"serves at" in errors
+
+
+# ---- what is shown to the reader
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "fs/deploy/config").glob("*.toml"))
+
+
+def test_there_is_an_example_of_each_role_and_it_is_loaded() -> None:
+    configs = {file.stem: read_config(file) for file in SHIPPED}
+    assert {name: config.name for name, config in configs.items()} == {name: name for name in configs}
+    assert {config.role for config in configs.values()} == set(Role)
+    assert len({config.address for config in configs.values()}) == len(configs)
+    managers = {tuple(config.managers) for config in configs.values()}
+    assert managers == {(configs["manager-1"].address, "10.0.0.3:7301")}
+    assert {configs[name].kv for name in ("manager-1", "meta-1")} == {f"kv://{configs['kv-1'].address}"}
+
+
+def test_the_operators_page_has_the_same_examples() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    for file in SHIPPED:
+        assert f"```toml\n{file.read_text()}```" in page
+
+
+def test_the_examples_of_the_help_are_loaded(path: Path) -> None:
+    roles = set()
+    for text in CONFIGURATIONS:
+        path.write_text(text.partition("\n")[2])
+        roles.add(read_config(path).role)
+        assert text.splitlines()[-1] in emberline("server", "--help").stdout
+    assert roles == {Role.KV, Role.MANAGER, Role.STORAGE}

@@ -12,7 +12,7 @@ import pytest
 from emberfs.client.routes import Routes
 from emberfs.disk import LocalDisk
 from emberfs.engine import ChunkEngine, EngineConfig
-from emberfs.errors import AlreadyExists, StoreClosed, Unavailable
+from emberfs.errors import AccessDenied, AlreadyExists, StoreClosed, Unavailable
 from emberfs.kv import LmdbKV
 from emberfs.messages import Done, GetRouting, Heartbeat, HeartbeatReply, Message, RoutingReply, TargetReport
 from emberfs.portal import Portal
@@ -186,6 +186,31 @@ def test_a_heart_stops_when_another_process_has_taken_the_name() -> None:
         await heart.close()
 
     run(0, main)
+
+
+def test_a_heart_that_nobody_hears_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    deaf = [True]
+
+    def answer(request: Message) -> Message:
+        if deaf[0]:
+            raise AccessDenied("another authority")
+        return HeartbeatReply(None, 0, None) if isinstance(request, Heartbeat) else RoutingReply(None)
+
+    async def main(sim: SimRuntime) -> None:
+        manager: Any = Manager(answer)
+        heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"))
+        heart.start()
+        await sim.sleep(10.0)
+        deaf[0] = False
+        await sim.sleep(10.0)
+        await heart.close()
+
+    caplog.set_level("INFO", logger="emberline")
+    run(0, main)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no manager takes our heartbeat: another authority",
+        "a manager takes our heartbeat again",
+    ]
 
 
 def test_a_target_that_could_not_be_opened_is_opened_once_it_is_mended(tmp_path: Path) -> None:

@@ -227,10 +227,10 @@ def test_a_node_that_is_not_let_in_says_so_once(caplog: pytest.LogCaptureFixture
     async def work(host: Host) -> None:
         await host.serve()
         caplog.clear()
-        host.manager.error = AccessDenied("the certificate is for another server")
+        host.manager.error = AccessDenied("another server's certificate")
         await host.beats(10.0)
         assert [each.getMessage() for each in caplog.records if each.levelname == "WARNING"] == [
-            "no manager takes our heartbeat: the certificate is for another server"
+            "no manager answers, and without one nothing is served once the lease is over: another server's certificate"
         ]
         host.manager.error = None
         await host.beats()
@@ -472,3 +472,21 @@ def test_old_tombstones_are_purged_and_leave_the_floor() -> None:
         assert await engine.tombstones() == [], "the long time is not slept to its end"
 
     on_host(work)
+
+
+def test_that_no_manager_answers_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def main(sim: SimRuntime) -> None:
+        host = Host(sim)
+        host.manager.error = AccessDenied("another authority")
+        await host.node.start()
+        await sim.sleep(60.0)
+        host.manager.error = None
+        await sim.sleep(60.0)
+        await host.node.close()
+
+    caplog.set_level("INFO", logger="emberline")
+    run(0, main)
+    assert [record.getMessage() for record in caplog.records if "manager" in record.getMessage()] == [
+        "no manager answers, and without one nothing is served once the lease is over: another authority",
+        "a manager answers again",
+    ]

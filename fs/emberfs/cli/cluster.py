@@ -9,23 +9,28 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ..errors import NotFound, Unavailable
 from ..urls import cluster_addresses
 from .location import STORE_VARIABLE
-from .output import json_option, note, plural, print_columns, print_json, print_line, safe
+from .output import json_option, note, note_if_slow, plural, print_columns, print_json, print_line, safe
 from .placement import placement
 
 if TYPE_CHECKING:
     from ..cluster.admin import Admin
     from ..cluster.local import LocalCluster
     from ..settings import Config, Value
+
+NODES = 3
+TARGETS_PER_DISK = 4
+"""Of a cluster on this host, unless somebody says otherwise."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -65,27 +70,44 @@ def cluster() -> None:
     "  emberline cluster up --dir /tmp/ember             # again: starts what does not run"
 )
 @_directory
-@click.option("--nodes", type=click.IntRange(1, 64), default=3, show_default=True, help="Storage nodes.")
+@click.option("--nodes", type=click.IntRange(1, 64), help=f"Storage nodes.  [default: {NODES}]")
 @click.option("--replicas", type=click.IntRange(1, 8), help="Copies of each chunk.  [default: 3, or as many as nodes]")
-@click.option("--targets", type=click.IntRange(1, 64), default=4, show_default=True, help="Replicas a disk holds.")
-@click.option(
-    "--kv", default="", envvar="EMBERLINE_KV", metavar="URL", help="postgresql://… for the metadata (or EMBERLINE_KV)."
-)
+@click.option("--targets", type=click.IntRange(1, 64), help=f"Replicas a disk holds.  [default: {TARGETS_PER_DISK}]")
+@click.option("--kv", envvar="EMBERLINE_KV", metavar="URL", help="postgresql://… for the metadata (or EMBERLINE_KV).")
 @json_option
-def up(directory: Path | None, nodes: int, replicas: int | None, targets: int, kv: str, as_json: bool) -> None:
+@click.pass_context
+def up(
+    context: click.Context,
+    directory: Path | None,
+    nodes: int | None,
+    replicas: int | None,
+    targets: int | None,
+    kv: str | None,
+    as_json: bool,
+) -> None:
     """Start a cluster on this host: one process per role and per disk, TLS between them.
 
-    All of it lies under --dir. The options hold when the cluster is made; later `up` starts what does not run.
+    All of it lies under --dir. The options hold when the cluster is made; later `up` starts what does not run. If the
+    first `up` fails, what it has started is stopped again.
     """
-    from ..cluster.local import Plan
+    from ..cluster.local import Plan, differences
 
     local = _local(directory)
+    if local.exists:
+        is_typed = (
+            context.get_parameter_source("kv") == ParameterSource.COMMANDLINE
+        )  # The variable is for new clusters.
+        asked_kv = kv if is_typed else None
+        if found := differences(local.plan(), nodes=nodes, replicas=replicas, targets_per_disk=targets, kv=asked_kv):
+            anew = "" if local.has_data else f". It holds no data yet: remove {local.directory} to begin anew"
+            raise click.UsageError(f"there is a cluster in {local.directory}: {'; '.join(found)}{anew}")
+    count = nodes or NODES
     plan = Plan(
         cluster=os.urandom(8).hex(),
-        replicas=replicas or min(3, nodes),
-        targets_per_disk=targets,
-        kv=kv,
-        nodes=[f"storage-{number}" for number in range(1, nodes + 1)],
+        replicas=replicas or min(3, count),
+        targets_per_disk=targets or TARGETS_PER_DISK,
+        kv=kv or "",
+        nodes=[f"storage-{number}" for number in range(1, count + 1)],
     )
     local.up(plan, say=note)
     if as_json:
@@ -111,31 +133,6 @@ def down(directory: Path | None, as_json: bool) -> None:
         print_json({"stopped": stopped})
     else:
         note(f"stopped {plural(stopped, 'server')}")
-
-
-@cluster.command("add-node", epilog="\b\nExamples:\n  emberline cluster add-node --dir /tmp/ember")
-@_directory
-@json_option
-def add_node(directory: Path | None, as_json: bool) -> None:
-    """Start one storage node more; its share of the chains moves there while the cluster serves."""
-    name = _local(directory).add_node(say=note)
-    if as_json:
-        print_json({"added": name})
-    else:
-        note(f"added {name}; `emberline cluster status` shows what moves")
-
-
-@cluster.command("remove-node", epilog="\b\nExamples:\n  emberline cluster remove-node storage-1 --dir /tmp/ember")
-@click.argument("name")
-@_directory
-@json_option
-def remove_node(name: str, directory: Path | None, as_json: bool) -> None:
-    """Take a drained storage node out of the cluster and stop it. Its directory stays."""
-    _local(directory).remove_node(name, say=note)
-    if as_json:
-        print_json({"removed": name})
-    else:
-        note(f"removed {name}")
 
 
 @cluster.command(
@@ -191,17 +188,27 @@ def _cluster_argument(function: _Command) -> _Command:
 @json_option
 def status(directory: Path | None, url: str | None, as_json: bool) -> None:
     """Say how the cluster is: servers, chains, what is wrong and what will happen. Exit code 1 if anything is wrong."""
-    from ..cluster.status import summarise
-
-    with _admin(directory, url) as admin:
-        reply = admin.status()
-    facts = summarise(reply)
+    facts = _facts(directory, url)
     if as_json:
         print_json(facts)
     else:
         _print_status(facts)
     if facts["problems"]:
         sys.exit(1)
+
+
+def _facts(directory: Path | None, url: str | None) -> dict[str, Any]:
+    from ..cluster.outage import summarise_outage
+    from ..cluster.status import summarise
+
+    try:
+        with _admin(directory, url) as admin:
+            return summarise(admin.status())
+    except Unavailable as error:
+        local = _local(directory) if directory is not None and url is None else None
+        if local is None or not any(server.pid() for server in local.servers()):
+            raise
+        return summarise_outage(local, str(error))
 
 
 def _print_status(facts: dict[str, Any]) -> None:
@@ -211,10 +218,11 @@ def _print_status(facts: dict[str, Any]) -> None:
     ]
     print_columns([("server", "role", "address", "state", "replicas"), *rows], right=(4,))
     click.echo()
-    print_line(
-        f"{plural(facts['chains_total'], 'chain')}: {facts['chains_serving']} with all replicas; "
-        f"{plural(facts['sessions'], 'client')}; primary manager {facts['primary']}"
-    )
+    if facts["primary"]:
+        print_line(
+            f"{plural(facts['chains_total'], 'chain')}: {facts['chains_serving']} with all replicas; "
+            f"{plural(facts['sessions'], 'client')}; primary manager {facts['primary']}"
+        )
     for problem in facts["problems"]:
         print_line(f"- {problem}")
     for hint in facts["hints"]:
@@ -249,19 +257,74 @@ def setup(directory: Path | None, url: str | None, replicas: int, targets: int, 
 @json_option
 def drain(name: str, directory: Path | None, url: str | None, wait: bool, as_json: bool) -> None:
     """Move everything off a storage node while the cluster serves. `remove-node` then takes it out."""
+    from ..cluster.waiting import wait_until
+
     with _admin(directory, url) as admin:
         admin.drain_node(name)
-        left = -1
-        while True:
-            now = sum(target.node == name for target in admin.routing().targets)
-            if now != left:
-                note(f"{plural(now, 'replica')} left on {name}")
-                left = now
-            if not now or not wait:
-                break
-            time.sleep(0.5)
+
+        def look() -> tuple[bool, str]:
+            left = sum(target.node == name for target in admin.routing().targets)
+            return not left or not wait, f"{plural(left, 'replica')} left on {name}"
+
+        wait_until(look, say=note)
+        left = sum(target.node == name for target in admin.routing().targets)
     if as_json:
         print_json({"node": name, "left": left})
+    elif not left:
+        note(f"`emberline cluster remove-node {name}` takes it out")
+
+
+@cluster.command(
+    "add-node",
+    epilog="\b\nExamples:\n"
+    "  emberline cluster add-node --dir /tmp/ember                     # starts one more on this host\n"
+    "  emberline cluster add-node storage-4 --url ember://db1:7301     # one that was started on its machine",
+)
+@click.argument("name", required=False)
+@_cluster_argument
+@json_option
+def add_node(name: str | None, directory: Path | None, url: str | None, as_json: bool) -> None:
+    """Let a storage node take its share of the chains; they move there while the cluster serves.
+
+    Without NAME one more is started on this host. With it, it is one that runs and that `status` shows, or one that was
+    drained and is to be filled again.
+    """
+    if name is not None:
+        with _admin(directory, url) as admin:
+            admin.add_node(name)
+    elif url is not None or directory is None:
+        raise click.UsageError("say which node: NAME, one that has been started; or --dir, to start one on this host")
+    else:
+        name = _local(directory).add_node(say=note)
+    if as_json:
+        print_json({"added": name})
+    else:
+        note(f"added {name}; `emberline cluster status` shows what moves")
+
+
+@cluster.command(
+    "remove-node",
+    epilog="\b\nExamples:\n"
+    "  emberline cluster remove-node storage-1 --dir /tmp/ember            # stops it, too\n"
+    "  emberline cluster remove-node storage-1 --url ember://db1:7301      # after it was stopped on its machine",
+)
+@click.argument("name")
+@_cluster_argument
+@json_option
+def remove_node(name: str, directory: Path | None, url: str | None, as_json: bool) -> None:
+    """Take a server that holds nothing out of the cluster: a drained storage node, or one that is gone for good.
+
+    One of this host (--dir) is stopped before. Its directory stays.
+    """
+    if url is None and directory is not None:
+        _local(directory).remove_node(name, say=note)
+    else:
+        with _admin(directory, url) as admin:
+            admin.remove_node(name)
+    if as_json:
+        print_json({"removed": name})
+    else:
+        note(f"removed {name}")
 
 
 @cluster.command(
@@ -403,7 +466,7 @@ def _read_change(text: str) -> tuple[str, Value]:
 @_directory
 @click.option("--authority", type=click.Path(file_okay=False, path_type=Path), help="Where ca.pem and ca.key are.")
 @click.option("--role", type=click.Choice(["client", "admin", "kv", "manager", "meta", "storage"]), default="client")
-@click.option("--hours", type=float, default=24.0, show_default=True, help="How long it is good for.")
+@click.option("--hours", type=click.FloatRange(min=0), default=24.0, show_default=True, help="How long it is good for.")
 def token(directory: Path | None, authority: Path | None, role: str, hours: float) -> None:
     """Print a secret with which another machine may `join`: whoever has it gets a certificate of that role.
 
@@ -411,8 +474,11 @@ def token(directory: Path | None, authority: Path | None, role: str, hours: floa
     """
     from ..transport.certificates import make_token
 
-    where = authority or _local(directory).directory / "ca"
-    click.echo(make_token(where, role=role, valid_s=hours * 3600, now_s=time.time()))
+    if authority is None:
+        local = _local(directory)
+        local.plan()  # Raises NotFound where no cluster is.
+        authority = local.directory / "ca"
+    click.echo(make_token(authority, role=role, valid_s=hours * 3600, now_s=time.time()))
 
 
 @cluster.command(
@@ -430,16 +496,23 @@ def token(directory: Path | None, authority: Path | None, role: str, hours: floa
     multiple=True,
     help="Address of this machine, or name of a server on it. As often as needed.",
 )
-def join(token: str, manager: str, into: Path | None, names: tuple[str, ...]) -> None:
+@click.option("--force", is_flag=True, help="Replace credentials of another cluster or role.")
+def join(token: str, manager: str, into: Path | None, names: tuple[str, ...], force: bool) -> None:
     """Get this machine a certificate from the MANAGER (host:port). Without --into it is for this user's clients.
 
-    A server needs one with the address that others reach it at, and with its own name.
+    A server needs one with the address that others reach it at, and with its own name. One that is there already is
+    renewed, if it is of the same cluster and role.
     """
     from ..cluster.credentials import directory_for
     from ..cluster.joining import join_cluster
+    from ..messages.base import SERVERS
+    from ..transport.certificates import read_token
 
+    role = read_token(token).role
+    if into is None and role in SERVERS:
+        raise click.UsageError(f"this token is for a {role} server: give its directory by --into, as in its [tls]")
     where = into or directory_for(manager)
-    join_cluster(token, manager, into=where, names=list(names) or [socket.gethostname()])
+    join_cluster(token, manager, into=where, names=list(names) or [socket.gethostname()], replaces=force)
     note(f"the certificate is in {where}")
 
 
@@ -463,14 +536,13 @@ def _admin(directory: Path | None, url: str | None) -> Iterator[Admin]:
         if not cluster_addresses(given):
             raise click.UsageError("say which cluster: --dir DIR, --url ember://host:port, or set EMBERLINE_CLUSTER")
         url = given
-    if url is not None:
-        if not cluster_addresses(url):
-            raise click.UsageError(f"not the URL of a cluster: {url!r}; it looks like ember://host:port")
-        with Admin(url) as admin:
-            yield admin
-        return
-    local = _local(directory)
-    if not any(server.pid() for server in local.servers()):
-        raise Unavailable("the cluster does not run: `emberline cluster up` starts it")
-    with local.admin() as admin:
+    if url is not None and not cluster_addresses(url):
+        raise click.UsageError(f"not the URL of a cluster: {url!r}; it looks like ember://host:port")
+    with ExitStack() as stack:
+        with note_if_slow("no manager has answered yet; still trying"):
+            if url is None:
+                admin = stack.enter_context(_local(directory).reach())
+            else:
+                admin = stack.enter_context(Admin(url))
+                admin.routing()
         yield admin

@@ -9,6 +9,7 @@ import datetime
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +78,18 @@ def print_json(value: Any) -> None:
 def note(text: str) -> None:
     """A line beside the data."""
     click.echo(safe(text, terminal=True), err=True)
+
+
+@contextmanager
+def note_if_slow(text: str, *, after_s: float = 2.0) -> Iterator[None]:
+    """Note `text` when what is done meanwhile takes longer: silence looks like a hang."""
+    timer = threading.Timer(after_s, note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:

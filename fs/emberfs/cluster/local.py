@@ -6,20 +6,34 @@
     D/admin/            those with which to change the cluster itself
     D/NAME/             a server: config.toml, tls/, data/, server.log, ready.json, pid.json
 
-`up` may be run again: it starts what does not run. `down` ends only what was started from this directory.
+`up` may be run again: it starts what does not run. `down` ends only what was started from this directory. One of these
+commands at a time: the directory is locked meanwhile.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import random
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
-from ..errors import AlreadyExists, Conflict, InvalidPath, LimitExceeded, NotFound, Unavailable
+from ..errors import (
+    AlreadyExists,
+    Conflict,
+    InvalidPath,
+    LimitExceeded,
+    NotFound,
+    StoreBusy,
+    StoreFormat,
+    Unavailable,
+)
 from ..routing import Role, TargetState
 from ..server import ServerConfig, read_config, write_config
 from ..server.config import ManagerSection, StorageSection, TlsConfig
@@ -28,14 +42,17 @@ from ..transport.certificates import issue, make_authority
 from .admin import Admin
 from .credentials import FILES, directory_for
 from .processes import ServerProcess
+from .waiting import Say, wait_until
 
 START_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 10.0
+HOPELESS_TIMEOUT_S = 2.0
+"""For an answer that hardly comes: what is needed for it does not run, unless somebody started it by hand."""
 HOST = "127.0.0.1"
+PORTS = range(10000, 32768)
+"""Servers are there again after a `down`: not from 32768 on, where the kernel takes those of outgoing connections."""
 MANAGERS_MAX = 3
 METAS_MAX = 2
-
-Say = Callable[[str], object]
-"""Is told what is being done."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +69,29 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     reserve_bytes: int = 64 << 20
     settings: dict[str, Value] = {}
     """What the cluster's configuration begins with, beside the defaults: see `emberfs.settings`."""
+
+
+def differences(
+    plan: Plan, *, nodes: int | None, replicas: int | None, targets_per_disk: int | None, kv: str | None
+) -> list[str]:
+    """What a cluster is not that is asked for, and how to get there, a sentence each. None: not asked for."""
+    found = []
+    if nodes not in (None, len(plan.nodes)):
+        found.append(
+            f"it has {len(plan.nodes)} storage nodes, not {nodes}: `emberline cluster add-node` starts one more, "
+            "`drain NAME` and then `remove-node NAME` take one out"
+        )
+    if replicas not in (None, plan.replicas):
+        found.append(f"it keeps {plan.replicas} replicas, not {replicas}: that holds for good")
+    if targets_per_disk not in (None, plan.targets_per_disk):
+        found.append(
+            f"a disk of it holds {plan.targets_per_disk} replicas, not {targets_per_disk}: that holds for good"
+        )
+    if kv not in (None, plan.kv):
+        # Not which: a database URL may hold a password.
+        where = "another database" if plan.kv and kv else "a database" if plan.kv else "a kv server of its own"
+        found.append(f"its metadata is in {where}: that holds for good")
+    return found
 
 
 class LocalCluster:
@@ -73,10 +113,13 @@ class LocalCluster:
             return msgspec.json.decode((self.directory / "cluster.json").read_bytes(), type=Plan)
         except FileNotFoundError:
             raise NotFound("no cluster here; `emberline cluster up` makes one", str(self.directory)) from None
+        except msgspec.MsgspecError as error:
+            raise StoreFormat(f"{self.directory / 'cluster.json'} is damaged: {error}") from error
 
     def servers(self) -> list[ServerProcess]:
-        """All servers, in the order they are started in."""
+        """All servers, in the order they are started in. Raises InvalidPath in a copy of a cluster's directory."""
         plan = self.plan()
+        self._check_place()
         first = [] if plan.kv else ["kv-1"]
         managers = [f"manager-{number}" for number in range(1, min(MANAGERS_MAX, len(plan.nodes)) + 1)]
         metas = [f"meta-{number}" for number in range(1, min(METAS_MAX, len(plan.nodes)) + 1)]
@@ -89,15 +132,72 @@ class LocalCluster:
                 return server
         raise NotFound(f"no server of that name; there are {', '.join(each.name for each in self.servers())}", name)
 
+    def _check_place(self) -> None:
+        """Settings name the place where they were made; process files in a copy name the servers of the original."""
+        config = self.directory / "manager-1" / "config.toml"
+        if not config.exists():
+            return
+        place = Path(read_config(config).tls.directory).parent.parent
+        if place.resolve() != self.directory:
+            raise InvalidPath(f"this cluster was made as {place}, and works only there; move it back: {self.directory}")
+
+    @property
+    def has_data(self) -> bool:
+        """Chains have been made: there are replicas on its disks."""
+        return any(any((self.directory / name / "data").glob("target-*")) for name in self.plan().nodes)
+
+    def address(self, name: str) -> str:
+        """Of a server; empty before it has settings."""
+        config = self.directory / name / "config.toml"
+        return read_config(config).listen if config.exists() else ""
+
     @property
     def url(self) -> str:
         """What `connect` takes."""
         managers = [server for server in self.servers() if server.name.startswith("manager-")]
-        return "ember://" + ",".join(read_config(server.directory / "config.toml").listen for server in managers)
+        return "ember://" + ",".join(self.address(server.name) for server in managers)
 
-    def admin(self, *, timeout_s: float = 10.0) -> Admin:
+    def admin(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Admin:
         """The way to its managers."""
         return Admin(self.url, credentials=str(self.directory / "admin"), timeout_s=timeout_s)
+
+    @contextmanager
+    def reach(self) -> Iterator[Admin]:
+        """The way to a manager that answers. Raises Unavailable, which says what does not run."""
+        if not any(server.pid() for server in self.servers()):
+            raise Unavailable("the cluster does not run: `emberline cluster up` starts it")
+        stopped = self._needed_and_stopped()
+        with self.admin(timeout_s=HOPELESS_TIMEOUT_S if stopped else ANSWER_TIMEOUT_S) as admin:
+            try:
+                admin.routing()
+            except Unavailable as error:
+                if not stopped:
+                    raise
+                raise Unavailable(f"no {stopped} runs: `emberline cluster up` starts what does not run") from error
+            yield admin
+
+    def _needed_and_stopped(self) -> str:
+        """The role without which no manager can answer, if none of it runs."""
+        for role in (Role.KV, Role.MANAGER):
+            servers = [server for server in self.servers() if role_of(server.name) == role]
+            if servers and not any(server.pid() for server in servers):
+                return f"{role} server"
+        return ""
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two commands that start the same server would lose track of one of its processes. Raises StoreBusy."""
+        self.plan()  # Or there is nothing to lock.
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = "another `emberline cluster` command is at work on this cluster; wait for it, or end it"
+                raise StoreBusy(what, str(self.directory)) from None
+            yield
+        finally:
+            os.close(descriptor)
 
     # --- up and down -----------------------------------------------------------------------------------------------
 
@@ -108,17 +208,43 @@ class LocalCluster:
         """
         if not self.exists:
             self._make(plan)
-        # The certificate authority, settings and processes of what an interrupted `up` has not come to.
-        self._write_configs()
-        self._start(self.servers(), say)
-        plan = self.plan()
-        with self.admin(timeout_s=START_TIMEOUT_S) as admin:
-            if not admin.routing().chains:
-                self._wait_heard(admin, plan.nodes, say)
-                admin.set_config(admin.config().version, plan.settings)
-                admin.setup_chains(replicas=plan.replicas, targets_per_disk=plan.targets_per_disk)
-            self.wait_serving(admin, say)
-        self._leave_credentials()
+        with self._alone():
+            # The certificate authority, settings and processes of what an interrupted `up` has not come to.
+            self._write_configs()
+            # One that has data goes on with the servers that there are, as a cluster does; of a new one nothing stays.
+            with self._undone_unless_up(say, keeps=self.has_data) as started:
+                self._start(self.servers(), say, started)
+                plan = self.plan()
+                with self.admin(timeout_s=START_TIMEOUT_S) as admin:
+                    if not admin.routing().chains:
+                        self._wait_heard(admin, plan.nodes, say)
+                        admin.set_config(admin.config().version, plan.settings)
+                        admin.setup_chains(replicas=plan.replicas, targets_per_disk=plan.targets_per_disk)
+                    self.wait_serving(admin, say)
+                self._leave_credentials()
+
+    @contextmanager
+    def _undone_unless_up(self, say: Say, *, keeps: bool) -> Iterator[list[ServerProcess]]:
+        """Yields a list for the servers that are started. After an error, or Ctrl-C, they are stopped unless `keeps`.
+
+        What still runs then is said: a server does not end with the command that started it.
+        """
+        started: list[ServerProcess] = []
+        try:
+            yield started
+        except BaseException:
+            try:
+                for server in reversed([] if keeps else started):
+                    if server.pid() is not None:
+                        say(f"stopping {server.name}")
+                        server.stop()
+            finally:
+                if left := [server.name for server in started if server.pid() is not None]:
+                    say(f"started, and still running: {', '.join(left)}")
+                    say(f"`emberline cluster down --dir {self.directory}` stops them, `up` goes on; `status` says more")
+                elif started:
+                    say(f"nothing that was started runs on; what it logged: {self.directory}/NAME/server.log")
+            raise
 
     def _make(self, plan: Plan) -> None:
         if not 1 <= plan.replicas <= len(plan.nodes):
@@ -152,7 +278,7 @@ class LocalCluster:
         managers = [address for name, address in addresses.items() if name.startswith("manager-")]
         kv = plan.kv or f"kv://{addresses['kv-1']}"
         for server in new:
-            role = Role(server.name.rpartition("-")[0])
+            role = role_of(server.name)
             directory = server.directory
             directory.mkdir(parents=True, exist_ok=True)
             names = [server.name, HOST, "localhost"]
@@ -180,44 +306,40 @@ class LocalCluster:
             if not into.exists():
                 issue(self.directory / "ca", [person], role=person, into=into, now_s=time.time())
 
-    def _start(self, servers: list[ServerProcess], say: Say) -> None:
+    def _start(self, servers: list[ServerProcess], say: Say, started: list[ServerProcess]) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
         # Role by role: each needs those before it. Within a role side by side.
         for role in (Role.KV, Role.MANAGER, Role.STORAGE, Role.META):
-            group = [server for server in servers if server.name.rpartition("-")[0] == role]
+            group = [server for server in servers if role_of(server.name) == role]
             for server in group:
                 if server.pid() is None:
                     say(f"starting {server.name}")
+                    started.append(server)
                     server.start()
             for server in group:
-                server.wait_ready(deadline_s)
+                server.wait_ready(deadline_s, say=say)
 
     def _wait_heard(self, admin: Admin, nodes: list[str], say: Say) -> None:
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        say("waiting for the storage nodes to report")
-        while True:
-            heard = {node.node.name for node in admin.status().nodes if node.alive}
-            if set(nodes) <= heard:
-                return
-            if time.monotonic() > deadline_s:
-                raise Unavailable(f"not heard of: {', '.join(sorted(set(nodes) - heard))}")
-            time.sleep(0.1)
+        def look() -> tuple[bool, str]:
+            left = sorted(set(nodes) - {node.node.name for node in admin.status().nodes if node.alive})
+            words = f"the primary manager has not heard of {', '.join(left)}"
+            return not left, words if left else "the primary manager has heard of all storage nodes"
+
+        wait_until(look, say=say, timeout_s=START_TIMEOUT_S)
 
     def wait_serving(self, admin: Admin, say: Say, *, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait until every chain has all its replicas serving."""
-        deadline_s = time.monotonic() + timeout_s
-        said = -1
-        while True:
+
+        def look() -> tuple[bool, str]:
             chains = admin.routing().chains
             serving = sum(all(target.state == TargetState.SERVING for target in chain.targets) for chain in chains)
-            if serving != said:
-                say(f"{serving} of {len(chains)} chains serve with all replicas")
-                said = serving
-            if chains and serving == len(chains):
-                return
-            if time.monotonic() > deadline_s:
-                raise Unavailable("not all chains came to serve; `emberline cluster status` says what is wrong")
-            time.sleep(0.1)
+            words = f"{serving} of {len(chains)} chains serve with all replicas"
+            return bool(chains) and serving == len(chains), words
+
+        try:
+            wait_until(look, say=say, timeout_s=timeout_s)
+        except Unavailable as error:
+            raise Unavailable(f"{error}; `emberline cluster status` says what is wrong") from error
 
     def _leave_credentials(self) -> None:
         for address in self.url.removeprefix("ember://").split(","):
@@ -233,11 +355,13 @@ class LocalCluster:
     def down(self, *, say: Say = lambda _: None) -> int:
         """Stop what runs, those that others need last; returns how many that were."""
         stopped = 0
-        for server in reversed(self.servers()):
-            if server.pid() is not None:
-                say(f"stopping {server.name}")
-                server.stop()
-                stopped += 1
+        servers = self.servers()
+        with self._alone():
+            for server in reversed(servers):
+                if server.pid() is not None:
+                    say(f"stopping {server.name}")
+                    server.stop()
+                    stopped += 1
         if stopped:
             for address in self.url.removeprefix("ember://").split(","):
                 shutil.rmtree(directory_for(address), ignore_errors=True)
@@ -246,48 +370,63 @@ class LocalCluster:
     # --- storage nodes ---------------------------------------------------------------------------------------------
 
     def add_node(self, *, say: Say = lambda _: None) -> str:
-        """One storage node more, which chains then move to; returns its name."""
-        plan = self.plan()
-        number = 1 + max(int(name.rpartition("-")[2]) for name in plan.nodes)
-        name = f"storage-{number}"
-        self._save(msgspec.structs.replace(plan, nodes=[*plan.nodes, name]))
-        self._write_configs()
-        self._start([self.server(name)], say)
-        with self.admin() as admin:
-            self._wait_heard(admin, [name], say)
-            admin.add_node(name)
+        """One storage node more, which chains then move to; returns its name. Raises Unavailable if it cannot be."""
+        # Reached before there is a node that nobody would take.
+        with self._alone(), self.reach() as admin:
+            plan = self.plan()
+            number = 1 + max(int(name.rpartition("-")[2]) for name in plan.nodes)
+            name = f"storage-{number}"
+            self._save(msgspec.structs.replace(plan, nodes=[*plan.nodes, name]))
+            try:
+                self._write_configs()
+                with self._undone_unless_up(say, keeps=False) as started:
+                    self._start([self.server(name)], say, started)
+                    self._wait_heard(admin, [name], say)
+                    admin.add_node(name)
+            except BaseException:
+                self._save(plan)
+                raise
         return name
 
     def remove_node(self, name: str, *, say: Say = lambda _: None) -> None:
         """Take a drained storage node out and stop it; its directory stays. Raises Conflict while it holds targets."""
-        plan = self.plan()
-        if name not in plan.nodes:
-            raise InvalidPath(f"not a storage node: {name!r}; there are {', '.join(plan.nodes)}")
-        server = self.server(name)
-        with self.admin() as admin:
+        with self._alone(), self.reach() as admin:
+            plan = self.plan()
+            if name not in plan.nodes:
+                raise InvalidPath(f"not a storage node: {name!r}; there are {', '.join(plan.nodes)}")
+            server = self.server(name)
             if held := sum(target.node == name for target in admin.routing().targets):
                 raise Conflict(f"{name} still holds {held} replicas: drain it first")
-            say(f"stopping {name}")
-            server.stop()
-            # The manager forgets a node only when its lease is over.
-            deadline_s = time.monotonic() + START_TIMEOUT_S
-            while any(status.alive for status in admin.status().nodes if status.node.name == name):
-                if time.monotonic() > deadline_s:
-                    raise Unavailable(f"the manager still takes {name} for alive")
-                time.sleep(0.1)
+            if server.pid() is not None:
+                say(f"stopping {name}")
+                server.stop()
+
+            def look() -> tuple[bool, str]:
+                is_alive = any(status.alive for status in admin.status().nodes if status.node.name == name)
+                return not is_alive, f"the manager takes {name} for alive until its lease is over" if is_alive else ""
+
+            wait_until(look, say=say, timeout_s=START_TIMEOUT_S)
             admin.remove_node(name)
-        self._save(msgspec.structs.replace(plan, nodes=[node for node in plan.nodes if node != name]))
+            self._save(msgspec.structs.replace(plan, nodes=[node for node in plan.nodes if node != name]))
+
+
+def role_of(name: str) -> Role:
+    """Of a server of such a cluster, by its name."""
+    return Role(name.rpartition("-")[0])
 
 
 def _free_ports() -> Iterator[int]:
     """Ports that nobody listens on now, each another one."""
     held = []
     try:
-        while True:
+        for port in random.sample(PORTS, len(PORTS)):
             listener = socket.socket()
-            held.append(listener)  # Held until all are chosen, so that none comes twice.
-            listener.bind((HOST, 0))
-            yield listener.getsockname()[1]
+            held.append(listener)  # Held until all are chosen, so that nobody else takes one.
+            try:
+                listener.bind((HOST, port))
+            except OSError:
+                continue
+            yield port
     finally:
         for listener in held:
             listener.close()

@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import Unavailable
+from ..errors import AccessDenied, Unavailable
+from .waiting import Say, wait_until
 
 STOP_TIMEOUT_S = 20.0
+START_POLL_S = 0.02
+LAST_LINES = 3
 
 
 class ServerProcess:
@@ -26,6 +29,8 @@ class ServerProcess:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.name = directory.name
+        self._log_begin_bytes = 0
+        """What is before that in its log is from an earlier start."""
 
     @property
     def log(self) -> Path:
@@ -36,10 +41,10 @@ class ServerProcess:
         """Of the running process; None if it does not run."""
         try:
             known = json.loads((self.directory / "pid.json").read_bytes())
-        except (FileNotFoundError, ValueError):
+            pid, started = int(known["pid"]), known["started"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        pid = int(known["pid"])
-        return pid if _start_time(pid) == known["started"] else None
+        return pid if _start_time(pid) == started else None
 
     def start(self) -> None:
         """Start it, unless it runs."""
@@ -47,6 +52,7 @@ class ServerProcess:
             return
         config = self.directory / "config.toml"
         with open(self.log, "ab") as log, open(self.directory / "ready.json", "wb") as ready:
+            self._log_begin_bytes = log.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "emberline", "server", "--config", str(config)],
                 stdin=subprocess.DEVNULL,
@@ -55,9 +61,13 @@ class ServerProcess:
                 start_new_session=True,
                 cwd="/",
             )
-        known = {"pid": process.pid, "started": _start_time(process.pid)}
-        (self.directory / "pid.json").write_text(json.dumps(known))
         _children[process.pid] = process
+        try:
+            known = {"pid": process.pid, "started": _start_time(process.pid)}
+            (self.directory / "pid.json").write_text(json.dumps(known))
+        except BaseException:
+            process.kill()  # Nobody would find it again.
+            raise
 
     def is_ready(self) -> bool:
         """It serves."""
@@ -66,33 +76,52 @@ class ServerProcess:
         except FileNotFoundError:
             return False
 
-    def wait_ready(self, deadline_s: float) -> None:
-        """Wait until it serves, by the monotonic clock. Raises Unavailable, with the end of its log if it ended."""
-        while not self.is_ready():
+    def wait_ready(self, deadline_s: float, *, say: Say = lambda _: None) -> None:
+        """Wait until it serves, by the monotonic clock. Raises Unavailable, with the end of its log."""
+        words = f"{self.name} does not serve yet"
+
+        def look() -> tuple[bool, str]:
+            is_ready = self.is_ready()
             _reap()
-            if self.pid() is None:
-                raise Unavailable(f"{self.name} ended at its start: {self.last_words()}")
-            if time.monotonic() > deadline_s:
-                raise Unavailable(f"{self.name} did not start in time; its log is {self.log}")
-            time.sleep(0.02)
+            if not is_ready and self.pid() is None:
+                raise Unavailable(f"{self.name} ended at its start")
+            return is_ready, words
+
+        timeout_s = max(0.0, deadline_s - time.monotonic())
+        try:
+            wait_until(look, say=say, said=words, timeout_s=timeout_s, poll_s=START_POLL_S)
+        except Unavailable as error:
+            raise Unavailable(f"{error}: {self.last_words()} (its log: {self.log})") from error
 
     def last_words(self) -> str:
-        """The last line of the log that says something."""
+        """The end of what it logged since it was started here."""
         try:
-            lines = self.log.read_text(errors="replace").strip().splitlines()
+            logged = self.log.read_bytes()[self._log_begin_bytes :]
         except FileNotFoundError:
-            lines = []
-        return lines[-1] if lines else "it left no log"
+            logged = b""
+        lines = [line for line in logged.decode(errors="replace").splitlines() if line.strip()]
+        return "; ".join(map(_message, lines[-LAST_LINES:])) or "it logged nothing"
 
     def stop(self, *, by: int = signal.SIGTERM, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Stop it and wait; after `timeout_s` it is killed."""
         pid = self.pid()
         if pid is None:
             return
-        os.kill(pid, by)
+        try:
+            os.kill(pid, by)
+        except PermissionError as error:
+            raise AccessDenied(f"{self.name} is process {pid} of another user") from error
         if not _wait(lambda: self.pid() is None, timeout_s) and self.pid() == pid:
             os.kill(pid, signal.SIGKILL)
             _wait(lambda: self.pid() is None, timeout_s)
+
+
+def _message(line: str) -> str:
+    """Of a line of a log. An error that ends a server is a plain line."""
+    try:
+        return str(json.loads(line)["message"])
+    except (ValueError, KeyError, TypeError):
+        return line.strip().removeprefix("Error: ")
 
 
 _children: dict[int, subprocess.Popen[bytes]] = {}

@@ -67,7 +67,7 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
         problems.append(f"no metadata server is left: nothing can be opened or listed; start {names}")
     chains = _chains(routing, problems)
     if not routing.chains:
-        problems.append("there are no chains yet: nothing can be stored")
+        problems.append("there are no chains yet: nothing can be stored before `emberline cluster setup`")
     return {
         "primary": reply.primary,
         "routing_version": routing.version,

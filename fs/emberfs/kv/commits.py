@@ -27,6 +27,7 @@ OWN_BEGIN = b"\xff\xfeemberfs.kv\x00"
 OWN_END = b"\xff\xfeemberfs.kv\x01"
 EPOCH_KEY = OWN_BEGIN + b"epoch"
 CHANNEL_PREFIX = OWN_BEGIN + b"channel"
+CHANNEL_END = OWN_BEGIN + b"channem"
 CLIENT_ID_BYTES = 16
 CHANNELS_MAX = 256
 """Commits of one client in the air; further ones wait at the client."""
@@ -65,7 +66,7 @@ class Commits:
     async def load(self) -> None:
         """Read the rows: from now on they are written only."""
         begin = CHANNEL_PREFIX
-        while rows := await self._kv.begin().range(begin, OWN_END):
+        while rows := await self._kv.begin().range(begin, CHANNEL_END):
             for key, value in rows:
                 name = key[len(CHANNEL_PREFIX) :]
                 number = decode_int(value)

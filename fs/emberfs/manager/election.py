@@ -59,6 +59,8 @@ class Election:
         self._seen_s = NEVER_S
         self._is_blind = False
         """The lease row could not be had; said once in the log."""
+        self._answered_s = runtime.now_s()
+        """When the KV last said what is in the lease row."""
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -122,6 +124,12 @@ class Election:
             raise
 
     def _refuse(self) -> NoReturn:
+        silent_s = self._runtime.now_s() - self._answered_s
+        if silent_s > self._config.takeover_s:
+            raise StaleRouting(
+                f"this manager could not read or renew its lease in the key-value store for {silent_s:.0f} s, and "
+                "without that none can be the primary"
+            )
         address = self.primary_address
         raise StaleRouting(f"the primary manager is at {address}" if address else "there is no primary manager now")
 
@@ -135,6 +143,7 @@ class Election:
             try:
                 await (self._look() if self._epoch is None else self._renew(self._epoch))
                 self._is_blind = False
+                self._answered_s = self._runtime.now_s()
             except EmberError as error:
                 if not self._is_blind:
                     log.warning("the manager's lease row cannot be read or renewed: %s", error)

@@ -1,7 +1,8 @@
 """Which chains begin to move now: off nodes that drain, then to nodes that join; a few at a time. Pure functions.
 
 `placement_moves` chooses; here is what of it may begin as the chains stand, which is asked again whenever they change.
-A move adds a target on another node and marks the old one leaving; the chain keeps its replicas meanwhile.
+A move adds a target on another node and marks the old one leaving; the chain keeps its replicas meanwhile. If a target
+of the chain is still leaving that node, it stays instead: a node has one target of a chain at a time.
 
 Invariants: targets move only to living nodes. A chain that moves begins no other move, unless the node that a target
 moves to is drained before it serves: the first move could not end.
@@ -22,11 +23,13 @@ from .rows import NodeRow
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`target` of `chain` is to leave, for a new one on node `to`."""
+    """`target` of `chain` is to leave, for one on node `to`."""
 
     chain: int
     target: bytes
     to: str
+    stays: bytes | None = None
+    """The one that is leaving `to`, and now does not."""
 
 
 class Layout:
@@ -67,6 +70,10 @@ class Layout:
         """The target that stays there."""
         return next((each for each in staying(chain) if self._node_of[each.target] == node), None)
 
+    def leaving(self, chain: Chain, node: str) -> ChainTarget | None:
+        """The target that leaves it."""
+        return next((each for each in chain.targets if each.leaving and self._node_of[each.target] == node), None)
+
     def may_begin(self, chain: Chain, node: str) -> bool:
         """True if the target of `chain` on `node` may begin to move."""
         if chain.id not in self.moving:
@@ -100,7 +107,12 @@ def plan_moves(layout: Layout, *, limit: int) -> tuple[list[Move], bool]:
             continue
         target = layout.target_on(chain, shift.leaves.node)
         assert target is not None, "a chain that does not move is as the plan has it"
-        moves.append(Move(chain.id, target.target, shift.comes.node))
+        leaving = layout.leaving(chain, shift.comes.node)
+        if leaving is not None and leaving.state == TargetState.OFFLINE:
+            is_all = False  # It may have stopped for good, until its node is started again.
+            continue
+        stays = leaving.target if leaving is not None else None
+        moves.append(Move(chain.id, target.target, shift.comes.node, stays))
         begun.add(chain.id)
         moving.add(chain.id)
     return moves, is_all and len(moving) < limit

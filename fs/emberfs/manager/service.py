@@ -444,8 +444,13 @@ class ManagerService:
 
     def _begin_move(self, change: Change, move: Move) -> None:
         chain = self._cluster.chains[move.chain]
-        new = self._new_target(change, chain.id, move.to)
         self._unsettled.add(chain.id)
+        if move.stays is not None:
+            leaving = {each.target for each in chain.targets if each.leaving} - {move.stays} | {move.target}
+            targets = tuple(replace(each, leaving=each.target in leaving) for each in chain.targets)
+            change.chains[chain.id] = replace(chain, version=chain.version + 1, targets=targets)
+            return
+        new = self._new_target(change, chain.id, move.to)
         if chain.version == 0:
             targets = tuple(new if each.target == move.target else each for each in chain.targets)
             change.targets[move.target] = None

@@ -16,6 +16,8 @@ Does not know: what a role does with it.
 
 from __future__ import annotations
 
+import difflib
+import tomllib
 from pathlib import Path
 
 import msgspec
@@ -109,11 +111,40 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 def read_config(path: Path) -> ServerConfig:
     """The settings in a file. Raises InvalidPath that names the file and the field."""
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=ServerConfig)
+        raw = tomllib.loads(path.read_text())
+        _check_names(raw)
+        return msgspec.convert(raw, ServerConfig)
     except (msgspec.MsgspecError, ValueError) as error:
-        shared = [name for name in SETTINGS if f"`{name}`" in str(error)]
-        hint = f"; it is set for the whole cluster: `emberline cluster config set {shared[0]}=VALUE`" if shared else ""
-        raise InvalidPath(f"{path}: {error}{hint}") from error
+        raise InvalidPath(f"{path}: {error}") from error
+
+
+def _check_names(raw: dict[str, object]) -> None:
+    """Raise ValueError that says which names there are, and which one may have been meant."""
+    tables = {"": ServerConfig} | {
+        field.name: field.type
+        for field in msgspec.structs.fields(ServerConfig)
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct)
+    }
+    known = {table: struct.__struct_fields__ for table, struct in tables.items()}
+    places = {name: table for table, names in reversed(known.items()) for name in names}  # `directory` is in two.
+    for table, names in known.items():
+        given = raw if not table else raw.get(table)
+        for name in given if isinstance(given, dict) else ():
+            if name in names:
+                continue
+            where = f" in [{table}]" if table else ""
+            if name in SETTINGS:
+                raise ValueError(
+                    f"unknown name {name!r}{where}; it is set for the whole cluster: "
+                    f"`emberline cluster config set {name}=VALUE`"
+                )
+            if name in places:
+                meant = f"it belongs in [{places[name]}]" if places[name] else "it belongs above the first [table]"
+            else:
+                close = difflib.get_close_matches(name, names, n=1)
+                meant = f"did you mean {close[0]}?" if close else ""
+            hints = [meant, f"there are {', '.join(names)}"]
+            raise ValueError("; ".join([f"unknown name {name!r}{where}", *filter(None, hints)]))
 
 
 def write_config(path: Path, config: ServerConfig) -> None:

@@ -67,15 +67,21 @@ class Heart:
             self._task = None
 
     async def _beat(self) -> None:
+        is_heard = True
         while True:
             try:
                 await self._tell()
+                if not is_heard:
+                    log.info("a manager takes our heartbeat again")
+                is_heard = True
             except AlreadyExists:
                 # Another process has our name. A restart takes it back if that one is gone: what it said came late.
                 raise
             except EmberError as error:
                 self._is_admitted = False
-                log.warning("no manager takes our heartbeat: %s", error)
+                if is_heard:
+                    log.warning("no manager takes our heartbeat: %s", error)
+                is_heard = False
             except Exception:
                 # A mistake of ours, maybe in what takes the routing: without heartbeats this server would be lost.
                 log.exception("a heartbeat failed")

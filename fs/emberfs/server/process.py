@@ -106,12 +106,14 @@ class _Door:
 
 @contextmanager
 def _named(address: str) -> Iterator[None]:
-    """Errors of the operating system say which address it is about."""
+    """Errors of the operating system say which address they are about, unless it is a file (of TLS)."""
     try:
         yield
     except EmberError:
         raise
     except OSError as error:
+        if error.filename is not None:
+            raise
         raise OSError(error.errno, error.strerror, address) from error
 
 

@@ -77,6 +77,8 @@ DropTarget = Callable[[bytes], Awaitable[None]]
 UNANSWERED_FACTOR = 0.2
 """After a heartbeat that was not answered the next one comes in this part of the time: a new primary must be found
 before the lease is over, one manager after the other."""
+UNANSWERED_WARN = 10
+"""Questions in a row that no manager answered, after which the log says so."""
 BEAT_REST_S = 0.1
 """At least so long between two heartbeats, however many clients are asked for."""
 FOLLOW_WAIT_S = 5.0
@@ -127,7 +129,10 @@ class StorageNode:
         self._upkeeps: dict[int, Upkeep] = {}
         self._broken: dict[bytes, str] = {}
         """Targets that could not be opened, and why. They are reported offline until the server is started again."""
-        self._refusal = ""
+        self._unanswered = 0
+        """Heartbeats, and questions before the first one, since the last heartbeat that was taken."""
+        self._is_cut_off = False
+        """That was said."""
         self._closing = runtime.future()
         self._beat_now = runtime.future()
         self._curious: list[asyncio.Future[None]] = []
@@ -215,7 +220,7 @@ class StorageNode:
                 return
             except EmberError as error:
                 self._curious += curious
-                self._note_refusal(error)
+                self._note_unanswered(error)
                 interval_s *= UNANSWERED_FACTOR
             except Exception as error:
                 self._curious += curious
@@ -225,13 +230,6 @@ class StorageNode:
                     await self._stop(f"heartbeats fail: {error!r}")
                     return
             await self._rest(sent_s, interval_s)
-
-    def _note_refusal(self, error: EmberError) -> None:
-        """Not to be heard for a while is nothing to speak of; not to be let in is somebody's mistake, said once."""
-        is_news = isinstance(error, AccessDenied) and str(error) != self._refusal
-        log.log(logging.WARNING if is_news else logging.DEBUG, "no manager takes our heartbeat: %s", error)
-        if is_news:
-            self._refusal = str(error)
 
     async def _rest(self, sent_s: float, interval_s: float) -> None:
         """Wait until `interval_s` after the last heartbeat; when one is asked for, only BEAT_REST_S."""
@@ -257,7 +255,8 @@ class StorageNode:
         while not self._closing.done():
             try:
                 reply = await self._ask(GetRouting(), RoutingReply)
-            except EmberError:
+            except EmberError as error:
+                self._note_unanswered(error)
                 await pause(self._runtime, self.settings.heartbeat_s, self._closing)
                 continue
             if reply.routing is not None:
@@ -268,6 +267,13 @@ class StorageNode:
             # Nothing is reported yet. The process before us may still be about to let go of the disk.
             self._broken.clear()
             await pause(self._runtime, self.settings.heartbeat_s, self._closing)
+
+    def _note_unanswered(self, error: EmberError) -> None:
+        """A change of the primary is no news. That this server is cut off is, and that it is not let in: said once."""
+        self._unanswered += 1
+        if not self._is_cut_off and (isinstance(error, AccessDenied) or self._unanswered >= UNANSWERED_WARN):
+            self._is_cut_off = True
+            log.warning("no manager answers, and without one nothing is served once the lease is over: %s", error)
 
     async def _follow_changes(self) -> None:
         """Learn of a chain change when it is made and not by the next heartbeat: until then nobody serves that chain.
@@ -307,6 +313,9 @@ class StorageNode:
         return reply
 
     async def _take(self, reply: HeartbeatReply, sent_s: float) -> None:
+        if self._is_cut_off:
+            log.info("a manager answers again")
+        self._unanswered, self._is_cut_off = 0, False
         if reply.sessions is not None:
             self._sessions.take(reply.sessions_version, reply.sessions)
         self._adopt(reply.routing)

@@ -163,6 +163,12 @@ def sign_request(authority: Path, *, token: str, csr: bytes, now_s: float) -> by
         raise AccessDenied(f"not a certificate signing request that can be signed: {error}") from error
 
 
+def role_of(certificate: x509.Certificate) -> str:
+    """What a certificate of `issue` or `sign_request` lets its holder be; empty if it says nothing."""
+    units = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
+    return str(units[0].value) if units else ""
+
+
 def _split_token(token: str) -> tuple[bytes, JoinToken, bytes]:
     """(MAC, what it says, the bytes the MAC is of)."""
     text = token.strip().removeprefix(TOKEN_PREFIX)

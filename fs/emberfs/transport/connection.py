@@ -12,7 +12,9 @@ Does not know: frames (`link`), or what a call means.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -241,5 +243,14 @@ def _refusal(error: Exception, address: str) -> Callable[[], Exception]:
         kind = AccessDenied
     else:
         kind = Unreachable
-    text = str(error) or "no answer in time"
+    text = _words(error) or "no answer in time"
     return lambda: kind(f"{address}: {text}")
+
+
+def _words(error: Exception) -> str:
+    """asyncio says "[Errno 111] Connect call failed ('127.0.0.1', 7301)" where the address is said already."""
+    if isinstance(error, socket.gaierror):
+        return error.strerror or ""
+    if isinstance(error, OSError) and not isinstance(error, EmberError | ssl.SSLError) and error.errno:
+        return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
+    return str(error)

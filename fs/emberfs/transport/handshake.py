@@ -85,7 +85,9 @@ def answer_hello(config: TcpConfig, theirs: Hello, *, certificate: Certificate |
             raise AccessDenied(f"a certificate for role {certificate.role!r} does not make a {theirs.role!r}")
     elif is_stranger:
         if not config.admits_strangers:
-            raise AccessDenied("this server wants a certificate of its cluster")
+            raise AccessDenied(
+                "this server wants a certificate of its cluster; a manager that has `authority` gives one"
+            )
     elif config.token and not hmac.compare_digest(config.token.encode(), theirs.token.encode()):
         raise AccessDenied("the token is missing, or is not that of this cluster")
     return Hello(
