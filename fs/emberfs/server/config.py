@@ -41,6 +41,10 @@ class StorageSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How fast a replica that missed writes is brought up to date, per disk."""
     tombstone_s: float = 600.0
     """Seconds that the trace of a removed chunk stays."""
+    scrub_interval_s: float = 14 * 86400.0
+    """Seconds in which every chunk is read back from the disk and checked. 0: never."""
+    scrub_bytes_per_s: int = 20 << 20
+    """That never reads faster than this, per disk."""
 
 
 class MetaSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -235,7 +235,10 @@ async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: 
         await runtime.offload(shutil.rmtree, directory_of(target), True)
 
     settings = StorageConfig(
-        resync_bytes_per_s=config.storage.resync_bytes_per_s, tombstone_s=config.storage.tombstone_s
+        resync_bytes_per_s=config.storage.resync_bytes_per_s,
+        tombstone_s=config.storage.tombstone_s,
+        scrub_interval_s=config.storage.scrub_interval_s,
+        scrub_bytes_per_s=config.storage.scrub_bytes_per_s,
     )
     node = node_of(config, runtime.random_bytes(8))
     service = StorageNode(

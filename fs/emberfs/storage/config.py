@@ -26,11 +26,18 @@ class StorageConfig:
     """All resyncs of this node together send no more than this."""
     resync_parallel: int = 2
     """So many chains are brought up to date at the same time."""
+    scrub_interval_s: float = 14 * 86400.0
+    """Each chunk is read back from the medium once in this time, if `scrub_bytes_per_s` is enough. 0: never."""
+    scrub_bytes_per_s: int = 20 << 20
+    """The scrub never reads faster than this; 20 MiB/s are 23 TiB in two weeks."""
 
     def __post_init__(self) -> None:
-        for name in ("heartbeat_s", "lease_s", "forward_wait_s", "retry_s", "tombstone_s", "resync_bytes_per_s"):
+        positive = ("heartbeat_s", "lease_s", "forward_wait_s", "retry_s", "tombstone_s", "resync_bytes_per_s")
+        for name in (*positive, "scrub_bytes_per_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0: {getattr(self, name)}")
+        if self.scrub_interval_s < 0:
+            raise ValueError(f"scrub_interval_s must be at least 0: {self.scrub_interval_s}")
         if self.lease_s < 2 * self.heartbeat_s:
             raise ValueError(f"a lease of {self.lease_s} s ends before a second heartbeat of {self.heartbeat_s} s")
         if self.resync_parallel < 1:

@@ -45,6 +45,7 @@ from ..messages import (
     ReadChunks,
     RemoveChunks,
     RoutingReply,
+    ScrubChunks,
     Settled,
     SyncDone,
     TargetReport,
@@ -61,6 +62,7 @@ from .config import StorageConfig
 from .lease import Lease
 from .replica import Replica
 from .resync import Pace, ResyncProgress
+from .scrubber import Scrubber
 from .service import check_batch, chunks_read, granule_log2_of
 from .sessions import Sessions
 from .upkeep import Upkeep
@@ -118,6 +120,7 @@ class StorageNode:
         self._broken: dict[bytes, str] = {}
         """Targets that could not be opened, and why. They are reported offline until the server is started again."""
         self._closing = runtime.future()
+        self.scrubber = Scrubber(self.replicas, runtime, config=self.config, closing=self._closing)
         self._beat_now = runtime.future()
         self._curious: list[asyncio.Future[None]] = []
         """Each is done when a heartbeat that was sent after it was made has been answered."""
@@ -133,6 +136,8 @@ class StorageNode:
             self._runtime.spawn(self._beat(), "heartbeats"),
             self._runtime.spawn(self._look_after(), "upkeep"),
         ]
+        if self.config.scrub_interval_s:
+            self._tasks.append(self._runtime.spawn(self.scrubber.run(), "scrub"))
 
     async def retire(self) -> None:
         """Serve nothing any more and say so to the manager, so that others take over now and not after our lease.
@@ -178,6 +183,7 @@ class StorageNode:
             "storage_resyncs": len(resyncs),
             "storage_resync_sent_bytes": sum(each.sent_bytes for each in resyncs),
             "storage_repaired_chunks": sum(each.repairer.repaired for each in self.replicas.values()),
+            **self.scrubber.gauges(),
         }
 
     # --- the manager -----------------------------------------------------------------------------------------------
@@ -280,7 +286,10 @@ class StorageNode:
         for replica in self.replicas.values():
             identity, (state, version) = replica.engine.identity, replica.local_state()
             used_bytes, free_bytes = replica.engine.space()
-            reports.append(TargetReport(identity.target, identity.generation, state, version, used_bytes, free_bytes))
+            unmended = len(replica.repairer.unmended)
+            reports.append(
+                TargetReport(identity.target, identity.generation, state, version, used_bytes, free_bytes, unmended)
+            )
         return reports + [TargetReport(target, b"", LocalState.OFFLINE) for target in self._broken]
 
     # --- the routing -----------------------------------------------------------------------------------------------
@@ -356,6 +365,7 @@ class StorageNode:
                         await upkeep.drop_requests(self._sessions)
                 except EmberError as error:
                     log.warning("upkeep of a target failed: %s", error)
+            await self.scrubber.look_again()
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -387,6 +397,8 @@ class StorageNode:
                 return await self._update(request.client, chain_versions, updates, expected=request.versions)
             case ListChunks():
                 return await self._replica(request.chain).list(request)
+            case ScrubChunks():
+                return await self.scrubber.serve(request)
         if isinstance(request, _OF_NEIGHBOURS):
             return await self._replica(request.chain).handle(request, buffers)
         raise ProtocolError(f"a storage node does not serve {type(request).__name__}")

@@ -263,7 +263,8 @@ class ClusterConfig:
     deadline_s: float = 8.0
     """Of a client's operation."""
     manager: ManagerConfig = field(default_factory=lambda: ManagerConfig(session_timeout_s=15.0))
-    storage: StorageConfig = field(default_factory=lambda: StorageConfig(tombstone_s=20.0))
+    storage: StorageConfig = field(default_factory=lambda: StorageConfig(tombstone_s=20.0, scrub_interval_s=0))
+    """Nothing is scrubbed, unless a test wants it."""
     meta: MetaConfig = field(
         default_factory=lambda: MetaConfig(gc_delay_s=5.0, gc_interval_s=6.0, trash_s=30.0, shared=True)
     )

@@ -80,7 +80,10 @@ class Report:
 
 
 DIRECTED = SimConfig(
-    faults=DirectedFaults, chunks=3, pause_s=0.6, cluster=ClusterConfig(storage=StorageConfig(tombstone_s=4.0))
+    faults=DirectedFaults,
+    chunks=3,
+    pause_s=0.6,
+    cluster=ClusterConfig(storage=StorageConfig(tombstone_s=4.0, scrub_interval_s=0)),
 )
 """Few chunks, busy clients, and faults that wait for their moment."""
 
