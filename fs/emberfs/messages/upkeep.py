@@ -37,3 +37,27 @@ class ChunksScrubbed(Message):
     chunks: int
     read_bytes: int
     damaged: list[DamagedChunk] = msgspec.field(default_factory=list)
+
+
+class ReadRows(Message):
+    """To a metadata server: rows of the metadata, as they are when it looks. -> RowsRead
+
+    Either the values of `keys`, or up to `limit` rows of [begin, end).
+    """
+
+    may_send = OPERATORS
+    changes_nothing = True
+
+    keys: list[bytes] = msgspec.field(default_factory=list)
+    begin: bytes = b""
+    end: bytes = b""
+    limit: int = 1000
+    reverse: bool = False
+
+
+class RowsRead(Message):
+    values: list[bytes | None] = msgspec.field(default_factory=list)
+    """In the order of the keys, and maybe not of all of them: then ask for the rest. Never empty if there are keys."""
+    rows: list[tuple[bytes, bytes]] = msgspec.field(default_factory=list)
+    more: bool = False
+    """There may be rows behind these, within the limit that was asked for."""

@@ -27,7 +27,7 @@ from ..messages import Message
 from ..runtime import Runtime
 from ..transport.codec import decode_message
 from ..types import ROOT_INODE, TRASH_INODE, Inode, Kind
-from . import attributes, background, files, gc, namespace, recovery, session, trash
+from . import attributes, background, files, gc, namespace, reading, recovery, session, trash
 from .check import Finding, check
 from .chunks import ChunkOps
 from .clients import RequestName
@@ -66,6 +66,7 @@ HANDLERS: dict[type[Message], Handler] = {
     messages.TrashEmpty: trash.trash_empty,
     messages.CollectGarbage: gc.collect_garbage,
     messages.Usage: gc.usage,
+    messages.ReadRows: reading.read_rows,
 }
 
 
