@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import emberfs
 import pytest
 from emberfs import Client
 from emberfs.cluster.local import LocalCluster
@@ -73,3 +76,65 @@ def test_scrub_names_what_is_lost(cluster: LocalCluster, client: Client, url: st
 def test_scrub_takes_an_admin(url: str) -> None:
     result = emberline("fs", "scrub", url, code=1)
     assert "may not send ScrubChunks: it takes a certificate of role admin" in result.stderr
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
+    """A cluster of the test's own, stopped at the end."""
+    cluster = LocalCluster(tmp_path / "own")
+    monkeypatch.setenv("EMBERLINE_CLUSTER", str(cluster.directory))
+    try:
+        emberline("cluster", "up", "--nodes", 3, "--targets", 2)
+        yield cluster
+    finally:
+        if cluster.exists:
+            cluster.down()
+
+
+def test_a_cluster_whose_kv_is_lost_comes_back_from_a_dump(own: LocalCluster, tmp_path: Path) -> None:
+    backup, kv = tmp_path / "backup.jsonl", own.directory / "kv-1" / "data"
+    with emberfs.connect(own.url) as client:
+        client.mkdir("/books")
+        for number in range(5):
+            client.put(f"/books/{number}", content(f"before {number}"))
+        client.put("/small", b"lies with its name")
+        with client.open("/log", "ab") as log:
+            log.write(content("a log that is being written"))
+            log.flush()
+            (made,) = emberline_json("fs", "dump", backup, own.url)
+        assert made["lines"] == len(backup.read_text().splitlines())
+        client.put("/later", content("after the dump"))
+    assert "stop the kv server first" in emberline("fs", "load", backup, "--kv", kv, code=1).stderr
+    emberline("cluster", "down")
+    assert "rows already" in emberline("fs", "load", backup, "--kv", kv, code=1).stderr
+    shutil.rmtree(kv)
+    emberline("fs", "load", backup, "--kv", kv)
+    emberline("cluster", "up")
+    assert "all is well" in emberline("cluster", "status").stdout
+    with emberfs.connect(own.url) as client:
+        assert [name for name, _ in client.list("/")] == ["books", "log", "small"]
+        assert [client.get(f"/books/{number}") for number in range(5)] == [content(f"before {n}") for n in range(5)]
+        assert client.get("/small") == b"lies with its name"
+        assert client.get("/log") == content("a log that is being written")
+        client.put("/new", content("new"))
+        with client.open("/log", "ab") as log:
+            log.write(b"goes on")
+        assert client.get("/log") == content("a log that is being written") + b"goes on"
+
+
+def test_what_a_dump_is_not_for(
+    url: str, tmp_path: Path, cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = emberline("fs", "dump", tmp_path / "mine.jsonl", url, code=1)
+    assert "may not send ReadRows: it takes a certificate of role admin" in result.stderr
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("EMBERLINE_CREDENTIALS", str(cluster.directory / "admin"))
+    emberline("fs", "dump", tmp_path / "backup.jsonl", url)
+    header = json.loads((tmp_path / "backup.jsonl").read_text().splitlines()[0])
+    assert len(header["cluster"]["chains"]) == 2
+    result = emberline("fs", "load", tmp_path / "backup.jsonl", url, code=2)
+    assert "with chains of its own" in result.stderr
+    store = f"ember://{tmp_path}/store"
+    emberline("fs", "mkdir", "/a", store=store)
+    shutil.rmtree(tmp_path / "store" / "meta")
+    assert "a dump of a cluster" in emberline("fs", "load", tmp_path / "backup.jsonl", store, code=1).stderr

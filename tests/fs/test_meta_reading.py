@@ -80,7 +80,7 @@ def test_nothing_is_written_that_way(meta: Meta) -> None:
         meta.run(write())
 
 
-@pytest.mark.parametrize("request_", [ReadRows(keys=[b"\xffmL"]), ReadRows(begin=b"\xff", end=b"\xff\xff")])
+@pytest.mark.parametrize("request_", [ReadRows(keys=[b"\xff\xff1"]), ReadRows(begin=b"\xff", end=b"\xff\xff1")])
 def test_the_rows_of_others_are_not_shown(meta: Meta, request_: ReadRows) -> None:
     with pytest.raises(LimitExceeded):
         meta(request_)

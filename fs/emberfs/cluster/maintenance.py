@@ -8,18 +8,27 @@ Does not know: the command line.
 
 from __future__ import annotations
 
+import asyncio
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, BinaryIO, TypeVar, cast
+
+import msgspec
 
 from ..errors import StaleRouting, StoreClosed, Unavailable, UpdateUnknown
 from ..maintenance import NodeScrub, Progress, ScrubSummary, paths_of
+from ..manager.tables import read_tables
 from ..messages import ChunksScrubbed, ScrubChunks
 from ..meta.check import Finding
+from ..meta.livedump import dump_live
 from ..routing import Role, TargetState
 from ..types import split_chunk_id
 from .rows import ClusterRows
 from .store import ClusterStore
+
+T = TypeVar("T")
 
 PAGE_BYTES = 32 << 20
 PATIENCE_S = 30.0
@@ -37,6 +46,25 @@ class ClusterMaintenance:
     def disk_used_bytes(self) -> int:
         """Of all disks together."""
         return self._store.portal.run(self._store.space())["disk_used_bytes"]
+
+    # --- dump ------------------------------------------------------------------------------------------------------
+
+    def dump(self, write_line: Callable[[str], object]) -> None:
+        """Back the metadata up, while it is in use: versioned JSONL, a line per call. Chunks are not in it."""
+        self._run(self._dump(write_line))
+
+    async def _dump(self, write_line: Callable[[str], object]) -> None:
+        tables = msgspec.Raw(msgspec.json.encode(await read_tables(self._rows)))
+        await dump_live(self._rows, write_line, open_spool=_spool, cluster=tables)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """As the portal does, for what takes long and changes nothing: an interrupt ends it at once."""
+        running = asyncio.run_coroutine_threadsafe(work, self._store.runtime.loop)
+        try:
+            return running.result()
+        except BaseException:
+            running.cancel()
+            raise
 
     # --- scrub -----------------------------------------------------------------------------------------------------
 
@@ -177,3 +205,7 @@ class _Walk:
         self.scrub.damaged += len(reply.damaged)
         self.scrub.repaired += sum(each.repaired for each in reply.damaged)
         self.found += [(self.scrub.node, chain, each.chunk, each.detail, each.repaired) for each in reply.damaged]
+
+
+def _spool() -> BinaryIO:
+    return cast("BinaryIO", tempfile.TemporaryFile())

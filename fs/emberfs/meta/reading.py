@@ -1,7 +1,7 @@
 """Rows as an operator's programs read them, through any metadata server: for dump, fsck and the names of damaged files.
 
-Only metadata: what the cluster manager keeps in the same KV is not shown. A reply is one page, so the service is never
-busy with one for long, and keeps nothing between two.
+The cluster manager's tables in the same KV are shown, too. A reply is one page, so the service is never busy with one
+for long, and keeps nothing between two.
 
 Does not know: what the rows are for.
 """
@@ -17,14 +17,14 @@ from .state import MetaState
 PAGE_ROWS = 1000
 REPLY_BYTES_MAX = 4 << 20
 """A reply is over this by one row at most."""
-END = b"\xff"
-"""Behind all metadata."""
+END = b"\xff\xff"
+"""Behind the rows of the metadata and of the manager."""
 
 
 async def read_rows(state: MetaState, request: ReadRows) -> RowsRead:
-    """Serve one page. Raises LimitExceeded for keys that are not metadata."""
+    """Serve one page. Raises LimitExceeded for keys of others."""
     if max([request.end, *request.keys]) > END:
-        raise LimitExceeded("only metadata rows are read this way")
+        raise LimitExceeded("only rows of the metadata and of the manager are read this way")
     txn = state.kv.begin()
     if request.keys:
         values = await txn.get_many(request.keys[:PAGE_ROWS], snapshot=True)
