@@ -10,7 +10,10 @@ from pathlib import Path
 import emberfs
 import pytest
 from emberfs import Client
+from emberfs.cluster import ClusterStore
 from emberfs.cluster.local import LocalCluster
+from emberfs.messages import RemoveChunks, WriteChunks
+from emberfs.types import chunk_id
 
 from tests.fs.cli_run import emberline, emberline_json
 
@@ -138,3 +141,35 @@ def test_what_a_dump_is_not_for(
     emberline("fs", "mkdir", "/a", store=store)
     shutil.rmtree(tmp_path / "store" / "meta")
     assert "a dump of a cluster" in emberline("fs", "load", tmp_path / "backup.jsonl", store, code=1).stderr
+
+
+@pytest.mark.usefixtures("operator")
+def test_fsck_of_a_cluster(client: Client, url: str) -> None:
+    client.put("/file", content("checked"))
+    assert emberline("fs", "fsck", url).stdout == "clean\n"
+    with client.open("/log", "ab") as log:
+        log.write(content("being written"))
+        assert emberline_json("fs", "fsck", url) == [{"clean": True, "findings": 0, "repaired": 0}]
+    stray(client)
+    finding, summary = emberline_json("fs", "fsck", url, code=1)
+    assert (finding["kind"], finding["repaired"]) == ("chunks", False)
+    assert finding["detail"] == "there are chunks of inode c, which does not exist"
+    assert summary == {"clean": False, "findings": 1, "repaired": 0}
+    result = emberline("fs", "fsck", url, code=1)
+    assert "looking again, whether 1 findings stay" in result.stderr
+    assert "--repair" not in result.stderr
+    stray(client, remove=True)
+
+
+def stray(client: Client, *, remove: bool = False) -> None:
+    """A chunk of no file."""
+    store = client._attachment.store
+    assert isinstance(store, ClusterStore)
+    chunk = chunk_id(12, 0)
+    request = RemoveChunks([1], [chunk]) if remove else WriteChunks(b"", 0, 0, [1], [chunk], [0], 1 << 20)
+    store.portal.run(store.storage.call(request, [] if remove else [memoryview(b"stray")]))
+
+
+def test_fsck_takes_an_admin(url: str) -> None:
+    result = emberline("fs", "fsck", url, code=1)
+    assert "may not send ReadRows: it takes a certificate of role admin" in result.stderr

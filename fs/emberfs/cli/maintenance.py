@@ -76,21 +76,35 @@ def _words(name: str) -> str:
     return name.removesuffix("_bytes").replace("_", " ")
 
 
-@click.command(epilog="\b\nExamples:\n  emberline fs fsck ember:///srv/store\n  emberline fs fsck --repair")
+@click.command(
+    epilog="\b\nExamples:\n  emberline fs fsck ember:///srv/store\n  emberline fs fsck --repair\n"
+    "  emberline fs fsck ember://db1:7301,db2:7301"
+)
 @store_argument
 @click.option("--repair", is_flag=True, help="Mend what can be mended without losing a byte.")
 @json_option
 def fsck(store: str | None, repair: bool, as_json: bool) -> None:
-    """Check names against files, files against chunks, chunks against space. Exit code 1 if something is wrong."""
-    with open_store(store) as client:
-        report = client.maintenance.fsck(repair=repair)
+    """Check names against files, files against chunks, chunks against space. Exit code 1 if something is wrong.
+
+    A cluster is checked while it is in use: what is found is looked at again before it is told. It takes an admin's
+    credentials; nothing is repaired, and space is not looked at.
+    """
+    url = url_of(store)
+    if cluster_addresses(url):
+        if repair:
+            raise click.UsageError(f"{url} is a cluster: `fsck` looks at one that is in use, and changes nothing")
+        with open_cluster(url) as maintenance:
+            report = maintenance.fsck(say=note)
+    else:
+        with open_store(url) as client:
+            report = client.maintenance.fsck(repair=repair)
     _print_findings(report.findings, as_json=as_json)
     repaired = sum(finding.repaired for finding in report.findings)
     left = len(report.findings) - repaired
     if as_json:
         print_json({"clean": report.clean, "findings": len(report.findings), "repaired": repaired})
     elif report.findings:
-        hint = "" if repair or not left else "; --repair mends what can be mended"
+        hint = "" if repair or not left or cluster_addresses(url) else "; --repair mends what can be mended"
         note(f"{plural(len(report.findings), 'finding')}, {repaired} repaired{hint}")
     else:
         print_line("clean")

@@ -18,15 +18,17 @@ from typing import Any, BinaryIO, TypeVar, cast
 import msgspec
 
 from ..errors import StaleRouting, StoreClosed, Unavailable, UpdateUnknown
-from ..maintenance import NodeScrub, Progress, ScrubSummary, paths_of
+from ..maintenance import FsckReport, NodeScrub, Progress, ScrubSummary, paths_of
 from ..manager.tables import read_tables
 from ..messages import ChunksScrubbed, ScrubChunks
 from ..meta.check import Finding
+from ..meta.chunks import ClientChunkOps
 from ..meta.livedump import dump_live
 from ..routing import Role, TargetState
 from ..types import split_chunk_id
+from .fsck import fsck
 from .rows import ClusterRows
-from .store import ClusterStore
+from .store import ClusterStore, EveryChain
 
 T = TypeVar("T")
 
@@ -46,6 +48,13 @@ class ClusterMaintenance:
     def disk_used_bytes(self) -> int:
         """Of all disks together."""
         return self._store.portal.run(self._store.space())["disk_used_bytes"]
+
+    # --- fsck ------------------------------------------------------------------------------------------------------
+
+    def fsck(self, *, say: Callable[[str], object] = lambda _: None) -> FsckReport:
+        """Check names against inodes, and inodes against chunks, while all are in use. Mends nothing."""
+        chunks = ClientChunkOps(EveryChain(self._store.routes, self._store.storage))
+        return FsckReport(self._run(fsck(self._rows, chunks, self._store.runtime, say=say)))
 
     # --- dump ------------------------------------------------------------------------------------------------------
 
