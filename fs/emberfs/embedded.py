@@ -25,11 +25,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import UnsetType
+
 from .client.core import Core
 from .disk import LocalDisk
 from .engine import ChunkEngine, EngineConfig
 from .errors import AlreadyExists, EmberError, LimitExceeded, StoreBusy, StoreFormat, Unavailable
-from .kv import LmdbKV
+from .kv import KV, LmdbKV
 from .maintenance import Progress, run_order
 from .meta import ClientChunkOps, MetaConfig, MetaService
 from .meta.dump import load
@@ -358,7 +360,7 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
         try:
             kv = LmdbKV.open(new, runtime)
             try:
-                portal.run(load(kv, lines))
+                portal.run(_load(kv, lines))
             finally:
                 portal.run(kv.close())
         finally:
@@ -369,3 +371,9 @@ def restore_metadata(directory: Path, lines: Iterable[str]) -> None:
         new.rename(meta)
     finally:
         ownership.close()
+
+
+async def _load(kv: KV, lines: Iterable[str]) -> None:
+    header = await load(kv, lines)
+    if not isinstance(header.cluster, UnsetType):
+        raise StoreFormat("a dump of a cluster: the chunks of its files are not in this store")

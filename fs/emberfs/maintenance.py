@@ -8,12 +8,13 @@ Does not know: the command line, and how the owner is reached.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from .engine.scrub import Finding as Damage
 from .engine.scrub import ScrubReport, check, scrub
 from .errors import LimitExceeded
 from .kv.types import KV
@@ -40,17 +41,31 @@ class FsckReport(msgspec.Struct):
         return all(finding.repaired for finding in self.findings)
 
 
+class NodeScrub(msgspec.Struct):
+    """What one storage node of a cluster read and found."""
+
+    node: str
+    chunks: int = 0
+    read_bytes: int = 0
+    damaged: int = 0
+    repaired: int = 0
+    skipped: list[str] = []
+    """What could not be looked at, and why, in words."""
+
+
 class ScrubSummary(msgspec.Struct):
     """What `scrub` read and found."""
 
     chunks: int = 0
     read_bytes: int = 0
     findings: list[Finding] = []
+    nodes: list[NodeScrub] = []
+    """Of a cluster."""
 
     @property
     def clean(self) -> bool:
-        """Nothing is damaged."""
-        return not self.findings
+        """All was looked at, and nothing is left damaged."""
+        return all(finding.repaired for finding in self.findings) and not any(node.skipped for node in self.nodes)
 
 
 Progress = Callable[[int, int], object]
@@ -146,21 +161,20 @@ async def _fsck(services: Services, *, repair: bool) -> FsckReport:
 
 async def _scrub(services: Services, *, bytes_per_s_max: int | None, progress: Progress | None = None) -> ScrubSummary:
     summary = ScrubSummary()
+    damaged: list[Damage] = []
     for engine in services.engines.values():
         report: ScrubReport = await scrub(
             engine, runtime=services.runtime, bytes_per_s_max=bytes_per_s_max, progress=progress
         )
         summary.chunks += report.chunks
         summary.read_bytes += report.read_bytes
-        for found in report.findings:
-            summary.findings.append(Finding(found.kind, await _file_of(services, found.chunk), found.message, False))
+        damaged += report.findings
+    inodes = [int(found.chunk.partition(".")[0], 16) for found in damaged]
+    paths = await paths_of(services.meta_kv, inodes)
+    summary.findings = [
+        Finding(found.kind, paths[inode], found.message, False) for found, inode in zip(damaged, inodes, strict=True)
+    ]
     return summary
-
-
-async def _file_of(services: Services, chunk: str) -> str:
-    """The chunk as a path, when an entry leads to its file; else by its number."""
-    inode = int(chunk.partition(".")[0], 16)
-    return await _path_of(services.meta_kv, inode) or f"inode {inode:x}"
 
 
 async def _info(services: Services) -> dict[str, Any]:
@@ -211,14 +225,26 @@ _ORDERS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
 }
 
 
-async def _path_of(kv: KV, inode: int) -> str | None:
-    """A path to an inode, found by looking at every entry."""
+async def paths_of(kv: KV, inodes: Collection[int]) -> dict[int, str]:
+    """A path to each inode, found by looking at every entry; "inode 1f" where no entry leads to it."""
+    found: dict[int, str] = {}
+    left = set(inodes)
+    if not left:
+        return found
     async for page in pages(kv, b"D"):
         for key, entry in page:
-            if unpack_id(entry) == inode:
-                names, parent = [entry_name(key).decode()], unpack_id(key, 1)
-                while parent != ROOT_INODE and (row := await get_inode(kv.begin(), parent)) is not None and row.name:
-                    names.append(row.name)
-                    parent = row.parent
-                return "/" + "/".join(reversed(names))
-    return None
+            if (inode := unpack_id(entry)) in left:
+                left.discard(inode)
+                found[inode] = await _path_of(kv, key)
+        if not left:
+            break
+    return found | {inode: f"inode {inode:x}" for inode in left}
+
+
+async def _path_of(kv: KV, key: bytes) -> str:
+    """The path of an entry, as far up as directories know their names."""
+    names, parent = [entry_name(key).decode()], unpack_id(key, 1)
+    while parent != ROOT_INODE and (row := await get_inode(kv.begin(), parent)) is not None and row.name:
+        names.append(row.name)
+        parent = row.parent
+    return "/" + "/".join(reversed(names))

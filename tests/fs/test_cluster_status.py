@@ -70,3 +70,14 @@ def test_no_chains_yet_is_a_problem_and_no_placement() -> None:
 def test_a_disk_that_gets_full_is_a_hint() -> None:
     hints = summarise(status(["ab", "cd", "ac", "bd", "ad", "bc"], used_bytes=95))["hints"]
     assert hints == [f"the disk of {name} gets full: 5 MiB are left" for name in NAMES]
+
+
+def test_damage_that_could_not_be_mended_is_a_problem() -> None:
+    reply = status(["ab", "cd", "ac", "bd", "ad", "bc"])
+    (report,) = reply.nodes[1].reports
+    reply.nodes[1] = NodeStatus(reply.nodes[1].node, True, 0.1, [replace(report, unmended=3)])
+    facts = summarise(reply)
+    assert facts["problems"] == [
+        "b holds 3 damaged chunks that no other replica could mend: `emberline fs scrub` names the files"
+    ]
+    assert [server["unmended_chunks"] for server in facts["servers"]] == [0, 3, 0, 0]

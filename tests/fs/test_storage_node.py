@@ -19,6 +19,7 @@ from emberfs.errors import (
 from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
     ChunksRead,
+    ChunksScrubbed,
     GetRouting,
     Heartbeat,
     HeartbeatReply,
@@ -26,6 +27,7 @@ from emberfs.messages import (
     ReadChunks,
     RemoveChunks,
     RoutingReply,
+    ScrubChunks,
     TruncateChunk,
     WriteChunks,
 )
@@ -446,6 +448,26 @@ def test_reports_say_how_much_space_there_is() -> None:
         after = host.manager.heartbeats[-1].reports[0]
         assert before.used_bytes == 0 < after.used_bytes
         assert 0 < after.free_bytes <= before.free_bytes
+
+    on_host(work)
+
+
+def test_damage_that_is_alone_in_its_chain_is_found_and_reported() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        record = await host.node.replicas[1].engine.record(CHUNK)
+        assert record is not None and record.committed is not None
+        file, block = host.node.replicas[1].engine.allocator.place(record.committed.position)
+        host.disks[TARGET].flip_bit(file, block)
+        reply = await host.node.handle(ScrubChunks(1, TARGET))
+        assert isinstance(reply, ChunksScrubbed)
+        assert [each.repaired for each in reply.damaged] == [False]
+        await host.beats()
+        assert [report.unmended for report in host.manager.heartbeats[-1].reports] == [1, 0]
+        await host.write(b"xyz", sequence=2)  # A whole chunk: nothing of the old one is needed.
+        await host.beats(11.0)
+        assert [report.unmended for report in host.manager.heartbeats[-1].reports] == [0, 0]
 
     on_host(work)
 

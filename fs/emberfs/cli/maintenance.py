@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
+import msgspec
 
+from ..maintenance import NodeScrub, ScrubSummary
 from ..meta.check import Finding
 from ..urls import cluster_addresses
 from .output import (
@@ -22,7 +25,7 @@ from .output import (
     print_line,
     progress_bar,
 )  # fmt: skip
-from .store import open_store, store_argument
+from .store import open_cluster, open_store, store_argument, url_of
 
 
 @click.command(
@@ -73,21 +76,35 @@ def _words(name: str) -> str:
     return name.removesuffix("_bytes").replace("_", " ")
 
 
-@click.command(epilog="\b\nExamples:\n  emberline fs fsck ember:///srv/store\n  emberline fs fsck --repair")
+@click.command(
+    epilog="\b\nExamples:\n  emberline fs fsck ember:///srv/store\n  emberline fs fsck --repair\n"
+    "  emberline fs fsck ember://db1:7301,db2:7301"
+)
 @store_argument
 @click.option("--repair", is_flag=True, help="Mend what can be mended without losing a byte.")
 @json_option
 def fsck(store: str | None, repair: bool, as_json: bool) -> None:
-    """Check names against files, files against chunks, chunks against space. Exit code 1 if something is wrong."""
-    with open_store(store) as client:
-        report = client.maintenance.fsck(repair=repair)
+    """Check names against files, files against chunks, chunks against space. Exit code 1 if something is wrong.
+
+    A cluster is checked while it is in use: what is found is looked at again before it is told. It takes an admin's
+    credentials; nothing is repaired, and space is not looked at.
+    """
+    url = url_of(store)
+    if cluster_addresses(url):
+        if repair:
+            raise click.UsageError(f"{url} is a cluster: `fsck` looks at one that is in use, and changes nothing")
+        with open_cluster(url) as maintenance:
+            report = maintenance.fsck(say=note)
+    else:
+        with open_store(url) as client:
+            report = client.maintenance.fsck(repair=repair)
     _print_findings(report.findings, as_json=as_json)
     repaired = sum(finding.repaired for finding in report.findings)
     left = len(report.findings) - repaired
     if as_json:
         print_json({"clean": report.clean, "findings": len(report.findings), "repaired": repaired})
     elif report.findings:
-        hint = "" if repair or not left else "; --repair mends what can be mended"
+        hint = "" if repair or not left or cluster_addresses(url) else "; --repair mends what can be mended"
         note(f"{plural(len(report.findings), 'finding')}, {repaired} repaired{hint}")
     else:
         print_line("clean")
@@ -95,35 +112,76 @@ def fsck(store: str | None, repair: bool, as_json: bool) -> None:
         sys.exit(1)
 
 
-@click.command(epilog="\b\nExamples:\n  emberline fs scrub ember:///srv/store\n  emberline fs scrub --rate 50 --json")
+@click.command(
+    epilog="\b\nExamples:\n  emberline fs scrub ember:///srv/store\n  emberline fs scrub --rate 50 --json\n"
+    "  emberline fs scrub ember://db1:7301,db2:7301"
+)
 @store_argument
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Read at most this many MiB/s.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Read at most this many MiB/s (per server).")
 @json_option
 def scrub(store: str | None, rate: float | None, as_json: bool) -> None:
-    """Read every stored byte from the disk and check it. Exit code 1 if something is damaged."""
+    """Read every stored byte from the disk and check it. Exit code 1 if something is, and stays, damaged.
+
+    On a cluster every storage server reads its own disk, and mends what is damaged from other replicas. It takes an
+    admin's credentials.
+    """
     limit = None if rate is None else max(int(rate * (1 << 20)), 1)
-    with open_store(store) as client:
-        used_bytes = client.space()["used_bytes"]
-        with progress_bar("scrubbing", used_bytes) as advance:
-            read_before = 0
-
-            def show(_: int, read_bytes: int) -> None:
-                nonlocal read_before
-                advance(read_bytes - read_before)
-                read_before = read_bytes
-
-            summary = client.maintenance.scrub(bytes_per_s_max=limit, progress=show)
+    url = url_of(store)
+    summary = _scrub_cluster(url, limit) if cluster_addresses(url) else _scrub_store(url, limit)
     _print_findings(summary.findings, as_json=as_json)
+    for node in summary.nodes:
+        if as_json:
+            print_json(msgspec.structs.asdict(node))
+        for skipped in node.skipped:
+            note(f"{node.node}: not looked at: {skipped}")
     if as_json:
         print_json({
             "clean": summary.clean, "chunks": summary.chunks, "read_bytes": summary.read_bytes,
             "findings": len(summary.findings),
         })  # fmt: skip
     else:
-        what = f"{plural(summary.chunks, 'chunk')}, {human_bytes(summary.read_bytes)} read"
-        print_line(f"{what}: {'all good' if summary.clean else plural(len(summary.findings), 'finding')}")
+        print_line(f"{_read(summary)}: {_found(summary.findings)}")
     if not summary.clean:
         sys.exit(1)
+
+
+def _scrub_store(url: str, limit: int | None) -> ScrubSummary:
+    with open_store(url) as client, _bytes_read(client.space()["used_bytes"]) as show:
+        return client.maintenance.scrub(bytes_per_s_max=limit, progress=show)
+
+
+def _scrub_cluster(url: str, limit: int | None) -> ScrubSummary:
+    def tell(node: NodeScrub) -> None:
+        damaged = f"{node.damaged} damaged, {node.repaired} of them mended" if node.damaged else "nothing damaged"
+        note(f"{node.node}: {_read(node)}, {damaged}")
+
+    with open_cluster(url) as maintenance, _bytes_read(maintenance.disk_used_bytes()) as show:
+        return maintenance.scrub(bytes_per_s_max=limit, progress=show, on_node=tell)
+
+
+@contextmanager
+def _bytes_read(total_bytes: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is told of chunks and bytes so far."""
+    with progress_bar("scrubbing", total_bytes) as advance:
+        read_before = 0
+
+        def show(_: int, read_bytes: int) -> None:
+            nonlocal read_before
+            advance(read_bytes - read_before)
+            read_before = read_bytes
+
+        yield show
+
+
+def _read(what: ScrubSummary | NodeScrub) -> str:
+    return f"{plural(what.chunks, 'chunk')}, {human_bytes(what.read_bytes)} read"
+
+
+def _found(findings: Sequence[Finding]) -> str:
+    if not findings:
+        return "all good"
+    repaired = sum(finding.repaired for finding in findings)
+    return plural(len(findings), "finding") + (f", {repaired} repaired" if repaired else "")
 
 
 def _print_findings(findings: Sequence[Finding], *, as_json: bool) -> None:

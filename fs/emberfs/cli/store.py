@@ -6,10 +6,11 @@ A command that only looks never makes a store: a mistyped URL is an error, not a
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,6 +19,11 @@ from ..errors import NotFound
 from ..stores import resolve
 from ..urls import SCHEME, SUPERBLOCK, cluster_addresses, split_url
 from .location import STORE_VARIABLE, is_missing, store_url
+
+if TYPE_CHECKING:
+    from ..cluster.maintenance import ClusterMaintenance
+
+CLUSTER_VARIABLE = "EMBERLINE_CLUSTER"
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -61,3 +67,29 @@ def open_store(url: str | None) -> Iterator[Client]:
         require_store(Path(store.removeprefix(SCHEME)))
     with Client(store) as client:
         yield client
+
+
+@contextmanager
+def open_cluster(url: str) -> Iterator[ClusterMaintenance]:
+    """Upkeep of the cluster at `url`, as an admin of it if this user has the credentials. Raises Unavailable."""
+    from ..cluster import ClientConfig, ClusterStore
+    from ..cluster.maintenance import ClusterMaintenance
+
+    # Not the store that this process may have open already: that one is a client's.
+    store = ClusterStore(url, ClientConfig(credentials=_admin_credentials(url)))
+    try:
+        yield ClusterMaintenance(store)
+    finally:
+        store.shut()
+
+
+def _admin_credentials(url: str) -> str:
+    """Those that `cluster up` left in EMBERLINE_CLUSTER, if that is this cluster; "": whatever a client would take."""
+    from ..cluster.local import LocalCluster
+
+    directory = os.environ.get(CLUSTER_VARIABLE, "")
+    if directory and not os.environ.get("EMBERLINE_CREDENTIALS"):
+        local = LocalCluster(Path(directory))
+        if local.exists and set(cluster_addresses(local.url)) & set(cluster_addresses(url)):
+            return str(local.directory / "admin")
+    return ""

@@ -233,7 +233,7 @@ class Client:
         store = self._attachment.store
         if not isinstance(store, EmbeddedStore):
             raise io.UnsupportedOperation(
-                f"{store.url} is a cluster, which is looked after by its servers: see `emberline cluster --help`"
+                f"{store.url} is a cluster, which its servers look after: see emberfs.cluster.maintenance"
             )
         return Maintenance(store)
 

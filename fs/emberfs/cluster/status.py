@@ -36,6 +36,7 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
                 hints.append(f"{node.name} holds nothing any more: `emberline cluster remove-node {node.name}`")
         free_bytes = min((report.free_bytes for report in status.reports), default=None)
         used_bytes = sum(report.used_bytes for report in status.reports) if status.reports else None
+        unmended = sum(report.unmended for report in status.reports)
         if free_bytes is not None and used_bytes is not None and used_bytes > FULL_FRACTION * (used_bytes + free_bytes):
             hints.append(f"the disk of {node.name} gets full: {free_bytes >> 20:,} MiB are left")
         servers.append(
@@ -50,8 +51,11 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
                 "targets": held.get(node.name, 0),
                 "free_bytes": free_bytes,
                 "used_bytes": used_bytes,
+                "unmended_chunks": unmended,
             }
         )
+        if unmended:
+            problems.append(_unmended(node.name, unmended))
         if is_unheard:
             unheard.append(node.name)
         if is_down:
@@ -116,6 +120,11 @@ def _placement(reply: StatusReply) -> tuple[dict[str, Any] | None, list[str]]:
         f"if {worst.host} is lost, one other machine has to bring back {worst.peer_load_max} chains; "
         f"spread evenly, none would have more than {worst.bound}"
     ]
+
+
+def _unmended(name: str, chunks: int) -> str:
+    what = "a damaged chunk" if chunks == 1 else f"{chunks} damaged chunks"
+    return f"{name} holds {what} that no other replica could mend: `emberline fs scrub` names the files"
 
 
 def _down(name: str, role: Role, targets: int, last_heard_s: float) -> str:

@@ -10,7 +10,7 @@ Does not know: files, or where a good copy may be.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import Conflict, Corruption
@@ -51,6 +51,10 @@ class ScrubReport:
     findings: list[Finding] = field(default_factory=list)
 
 
+Pace = Callable[[int], Awaitable[object]]
+"""Is told of bytes that were read; returns when more may be read."""
+
+
 @dataclass(slots=True)
 class CheckReport:
     """What `check` looked at and found."""
@@ -73,77 +77,87 @@ async def scrub(
     `progress(chunks, bytes)` is called after each chunk with what was done so far. Raises StoreClosed, and what reading
     the index raises; damage is in the report.
     """
-    scrubber = _Scrubber(engine, runtime, bytes_per_s_max)
+    began_s = runtime.now_s()
+
+    async def pace(_: int) -> None:
+        if bytes_per_s_max is not None:
+            due_s = began_s + scrubber.report.read_bytes / bytes_per_s_max
+            if (early_s := due_s - runtime.now_s()) > 0:
+                await runtime.sleep(early_s)
+
+    scrubber = ChunkScrubber(engine, pace=pace)
     async for chunk, row in engine.records():
-        await scrubber.scrub_chunk(chunk, row)
+        await scrubber.scrub(chunk, row)
         if progress is not None:
             progress(scrubber.report.chunks, scrubber.report.read_bytes)
     return scrubber.report
 
 
-class _Scrubber:
-    def __init__(self, engine: ChunkEngine, runtime: Runtime, bytes_per_s_max: float | None) -> None:
+class ChunkScrubber:
+    """Reads chunks of one target back, one by one; all that it read and found is in `report`."""
+
+    def __init__(self, engine: ChunkEngine, *, pace: Pace | None = None) -> None:
+        """Between two pieces of a chunk `pace` may wait, or raise to end it: the target may be closed meanwhile."""
         self.report = ScrubReport()
         self._engine = engine
-        self._runtime = runtime
-        self._bytes_per_s_max = bytes_per_s_max
-        self._began_s = runtime.now_s()
+        self._pace = pace
         self._buffer = memoryview(bytearray(PIECE_BYTES))
 
-    async def scrub_chunk(self, chunk: bytes, row: bytes) -> None:
+    async def scrub(self, chunk: bytes, row: bytes) -> list[Finding]:
+        """What is wrong with a chunk. `row`: its record, undecoded, as it was a moment ago.
+
+        Raises StoreClosed, and what reading the index raises.
+        """
+        found: list[Finding] = []
         for _ in range(PASSES_MAX):
             found = await self._verify(chunk, row)
             if not found:
                 break
             rows = await self._engine.scan(chunk, chunk + b"\x00", limit=1)
             if not rows:
-                return
+                return []
             if rows[0][1] == row:
-                self.report.findings += found
                 break
-            row = rows[0][1]
+            row, found = rows[0][1], []
         self.report.chunks += not is_tombstone(row)
+        self.report.findings += found
+        return found
 
     async def _verify(self, chunk: bytes, row: bytes) -> list[Finding]:
         try:
             record = decode_record(chunk, row)
         except Corruption as error:
             return [Finding("record", describe_chunk(chunk), 0, error.message)]
-        return [
-            finding
-            for extent in _extents(record)
-            for finding in await self._engine.during(self._verify_extent(chunk, record, extent))
-        ]
+        return [finding for extent in _extents(record) for finding in await self._verify_extent(chunk, record, extent)]
 
     async def _verify_extent(self, chunk: bytes, record: Record, extent: Extent) -> list[Finding]:
         found = []
-        self._engine.reader.drop_cache(extent)
+        name = describe_chunk(chunk)
         try:
             # Read once, not again for each piece.
-            sums = await self._engine.reader.sums(chunk, extent, record.granule_log2)
+            sums = await self._engine.during(self._sums(chunk, extent, record.granule_log2))
         except Corruption as error:
-            return [Finding("data", describe_chunk(chunk), 0, error.message)]
+            return [Finding("data", name, 0, error.message)]
         except OSError as error:
-            return [Finding("data", describe_chunk(chunk), 0, f"the checksums cannot be read: {error}")]
+            return [Finding("data", name, 0, f"the checksums cannot be read: {error}")]
         extent = extent._replace(sums=sums, slot=None)
         for offset in range(0, extent.length, PIECE_BYTES):
             piece = self._buffer[: min(PIECE_BYTES, extent.length - offset)]
+            read = self._engine.reader.read_extent(chunk, extent, record.granule_log2, offset, piece)
             try:
-                await self._engine.reader.read_extent(chunk, extent, record.granule_log2, offset, piece)
+                await self._engine.during(read)
             except Corruption as error:
-                found.append(Finding("data", describe_chunk(chunk), error.offset or 0, error.message))
+                found.append(Finding("data", name, error.offset or 0, error.message))
             except OSError as error:
-                name = describe_chunk(chunk)
                 found.append(Finding("data", name, offset, f"chunk {name} cannot be read at {offset}: {error}"))
-            await self._pace(len(piece))
+            self.report.read_bytes += len(piece)
+            if self._pace is not None:
+                await self._pace(len(piece))
         return found
 
-    async def _pace(self, read_bytes: int) -> None:
-        self.report.read_bytes += read_bytes
-        if self._bytes_per_s_max is not None:
-            due_s = self._began_s + self.report.read_bytes / self._bytes_per_s_max
-            if (early_s := due_s - self._runtime.now_s()) > 0:
-                await self._runtime.sleep(early_s)
+    async def _sums(self, chunk: bytes, extent: Extent, granule_log2: int) -> bytes:
+        self._engine.reader.drop_cache(extent)
+        return await self._engine.reader.sums(chunk, extent, granule_log2)
 
 
 async def check(engine: ChunkEngine, *, repair: bool = False) -> CheckReport:

@@ -13,3 +13,4 @@ from .manager import *
 from .names import *
 from .replication import *
 from .sharing import *
+from .upkeep import *

@@ -20,6 +20,8 @@ class TargetReport(msgspec.Struct, frozen=True, array_like=True):
     """UP_TO_DATE: the chain version under which the resync ended (for a syncing target)."""
     used_bytes: int = 0
     free_bytes: int = 0
+    unmended: int = 0
+    """Damaged chunks that no other replica could help with."""
 
 
 class Heartbeat(Message):

@@ -94,9 +94,14 @@ class ClientChunkOps:
         return end
 
     async def owners(self, begin_inode: int, end_inode: int) -> AsyncIterator[list[int]]:
+        async for _, page in self.listed(begin_inode, end_inode):
+            yield sorted({split_chunk_id(chunk)[0] for chunk, _ in page})
+
+    async def listed(self, begin_inode: int, end_inode: int) -> AsyncIterator[tuple[int, list[tuple[bytes, int]]]]:
+        """(chain, its chunks of inodes in [begin_inode, end_inode) with their lengths), in pages."""
         for chain in self._connections:
             async for page in self._pages(chain, chunk_id(begin_inode, 0), chunk_id(end_inode, 0)):
-                yield sorted({split_chunk_id(chunk)[0] for chunk, _ in page})
+                yield chain, page
 
     def _chains(self, layout: Chunks | None) -> Iterable[int]:
         return self._connections if layout is None else chains_of(layout)

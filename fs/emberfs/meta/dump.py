@@ -68,6 +68,8 @@ class Header(msgspec.Struct, frozen=True):
     next_inode: int
     counts: dict[str, int]
     """Kind of row -> lines."""
+    cluster: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    """What the names of a cluster are worth nothing without: see `manager.tables`. Not set: an embedded store."""
 
 
 async def dump(kv: KV, write_line: Callable[[str], object]) -> None:
@@ -81,18 +83,18 @@ async def dump(kv: KV, write_line: Callable[[str], object]) -> None:
         async for page in pages(kv, prefix):
             written += len(page)
             for key, value in page:
-                write_line(msgspec.json.encode({"row": row, **_describe(row, key, value)}).decode())
+                write_line(msgspec.json.encode({"row": row, **describe(row, key, value)}).decode())
         if written != counts[row]:
             raise Conflict("the namespace changed while it was dumped: stop the writers and dump again")
 
 
-async def load(kv: KV, lines: Iterable[str]) -> None:
-    """Fill an empty namespace from a dump. No service may be running on it.
+async def load(kv: KV, lines: Iterable[str]) -> Header:
+    """Fill an empty namespace from a dump. No service may be running on it. Returns the header.
 
     Raises AlreadyExists if there are files, StoreFormat if the lines are no dump, a newer one, or not all of one.
     """
     source = iter(lines)
-    header = _parse_header(next(source, ""))
+    header = parse_header(next(source, ""))
     await kv.run(_clear)
     counts = dict.fromkeys(_PREFIXES, 0)
     batch: list[Line] = []
@@ -116,6 +118,7 @@ async def load(kv: KV, lines: Iterable[str]) -> None:
         txn.put(SUPERBLOCK_KEY, encode_row(Superblock(format=FORMAT)))
 
     await kv.run(finish)
+    return header
 
 
 async def _clear(txn: Transaction) -> None:
@@ -137,7 +140,8 @@ def _loader(batch: list[Line]) -> Callable[[Transaction], Any]:
     return work
 
 
-def _parse_header(text: str) -> Header:
+def parse_header(text: str) -> Header:
+    """The first line of a dump. Raises StoreFormat."""
     if (version := _parse(text).get("emberline_metadata")) is None:
         raise StoreFormat("not a metadata dump: its first line is no header")
     if version != DUMP_FORMAT:
@@ -158,11 +162,11 @@ def _parse(text: str) -> Line:
 # ---- one row
 
 
-def _describe(row: str, key: bytes, value: bytes) -> Line:
+def describe(row: str, key: bytes, value: bytes) -> Line:
     """A row as JSON shows it."""
     match row:
         case "inode":
-            return _fields(decode_inode(value))
+            return fields(decode_inode(value))
         case "entry":
             name = entry_name(key).decode()
             return {"parent": unpack_id(key, 1), "name": name, "inode": unpack_id(value), "kind": value[8]}
@@ -171,15 +175,15 @@ def _describe(row: str, key: bytes, value: bytes) -> Line:
         case "xattr":
             return {"inode": unpack_id(key, 1), "name": key[9:].decode(), "value": value}
         case "intent":
-            return {"inode": unpack_id(key, 1), **_fields(decode_intent(value))}
+            return {"inode": unpack_id(key, 1), **fields(decode_intent(value))}
         case "garbage":
             return {"due_ns": unpack_id(key, 1), "inode": unpack_id(key, 9)}
         case _:
-            return {"id": key[1:].decode(), **_fields(decode_trash(value))}
+            return {"id": key[1:].decode(), **fields(decode_trash(value))}
 
 
 def _restore(txn: Transaction, line: Line) -> None:
-    """The reverse of `_describe`."""
+    """The reverse of `describe`."""
     match line["row"]:
         case "inode":
             put_inode(txn, None, _struct(line, Inode))
@@ -200,19 +204,19 @@ def _restore(txn: Transaction, line: Line) -> None:
             txn.add(Counter.TRASH.value, 1)
 
 
-def _fields(struct: msgspec.Struct) -> Line:
+def fields(struct: msgspec.Struct) -> Line:
     """A struct with its names; a layout is {"inline": bytes} or {"chunks": {...}}."""
     line = {name: getattr(struct, name) for name in struct.__struct_fields__}
     layout = line.get("layout")
     if isinstance(layout, Inline):
         line["layout"] = {"inline": layout.data}
     elif isinstance(layout, Chunks):
-        line["layout"] = {"chunks": _fields(layout)}
+        line["layout"] = {"chunks": fields(layout)}
     return line
 
 
 def _struct(line: Line, kind: type[Any]) -> Any:
-    """The reverse of `_fields`."""
+    """The reverse of `fields`."""
     line = dict(line)
     layout = line.get("layout")
     if layout is not None:

@@ -28,7 +28,7 @@ from ..runtime import Runtime
 from ..settings import Config
 from ..transport.codec import decode_message
 from ..types import ROOT_INODE, TRASH_INODE, Inode, Kind
-from . import attributes, background, files, gc, namespace, recovery, session, trash
+from . import attributes, background, files, gc, namespace, reading, recovery, session, trash
 from .check import Finding, check
 from .chunks import ChunkOps
 from .clients import RequestName
@@ -67,6 +67,7 @@ HANDLERS: dict[type[Message], Handler] = {
     messages.TrashEmpty: trash.trash_empty,
     messages.CollectGarbage: gc.collect_garbage,
     messages.Usage: gc.usage,
+    messages.ReadRows: reading.read_rows,
 }
 
 

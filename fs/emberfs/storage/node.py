@@ -46,6 +46,7 @@ from ..messages import (
     ReadChunks,
     RemoveChunks,
     RoutingReply,
+    ScrubChunks,
     Settled,
     SyncDone,
     TargetReport,
@@ -64,6 +65,7 @@ from .lease import Lease
 from .pace import Paces
 from .replica import Replica
 from .resync import ResyncProgress
+from .scrubber import Scrubber
 from .service import check_batch, chunks_read, granule_log2_of
 from .sessions import Sessions
 from .upkeep import Upkeep
@@ -134,6 +136,9 @@ class StorageNode:
         self._is_cut_off = False
         """That was said."""
         self._closing = runtime.future()
+        self.scrubber = Scrubber(
+            self.replicas, runtime, settings=lambda: self.settings, config=self.config, closing=self._closing
+        )
         self._beat_now = runtime.future()
         self._curious: list[asyncio.Future[None]] = []
         """Each is done when a heartbeat that was sent after it was made has been answered."""
@@ -195,6 +200,7 @@ class StorageNode:
             "storage_migrations": sum(each.is_migration for each in resyncs),
             "storage_resync_sent_bytes": sum(each.sent_bytes for each in resyncs),
             "storage_repaired_chunks": sum(each.repairer.repaired for each in self.replicas.values()),
+            **self.scrubber.gauges(),
         }
 
     # --- the manager -----------------------------------------------------------------------------------------------
@@ -331,6 +337,8 @@ class StorageNode:
             self._applying = self._runtime.spawn(self._apply(), "apply-routing")
 
     def _retune(self, config: Config) -> None:
+        if not self._config_version:  # Now it is known whether, and how fast.
+            self._tasks.append(self._runtime.spawn(self.scrubber.run(), "scrub"))
         self._config_version, self.settings = config.version, Settings.of(config.values)
         self._paces.retune(self.settings)
         retuned, self._retuned = self._retuned, self._runtime.future()
@@ -342,7 +350,10 @@ class StorageNode:
         for replica in self.replicas.values():
             identity, (state, version) = replica.engine.identity, replica.local_state()
             used_bytes, free_bytes = replica.engine.space()
-            reports.append(TargetReport(identity.target, identity.generation, state, version, used_bytes, free_bytes))
+            unmended = len(replica.repairer.unmended)
+            reports.append(
+                TargetReport(identity.target, identity.generation, state, version, used_bytes, free_bytes, unmended)
+            )
         return reports + [TargetReport(target, b"", LocalState.OFFLINE) for target in self._broken]
 
     # --- the routing -----------------------------------------------------------------------------------------------
@@ -423,6 +434,7 @@ class StorageNode:
                         await upkeep.drop_requests(self._sessions)
                 except EmberError as error:
                     log.warning("upkeep of a target failed: %s", error)
+            await self.scrubber.look_again()
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -460,6 +472,8 @@ class StorageNode:
                 return await self._update(request.client, chain_versions, updates, expected=request.versions)
             case ListChunks():
                 return await self._replica(request.chain).list(request)
+            case ScrubChunks():
+                return await self.scrubber.serve(request)
         if isinstance(request, _OF_NEIGHBOURS):
             return await self._replica(request.chain).handle(request, buffers)
         raise ProtocolError(f"a storage node does not serve {type(request).__name__}")

@@ -1,6 +1,7 @@
 """Repair of a damaged chunk from another replica of its chain.
 
 Only a committed version with nothing pending is repaired, by exactly that version: its length and CRC are compared.
+What nobody could help with is remembered, for the operator, until it is repaired or found to be well (`note_well`).
 
 Does not know: how damage is found.
 """
@@ -23,6 +24,9 @@ from .view import View
 if TYPE_CHECKING:
     from .replica import Replica
 
+UNMENDED_MAX = 10_000
+"""So many chunks are remembered: a disk with more of them is to be replaced anyway."""
+
 
 class Repairer:
     """Repairs chunks of one target."""
@@ -35,6 +39,8 @@ class Repairer:
         """Chunks so far."""
         self.failed = 0
         """Attempts without a replica that had the bytes."""
+        self.unmended: dict[bytes, None] = {}
+        """Damaged chunks that could not be repaired. Forgotten by a restart: the next look finds them again."""
 
     async def close(self) -> None:
         """Return once nothing runs."""
@@ -51,7 +57,9 @@ class Repairer:
 
     def order(self, view: View, chunk: bytes) -> None:
         """Repair `chunk` in the background, once at a time."""
-        if chunk not in self._ordered and view.others_serving:
+        if not view.others_serving:
+            self._note_unmended(chunk)
+        elif chunk not in self._ordered:
             self._ordered[chunk] = self._runtime.spawn(self._repair_soon(view, chunk), "repair")
 
     async def _repair_soon(self, view: View, chunk: bytes) -> None:
@@ -67,6 +75,8 @@ class Repairer:
     async def repair(self, view: View, chunk: bytes) -> bool:
         """Make `chunk`, whose lock is held, what another replica has committed. False: nobody could help."""
         (state,) = await self._replica.engine.states([chunk])
+        if state is None:
+            self.note_well(chunk)
         if state is None or (state.pending_version and not state.damaged):
             return False
         for other in view.others_serving:
@@ -77,9 +87,19 @@ class Repairer:
             if item is not None and view is self._replica.view:
                 await self._replica.engine.install([item])
                 self.repaired += 1
+                self.note_well(chunk)
                 return True
         self.failed += 1
+        self._note_unmended(chunk)
         return False
+
+    def note_well(self, chunk: bytes) -> None:
+        """Somebody has looked: nothing is wrong with `chunk` any more."""
+        self.unmended.pop(chunk, None)
+
+    def _note_unmended(self, chunk: bytes) -> None:
+        if len(self.unmended) < UNMENDED_MAX:
+            self.unmended[chunk] = None
 
     async def _fetch(self, view: View, other: ChainTarget, chunk: bytes, state: ChunkState) -> InstallItem | None:
         row = await self._row(view, other, chunk)

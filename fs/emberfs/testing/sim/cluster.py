@@ -281,6 +281,8 @@ class ClusterConfig:
     """Of a client's operation."""
     session_timeout_s: float = 15.0
     tombstone_s: float = 20.0
+    scrub_interval_s: float = 0.0
+    """Nothing is scrubbed, unless a test wants it."""
 
 
 class SimCluster:
@@ -331,7 +333,7 @@ class SimCluster:
 
     async def _set_up(self, console: SimClient) -> None:
         await console.process.sleep(3.0)  # All nodes have sent a heartbeat: the table is made over those that have.
-        own = {"session_timeout_s": self.config.session_timeout_s, "tombstone_s": self.config.tombstone_s}
+        own = {name: getattr(self.config, name) for name in ("session_timeout_s", "tombstone_s", "scrub_interval_s")}
         await console.routes._managers.ask(SetConfig(1, SETTINGS | own), ConfigReply, timeout_s=30.0)
         setup = SetupChains(self.config.replicas, self.config.targets_per_disk)
         await console.routes._managers.ask(setup, Done, timeout_s=30.0)
