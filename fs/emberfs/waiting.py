@@ -76,9 +76,15 @@ async def until(runtime: Runtime, work: Coroutine[Any, Any, T], stop: asyncio.Fu
 async def pause(runtime: Runtime, seconds: float, stop: asyncio.Future[None]) -> None:
     """Sleep, but not longer than until `stop` is done."""
     timer = runtime.timer(seconds)
+
+    def end(_: asyncio.Future[None]) -> None:
+        finish(timer)
+
+    stop.add_done_callback(end)
     try:
-        await first_of(runtime, timer, stop)
+        await timer
     finally:
+        stop.remove_done_callback(end)
         timer.cancel()
 
 

@@ -333,7 +333,9 @@ class ManagerService:
 
     def _plans(self) -> list[Plan]:
         """What this tick has to do."""
-        plans: list[Plan] = [self._expire_sessions]
+        plans: list[Plan] = []
+        if self._expire_sessions() is not None:
+            plans.append(self._expire_sessions)
         if self._unsettled:
             plans.append(self._settle_chains)
         alive = frozenset(self._cluster.nodes) - self._dead
