@@ -104,9 +104,17 @@ async def until(runtime: Runtime, work: Coroutine[Any, Any, T], stop: asyncio.Fu
 async def pause(runtime: Runtime, seconds: float, *stops: asyncio.Future[None]) -> None:
     """Sleep, but not longer than until one of `stops` is done."""
     timer = runtime.timer(seconds)
+
+    def end(_: asyncio.Future[None]) -> None:
+        finish(timer)
+
+    for stop in stops:
+        stop.add_done_callback(end)
     try:
-        await first_of(runtime, timer, *stops)
+        await timer
     finally:
+        for stop in stops:
+            stop.remove_done_callback(end)
         timer.cancel()
 
 

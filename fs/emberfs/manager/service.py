@@ -360,7 +360,9 @@ class ManagerService:
 
     def _plans(self) -> list[Plan]:
         """What this tick has to do."""
-        plans: list[Plan] = [self._expire_sessions]
+        plans: list[Plan] = []
+        if self._expire_sessions() is not None:
+            plans.append(self._expire_sessions)
         if self._cluster.config.waits_s > self._cluster.settings.dead_after_s:
             plans.append(self._shorten_wait)
         if self._unsettled:

@@ -143,6 +143,8 @@ class StorageNode:
         self._curious: list[asyncio.Future[None]] = []
         """Each is done when a heartbeat that was sent after it was made has been answered."""
         self._applying: asyncio.Task[None] | None = None
+        self._applied_version: int | None = None
+        """Of the routing; a newer one that came meanwhile is applied by the next heartbeat."""
         self._tasks: list[asyncio.Task[Any]] = []
         self._calls: dict[asyncio.Task[Message], None] = {}
 
@@ -333,7 +335,8 @@ class StorageNode:
         """Go by `routing` if it is news, and open and drop targets as it says."""
         if routing is not None and routing.version > self.routing.version:
             self._follow(routing)
-        if self._applying is None or self._applying.done():
+        is_applied = self._applied_version == self.routing.version
+        if not is_applied and (self._applying is None or self._applying.done()):
             self._applying = self._runtime.spawn(self._apply(), "apply-routing")
 
     def _retune(self, config: Config) -> None:
@@ -373,9 +376,11 @@ class StorageNode:
 
     async def _apply(self) -> None:
         """Open and drop targets until what is open is what the routing says."""
+        version = self.routing.version
         await self._close_others(self.routing)
         await self._open_targets(self.routing)
         self._follow(self.routing)
+        self._applied_version = version
 
     async def _open_targets(self, routing: Routing) -> None:
         for target in routing.targets:

@@ -84,6 +84,9 @@ class Handle:
     def cancelled(self) -> bool:
         return self.callback is None
 
+    done = cancelled
+    """As of a future: there is nothing to wait for."""
+
 
 TaskStep = tuple[Any, tuple[Any, ...], Context, asyncio.Task[Any]]
 """Callback, arguments, context and task of what runs a task on. No handle: asyncio never takes one back."""
@@ -157,14 +160,18 @@ class SimLoop(asyncio.AbstractEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Any, *args: Any, context: Context | None = None
     ) -> Handle:
-        return self.call_at(self._time_s + delay, callback, *args, context=context)
+        return self.set_off(self._time_s + delay, callback, args, copy_context() if context is None else context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
     ) -> Handle:
+        return self.set_off(when, callback, args, copy_context() if context is None else context)
+
+    def set_off(self, when: float, callback: Any, args: tuple[Any, ...], context: Context) -> Handle:
+        """`call_at` for those who call it often."""
         if self._closed:
             self._refuse()
-        handle = Handle(callback, args, copy_context() if context is None else context)
+        handle = Handle(callback, args, context)
         self._timer_count += 1
         heapq.heappush(self._timers, (when, self._timer_count, handle))
         return handle
@@ -267,55 +274,53 @@ class SimLoop(asyncio.AbstractEventLoop):
         raise RuntimeError("the simulation is over")
 
     def _drive(self, is_over: Callable[[], bool]) -> None:
+        """Run one callback after the other: a ready task, or the oldest plain callback. One loop, since it is the
+        hottest one."""
         assert asyncio._get_running_loop() is None, "a simulation inside an event loop"
         asyncio._set_running_loop(self)
+        tasks, callbacks, draw = self._task_steps, self._callbacks, self._draw
         try:
             while not is_over():
-                if self.steps >= STEPS_MAX:
-                    raise Livelock("\n  ".join([f"no end after {STEPS_MAX} steps:", *self.pending()]))
-                if self._task_steps or self._callbacks:
-                    self._step()
-                else:
+                count = len(tasks)
+                choices = count + 1 if callbacks else count
+                if not choices:
                     self._jump()
+                    continue
+                choice = int(draw() * choices) if choices > 1 else 0
+                step: Ready
+                if choice < count:
+                    step, tasks[choice] = tasks[choice], tasks[-1]
+                    tasks.pop()
+                    callback, args, context, task = step
+                    name = task.get_name()
+                else:
+                    step = callbacks.popleft()
+                    callback, args, context = step.callback, step.args, step.context
+                    if callback is None:
+                        continue
+                    name = _name(callback)
+                process = context.get(PROCESS)
+                if process is not None and process.is_stopped and not process.may_run(step):
+                    continue
+                self.steps += 1
+                self._events.append(name)
+                try:
+                    context.run(callback, *args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self.call_exception_handler({"message": f"{name} raised", "exception": error})
                 if self._unhandled:
                     raise Unhandled(self._unhandled[0]["message"]) from self._unhandled[0].get("exception")
+                if self.steps >= STEPS_MAX:
+                    raise Livelock("\n  ".join([f"no end after {STEPS_MAX} steps:", *self.pending()]))
         finally:
             asyncio._set_running_loop(None)
-
-    def _step(self) -> None:
-        """Run one callback: a ready task, or the oldest plain callback."""
-        tasks, callbacks = self._task_steps, self._callbacks
-        count = len(tasks)
-        choices = count + 1 if callbacks else count
-        choice = int(self._draw() * choices) if choices > 1 else 0
-        step: Ready
-        if choice < count:
-            step, tasks[choice] = tasks[choice], tasks[-1]
-            tasks.pop()
-            callback, args, context, task = step
-            name = task.get_name()
-        else:
-            step = callbacks.popleft()
-            callback, args, context = step.callback, step.args, step.context
-            if callback is None:
-                return
-            name = _name(callback)
-        process = context.get(PROCESS)
-        if process is not None and process.is_stopped and not process.may_run(step):
-            return
-        self.steps += 1
-        self._events.append(name)
-        try:
-            context.run(callback, *args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            self.call_exception_handler({"message": f"{name} raised", "exception": error})
 
     def _jump(self) -> None:
         """Nothing is ready: move time to the next timer, and make ready all that are due then."""
         timers = self._timers
-        while timers and timers[0][2].cancelled():
+        while timers and timers[0][2].done():
             heapq.heappop(timers)
         if not timers:
             raise Deadlock("\n  ".join(["every task waits for another:", *self.pending()]))
@@ -441,7 +446,7 @@ class SimRuntime:
 
     def _delay_s(self) -> float:
         """From 5 us to 5 ms, each order of magnitude as likely: the long ones let everything else overtake."""
-        return float(5e-6 * 10 ** self._delays.uniform(0, 3))
+        return float(5e-6 * 1000 ** self._delays.random())
 
 
 def run(seed: int, main: Callable[[SimRuntime], Coroutine[Any, Any, T]]) -> T:

@@ -137,7 +137,8 @@ class SimFabric:
 
     def later(self, delay_s: float, callback: Callable[..., None], *args: Any) -> None:
         """Call it in nobody's name."""
-        self.world.loop.call_later(delay_s, callback, *args, context=self._context)
+        loop = self.world.loop
+        loop.set_off(loop.time() + delay_s, callback, args, self._context)
 
     def delay_s(self) -> float:
         """From 0.1 to 2 ms; seldom up to a second, when links are slow."""
