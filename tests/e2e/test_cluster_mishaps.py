@@ -220,3 +220,15 @@ def test_join_renews_and_does_not_overwrite_others(
     assert "a manager that has `authority` gives one" in wrong.stderr
     (tmp_path / "tls" / "cert.pem").write_text("?")
     assert "that cannot be read" in join(token("storage"), "--into", tmp_path / "tls", code=1)
+
+
+def test_servers_of_another_user_are_told_as_such(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    before = pids(cluster)
+    monkeypatch.setattr(os, "kill", refuse)
+    said = emberline("cluster", "down", "--dir", cluster.directory, code=1).stderr
+    last = list(before)[-1]
+    assert f"{last} is process {before[last]} of another user" in said
+    assert pids(cluster) == before

@@ -20,6 +20,7 @@ def test_what_changes_is_said_once() -> None:
         "0 left",
     ]
     assert heard([(False, "2 left"), (True, "2 left")], said="2 left") == []
+    assert heard([(False, "2 left"), (True, "")]) == ["2 left"]
 
 
 def test_a_long_wait_is_said_again() -> None:

@@ -63,7 +63,7 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
     if unheard:
         problems.append(
             f"not heard of by the present primary manager: {', '.join(unheard)}; after a change of the primary that "
-            "takes a second, else start them"
+            "takes a second, else start them, or forget them with `emberline cluster remove-node`"
         )
     metas = [status for status in reply.nodes if status.node.role == Role.META]
     if metas and not any(status.alive for status in metas):

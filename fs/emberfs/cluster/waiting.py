@@ -31,7 +31,8 @@ def wait_until(
         is_done, words = look()
         now_s = time.monotonic()
         if words != said:
-            say(words)
+            if words:
+                say(words)
             said, said_s = words, now_s
         elif not is_done and now_s - said_s >= again_s:
             say(f"{words} (waiting for {now_s - begin_s:.0f} s)")
