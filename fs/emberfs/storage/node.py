@@ -16,13 +16,12 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from ..engine import Action, ChunkEngine, Request, Update
+from ..engine import Action, ChunkEngine, Update
 from ..errors import (
     AccessDenied,
     AlreadyExists,
     Corruption,
     EmberError,
-    LimitExceeded,
     ProtocolError,
     SessionExpired,
     StaleChunk,
@@ -58,15 +57,15 @@ from ..routing import LocalState, Node, Routing
 from ..runtime import Runtime
 from ..settings import Config, Settings
 from ..transport.types import Network
-from ..types import BATCH_ITEMS_MAX
 from ..waiting import all_of, call, drop, finish, first_of, look, pause
 from .config import StorageConfig
+from .items import by_chain, name_of, removals, writes
 from .lease import Lease
 from .pace import Paces
 from .replica import Replica
 from .resync import ResyncProgress
 from .scrubber import Scrubber
-from .service import check_batch, chunks_read, granule_log2_of
+from .service import check_batch, chunks_read
 from .sessions import Sessions
 from .upkeep import Upkeep
 
@@ -466,14 +465,14 @@ class StorageNode:
             case ReadChunks():
                 return await self._read(request, buffers)
             case WriteChunks():
-                return await self._update(request.client, request.chain_versions, _writes(request, buffers))
+                return await self._update(request.client, request.chain_versions, writes(request, buffers))
             case TruncateChunk():
-                name = _name(request, 0)
+                name = name_of(request, 0)
                 update = Update(request.chunk, Action.TRUNCATE, request.length, request=name)
                 chain_versions, updates = [request.chain_version], [(request.chain, update)]
                 return await self._update(request.client, chain_versions, updates, expected=[request.version])
             case RemoveChunks():
-                chain_versions, updates = request.chain_versions, _removals(request)
+                chain_versions, updates = request.chain_versions, removals(request)
                 return await self._update(request.client, chain_versions, updates, expected=request.versions)
             case ListChunks():
                 return await self._replica(request.chain).list(request)
@@ -504,7 +503,7 @@ class StorageNode:
             for index, result in zip(indices, part, strict=True):
                 results[index] = result
 
-        groups = _by_chain(request.chains, request.chain_versions)
+        groups = by_chain(request.chains, request.chain_versions)
         await self._all([read_of(chain, version, indices) for (chain, version), indices in groups.items()])
         return chunks_read(results)
 
@@ -521,7 +520,7 @@ class StorageNode:
         if expected and len(expected) != len(updates):
             raise ProtocolError("a request names the version of each chunk, or of none")
         await self._know(client)
-        groups = _by_chain([chain for chain, _ in updates], chain_versions)
+        groups = by_chain([chain for chain, _ in updates], chain_versions)
         await self._all(
             [
                 self._replica(chain).update(
@@ -564,40 +563,3 @@ class StorageNode:
         if changes and is_part_done and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
             raise UpdateUnknown(f"a part was done, then: {worst}") from worst
         raise worst
-
-
-def _by_chain(chains: Sequence[int], versions: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """(chain, version that the client goes by) -> indices of its items."""
-    if len(versions) != len(chains):
-        raise ProtocolError("a request to a cluster names the version of each chain")
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, key in enumerate(zip(chains, versions, strict=True)):
-        groups.setdefault(key, []).append(index)
-    return groups
-
-
-def _name(request: WriteChunks | TruncateChunk | RemoveChunks, slot: int) -> Request:
-    return Request(request.client, request.channel * BATCH_ITEMS_MAX + slot, request.sequence)
-
-
-def _writes(request: WriteChunks, buffers: Sequence[memoryview]) -> list[tuple[int, Update]]:
-    action = Action.REPLACE if request.replace else Action.WRITE
-    granule_log2 = granule_log2_of(request.chunk_size_bytes)
-    slots = request.slots or range(len(request.chunks))
-    updates = []
-    for chain, chunk, offset, slot, payload in zip(
-        request.chains, request.chunks, request.offsets, slots, buffers, strict=True
-    ):
-        if offset + len(payload) > request.chunk_size_bytes:
-            raise LimitExceeded(f"a write ends at {offset + len(payload)} of a {request.chunk_size_bytes} B chunk")
-        update = Update(chunk, action, offset, payload, request=_name(request, slot), granule_log2=granule_log2)
-        updates.append((chain, update))
-    return updates
-
-
-def _removals(request: RemoveChunks) -> list[tuple[int, Update]]:
-    slots = request.slots or range(len(request.chunks))
-    return [
-        (chain, Update(chunk, Action.REMOVE, request=_name(request, slot)))
-        for chain, chunk, slot in zip(request.chains, request.chunks, slots, strict=True)
-    ]

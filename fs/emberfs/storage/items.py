@@ -1,0 +1,54 @@
+"""What a request asks of each chain: its items by chain, and each of them as an update.
+
+Does not know: replicas, or who may send what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..engine import Action, Request, Update
+from ..errors import LimitExceeded, ProtocolError
+from ..messages import RemoveChunks, TruncateChunk, WriteChunks
+from ..types import BATCH_ITEMS_MAX
+from .service import granule_log2_of
+
+
+def by_chain(chains: Sequence[int], versions: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """(chain, version that the client goes by) -> indices of its items."""
+    if len(versions) != len(chains):
+        raise ProtocolError("a request to a cluster names the version of each chain")
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, key in enumerate(zip(chains, versions, strict=True)):
+        groups.setdefault(key, []).append(index)
+    return groups
+
+
+def name_of(request: WriteChunks | TruncateChunk | RemoveChunks, slot: int) -> Request:
+    """Under which the item in `slot` is applied once."""
+    return Request(request.client, request.channel * BATCH_ITEMS_MAX + slot, request.sequence)
+
+
+def writes(request: WriteChunks, buffers: Sequence[memoryview]) -> list[tuple[int, Update]]:
+    """(chain, update) of each item. Raises LimitExceeded."""
+    action = Action.REPLACE if request.replace else Action.WRITE
+    granule_log2 = granule_log2_of(request.chunk_size_bytes)
+    slots = request.slots or range(len(request.chunks))
+    updates = []
+    for chain, chunk, offset, slot, payload in zip(
+        request.chains, request.chunks, request.offsets, slots, buffers, strict=True
+    ):
+        if offset + len(payload) > request.chunk_size_bytes:
+            raise LimitExceeded(f"a write ends at {offset + len(payload)} of a {request.chunk_size_bytes} B chunk")
+        update = Update(chunk, action, offset, payload, request=name_of(request, slot), granule_log2=granule_log2)
+        updates.append((chain, update))
+    return updates
+
+
+def removals(request: RemoveChunks) -> list[tuple[int, Update]]:
+    """(chain, update) of each item."""
+    slots = request.slots or range(len(request.chunks))
+    return [
+        (chain, Update(chunk, Action.REMOVE, request=name_of(request, slot)))
+        for chain, chunk, slot in zip(request.chains, request.chunks, slots, strict=True)
+    ]
