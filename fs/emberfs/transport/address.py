@@ -19,16 +19,19 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         if self.path:
-            return UNIX + self.path
+            return UNIX + self.path.replace("\0", "@")
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse_address(text: str) -> Address:
     """Raises InvalidPath."""
     if text.startswith(UNIX):
-        if not text.startswith(UNIX + "/"):
+        path = text.removeprefix(UNIX)
+        if path.startswith("@"):  # In the abstract namespace, where there are no files.
+            return Address(path="\0" + path[1:])
+        if not path.startswith("/"):
             raise InvalidPath(f"the path of a socket is absolute: unix:/path, not {text!r}")
-        return Address(path=text.removeprefix(UNIX))
+        return Address(path=path)
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not (host and colon and port.isascii() and port.isdigit() and int(port) < 1 << 16):

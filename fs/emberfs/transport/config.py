@@ -41,6 +41,8 @@ class TcpConfig:
     """Plain text to and from other machines is all right."""
     admits_strangers: bool = False
     """As a server with TLS: take a `Join`, and nothing else, from peers that have no certificate."""
+    shares_memory: bool = True
+    """As a server: take memory of clients on this host, and read and write it in place. As a client: hand it over."""
     connect_timeout_s: float = 2.0
     """For the whole way to a handshake, each side."""
     call_timeout_s: float | None = None

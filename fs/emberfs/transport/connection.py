@@ -4,7 +4,7 @@ Invariants:
   - A call that was not sent is sent over the next connection; if there is none to be had it raises, and so does every
     call that waited with it. A call that was sent is never sent again: that is its caller's to decide.
   - Small calls never wait behind large ones. There is no other order among calls.
-  - When `call` returns or raises, nothing here refers to the caller's memory any more.
+  - When `call` returns or raises, nothing here refers to the caller's memory any more, and no server writes to it.
 
 Does not know: frames (`link`), or what a call means.
 """
@@ -12,6 +12,8 @@ Does not know: frames (`link`), or what a call means.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import socket
 import ssl
@@ -36,12 +38,16 @@ from .address import is_loopback, parse_address
 from .codec import encode_message
 from .config import TcpConfig
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
+from .handshake import this_host
 from .link import Call, Link
+from .region import Blocks
 from .tls import TlsContexts, is_tls_refusal
 from .window import SMALL_BYTES_MAX
 from .wire import Wire, start_tls
 
 BACKOFF_S_MIN = 0.02
+
+log = logging.getLogger("emberline.transport")
 
 
 class TcpConnection:
@@ -55,13 +61,17 @@ class TcpConnection:
         config: TcpConfig,
         contexts: TlsContexts | None,
         watch: Callable[[Wire], None],
+        blocks: Blocks | None = None,
     ) -> None:
-        """`watch` is told each new wire, to keep it alive and to notice its silence. Raises InvalidPath."""
+        """`watch` is told each new wire, to keep it alive and to notice its silence. `blocks`: hand memory to a server
+        of this host. Raises InvalidPath.
+        """
         self._runtime = runtime
         self._address = parse_address(address)
         self._config = config
         self._contexts = contexts
         self._watch = watch
+        self._blocks = blocks
         self._link: Link | None = None
         """The connection that takes new calls. One that is draining may live on beside it."""
         self._connecting: asyncio.Task[None] | None = None
@@ -93,6 +103,10 @@ class TcpConnection:
             return await call.future
         except asyncio.CancelledError:
             self._give_up(call)
+            while call.released is not None and not call.released.done():
+                # The server still writes to the caller's memory: it ends soon, or is lost.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(call.released)
             raise
         finally:
             if timer is not None:
@@ -174,15 +188,37 @@ class TcpConnection:
             self._changed(self._link)  # It may be gone again.
 
     async def _open(self) -> Link:
-        """A connection that was let in."""
+        """A connection that was let in: through the server's door, if that is on this host."""
         sock = await self._connected_socket()
-        link = Link(self._runtime, sock, config=self._config, address=str(self._address), on_change=self._changed)
+        link = await self._greet(sock, self._blocks if self._address.path else None)
+        answer = link.answer
+        if self._blocks is not None and answer is not None and answer.door and answer.host == this_host():
+            try:
+                sock = await self._try(socket.AF_UNIX, parse_address(answer.door).path)
+                local = await self._greet(sock, self._blocks, key=answer.key)
+            except (EmberError, OSError) as error:
+                log.debug("no shared memory with %s: %s", self._address, error)
+            else:
+                link.wire.lose(ConnectionError("goes on through the door"))
+                link = local
+        self._watch(link.wire)
+        return link
+
+    async def _greet(self, sock: socket.socket, blocks: Blocks | None, *, key: str = "") -> Link:
+        link = Link(
+            self._runtime,
+            sock,
+            config=self._config,
+            address=str(self._address),
+            on_change=self._changed,
+            blocks=blocks,
+            key=key,
+        )
         try:
             await link.welcome
         except BaseException:
             link.wire.lose(ConnectionError("not let in"))
             raise
-        self._watch(link.wire)
         return link
 
     async def _connected_socket(self) -> socket.socket:

@@ -4,6 +4,9 @@
     header   buffer count × u32 lengths, then the encoded message
     payload  the bytes of the buffers, one after the other; only in a REQUEST and a REPLY
 
+A PLACED request has its buffers in regions (`region`): where they are stands before the message, as count × (number,
+offset), and no byte of them travels.
+
 Invariants:
   - Nothing of a frame is believed before its CRC and its limits were checked. A stream that breaks one raises
     `ProtocolError` once and is over: what follows cannot be trusted to begin at a frame.
@@ -71,6 +74,14 @@ class Kind(enum.IntEnum):
     """Nobody waits for this call any more. It is answered all the same."""
     GOODBYE = 8
     """The server takes no new call; those under way still end."""
+    REGION = 9
+    """A file descriptor comes with it: memory of the client, from now on the region of this number."""
+    FORGET = 10
+    """The region of this number is not named any more."""
+    PLACED = 11
+    """A request whose buffers lie in regions, to be filled or not."""
+    PLACED_REPLY = 12
+    """To a PLACED request: how many bytes of each buffer were filled."""
 
 
 class Frame(NamedTuple):
@@ -100,6 +111,22 @@ def encode_frame(kind: Kind, call: int, body: bytes = b"", lengths: Sequence[int
     header = struct.pack(f"<{len(lengths)}I", *lengths) + body if lengths else body
     prefix = _PREFIX.pack(MAGIC, FRAME_VERSION, kind, len(lengths), call, len(header), crc32c(header))
     return prefix + _U32.pack(crc32c(prefix)) + header
+
+
+_PLACE = struct.Struct("<QQ")
+
+
+def encode_places(places: Iterable[tuple[int, int]]) -> bytes:
+    """(number, offset) of each buffer."""
+    return b"".join(_PLACE.pack(number, offset) for number, offset in places)
+
+
+def decode_places(body: memoryview, count: int) -> tuple[list[tuple[int, int]], memoryview]:
+    """The places of `count` buffers, and what follows. Raises ProtocolError."""
+    size = count * _PLACE.size
+    if size > len(body):
+        raise ProtocolError(f"a frame with {count} buffers and without their places")
+    return list(_PLACE.iter_unpack(body[:size])), body[size:]
 
 
 class FrameReader:
@@ -209,7 +236,7 @@ class FrameReader:
             raise ProtocolError("a frame's prefix does not match its checksum")
         if version != FRAME_VERSION:
             raise ProtocolError(f"frame version {version}: this program knows only {FRAME_VERSION}")
-        if not Kind.HELLO <= kind <= Kind.GOODBYE:
+        if not Kind.HELLO <= kind <= Kind.PLACED_REPLY:
             raise ProtocolError(f"a frame of unknown kind {kind}")
         if length > self.header_bytes_max:
             raise ProtocolError(f"a header of {length} bytes is over the limit of {self.header_bytes_max}")

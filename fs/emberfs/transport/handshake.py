@@ -10,9 +10,12 @@ Does not know: sockets. `Certificate` is what TLS has proved already.
 
 from __future__ import annotations
 
+import functools
 import hmac
+import os
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -36,6 +39,12 @@ class Hello(msgspec.Struct, array_like=True):
     """Of a server: how many calls may be under way."""
     bytes_max: int = 0
     """Of a server: how many bytes of them."""
+    door: str = ""
+    """Of a server: where clients of its own host may come instead, and hand over memory. Empty: nowhere."""
+    key: str = ""
+    """Of a server: the token to say there. It is good once, and makes the client what it is here."""
+    host: str = ""
+    """Of a server: the host of `door`, see `this_host`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,16 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Hello)
 
 
+@functools.cache
+def this_host() -> str:
+    """The running system and its network, as processes that can reach each other's abstract sockets see it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+    except OSError:
+        return ""
+
+
 def encode_hello(hello: Hello) -> bytes:
     return _encoder.encode(hello)
 
@@ -63,8 +82,9 @@ def decode_hello(body: memoryview) -> Hello:
         raise ProtocolError(f"not a greeting that this program knows: {error}") from error
 
 
-def client_hello(config: TcpConfig) -> Hello:
-    return Hello(PROTOCOL_MIN, PROTOCOL_MAX, config.cluster, config.role, config.token)
+def client_hello(config: TcpConfig, *, key: str = "") -> Hello:
+    """`key`: what the server gave us for its door."""
+    return Hello(PROTOCOL_MIN, PROTOCOL_MAX, config.cluster, config.role, key or config.token)
 
 
 def answer_hello(config: TcpConfig, theirs: Hello, *, certificate: Certificate | None, is_stranger: bool) -> Hello:

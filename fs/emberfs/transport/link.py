@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from socket import socket
+from typing import NamedTuple
 
 from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
 from ..messages import Message
 from ..runtime import AsyncioRuntime
 from .codec import decode_failure, decode_message
 from .config import TcpConfig
-from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame
+from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame, encode_places
 from .handshake import Hello, accept_answer, certificate_of, client_hello, decode_hello, encode_hello
+from .region import Block, Blocks, Place, Region, find
 from .window import Window
 from .wire import Outgoing, Wire
 
@@ -32,10 +36,15 @@ _SCRATCH = memoryview(bytearray(64 << 10))
 """Written by everybody, read by nobody."""
 
 
+PLACED_BYTES_MIN = 32 << 10
+"""Below, to write and read the bytes on the socket costs less than to copy them and say where they are."""
+
+
 class Call:
     """A request of this process, from `connection.call` to its answer."""
 
     __slots__ = (
+        "block",
         "body",
         "buffers",
         "changes_nothing",
@@ -45,6 +54,8 @@ class Call:
         "name",
         "number",
         "outgoing",
+        "places",
+        "released",
         "weight",
     )
 
@@ -61,6 +72,12 @@ class Call:
         """None before it has a place in a connection's queue."""
         self.link: Link | None = None
         """The connection it was sent over."""
+        self.block: Block | None = None
+        """Stands for those buffers that lie in no region."""
+        self.places: list[Sent] = []
+        """Of its buffers, if it was sent so."""
+        self.released: asyncio.Future[None] | None = None
+        """Its buffers lie in regions themselves: done when no server writes to them any more."""
 
     @property
     def may_have_happened(self) -> bool:
@@ -70,6 +87,16 @@ class Call:
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
+
+
+class Sent(NamedTuple):
+    """A buffer of a call, as the server knows it."""
+
+    place: Place
+    number: int
+    """Of the region when the call was sent."""
+    staged: memoryview | None
+    """What stands for it; None: it is itself in a region."""
 
 
 class Link:
@@ -83,13 +110,23 @@ class Link:
         config: TcpConfig,
         address: str,
         on_change: Callable[[Link], None],
+        blocks: Blocks | None = None,
+        key: str = "",
     ) -> None:
-        """`on_change` is called when there is room for calls, and when there will be none any more."""
+        """`on_change` is called when there is room for calls, and when there will be none any more.
+
+        `blocks`: the server is on this host, behind a unix socket, and takes memory. `key`: what it gave us for that.
+        """
         self.wire = Wire(runtime.loop, sock, self)
         self.welcome: asyncio.Future[None] = runtime.future()
         """Done when the server has let us in; else the error."""
+        self.answer: Hello | None = None
+        """What the server said of itself."""
         self.is_draining = False
         """The server takes no more calls."""
+        self._blocks = blocks
+        self._announced: dict[int, weakref.ref[Region]] = {}
+        """Regions that the server knows, by number."""
         self._config = config
         self._address = address
         self._certificate = certificate_of(sock)
@@ -98,7 +135,7 @@ class Link:
         self._calls: dict[int, Call] = {}
         self._count = 0
         self._arriving: tuple[Call, Message | Exception] | None = None
-        self.wire.send(Outgoing(encode_frame(Kind.HELLO, 0, encode_hello(client_hello(config)))))
+        self.wire.send(Outgoing(encode_frame(Kind.HELLO, 0, encode_hello(client_hello(config, key=key)))))
 
     def has_room(self, weight: int) -> bool:
         """True if a call of `weight` bytes may be sent now."""
@@ -110,9 +147,15 @@ class Link:
         call.number = self._count
         call.link = self
         lengths = [len(buffer) for buffer in call.buffers]
-        header = encode_frame(Kind.FETCH if call.fills else Kind.REQUEST, call.number, call.body, lengths)
+        if self._blocks is not None and call.buffers:
+            self._place(call, lengths, self._blocks)
+        if call.places:
+            places = encode_places((sent.number, sent.place.offset) for sent in call.places)
+            call.outgoing = Outgoing(encode_frame(Kind.PLACED, call.number, places + call.body, lengths))
+        else:
+            header = encode_frame(Kind.FETCH if call.fills else Kind.REQUEST, call.number, call.body, lengths)
+            call.outgoing = Outgoing(header, () if call.fills else call.buffers)
         call.body = b""
-        call.outgoing = Outgoing(header, () if call.fills else call.buffers)
         self._calls[call.number] = call
         self._window.take(call.weight)
         self.wire.send(call.outgoing)
@@ -126,11 +169,81 @@ class Link:
             self._forget(call)
             return
         call.outgoing.detach()
-        call.buffers = ()
+        if call.released is None:
+            call.buffers = ()
         if self._arriving is not None and self._arriving[0] is call:
             self.wire.reader.divert(_SCRATCH)
         if call.changes_nothing:  # An update goes on to its end anyway.
             self.wire.send(Outgoing(encode_frame(Kind.CANCEL, call.number)))
+
+    # ---- memory
+
+    def _place(self, call: Call, lengths: Sequence[int], blocks: Blocks) -> None:
+        """Name the buffers by where they lie, or by what stands for them. Few bytes travel on the socket as ever."""
+        found = [find(buffer) for buffer in call.buffers]
+        missing = [length for place, length in zip(found, lengths, strict=True) if place is None]
+        if missing and sum(lengths) < PLACED_BYTES_MIN:
+            return
+        begin = 0
+        if missing:
+            call.block = blocks.take(max(sum(missing), 1))
+        for place, buffer, length in zip(found, call.buffers, lengths, strict=True):
+            staged = None
+            if place is None:
+                assert call.block is not None
+                staged = call.block.view[begin : begin + length]
+                place = Place(call.block.place.region, call.block.place.offset + begin)
+                begin += length
+                if not call.fills:
+                    staged[:] = buffer
+            self._announce(place.region)
+            call.places.append(Sent(place, place.region.number, staged))
+        if call.fills and any(sent.staged is None for sent in call.places):
+            call.released = asyncio.get_running_loop().create_future()
+
+    def _announce(self, region: Region) -> None:
+        if region.number in self._announced:
+            return
+        for number, known in list(self._announced.items()):
+            if (old := known()) is None or old.number != number:
+                del self._announced[number]
+                self.wire.send(Outgoing(encode_frame(Kind.FORGET, number)))
+        self._announced[region.number] = weakref.ref(region)
+        self.wire.send(Outgoing(encode_frame(Kind.REGION, region.number), fd=region.fd))
+
+    def _take_placed(self, call: Call, frame: Frame) -> None:
+        """The buffers have been filled in place: bring what stands for them to where it belongs."""
+        self._arriving = call, ProtocolError("given up")
+        if call.future.done():
+            return
+        try:
+            reply = decode_message(frame.body)
+        except ProtocolError as error:
+            self._arriving = call, error
+            return
+        if len(frame.lengths) != len(call.places) or any(map(operator.gt, frame.lengths, map(len, call.buffers))):
+            raise ProtocolError(f"a reply to {call.name} that does not fit its buffers")
+        if any(sent.place.region.number != sent.number for sent in call.places):
+            # Another server was lost that had a part of the region: what came since is not in the new pages.
+            self._arriving = call, Unreachable(f"{call.name}: its memory was renewed")
+            return
+        for sent, buffer, count in zip(call.places, call.buffers, frame.lengths, strict=True):
+            if sent.staged is not None and count:
+                buffer[:count] = sent.staged[:count]
+        self._arriving = call, reply
+
+    def _release(self, call: Call, *, is_answered: bool) -> None:
+        """No server needs the memory of `call` any more; or (`not is_answered`) one may write to it for ever."""
+        block, call.block = call.block, None
+        if is_answered and block is not None and self._blocks is not None:
+            self._blocks.give(block)
+        if not is_answered and call.fills:
+            for sent in call.places:
+                if sent.staged is None and sent.place.region.number == sent.number:
+                    sent.place.region.renew()
+        call.places = []
+        if call.released is not None and not call.released.done():
+            call.released.set_result(None)
 
     # ---- the wire's
 
@@ -138,6 +251,9 @@ class Link:
         kind = frame.kind
         if kind == Kind.REPLY:
             return self._take_reply(self._called(frame), frame)
+        if kind == Kind.PLACED_REPLY:
+            self._take_placed(self._called(frame), frame)
+            return ()
         if kind == Kind.ERROR and frame.call:
             self._arriving = self._called(frame), decode_failure(frame.body)
         elif kind == Kind.ERROR:
@@ -168,6 +284,8 @@ class Link:
         self._refuse(error)
         calls, self._calls = self._calls, {}
         for call in calls.values():
+            assert call.outgoing is not None
+            self._release(call, is_answered=not call.outgoing.began)
             kind = UpdateUnknown if call.may_have_happened else Unreachable
             call.fail(kind(f"{call.name}: the connection to {self._address} was lost ({error})"))
         self._on_change(self)
@@ -208,6 +326,7 @@ class Link:
             return
         self.wire.reader.header_bytes_max = HEADER_BYTES_MAX
         self._window = Window(answer.calls_max, answer.bytes_max)
+        self.answer = answer
         self.welcome.set_result(None)
 
     def _refuse(self, error: Exception) -> None:
@@ -217,6 +336,7 @@ class Link:
     def _forget(self, call: Call) -> None:
         del self._calls[call.number]
         self._window.give(call.weight)
+        self._release(call, is_answered=True)
         if self.is_draining and not self._calls:
             self.wire.close_when_sent()
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from ..errors import AccessDenied
 from ..runtime import AsyncioRuntime
-from .address import Address, is_loopback
+from .address import Address, is_loopback, parse_address
 from .blocks import BlockPool
 from .config import TcpConfig
-from .handshake import certificate_of
+from .door import Door
+from .handshake import certificate_of, this_host
 from .session import Session
 from .tls import TlsContexts
 from .types import Service
@@ -56,6 +57,9 @@ class TcpListener:
         self._pool = BlockPool()
         self._address = Address()
         self._sock: socket.socket | None = None
+        self._door: Door | None = None
+        self._behind: socket.socket | None = None
+        """Listens at the door."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._idle: asyncio.Future[None] | None = None
 
@@ -75,6 +79,18 @@ class TcpListener:
             self._address = Address(address.host, port)
         self._sock.listen(BACKLOG)
         self._spawn(self._accept(self._sock), "transport-accept")
+        if self._config.shares_memory and not address.path and this_host():
+            self._open_door()
+
+    def _open_door(self) -> None:
+        """Listen where clients of this host come with their memory."""
+        address = parse_address(f"unix:@emberline-{self._runtime.random_bytes(12).hex()}")
+        self._behind = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._behind.setblocking(False)
+        self._behind.bind(address.path)
+        self._behind.listen(BACKLOG)
+        self._door = Door(str(address), self._runtime.random_bytes)
+        self._spawn(self._accept(self._behind), "transport-door")
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """See `types.Listener`."""
@@ -88,6 +104,8 @@ class TcpListener:
             task.cancel()
         await asyncio.wait(tasks)  # The socket is theirs until then.
         sock.close()
+        if self._behind is not None:
+            self._behind.close()
         if self._address.path:
             os.unlink(self._address.path)
         for session in list(self.sessions):
@@ -165,7 +183,7 @@ class TcpListener:
         session = None
         try:
             async with asyncio.timeout(self._config.connect_timeout_s):
-                if not self._address.path:
+                if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     if self._contexts is not None:
                         context = await self._runtime.offload(self._contexts.server)
@@ -191,6 +209,8 @@ class TcpListener:
             name=name,
             is_stranger=isinstance(sock, ssl.SSLSocket) and certificate_of(sock) is None,
             on_change=self._changed,
+            door=self._door,
+            is_local=sock.family == socket.AF_UNIX and self._config.shares_memory,
         )
         self.sessions[session] = None
         return session

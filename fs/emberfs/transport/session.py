@@ -17,14 +17,18 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from socket import socket
 
+from msgspec.structs import replace
+
 from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
 from ..messages import Join, Message
 from ..runtime import AsyncioRuntime
 from .blocks import BlockPool
 from .codec import decode_message, encode_failure, encode_message
 from .config import TcpConfig
-from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame
-from .handshake import answer_hello, certificate_of, check_sender, decode_hello, encode_hello
+from .door import Door
+from .frame import HEADER_BYTES_MAX, Frame, Kind, decode_places, encode_frame
+from .handshake import answer_hello, certificate_of, check_sender, decode_hello, encode_hello, this_host
+from .region import ForeignRegions
 from .types import Service
 from .window import Window
 from .wire import Outgoing, Wire
@@ -35,7 +39,7 @@ log = logging.getLogger("emberline.transport")
 class _Served:
     """A request, from its header to the last byte of its answer."""
 
-    __slots__ = ("block", "call", "is_answered", "refusal", "request", "task", "views", "weight")
+    __slots__ = ("block", "call", "is_answered", "is_placed", "refusal", "request", "task", "views", "weight")
 
     def __init__(self, call: int, request: Message, weight: int) -> None:
         self.call = call
@@ -45,6 +49,8 @@ class _Served:
         self.block: memoryview | None = None
         self.views: list[memoryview] = []
         self.task: asyncio.Task[None] | None = None
+        self.is_placed = False
+        """Its views are the client's own memory."""
         self.is_answered = False
         """The answer is on its way out, or out."""
 
@@ -63,9 +69,14 @@ class Session:
         name: str,
         is_stranger: bool,
         on_change: Callable[[Session], None],
+        door: Door | None = None,
+        is_local: bool = False,
     ) -> None:
-        """`on_change` is called when a call has ended and when the connection is lost. In the loop's thread."""
-        self.wire = Wire(runtime.loop, sock, self)
+        """`on_change` is called when a call has ended and when the connection is lost. In the loop's thread.
+
+        `door`: where a client of this host may go on with its memory, if it is not there already (`is_local`).
+        """
+        self.wire = Wire(runtime.loop, sock, self, takes_descriptors=is_local)
         self.greeted: asyncio.Future[None] = runtime.future()
         self._runtime = runtime
         self._service = service
@@ -75,6 +86,8 @@ class Session:
         self._is_stranger = is_stranger
         self._certificate = certificate_of(sock)
         self._on_change = on_change
+        self._door = door
+        self._regions = ForeignRegions() if is_local else None
         self._window = Window(config.calls_max, config.bytes_max)
         self._calls: dict[int, _Served] = {}
         self._arriving: _Served | None = None
@@ -104,7 +117,7 @@ class Session:
 
     def begin(self, frame: Frame) -> Iterable[memoryview]:
         kind = frame.kind
-        if kind in (Kind.REQUEST, Kind.FETCH):
+        if kind in (Kind.REQUEST, Kind.FETCH, Kind.PLACED):
             self._arriving = self._take(frame)
             return self._arriving.views if kind == Kind.REQUEST else ()
         if kind == Kind.CANCEL:
@@ -113,6 +126,10 @@ class Session:
                 served.task.cancel()
         elif kind == Kind.HELLO:
             self._greet(frame)
+        elif kind == Kind.REGION and self._is_admitted and self._regions is not None:
+            self._regions.add(frame.call, self.wire.take_descriptor())
+        elif kind == Kind.FORGET and self._regions is not None:
+            self._regions.forget(frame.call)
         elif kind != Kind.PING:
             raise ProtocolError(f"a client does not send {kind.name}")
         return ()
@@ -145,9 +162,14 @@ class Session:
         if self.greeted.done():
             raise ProtocolError("a second greeting")
         try:
-            answer = answer_hello(
-                self._config, decode_hello(frame.body), certificate=self._certificate, is_stranger=self._is_stranger
-            )
+            theirs = decode_hello(frame.body)
+            if self._door is not None and self._regions is not None:
+                self._certificate = self._door.enter(theirs.token)
+                theirs = replace(theirs, token=self._config.token)
+            answer = answer_hello(self._config, theirs, certificate=self._certificate, is_stranger=self._is_stranger)
+            if self._door is not None and self._regions is None and not self._is_stranger:
+                door, key = self._door.offer(self._certificate)
+                answer = replace(answer, door=door, key=key, host=this_host())
         except EmberError as error:
             log.warning("connection from %s refused: %s", self._name, error)
             self.wire.send(Outgoing(encode_frame(Kind.ERROR, 0, encode_failure(error, _NOBODY))))
@@ -169,24 +191,36 @@ class Session:
         if not self._window.has_room(weight):
             raise ProtocolError(f"more is under way than was agreed: {self._window.calls} calls")
         served = _Served(frame.call, _NOBODY, weight)
+        body, placed = frame.body, None
+        if frame.kind == Kind.PLACED:
+            if self._regions is None:
+                raise ProtocolError("buffers in regions, and no way to hand over any")
+            places, body = decode_places(body, len(frame.lengths))
+            placed = self._regions.views(places, frame.lengths)
         try:
-            served.request = decode_message(frame.body)
+            served.request = decode_message(body)
             if self._is_stranger and not isinstance(served.request, Join):
                 raise AccessDenied("without a certificate of this cluster one can only join")
             check_sender(served.request, self._certificate)
             if self._is_draining:
                 raise Unavailable("the server is shutting down")
-            if (frame.kind == Kind.FETCH) != (served.request.fills_buffers and bool(frame.lengths)):
+            if placed is None and (frame.kind == Kind.FETCH) != (served.request.fills_buffers and bool(frame.lengths)):
                 raise ProtocolError("buffers to be filled where bytes are sent, or the other way round")
         except EmberError as error:
             served.refusal = error
         self._window.take(weight)
         self._calls[frame.call] = served
+        if placed is not None and served.request.fills_buffers:
+            served.views, served.is_placed = placed, True
+            return served
         served.block = block = self._pool.take(total)
         begin = 0
         for length in frame.lengths:
             served.views.append(block[begin : begin + length])
             begin += length
+        if placed is not None:
+            for view, theirs in zip(served.views, placed, strict=True):
+                view[:] = theirs  # Once; what is checked and stored is ours: they may change theirs at any time.
         return served
 
     async def _serve(self, served: _Served) -> None:
@@ -210,6 +244,9 @@ class Session:
         payload: list[memoryview] = []
         if served.request.fills_buffers and served.views:
             counts = reply.counts  # type: ignore[attr-defined]  # `Message.fills_buffers` says that it is there.
+            if served.is_placed:
+                self._answer(served, encode_frame(Kind.PLACED_REPLY, served.call, body, counts))
+                return
             payload = [view[:count] for view, count in zip(served.views, counts, strict=True)]
         self._answer(served, encode_frame(Kind.REPLY, served.call, body, counts), payload)
 

@@ -17,6 +17,7 @@ from .config import TcpConfig
 from .connection import TcpConnection
 from .frame import Kind, encode_frame
 from .listener import TcpListener
+from .region import Blocks
 from .tls import TlsContexts
 from .types import Service
 from .wire import Outgoing, Wire
@@ -38,6 +39,7 @@ class TcpNetwork:
         self._listeners: list[TcpListener] = []
         self._wires: dict[Wire, int] = {}
         """Those that are watched -> how many ticks they have been silent."""
+        self._blocks = Blocks() if self._config.shares_memory else None
         self._watching: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -48,7 +50,12 @@ class TcpNetwork:
         connection = self._connections.get(address)
         if connection is None:
             connection = self._connections[address] = TcpConnection(
-                self._runtime, address, config=self._config, contexts=self._contexts, watch=self._watch
+                self._runtime,
+                address,
+                config=self._config,
+                contexts=self._contexts,
+                watch=self._watch,
+                blocks=self._blocks,
             )
         return connection
 

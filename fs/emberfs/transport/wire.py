@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import ssl
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
-from socket import socket
+from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SCM_RIGHTS, SOL_SOCKET, socket
 from typing import Protocol
 
 from ..errors import ProtocolError
@@ -37,6 +39,10 @@ ROUNDS_MAX = 16
 """System calls in a row for one connection, before others have their turn."""
 
 
+FDS_MAX = 16
+"""File descriptors that came and were not asked for yet; one frame brings one."""
+
+
 class Peer(Receiver, Protocol):
     """Who owns a wire."""
 
@@ -47,12 +53,21 @@ class Peer(Receiver, Protocol):
 class Outgoing:
     """A frame on its way out."""
 
-    __slots__ = ("began", "on_sent", "parts")
+    __slots__ = ("began", "fd", "on_sent", "parts")
 
-    def __init__(self, header: bytes, payload: Iterable[memoryview] = (), on_sent: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        header: bytes,
+        payload: Iterable[memoryview] = (),
+        on_sent: Callable[[], None] | None = None,
+        *,
+        fd: int | None = None,
+    ) -> None:
         self.parts = deque([memoryview(header), *(part for part in payload if len(part))])
         self.began = False
         """True once a byte of it may have left."""
+        self.fd = fd
+        """A file descriptor that goes along, over a unix socket."""
         self.on_sent = on_sent
         """Called when no byte of `payload` is needed any more."""
 
@@ -64,7 +79,9 @@ class Outgoing:
 class Wire:
     """One connection."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket, peer: Peer) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: socket, peer: Peer, *, takes_descriptors: bool = False
+    ) -> None:
         """Takes `sock`, connected and non-blocking, as its own."""
         self.reader = FrameReader(peer)
         self.heard = True
@@ -80,6 +97,9 @@ class Wire:
         self._is_blocked = False
         """The kernel takes no more; the loop tells when it does."""
         self._closes_when_sent = False
+        self._takes_descriptors = takes_descriptors
+        self._descriptors: deque[int] = deque()
+        """Came, and nobody has taken them yet."""
         loop.add_reader(sock, self._readable)
 
     @property
@@ -101,6 +121,12 @@ class Wire:
         self._queue.remove(frame)
         return True
 
+    def take_descriptor(self) -> int:
+        """The file descriptor that came with the frame which is at hand. Raises ProtocolError."""
+        if not self._descriptors:
+            raise ProtocolError("a frame without the file descriptor that belongs to it")
+        return self._descriptors.popleft()
+
     def close_when_sent(self) -> None:
         """End the connection once everything is sent."""
         self._closes_when_sent = True
@@ -117,6 +143,8 @@ class Wire:
         self._loop.remove_writer(self._sock)
         self._sock.close()
         self._queue.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
         self._peer.lost(error)
 
     def forget_after_fork(self) -> None:
@@ -146,13 +174,22 @@ class Wire:
             if self.is_closed:
                 return
             buffer = self.reader.get_buffer()
-            count = self._sock.recv_into(buffer)
+            count = self._receive(buffer) if self._takes_descriptors else self._sock.recv_into(buffer)
             if not count:
                 raise ConnectionError("the other side closed the connection")
             self.heard = True
             self.reader.buffer_updated(count)
             if count < len(buffer) and self._tls is None:
                 return
+
+    def _receive(self, buffer: memoryview) -> int:
+        count, ancillary, flags, _ = self._sock.recvmsg_into([buffer], CMSG_SPACE(FDS_MAX * 4), MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if level == SOL_SOCKET and kind == SCM_RIGHTS:
+                self._descriptors.extend(memoryview(data[: len(data) // 4 * 4]).cast("i"))
+        if flags & MSG_CTRUNC or len(self._descriptors) > FDS_MAX:
+            raise ProtocolError("more file descriptors than frames that bring one")
+        return count
 
     # ---- out
 
@@ -163,7 +200,7 @@ class Wire:
                     self._unblock()
                     break
                 if self._tls is None:
-                    self._consume(self._sock.sendmsg(self._gather()))
+                    self._consume(self._send_parts())
                 else:
                     self._send_piece(self._tls)
             else:
@@ -182,10 +219,21 @@ class Wire:
             self._readable()  # The other side may have said why before it left.
         self.lose(error)
 
+    def _send_parts(self) -> int:
+        first = self._queue[0]
+        if first.fd is None:
+            return self._sock.sendmsg(self._gather())
+        first.began = True
+        count = self._sock.sendmsg(first.parts, [(SOL_SOCKET, SCM_RIGHTS, first.fd.to_bytes(4, sys.byteorder))])
+        first.fd = None
+        return count
+
     def _gather(self) -> list[memoryview]:
         parts: list[memoryview] = []
         size = 0
         for frame in self._queue:
+            if frame.fd is not None:
+                break  # It begins a message of its own.
             frame.began = True
             for part in islice(frame.parts, SEND_PARTS_MAX - len(parts)):
                 parts.append(part)
