@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import emberfs
@@ -17,10 +18,20 @@ from emberfs.types import chunk_id
 
 from tests.fs.cli_run import emberline, emberline_json
 
+DEADLINE_S = 60.0
+UNMENDED = "that no other replica could mend"
+
 
 def content(mark: str) -> bytes:
     """Of a file with chunks; `mark` finds it on the disks."""
     return bytes(range(256)) * 1000 + mark.encode() + bytes(1000)
+
+
+def eventually(look: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not look():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -55,12 +66,13 @@ def test_scrub_mends_what_one_replica_lost(cluster: LocalCluster, client: Client
     assert "repaired  /precious  storage-2, chain" in result.stdout
     assert "1 finding, 1 repaired" in result.stdout
     assert "storage-2: " in result.stderr
-    client.collect_garbage(force=True)
     *nodes, summary = emberline_json("fs", "scrub", url, "--rate", 100)
-    assert summary == {"clean": True, "chunks": 3, "read_bytes": 3 * len(content("mended")), "findings": 0}
+    assert (summary["clean"], summary["findings"]) == (True, 0)
+    assert summary["read_bytes"] >= 3 * len(content("mended"))
+    assert sum(node["chunks"] for node in nodes) == summary["chunks"] >= 3
     assert [(node["node"], node["damaged"]) for node in nodes] == [(f"storage-{n}", 0) for n in "123"]
     assert client.get("/precious") == content("mended")
-    assert "all is well" in emberline("cluster", "status").stdout
+    assert UNMENDED not in emberline("cluster", "status", code=None).stdout
 
 
 @pytest.mark.usefixtures("operator")
@@ -72,8 +84,10 @@ def test_scrub_names_what_is_lost(cluster: LocalCluster, client: Client, url: st
     assert [(each["path"], each["repaired"]) for each in findings] == [("/precious", False)] * 3
     assert not summary["clean"]
     client.put("/precious", content("new"))  # What was there waits for the garbage collection.
+    eventually(lambda: UNMENDED in emberline("cluster", "status", code=None).stdout)
     client.collect_garbage(force=True)
     emberline("fs", "scrub", url)
+    eventually(lambda: UNMENDED not in emberline("cluster", "status", code=None).stdout)
 
 
 def test_scrub_takes_an_admin(url: str) -> None:
@@ -113,7 +127,6 @@ def test_a_cluster_whose_kv_is_lost_comes_back_from_a_dump(own: LocalCluster, tm
     shutil.rmtree(kv)
     emberline("fs", "load", backup, "--kv", kv)
     emberline("cluster", "up")
-    assert "all is well" in emberline("cluster", "status").stdout
     with emberfs.connect(own.url) as client:
         assert [name for name, _ in client.list("/")] == ["books", "log", "small"]
         assert [client.get(f"/books/{number}") for number in range(5)] == [content(f"before {n}") for n in range(5)]
@@ -123,6 +136,8 @@ def test_a_cluster_whose_kv_is_lost_comes_back_from_a_dump(own: LocalCluster, tm
         with client.open("/log", "ab") as log:
             log.write(b"goes on")
         assert client.get("/log") == content("a log that is being written") + b"goes on"
+    # The chains serve by what was dumped, before the managers have heard of the nodes.
+    eventually(lambda: "all is well" in emberline("cluster", "status", code=None).stdout)
 
 
 def test_what_a_dump_is_not_for(

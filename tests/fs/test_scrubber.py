@@ -162,12 +162,13 @@ def test_what_nobody_can_mend_is_kept_in_mind_until_it_is_written_again() -> Non
     on_host(work, names="a")
 
 
-def test_a_chunk_that_was_removed_is_no_damage_any_more() -> None:
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_a_chunk_that_was_removed_is_no_damage_any_more(by_operator: bool) -> None:
     async def work(host: Host) -> None:
         await host.damage()
         await host.page()
         await host.chain.send("a", host.chain.update(Action.REMOVE))
-        await host.scrubber.look_again()
+        await (host.page() if by_operator else host.scrubber.look_again())
         assert not host.member.replica.repairer.unmended
 
     on_host(work, names="a")

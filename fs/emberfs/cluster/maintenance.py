@@ -127,7 +127,8 @@ class ClusterMaintenance:
                     walk.targets.append((target.chain, target.id))
                 else:
                     walk.skip(target.chain, "it does not serve: it is brought up to date first")
-            walks.append(walk)
+            if walk.targets or walk.scrub.skipped:
+                walks.append(walk)
         return walks
 
     async def _page_of_each(self, walks: Sequence[_Walk]) -> None:

@@ -183,7 +183,7 @@ class Scrubber:
 
     def _byte_s(self) -> float:
         """Seconds for each byte of a block, with which a round takes its time."""
-        used_bytes = sum(each.engine.space()[0] for each in self._replicas.values() if _serves(each))
+        used_bytes = sum(each.engine.allocator.used_bytes for each in self._replicas.values() if _serves(each))
         return SPARE * self._settings().scrub_interval_s / max(used_bytes, 1)
 
     # --- on demand -------------------------------------------------------------------------------------------------
@@ -204,27 +204,31 @@ class Scrubber:
             is_over = self._closing.done() or self._runtime.now_s() - began_s > PAGE_S
             if is_over or scrubber.report.read_bytes >= request.bytes_max:
                 break
+        if not rows:
+            await self._forget_removed(replica)
         report = scrubber.report
         return ChunksScrubbed(after if rows else None, report.chunks, report.read_bytes, damaged)
+
+    async def _forget_removed(self, replica: Replica) -> None:
+        """Of what could not be mended, what is gone."""
+        for chunk in list(replica.repairer.unmended):
+            if not await replica.engine.scan(chunk, chunk + b"\x00", limit=1):
+                replica.repairer.note_well(chunk)
 
     async def look_again(self) -> None:
         """At what could not be mended: a file may have been removed or written again, a replica be back."""
         for replica in list(self._replicas.values()):
             try:
+                await self._forget_removed(replica)
                 for chunk in list(replica.repairer.unmended):
-                    if _serves(replica):
-                        await self._look_again_at(replica, chunk)
+                    rows = await replica.engine.scan(chunk, chunk + b"\x00", limit=1)
+                    if rows and _serves(replica):
+                        scrubber = ChunkScrubber(replica.engine, pace=self._pace)
+                        await self._look(scrubber, replica, chunk, rows[0][1])
             except StoreClosed:
                 return
             except (EmberError, OSError) as error:
                 log.warning("a damaged chunk could not be looked at again: %s", error)
-
-    async def _look_again_at(self, replica: Replica, chunk: bytes) -> None:
-        rows = await replica.engine.scan(chunk, chunk + b"\x00", limit=1)
-        if rows:
-            await self._look(ChunkScrubber(replica.engine, pace=self._pace), replica, chunk, rows[0][1])
-        else:
-            replica.repairer.note_well(chunk)
 
     # --- one chunk -------------------------------------------------------------------------------------------------
 

@@ -138,7 +138,7 @@ def check_sender(request: Message, certificate: Certificate | None) -> None:
     if request.may_send is OPERATORS:
         hint = (
             ": it takes a certificate of role admin. Get one with `emberline cluster token --role admin` and "
-            "`emberline cluster join`, or name a cluster of this host with --dir"
+            "`emberline cluster join`, or name a cluster of this host with --dir or EMBERLINE_CLUSTER"
         )
     raise AccessDenied(f"a certificate for role {certificate.role!r} may not send {type(request).__name__}{hint}")
 
