@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 
+import emberfs
 import fsspec.tests.abstract as abstract
 import pytest
+from emberfs.cluster.store import ClusterStore
 from emberfs.filesystem import EmberFileSystem
 
 from tests.fs import test_client_files
@@ -47,3 +50,21 @@ class TestOpen(abstract.AbstractOpenTests, ClusterFixtures):
 
 class TestPipe(abstract.AbstractPipeTests, ClusterFixtures):
     pass
+
+
+def test_a_client_on_the_servers_host_shares_its_memory(url: str) -> None:
+    """Through the door of each storage server, with the rights of its certificate, and the bytes are right."""
+    with emberfs.connect(url) as client:
+        content = os.urandom(9 << 20)
+        buffer = client.buffer(len(content))
+        buffer[:] = content
+        client.put("/shared", buffer, chunk_size_bytes=1 << 20)
+        buffer[:] = bytes(len(content))
+        assert client.get_into("/shared", buffer) == len(content)
+        assert buffer == content
+        assert client.get("/shared") == content
+        store = client._attachment.store
+        assert isinstance(store, ClusterStore)
+        storage = {store.routes.address(target.id) for target in store.routes.routing.targets}
+        links = [store.network.connection(address)._link for address in storage]
+        assert any(link is not None and link._blocks is not None for link in links)

@@ -251,3 +251,18 @@ def test_closing_does_not_wait_for_a_large_chunk() -> None:
         assert host.chain.runtime.now_s() - before_s < 0.5
 
     on_host(work, settings=settings)
+
+
+def test_a_reader_that_spoils_its_own_memory_spoils_nothing_else() -> None:
+    """Its read failed its checksum: it shares the memory with the server, and wrote there. The chunk is well."""
+
+    async def work(host: Host) -> None:
+        replica = host.member.replica
+        assert replica.view is not None
+        replica.repairer.order(replica.view, CHUNK)
+        await host.chain.runtime.sleep(5.0)
+        assert (replica.repairer.repaired, replica.repairer.failed) == (0, 0)
+        assert not replica.repairer.unmended
+
+    on_host(work)
+    on_host(work, names="a")

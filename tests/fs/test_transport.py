@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from emberfs.messages import Message
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.transport import Connect, ConnectionConformance, NetworkConformance, Run
-from emberfs.transport import Connection, MemoryConnection, Service, TcpConfig, TcpNetwork
+from emberfs.transport import Connection, MemoryConnection, Network, Service, TcpConfig, TcpNetwork
 from emberfs.transport.certificates import issue, make_authority
+from emberfs.transport.region import allocate
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def tls_config(tmp_path_factory: pytest.TempPathFactory) -> TcpConfig:
     folder = tmp_path_factory.mktemp("tls")
     make_authority(folder / "authority", cluster="c1", now_s=time.time())
     files = issue(folder / "authority", ["127.0.0.1"], role="storage", into=folder / "own", now_s=time.time())
-    return TcpConfig(cluster="c1", role="storage", tls=files)
+    return TcpConfig(cluster="c1", role="storage", tls=files, shares_memory=False)
 
 
 class TestMemory(ConnectionConformance):
@@ -46,7 +49,7 @@ class TestMemory(ConnectionConformance):
 class TestPlain(NetworkConformance):
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime) -> Callable[[], TcpNetwork]:
-        return lambda: TcpNetwork(runtime)
+        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False))
 
     @pytest.fixture
     def address(self) -> str:
@@ -63,3 +66,55 @@ class TestTls(TestPlain):
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime, tls_config: TcpConfig) -> Callable[[], TcpNetwork]:
         return lambda: TcpNetwork(runtime, tls_config)
+
+
+class TestShared(TestPlain):
+    """Through the server's door, with memory in place of payloads."""
+
+    @pytest.fixture
+    def make_network(self, runtime: AsyncioRuntime) -> Callable[[], TcpNetwork]:
+        return lambda: TcpNetwork(runtime)
+
+
+class TestSharedUnix(TestShared, TestUnix):
+    pass
+
+
+class TestSharedTls(TestPlain):
+    @pytest.fixture
+    def make_network(self, runtime: AsyncioRuntime, tls_config: TcpConfig) -> Callable[[], TcpNetwork]:
+        return lambda: TcpNetwork(runtime, replace(tls_config, shares_memory=True))
+
+
+class TestRegions(TestShared):
+    """The caller's own memory lies in regions."""
+
+    @pytest.fixture
+    def connect(self, server: Network, client: Network, address: str) -> Connect:
+        async def connect(service: Service) -> Connection:
+            return Copying(client.connection((await server.serve(address, service)).address))
+
+        return connect
+
+
+class Copying:
+    """A connection whose buffers are all in one region, between neighbours that must stay as they are."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
+        memory = allocate(sum(map(len, buffers)) + len(buffers) + 1)
+        inside, begin = [], 1
+        for buffer in buffers:
+            inside.append(memory[begin : begin + len(buffer)])
+            inside[-1][:] = buffer
+            begin += len(buffer) + 1
+        try:
+            return await self._connection.call(request, inside)
+        finally:
+            for buffer, view in zip(buffers, inside, strict=True):
+                if not buffer.readonly:
+                    buffer[:] = view
+                view[:] = bytes(len(view))
+            assert bytes(memory) == bytes(len(memory)), "bytes beside a buffer changed"

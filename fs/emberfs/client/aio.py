@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..messages import Collected, TrashEntry, UsageReply
 from ..stores import Config
+from ..transport import allocate
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
 from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
@@ -88,6 +89,13 @@ class AsyncClient:
     async def get(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
         """Bytes [offset, offset+length) of a file, cut at its end. Raises NotFound, IsADirectory, Corruption."""
         return await self._run(lambda core: core.get(path, offset, length))
+
+    def buffer(self, size: int) -> memoryview:
+        """Zeroed memory for reads and writes with the fewest copies: servers of this host use it in place.
+
+        It goes with the last view of it. A forked child shares it with its parent. Raises LimitExceeded, OSError.
+        """
+        return allocate(size)
 
     async def get_into(self, path: str, buffer: Any, *, offset: int = 0) -> int:
         """Fill `buffer` from `offset` of a file; returns the bytes read."""

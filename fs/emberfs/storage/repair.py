@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..checksum import crc32c
 from ..engine import ChunkState, InstallItem
+from ..engine.scrub import ChunkScrubber
 from ..errors import Corruption, EmberError
 from ..messages import ChunksRead, ChunkVersion, ChunkVersions, ListVersions, ReadChunks
 from ..routing import ChainTarget
@@ -56,21 +57,33 @@ class Repairer:
         return chunk_id(int(inode, 16), int(index, 16))
 
     def order(self, view: View, chunk: bytes) -> None:
-        """Repair `chunk` in the background, once at a time."""
-        if not view.others_serving:
-            self._note_unmended(chunk)
-        elif chunk not in self._ordered:
+        """Look at `chunk`, and repair it, in the background, once at a time.
+
+        A reader found damage, in memory that may be its own: if it wrote there meanwhile, the chunk is well.
+        """
+        if chunk not in self._ordered:
             self._ordered[chunk] = self._runtime.spawn(self._repair_soon(view, chunk), "repair")
 
     async def _repair_soon(self, view: View, chunk: bytes) -> None:
         try:
             async with self._replica.locks.of(chunk):
-                if view is self._replica.view:
+                if view is not self._replica.view:
+                    return
+                if await self._is_well(chunk):
+                    self.note_well(chunk)
+                elif not view.others_serving:
+                    self._note_unmended(chunk)
+                else:
                     await self.repair(view, chunk)
         except EmberError:
             self.failed += 1
         finally:
             del self._ordered[chunk]
+
+    async def _is_well(self, chunk: bytes) -> bool:
+        engine = self._replica.engine
+        rows = await engine.scan(chunk, chunk + b"\x00", limit=1)
+        return not rows or not await ChunkScrubber(engine).scrub(chunk, rows[0][1])
 
     async def repair(self, view: View, chunk: bytes) -> bool:
         """Make `chunk`, whose lock is held, what another replica has committed. False: nobody could help."""

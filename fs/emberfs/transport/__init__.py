@@ -1,8 +1,22 @@
-"""How requests reach services: see `types` for the contract. `memory` is one process, `tcp` is many."""
+"""How requests reach services: see `types` for the contract.
+
+`memory` is one process, `tcp` is many; on one host those share memory (`region`).
+"""
 
 from .config import TcpConfig, TlsFiles
 from .memory import MemoryConnection
+from .region import allocate
 from .tcp import TcpNetwork
 from .types import Connection, Listener, Network, Service
 
-__all__ = ["Connection", "Listener", "MemoryConnection", "Network", "Service", "TcpConfig", "TcpNetwork", "TlsFiles"]
+__all__ = [
+    "Connection",
+    "Listener",
+    "MemoryConnection",
+    "Network",
+    "Service",
+    "TcpConfig",
+    "TcpNetwork",
+    "TlsFiles",
+    "allocate",
+]
