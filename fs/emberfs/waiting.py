@@ -70,11 +70,23 @@ async def all_of(runtime: Runtime, works: Iterable[Coroutine[Any, Any, T]], name
     try:
         return [await _outcome(work) for work in pending]
     except BaseException:
-        for task in tasks:
-            drop(task)
-        for task in tasks:
-            await first_of(runtime, task)
+        await stop(runtime, *tasks)
         raise
+
+
+async def stop(runtime: Runtime, *tasks: asyncio.Task[Any]) -> None:
+    """Stop `tasks`, and return when they have ended, however often we are cancelled meanwhile."""
+    cancelled = None
+    for task in tasks:
+        drop(task)
+    for task in tasks:
+        while not task.done():
+            try:
+                await first_of(runtime, task)
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _outcome(work: Awaitable[T]) -> T | Exception:

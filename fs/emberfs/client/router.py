@@ -37,11 +37,15 @@ from ..messages import (
 from ..routing import Chain, ChainTarget
 from ..runtime import Runtime
 from ..transport.types import Network
-from ..waiting import all_of, call, drop, first_of
+from ..waiting import all_of, call, first_of, stop
 from .channels import Channels
 from .routes import Routes
 
 T = TypeVar("T")
+
+
+READ_BYTES_PER_S_MIN = 8 << 20
+"""A server that sends more slowly than this is taken for silent, if another one has the bytes."""
 
 
 class ReadFrom(enum.StrEnum):
@@ -64,7 +68,8 @@ class RouterConfig:
     """Pause before the second attempt, unless newer routing comes sooner; doubled up to `retry_max_s`."""
     retry_max_s: float = 0.5
     read_patience_s: float = 1.0
-    """A read that was not answered for so long goes to another replica; each time it waits twice as long."""
+    """A read that was not answered for so long, and the time its bytes may take, goes to a replica that was not asked
+    yet. The last one is waited for."""
     suspect_s: float = 5.0
     """A server that was not reached is asked last for this long, or until it answers: longer than the cluster takes to
     find out that it is dead. Doubled with each failure up to `suspect_max_s`: only our way to it may be broken."""
@@ -101,29 +106,30 @@ class Attempts:
         self.client = client or router.routes.client
         """Whose session names the operation. A second attempt under another one would not be known as the same."""
         self._is_bound = bool(client)
-        self.has_choice = False
-        """Somebody else could answer: nobody is waited for until the deadline."""
-        self._patience_s = router.config.read_patience_s
-        self._timer: asyncio.Future[None] | None = None
+        self.silent: set[str] = set()
+        """Servers that were left because they did not answer."""
 
-    async def reply(self, address: str, request: Message, buffers: Sequence[memoryview]) -> Message:
-        """One call. Raises Unavailable or UpdateUnknown if no answer comes in time, too.
+    async def reply(
+        self, address: str, request: Message, buffers: Sequence[memoryview], *, patience_s: float | None = None
+    ) -> Message:
+        """One call. Raises Unreachable or UpdateUnknown if no answer comes in time (`patience_s`, the deadline), too.
 
         However it ends, nobody touches `buffers` any more.
         """
         runtime, network = self._router.runtime, self._router.network
-        if self._timer is None:
-            left_s = max(self._deadline_s - runtime.now_s(), 0.0)
-            wait_s = min(left_s, self._patience_s) if self.has_choice else left_s
-            self._timer = runtime.timer(wait_s)
+        left_s = max(self._deadline_s - runtime.now_s(), 0.0)
+        timer = runtime.timer(left_s if patience_s is None else min(patience_s, left_s))
         task: asyncio.Task[Message] = runtime.spawn(call(network.connection(address), request, buffers), "router-call")
         try:
-            await first_of(runtime, task, self._timer)
+            await first_of(runtime, task, timer)
         except asyncio.CancelledError:
-            await self._stop(task)
+            await stop(runtime, task)
             raise
+        finally:
+            timer.cancel()
         if not task.done():
-            await self._stop(task)
+            await stop(runtime, task)
+            self.silent.add(address)
             what = f"{address} did not answer in time"
             raise Unreachable(what) if request.changes_nothing else UpdateUnknown(what)
         try:
@@ -131,21 +137,8 @@ class Attempts:
         finally:
             del task  # As in `waiting.until`; here it is `buffers` that would be kept.
 
-    async def _stop(self, task: asyncio.Task[Message]) -> None:
-        drop(task)
-        await first_of(self._router.runtime, task)
-
-    def end(self) -> None:
-        """The operation is over, or this round of attempts: all that were made side by side have ended."""
-        if self._timer is not None:
-            if self._timer.done():
-                self._patience_s *= 2
-            self._timer.cancel()
-            self._timer = None
-
     async def after(self, error: Exception, seen_version: int) -> None:
         """Wait for a reason to try again. Raises when the time is over."""
-        self.end()
         self.is_unknown = self.is_unknown or isinstance(error, UpdateUnknown)
         router = self._router
         if isinstance(error, SessionExpired):
@@ -197,10 +190,7 @@ class StorageRouter:
     async def call(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
         """Serve one chunk request. Raises what the replicas raise, Unavailable, UpdateUnknown, DataLost."""
         attempts = Attempts(self, request.client if isinstance(request, WriteChunks) else b"")
-        try:
-            return await self._handlers[type(request)](attempts, request, buffers)
-        finally:
-            attempts.end()
+        return await self._handlers[type(request)](attempts, request, buffers)
 
     # --- reads -----------------------------------------------------------------------------------------------------
 
@@ -212,7 +202,6 @@ class StorageRouter:
         left = list(range(len(buffers)))
         while left:
             version = self.routes.routing.version
-            attempts.has_choice = any(len(self.routes.chain(chain).serving) > 1 for chain in set(request.chains))
             shares = self._read_shares(request, left, damaged)
             outcomes = await self._all(
                 self._read_share(attempts, address, request, [item for item, _ in share], buffers)
@@ -236,8 +225,6 @@ class StorageRouter:
                         left.append(item)
             if failure is not None:
                 await attempts.after(failure, version)
-            else:
-                attempts.end()
         return ChunksRead(counts, errors)
 
     def _chain_of(self, request: ReadChunks, item: int) -> Chain:
@@ -315,9 +302,18 @@ class StorageRouter:
             self._versions(chains),
             request.relaxed or self.config.relaxed,
         )
-        reply = await self._send(attempts, address, share, buffers=[buffers[item] for item in items], chains=chains)
+        parts = [buffers[item] for item in items]
+        patience_s = None
+        if all(self._could_go_elsewhere(attempts, address, chain) for chain in set(chains)):
+            patience_s = self.config.read_patience_s + sum(map(len, parts)) / READ_BYTES_PER_S_MIN
+        reply = await self._send(attempts, address, share, buffers=parts, chains=chains, patience_s=patience_s)
         assert isinstance(reply, ChunksRead)
         return reply
+
+    def _could_go_elsewhere(self, attempts: Attempts, address: str, chain: int) -> bool:
+        """A replica of `chain` has not been silent yet, beside the one at `address`."""
+        others = {self.routes.address(each.target) for each in self.routes.chain(chain).serving} - {address}
+        return not others <= attempts.silent
 
     async def _list(self, attempts: Attempts, request: ListChunks, _: Sequence[memoryview]) -> Message:
         """Committed chunks, from the tail: what others have pending may be committed there."""
@@ -442,14 +438,20 @@ class StorageRouter:
         *,
         buffers: Sequence[memoryview] = (),
         chains: Sequence[int],
+        patience_s: float | None = None,
     ) -> Message:
         if not address:
             raise Unavailable(f"no replica of chain {chains[0]} serves now")
         self._in_the_air[address] = self._in_the_air.get(address, 0) + 1
         try:
-            reply = await attempts.reply(address, request, buffers)
+            reply = await attempts.reply(address, request, buffers, patience_s=patience_s)
         except Unreachable:
             self._suspect(address)
+            raise
+        except UpdateUnknown:
+            raise  # Whether there was an answer is not known either.
+        except EmberError:
+            self._suspects.pop(address, None)
             raise
         else:
             self._suspects.pop(address, None)

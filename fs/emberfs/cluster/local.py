@@ -19,7 +19,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -382,10 +382,12 @@ class LocalCluster:
                 with self._undone_unless_up(say, keeps=False) as started:
                     self._start([self.server(name)], say, started)
                     self._wait_heard(admin, [name], say)
-                    admin.add_node(name)
             except BaseException:
                 self._save(plan)
                 raise
+            # From here on it may be a member, whatever becomes of this call.
+            say(f"{name} runs; should this fail: `emberline cluster add-node {name}`")
+            admin.add_node(name)
         return name
 
     def remove_node(self, name: str, *, say: Say = lambda _: None) -> None:
@@ -406,7 +408,8 @@ class LocalCluster:
                 return not is_alive, f"the manager takes {name} for alive until its lease is over" if is_alive else ""
 
             wait_until(look, say=say, timeout_s=START_TIMEOUT_S)
-            admin.remove_node(name)
+            with suppress(NotFound):  # An earlier attempt may have got so far.
+                admin.remove_node(name)
             self._save(msgspec.structs.replace(plan, nodes=[node for node in plan.nodes if node != name]))
 
 
