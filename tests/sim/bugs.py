@@ -21,7 +21,7 @@ from emberfs.manager import admission, election, members, settings, states
 from emberfs.manager import service as manager_service
 from emberfs.routing import LocalState, TargetState
 from emberfs.settings import Settings
-from emberfs.storage import forward, lease, passing, replica, resync, service, settle
+from emberfs.storage import forward, lease, node, passing, replica, resync, service, settle
 from emberfs.testing.sim.directed import DirectedFaults
 from emberfs.testing.sim.faults import Fault
 from emberfs.testing.sim.simulation import DIRECTED, SimConfig
@@ -51,6 +51,15 @@ def _serves_without_a_lease() -> Patch:
         patch.object(lease.Lease, "check", lambda self: None),
         patch.object(lease.Lease, "is_valid", PropertyMock(return_value=True)),
     )
+
+
+def _counts_its_lease_from_the_answer() -> Patch:
+    take = node.StorageNode._take
+
+    async def late(self: node.StorageNode, reply: Any, sent_s: float) -> None:
+        await take(self, reply, self._runtime.now_s())
+
+    return patch.object(node.StorageNode, "_take", late)
 
 
 def _takes_the_primary_lease_over_too_soon() -> Patch:
@@ -355,6 +364,7 @@ SEEDS = range(40)
 
 BUGS: dict[str, Bug] = {
     "serves without a lease": Bug(_serves_without_a_lease, DirectedFaults.island_under_a_new_primary),
+    "counts its lease from the answer": Bug(_counts_its_lease_from_the_answer, DirectedFaults.last_answer_comes_late),
     "declares nodes dead too early": Bug(_declares_nodes_dead_too_early, DirectedFaults.island_under_a_new_primary),
     "shortens the wait with the lease": Bug(_shortens_the_wait_with_the_lease, island_under_a_shorter_lease),
     "a new primary calls silent nodes dead": Bug(

@@ -137,7 +137,7 @@ class ManagerMachine(SimMachine):
 
     @property
     def is_primary(self) -> bool:
-        return self.is_up and self.service is not None and self.service.is_primary
+        return self.service is not None and self.service.is_primary and self.is_up
 
     async def _boot(self, process: SimProcess, network: SimNetwork) -> None:
         kv = RemoteKV(network.connection(KV_ADDRESS), process)

@@ -36,6 +36,8 @@ DEATH_S = 4.0
 """After so long the manager has taken a silent node out of its chains."""
 HOLD_S_MAX = 0.9
 """A message held no longer than this leaves its connection whole."""
+ANSWER_S_MAX = 0.95
+"""A node takes an answer to its heartbeat that comes no later than this."""
 HURRY_S = 0.15
 """The mean pause between two reads of a client while the moment lasts."""
 
@@ -76,6 +78,7 @@ class DirectedFaults(Faults):
             self.dies_half_way,
             self.answers_come_late,
             self.island_under_a_new_primary,
+            self.last_answer_comes_late,
             self.alone_and_slow,
             self.resync_is_overtaken,
         ]
@@ -144,6 +147,29 @@ class DirectedFaults(Faults):
                 await self._sleep(1.0)
                 self._release(held)
         self._mend(cuts)
+
+    async def last_answer_comes_late(self, _: float) -> None:
+        """A heartbeat is answered as late as may be; then its sender and some clients hear of the managers no more."""
+        cluster, rng = self.cluster, self.rng
+        if not await self._wait_for_calm():
+            return
+        victim = rng.choice(cluster.storage).name
+        managers = [manager.name for manager in cluster.managers]
+        passage, trap = await self._catch(
+            lambda each: each.is_reply and type(each.request) is Heartbeat and each.destination == victim, holds=True
+        )
+        if passage is not None:
+            self._note("cut off", victim)
+            for manager in managers:
+                cluster.fabric.cut(victim, manager)
+            await self._sleep(ANSWER_S_MAX)
+        self._release(trap)
+        if passage is not None:
+            await self._sleep(0.01)
+            cuts = self._cut(managers, [victim, *(each.name for each in rng.sample(cluster.clients, 2))])
+            with self._hurry():
+                await self._sleep(4.0 - ANSWER_S_MAX)
+            self._mend(cuts)
 
     async def alone_and_slow(self, _: float) -> None:
         """A chain is down to one replica, which has a slow disk and the first updates for a while as another joins."""

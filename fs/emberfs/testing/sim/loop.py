@@ -138,7 +138,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         name = f"{name or coro.__qualname__}/{self._task_count}"
         context = copy_context() if context is None else context
         task = asyncio.Task(coro, loop=self, name=name, context=context)
-        if self._task_count % 256 == 0:
+        if self._task_count % 64 == 0:
             self._tasks = {each: owner for each, owner in self._tasks.items() if not each.done() or each._log_traceback}
         self._tasks[task] = context.get(PROCESS)
         return task

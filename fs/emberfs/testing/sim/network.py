@@ -144,10 +144,10 @@ class SimFabric:
         """From 0.1 to 2 ms; seldom up to a second, when links are slow."""
         if self.faults.slow and self._random.random() < self.faults.slow:
             return self._random.uniform(0.0, 1.0)
-        return float(1e-4 * 20 ** self._random.random())
+        return float(1e-4 * 20.0 ** self._random.random())
 
     def chance(self, probability: float) -> bool:
-        return probability > 0 and self._random.random() < probability
+        return self._random.random() < probability
 
     def late_s(self) -> float:
         return self._random.uniform(0.0, LATE_S_MAX)
@@ -329,14 +329,14 @@ class SimConnection:
                 if trap.breaks:
                     fabric.later(fabric.delay_s(), self._lose_if_waiting, exchange)
                 return
-        if fabric.chance(faults.lost):
+        if faults.lost and fabric.chance(faults.lost):
             fabric.later(KEEPALIVE_S, self._lose_if_waiting, exchange)
             return
-        if fabric.chance(faults.reset):
+        if faults.reset and fabric.chance(faults.reset):
             fabric.later(fabric.delay_s(), self._lose_if_waiting, exchange)
             if fabric.chance(0.5):
                 return
-        if fabric.chance(faults.doubled):
+        if faults.doubled and fabric.chance(faults.doubled):
             fabric.later(fabric.late_s(), self._arrive, exchange, peer)
         fabric.later(fabric.delay_s(), self._arrive, exchange, peer)
 
@@ -367,10 +367,11 @@ class SimConnection:
                 if trap.breaks:
                     fabric.later(fabric.delay_s(), self._lose_if_waiting, exchange)
                 return
-        if fabric.chance(fabric.faults.lost):
+        faults = fabric.faults
+        if faults.lost and fabric.chance(faults.lost):
             fabric.later(KEEPALIVE_S, self._lose_if_waiting, exchange)
             return
-        if fabric.chance(fabric.faults.reset):
+        if faults.reset and fabric.chance(faults.reset):
             fabric.later(fabric.delay_s(), self._lose_if_waiting, exchange)
             return
         fabric.later(fabric.delay_s(), self._return, exchange, reply, filled, peer)

@@ -100,9 +100,14 @@ def simulate(
     seed: int, *, config: SimConfig | None = None, make_node: Callable[..., StorageNode] = StorageNode
 ) -> Report:
     """Run one seed. Raises AssertionError (and whatever the services should not raise)."""
-    runtime = SimRuntime(seed)
-    simulation = _Simulation(runtime, config or config_of(seed), make_node)
-    with _watched(simulation.report.cells), _no_garbage_collection():
+    with _no_garbage_collection():
+        return _report(SimRuntime(seed), config or config_of(seed), make_node)
+
+
+def _report(runtime: SimRuntime, config: SimConfig, make_node: Callable[..., StorageNode]) -> Report:
+    """A function of its own: when it has returned nobody holds the cluster, and its garbage is looked at once."""
+    simulation = _Simulation(runtime, config, make_node)
+    with _watched(simulation.report.cells):
         runtime.run(lambda _: simulation.run())
     simulation.report.trace_hash = runtime.trace_hash()
     return simulation.report
