@@ -338,13 +338,16 @@ Play = Callable[[DirectedFaults, float], Coroutine[Any, Any, None]]
 
 
 class Bug(NamedTuple):
-    """How to plant it, and under which faults one of SEEDS finds it."""
+    """How to plant it, and under which faults it is found."""
 
     plant: Callable[[], Patch]
     play: Play | None = None
     """A directed play, again and again; None: faults by chance."""
     chunks: int = DIRECTED.chunks
     """Of a play: what is left pending in one of many may stay unseen by clients."""
+
+    seeds: int = 40
+    """One of the first so many finds it."""
 
     def config(self) -> SimConfig:
         """What to simulate."""
@@ -359,9 +362,6 @@ class Bug(NamedTuple):
         return replace(DIRECTED, faults=OnePlay, chunks=self.chunks)
 
 
-SEEDS = range(40)
-"""One of these finds each bug."""
-
 BUGS: dict[str, Bug] = {
     "serves without a lease": Bug(_serves_without_a_lease, DirectedFaults.island_under_a_new_primary),
     "counts its lease from the answer": Bug(_counts_its_lease_from_the_answer, DirectedFaults.last_answer_comes_late),
@@ -372,7 +372,7 @@ BUGS: dict[str, Bug] = {
     ),
     "takes the primary's lease over too soon": Bug(_takes_the_primary_lease_over_too_soon),
     "makes no new version after a restart": Bug(
-        _makes_no_new_version_after_a_restart, DirectedFaults.dies_half_way, chunks=60
+        _makes_no_new_version_after_a_restart, DirectedFaults.dies_half_way, chunks=150, seeds=100
     ),
     "accepts any chain version": Bug(_accepts_any_chain_version),
     "skips the second version check": Bug(_skips_the_second_version_check, DirectedFaults.island_under_a_new_primary),

@@ -17,7 +17,7 @@ from emberfs.testing.sim.loop import SimRuntime, run
 from emberfs.testing.sim.simulation import OPERATIONS_MIN, VIRTUAL_S_MIN, SimConfig, simulate
 from msgspec.structs import replace
 
-from tests.sim.bugs import BUGS, SEEDS
+from tests.sim.bugs import BUGS
 
 FAULTS_MIN = 5
 STALL_S_MAX = 1.0
@@ -40,7 +40,7 @@ def test_a_seed_replays_to_the_same_trace() -> None:
 def test_a_planted_bug_is_found(bug: str) -> None:
     planted = BUGS[bug]
     with planted.plant(), pytest.raises(Exception) as caught:
-        for seed in SEEDS:
+        for seed in range(planted.seeds):
             simulate(seed, config=planted.config())
     assert "seed" in "".join(caught.value.__notes__)
 
