@@ -71,6 +71,7 @@ def test_memory_goes_with_its_last_view() -> None:
     place = find(part)
     assert place is not None and place.offset == 100
     assert find(memoryview(bytearray(100))) is None
+    assert find(part.toreadonly()) is None
     del view, place
     part[:] = b"x" * 100
     assert len(os.listdir("/proc/self/fd")) == before + 1

@@ -134,9 +134,9 @@ def allocate(size: int) -> memoryview:
 
 
 def find(view: memoryview) -> Place | None:
-    """Where `view` lies, if in memory of `allocate`."""
+    """Where `view` lies, if in memory of `allocate`. The address of a read-only view cannot be had."""
     region = _allocated.get(id(view.obj))
-    return None if region is None else Place(region, region.offset_of(view))
+    return None if region is None or view.readonly else Place(region, region.offset_of(view))
 
 
 class Blocks:
