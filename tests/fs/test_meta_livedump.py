@@ -12,7 +12,17 @@ import pytest
 from emberfs.cluster.rows import ClusterRows
 from emberfs.errors import EmberError
 from emberfs.kv.memory import MemoryKV
-from emberfs.messages import CommitPut, Link, Mkdir, Remove, Rename, ReportLength, SetXattr
+from emberfs.messages import (
+    CommitPut,
+    Link,
+    Mkdir,
+    ReadRows,
+    Remove,
+    Rename,
+    ReportLength,
+    SetXattr,
+    TrashRestore,
+)
 from emberfs.meta import reading, scan
 from emberfs.meta.check import check
 from emberfs.meta.dump import dump, load
@@ -50,7 +60,7 @@ class Distant:
 async def dumped(cluster: Cluster, *, delay_s: float = 0.01) -> list[str]:
     lines: list[str] = []
     rows = ClusterRows(Distant(cluster, delay_s), cluster.runtime)
-    await dump_live(rows, lines.append, open_spool=spool)
+    await dump_live(rows, lines.append, open_spool=spool, now_ns=cluster.runtime.wall_ns())
     return lines
 
 
@@ -84,7 +94,7 @@ def test_at_rest_it_is_the_dump_of_a_store_at_rest() -> None:
     calm: list[str] = []
     live: list[str] = []
     meta.run(dump(meta.kv, calm.append))
-    meta.run(dump_live(meta.kv, live.append, open_spool=spool))
+    meta.run(dump_live(meta.kv, live.append, open_spool=spool, now_ns=meta.runtime.wall_ns()))
     assert live[0] == calm[0]
     assert sorted(live) == sorted(calm)
     meta.close()
@@ -169,5 +179,30 @@ def test_lengths_of_open_files_and_what_waits_for_collection_are_in_it() -> None
             "garbage": 1,
             "trash": 0,
         }
+
+    simulate(main)
+
+
+def test_what_is_restored_meanwhile_stays_in_the_trash_of_the_dump() -> None:
+    async def main(cluster: Cluster) -> None:
+        client = await cluster.client()
+        await client.put(0, "/wanted", 100)
+        trash_id = (await client(0, Remove("/wanted", False, True, "any"))).trash_id
+
+        class Restoring(Distant):
+            """Restores it when its name in the trash has been read, and the rows of the trash have not."""
+
+            async def call(self, request: Any, buffers: Any = ()) -> Any:
+                if isinstance(request, ReadRows) and request.begin == b"R":
+                    await client(0, TrashRestore(trash_id, ""))
+                return await super().call(request, buffers)
+
+        lines: list[str] = []
+        rows = ClusterRows(Restoring(cluster, 0.0), cluster.runtime)
+        now_ns = cluster.runtime.wall_ns()
+        await dump_live(rows, lines.append, open_spool=spool, now_ns=now_ns)
+        assert f"(trash)/{trash_id}" in paths(await loaded(cluster, lines))
+        (trash,) = [line for line in map(json.loads, lines) if line.get("row") == "trash"]
+        assert (trash["id"], trash["deleted_ns"]) == (trash_id, now_ns)
 
     simulate(main)

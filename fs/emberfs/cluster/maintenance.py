@@ -64,7 +64,8 @@ class ClusterMaintenance:
 
     async def _dump(self, write_line: Callable[[str], object]) -> None:
         tables = msgspec.Raw(msgspec.json.encode(await read_tables(self._rows)))
-        await dump_live(self._rows, write_line, open_spool=_spool, cluster=tables)
+        now_ns = self._store.runtime.wall_ns()
+        await dump_live(self._rows, write_line, open_spool=_spool, now_ns=now_ns, cluster=tables)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """As the portal does, for what takes long and changes nothing: an interrupt ends it at once."""

@@ -59,12 +59,16 @@ async def dump_live(
     write_line: Callable[[str], object],
     *,
     open_spool: OpenSpool,
+    now_ns: int,
     cluster: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
 ) -> None:
-    """As `dump.dump`. Raises Conflict if the tree is rearranged again and again, and what reading raises."""
+    """As `dump.dump`, at the wall clock time `now_ns`.
+
+    Raises Conflict if the tree is rearranged again and again, and what reading raises.
+    """
     for _ in range(ATTEMPTS_MAX):
         with ExitStack() as files:
-            gathering = _Gathering(kv, lambda: files.enter_context(open_spool()))
+            gathering = _Gathering(kv, lambda: files.enter_context(open_spool()), now_ns)
             try:
                 await gathering.read()
             except _Torn:
@@ -117,8 +121,9 @@ class _Spool:
 class _Gathering:
     """One attempt."""
 
-    def __init__(self, kv: KV, open_spool: OpenSpool) -> None:
+    def __init__(self, kv: KV, open_spool: OpenSpool, now_ns: int) -> None:
         self._kv = kv
+        self._now_ns = now_ns
         self._entries = _Spool(open_spool())
         """(key, value)"""
         self._inodes = _Spool(open_spool())
@@ -309,8 +314,10 @@ class _Gathering:
                 if (trash_id := key[1:].decode()) in self._trash:
                     self._trash.discard(trash_id)
                     self._note_rest("trash", key, value)
-        for trash_id in sorted(self._trash):  # Trashed or restored while we read; where from is not known.
-            line = {"id": trash_id, **fields(TrashRow(path=f"/{trash_id}", deleted_ns=0))}
+        # Restored, or removed for good, while we read. Where from is not known; and loaded it has to stay for a while:
+        # somebody wanted it back.
+        for trash_id in sorted(self._trash):
+            line = {"id": trash_id, **fields(TrashRow(path=f"/{trash_id}", deleted_ns=self._now_ns))}
             self._rest.add((b"trash", msgspec.json.encode(line)))
 
     def _note_rest(self, row: str, key: bytes, value: bytes) -> None:
