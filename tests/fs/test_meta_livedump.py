@@ -26,8 +26,9 @@ from emberfs.messages import (
 from emberfs.meta import reading, scan
 from emberfs.meta.check import check
 from emberfs.meta.dump import dump, load
-from emberfs.meta.keys import decode_inode, unpack_id
+from emberfs.meta.keys import decode_inode, entry_key, pack_id, unpack_id
 from emberfs.meta.livedump import dump_live
+from emberfs.types import ROOT_INODE
 from emberfs.waiting import finish
 
 from tests.fs.meta_cluster import Client, Cluster, open_file, simulate
@@ -204,5 +205,26 @@ def test_what_is_restored_meanwhile_stays_in_the_trash_of_the_dump() -> None:
         assert f"(trash)/{trash_id}" in paths(await loaded(cluster, lines))
         (trash,) = [line for line in map(json.loads, lines) if line.get("row") == "trash"]
         assert (trash["id"], trash["deleted_ns"]) == (trash_id, now_ns)
+
+    simulate(main)
+
+
+def test_what_nothing_names_is_in_the_trash_of_the_dump() -> None:
+    async def main(cluster: Cluster) -> None:
+        client = await cluster.client()
+        await client.put(0, "/calm", 100)
+        file = await client.put(0, "/lost", 100)
+        directory = (await client(0, mkdir("/lost-directory"))).inode
+        await client(0, put("/lost-directory/leaf", b"leaf"))
+        txn = cluster.kv.begin()
+        for name in (b"lost", b"lost-directory"):
+            txn.delete(entry_key(pack_id(ROOT_INODE), name))
+        await txn.commit()
+        lines: list[str] = []
+        rows = ClusterRows(Distant(cluster, 0.0), cluster.runtime)
+        nameless = await dump_live(rows, lines.append, open_spool=spool, now_ns=cluster.runtime.wall_ns())
+        assert sorted(nameless) == [f"{file.id:016x}", f"{directory.id:016x}"]
+        found = paths(await loaded(cluster, lines))
+        assert {"/calm", f"(trash)/{file.id:016x}", f"(trash)/{directory.id:016x}/leaf"} < found.keys()
 
     simulate(main)

@@ -58,14 +58,17 @@ class ClusterMaintenance:
 
     # --- dump ------------------------------------------------------------------------------------------------------
 
-    def dump(self, write_line: Callable[[str], object]) -> None:
-        """Back the metadata up, while it is in use: versioned JSONL, a line per call. Chunks are not in it."""
-        self._run(self._dump(write_line))
+    def dump(self, write_line: Callable[[str], object]) -> list[str]:
+        """Back the metadata up, while it is in use: versioned JSONL, a line per call. Chunks are not in it.
 
-    async def _dump(self, write_line: Callable[[str], object]) -> None:
+        Returns the ids, in the trash of the dump, of what no name leads to: damage, which `fsck` tells more about.
+        """
+        return self._run(self._dump(write_line))
+
+    async def _dump(self, write_line: Callable[[str], object]) -> list[str]:
         tables = msgspec.Raw(msgspec.json.encode(await read_tables(self._rows)))
         now_ns = self._store.runtime.wall_ns()
-        await dump_live(self._rows, write_line, open_spool=_spool, now_ns=now_ns, cluster=tables)
+        return await dump_live(self._rows, write_line, open_spool=_spool, now_ns=now_ns, cluster=tables)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """As the portal does, for what takes long and changes nothing: an interrupt ends it at once."""
