@@ -26,6 +26,7 @@ from ..meta.chunks import ClientChunkOps
 from ..meta.livedump import dump_live
 from ..routing import Role, TargetState
 from ..types import split_chunk_id
+from ..waiting import all_of
 from .fsck import fsck
 from .rows import ClusterRows
 from .store import ClusterStore, EveryChain
@@ -136,15 +137,9 @@ class ClusterMaintenance:
         return walks
 
     async def _page_of_each(self, walks: Sequence[_Walk]) -> None:
-        tasks = [self._store.runtime.spawn(walk.page(), "scrub-page") for walk in walks]
-        errors = []
-        for task in tasks:
-            try:
-                await task
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        for outcome in await all_of(self._store.runtime, [walk.page() for walk in walks], "scrub-page"):
+            if isinstance(outcome, Exception):
+                raise outcome
 
     async def _named(self, found: Sequence[tuple[str, int, bytes, str, bool]]) -> list[Finding]:
         """(node, chain, chunk, detail, repaired) as findings that name files."""
