@@ -130,6 +130,7 @@ class Services:
             chain_count=len(self.engines),
             stripe=len(self.engines),
             shared=self._shared,
+            has_settings=True,
             client_grace_s=0.0,
             clients_interval_s=1.0,
         )

@@ -94,7 +94,7 @@ class Cluster:
         self.kv = SlowKV(runtime)
         self.chunks = SlowChunks(runtime)
         self.processes = [SimProcess(runtime, f"meta-{number}") for number in range(2)]
-        config = MetaConfig(shared=True, chain_count=4, stripe=2, gc_delay_s=0)
+        config = MetaConfig(shared=True, has_settings=True, chain_count=4, stripe=2, gc_delay_s=0)
         self.servers = [MetaService(self.kv, process, self.chunks, config=config) for process in self.processes]
         self.live: set[bytes] = set()
 

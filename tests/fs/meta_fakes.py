@@ -237,7 +237,7 @@ async def _stop_tasks(service: MetaService) -> None:
     await service.close()
 
 
-SHARED = MetaConfig(shared=True, client_grace_s=0.0)
+SHARED = MetaConfig(shared=True, has_settings=True, client_grace_s=0.0)
 REPEATABLE = (Reserve, Abandon, ReportLength, CollectGarbage)
 """Changing requests whose second attempt may get another answer."""
 

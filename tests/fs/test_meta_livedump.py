@@ -12,12 +12,23 @@ import pytest
 from emberfs.cluster.rows import ClusterRows
 from emberfs.errors import EmberError
 from emberfs.kv.memory import MemoryKV
-from emberfs.messages import CommitPut, Link, Mkdir, Remove, Rename, ReportLength, SetXattr
+from emberfs.messages import (
+    CommitPut,
+    Link,
+    Mkdir,
+    ReadRows,
+    Remove,
+    Rename,
+    ReportLength,
+    SetXattr,
+    TrashRestore,
+)
 from emberfs.meta import reading, scan
 from emberfs.meta.check import check
 from emberfs.meta.dump import dump, load
-from emberfs.meta.keys import decode_inode, unpack_id
+from emberfs.meta.keys import decode_inode, entry_key, pack_id, unpack_id
 from emberfs.meta.livedump import dump_live
+from emberfs.types import ROOT_INODE
 from emberfs.waiting import finish
 
 from tests.fs.meta_cluster import Client, Cluster, open_file, simulate
@@ -50,7 +61,7 @@ class Distant:
 async def dumped(cluster: Cluster, *, delay_s: float = 0.01) -> list[str]:
     lines: list[str] = []
     rows = ClusterRows(Distant(cluster, delay_s), cluster.runtime)
-    await dump_live(rows, lines.append, open_spool=spool)
+    await dump_live(rows, lines.append, open_spool=spool, now_ns=cluster.runtime.wall_ns())
     return lines
 
 
@@ -84,7 +95,7 @@ def test_at_rest_it_is_the_dump_of_a_store_at_rest() -> None:
     calm: list[str] = []
     live: list[str] = []
     meta.run(dump(meta.kv, calm.append))
-    meta.run(dump_live(meta.kv, live.append, open_spool=spool))
+    meta.run(dump_live(meta.kv, live.append, open_spool=spool, now_ns=meta.runtime.wall_ns()))
     assert live[0] == calm[0]
     assert sorted(live) == sorted(calm)
     meta.close()
@@ -169,5 +180,51 @@ def test_lengths_of_open_files_and_what_waits_for_collection_are_in_it() -> None
             "garbage": 1,
             "trash": 0,
         }
+
+    simulate(main)
+
+
+def test_what_is_restored_meanwhile_stays_in_the_trash_of_the_dump() -> None:
+    async def main(cluster: Cluster) -> None:
+        client = await cluster.client()
+        await client.put(0, "/wanted", 100)
+        trash_id = (await client(0, Remove("/wanted", False, True, "any"))).trash_id
+
+        class Restoring(Distant):
+            """Restores it when its name in the trash has been read, and the rows of the trash have not."""
+
+            async def call(self, request: Any, buffers: Any = ()) -> Any:
+                if isinstance(request, ReadRows) and request.begin == b"R":
+                    await client(0, TrashRestore(trash_id, ""))
+                return await super().call(request, buffers)
+
+        lines: list[str] = []
+        rows = ClusterRows(Restoring(cluster, 0.0), cluster.runtime)
+        now_ns = cluster.runtime.wall_ns()
+        await dump_live(rows, lines.append, open_spool=spool, now_ns=now_ns)
+        assert f"(trash)/{trash_id}" in paths(await loaded(cluster, lines))
+        (trash,) = [line for line in map(json.loads, lines) if line.get("row") == "trash"]
+        assert (trash["id"], trash["deleted_ns"]) == (trash_id, now_ns)
+
+    simulate(main)
+
+
+def test_what_nothing_names_is_in_the_trash_of_the_dump() -> None:
+    async def main(cluster: Cluster) -> None:
+        client = await cluster.client()
+        await client.put(0, "/calm", 100)
+        file = await client.put(0, "/lost", 100)
+        directory = (await client(0, mkdir("/lost-directory"))).inode
+        await client(0, put("/lost-directory/leaf", b"leaf"))
+        txn = cluster.kv.begin()
+        for name in (b"lost", b"lost-directory"):
+            txn.delete(entry_key(pack_id(ROOT_INODE), name))
+        await txn.commit()
+        lines: list[str] = []
+        rows = ClusterRows(Distant(cluster, 0.0), cluster.runtime)
+        nameless = await dump_live(rows, lines.append, open_spool=spool, now_ns=cluster.runtime.wall_ns())
+        assert sorted(nameless) == [f"{file.id:016x}", f"{directory.id:016x}"]
+        found = paths(await loaded(cluster, lines))
+        assert {"/calm", f"(trash)/{file.id:016x}", f"(trash)/{directory.id:016x}/leaf"} < found.keys()
 
     simulate(main)

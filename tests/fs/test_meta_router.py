@@ -163,7 +163,8 @@ class World:
         for address in self.addresses:
             process = SimProcess(runtime, address)
             self.processes.append(process)
-            self.servers.append(MetaService(self.kv, process, self.chunks, config=MetaConfig(shared=True)))
+            config = MetaConfig(shared=True, has_settings=True)
+            self.servers.append(MetaService(self.kv, process, self.chunks, config=config))
         self.client = SimProcess(runtime, "client")
         self.router = MetaRouter(self.client, self.fabric.network(self.client, "client"), self.routes)
 

@@ -31,7 +31,7 @@ from emberfs.messages import (
     Usage,
     WriteInline,
 )
-from emberfs.meta import ClientChunkOps, gc
+from emberfs.meta import ClientChunkOps, MetaConfig, MetaService, gc
 from emberfs.meta.claims import LEASE_S, TAKEOVER_S, Claims
 from emberfs.meta.keys import rows_of
 from emberfs.settings import Config
@@ -327,6 +327,37 @@ def test_a_client_that_ended_is_left_alone_as_long_as_a_lease_may_last() -> None
         assert await cluster.kv.begin().range(*rows_of(b"S")), "a storage node may still take its writes"
         await cluster.runtime.sleep(7.0)
         assert not await cluster.kv.begin().range(*rows_of(b"S"))
+
+    simulate(main)
+
+
+def test_nothing_goes_by_the_defaults_before_the_settings_are_known() -> None:
+    async def main(cluster: Cluster) -> None:
+        client = await cluster.client()
+        for name in ("/old", "/new"):
+            await client.put(0, name, CHUNK)
+        await client(0, Remove("/old", False, True, "any"))
+        for server in cluster.servers:
+            await server.close()
+        await cluster.runtime.sleep(8 * 86400.0)  # The default keeps it for 7 days.
+        restarted = MetaService(cluster.kv, cluster.runtime, cluster.chunks, config=MetaConfig(shared=True))
+        cluster.servers[:] = [restarted, restarted]
+        await restarted.start()
+        await restarted.sessions_changed({client.id})
+        with pytest.raises(Unavailable, match="configuration"):
+            await client(0, Remove("/new", False, False, "any"))
+        await cluster.runtime.sleep(300.0)
+        removing = cluster.runtime.spawn(client(0, Remove("/new", False, False, "any")), "call")
+        await cluster.runtime.sleep(1.0)
+        restarted.configure(Config(2, {"trash_s": 90 * 86400.0, "gc_delay_s": 86400.0}, (), 3.0))
+        await removing
+        await cluster.runtime.sleep(300.0)
+        usage = await client(0, Usage())
+        assert (usage.trash_entries, usage.gc_pending) == (1, 1), "the settings keep both"
+        restarted.configure(Config(3, {"trash_s": 86400.0, "gc_delay_s": 86400.0}, (), 3.0))
+        await cluster.runtime.sleep(300.0)
+        usage = await client(0, Usage())
+        assert (usage.trash_entries, usage.gc_pending) == (0, 2)
 
     simulate(main)
 

@@ -10,10 +10,15 @@ from emberfs.kv.memory import MemoryKV
 from emberfs.kv.types import Transaction
 from emberfs.manager import rows
 from emberfs.manager.tables import RESTORE_STEP, Tables, read_tables, write_tables
+from emberfs.messages import Heartbeat, SetConfig
 from emberfs.meta.dump import dump
 from emberfs.meta.keys import get_ids
 from emberfs.routing import Chain, ChainTarget, Node, Role, Target, TargetState
+from emberfs.settings import Config
+from emberfs.testing.sim.loop import SimRuntime, run
+from msgspec.structs import replace
 
+from tests.fs.manager_fakes import Managers
 from tests.fs.meta_fakes import Meta
 
 TABLES = Tables(
@@ -23,6 +28,7 @@ TABLES = Tables(
     nodes=[rows.NodeRow(Node("s1", Role.STORAGE, "s1:1", b"now", "rack"), True, False, (b"before",))],
     targets=[Target(b"t" * 16, "s1", 1)],
     chains=[Chain(1, 5, (ChainTarget(b"t" * 16, TargetState.SERVING, b"generation"),), 3), Chain(2, 0, ())],
+    config=rows.ConfigRow(4, {"trash_s": 90 * 86400.0, "moves_max": 9, "of_a_newer_release": 1}, 20.0),
 )
 
 
@@ -53,12 +59,40 @@ def test_tables_and_names_come_back_and_ids_begin_far_behind(lines: list[str]) -
     assert [chain.version for chain in restored.chains] == [5 + RESTORE_STEP, 0]
     assert restored.chains[0].targets == TABLES.chains[0].targets
     assert (restored.setup, restored.nodes, restored.targets) == (TABLES.setup, TABLES.nodes, TABLES.targets)
+    assert restored.config == replace(TABLES.config, version=4 + RESTORE_STEP)
     assert meta.run(get_ids(kv.begin())).next > ID_STEP
     copy = Meta(kv, runtime=meta.runtime)
     assert copy.names("/") == ["file"]
     copy.run(copy.service.close())
     with pytest.raises(AlreadyExists):
         meta.run(write_tables(kv, TABLES))
+    meta.close()
+
+
+def test_managers_go_by_the_configuration_of_the_dump_and_nodes_take_it() -> None:
+    async def main(runtime: SimRuntime) -> tuple[Config, Config]:
+        managers = Managers(runtime)
+        await write_tables(managers.kv, TABLES)
+        await managers.start()
+        reply = await managers.call(Heartbeat(Node("d1", Role.META, "d1:1", b"1"), [], 0, 0, 4))
+        changed = (await managers.call(SetConfig(reply.config.version, {"moves_max": 5}))).config
+        await managers.close()
+        return reply.config, changed
+
+    config, changed = run(0, main)
+    assert (config.version, config.waits_s) == (4 + RESTORE_STEP, 20.0)
+    assert config.chosen == ("moves_max", "trash_s")
+    assert (config.values["trash_s"], config.values["moves_max"]) == (90 * 86400.0, 9)
+    assert (changed.version, changed.values["trash_s"]) == (5 + RESTORE_STEP, 90 * 86400.0)
+
+
+def test_a_dump_without_a_configuration_is_loaded_with_the_defaults(lines: list[str]) -> None:
+    header = msgspec.json.decode(lines[0])
+    del header["cluster"]["config"]
+    meta = Meta()
+    kv = MemoryKV(meta.runtime)
+    meta.run(restore(kv, [msgspec.json.encode(header).decode(), *lines[1:]]))
+    assert meta.run(read_tables(kv)).config == rows.ConfigRow(1 + RESTORE_STEP)
     meta.close()
 
 

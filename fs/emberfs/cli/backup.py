@@ -16,6 +16,8 @@ from ..urls import cluster_addresses
 from .output import json_option, note, plural, print_json
 from .store import directory_of, open_cluster, open_store, require_store, store_argument, url_of
 
+NAMELESS_SHOWN = 5
+
 
 @click.command(
     epilog="\b\nExamples:\n"
@@ -33,7 +35,7 @@ def dump(file: str, store: str | None, as_json: bool) -> None:
     """
     with _dumping(url_of(store)) as write_dump:
         if file == "-":
-            write_dump(lambda line: sys.stdout.write(f"{line}\n"))
+            _note_nameless(write_dump(lambda line: sys.stdout.write(f"{line}\n")))
             sys.stdout.flush()
             return
         # A backup that stopped half-way must not replace the last whole one.
@@ -41,7 +43,7 @@ def dump(file: str, store: str | None, as_json: bool) -> None:
         try:
             with open(part, "w", encoding="utf-8") as out:
                 count = _Counter(out)
-                write_dump(count.write_line)
+                nameless = write_dump(count.write_line)
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(part, file)
@@ -50,14 +52,24 @@ def dump(file: str, store: str | None, as_json: bool) -> None:
                 os.unlink(part)
             raise
     if as_json:
-        print_json({"action": "dump", "file": file, "lines": count.lines})
+        print_json({"action": "dump", "file": file, "lines": count.lines, "nameless": nameless or []})
     else:
         note(f"wrote {plural(count.lines, 'line')} to {file}")
+        _note_nameless(nameless)
+
+
+def _note_nameless(trash_ids: list[str] | None) -> None:
+    if trash_ids:
+        note(
+            f"no name leads to {plural(len(trash_ids), 'inode')}: in the trash of the dump, as "
+            f"{', '.join(trash_ids[:NAMELESS_SHOWN])}{', ...' if len(trash_ids) > NAMELESS_SHOWN else ''}; "
+            "see `emberline fs fsck`"
+        )
 
 
 @contextmanager
-def _dumping(url: str) -> Iterator[Callable[[Callable[[str], object]], None]]:
-    """What hands every line of the dump of a store to a function."""
+def _dumping(url: str) -> Iterator[Callable[[Callable[[str], object]], list[str] | None]]:
+    """What hands every line of the dump of a store to a function; it may return trash ids, see `ClusterMaintenance`."""
     if cluster_addresses(url):
         with open_cluster(url) as maintenance:
             yield maintenance.dump

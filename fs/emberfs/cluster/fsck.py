@@ -1,7 +1,8 @@
 """fsck of a running cluster: do names, inodes and chunks agree? Nobody is stopped, and nothing is changed.
 
 The checks are those of an embedded store, on rows that are read while they change: what is just being done looks like
-damage. So a finding counts only if it is found again, word for word, at each of a few looks with a pause in between.
+damage. So a finding counts only if it is found again, word for word, at each of a few looks with a pause in between. A
+request that waits all that time, for the kv server say, may still look like damage: whoever doubts looks again.
 
 Does not know: whether bytes are right (the scrub), and what storage nodes keep inside of their disks.
 """
@@ -18,7 +19,7 @@ from ..runtime import Runtime
 
 LOOKS = 3
 PAUSE_S = 2.0
-"""Longer than any request that changes rows takes."""
+"""Longer than a request takes that nothing holds up; one that is held up may take the 30 s that calls wait."""
 
 
 async def fsck(

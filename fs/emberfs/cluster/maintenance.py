@@ -26,6 +26,7 @@ from ..meta.chunks import ClientChunkOps
 from ..meta.livedump import dump_live
 from ..routing import Role, TargetState
 from ..types import split_chunk_id
+from ..waiting import all_of
 from .fsck import fsck
 from .rows import ClusterRows
 from .store import ClusterStore, EveryChain
@@ -58,13 +59,17 @@ class ClusterMaintenance:
 
     # --- dump ------------------------------------------------------------------------------------------------------
 
-    def dump(self, write_line: Callable[[str], object]) -> None:
-        """Back the metadata up, while it is in use: versioned JSONL, a line per call. Chunks are not in it."""
-        self._run(self._dump(write_line))
+    def dump(self, write_line: Callable[[str], object]) -> list[str]:
+        """Back the metadata up, while it is in use: versioned JSONL, a line per call. Chunks are not in it.
 
-    async def _dump(self, write_line: Callable[[str], object]) -> None:
+        Returns the ids, in the trash of the dump, of what no name leads to: damage, which `fsck` tells more about.
+        """
+        return self._run(self._dump(write_line))
+
+    async def _dump(self, write_line: Callable[[str], object]) -> list[str]:
         tables = msgspec.Raw(msgspec.json.encode(await read_tables(self._rows)))
-        await dump_live(self._rows, write_line, open_spool=_spool, cluster=tables)
+        now_ns = self._store.runtime.wall_ns()
+        return await dump_live(self._rows, write_line, open_spool=_spool, now_ns=now_ns, cluster=tables)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """As the portal does, for what takes long and changes nothing: an interrupt ends it at once."""
@@ -132,15 +137,9 @@ class ClusterMaintenance:
         return walks
 
     async def _page_of_each(self, walks: Sequence[_Walk]) -> None:
-        tasks = [self._store.runtime.spawn(walk.page(), "scrub-page") for walk in walks]
-        errors = []
-        for task in tasks:
-            try:
-                await task
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        for outcome in await all_of(self._store.runtime, [walk.page() for walk in walks], "scrub-page"):
+            if isinstance(outcome, Exception):
+                raise outcome
 
     async def _named(self, found: Sequence[tuple[str, int, bytes, str, bool]]) -> list[Finding]:
         """(node, chain, chunk, detail, repaired) as findings that name files."""

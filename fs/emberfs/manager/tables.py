@@ -1,7 +1,7 @@
 """The cluster manager's tables in a metadata backup: without them the names lead to no chunk.
 
-A chain is brought back as it was dumped, under a version that no server has seen: so nothing that is left of the time
-after the dump is taken for newer.
+A chain, and the configuration, is brought back as it was dumped, under a version that no server has seen: so nothing
+that is left of the time after the dump is taken for newer.
 
 Does not know: who reads or writes the backup, and whether a target still has what its chain says (docs/operations.md).
 """
@@ -30,6 +30,8 @@ class Tables(msgspec.Struct):
     nodes: list[rows.NodeRow]
     targets: list[Target]
     chains: list[Chain]
+    config: rows.ConfigRow | None = None
+    """None: nothing was ever set, or the dump is older than this field."""
 
 
 async def read_tables(kv: KV) -> Tables:
@@ -43,6 +45,7 @@ async def read_tables(kv: KV) -> Tables:
             list((await rows.get_all(kv.begin(), rows.NODES, rows.NodeRow)).values()),
             list((await rows.get_all(kv.begin(), rows.TARGETS, Target)).values()),
             list((await rows.get_all(kv.begin(), rows.CHAINS, Chain)).values()),
+            await rows.get(kv.begin(), rows.CONFIG_KEY, rows.ConfigRow),
         )
         if (await rows.get_format(kv.begin())).routing_version == before.routing_version:
             return tables
@@ -62,6 +65,8 @@ async def write_tables(kv: KV, tables: Tables) -> None:
         txn.put(rows.FORMAT_KEY, rows.encode(versions))
         if tables.setup is not None:
             txn.put(rows.SETUP_KEY, rows.encode(tables.setup))
+        config = tables.config or rows.ConfigRow()
+        txn.put(rows.CONFIG_KEY, rows.encode(replace(config, version=config.version + RESTORE_STEP)))
         for node in tables.nodes:
             txn.put(rows.NODES + node.node.name.encode(), rows.encode(node))
         for target in tables.targets:

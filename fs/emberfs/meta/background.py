@@ -16,7 +16,7 @@ from ..messages import CollectGarbage
 from . import grants, recovery
 from .claims import Claim, Claims
 from .gc import collect_garbage
-from .state import MetaState
+from .state import SETTINGS_POLL_S, MetaState
 
 log = logging.getLogger("emberline.meta")
 
@@ -36,6 +36,8 @@ async def run(state: MetaState) -> None:
 async def run_shared(state: MetaState) -> None:
     """Several servers: be the one who does it, or wait for that. Cancel it only while it rests."""
     assert isinstance(state.claims, Claims)
+    while not state.is_configured and not state.background.stopping:
+        await _rest(state, SETTINGS_POLL_S)
     while not state.background.stopping:
         state.background.resting = True
         try:

@@ -6,7 +6,8 @@ time is in it, under a name that it had meanwhile; what came, went or was rename
 
 How: each page of entries is read with the inodes that it names. Then all inodes: those that live and were not named yet
 are new, or were renamed from where we had not been to where we had; directories know their names, and for files the
-entries are read again. A tree that was rearranged so that what was read is no tree is read again from the start.
+entries are read again. What has no name even then is damage: it is put into the trash of the dump, so that it is not
+lost. A tree that was rearranged so that what was read is no tree is read again from the start.
 
 Memory: two integers for each inode, a name for each directory. The rows wait in files that the caller gives.
 Does not know: chunks, and who changes the namespace.
@@ -34,6 +35,7 @@ from .keys import (
     encode_inode,
     entry_key,
     entry_name,
+    entry_value,
     get_ids,
     inode_key,
     length_key,
@@ -48,6 +50,8 @@ LOOKS_MAX = 5
 """So often an entry is looked at that names nothing. What names nothing even then is damage, and not in the dump."""
 ROUNDS_MAX = 5
 """So often all entries are read for the sake of inodes without a name."""
+SEARCHES_MAX = 2
+"""So many of these rounds look for the name of one inode."""
 ROOTS = (ROOT_INODE, TRASH_INODE, ORPHANS_INODE)
 
 OpenSpool = Callable[[], BinaryIO]
@@ -59,12 +63,16 @@ async def dump_live(
     write_line: Callable[[str], object],
     *,
     open_spool: OpenSpool,
+    now_ns: int,
     cluster: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET,
-) -> None:
-    """As `dump.dump`. Raises Conflict if the tree is rearranged again and again, and what reading raises."""
+) -> list[str]:
+    """As `dump.dump`, at the wall clock time `now_ns`. Returns the trash ids of what nothing names.
+
+    Raises Conflict if the tree is rearranged again and again, and what reading raises.
+    """
     for _ in range(ATTEMPTS_MAX):
         with ExitStack() as files:
-            gathering = _Gathering(kv, lambda: files.enter_context(open_spool()))
+            gathering = _Gathering(kv, lambda: files.enter_context(open_spool()), now_ns)
             try:
                 await gathering.read()
             except _Torn:
@@ -72,8 +80,8 @@ async def dump_live(
             # Last: ids that were given out meanwhile are below it.
             next_inode = (await get_ids(kv.begin())).next
             _write(gathering, write_line, next_inode, cluster)
-            return
-    raise Conflict("directories are moved about all the time: dump again when there is less of that")
+            return gathering.nameless
+    raise Conflict("directories are moved about all the time, or damaged: fsck tells; else dump again")
 
 
 def _write(
@@ -117,8 +125,11 @@ class _Spool:
 class _Gathering:
     """One attempt."""
 
-    def __init__(self, kv: KV, open_spool: OpenSpool) -> None:
+    def __init__(self, kv: KV, open_spool: OpenSpool, now_ns: int) -> None:
+        self.nameless: list[str] = []
+        """The names, in the trash of the dump, of what has none."""
         self._kv = kv
+        self._now_ns = now_ns
         self._entries = _Spool(open_spool())
         """(key, value)"""
         self._inodes = _Spool(open_spool())
@@ -148,13 +159,13 @@ class _Gathering:
         async for page in pages(self._kv, b"D"):
             await self._take(page, is_again=False)
         lost = await self._unnamed()
+        searches: collections.Counter[int] = collections.Counter()
         for _ in range(ROUNDS_MAX):
             if not lost:
                 break
-            files = lost - await self._take_directories(lost)
-            if files:
-                async for page in pages(self._kv, b"D"):
-                    await self._take([(key, entry) for key, entry in page if unpack_id(entry) in files], is_again=True)
+            await self._adopt([inode for inode in lost if searches[inode] == SEARCHES_MAX])
+            await self._search({inode for inode in lost if searches[inode] < SEARCHES_MAX})
+            searches.update(lost)
             unnamed = lost - self._entry_of.keys()
             unnamed |= self._displaced() | self._strangers()
             lost = await self._living(unnamed)
@@ -207,6 +218,22 @@ class _Gathering:
                 if number >= FIRST_INODE and _lives(inode) and (number not in self._entry_of or is_linked):
                     lost.add(number)
         return lost
+
+    async def _search(self, lost: set[int]) -> None:
+        """Take the entries that name these inodes, if there are any."""
+        files = lost - await self._take_directories(lost)
+        if files:
+            async for page in pages(self._kv, b"D"):
+                await self._take([(key, entry) for key, entry in page if unpack_id(entry) in files], is_again=True)
+
+    async def _adopt(self, inodes: Collection[int]) -> None:
+        """Name these in the trash, each by its own id: no entry there has it, as ids of both are given out once."""
+        rows = await self._kv.begin().get_many([inode_key(inode) for inode in inodes], snapshot=True)
+        for inode in map(decode_inode, filter(None, rows)):
+            trash_id = f"{inode.id:016x}"
+            key = entry_key(pack_id(TRASH_INODE), trash_id.encode())
+            await self._take([(key, entry_value(inode.id, inode.kind))], is_again=True)
+            self.nameless.append(trash_id)
 
     async def _take_directories(self, inodes: Collection[int]) -> set[int]:
         """Directories know their names: no search is needed for them. Returns those of `inodes`."""
@@ -309,8 +336,10 @@ class _Gathering:
                 if (trash_id := key[1:].decode()) in self._trash:
                     self._trash.discard(trash_id)
                     self._note_rest("trash", key, value)
-        for trash_id in sorted(self._trash):  # Trashed or restored while we read; where from is not known.
-            line = {"id": trash_id, **fields(TrashRow(path=f"/{trash_id}", deleted_ns=0))}
+        # Restored, or removed for good, while we read, or without a name at all. Where from is not known; and loaded it
+        # has to stay for a while: somebody may want it.
+        for trash_id in sorted(self._trash):
+            line = {"id": trash_id, **fields(TrashRow(path=f"/{trash_id}", deleted_ns=self._now_ns))}
             self._rest.add((b"trash", msgspec.json.encode(line)))
 
     def _note_rest(self, row: str, key: bytes, value: bytes) -> None:

@@ -91,6 +91,8 @@ class MetaService:
         inner = decode_message(memoryview(request.request))
         if inner.changes_nothing or type(inner) not in HANDLERS:
             raise ProtocolError(f"a Once with a {type(inner).__name__} in it")
+        if not self._state.is_configured:
+            await self._state.wait_for_settings()
         name = RequestName(request.client, request.number, request.done_below)
         state = self._state.named(name)
         try:
@@ -108,7 +110,10 @@ class MetaService:
         self._state.chains_changed(chains, stripe)
 
     def configure(self, config: Config) -> None:
-        """The cluster manager said that this holds. Call it before `sessions_changed` of the same answer."""
+        """The cluster manager said that this holds. Call it before `sessions_changed` of the same answer.
+
+        Until the first call nothing is collected, and requests that change something wait: see `has_settings`.
+        """
         self._state.configure(config)
 
     async def sessions_changed(self, live: Collection[bytes]) -> None:

@@ -35,17 +35,20 @@ STRIPE_DEFAULT = 16
 or measuring a file, which asks each of its chains, does not ask them all."""
 CLIENT_GRACE_MARGIN_S = 2.0
 """For clocks that drift; see `client_grace_s`."""
+SETTINGS_WAIT_S = 2.0
+"""How long a request waits for a configuration that was not heard of yet."""
+SETTINGS_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetaConfig:
     """Settings of the metadata service."""
 
-    gc_delay_s: float = 300.0
+    gc_delay_s: float = Settings().gc_delay_s
     """Seconds that the chunks of a file stay after its last name went: readers of it may go on for that long."""
-    gc_interval_s: float = 60.0
+    gc_interval_s: float = Settings().gc_interval_s
     """Seconds between two looks at the garbage and the trash."""
-    trash_s: float = 7 * 86400.0
+    trash_s: float = Settings().trash_s
     """Seconds that something stays in the trash."""
     chain_count: int = 1
     """Chains, ids 1..chain_count, that new files are dealt over."""
@@ -55,6 +58,9 @@ class MetaConfig:
     """Inode ids leased at a time."""
     shared: bool = False
     """Several servers serve the same KV: the cluster. Requests that change something must come as `Once`."""
+    has_settings: bool = False
+    """Shared: what is said here holds. Else it comes with `configure`, as in a cluster, and before that nothing is
+    collected and no change is taken: by the defaults, what a setting should keep would be gone for good."""
     client_grace_s: float = Settings().dead_after_s + CLIENT_GRACE_MARGIN_S
     """Shared: seconds between a client's end and its recovery. By then every storage node refuses its requests: it has
     heard of that, or its lease is over."""
@@ -114,6 +120,8 @@ class MetaState:
         self.config = config
         self.ids = InodeIds(kv, runtime, batch=config.id_batch)
         self.shared = config.shared
+        self.is_configured = config.has_settings or not config.shared
+        """What `config` says is what the cluster goes by."""
         self.chain_count = config.chain_count
         self.stripe = config.stripe
         self.turns = KeyedLocks(runtime)
@@ -146,6 +154,15 @@ class MetaState:
             trash_s=settings.trash_s,
             client_grace_s=config.waits_s + CLIENT_GRACE_MARGIN_S,
         )
+        self.is_configured = True
+
+    async def wait_for_settings(self) -> None:
+        """Return when they are known; they come with the first answer of a manager. Raises Unavailable."""
+        deadline_s = self.runtime.now_s() + SETTINGS_WAIT_S
+        while not self.is_configured:
+            if self.runtime.now_s() >= deadline_s:
+                raise Unavailable("the metadata server has not heard of the cluster's configuration")
+            await self.runtime.sleep(SETTINGS_POLL_S)
 
     def named(self, name: RequestName) -> MetaState:
         """This state, as the handler of one request sees it."""
