@@ -128,6 +128,11 @@ def checked(name: str, value: Value) -> Value:
 
 def check_together(settings: Settings) -> None:
     """Raises LimitExceeded: each may be, and all of them cannot."""
+    if settings.tombstone_s < settings.dead_after_s:
+        raise LimitExceeded(
+            f"tombstone_s {settings.tombstone_s} is less than dead_after_s {settings.dead_after_s}: "
+            "servers would forget what they have heard nothing of"
+        )
     if 2 * settings.heartbeat_s > settings.lease_s:
         raise LimitExceeded(
             f"heartbeat_s {settings.heartbeat_s} is too long for dead_after_s {settings.dead_after_s}: the lease of "

@@ -61,6 +61,8 @@ def test_a_change_names_the_version_that_it_changes() -> None:
     assert after_request(row, SetConfig(2, {}, ["trash_s"])) is None
     with pytest.raises(NotFound):
         after_request(row, SetConfig(3, {}, ["colour"]))
+    with pytest.raises(LimitExceeded, match="is less than dead_after_s"):
+        after_request(row, SetConfig(3, {"tombstone_s": 2}))
     with pytest.raises(LimitExceeded, match="before a second heartbeat"):
         after_request(row, SetConfig(3, {"dead_after_s": 2, "heartbeat_s": 1}))
 

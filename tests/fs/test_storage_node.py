@@ -35,6 +35,7 @@ from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing,
 from emberfs.settings import Config
 from emberfs.storage import StorageNode
 from emberfs.storage.node import BEAT_REST_S
+from emberfs.storage.sessions import Departed, Sessions
 from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
 from emberfs.waiting import finish, pause
@@ -305,6 +306,40 @@ def test_request_rows_of_ended_sessions_are_dropped() -> None:
         assert await engine.request_rows() == []
 
     on_host(work)
+
+
+def test_rows_of_a_client_that_came_while_no_manager_answered_stay() -> None:
+    """Another server was told of it; here the lease goes on, and looks follow each other without news between them."""
+
+    async def work(host: Host) -> None:
+        host.manager.lease_s, host.manager.settings = 50.0, {"tombstone_s": 2.0, "heartbeat_s": 0.5}
+        await host.serve()
+        host.manager.is_deaf = True
+        engine = host.node.replicas[1].engine
+        await engine.install_requests([(b"n" * 16, 1, 1)], engine.floor)
+        host.manager.sessions.append(b"n" * 16)
+        await host.beats(20.0)
+        assert host.node.lease.is_valid
+        assert [row.client for row in await engine.request_rows()] == [b"n" * 16]
+        host.manager.is_deaf = False
+        await host.beats(20.0)
+        assert [row.client for row in await engine.request_rows()] == [b"n" * 16]
+
+    on_host(work)
+
+
+def test_what_was_asked_before_a_look_does_not_count_after_it() -> None:
+    sessions, departed = Sessions(), Departed()
+    sessions.ask()
+    sessions.take(1, [])
+    sessions.ask()  # On its way, with an answer that was made before the client came.
+    assert departed.look([CLIENT], sessions) == []
+    sessions.take(1, None)
+    assert departed.look([CLIENT], sessions) == []
+    sessions.ask()
+    assert departed.look([CLIENT], sessions) == []
+    sessions.take(1, None)
+    assert departed.look([CLIENT], sessions) == [CLIENT]
 
 
 def test_a_failed_disk_is_reported_and_serves_nothing() -> None:

@@ -215,6 +215,7 @@ class StorageNode:
             curious, self._curious = self._curious, []
             sent_s, interval_s = self._runtime.now_s(), self.settings.heartbeat_s
             try:
+                self._sessions.ask()
                 versions = (self.routing.version, self._sessions.version, self._config_version)
                 request = Heartbeat(self.node, self.reports(), *versions)
                 reply = await self._ask(request, HeartbeatReply)
@@ -323,8 +324,7 @@ class StorageNode:
         if self._is_cut_off:
             log.info("a manager answers again")
         self._unanswered, self._is_cut_off = 0, False
-        if reply.sessions is not None:
-            self._sessions.take(reply.sessions_version, reply.sessions)
+        self._sessions.take(reply.sessions_version, reply.sessions)
         self._adopt(reply.routing)
         if reply.config is not None:
             self._retune(reply.config)
