@@ -20,6 +20,7 @@ from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
     ChunksRead,
     ChunksScrubbed,
+    Done,
     GetRouting,
     Heartbeat,
     HeartbeatReply,
@@ -34,7 +35,7 @@ from emberfs.messages import (
 from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
 from emberfs.settings import Config
 from emberfs.storage import StorageNode
-from emberfs.storage.node import BEAT_REST_S
+from emberfs.storage.node import BEAT_REST_S, FAILED_REST_S
 from emberfs.storage.sessions import Departed, Sessions
 from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
@@ -56,6 +57,8 @@ class FakeManager:
         self.sessions: list[bytes] = []
         self.heartbeats: list[Heartbeat] = []
         self.error: Exception | None = None
+        self.nonsense = 0
+        """So many questions for a newer routing have an answer that is none."""
         self.is_deaf = False
         """Heartbeats are refused."""
         self.lease_s = 2.5
@@ -74,6 +77,9 @@ class FakeManager:
         if isinstance(request, GetRouting):
             if request.version >= self.routing.version:
                 await pause(self.runtime, request.wait_s, self.news)
+            if request.wait_s and self.nonsense:
+                self.nonsense -= 1
+                return Done()
             return RoutingReply(self.routing if request.version < self.routing.version else None)
         assert isinstance(request, Heartbeat)
         if self.is_deaf:
@@ -433,6 +439,67 @@ def test_an_error_of_our_own_does_not_end_the_heartbeats_and_many_stop_the_serve
         assert host.node.stopped_because is not None and "our own mistake" in host.node.stopped_because
 
     on_host(work)
+
+
+def test_a_chain_change_is_known_soon_after_an_error_of_our_own(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(host: Host) -> None:
+        host.manager.settings = {"heartbeat_s": 20.0}
+        await host.serve()
+        host.manager.nonsense = 1
+        host.manager.put(host.chain(1, TARGET), host.chain(2, SECOND))
+        await host.beats(FAILED_REST_S / 2)
+        host.manager.put(host.chain(1, TARGET, version=2), host.chain(2, SECOND))
+        beats = len(host.manager.heartbeats)
+        await host.beats(FAILED_REST_S)
+        assert host.node.routing == host.manager.routing
+        assert len(host.manager.heartbeats) == beats, "it was not a heartbeat that brought it"
+
+    on_host(work)
+    assert [each.getMessage() for each in caplog.records] == ["the task routing failed, and begins anew"]
+
+
+def test_the_scrub_goes_on_after_an_error_of_our_own() -> None:
+    async def work(host: Host) -> None:
+        run_scrub, begun = host.node.scrubber.run, list[float]()
+
+        async def broken_once() -> None:
+            begun.append(host.runtime.now_s())
+            if len(begun) == 1:
+                raise KeyError("our own mistake")
+            await run_scrub()
+
+        host.node.scrubber.run = broken_once  # type: ignore[method-assign]
+        await host.beats(5.0)
+        assert len(begun) == 2
+
+    on_host(work)
+
+
+def test_all_targets_are_closed_although_one_of_them_cannot_be() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        host = Host(runtime)
+        await host.node.start()
+        await host.serve()
+        first, second = (host.node.replicas[number].engine for number in (1, 2))
+        close, closed = second.close, list[bytes]()
+
+        async def broken() -> None:
+            raise OSError("input/output error")
+
+        async def whole() -> None:
+            await close()
+            closed.append(SECOND)
+
+        async def failing() -> None:
+            raise KeyError("our own mistake")
+
+        first.close, second.close = broken, whole  # type: ignore[method-assign]
+        host.node._applying = runtime.spawn(failing(), "apply-routing")
+        with pytest.raises(KeyError):
+            await host.node.close()
+        assert closed == [SECOND]
+
+    run(0, main)
 
 
 def test_a_target_that_was_taken_away_is_closed_and_dropped() -> None:

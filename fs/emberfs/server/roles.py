@@ -239,9 +239,11 @@ async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: 
     service = StorageNode(node, runtime, network, config.managers, open_target, drop_target=drop_target)
 
     async def close() -> None:
-        await service.close()
-        for index in indices.values():
-            await index.close()
+        try:
+            await service.close()
+        finally:
+            for index in indices.values():
+                await index.close()
 
     def gauges() -> dict[str, float]:
         usage = shutil.disk_usage(root)

@@ -84,6 +84,8 @@ BEAT_REST_S = 0.1
 """At least so long between two heartbeats, however many clients are asked for."""
 FOLLOW_WAIT_S = 5.0
 """How long the manager holds a question for a newer routing."""
+FAILED_REST_S = 1.0
+"""Pause before a task begins anew that ended by an error of our own."""
 BEAT_FAILURES_MAX = 10
 """After so many errors of our own in a row the server stops: without heartbeats it serves nothing anyway."""
 
@@ -151,10 +153,8 @@ class StorageNode:
 
     async def start(self) -> None:
         """Begin to send heartbeats."""
-        self._tasks = [
-            self._runtime.spawn(self._beat(), "heartbeats"),
-            self._runtime.spawn(self._look_after(), "upkeep"),
-        ]
+        self._begin_task(self._beat, "heartbeats")
+        self._begin_task(self._look_after, "upkeep")
 
     async def retire(self) -> None:
         """Serve nothing any more and say so to the manager, so that others take over now and not after our lease.
@@ -169,7 +169,10 @@ class StorageNode:
         await pause(self._runtime, self.settings.lease_s, told)
 
     async def close(self) -> None:
-        """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's."""
+        """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's.
+
+        Raises an error of theirs, after all of them are closed.
+        """
         finish(self._closing)
         for each in self._curious:
             finish(each)
@@ -180,11 +183,33 @@ class StorageNode:
         for task in self._tasks:
             await task
         if self._applying is not None:
-            await self._applying
-        for replica in self.replicas.values():
-            await replica.close()
-            await replica.engine.close()
+            await first_of(self._runtime, self._applying)
+        replicas = list(self.replicas.values())
         self.replicas.clear()
+        ended = await all_of(self._runtime, [self._close_engine(each) for each in replicas], "close-target")
+        if self._applying is not None:
+            self._applying.result()
+        for error in ended:
+            if error is not None:
+                raise error
+
+    async def _close_engine(self, replica: Replica) -> None:
+        await replica.close()
+        await replica.engine.close()
+
+    def _begin_task(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        """Begin what goes on until `close`."""
+        self._tasks.append(self._runtime.spawn(self._go_on(work, name), name))
+
+    async def _go_on(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        """An error of our own must not end it: nobody would notice that the disk is scrubbed no more, for example."""
+        while not self._closing.done() and self.stopped_because is None:
+            try:
+                await work()
+                return
+            except Exception:
+                log.exception("the task %s failed, and begins anew", name)
+                await pause(self._runtime, FAILED_REST_S, self._closing)
 
     def progress(self) -> list[ResyncProgress]:
         """The resyncs that this node drives."""
@@ -208,7 +233,7 @@ class StorageNode:
 
     async def _beat(self) -> None:
         await self._learn_targets()
-        self._tasks.append(self._runtime.spawn(self._follow_changes(), "routing"))
+        self._begin_task(self._follow_changes, "routing")
         failures = 0
         while not self._closing.done():
             self._beat_now = self._runtime.future()
@@ -340,7 +365,7 @@ class StorageNode:
 
     def _retune(self, config: Config) -> None:
         if not self._config_version:  # Now it is known whether, and how fast.
-            self._tasks.append(self._runtime.spawn(self.scrubber.run(), "scrub"))
+            self._begin_task(self.scrubber.run, "scrub")
         self._config_version, self.settings = config.version, Settings.of(config.values)
         self._paces.retune(self.settings)
         retuned, self._retuned = self._retuned, self._runtime.future()
