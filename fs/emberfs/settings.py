@@ -64,7 +64,7 @@ class Settings:
         means="each chunk is read back from the disk once in this time, if scrub_bytes_per_s is enough; 0: never",
     )
     scrub_bytes_per_s: int = _setting(
-        20 << 20, least=1, most=1 << 40, means="a disk is never scrubbed faster; 20 MiB/s are 23 TiB in two weeks"
+        20 << 20, least=1 << 20, most=1 << 40, means="a disk is never scrubbed faster; 20 MiB/s are 23 TiB in two weeks"
     )
     gc_delay_s: float = _setting(
         300.0, least=0.0, most=30 * 86400.0, means="readers of a removed or replaced file may go on for so long"

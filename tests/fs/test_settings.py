@@ -28,6 +28,7 @@ def test_all_defaults_are_allowed() -> None:
         ("trash_s", math.inf, "trash_s is"),
         ("moves_max", 2.5, "a whole number"),
         ("resync_bytes_per_s", 0, "resync_bytes_per_s is"),
+        ("scrub_bytes_per_s", 1, "scrub_bytes_per_s is 1048576 to"),
     ],
 )
 def test_a_value_has_bounds(name: str, value: float, says: str) -> None:

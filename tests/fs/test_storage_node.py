@@ -598,6 +598,21 @@ def test_old_tombstones_are_purged_and_leave_the_floor() -> None:
     on_host(work)
 
 
+def test_a_long_look_at_damaged_chunks_keeps_no_upkeep_from_its_time() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        await host.write(b"abc")
+        host.node.replicas[2].repairer.unmended[OTHER] = None
+        host.manager.config_version, host.manager.settings = 2, {"tombstone_s": 10.0, "scrub_bytes_per_s": 1e-3}
+        await host.beats(15.0)
+        assert host.node.scrubber._turn.locked(), "it waits because of the limit"
+        await host.node.handle(RemoveChunks([1], [CHUNK], CLIENT, 0, 2, [1]))
+        await host.beats(25.0)
+        assert await host.node.replicas[1].engine.tombstones() == []
+
+    on_host(work)
+
+
 def test_that_no_manager_answers_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async def main(sim: SimRuntime) -> None:
         host = Host(sim)

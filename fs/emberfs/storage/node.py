@@ -366,6 +366,7 @@ class StorageNode:
     def _retune(self, config: Config) -> None:
         if not self._config_version:  # Now it is known whether, and how fast.
             self._begin_task(self.scrubber.run, "scrub")
+            self._begin_task(self.scrubber.run_again, "scrub-again")
         self._config_version, self.settings = config.version, Settings.of(config.values)
         self._paces.retune(self.settings)
         retuned, self._retuned = self._retuned, self._runtime.future()
@@ -463,7 +464,6 @@ class StorageNode:
                         await upkeep.drop_requests(self._sessions)
                 except EmberError as error:
                     log.warning("upkeep of a target failed: %s", error)
-            await self.scrubber.look_again()
 
     # --- requests --------------------------------------------------------------------------------------------------
 
