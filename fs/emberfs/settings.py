@@ -43,7 +43,7 @@ class Settings:
         most=60.0,
         means="a node counts as dead when it was silent for so long; it serves for 5/6 of that without an answer",
     )
-    heartbeat_s: float = _setting(0.5, least=0.05, most=20.0, means="pause between two heartbeats of a node")
+    heartbeat_s: float = _setting(0.5, least=0.1, most=20.0, means="pause between two heartbeats of a node")
     session_timeout_s: float = _setting(
         60.0, least=8.0, most=86400.0, means="a client that is silent for so long is given up; it calls every 5 s"
     )

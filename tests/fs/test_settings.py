@@ -10,6 +10,7 @@ from emberfs.manager.rows import ConfigRow, decode, encode
 from emberfs.manager.settings import after_request, after_wait
 from emberfs.messages import SetConfig
 from emberfs.settings import SETTINGS, Settings, check_together, checked
+from emberfs.storage.node import BEAT_REST_S
 
 
 def test_all_defaults_are_allowed() -> None:
@@ -27,6 +28,7 @@ def test_all_defaults_are_allowed() -> None:
         ("dead_after_s", math.nan, "2.0 to 60.0"),
         ("trash_s", math.inf, "trash_s is"),
         ("moves_max", 2.5, "a whole number"),
+        ("heartbeat_s", BEAT_REST_S - 0.01, "heartbeat_s is"),
         ("resync_bytes_per_s", 0, "resync_bytes_per_s is"),
         ("scrub_bytes_per_s", 1, "scrub_bytes_per_s is 1048576 to"),
     ],

@@ -264,6 +264,22 @@ def test_a_lease_is_as_long_as_the_manager_says() -> None:
     on_host(work)
 
 
+def test_a_manager_may_take_its_time_however_often_it_is_asked() -> None:
+    async def work(host: Host) -> None:
+        host.manager.settings = {"heartbeat_s": 0.1}
+        await host.serve()
+
+        async def slowly(request: Message, buffers: Sequence[memoryview]) -> Message:
+            await host.runtime.sleep(0.4)
+            return await host.manager.handle(request, buffers)
+
+        host.wire.services["m2"] = slowly
+        await host.beats(10.0)
+        assert host.node.lease.is_valid
+
+    on_host(work)
+
+
 def test_other_settings_are_in_force_at_once() -> None:
     async def work(host: Host) -> None:
         await host.beats()

@@ -81,7 +81,9 @@ before the lease is over, one manager after the other."""
 UNANSWERED_WARN = 10
 """Questions in a row that no manager answered, after which the log says so."""
 BEAT_REST_S = 0.1
-"""At least so long between two heartbeats, however many clients are asked for."""
+"""At least so long between two heartbeats, however many clients are asked for: the least `heartbeat_s` there may be."""
+ANSWER_S_MIN = 0.5
+"""A manager has at least so long for an answer, however short heartbeat_s is: its tables may be on a slow disk."""
 FOLLOW_WAIT_S = 5.0
 """How long the manager holds a question for a newer routing."""
 FAILED_REST_S = 1.0
@@ -328,7 +330,7 @@ class StorageNode:
         """
         manager = self._managers[0]
         task = self._runtime.spawn(call(self._network.connection(manager), request), "to-manager")
-        timer = self._runtime.timer(wait_s + 2 * self.settings.heartbeat_s)
+        timer = self._runtime.timer(wait_s + max(2 * self.settings.heartbeat_s, ANSWER_S_MIN))
         try:
             await first_of(self._runtime, task, timer, self._closing)
             if not task.done():
