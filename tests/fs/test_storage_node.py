@@ -35,7 +35,7 @@ from emberfs.messages import (
 from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
 from emberfs.settings import Config
 from emberfs.storage import StorageNode
-from emberfs.storage.node import BEAT_REST_S, FAILED_REST_S
+from emberfs.storage.node import BEAT_REST_S, FAILED_REST_S, FOLLOW_REST_S
 from emberfs.storage.sessions import Departed, Sessions
 from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
@@ -199,6 +199,27 @@ def test_a_chain_change_is_known_before_the_next_heartbeat() -> None:
         assert isinstance(reply, ChunksRead)
         assert reply.counts == [3]
         assert len(host.manager.heartbeats) == beats
+
+    on_host(work)
+
+
+def test_a_manager_that_holds_no_question_is_not_asked_without_a_pause() -> None:
+    async def work(host: Host) -> None:
+        await host.serve()
+        asked = []
+
+        async def at_once(request: Message, buffers: Sequence[memoryview]) -> Message:
+            if isinstance(request, GetRouting):
+                asked.append(request)
+                assert len(asked) < 1000
+                return RoutingReply(host.manager.routing)
+            return await host.manager.handle(request, buffers)
+
+        host.wire.services["m2"] = at_once
+        host.manager.put(host.chain(1, TARGET), host.chain(2, SECOND))
+        await host.beats(5.0)
+        assert 10 < len(asked) <= 5.0 / FOLLOW_REST_S + 2
+        assert host.node.routing == host.manager.routing
 
     on_host(work)
 

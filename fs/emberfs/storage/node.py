@@ -86,6 +86,8 @@ ANSWER_S_MIN = 0.5
 """A manager has at least so long for an answer, however short heartbeat_s is: its tables may be on a slow disk."""
 FOLLOW_WAIT_S = 5.0
 """How long the manager holds a question for a newer routing."""
+FOLLOW_REST_S = 0.1
+"""Pause after a question that the manager did not hold, and answered with nothing newer."""
 FAILED_REST_S = 1.0
 """Pause before a task begins anew that ended by an error of our own."""
 BEAT_FAILURES_MAX = 10
@@ -316,12 +318,15 @@ class StorageNode:
         The lease is none of its business: a heartbeat renews it, with a routing that is no older.
         """
         while not self._closing.done() and self.stopped_because is None:
+            asked_s, version = self._runtime.now_s(), self.routing.version
             try:
-                reply = await self._ask(GetRouting(self.routing.version, FOLLOW_WAIT_S), RoutingReply, FOLLOW_WAIT_S)
+                reply = await self._ask(GetRouting(version, FOLLOW_WAIT_S), RoutingReply, FOLLOW_WAIT_S)
             except EmberError:
                 await pause(self._runtime, self.settings.heartbeat_s, self._closing)
                 continue
             self._adopt(reply.routing)
+            if self.routing.version == version and self._runtime.now_s() - asked_s < FOLLOW_REST_S:
+                await pause(self._runtime, FOLLOW_REST_S, self._closing)
 
     async def _ask(self, request: Message, kind: type[T], wait_s: float = 0.0) -> T:
         """Ask the manager that answered last; the next time another one, if it does not answer in time.
