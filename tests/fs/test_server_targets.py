@@ -1,4 +1,4 @@
-"""Where a storage server keeps its targets: opened again after an error, and removed when they are ours no more.
+"""Where a storage server keeps its targets: opened again after an error, and removed only if it is the same directory.
 
 Run: pytest tests/fs/test_server_targets.py
 """
@@ -53,3 +53,23 @@ def test_a_target_that_is_not_ours_any_more_is_removed(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
     on_targets(tmp_path, work)
+
+
+def test_what_was_mounted_over_a_running_server_is_not_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rename stands for the mount: what is found at the path is another directory."""
+
+    async def work(targets: TargetDirectories) -> None:
+        engine = await targets.open(TARGET)
+        (path,) = tmp_path.iterdir()
+        path.rename(tmp_path / "hidden")
+        path.mkdir()
+        (path / "precious").touch()
+        await engine.close()
+        await targets.drop(TARGET)
+        assert (path / "precious").exists()
+        assert (tmp_path / "hidden" / "index").exists()
+
+    on_targets(tmp_path, work)
+    assert ["not removed" in record.getMessage() for record in caplog.records] == [True]
