@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
-from emberfs.engine import ChunkEngine, EngineConfig
+from emberfs.engine import ChunkEngine
 from emberfs.errors import (
     AccessDenied,
     ProtocolError,
@@ -16,13 +15,10 @@ from emberfs.errors import (
     TargetFailed,
     Unavailable,
 )
-from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
     ChunksRead,
     ChunksScrubbed,
-    Done,
     GetRouting,
-    Heartbeat,
     HeartbeatReply,
     Message,
     ReadChunks,
@@ -30,136 +26,13 @@ from emberfs.messages import (
     RoutingReply,
     ScrubChunks,
     TruncateChunk,
-    WriteChunks,
 )
-from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
-from emberfs.settings import Config
-from emberfs.storage import StorageNode
+from emberfs.routing import LocalState, Node, Role, Target
 from emberfs.storage.node import BEAT_REST_S, FAILED_REST_S, FOLLOW_REST_S
-from emberfs.storage.sessions import Departed, Sessions
-from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
-from emberfs.waiting import finish, pause
 
-from tests.fs.chain_fakes import CHUNK, CLIENT, OTHER, Wire
-
-TARGET, SECOND = b"t" * 16, b"u" * 16
-SERVER = Node("s1", Role.STORAGE, "s1", b"incarnation")
-
-
-class FakeManager:
-    """Answers every heartbeat with what the test has put here, and holds questions for a newer routing."""
-
-    def __init__(self, runtime: SimRuntime) -> None:
-        self.runtime = runtime
-        self.news: asyncio.Future[None] = runtime.future()
-        self.routing = Routing(1, (SERVER,), (Target(TARGET, "s1", 1), Target(SECOND, "s1", 2)))
-        self.sessions: list[bytes] = []
-        self.heartbeats: list[Heartbeat] = []
-        self.error: Exception | None = None
-        self.nonsense = 0
-        """So many questions for a newer routing have an answer that is none."""
-        self.is_deaf = False
-        """Heartbeats are refused."""
-        self.lease_s = 2.5
-        self.config_version = 1
-        self.settings: dict[str, float] = {"tombstone_s": 10.0}
-
-    def put(self, *chains: Chain, targets: Sequence[Target] | None = None, node: Node = SERVER) -> None:
-        kept = self.routing.targets if targets is None else tuple(targets)
-        self.routing = Routing(self.routing.version + 1, (node,), kept, chains)
-        finish(self.news)
-        self.news = self.runtime.future()
-
-    async def handle(self, request: Message, _: Sequence[memoryview]) -> Message:
-        if self.error is not None:
-            raise self.error
-        if isinstance(request, GetRouting):
-            if request.version >= self.routing.version:
-                await pause(self.runtime, request.wait_s, self.news)
-            if request.wait_s and self.nonsense:
-                self.nonsense -= 1
-                return Done()
-            return RoutingReply(self.routing if request.version < self.routing.version else None)
-        assert isinstance(request, Heartbeat)
-        if self.is_deaf:
-            raise Unavailable("what?")
-        self.heartbeats.append(request)
-        config = Config(self.config_version, self.settings)
-        return HeartbeatReply(self.routing, len(self.sessions), list(self.sessions), self.lease_s, config)
-
-
-class Host:
-    """A node with two targets, one for each of the chains 1 and 2."""
-
-    def __init__(self, runtime: SimRuntime) -> None:
-        self.runtime, self.wire, self.manager = runtime, Wire(), FakeManager(runtime)
-        self.indexes: dict[bytes, MemoryKV] = {}
-        self.disks: dict[bytes, SimDisk] = {}
-        self.dropped: list[bytes] = []
-        self.wire.services["m1"] = self.refuse
-        self.wire.services["m2"] = self.manager.handle
-        self.node = StorageNode(
-            SERVER,
-            runtime,
-            self.wire,
-            ["m1", "m2"],
-            self.open_target,
-            drop_target=self.drop_target,
-        )
-
-    async def refuse(self, request: Message, _: Sequence[memoryview]) -> Message:
-        raise StaleRouting("the primary is m2")
-
-    async def open_target(self, target: bytes) -> ChunkEngine:
-        self.disks.setdefault(target, SimDisk(self.runtime))
-        self.indexes.setdefault(target, MemoryKV(self.runtime))
-        config = EngineConfig(reserve_bytes=0, keeps_tombstones=True, target=target)
-        return await ChunkEngine.open(self.disks[target], self.indexes[target], self.runtime, config=config)
-
-    async def drop_target(self, target: bytes) -> None:
-        self.dropped.append(target)
-
-    def chain(self, number: int, target: bytes, *, version: int = 1) -> Chain:
-        generation = self.node.replicas[number].engine.identity.generation
-        return Chain(number, version, (ChainTarget(target, TargetState.SERVING, generation),))
-
-    async def serve(self) -> None:
-        """Both chains serve, and the client has a session."""
-        await self.beats()
-        self.manager.put(self.chain(1, TARGET), self.chain(2, SECOND))
-        self.manager.sessions.append(CLIENT)
-        await self.beats()
-
-    async def beats(self, seconds: float = 2.0) -> None:
-        await self.runtime.sleep(seconds)
-
-    async def write(self, payload: bytes, *, sequence: int = 1, client: bytes = CLIENT) -> None:
-        request = WriteChunks(
-            client, 0, sequence, [1, 2], [CHUNK, OTHER], [0, 0], 1 << 20, chain_versions=[1, 1], slots=[0, 1]
-        )
-        await self.node.handle(request, [memoryview(payload), memoryview(payload[::-1])])
-
-    async def read(self) -> list[bytes]:
-        buffers = [memoryview(bytearray(100)) for _ in range(2)]
-        reply = await self.node.handle(ReadChunks([1, 2], [CHUNK, OTHER], [0, 0], [1, 1]), buffers)
-        assert isinstance(reply, ChunksRead)
-        return [bytes(buffer[:count]) for buffer, count in zip(buffers, reply.counts, strict=True)]
-
-    def states(self) -> list[LocalState]:
-        return [report.state for report in self.manager.heartbeats[-1].reports]
-
-
-def on_host(work: Callable[[Host], Awaitable[None]]) -> None:
-    async def main(runtime: SimRuntime) -> None:
-        host = Host(runtime)
-        await host.node.start()
-        await work(host)
-        await host.node.close()
-        for index in host.indexes.values():
-            await index.close()
-
-    run(0, main)
+from tests.fs.chain_fakes import CHUNK, CLIENT, OTHER
+from tests.fs.node_host import SECOND, TARGET, Host, on_host
 
 
 def test_a_new_node_opens_its_targets_and_serves_once_the_routing_says_so() -> None:
@@ -336,53 +209,6 @@ def test_a_client_without_a_session_is_refused_and_a_new_one_is_asked_for() -> N
         assert await host.read() == [b"x", b"x"]
 
     on_host(work)
-
-
-def test_request_rows_of_ended_sessions_are_dropped() -> None:
-    async def work(host: Host) -> None:
-        await host.serve()
-        await host.write(b"x")
-        engine = host.node.replicas[1].engine
-        assert [row.client for row in await engine.request_rows()] == [CLIENT]
-        host.manager.sessions[:] = [b"o" * 16, b"p" * 16]
-        await host.beats(25.0)
-        assert await engine.request_rows() == []
-
-    on_host(work)
-
-
-def test_rows_of_a_client_that_came_while_no_manager_answered_stay() -> None:
-    """Another server was told of it; here the lease goes on, and looks follow each other without news between them."""
-
-    async def work(host: Host) -> None:
-        host.manager.lease_s, host.manager.settings = 50.0, {"tombstone_s": 2.0, "heartbeat_s": 0.5}
-        await host.serve()
-        host.manager.is_deaf = True
-        engine = host.node.replicas[1].engine
-        await engine.install_requests([(b"n" * 16, 1, 1)], engine.floor)
-        host.manager.sessions.append(b"n" * 16)
-        await host.beats(20.0)
-        assert host.node.lease.is_valid
-        assert [row.client for row in await engine.request_rows()] == [b"n" * 16]
-        host.manager.is_deaf = False
-        await host.beats(20.0)
-        assert [row.client for row in await engine.request_rows()] == [b"n" * 16]
-
-    on_host(work)
-
-
-def test_what_was_asked_before_a_look_does_not_count_after_it() -> None:
-    sessions, departed = Sessions(), Departed()
-    sessions.ask()
-    sessions.take(1, [])
-    sessions.ask()  # On its way, with an answer that was made before the client came.
-    assert departed.look([CLIENT], sessions) == []
-    sessions.take(1, None)
-    assert departed.look([CLIENT], sessions) == []
-    sessions.ask()
-    assert departed.look([CLIENT], sessions) == []
-    sessions.take(1, None)
-    assert departed.look([CLIENT], sessions) == [CLIENT]
 
 
 def test_a_failed_disk_is_reported_and_serves_nothing() -> None:
@@ -607,45 +433,6 @@ def test_damage_that_is_alone_in_its_chain_is_found_and_reported() -> None:
         await host.write(b"xyz", sequence=2)  # A whole chunk: nothing of the old one is needed.
         await host.beats(11.0)
         assert [report.unmended for report in host.manager.heartbeats[-1].reports] == [0, 0]
-
-    on_host(work)
-
-
-def test_old_tombstones_are_purged_and_leave_the_floor() -> None:
-    async def work(host: Host) -> None:
-        await host.serve()
-        await host.write(b"abc")
-        await host.node.handle(RemoveChunks([1], [CHUNK], CLIENT, 0, 2, [1]))
-        engine = host.node.replicas[1].engine
-        assert await engine.tombstones() == [(CHUNK, 2)]
-        await host.beats(10.0)
-        assert await engine.tombstones() == [(CHUNK, 2)], "not before it is tombstone_s old"
-        await host.beats(10.0)
-        assert (await engine.states([CHUNK]), engine.floor) == ([None], 2)
-        host.manager.config_version, host.manager.settings = 2, {"tombstone_s": 1000.0}
-        await host.beats()
-        await host.write(b"abc", sequence=3)
-        await host.node.handle(RemoveChunks([1], [CHUNK], CLIENT, 0, 4, [1]))
-        await host.beats(100.0)
-        assert len(await engine.tombstones()) == 1
-        host.manager.config_version, host.manager.settings = 3, {"tombstone_s": 5.0}
-        await host.beats(8.0)
-        assert await engine.tombstones() == [], "the long time is not slept to its end"
-
-    on_host(work)
-
-
-def test_a_long_look_at_damaged_chunks_keeps_no_upkeep_from_its_time() -> None:
-    async def work(host: Host) -> None:
-        await host.serve()
-        await host.write(b"abc")
-        host.node.replicas[2].repairer.unmended[OTHER] = None
-        host.manager.config_version, host.manager.settings = 2, {"tombstone_s": 10.0, "scrub_bytes_per_s": 1e-3}
-        await host.beats(15.0)
-        assert host.node.scrubber._turn.locked(), "it waits because of the limit"
-        await host.node.handle(RemoveChunks([1], [CHUNK], CLIENT, 0, 2, [1]))
-        await host.beats(25.0)
-        assert await host.node.replicas[1].engine.tombstones() == []
 
     on_host(work)
 
