@@ -23,8 +23,6 @@ from ..errors import (
     Corruption,
     EmberError,
     ProtocolError,
-    SessionExpired,
-    StaleChunk,
     StaleRouting,
     Unavailable,
     UpdateUnknown,
@@ -59,7 +57,7 @@ from ..settings import Config, Settings
 from ..transport.types import Network
 from ..waiting import all_of, call, drop, finish, first_of, look, pause
 from .config import StorageConfig
-from .items import by_chain, name_of, removals, writes
+from .items import by_chain, name_of, removals, run_parts, writes
 from .lease import Lease
 from .pace import Paces
 from .replica import Replica
@@ -536,7 +534,9 @@ class StorageNode:
                 results[index] = result
 
         groups = by_chain(request.chains, request.chain_versions)
-        await self._all([read_of(chain, version, indices) for (chain, version), indices in groups.items()])
+        await run_parts(
+            self._runtime, [read_of(chain, version, indices) for (chain, version), indices in groups.items()]
+        )
         return chunks_read(results)
 
     async def _update(
@@ -553,7 +553,8 @@ class StorageNode:
             raise ProtocolError("a request names the version of each chunk, or of none")
         await self._know(client)
         groups = by_chain([chain for chain, _ in updates], chain_versions)
-        await self._all(
+        await run_parts(
+            self._runtime,
             [
                 self._replica(chain).update(
                     version,
@@ -579,19 +580,3 @@ class StorageNode:
             # Not the client's fault: to say that its session is over would make it give up what hangs on it.
             raise StaleRouting("this server does not hear from the manager whether the client's session is live")
         self._sessions.check(client)
-
-    async def _all(self, works: Sequence[Any], *, changes: bool = False) -> None:
-        """Run coroutines side by side. Raises an error of theirs; of updates (`changes`) not one that says that nothing
-        happened while something did."""
-        if len(works) == 1:
-            await works[0]
-            return
-        errors = [each for each in await all_of(self._runtime, works, "storage-part") if isinstance(each, Exception)]
-        if not errors:
-            return
-        worst = next((each for each in errors if isinstance(each, UpdateUnknown)), errors[0])
-        # After StaleChunk the rest of that part was done.
-        is_part_done = len(errors) < len(works) or any(isinstance(each, StaleChunk) for each in errors)
-        if changes and is_part_done and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
-            raise UpdateUnknown(f"a part was done, then: {worst}") from worst
-        raise worst
