@@ -84,6 +84,11 @@ class LocalDisk:
         self._directory()
         self._files: dict[str, int] = {}
 
+    def which(self) -> tuple[int, int]:
+        """Device and inode of the directory: what is at its path may be another one by now."""
+        status = os.fstat(self._directory())
+        return status.st_dev, status.st_ino
+
     def open(self, name: str) -> int:
         if name not in self._files:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC

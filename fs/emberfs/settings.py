@@ -43,7 +43,7 @@ class Settings:
         most=60.0,
         means="a node counts as dead when it was silent for so long; it serves for 5/6 of that without an answer",
     )
-    heartbeat_s: float = _setting(0.5, least=0.05, most=20.0, means="pause between two heartbeats of a node")
+    heartbeat_s: float = _setting(0.5, least=0.1, most=20.0, means="pause between two heartbeats of a node")
     session_timeout_s: float = _setting(
         60.0, least=8.0, most=86400.0, means="a client that is silent for so long is given up; it calls every 5 s"
     )
@@ -64,7 +64,7 @@ class Settings:
         means="each chunk is read back from the disk once in this time, if scrub_bytes_per_s is enough; 0: never",
     )
     scrub_bytes_per_s: int = _setting(
-        20 << 20, least=1, most=1 << 40, means="a disk is never scrubbed faster; 20 MiB/s are 23 TiB in two weeks"
+        20 << 20, least=1 << 20, most=1 << 40, means="a disk is never scrubbed faster; 20 MiB/s are 23 TiB in two weeks"
     )
     gc_delay_s: float = _setting(
         300.0, least=0.0, most=30 * 86400.0, means="readers of a removed or replaced file may go on for so long"
@@ -128,6 +128,11 @@ def checked(name: str, value: Value) -> Value:
 
 def check_together(settings: Settings) -> None:
     """Raises LimitExceeded: each may be, and all of them cannot."""
+    if settings.tombstone_s < settings.dead_after_s:
+        raise LimitExceeded(
+            f"tombstone_s {settings.tombstone_s} is less than dead_after_s {settings.dead_after_s}: "
+            "servers would forget what they have heard nothing of"
+        )
     if 2 * settings.heartbeat_s > settings.lease_s:
         raise LimitExceeded(
             f"heartbeat_s {settings.heartbeat_s} is too long for dead_after_s {settings.dead_after_s}: the lease of "

@@ -10,7 +10,7 @@ from emberfs.errors import StaleRouting
 from emberfs.messages import ChunksScrubbed, ScrubChunks
 from emberfs.settings import Settings
 from emberfs.storage import StorageConfig
-from emberfs.storage.scrubber import SPARE, Scrubber
+from emberfs.storage.scrubber import LOOK_S, SPARE, Scrubber
 from emberfs.types import chunk_id
 from emberfs.waiting import finish
 
@@ -34,11 +34,13 @@ class Host:
             config=StorageConfig(),
             closing=self.closing,
         )
-        self.running = chain.runtime.spawn(self.scrubber.run(), "scrub")
+        runs = (self.scrubber.run(), self.scrubber.run_again())
+        self.running = [chain.runtime.spawn(each, "scrub") for each in runs]
 
     async def close(self) -> None:
         finish(self.closing)
-        await self.running
+        for task in self.running:
+            await task
 
     async def damage(self, chunk: bytes = CHUNK, *, offset: int = 100) -> None:
         """Turn a bit on the medium; the page cache does not know."""
@@ -114,6 +116,29 @@ def test_it_never_reads_faster_than_it_may() -> None:
     async def work(host: Host) -> None:
         await host.chain.runtime.sleep(100.0)
         assert 0.8 * 100_000 < host.scrubber.counts.read_bytes < 1.2 * 100_000
+
+    on_host(work, settings=settings)
+
+
+def test_another_limit_holds_in_the_middle_of_a_pause() -> None:
+    async def work(host: Host) -> None:
+        await host.chain.runtime.sleep(100.0)
+        assert host.scrubber.counts.chunks == 0, "the first piece of it waits for hours"
+        host.settings = Settings(scrub_interval_s=1.0, scrub_bytes_per_s=1 << 20)
+        await host.chain.runtime.sleep(LOOK_S + 1.0)
+        assert host.scrubber.counts.chunks > 0
+
+    on_host(work, settings=Settings(scrub_interval_s=1.0, scrub_bytes_per_s=1))
+
+
+def test_a_second_look_shares_the_limit() -> None:
+    settings = Settings(scrub_interval_s=1.0, scrub_bytes_per_s=1000, tombstone_s=5.0)
+
+    async def work(host: Host) -> None:
+        host.member.replica.repairer.unmended.update((chunk_id(7, number), None) for number in range(10))
+        await host.chain.runtime.sleep(200.0)
+        assert not host.member.replica.repairer.unmended
+        assert 0.8 * 200_000 < host.scrubber.counts.read_bytes < 1.2 * 200_000
 
     on_host(work, settings=settings)
 

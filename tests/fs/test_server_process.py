@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberfs.client.routes import Routes
+from emberfs.client.routes import FOLLOW_RETRY_S, Routes
 from emberfs.disk import LocalDisk
 from emberfs.engine import ChunkEngine, EngineConfig
 from emberfs.errors import AccessDenied, AlreadyExists, StoreClosed, Unavailable
@@ -114,6 +114,27 @@ def test_who_follows_the_routing_ends_with_its_network() -> None:
         manager.is_closed = True
         for task in routes.tasks:
             await task
+        await routes.close()
+
+    run(0, main)
+
+
+def test_a_manager_that_holds_no_question_is_not_asked_without_a_pause() -> None:
+    async def main(sim: SimRuntime) -> None:
+        asked = list[GetRouting]()
+
+        def answer(request: Message) -> Message:
+            if not isinstance(request, GetRouting):
+                return Done()
+            asked.append(request)
+            assert len(asked) < 1000
+            return RoutingReply(Routing(1))
+
+        network: Any = Manager(answer)
+        routes = Routes(sim, network, ["m:1"])
+        await routes.start()
+        await sim.sleep(5.0)
+        assert 10 < len(asked) <= 5.0 / FOLLOW_RETRY_S + 2
         await routes.close()
 
     run(0, main)

@@ -10,6 +10,7 @@ from emberfs.manager.rows import ConfigRow, decode, encode
 from emberfs.manager.settings import after_request, after_wait
 from emberfs.messages import SetConfig
 from emberfs.settings import SETTINGS, Settings, check_together, checked
+from emberfs.storage.node import BEAT_REST_S
 
 
 def test_all_defaults_are_allowed() -> None:
@@ -27,7 +28,9 @@ def test_all_defaults_are_allowed() -> None:
         ("dead_after_s", math.nan, "2.0 to 60.0"),
         ("trash_s", math.inf, "trash_s is"),
         ("moves_max", 2.5, "a whole number"),
+        ("heartbeat_s", BEAT_REST_S - 0.01, "heartbeat_s is"),
         ("resync_bytes_per_s", 0, "resync_bytes_per_s is"),
+        ("scrub_bytes_per_s", 1, "scrub_bytes_per_s is 1048576 to"),
     ],
 )
 def test_a_value_has_bounds(name: str, value: float, says: str) -> None:
@@ -61,6 +64,8 @@ def test_a_change_names_the_version_that_it_changes() -> None:
     assert after_request(row, SetConfig(2, {}, ["trash_s"])) is None
     with pytest.raises(NotFound):
         after_request(row, SetConfig(3, {}, ["colour"]))
+    with pytest.raises(LimitExceeded, match="is less than dead_after_s"):
+        after_request(row, SetConfig(3, {"tombstone_s": 2}))
     with pytest.raises(LimitExceeded, match="before a second heartbeat"):
         after_request(row, SetConfig(3, {"dead_after_s": 2, "heartbeat_s": 1}))
 

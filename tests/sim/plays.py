@@ -38,7 +38,9 @@ async def _set_dead_after_s(client: SimClient, seconds: float) -> None:
         while True:
             try:
                 found = await client.routes._managers.ask(GetConfig(), ConfigReply, timeout_s=30.0)
-                change = SetConfig(found.config.version, {"dead_after_s": seconds})
+                # Tombstones stay for longer than in other plays, or the long leases are refused.
+                values = {"dead_after_s": seconds, "tombstone_s": LONG_S}
+                change = SetConfig(found.config.version, values)
                 await client.routes._managers.ask(change, ConfigReply, timeout_s=30.0)
                 return
             except Conflict:

@@ -31,7 +31,7 @@ from ..waiting import finish, pause
 from .managers import Managers
 
 FOLLOW_RETRY_S = 0.1
-"""Pause after the managers refused to say what the routing is."""
+"""Pause after the managers refused to say what the routing is, or said nothing newer without holding the question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,11 +168,10 @@ class Routes:
 
     async def _follow(self) -> None:
         while True:
+            asked_s, version = self._runtime.now_s(), self.routing.version
             try:
                 wait_s = self._config.follow_wait_s
-                reply = await self._managers.ask(
-                    GetRouting(self.routing.version, wait_s), RoutingReply, timeout_s=wait_s
-                )
+                reply = await self._managers.ask(GetRouting(version, wait_s), RoutingReply, timeout_s=wait_s)
             except StoreClosed:
                 return
             except EmberError:
@@ -180,6 +179,8 @@ class Routes:
                 continue
             if reply.routing is not None:
                 self._adopt(reply.routing)
+            if self.routing.version == version and self._runtime.now_s() - asked_s < FOLLOW_RETRY_S:
+                await self._runtime.sleep(FOLLOW_RETRY_S)
 
     async def _extend(self) -> None:
         while True:

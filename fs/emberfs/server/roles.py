@@ -6,7 +6,6 @@ Does not know: signals, logs, or the metrics page.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ from ..client.router import StorageRouter
 from ..client.routes import Routes
 from ..cluster.joining import JoinDesk
 from ..cluster.store import EveryChain
-from ..disk import LocalDisk
-from ..engine import ChunkEngine, EngineConfig
-from ..errors import EmberError, StoreBusy
+from ..errors import StoreBusy
 from ..kv import KvServer, LmdbKV, open_kv
 from ..manager import ManagerService
 from ..meta import ClientChunkOps, MetaConfig, MetaService
@@ -31,6 +28,7 @@ from ..transport.types import Network, Service
 from .config import ServerConfig
 from .heart import Heart
 from .metrics import Gauges
+from .targets import TargetDirectories
 
 OWN_WAIT_S = 2.0
 """How long another process may still have the directory: one that was killed keeps it until its last write ends."""
@@ -207,41 +205,15 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
 async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
     root = Path(config.directory)
     await _own(root, runtime)
-    indices: dict[bytes, LmdbKV] = {}
-
-    def directory_of(target: bytes) -> Path:
-        return root / f"target-{target.hex()}"
-
-    async def open_target(target: bytes) -> ChunkEngine:
-        directory = directory_of(target)
-        (directory / "index").mkdir(parents=True, exist_ok=True)
-        index = LmdbKV.open(directory / "index", runtime)
-        disk = LocalDisk(str(directory), runtime)
-        settings = EngineConfig(reserve_bytes=config.storage.reserve_bytes, keeps_tombstones=True, target=target)
-        try:
-            engine = await ChunkEngine.open(disk, index, runtime, config=settings)
-        except BaseException:
-            # It is tried again, and an index is opened once. What closing says is less than why we close.
-            with contextlib.suppress(EmberError, OSError):
-                disk.close()
-            with contextlib.suppress(EmberError, OSError):
-                await index.close()
-            raise
-        indices[target] = index
-        return engine
-
-    async def drop_target(target: bytes) -> None:
-        if index := indices.pop(target, None):
-            await index.close()
-        await runtime.offload(shutil.rmtree, directory_of(target), True)
-
+    targets = TargetDirectories(root, runtime, reserve_bytes=config.storage.reserve_bytes)
     node = node_of(config, runtime.random_bytes(8))
-    service = StorageNode(node, runtime, network, config.managers, open_target, drop_target=drop_target)
+    service = StorageNode(node, runtime, network, config.managers, targets.open, drop_target=targets.drop)
 
     async def close() -> None:
-        await service.close()
-        for index in indices.values():
-            await index.close()
+        try:
+            await service.close()
+        finally:
+            await targets.close()
 
     def gauges() -> dict[str, float]:
         usage = shutil.disk_usage(root)

@@ -1,16 +1,27 @@
-"""What a request asks of each chain: its items by chain, and each of them as an update.
+"""What a request asks of each chain: its items by chain, each of them as an update, and what becomes of all of them.
 
 Does not know: replicas, or who may send what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from ..engine import Action, Request, Update
-from ..errors import LimitExceeded, ProtocolError
+from ..errors import (
+    LimitExceeded,
+    ProtocolError,
+    SessionExpired,
+    StaleChunk,
+    StaleRouting,
+    Unavailable,
+    UpdateUnknown,
+)
 from ..messages import RemoveChunks, TruncateChunk, WriteChunks
+from ..runtime import Runtime
 from ..types import BATCH_ITEMS_MAX
+from ..waiting import all_of
 from .service import granule_log2_of
 
 
@@ -52,3 +63,20 @@ def removals(request: RemoveChunks) -> list[tuple[int, Update]]:
         (chain, Update(chunk, Action.REMOVE, request=name_of(request, slot)))
         for chain, chunk, slot in zip(request.chains, request.chunks, slots, strict=True)
     ]
+
+
+async def run_parts(runtime: Runtime, works: Sequence[Coroutine[Any, Any, None]], *, changes: bool = False) -> None:
+    """Run what is asked of each chain side by side. Raises an error of theirs; of updates (`changes`) not one that says
+    that nothing happened while something did."""
+    if len(works) == 1:
+        await works[0]
+        return
+    errors = [each for each in await all_of(runtime, works, "storage-part") if isinstance(each, Exception)]
+    if not errors:
+        return
+    worst = next((each for each in errors if isinstance(each, UpdateUnknown)), errors[0])
+    # After StaleChunk the rest of that part was done.
+    is_part_done = len(errors) < len(works) or any(isinstance(each, StaleChunk) for each in errors)
+    if changes and is_part_done and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
+        raise UpdateUnknown(f"a part was done, then: {worst}") from worst
+    raise worst

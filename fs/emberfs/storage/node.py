@@ -23,8 +23,6 @@ from ..errors import (
     Corruption,
     EmberError,
     ProtocolError,
-    SessionExpired,
-    StaleChunk,
     StaleRouting,
     Unavailable,
     UpdateUnknown,
@@ -59,7 +57,7 @@ from ..settings import Config, Settings
 from ..transport.types import Network
 from ..waiting import all_of, call, drop, finish, first_of, look, pause
 from .config import StorageConfig
-from .items import by_chain, name_of, removals, writes
+from .items import by_chain, name_of, removals, run_parts, writes
 from .lease import Lease
 from .pace import Paces
 from .replica import Replica
@@ -81,9 +79,15 @@ before the lease is over, one manager after the other."""
 UNANSWERED_WARN = 10
 """Questions in a row that no manager answered, after which the log says so."""
 BEAT_REST_S = 0.1
-"""At least so long between two heartbeats, however many clients are asked for."""
+"""At least so long between two heartbeats, however many clients are asked for: the least `heartbeat_s` there may be."""
+ANSWER_S_MIN = 0.5
+"""A manager has at least so long for an answer, however short heartbeat_s is: its tables may be on a slow disk."""
 FOLLOW_WAIT_S = 5.0
 """How long the manager holds a question for a newer routing."""
+FOLLOW_REST_S = 0.1
+"""Pause after a question that the manager did not hold, and answered with nothing newer."""
+FAILED_REST_S = 1.0
+"""Pause before a task begins anew that ended by an error of our own."""
 BEAT_FAILURES_MAX = 10
 """After so many errors of our own in a row the server stops: without heartbeats it serves nothing anyway."""
 
@@ -151,10 +155,8 @@ class StorageNode:
 
     async def start(self) -> None:
         """Begin to send heartbeats."""
-        self._tasks = [
-            self._runtime.spawn(self._beat(), "heartbeats"),
-            self._runtime.spawn(self._look_after(), "upkeep"),
-        ]
+        self._begin_task(self._beat, "heartbeats")
+        self._begin_task(self._look_after, "upkeep")
 
     async def retire(self) -> None:
         """Serve nothing any more and say so to the manager, so that others take over now and not after our lease.
@@ -169,7 +171,10 @@ class StorageNode:
         await pause(self._runtime, self.settings.lease_s, told)
 
     async def close(self) -> None:
-        """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's."""
+        """Serve nothing any more, let what is under way end, and close the engines. The network is the caller's.
+
+        Raises an error of theirs, after all of them are closed.
+        """
         finish(self._closing)
         for each in self._curious:
             finish(each)
@@ -180,11 +185,33 @@ class StorageNode:
         for task in self._tasks:
             await task
         if self._applying is not None:
-            await self._applying
-        for replica in self.replicas.values():
-            await replica.close()
-            await replica.engine.close()
+            await first_of(self._runtime, self._applying)
+        replicas = list(self.replicas.values())
         self.replicas.clear()
+        ended = await all_of(self._runtime, [self._close_engine(each) for each in replicas], "close-target")
+        if self._applying is not None:
+            self._applying.result()
+        for error in ended:
+            if error is not None:
+                raise error
+
+    async def _close_engine(self, replica: Replica) -> None:
+        await replica.close()
+        await replica.engine.close()
+
+    def _begin_task(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        """Begin what goes on until `close`."""
+        self._tasks.append(self._runtime.spawn(self._go_on(work, name), name))
+
+    async def _go_on(self, work: Callable[[], Awaitable[None]], name: str) -> None:
+        """An error of our own must not end it: nobody would notice that the disk is scrubbed no more, for example."""
+        while not self._closing.done() and self.stopped_because is None:
+            try:
+                await work()
+                return
+            except Exception:
+                log.exception("the task %s failed, and begins anew", name)
+                await pause(self._runtime, FAILED_REST_S, self._closing)
 
     def progress(self) -> list[ResyncProgress]:
         """The resyncs that this node drives."""
@@ -208,13 +235,14 @@ class StorageNode:
 
     async def _beat(self) -> None:
         await self._learn_targets()
-        self._tasks.append(self._runtime.spawn(self._follow_changes(), "routing"))
+        self._begin_task(self._follow_changes, "routing")
         failures = 0
         while not self._closing.done():
             self._beat_now = self._runtime.future()
             curious, self._curious = self._curious, []
             sent_s, interval_s = self._runtime.now_s(), self.settings.heartbeat_s
             try:
+                self._sessions.ask()
                 versions = (self.routing.version, self._sessions.version, self._config_version)
                 request = Heartbeat(self.node, self.reports(), *versions)
                 reply = await self._ask(request, HeartbeatReply)
@@ -288,12 +316,15 @@ class StorageNode:
         The lease is none of its business: a heartbeat renews it, with a routing that is no older.
         """
         while not self._closing.done() and self.stopped_because is None:
+            asked_s, version = self._runtime.now_s(), self.routing.version
             try:
-                reply = await self._ask(GetRouting(self.routing.version, FOLLOW_WAIT_S), RoutingReply, FOLLOW_WAIT_S)
+                reply = await self._ask(GetRouting(version, FOLLOW_WAIT_S), RoutingReply, FOLLOW_WAIT_S)
             except EmberError:
                 await pause(self._runtime, self.settings.heartbeat_s, self._closing)
                 continue
             self._adopt(reply.routing)
+            if self.routing.version == version and self._runtime.now_s() - asked_s < FOLLOW_REST_S:
+                await pause(self._runtime, FOLLOW_REST_S, self._closing)
 
     async def _ask(self, request: Message, kind: type[T], wait_s: float = 0.0) -> T:
         """Ask the manager that answered last; the next time another one, if it does not answer in time.
@@ -302,7 +333,7 @@ class StorageNode:
         """
         manager = self._managers[0]
         task = self._runtime.spawn(call(self._network.connection(manager), request), "to-manager")
-        timer = self._runtime.timer(wait_s + 2 * self.settings.heartbeat_s)
+        timer = self._runtime.timer(wait_s + max(2 * self.settings.heartbeat_s, ANSWER_S_MIN))
         try:
             await first_of(self._runtime, task, timer, self._closing)
             if not task.done():
@@ -323,8 +354,7 @@ class StorageNode:
         if self._is_cut_off:
             log.info("a manager answers again")
         self._unanswered, self._is_cut_off = 0, False
-        if reply.sessions is not None:
-            self._sessions.take(reply.sessions_version, reply.sessions)
+        self._sessions.take(reply.sessions_version, reply.sessions)
         self._adopt(reply.routing)
         if reply.config is not None:
             self._retune(reply.config)
@@ -340,7 +370,8 @@ class StorageNode:
 
     def _retune(self, config: Config) -> None:
         if not self._config_version:  # Now it is known whether, and how fast.
-            self._tasks.append(self._runtime.spawn(self.scrubber.run(), "scrub"))
+            self._begin_task(self.scrubber.run, "scrub")
+            self._begin_task(self.scrubber.run_again, "scrub-again")
         self._config_version, self.settings = config.version, Settings.of(config.values)
         self._paces.retune(self.settings)
         retuned, self._retuned = self._retuned, self._runtime.future()
@@ -438,7 +469,6 @@ class StorageNode:
                         await upkeep.drop_requests(self._sessions)
                 except EmberError as error:
                     log.warning("upkeep of a target failed: %s", error)
-            await self.scrubber.look_again()
 
     # --- requests --------------------------------------------------------------------------------------------------
 
@@ -504,7 +534,9 @@ class StorageNode:
                 results[index] = result
 
         groups = by_chain(request.chains, request.chain_versions)
-        await self._all([read_of(chain, version, indices) for (chain, version), indices in groups.items()])
+        await run_parts(
+            self._runtime, [read_of(chain, version, indices) for (chain, version), indices in groups.items()]
+        )
         return chunks_read(results)
 
     async def _update(
@@ -521,7 +553,8 @@ class StorageNode:
             raise ProtocolError("a request names the version of each chunk, or of none")
         await self._know(client)
         groups = by_chain([chain for chain, _ in updates], chain_versions)
-        await self._all(
+        await run_parts(
+            self._runtime,
             [
                 self._replica(chain).update(
                     version,
@@ -547,19 +580,3 @@ class StorageNode:
             # Not the client's fault: to say that its session is over would make it give up what hangs on it.
             raise StaleRouting("this server does not hear from the manager whether the client's session is live")
         self._sessions.check(client)
-
-    async def _all(self, works: Sequence[Any], *, changes: bool = False) -> None:
-        """Run coroutines side by side. Raises an error of theirs; of updates (`changes`) not one that says that nothing
-        happened while something did."""
-        if len(works) == 1:
-            await works[0]
-            return
-        errors = [each for each in await all_of(self._runtime, works, "storage-part") if isinstance(each, Exception)]
-        if not errors:
-            return
-        worst = next((each for each in errors if isinstance(each, UpdateUnknown)), errors[0])
-        # After StaleChunk the rest of that part was done.
-        is_part_done = len(errors) < len(works) or any(isinstance(each, StaleChunk) for each in errors)
-        if changes and is_part_done and isinstance(worst, StaleRouting | Unavailable | SessionExpired):
-            raise UpdateUnknown(f"a part was done, then: {worst}") from worst
-        raise worst

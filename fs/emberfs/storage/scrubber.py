@@ -8,6 +8,8 @@ Where the loop begins (when, at which target, at which chunk of each) is drawn a
 how far it came is not kept. So a node that is restarted often looks at as much of its disk as another one, each time
 from somewhere else on; and the nodes of a cluster do not all read at the same time.
 
+Another loop looks again at what could not be mended. The two share the limit.
+
 Invariants:
   - No lock is held while the scrub reads or waits, so no request waits for it; only to mend a chunk it takes its lock.
   - Damage counts if the record still says the same after the read, and is confirmed under the lock before it is mended.
@@ -37,7 +39,8 @@ SPARE = 0.9
 BEGIN_S_MAX = 600.0
 """The loop begins within so long, or within a tenth of the interval if that is less."""
 LOOK_S = 60.0
-"""A pause is cut into parts of at most this: meanwhile there may be more to read, and so less time for each chunk."""
+"""A pause is cut into parts of at most this: meanwhile the settings may change, or there may be more to read, and so
+less time for each chunk."""
 PAGE_S = 2.0
 """An operator's page ends after so long, if not before."""
 MEND_LOOKS_MAX = 3
@@ -61,7 +64,7 @@ class ScrubCounts:
 
 
 class Scrubber:
-    """Of one node. `run` until `closing` is done."""
+    """Of one node. `run` and `run_again` go on until `closing` is done."""
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class Scrubber:
         self._settings = settings
         self._config = config
         self._closing = closing
+        self._turn = asyncio.Lock()
+        """Whoever waits because of the limit has it."""
         self._first_chain = 0.0
         """Where in the order of chains a round begins: a fraction."""
         self._begins: dict[bytes, bytes] = {}
@@ -113,9 +118,12 @@ class Scrubber:
     async def _wait_to_begin(self) -> None:
         """A part, drawn at random, of the longest wait there may be now."""
         part, start_s = self._random(), self._runtime.now_s()
+        await self._wait(start_s, lambda: part * min(BEGIN_S_MAX, self._settings().scrub_interval_s / 10))
+
+    async def _wait(self, start_s: float, wait_s: Callable[[], float]) -> None:
+        """Until `wait_s` after `start_s`, as it is by then."""
         while not self._closing.done():
-            wait_s = part * min(BEGIN_S_MAX, self._settings().scrub_interval_s / 10)
-            left_s = start_s + wait_s - self._runtime.now_s()
+            left_s = start_s + wait_s() - self._runtime.now_s()
             if left_s <= 0:
                 return
             await pause(self._runtime, min(left_s, LOOK_S), self._closing)
@@ -168,18 +176,15 @@ class Scrubber:
 
     async def _pace(self, read_bytes: int) -> None:
         """Between two pieces: not faster than the limit."""
-        await pause(self._runtime, read_bytes / self._settings().scrub_bytes_per_s, self._closing)
+        async with self._turn:
+            await self._wait(self._runtime.now_s(), lambda: read_bytes / self._settings().scrub_bytes_per_s)
         if self._closing.done():
             raise StoreClosed("the server is closing")
 
     async def _rest(self, began_s: float, read_bytes: int) -> None:
         """After a chunk: what it takes of the time of a round."""
         block_bytes = 1 << class_for(min(read_bytes, 1 << CLASS_LOG2_MAX))
-        while not self._closing.done():
-            left_s = began_s + block_bytes * self._byte_s() - self._runtime.now_s()
-            if left_s <= 0:
-                return
-            await pause(self._runtime, min(left_s, LOOK_S), self._closing)
+        await self._wait(began_s, lambda: block_bytes * self._byte_s())
 
     def _byte_s(self) -> float:
         """Seconds for each byte of a block, with which a round takes its time."""
@@ -214,6 +219,12 @@ class Scrubber:
         for chunk in list(replica.repairer.unmended):
             if not await replica.engine.scan(chunk, chunk + b"\x00", limit=1):
                 replica.repairer.note_well(chunk)
+
+    async def run_again(self) -> None:
+        """Look again every `tombstone_s`."""
+        while not self._closing.done():
+            await self._wait(self._runtime.now_s(), lambda: self._settings().tombstone_s)
+            await self.look_again()
 
     async def look_again(self) -> None:
         """At what could not be mended: a file may have been removed or written again, a replica be back."""

@@ -1,6 +1,6 @@
 """What a target does now and then: purge old tombstones, and drop request rows of clients that are gone.
 
-Does not know: how often, or when sessions were renewed.
+Does not know: how often.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Upkeep:
         )
 
     async def drop_requests(self, sessions: Sessions) -> None:
-        """Drop the rows of clients that had no session at the last call either."""
+        """Drop the rows of clients that had no session at the last call either, as the manager has said since."""
         engine = self._replica.engine
         clients: dict[bytes, None] = {}
         after = None
