@@ -7,6 +7,7 @@ from typing import Any
 
 from emberfs.errors import (
     EmberError,
+    Unavailable,
 )
 from emberfs.kv.memory import MemoryKV
 from emberfs.messages import (
@@ -32,7 +33,12 @@ from tests.fs.meta_fakes import CHUNK, FakeChunks
 class SlowKV(MemoryKV):
     """A commit takes a moment on its way there and back, so that transactions overlap."""
 
+    is_away = False
+    """Nobody answers."""
+
     async def commit_batch(self, *arguments: Any) -> None:
+        if self.is_away:
+            raise Unavailable("away")
         await self._runtime.sleep(0.001)
         await super().commit_batch(*arguments)
         await self._runtime.sleep(0.001)

@@ -10,6 +10,7 @@ from emberfs.errors import (
     EmberError,
     NotFound,
     ProtocolError,
+    Unavailable,
     UpdateUnknown,
 )
 from emberfs.messages import (
@@ -30,6 +31,7 @@ from emberfs.messages import (
 from emberfs.meta.clients import PRUNE_EVERY
 from emberfs.meta.keys import rows_of
 from emberfs.types import Inode
+from msgspec.structs import replace
 
 from tests.fs.meta_cluster import Client, Cluster, open_file, simulate
 from tests.fs.meta_fakes import CHUNK
@@ -156,5 +158,30 @@ def test_what_changes_something_must_come_as_once() -> None:
         ):
             with pytest.raises(ProtocolError):
                 await server.handle(request)
+
+    simulate(main)
+
+
+def test_a_copy_of_a_refused_attempt_does_not_happen_after_all() -> None:
+    """The client was told that nothing happened, and has given up; another attempt of its is another matter."""
+
+    async def main(cluster: Cluster) -> None:
+        client = await cluster.client()
+        await client(0, Mkdir("/dir", 0o755, False, False))
+        first = replace(client.once(Mkdir("/dir/a", 0o755, False, False)), attempt=1)
+        cluster.kv.is_away = True
+        with pytest.raises(Unavailable):
+            await cluster.servers[0].handle(first)
+        cluster.kv.is_away = False
+        with pytest.raises(UpdateUnknown, match="copy"):
+            await cluster.servers[0].handle(first)
+        with pytest.raises(NotFound):
+            await client.stat(0, "/dir/a")
+        await cluster.servers[0].handle(replace(first, attempt=2))
+        await client.stat(0, "/dir/a")
+        later = replace(client.once(Mkdir("/dir/b", 0o755, False, False)), attempt=1)
+        await cluster.servers[0].handle(later)
+        with pytest.raises(UpdateUnknown, match="copy"):
+            await cluster.servers[0].handle(replace(first, attempt=3))
 
     simulate(main)

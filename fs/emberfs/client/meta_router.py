@@ -74,6 +74,7 @@ class _Attempts:
         """Servers that were tried since the last pause."""
         self.is_unknown = False
         """An attempt was sent and its outcome is not known."""
+        self.count = 0
 
     async def after(self, server: str, error: Exception) -> None:
         """Go on to the next server, or wait if all have been tried. Raises when the time is over."""
@@ -146,7 +147,8 @@ class MetaRouter:
         while True:
             server = self._choose()
             try:
-                once = Once(numbers.client, number, numbers.done_below, body)
+                attempts.count += 1
+                once = Once(numbers.client, number, numbers.done_below, body, attempts.count)
                 return await self._send(server, once)
             except (UpdateUnknown, StoreClosed) as error:
                 attempts.is_unknown = True

@@ -351,3 +351,5 @@ class Once(Message):
     """Requests with lower numbers are done with: they are not sent again."""
     request: bytes
     """The encoded message."""
+    attempt: int = 0
+    """From 1, another one each time it is sent. 0: not counted, over a way that makes no copies."""

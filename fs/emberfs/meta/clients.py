@@ -21,6 +21,7 @@ Does not know: what requests do, and what a client leaves (`recovery`).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -60,6 +61,15 @@ class _UnheardOf(Exception):
     """A client of whom neither its row nor the manager has told us."""
 
 
+@dataclass(slots=True)
+class _Taken:
+    """What a client has sent to this server."""
+
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Number of a request -> its newest attempt."""
+    done_below: int = 0
+
+
 class Clients:
     """The clients' rows, and the news of their sessions."""
 
@@ -71,6 +81,7 @@ class Clients:
         """Those that live or have lived, for all that we know."""
         self._gone: dict[bytes, float] = {}
         """Known ones that are missing now -> since when."""
+        self._taken: dict[bytes, _Taken] = {}
 
     def heard(self, live: Collection[bytes]) -> None:
         """The cluster manager said, just now, that these are all live sessions."""
@@ -89,8 +100,22 @@ class Clients:
         since_s = self._gone.get(client)
         return since_s is not None and self._runtime.now_s() - since_s >= grace_s
 
+    def take(self, name: RequestName, attempt: int) -> None:
+        """An attempt begins. Raises UpdateUnknown for a copy of one that was taken here before.
+
+        That one may have been refused, and its client have given up: then the copy must not make it happen after all.
+        """
+        taken = self._taken.setdefault(name.client, _Taken())
+        if name.number < taken.done_below or attempt <= taken.attempts.get(name.number, 0):
+            raise UpdateUnknown("a copy of an attempt that was taken already")
+        taken.attempts[name.number] = attempt
+        if name.done_below > taken.done_below:
+            taken.done_below = name.done_below
+            taken.attempts = {number: newest for number, newest in taken.attempts.items() if number >= name.done_below}
+
     def forget(self, client: bytes) -> None:
         """It has been taken care of."""
+        self._taken.pop(client, None)
         self._known.discard(client)
         self._gone.pop(client, None)
 

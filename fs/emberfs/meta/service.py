@@ -91,9 +91,11 @@ class MetaService:
         inner = decode_message(memoryview(request.request))
         if inner.changes_nothing or type(inner) not in HANDLERS:
             raise ProtocolError(f"a Once with a {type(inner).__name__} in it")
+        name = RequestName(request.client, request.number, request.done_below)
+        if request.attempt:
+            self._state.clients.take(name, request.attempt)
         if not self._state.is_configured:
             await self._state.wait_for_settings()
-        name = RequestName(request.client, request.number, request.done_below)
         state = self._state.named(name)
         try:
             return await HANDLERS[type(inner)](state, inner)
