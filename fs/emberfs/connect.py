@@ -33,6 +33,8 @@ def connect(url: str | None = None, **settings: Any) -> Client:
         deadline_s         seconds after which an operation that could not be done fails. Default 30
         read_from          the replica that is asked first: load, round_robin, head or tail. Default load
         relaxed            reads may return what was true a moment ago. Default False
+        uncommitted        reads may return what is being written and may never be acknowledged. Default False
+        shares_memory      servers of this host read and write our memory in place. Default True
 
     Several processes of a host may open one embedded store: see docs/decisions/0010-sharing.md. Then the settings are
     those of the process that was first.

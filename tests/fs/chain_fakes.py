@@ -112,7 +112,7 @@ async def read_message(replica: Replica, request: Any, buffers: Sequence[memoryv
             request.chunks,
             request.offsets,
             destinations=buffers,
-            relaxed=request.relaxed,
+            local=request.local,
         )
     )
 
@@ -162,10 +162,10 @@ class ReplicaChain:
     async def write(self, head: str, payload: bytes, *, chunk: bytes = CHUNK, offset: int = 0) -> None:
         await self.send(head, self.update(Action.WRITE, payload, chunk=chunk, offset=offset))
 
-    async def read(self, name: str, *, chunk: bytes = CHUNK, relaxed: bool = False) -> bytes:
+    async def read(self, name: str, *, chunk: bytes = CHUNK, local: bool | None = None) -> bytes:
         buffer = bytearray(1 << 17)
         (count,) = await self[name].replica.read(
-            self.version, [chunk], [0], destinations=[memoryview(buffer)], relaxed=relaxed
+            self.version, [chunk], [0], destinations=[memoryview(buffer)], local=local
         )
         if isinstance(count, Corruption):
             raise count

@@ -76,9 +76,30 @@ def test_a_dirty_read_is_resolved_at_the_tail() -> None:
         await chain.until(lambda: _is(chain, "c", b"new"))
         assert await chain["a"].committed() == b"old"
         assert [await chain.read(name) for name in "abc"] == [b"new"] * 3
-        assert await chain.read("a", relaxed=True) == b"old"
+        assert await chain.read("a", local=False) == b"old"
         held.set_result(None)
         await writing
+
+    on_chain(work)
+
+
+def test_what_is_not_committed_is_read_by_who_asks_for_it() -> None:
+    async def work(chain: ReplicaChain) -> None:
+        await chain.write("a", b"old")
+        held = chain.runtime.future()
+
+        async def hold(address: str, request: Message) -> None:
+            if isinstance(request, Forward) and address == "c":
+                await held
+
+        chain.wire.before = hold
+        writing = chain.runtime.spawn(chain.write("a", b"new"), "write")
+        await chain.runtime.sleep(0.1)
+        assert [await chain.read(name, local=True) for name in "abc"] == [b"new", b"new", b"old"]
+        assert [await chain.read(name) for name in "abc"] == [b"old"] * 3
+        held.set_result(None)
+        await writing
+        assert [await chain.read(name, local=True) for name in "abc"] == [b"new"] * 3
 
     on_chain(work)
 

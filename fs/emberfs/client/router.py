@@ -77,6 +77,8 @@ class RouterConfig:
     read_from: ReadFrom = ReadFrom.LOAD
     relaxed: bool = False
     """Reads take what the replica has committed, without asking the tail: it may be older than the newest write."""
+    uncommitted: bool = False
+    """Reads take what the replica has written: it may be newer than what is committed, and never be."""
     host: str = ""
     """This machine, as servers name theirs."""
 
@@ -301,6 +303,7 @@ class StorageRouter:
             [request.offsets[item] for item in items],
             self._versions(chains),
             request.relaxed or self.config.relaxed,
+            request.uncommitted or self.config.uncommitted,
         )
         parts = [buffers[item] for item in items]
         patience_s = None

@@ -43,6 +43,8 @@ class ClientConfig:
     """Which replica a read asks first: load, round_robin, head or tail."""
     relaxed: bool = False
     """Reads may return what was true a moment ago, and never ask the tail."""
+    uncommitted: bool = False
+    """Reads may return what is being written and is not acknowledged yet, and may never be."""
 
     shares_memory: bool = True
     """Servers of this host read and write our memory in place. False: their bytes come over TCP as from elsewhere."""
@@ -79,6 +81,7 @@ class ClusterStore:
             deadline_s=config.deadline_s,
             read_from=config.read_from,
             relaxed=config.relaxed,
+            uncommitted=config.uncommitted,
             host=socket.gethostname(),
         )
         self.storage = StorageRouter(self.runtime, self.network, self.routes, config=router_config)

@@ -21,6 +21,13 @@ class ReadChunks(Message):
     """The version of each chain that the client goes by; empty on a store without replication."""
     relaxed: bool = False
     """Take what this replica has committed, even if a newer version may be committed at the tail."""
+    uncommitted: bool = False
+    """Take what this replica has written, even if it is never committed."""
+
+    @property
+    def local(self) -> bool | None:
+        """None: the newest committed bytes. Else what this replica has: pending (True), or committed (False)."""
+        return True if self.uncommitted else False if self.relaxed else None
 
 
 class ChunksRead(Message):

@@ -528,7 +528,7 @@ class StorageNode:
                 [request.chunks[index] for index in indices],
                 [request.offsets[index] for index in indices],
                 destinations=[buffers[index] for index in indices],
-                relaxed=request.relaxed,
+                local=request.local,
             )
             for index, result in zip(indices, part, strict=True):
                 results[index] = result

@@ -325,14 +325,14 @@ class Replica:
         offsets: Sequence[int],
         *,
         destinations: Sequence[memoryview],
-        relaxed: bool,
+        local: bool | None,
     ) -> list[int | Corruption]:
-        """As `ChunkEngine.read`: the newest committed bytes, or with `relaxed` those that are committed here.
+        """As `ChunkEngine.read`: the newest committed bytes, or what is here (`ReadChunks.local`).
 
         Raises StaleRouting, Unavailable.
         """
         view = self.serving_view(version)
-        results = await self._read(view, chunks, offsets, destinations, relaxed)
+        results = await self._read(view, chunks, offsets, destinations, local)
         self.serving_view(version)
         for chunk, result in zip(chunks, results, strict=True):
             if isinstance(result, Corruption):
@@ -345,10 +345,10 @@ class Replica:
         chunks: Sequence[bytes],
         offsets: Sequence[int],
         destinations: Sequence[memoryview],
-        relaxed: bool,
+        local: bool | None,
     ) -> list[int | Corruption]:
-        if relaxed:
-            return await self.engine.read(chunks, offsets, destinations)
+        if local is not None:
+            return await self.engine.read(chunks, offsets, destinations, pending=[local] * len(chunks))
         states = await self.engine.states(chunks)
         dirty = [index for index, state in enumerate(states) if state is not None and state.pending_version]
         if not dirty:
