@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberfs.errors import AccessDenied, LimitExceeded, Unreachable
+from emberfs.errors import AccessDenied, LimitExceeded, Unreachable, UpdateUnknown
 from emberfs.messages import ChunksRead, Done, Message, Usage
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
@@ -201,6 +201,47 @@ def test_a_server_that_is_lost_writes_to_nothing_of_ours(network: TcpNetwork, ru
             return await call  # type: ignore[misc]
         except BaseException as error:
             return error
+
+    Portal(runtime).run(work())
+
+
+def test_a_server_that_is_lost_finds_what_was_to_be_written(network: TcpNetwork, runtime: AsyncioRuntime) -> None:
+    """It may have the request still before it, and copy its bytes when their owner has others there."""
+
+    async def work() -> None:
+        gated = Gated(runtime)
+        listener = await network.serve("127.0.0.1:0", gated)
+        memory = allocate(SIZE)
+        memory[:] = pattern(SIZE, 3)
+        place, theirs = find(memory), ForeignRegions()
+        assert place is not None
+        theirs.add(1, os.dup(place.region.fd))
+        (late,) = theirs.views([(1, 0)], [SIZE])
+        call = network.connection(listener.address).call(write_request(1), [memory])
+        writing = runtime.spawn(call, "write")  # type: ignore[arg-type]
+        await gated.until_began(1)
+        await listener.close()
+        with pytest.raises(UpdateUnknown):
+            await writing
+        assert memory == pattern(SIZE, 3)
+        memory[:] = bytes(SIZE)
+        assert late == pattern(SIZE, 3)
+
+    Portal(runtime).run(work())
+
+
+def test_a_cancelled_write_ends_when_the_server_has_let_go(network: TcpNetwork, runtime: AsyncioRuntime) -> None:
+    async def work() -> None:
+        gated = Gated(runtime)
+        connection = network.connection((await network.serve("127.0.0.1:0", gated)).address)
+        writing = runtime.spawn(connection.call(write_request(1), [allocate(SIZE)]), "write")  # type: ignore[arg-type]
+        await gated.until_began(1)
+        writing.cancel()
+        await runtime.sleep(0.05)
+        assert not writing.done()
+        gated.open()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
 
     Portal(runtime).run(work())
 

@@ -104,7 +104,7 @@ class TcpConnection:
         except asyncio.CancelledError:
             self._give_up(call)
             while call.released is not None and not call.released.done():
-                # The server still writes to the caller's memory: it ends soon, or is lost.
+                # The server still uses the caller's memory: it ends soon, or is lost.
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.shield(call.released)
             raise

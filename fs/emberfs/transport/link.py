@@ -77,7 +77,7 @@ class Call:
         self.places: list[Sent] = []
         """Of its buffers, if it was sent so."""
         self.released: asyncio.Future[None] | None = None
-        """Its buffers lie in regions themselves: done when no server writes to them any more."""
+        """Its buffers lie in regions themselves: done when no server needs them any more."""
 
     @property
     def may_have_happened(self) -> bool:
@@ -198,7 +198,7 @@ class Link:
                     staged[:] = buffer
             self._announce(place.region)
             call.places.append(Sent(place, place.region.number, staged))
-        if call.fills and any(sent.staged is None for sent in call.places):
+        if any(sent.staged is None for sent in call.places):
             call.released = asyncio.get_running_loop().create_future()
 
     def _announce(self, region: Region) -> None:
@@ -233,11 +233,14 @@ class Link:
         self._arriving = call, reply
 
     def _release(self, call: Call, *, is_answered: bool) -> None:
-        """No server needs the memory of `call` any more; or (`not is_answered`) one may write to it for ever."""
+        """No server needs the memory of `call` any more; or (`not is_answered`) one may use it for ever.
+
+        It may write to it; or read, late, what is to be written, and must not find what its owner did with it since.
+        """
         block, call.block = call.block, None
         if is_answered and block is not None and self._blocks is not None:
             self._blocks.give(block)
-        if not is_answered and call.fills:
+        if not is_answered:
             for sent in call.places:
                 if sent.staged is None and sent.place.region.number == sent.number:
                     sent.place.region.renew()
