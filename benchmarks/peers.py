@@ -131,6 +131,9 @@ class RedisValues:
                 break
             except OSError:
                 time.sleep(0.01)
+        else:
+            self._server.kill()
+            raise TimeoutError(f"redis-server does not listen at {path}")
         self._sums: list[int] = []
 
     def load(self, values: Iterable[memoryview]) -> None:

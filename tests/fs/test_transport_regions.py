@@ -230,6 +230,31 @@ def test_a_server_that_is_lost_finds_what_was_to_be_written(network: TcpNetwork,
     Portal(runtime).run(work())
 
 
+def test_the_loss_of_a_server_is_told_even_if_there_is_no_memory_left(
+    network: TcpNetwork, runtime: AsyncioRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def renew(_: Region) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    async def work() -> None:
+        gated = Gated(runtime)
+        listener = await network.serve("127.0.0.1:0", gated)
+        connection = network.connection(listener.address)
+        calls = [
+            runtime.spawn(connection.call(read_request([SIZE]), [allocate(SIZE)]), f"read-{number}")  # type: ignore[arg-type]
+            for number in range(3)
+        ]
+        await gated.until_began(3)
+        await listener.close()
+        for call in calls:
+            with pytest.raises(Unreachable):
+                await call
+
+    monkeypatch.setattr(Region, "renew", renew)
+    Portal(runtime).run(work())
+    assert "could not be renewed" in caplog.text
+
+
 def test_a_cancelled_write_ends_when_the_server_has_let_go(network: TcpNetwork, runtime: AsyncioRuntime) -> None:
     async def work() -> None:
         gated = Gated(runtime)

@@ -82,6 +82,7 @@ class Clients:
         self._gone: dict[bytes, float] = {}
         """Known ones that are missing now -> since when."""
         self._taken: dict[bytes, _Taken] = {}
+        """By client; of one that nobody ever told us of until the next news."""
 
     def heard(self, live: Collection[bytes]) -> None:
         """The cluster manager said, just now, that these are all live sessions."""
@@ -91,6 +92,7 @@ class Clients:
         for client in self._live:
             self._gone.pop(client, None)
         self._known |= self._live
+        self._taken = {client: taken for client, taken in self._taken.items() if client in self._known}
         for client in [client for client, since_s in self._gone.items() if self._runtime.now_s() - since_s > KEEP_S]:
             self.forget(client)
 

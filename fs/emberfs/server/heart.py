@@ -75,7 +75,7 @@ class Heart:
                     log.info("a manager takes our heartbeat again")
                 is_heard = True
             except AlreadyExists:
-                # Another process has our name. A restart takes it back if that one is gone: what it said came late.
+                # Another process has our name, and has proved it: nobody would tell us of sessions any more.
                 raise
             except EmberError as error:
                 self._is_admitted = False

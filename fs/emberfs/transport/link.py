@@ -243,10 +243,16 @@ class Link:
         if not is_answered:
             for sent in call.places:
                 if sent.staged is None and sent.place.region.number == sent.number:
-                    sent.place.region.renew()
+                    self._renew(sent.place.region)
         call.places = []
         if call.released is not None and not call.released.done():
             call.released.set_result(None)
+
+    def _renew(self, region: Region) -> None:
+        try:
+            region.renew()
+        except OSError as error:  # The other calls of this connection must hear of its loss all the same.
+            log.error("memory that %s may still use could not be renewed: %s", self._address, error)
 
     # ---- the wire's
 
