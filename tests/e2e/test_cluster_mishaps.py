@@ -5,17 +5,21 @@ Run: pytest tests/e2e/test_cluster_mishaps.py
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import emberfs
 import pytest
 from emberfs.cluster.credentials import directory_for
 from emberfs.cluster.local import LocalCluster
+from emberfs.cluster.processes import ServerProcess
 from emberfs.server import read_config
 from emberfs.transport.certificates import make_authority, make_token
 
@@ -71,6 +75,30 @@ def test_a_first_up_that_fails_leaves_nothing_running(small: LocalCluster) -> No
     assert running(small) == []
     away.rename(away.with_name("tls"))
     up(small)
+
+
+def test_ctrl_c_between_a_fork_and_the_note_of_its_pid_loses_no_process(
+    small: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            spawned.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    server = small.directory / "kv-1"
+    server.mkdir(parents=True)
+    (server / "config.toml").touch()
+    process = ServerProcess(server)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.start()
+    assert json.loads((server / "pid.json").read_bytes())["pid"] == spawned[0].pid
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    process.stop()
+    assert spawned[0].wait(timeout=10) is not None
 
 
 def test_an_up_that_fails_on_a_cluster_with_data_says_what_runs(small: LocalCluster) -> None:

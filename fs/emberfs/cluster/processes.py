@@ -11,9 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from ..errors import AccessDenied, Unavailable
 from .waiting import Say, wait_until
@@ -50,6 +53,10 @@ class ServerProcess:
         """Start it, unless it runs."""
         if self.pid() is not None:
             return
+        with _uninterrupted():
+            self._start()
+
+    def _start(self) -> None:
         config = self.directory / "config.toml"
         with open(self.log, "ab") as log, open(self.directory / "ready.json", "wb") as ready:
             self._log_begin_bytes = log.tell()
@@ -132,6 +139,25 @@ def _reap() -> None:
     for pid, process in list(_children.items()):
         if process.poll() is not None:
             del _children[pid]
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block: between a fork and the note of its pid it would lose the process.
+
+    By a handler, which an exec undoes: a blocked signal would stay blocked in the server.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread is interrupted.
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came and callable(handler):
+            handler(*came[0])
 
 
 def _wait(done: Callable[[], bool], timeout_s: float) -> bool:
