@@ -56,6 +56,7 @@ REACHES_OUT = {
     "fs/emberfs/cluster/": "wires clients and local clusters together: runtime, network, processes",
     "fs/emberfs/server/": "wires a server together: signals, runtime, network, disk",
     "fs/emberfs/transport/": "is the network seam",
+    "fs/emberfs/lane/": "goes past the seams, for whoever runs outside a simulation; testing.sim has a twin",
     "fs/emberfs/client/attachment.py": "is a face: several of the caller's threads may find out that they forked",
     "fs/emberfs/client/handle.py": "is a face: the caller's threads share a handle",
     "fs/emberfs/cli/": "is a face: the user's terminal and local files",

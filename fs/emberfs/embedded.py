@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import UnsetType
 
@@ -46,6 +46,9 @@ from .storage import StorageService
 from .superblock import make_directory, read_or_write_superblock
 from .transport import MemoryConnection
 from .urls import SCHEME
+
+if TYPE_CHECKING:
+    from .lane.client import LaneReader
 
 log = logging.getLogger("emberline.sharing")
 
@@ -161,6 +164,8 @@ class EmbeddedStore:
         self.forked = False
         self.closed = False
         self.url = f"{SCHEME}{directory}"
+        self.lanes: LaneReader | None = None
+        """None: the files are read in this very process, or by one that serves no lanes."""
         self.services: Services | None = None
         """Ours, while we own the store."""
         self._ownership: Ownership | None = None

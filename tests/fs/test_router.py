@@ -28,6 +28,9 @@ class FakeRoutes:
         targets = [b"0", b"1"] if chain == 100 else [b"%d" % (chain % 2)]
         return Chain(chain, 10 * chain, tuple(ChainTarget(target, TargetState.SERVING) for target in targets))
 
+    def preferred(self, chain: Chain, targets: Sequence[ChainTarget]) -> list[ChainTarget]:
+        return list(targets)
+
     def address(self, target: bytes) -> str:
         return target.decode()
 

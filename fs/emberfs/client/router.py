@@ -52,7 +52,8 @@ class ReadFrom(enum.StrEnum):
     """Which replica a read asks first."""
 
     LOAD = "load"
-    """The server with the fewest calls of ours in the air, one on this host before others."""
+    """The server with the fewest calls of ours in the air, one on this host before others; of equal ones always the
+    same, which has in memory what we read before."""
     ROUND_ROBIN = "round_robin"
     HEAD = "head"
     TAIL = "tail"
@@ -265,9 +266,7 @@ class StorageRouter:
                 turn = self._turn % len(serving)
                 order = serving[turn:] + serving[:turn]
             case ReadFrom.LOAD:
-                self._turn += 1
-                turn = self._turn % len(serving)
-                order = sorted(serving[turn:] + serving[:turn], key=self._load)
+                order = sorted(self.routes.preferred(chain, serving), key=self._load)
         target = min(order, key=self._is_suspect)
         return self.routes.address(target.target), target.target
 

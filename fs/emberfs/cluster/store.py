@@ -19,6 +19,8 @@ from ..client.meta_router import MetaRouter
 from ..client.router import ReadFrom, RouterConfig, StorageRouter
 from ..client.routes import Routes, RoutesConfig
 from ..errors import LimitExceeded
+from ..lane import native
+from ..lane.client import LaneReader
 from ..portal import Portal
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
@@ -85,6 +87,9 @@ class ClusterStore:
             host=socket.gethostname(),
         )
         self.storage = StorageRouter(self.runtime, self.network, self.routes, config=router_config)
+        self.lanes: LaneReader | None = None
+        if native is not None and config.shares_memory and config.read_from is ReadFrom.LOAD and not config.uncommitted:
+            self.lanes = LaneReader(self.runtime, self.portal, self.network, self.routes)
         self.meta = MetaRouter(self.runtime, self.network, self.routes)
         try:
             with explained(credentials):
@@ -111,6 +116,8 @@ class ClusterStore:
         """Let the calls end, then close the session and the connections."""
         self.closed = True
         self.portal.drain()
+        if self.lanes is not None:
+            self.lanes.close()
         try:
             self.portal.run_last(self.routes.close())
             self.portal.run_last(self.network.close())
@@ -120,6 +127,9 @@ class ClusterStore:
     def forget_after_fork(self) -> None:
         """In the child: touch nothing. The parent goes on as if nothing was."""
         self.forked = True
+        if self.lanes is not None:
+            self.lanes.close()
+            self.lanes = None
         _inherited.append(self)
 
 

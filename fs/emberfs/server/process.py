@@ -22,8 +22,11 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from ..errors import EmberError, Unavailable
+from ..lane import native
+from ..lane.server import LaneServer
 from ..messages import Message
 from ..portal import Portal
+from ..routing import Role
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
 from ..transport.types import Listener, Service
@@ -47,7 +50,8 @@ def run_server(config: ServerConfig) -> None:
     runtime = AsyncioRuntime(config.name)
     portal = Portal(runtime)
     registry = CollectorRegistry()
-    network = TcpNetwork(runtime, tcp_config(config))
+    lanes = LaneServer() if native is not None and config.role == Role.STORAGE else None
+    network = TcpNetwork(runtime, tcp_config(config), adopt_lane=None if lanes is None else lanes.adopt)
     door = _Door()
     role: Served | None = None
     end_metrics: Callable[[], None] | None = None
@@ -55,7 +59,7 @@ def run_server(config: ServerConfig) -> None:
         # The address first: who cannot have it is a second one of us, and leaves the disk alone.
         with _named(config.listen):
             listener = portal.run(network.serve(config.listen, Metered(door, runtime, registry)))
-        role = portal.run(open_role(config, runtime, network))
+        role = portal.run(open_role(config, runtime, network, lanes=lanes))
         door.service = role.service
         portal.run(role.start())
         if config.metrics:
@@ -74,6 +78,8 @@ def run_server(config: ServerConfig) -> None:
             portal.run(network.close())
         except Exception:
             log.exception("closing")
+        if lanes is not None:
+            lanes.stop()
         runtime.stop()
 
 

@@ -112,6 +112,10 @@ class TcpConnection:
             if timer is not None:
                 timer.cancel()
 
+    def open_lane(self) -> socket.socket | None:
+        """Our end of a new lane, if there is a connection to a server that serves some. In the loop's thread."""
+        return None if self._link is None else self._link.open_lane()
+
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""
         self._is_closed = True

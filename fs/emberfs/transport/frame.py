@@ -82,6 +82,8 @@ class Kind(enum.IntEnum):
     """A request whose buffers lie in regions, to be filled or not."""
     PLACED_REPLY = 12
     """To a PLACED request: how many bytes of each buffer were filled."""
+    LANE = 13
+    """A file descriptor comes with it: the server's end of a lane."""
 
 
 class Frame(NamedTuple):
@@ -236,7 +238,7 @@ class FrameReader:
             raise ProtocolError("a frame's prefix does not match its checksum")
         if version != FRAME_VERSION:
             raise ProtocolError(f"frame version {version}: this program knows only {FRAME_VERSION}")
-        if not Kind.HELLO <= kind <= Kind.PLACED_REPLY:
+        if not Kind.HELLO <= kind <= Kind.LANE:
             raise ProtocolError(f"a frame of unknown kind {kind}")
         if length > self.header_bytes_max:
             raise ProtocolError(f"a header of {length} bytes is over the limit of {self.header_bytes_max}")

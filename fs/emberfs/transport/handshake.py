@@ -45,6 +45,8 @@ class Hello(msgspec.Struct, array_like=True):
     """Of a server: the token to say there. It is good once, and makes the client what it is here."""
     host: str = ""
     """Of a server: the host of `door`, see `this_host`."""
+    lanes: bool = False
+    """Of a server, behind its door: it serves lanes."""
 
 
 @dataclass(frozen=True, slots=True)

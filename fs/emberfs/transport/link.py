@@ -16,7 +16,7 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from socket import socket
+from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
 from typing import NamedTuple
 
 from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
@@ -175,6 +175,14 @@ class Link:
             self.wire.reader.divert(_SCRATCH)
         if call.changes_nothing:  # An update goes on to its end anyway.
             self.wire.send(Outgoing(encode_frame(Kind.CANCEL, call.number)))
+
+    def open_lane(self) -> socket | None:
+        """Our end of a new lane; None: the server serves none."""
+        if self.wire.is_closed or self.is_draining or self.answer is None or not self.answer.lanes:
+            return None
+        ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        self.wire.send(Outgoing(encode_frame(Kind.LANE, 0), fd=theirs.fileno(), on_sent=theirs.close))
+        return ours
 
     # ---- memory
 

@@ -21,7 +21,7 @@ from .blocks import BlockPool
 from .config import TcpConfig
 from .door import Door
 from .handshake import certificate_of, this_host
-from .session import Session
+from .session import AdoptLane, Session
 from .tls import TlsContexts
 from .types import Service
 from .wire import Wire, start_tls
@@ -45,8 +45,10 @@ class TcpListener:
         config: TcpConfig,
         contexts: TlsContexts | None,
         watch: Callable[[Wire], None],
+        adopt_lane: AdoptLane | None = None,
     ) -> None:
         """`watch` is told each new wire, to keep it alive and to notice its silence."""
+        self._adopt_lane = adopt_lane
         self.sessions: dict[Session, None] = {}
         """Those that are connected, or have calls that have not ended."""
         self._runtime = runtime
@@ -211,6 +213,7 @@ class TcpListener:
             on_change=self._changed,
             door=self._door,
             is_local=sock.family == socket.AF_UNIX and self._config.shares_memory,
+            adopt_lane=self._adopt_lane,
         )
         self.sessions[session] = None
         return session

@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from socket import socket
 
 from msgspec.structs import replace
 
 from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
-from ..messages import Join, Message
+from ..messages import Join, Message, ReadChunks
 from ..runtime import AsyncioRuntime
 from .blocks import BlockPool
 from .codec import decode_message, encode_failure, encode_message
@@ -34,6 +35,9 @@ from .window import Window
 from .wire import Outgoing, Wire
 
 log = logging.getLogger("emberline.transport")
+
+AdoptLane = Callable[[int], None]
+"""Takes a socket that a lane of a client ends in as its own. Raises OSError."""
 
 
 class _Served:
@@ -71,10 +75,12 @@ class Session:
         on_change: Callable[[Session], None],
         door: Door | None = None,
         is_local: bool = False,
+        adopt_lane: AdoptLane | None = None,
     ) -> None:
         """`on_change` is called when a call has ended and when the connection is lost. In the loop's thread.
 
         `door`: where a client of this host may go on with its memory, if it is not there already (`is_local`).
+        `adopt_lane`: who serves the lanes of such a client.
         """
         self.wire = Wire(runtime.loop, sock, self, takes_descriptors=is_local)
         self.greeted: asyncio.Future[None] = runtime.future()
@@ -88,6 +94,7 @@ class Session:
         self._on_change = on_change
         self._door = door
         self._regions = ForeignRegions() if is_local else None
+        self._adopt_lane = adopt_lane if is_local else None
         self._window = Window(config.calls_max, config.bytes_max)
         self._calls: dict[int, _Served] = {}
         self._arriving: _Served | None = None
@@ -128,6 +135,8 @@ class Session:
             self._greet(frame)
         elif kind == Kind.REGION and self._is_admitted and self._regions is not None:
             self._regions.add(frame.call, self.wire.take_descriptor())
+        elif kind == Kind.LANE and self._is_admitted and self._adopt_lane is not None:
+            self._take_lane(self._adopt_lane)
         elif kind == Kind.FORGET and self._regions is not None:
             self._regions.forget(frame.call)
         elif kind != Kind.PING:
@@ -156,6 +165,19 @@ class Session:
                 served.task.cancel()
         self._on_change(self)
 
+    def _take_lane(self, adopt: AdoptLane) -> None:
+        """Whoever may read chunks may read them over a lane: that is all a lane is for. Raises ProtocolError."""
+        descriptor = self.wire.take_descriptor()
+        try:
+            check_sender(ReadChunks([], [], []), self._certificate)
+        except EmberError:
+            os.close(descriptor)
+            raise
+        try:
+            adopt(descriptor)
+        except OSError as error:  # The client finds that its lane is over, and goes on without.
+            log.warning("no lane for %s: %s", self._name, error)
+
     # ---- calls
 
     def _greet(self, frame: Frame) -> None:
@@ -170,6 +192,8 @@ class Session:
             if self._door is not None and self._regions is None and not self._is_stranger:
                 door, key = self._door.offer(self._certificate)
                 answer = replace(answer, door=door, key=key, host=this_host())
+            if self._adopt_lane is not None:
+                answer = replace(answer, lanes=True)
         except EmberError as error:
             log.warning("connection from %s refused: %s", self._name, error)
             self.wire.send(Outgoing(encode_frame(Kind.ERROR, 0, encode_failure(error, _NOBODY))))

@@ -9,6 +9,7 @@ Does not know: what is said.
 from __future__ import annotations
 
 import asyncio
+from socket import socket
 
 from ..errors import StoreClosed
 from ..runtime import AsyncioRuntime
@@ -18,6 +19,7 @@ from .connection import TcpConnection
 from .frame import Kind, encode_frame
 from .listener import TcpListener
 from .region import Blocks
+from .session import AdoptLane
 from .tls import TlsContexts
 from .types import Service
 from .wire import Outgoing, Wire
@@ -31,12 +33,16 @@ _PING = encode_frame(Kind.PING, 0)
 class TcpNetwork:
     """See `types.Network`. Addresses are `host:port`, `[v6]:port` and `unix:/path`."""
 
-    def __init__(self, runtime: AsyncioRuntime, config: TcpConfig | None = None) -> None:
+    def __init__(
+        self, runtime: AsyncioRuntime, config: TcpConfig | None = None, *, adopt_lane: AdoptLane | None = None
+    ) -> None:
+        """`adopt_lane`: who serves the lanes of our clients."""
         self._runtime = runtime
         self._config = config or TcpConfig()
         self._contexts = TlsContexts(self._config.tls) if self._config.tls is not None else None
         self._connections: dict[str, TcpConnection] = {}
         self._listeners: list[TcpListener] = []
+        self._adopt_lane = adopt_lane
         self._wires: dict[Wire, int] = {}
         """Those that are watched -> how many ticks they have been silent."""
         self._blocks = Blocks() if self._config.shares_memory else None
@@ -65,10 +71,23 @@ class TcpNetwork:
             await self._runtime.sleep(0)  # Goes on in the loop's thread.
         if self._is_closed:
             raise StoreClosed("the network was closed")
-        listener = TcpListener(self._runtime, service, config=self._config, contexts=self._contexts, watch=self._watch)
+        listener = TcpListener(
+            self._runtime,
+            service,
+            config=self._config,
+            contexts=self._contexts,
+            watch=self._watch,
+            adopt_lane=self._adopt_lane,
+        )
         await listener.open(parse_address(address))
         self._listeners.append(listener)
         return listener
+
+    async def open_lane(self, address: str) -> socket | None:
+        """Our end of a new lane to the server at `address`; None: it serves none, or we have not called it yet."""
+        await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        connection = self._connections.get(address)
+        return None if connection is None or self._is_closed else connection.open_lane()
 
     async def close(self) -> None:
         """See `types.Network`."""

@@ -1,0 +1,72 @@
+/* The client's end of lanes: one request to each server, and the wait for the answers.
+
+   It looks for an answer for a while before it sleeps: to be woken costs a virtual machine more than the whole read.
+   Between looks whoever else wants the core has it. */
+
+#include "lane.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#define LANES_MAX 64
+#define LOOK_NS 100000000 /* so often the caller is asked about signals, which may have come to another thread */
+
+struct answer {
+    struct lane_head head;
+    int32_t counts[LANE_ITEMS_MAX];
+};
+
+/* 1: the answer of lane `at` is there; 0: not yet; -1: the lane is lost. */
+static int take(int fd, const struct lane_head *request, int32_t *counts, struct answer *answer) {
+    ssize_t size = recv(fd, answer, sizeof *answer, MSG_DONTWAIT);
+    if (size < 0) return errno == EAGAIN || errno == EINTR ? 0 : -1;
+    if ((size_t)size != sizeof answer->head + request->count * sizeof *counts || answer->head.magic != LANE_MAGIC ||
+        answer->head.kind != LANE_COUNTS || answer->head.count != request->count || answer->head.call != request->call)
+        return -1;
+    memcpy(counts, answer->counts, request->count * sizeof *counts);
+    return 1;
+}
+
+int lane_exchange(const int *fds, void **requests, const size_t *sizes, int32_t **counts, uint8_t *is_done, int lanes,
+                  int is_sent, int64_t spin_ns, int64_t until_ns) {
+    static __thread struct answer answer;
+    int left = 0;
+    for (int at = 0; at < lanes; at++) {
+        if (!is_sent) {
+            is_done[at] = sizes[at] == 0;
+            if (sizes[at] && send(fds[at], requests[at], sizes[at], MSG_DONTWAIT | MSG_NOSIGNAL) != (ssize_t)sizes[at])
+                return -1;
+        }
+        left += !is_done[at];
+    }
+    int64_t spin_until_ns = lane_now_ns() + spin_ns;
+    while (left) {
+        for (int at = 0; at < lanes; at++) {
+            if (is_done[at]) continue;
+            int came = take(fds[at], requests[at], counts[at], &answer);
+            if (came < 0) return -1;
+            is_done[at] = (uint8_t)came;
+            left -= came;
+        }
+        if (!left) return 0;
+        int64_t now_ns = lane_now_ns();
+        if (now_ns >= until_ns) return -1;
+        if (now_ns < spin_until_ns) {
+            sched_yield();
+            continue;
+        }
+        struct pollfd waits[LANES_MAX];
+        int count = 0;
+        for (int at = 0; at < lanes; at++)
+            if (!is_done[at]) waits[count++] = (struct pollfd){.fd = fds[at], .events = POLLIN};
+        int64_t rest_ns = until_ns - now_ns < LOOK_NS ? until_ns - now_ns : LOOK_NS;
+        struct timespec rest = {0, rest_ns};
+        int ready = ppoll(waits, (nfds_t)count, &rest, NULL);
+        if (ready < 0 && errno != EINTR) return -1;
+        if (ready <= 0) return -2;
+    }
+    return 0;
+}
