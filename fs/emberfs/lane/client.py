@@ -24,7 +24,7 @@ from contextlib import suppress
 from socket import SCM_RIGHTS, SOL_SOCKET, socket
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EmberError
+from ..errors import EmberError, Unreachable
 from ..portal import Portal
 from ..routing import ChainTarget
 from ..runtime import Runtime
@@ -236,7 +236,10 @@ class LaneReader:
         now_s = self._runtime.now_s()
         if self._not_before_s.get(address, now_s) > now_s:
             return
-        lane = self._portal.run(self._network.open_lane(address))
+        try:
+            lane = self._portal.run(self._network.open_lane(address))
+        except Unreachable:
+            return  # The read that goes the other way will see to that.
         with self._lock:
             if lane is None:
                 self._not_before_s[address] = now_s + RETRY_S

@@ -113,8 +113,10 @@ class TcpConnection:
                 timer.cancel()
 
     def open_lane(self) -> socket.socket | None:
-        """Our end of a new lane, if there is a connection to a server that serves some. In the loop's thread."""
-        return None if self._link is None else self._link.open_lane()
+        """Our end of a new lane; None: the server serves none. In the loop's thread. Raises Unreachable."""
+        if self._link is None:
+            raise Unreachable(f"there is no connection to {self._address}")
+        return self._link.open_lane()
 
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from socket import socket
 
-from ..errors import StoreClosed
+from ..errors import StoreClosed, Unreachable
 from ..runtime import AsyncioRuntime
 from .address import parse_address
 from .config import TcpConfig
@@ -84,10 +84,12 @@ class TcpNetwork:
         return listener
 
     async def open_lane(self, address: str) -> socket | None:
-        """Our end of a new lane to the server at `address`; None: it serves none, or we have not called it yet."""
+        """Our end of a new lane to a server that was called before; None: it serves none. Raises Unreachable."""
         await self._runtime.sleep(0)  # Goes on in the loop's thread.
         connection = self._connections.get(address)
-        return None if connection is None or self._is_closed else connection.open_lane()
+        if connection is None or self._is_closed:
+            raise Unreachable(f"there is no connection to {address}")
+        return connection.open_lane()
 
     async def close(self) -> None:
         """See `types.Network`."""
