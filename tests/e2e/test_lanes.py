@@ -29,10 +29,13 @@ KIB, MIB = 1 << 10, 1 << 20
 CHUNK_BYTES = 64 * KIB
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+@pytest.fixture(scope="module", params=["local", "streams"])
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """With TLS, and clients that share memory; without both, as in a network that is trusted."""
     cluster = LocalCluster(tmp_path_factory.mktemp("lanes") / "cluster")
-    cluster.up(Plan(cluster="lanes", replicas=2, targets_per_disk=2, nodes=["storage-1", "storage-2"]))
+    is_local = request.param == "local"
+    nodes = ["storage-1", "storage-2"]
+    cluster.up(Plan(cluster="lanes", replicas=2, targets_per_disk=2, nodes=nodes, tls=is_local))
     yield cluster
     cluster.down()
 
@@ -43,8 +46,12 @@ def client(cluster: LocalCluster) -> Iterator[emberfs.Client]:
         yield client
 
 
-def connect(cluster: LocalCluster) -> emberfs.Client:
-    return emberfs.connect(cluster.url, credentials=str(cluster.directory / "client"))
+def connect(cluster: LocalCluster, *, url: str = "", **settings: Any) -> emberfs.Client:
+    if cluster.plan().tls:
+        settings["credentials"] = str(cluster.directory / "client")
+    else:
+        settings["shares_memory"] = False
+    return emberfs.connect(url or cluster.url, **settings)
 
 
 def lane_counts(cluster: LocalCluster) -> dict[str, float]:
@@ -95,7 +102,7 @@ def test_fast_and_slow_are_equal(cluster: LocalCluster, client: emberfs.Client, 
         warm(client, path)
     before = lane_counts(cluster)
     slow_url = "ember://" + ",".join(reversed(cluster.url.removeprefix("ember://").split(",")))  # A store of its own.
-    with emberfs.connect(slow_url, credentials=str(cluster.directory / "client"), shares_memory=False) as slow:
+    with connect(cluster, url=slow_url, read_from="tail") as slow:
         files = [client.open(path, "rb") for path in paths]
         slow_files = [slow.open(path, "rb") for path in paths]
         for _ in range(60):

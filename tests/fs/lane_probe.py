@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from array import array
 from typing import Any
 
+from emberfs.checksum import crc32c
 from emberfs.lane import native
 from emberfs.transport.region import Region
 
 HEAD = struct.Struct("=IHHQ")
 ITEM = struct.Struct("=QQQQQIIII")
+PART = struct.Struct("=iI")
 MAGIC = 0x314C4D45
 READ, COUNTS, REGION, FORGET = 1, 2, 3, 4
 DECLINED = -1
@@ -24,7 +27,7 @@ class LaneProbe:
     def __init__(self, server: Any, *, size: int = 1 << 20) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(10)
-        server.adopt(theirs.detach())
+        server.adopt(theirs.detach(), False)
         self.region = Region(size)
         self.memory = self.region.memory()
         self.tell(self.region.number, self.region.fd)
@@ -75,6 +78,51 @@ class LaneProbe:
         self.socket.close()
 
 
+class StreamProbe(LaneProbe):
+    """A client of a stream."""
+
+    def __init__(self, server: Any, *, size: int = 1 << 20) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.socket = socket.create_connection(listening.getsockname())
+            theirs, _ = listening.accept()
+        self.socket.settimeout(10)
+        server.adopt(theirs.detach(), True)
+        self.region = Region(size)
+        self.memory = self.region.memory()
+        self.call = 0
+        self.lengths: list[int] = []
+        self.places: list[int] = []
+
+    def send(self, *items: bytes) -> None:
+        fields = [ITEM.unpack(item) for item in items]
+        self.lengths, self.places = [each[7] for each in fields], [each[4] for each in fields]
+        self.call += 1
+        self.socket.sendall(HEAD.pack(MAGIC, READ, len(items), self.call) + b"".join(items))
+
+    def receive(self) -> list[int]:
+        magic, kind, count, call = HEAD.unpack(self._exactly(HEAD.size))
+        assert (magic, kind, call) == (MAGIC, COUNTS, self.call)
+        promises = [PART.unpack(self._exactly(PART.size)) for _ in range(count)]
+        payloads = [self._exactly(promised) for promised, _ in promises]
+        counts = []
+        for number, (promise, payload) in enumerate(zip(promises, payloads, strict=True)):
+            verdict, crc = PART.unpack(self._exactly(PART.size))
+            is_right = promise[0] and verdict == promise[0] and crc32c(payload, promise[1]) == crc
+            counts.append(verdict if is_right else DECLINED)
+            place = self.places[number]
+            self.memory[place : place + len(payload)] = payload
+        return counts
+
+    def _exactly(self, size: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < size:
+            part = self.socket.recv(size - len(parts))
+            if not part:
+                raise ConnectionError("the stream is over")
+            parts += part
+        return bytes(parts)
+
+
 def new_server(*, table_bytes_max: int = 1 << 20, lease_s: float = 3600.0) -> Any:
     """Serves chain 1 in version 1 for as long as any test."""
     server = native.Server(table_bytes_max, 1, 0)
@@ -84,8 +132,6 @@ def new_server(*, table_bytes_max: int = 1 << 20, lease_s: float = 3600.0) -> An
 
 
 def _now_s() -> float:
-    import time
-
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

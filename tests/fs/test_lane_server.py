@@ -19,7 +19,7 @@ from emberfs.types import chunk_id
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fs.lane_probe import DECLINED, HEAD, MAGIC, READ, LaneProbe, new_server, open_descriptors
+from tests.fs.lane_probe import DECLINED, HEAD, MAGIC, READ, LaneProbe, StreamProbe, new_server, open_descriptors
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
 
@@ -55,9 +55,9 @@ def file(tmp_path: Path) -> Iterator[File]:
     os.close(file.fd)
 
 
-@pytest.fixture
-def probe(server: Any) -> Iterator[LaneProbe]:
-    probe = LaneProbe(server)
+@pytest.fixture(params=[LaneProbe, StreamProbe], ids=["local", "stream"])
+def probe(server: Any, request: pytest.FixtureRequest) -> Iterator[LaneProbe]:
+    probe: LaneProbe = request.param(server)
     yield probe
     probe.close()
 
@@ -161,7 +161,7 @@ def test_damaged_bytes_are_declined(server: Any, file: File, probe: LaneProbe) -
     assert probe.read(CHUNK, 4999, 3) is None
     assert probe.read(CHUNK, 8191, 2) is None, "the same granule"
     assert probe.read(CHUNK, 8192, 100) == file.content[8192:8292], "the next one is fine"
-    assert server.stats()["damaged"] == 2
+    assert probe.read(CHUNK, 0, len(file.content)) is None, "whole granules, which the client of a stream checks"
 
 
 def test_a_file_that_is_too_short_is_declined(server: Any, file: File, probe: LaneProbe) -> None:
@@ -311,19 +311,59 @@ def test_a_flood_that_nobody_reads_the_answers_of_ends_its_lane(server: Any, fil
     assert probe.read(CHUNK, 0, 10) == file.content[:10]
 
 
+@pytest.mark.parametrize(
+    "sent", [b"x", HEAD.pack(MAGIC + 1, READ, 0, 1), HEAD.pack(MAGIC, 2, 0, 1), HEAD.pack(MAGIC, READ, 2049, 1)]
+)
+def test_what_breaks_the_rules_ends_its_stream_and_no_other(
+    server: Any, file: File, probe: LaneProbe, sent: bytes
+) -> None:
+    file.put(server)
+    bad = StreamProbe(server)
+    bad.socket.sendall(sent)
+    bad.socket.shutdown(socket.SHUT_WR)
+    assert bad.is_over()
+    bad.close()
+    assert probe.read(CHUNK, 0, 10) == file.content[:10]
+
+
+def test_a_stream_that_is_not_read_holds_nobody_up(server: Any, file: File, probe: LaneProbe) -> None:
+    """Files are let go of while its server waits to send."""
+    file.put(server)
+    slow = StreamProbe(server)
+    for _ in range(40):
+        slow.send(*[slow.item(CHUNK, 0, 300_000)] * 20)
+    assert probe.read(CHUNK, 0, 10) == file.content[:10]
+    server.clear(1)  # Would wait for it for ever.
+    assert probe.read(CHUNK, 0, 10) is None
+    slow.close()
+
+
+def test_what_is_dropped_while_a_stream_is_slow_is_declined_at_last(server: Any, file: File) -> None:
+    file.put(server)
+    slow = StreamProbe(server, size=20 * 300_000)
+    slow.send(*[slow.item(CHUNK, 0, 300_000, place=300_000 * at) for at in range(20)])
+    time.sleep(0.2)  # The socket is full by now.
+    server.drop(1, CHUNK)
+    assert slow.receive() == [DECLINED] * 20
+    file.put(server)
+    assert slow.read(CHUNK, 0, 10) == file.content[:10], "and the stream goes on"
+    slow.close()
+
+
 def test_nothing_is_left_of_lanes_and_servers(file: File) -> None:
     before = open_descriptors()
     for _ in range(20):
         server = new_server()
         file.put(server)
-        probes = [LaneProbe(server, size=mmap.PAGESIZE) for _ in range(5)]
+        kinds = [LaneProbe, StreamProbe, LaneProbe, StreamProbe, LaneProbe]
+        probes = [kind(server, size=mmap.PAGESIZE) for kind in kinds]
         for probe in probes:
             assert probe.read(CHUNK, 0, 10) == file.content[:10]
         for probe in probes[:3]:
             probe.close()
         server.stop()
         with pytest.raises(ValueError, match="stopped"):
-            server.adopt(0)
+            server.adopt(0, False)
         for probe in probes[3:]:
             assert probe.is_over()
             probe.close()

@@ -50,6 +50,8 @@ class ClientConfig:
 
     shares_memory: bool = True
     """Servers of this host read and write our memory in place. False: their bytes come over TCP as from elsewhere."""
+    insecure: bool = False
+    """Servers of other machines are spoken to in plain text: whoever is in that network can read it, and forge it."""
 
     def __post_init__(self) -> None:
         if min(self.connect_timeout_s, self.deadline_s) <= 0:
@@ -70,7 +72,8 @@ class ClusterStore:
         self.runtime = AsyncioRuntime()
         self.portal = Portal(self.runtime)
         self.network = TcpNetwork(
-            self.runtime, TcpConfig(tls=tls_files(credentials), shares_memory=config.shares_memory)
+            self.runtime,
+            TcpConfig(tls=tls_files(credentials), shares_memory=config.shares_memory, insecure=config.insecure),
         )
         self.routes = Routes(
             self.runtime,
@@ -88,7 +91,7 @@ class ClusterStore:
         )
         self.storage = StorageRouter(self.runtime, self.network, self.routes, config=router_config)
         self.lanes: LaneReader | None = None
-        if native is not None and config.shares_memory and config.read_from is ReadFrom.LOAD and not config.uncommitted:
+        if native is not None and config.read_from is ReadFrom.LOAD and not config.uncommitted:
             self.lanes = LaneReader(self.runtime, self.portal, self.network, self.routes)
         self.meta = MetaRouter(self.runtime, self.network, self.routes)
         try:

@@ -30,25 +30,41 @@ static int take(int fd, const struct lane_head *request, int32_t *counts, struct
     return 1;
 }
 
-int lane_exchange(const int *fds, void **requests, const size_t *sizes, int32_t **counts, uint8_t *is_done, int lanes,
-                  int is_sent, int64_t spin_ns, int64_t until_ns) {
+static int send_request(const struct lane_request *request, int64_t until_ns) {
+    for (size_t done = 0; done < request->size;) {
+        const char *from = (const char *)request->head + done;
+        ssize_t count = send(request->fd, from, request->size - done, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (count >= 0) done += (size_t)count;
+        else if (errno == EAGAIN && request->is_stream && lane_now_ns() < until_ns) {
+            struct pollfd wait = {.fd = request->fd, .events = POLLOUT};
+            poll(&wait, 1, LOOK_NS / 1000000);
+        } else if (errno != EINTR) return -1;
+    }
+    return 0;
+}
+
+int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns) {
     static __thread struct answer answer;
     int left = 0;
-    for (int at = 0; at < lanes; at++) {
-        if (!is_sent) {
-            is_done[at] = sizes[at] == 0;
-            if (sizes[at] && send(fds[at], requests[at], sizes[at], MSG_DONTWAIT | MSG_NOSIGNAL) != (ssize_t)sizes[at])
-                return -1;
+    for (int at = 0; at < count && !is_sent; at++) {
+        requests[at].is_done = requests[at].size == 0;
+        if (send_request(&requests[at], until_ns) != 0) return -1;
+    }
+    for (int at = 0; at < count; at++) {
+        struct lane_request *request = &requests[at];
+        if (!request->is_done && request->is_stream) {
+            if (lane_stream_take(request->fd, request->head, request->into, request->counts, until_ns) != 0) return -1;
+            request->is_done = 1;
         }
-        left += !is_done[at];
+        left += !request->is_done;
     }
     int64_t spin_until_ns = lane_now_ns() + spin_ns;
     while (left) {
-        for (int at = 0; at < lanes; at++) {
-            if (is_done[at]) continue;
-            int came = take(fds[at], requests[at], counts[at], &answer);
+        for (int at = 0; at < count; at++) {
+            if (requests[at].is_done) continue;
+            int came = take(requests[at].fd, requests[at].head, requests[at].counts, &answer);
             if (came < 0) return -1;
-            is_done[at] = (uint8_t)came;
+            requests[at].is_done = came;
             left -= came;
         }
         if (!left) return 0;
@@ -59,12 +75,12 @@ int lane_exchange(const int *fds, void **requests, const size_t *sizes, int32_t 
             continue;
         }
         struct pollfd waits[LANES_MAX];
-        int count = 0;
-        for (int at = 0; at < lanes; at++)
-            if (!is_done[at]) waits[count++] = (struct pollfd){.fd = fds[at], .events = POLLIN};
+        int waiting = 0;
+        for (int at = 0; at < count; at++)
+            if (!requests[at].is_done) waits[waiting++] = (struct pollfd){.fd = requests[at].fd, .events = POLLIN};
         int64_t rest_ns = until_ns - now_ns < LOOK_NS ? until_ns - now_ns : LOOK_NS;
         struct timespec rest = {0, rest_ns};
-        int ready = ppoll(waits, (nfds_t)count, &rest, NULL);
+        int ready = ppoll(waits, (nfds_t)waiting, &rest, NULL);
         if (ready < 0 && errno != EINTR) return -1;
         if (ready <= 0) return -2;
     }

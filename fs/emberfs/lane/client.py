@@ -21,7 +21,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from socket import SCM_RIGHTS, SOL_SOCKET, socket
+from socket import SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EmberError, Unreachable
@@ -73,6 +73,7 @@ class _Lanes:
         self.sockets: dict[int, socket] = {}
         """By the server's index."""
         self.descriptors = array("i", [-1] * SERVERS_MAX)
+        self.streams = bytearray(SERVERS_MAX)
         self.stage = Region(STAGE_BYTES)
         self.stage_view = self.stage.memory()
         self.version = -1
@@ -84,16 +85,18 @@ class _Lanes:
         """Raises OSError."""
         lane.settimeout(TELL_TIMEOUT_S)
         self.sockets[index] = lane
-        _tell(lane, self.stage)
-        for region in self.told.values():
-            _tell(lane, region)
+        self.streams[index] = lane.type == SOCK_STREAM
+        if not self.streams[index]:
+            _tell(lane, self.stage)
+            for region in self.told.values():
+                _tell(lane, region)
         self.descriptors[index] = lane.fileno()
 
     def tell(self) -> None:
         """Tell the servers of memory that is new, and of what is gone. Raises OSError."""
         version = allocated_version()
         regions = {region.number: region for region in allocated()[: REGIONS_MAX // 2]}
-        for lane in self.sockets.values():
+        for lane in (each for each in self.sockets.values() if each.type != SOCK_STREAM):
             for number in self.told.keys() - regions.keys():
                 lane.send(_HEAD.pack(_MAGIC, _FORGET, 0, number))
             for number in regions.keys() - self.told.keys():
@@ -141,39 +144,42 @@ class LaneReader:
         if self._is_closed or not any(prepared) or (isinstance(into, list) and len(into) != len(items)):
             return None
         lanes = self._take()
+        counts: list[int] | None = None
         is_whole = False
         try:
             self._open_missing(lanes, files)
-            if not lanes.sockets:
-                is_whole = True
-                return None
-            if lanes.version != allocated_version():
-                lanes.tell()
-            size = sum([length for _, _, length in items])
-            counts: list[int] = native.read_ranges(
-                items,
-                into,
-                "lane_spec",
-                lanes.descriptors,
-                lanes.known,
-                lanes.stage.number,
-                lanes.stage.address,
-                STAGE_BYTES,
-                next(_calls),
-                SPIN_NS_MIN + size // SPIN_BYTES_PER_NS,
-                TIMEOUT_NS_MIN + int(size / TIMEOUT_BYTES_PER_NS),
-            )
+            if lanes.sockets:
+                counts = self._exchange(lanes, items, into)
             is_whole = True
-            # Whoever renewed memory meanwhile did not wait for us: what came may be in pages that are gone.
-            return counts if lanes.version == allocated_version() else None
         except (native.LaneLost, OSError) as error:
             log.debug("lanes are given up: %s", error)
-            return None
         finally:
             if is_whole:
                 self._give(lanes)
             else:
                 self._give_up(lanes, into)
+        # Whoever renewed memory meanwhile did not wait for us: what came may be in pages that are gone.
+        return counts if lanes.version == allocated_version() else None
+
+    def _exchange(self, lanes: _Lanes, items: list[Any], into: Any) -> list[int]:
+        if lanes.version != allocated_version():
+            lanes.tell()
+        size = sum([length for _, _, length in items])
+        counts: list[int] = native.read_ranges(
+            items,
+            into,
+            "lane_spec",
+            lanes.descriptors,
+            lanes.streams,
+            lanes.known,
+            lanes.stage.number,
+            lanes.stage.address,
+            STAGE_BYTES,
+            next(_calls),
+            SPIN_NS_MIN + size // SPIN_BYTES_PER_NS,
+            TIMEOUT_NS_MIN + int(size / TIMEOUT_BYTES_PER_NS),
+        )
+        return counts
 
     def close(self) -> None:
         """Close all lanes; one that is in use is closed at its end."""

@@ -1,7 +1,15 @@
 /* What the parts of the native lane share: the messages on a lane, the checksum, and the table of extents.
 
-   A lane is a SOCK_SEQPACKET pair between a client and a storage server of one host. Each message is one packet, in the
-   host's own byte order: neither side ever is another machine. */
+   There are two kinds. A *local* lane is a SOCK_SEQPACKET pair between a client and a storage server of one host; each
+   message is one packet, and the bytes land in memory of the client. A *stream* is a TCP connection, and its answers
+   bring the bytes along:
+
+       head       LANE_COUNTS
+       promises   a lane_part for each item: all of it, or 0 bytes of one that is declined
+       payload    the promised bytes, item after item
+       verdicts   a lane_part for each item
+
+   Numbers are little-endian; other machines have no lanes. */
 
 #ifndef EMBERFS_LANE_H
 #define EMBERFS_LANE_H
@@ -18,6 +26,10 @@
 #define LANE_ITEMS_MAX 2048
 #define LANE_BYTES_MAX (64u << 20)
 #define LANE_REGIONS_MAX 1024
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "lanes are for little-endian machines"
+#endif
 
 enum lane_kind {
     LANE_READ = 1,   /* followed by `count` lane_items; answered by LANE_COUNTS of the same call */
@@ -42,6 +54,13 @@ struct lane_item {
     uint32_t chain;
     uint32_t offset, length; /* within the chunk */
     uint32_t reserved;
+};
+
+/* Of an item whose bytes come in a stream: they are right if their CRC, continued from that of the promise, is that of
+   the verdict. */
+struct lane_part {
+    int32_t count; /* in a verdict LANE_DECLINED: whatever came is worth nothing */
+    uint32_t crc;
 };
 
 /* The CRC32C (Castagnoli) of `size` bytes, continued from `crc`, which is 0 at the beginning. */
@@ -96,7 +115,19 @@ struct lane_stats {
 };
 
 struct lane_server *lane_server_new(struct lane_table *table, int threads, int spin_us); /* NULL: errno */
-int lane_server_adopt(struct lane_server *server, int fd); /* takes `fd` as its own; 0, or -1: errno */
+/* Serve a local lane, or a stream. Takes `fd` as its own; 0, or -1: errno. */
+int lane_server_adopt(struct lane_server *server, int fd, int is_stream);
+
+/* ---- the server's end of a stream; it has a thread of its own */
+
+#define LANE_STEP_BYTES (256u << 10) /* read, and checked or sent, in one go: it stays in the core's cache */
+#define LANE_SCRATCH_BYTES (1u << 20)
+#define LANE_PACKET_BYTES_MAX (sizeof(struct lane_head) + LANE_ITEMS_MAX * sizeof(struct lane_item))
+
+/* Serve until the client leaves or breaks the rules. */
+void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stats);
+/* Add an answered request to the counters. */
+void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count);
 void lane_server_stats(struct lane_server *server, struct lane_stats *stats);
 void lane_server_stop(struct lane_server *server); /* ends the threads and every lane, and frees it */
 
@@ -110,10 +141,22 @@ struct lane_piece {
     uint8_t *into;
 };
 
-/* Exchange one request per lane. `requests[s]`: head and items, `sizes[s]` bytes, 0 for none; the counts of lane `s`
-   are written to `counts[s]`. Returns 0; -1: a lane is lost or says nothing in time; -2: interrupted by a signal, to be
-   called again with `is_sent` set. */
-int lane_exchange(const int *fds, void **requests, const size_t *sizes, int32_t **counts, uint8_t *is_done, int lanes,
-                  int is_sent, int64_t spin_ns, int64_t until_ns);
+/* The answer of a stream to a request that was sent: into[i] gets the bytes of item i. As `lane_exchange`, but
+   -2 is not returned. */
+int lane_stream_take(int fd, const struct lane_head *request, uint8_t *const *into, int32_t *counts, int64_t until_ns);
+
+struct lane_request {
+    int fd;
+    int is_stream;
+    size_t size; /* of the head and the items; 0: nothing is asked of this lane */
+    struct lane_head *head;
+    uint8_t **into; /* of a stream: where the bytes of each item go */
+    int32_t *counts; /* what comes of each item */
+    int is_done;
+};
+
+/* Exchange one request on each lane. Returns 0; -1: a lane is lost or says nothing in time; -2: look whether a signal
+   came, and call again with `is_sent` set. */
+int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns);
 
 #endif

@@ -174,13 +174,13 @@ static PyObject *server_lease(PyObject *self, PyObject *args) {
 
 static PyObject *server_adopt(PyObject *self, PyObject *args) {
     struct server *server = (struct server *)self;
-    int fd;
-    if (!PyArg_ParseTuple(args, "i", &fd)) return NULL;
+    int fd, is_stream;
+    if (!PyArg_ParseTuple(args, "ip", &fd, &is_stream)) return NULL;
     if (server->threads == NULL) {
         PyErr_SetString(PyExc_ValueError, "it was stopped");
         return NULL;
     }
-    if (lane_server_adopt(server->threads, fd) != 0) return PyErr_SetFromErrno(PyExc_OSError);
+    if (lane_server_adopt(server->threads, fd, is_stream) != 0) return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
 }
 
@@ -206,7 +206,7 @@ static PyMethodDef server_methods[] = {
     {"clear", server_clear, METH_VARARGS, "clear(chain): returns once no file of it is in use"},
     {"allow", server_allow, METH_VARARGS, "allow(chain, version); version 0: nobody"},
     {"lease", server_lease, METH_VARARGS, "lease(until_ns), by CLOCK_BOOTTIME"},
-    {"adopt", server_adopt, METH_VARARGS, "adopt(fd): serve a lane; the descriptor is the server's from now on"},
+    {"adopt", server_adopt, METH_VARARGS, "adopt(fd, is_stream): serve a lane; the descriptor is the server's from now on"},
     {"stats", server_stats, METH_NOARGS, "Counters, by name."},
     {"stop", server_stop, METH_NOARGS, "End the threads and the lanes."},
     {NULL, NULL, 0, NULL},
@@ -253,13 +253,9 @@ struct plan {
     int has_whole;
     struct lane_piece *pieces;
     size_t pieces_count, pieces_room;
-    const int *fds; /* per server; -1: no lane leads there */
     int servers_count;
-    struct {
-        struct lane_head *request;
-        size_t count, room;
-        int32_t *counts;
-    } servers[SERVERS_MAX];
+    struct lane_request servers[SERVERS_MAX]; /* `fd` -1: no lane leads there */
+    size_t pieces_of[SERVERS_MAX], room_of[SERVERS_MAX];
     const struct known *known;
     size_t known_count, last_known;
     uint64_t stage_number;
@@ -272,8 +268,9 @@ static void plan_free(struct plan *plan) {
         if (plan->has_buffer != NULL && plan->has_buffer[at]) PyBuffer_Release(&plan->buffers[at]);
     if (plan->has_whole) PyBuffer_Release(&plan->whole);
     for (int server = 0; server < plan->servers_count; server++) {
-        free(plan->servers[server].request);
+        free(plan->servers[server].head);
         free(plan->servers[server].counts);
+        free(plan->servers[server].into);
     }
     free(plan->counts);
     free(plan->buffers);
@@ -292,41 +289,48 @@ static const struct known *known_at(struct plan *plan, const uint8_t *address, u
     return NULL;
 }
 
+/* Room for one element more in an array of `count`; what it is now, or NULL: there is no memory, and it stays. */
+static void *with_room(void *array, size_t count, size_t *room, size_t head, size_t element) {
+    if (count < *room) return array;
+    size_t more = count ? 2 * count : 64;
+    void *grown = realloc(array, head + more * element);
+    if (grown != NULL) *room = more;
+    return grown;
+}
+
 /* Add a range of one chunk. 0; 1: no lane for it, or no room; -1: no memory. */
 static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, uint64_t index, uint32_t offset,
                      uint32_t length, uint8_t *into) {
     const struct spec_slot *slot = &spec->slots[index % spec->slots_count];
-    if (slot->server < 0 || slot->server >= plan->servers_count || plan->fds[slot->server] < 0) return 1;
-    const struct known *known = known_at(plan, into, length);
-    if (known == NULL && plan->staged_bytes + length > plan->stage_bytes) return 1;
-    size_t count = plan->servers[slot->server].count;
-    if (count == LANE_ITEMS_MAX || plan->total_bytes + length > LANE_BYTES_MAX) return 1;
-    if (count == plan->servers[slot->server].room) {
-        size_t room = count ? 2 * count : 32;
-        void *grown = realloc(plan->servers[slot->server].request, sizeof(struct lane_head) + room * sizeof(struct lane_item));
-        if (grown == NULL) return -1;
-        plan->servers[slot->server].request = grown;
-        plan->servers[slot->server].room = room;
+    if (slot->server < 0 || slot->server >= plan->servers_count || plan->servers[slot->server].fd < 0) return 1;
+    struct lane_request *server = &plan->servers[slot->server];
+    size_t *count = &plan->pieces_of[slot->server];
+    const struct known *known = server->is_stream ? NULL : known_at(plan, into, length);
+    int is_staged = known == NULL && !server->is_stream;
+    if (is_staged && plan->staged_bytes + length > plan->stage_bytes) return 1;
+    if (*count == LANE_ITEMS_MAX || plan->total_bytes + length > LANE_BYTES_MAX) return 1;
+    void *head = with_room(server->head, *count, &plan->room_of[slot->server], sizeof(struct lane_head), sizeof(struct lane_item));
+    if (head == NULL) return -1;
+    server->head = head;
+    void *pieces = with_room(plan->pieces, plan->pieces_count, &plan->pieces_room, 0, sizeof *plan->pieces);
+    if (pieces == NULL) return -1;
+    plan->pieces = pieces;
+    struct lane_item *items = (struct lane_item *)(server->head + 1);
+    items[*count] = (struct lane_item){.inode = spec->inode, .index = index, .chain_version = slot->chain_version,
+                                       .chain = slot->chain, .offset = offset, .length = length};
+    if (known != NULL) {
+        items[*count].region = known->number;
+        items[*count].place = (uint64_t)(uintptr_t)into - known->address;
+    } else if (is_staged) {
+        items[*count].region = plan->stage_number;
+        items[*count].place = plan->staged_bytes;
     }
-    if (plan->pieces_count == plan->pieces_room) {
-        size_t room = plan->pieces_room ? 2 * plan->pieces_room : 64;
-        void *grown = realloc(plan->pieces, room * sizeof *plan->pieces);
-        if (grown == NULL) return -1;
-        plan->pieces = grown;
-        plan->pieces_room = room;
-    }
-    struct lane_item *items = (struct lane_item *)(plan->servers[slot->server].request + 1);
-    items[count] = (struct lane_item){.inode = spec->inode, .index = index, .chain_version = slot->chain_version,
-                                      .region = known != NULL ? known->number : plan->stage_number,
-                                      .place = known != NULL ? (uint64_t)(uintptr_t)into - known->address : plan->staged_bytes,
-                                      .chain = slot->chain, .offset = offset, .length = length};
-    plan->pieces[plan->pieces_count++] = (struct lane_piece){.server = slot->server, .item = item,
-                                                             .position = (uint32_t)count,
-                                                             .staged = known == NULL ? plan->stage + plan->staged_bytes : NULL,
-                                                             .into = into};
-    if (known == NULL) plan->staged_bytes += length;
+    plan->pieces[plan->pieces_count++] = (struct lane_piece){
+        .server = slot->server, .item = item, .position = (uint32_t)*count, .into = into,
+        .staged = is_staged ? plan->stage + plan->staged_bytes : NULL};
+    if (is_staged) plan->staged_bytes += length;
     plan->total_bytes += length;
-    plan->servers[slot->server].count = count + 1;
+    ++*count;
     return 0;
 }
 
@@ -400,45 +404,45 @@ static int plan_items(struct plan *plan, PyObject *items, PyObject *into, PyObje
 
 /* 0; -1: no memory. */
 static int finish_requests(struct plan *plan, uint64_t call) {
-    for (int server = 0; server < plan->servers_count; server++) {
-        if (plan->servers[server].count == 0) continue;
-        *plan->servers[server].request =
-            (struct lane_head){LANE_MAGIC, LANE_READ, (uint16_t)plan->servers[server].count, call};
-        plan->servers[server].counts = malloc(plan->servers[server].count * sizeof(int32_t));
-        if (plan->servers[server].counts == NULL) return -1;
+    for (int at = 0; at < plan->servers_count; at++) {
+        struct lane_request *server = &plan->servers[at];
+        size_t count = plan->pieces_of[at];
+        if (count == 0) continue;
+        *server->head = (struct lane_head){LANE_MAGIC, LANE_READ, (uint16_t)count, call};
+        server->size = sizeof *server->head + count * sizeof(struct lane_item);
+        server->counts = malloc(count * sizeof *server->counts);
+        server->into = malloc(count * sizeof *server->into);
+        if (server->counts == NULL || server->into == NULL) return -1;
     }
+    for (size_t at = 0; at < plan->pieces_count; at++)
+        plan->servers[plan->pieces[at].server].into[plan->pieces[at].position] = plan->pieces[at].into;
     return 0;
+}
+
+/* Bring what came to where it belongs. */
+static void finish_pieces(struct plan *plan) {
+    for (size_t at = 0; at < plan->pieces_count; at++) {
+        const struct lane_piece *piece = &plan->pieces[at];
+        const struct lane_request *server = &plan->servers[piece->server];
+        const struct lane_item *items = (const struct lane_item *)(server->head + 1);
+        int32_t count = server->counts[piece->position];
+        if (count < 0 || (uint32_t)count != items[piece->position].length) plan->counts[piece->item] = -1;
+        else if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)count);
+    }
 }
 
 /* Send and wait, without the interpreter. 0; -1: a lane is lost; -2: interrupted, with the exception of the handler. */
 static int exchange(struct plan *plan, int64_t spin_ns, int64_t timeout_ns) {
-    void *requests[SERVERS_MAX];
-    size_t sizes[SERVERS_MAX];
-    int32_t *counts[SERVERS_MAX];
-    uint8_t is_done[SERVERS_MAX];
     int64_t until_ns = lane_now_ns() + timeout_ns;
-    for (int server = 0; server < plan->servers_count; server++) {
-        requests[server] = plan->servers[server].request;
-        counts[server] = plan->servers[server].counts;
-        size_t count = plan->servers[server].count;
-        sizes[server] = count ? sizeof(struct lane_head) + count * sizeof(struct lane_item) : 0;
-    }
     for (int is_sent = 0;; is_sent = 1) {
         int outcome;
         Py_BEGIN_ALLOW_THREADS
-        outcome = lane_exchange(plan->fds, requests, sizes, counts, is_done, plan->servers_count, is_sent, spin_ns, until_ns);
-        if (outcome == 0) {
-            for (size_t at = 0; at < plan->pieces_count; at++) {
-                const struct lane_piece *piece = &plan->pieces[at];
-                const struct lane_item *items = (const struct lane_item *)(plan->servers[piece->server].request + 1);
-                int32_t count = plan->servers[piece->server].counts[piece->position];
-                if (count < 0 || (uint32_t)count != items[piece->position].length) plan->counts[piece->item] = -1;
-                else if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)count);
-            }
-        }
+        outcome = lane_exchange(plan->servers, plan->servers_count, is_sent, spin_ns, until_ns);
+        if (outcome == 0) finish_pieces(plan);
         Py_END_ALLOW_THREADS
-        if (outcome != -2) return outcome;
-        if (PyErr_CheckSignals() != 0) return -2;
+        if (outcome == 0) return 0;
+        if (PyErr_CheckSignals() != 0) return -2; /* Also after a loss: it may have come while a stream was read. */
+        if (outcome == -1) return -1;
     }
 }
 
@@ -451,52 +455,74 @@ static PyObject *counts_list(const struct plan *plan) {
     return list;
 }
 
+static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, const Py_buffer *streams) {
+    size_t room = (size_t)plan->items_count + 1;
+    plan->counts = malloc(room * sizeof *plan->counts);
+    plan->buffers = malloc(room * sizeof *plan->buffers);
+    plan->has_buffer = calloc(room, 1);
+    if (plan->counts == NULL || plan->buffers == NULL || plan->has_buffer == NULL) {
+        plan->items_count = 0;
+        PyErr_NoMemory();
+        return -1;
+    }
+    plan->servers_count = (int)(fds->len / (Py_ssize_t)sizeof(int));
+    if (plan->servers_count > SERVERS_MAX || streams->len != plan->servers_count) {
+        plan->servers_count = 0;
+        PyErr_SetString(PyExc_ValueError, "a descriptor, and the kind of its lane, for each of at most 64 servers");
+        return -1;
+    }
+    for (int at = 0; at < plan->servers_count; at++) {
+        plan->servers[at].fd = ((const int *)fds->buf)[at];
+        plan->servers[at].is_stream = ((const uint8_t *)streams->buf)[at];
+    }
+    if (!PyList_Check(into)) {
+        if (PyObject_GetBuffer(into, &plan->whole, PyBUF_WRITABLE) != 0) return -1;
+        plan->has_whole = 1;
+    } else if (PyList_Size(into) != plan->items_count) {
+        PyErr_SetString(PyExc_ValueError, "one buffer for each item");
+        return -1;
+    }
+    return 0;
+}
+
 static PyObject *read_ranges(PyObject *module, PyObject *args) {
     PyObject *items, *into, *attribute;
-    Py_buffer fds, known;
+    Py_buffer fds, streams, known;
     unsigned long long stage_number, stage_address, call;
     Py_ssize_t stage_bytes;
     long long spin_ns, timeout_ns;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOy*y*KKnKLL", &PyList_Type, &items, &into, &attribute, &fds, &known, &stage_number,
-                          &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns))
+    if (!PyArg_ParseTuple(args, "O!OOy*y*y*KKnKLL", &PyList_Type, &items, &into, &attribute, &fds, &streams, &known,
+                          &stage_number, &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns))
         return NULL;
-    struct plan plan = {.items_count = PyList_Size(items), .servers_count = (int)(fds.len / (Py_ssize_t)sizeof(int)),
-                        .fds = fds.buf, .known = known.buf, .known_count = (size_t)known.len / sizeof(struct known),
-                        .stage_number = stage_number, .stage = (uint8_t *)(uintptr_t)stage_address,
-                        .stage_bytes = (size_t)stage_bytes};
     PyObject *result = NULL;
-    if (plan.servers_count > SERVERS_MAX) plan.servers_count = SERVERS_MAX;
-    size_t room = (size_t)plan.items_count + 1;
-    plan.counts = malloc(room * sizeof *plan.counts);
-    plan.buffers = malloc(room * sizeof *plan.buffers);
-    plan.has_buffer = calloc(room, 1);
-    if (plan.counts == NULL || plan.buffers == NULL || plan.has_buffer == NULL) {
-        plan.items_count = 0;
+    struct plan *plan = calloc(1, sizeof *plan);
+    if (plan == NULL) {
         PyErr_NoMemory();
         goto out;
     }
-    if (!PyList_Check(into)) {
-        if (PyObject_GetBuffer(into, &plan.whole, PyBUF_WRITABLE) != 0) goto out;
-        plan.has_whole = 1;
-    } else if (PyList_Size(into) != plan.items_count) {
-        PyErr_SetString(PyExc_ValueError, "one buffer for each item");
-        goto out;
-    }
-    if (plan_items(&plan, items, into, attribute) != 0) goto out;
-    if (plan.pieces_count) {
-        if (finish_requests(&plan, call) != 0) {
+    plan->items_count = PyList_Size(items);
+    plan->known = known.buf;
+    plan->known_count = (size_t)known.len / sizeof(struct known);
+    plan->stage_number = stage_number;
+    plan->stage = (uint8_t *)(uintptr_t)stage_address;
+    plan->stage_bytes = (size_t)stage_bytes;
+    if (start_plan(plan, into, &fds, &streams) != 0 || plan_items(plan, items, into, attribute) != 0) goto out;
+    if (plan->pieces_count) {
+        if (finish_requests(plan, call) != 0) {
             PyErr_NoMemory();
             goto out;
         }
-        int outcome = exchange(&plan, spin_ns, timeout_ns);
+        int outcome = exchange(plan, spin_ns, timeout_ns);
         if (outcome == -1) PyErr_SetString(lane_lost, "a lane was lost, or its server did not answer in time");
         if (outcome != 0) goto out;
     }
-    result = counts_list(&plan);
+    result = counts_list(plan);
 out:
-    plan_free(&plan);
+    if (plan != NULL) plan_free(plan);
+    free(plan);
     PyBuffer_Release(&fds);
+    PyBuffer_Release(&streams);
     PyBuffer_Release(&known);
     return result;
 }
@@ -505,7 +531,7 @@ static PyMethodDef functions[] = {
     {"crc32c", crc32c, METH_VARARGS, "crc32c(data, crc=0): of what `awscrt` computes, for comparison."},
     {"cumulative_sums", cumulative_sums, METH_VARARGS, "cumulative_sums(data, granule, offset, start) -> packed sums"},
     {"read_ranges", read_ranges, METH_VARARGS,
-     "read_ranges(items, into, attribute, fds, known, stage_number, stage_address, stage_bytes, call, spin_ns,\n"
+     "read_ranges(items, into, attribute, fds, streams, known, stage_number, stage_address, stage_bytes, call, spin_ns,\n"
      "timeout_ns) -> bytes per item, -1 where no lane could serve it. Raises LaneLost: memory may still be written to."},
     {NULL, NULL, 0, NULL},
 };

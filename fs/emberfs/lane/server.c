@@ -1,6 +1,7 @@
-/* The server's end of lanes: a few threads that answer reads without the interpreter.
+/* The server's end of lanes: a few threads that answer reads of local lanes without the interpreter, and one for
+   each stream (stream.c).
 
-   A read is served if its chunk is in the table and its bytes are in the page cache (RWF_NOWAIT); every other item is
+   A read of a local lane is served if its chunk is in the table and its bytes are in the page cache (RWF_NOWAIT); every other item is
    declined, and its client asks the service. Bytes are read into the client's memory and checked there against the
    cumulative checksums; a mismatch is declined too: the service finds out what is the matter.
 
@@ -23,11 +24,10 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define STEP_BYTES (256u << 10) /* read and checked in one go: it stays in the core's cache */
-#define SCRATCH_BYTES (1u << 20)
 #define THREADS_MAX 16
 #define LANES_MAX 4096
-#define PACKET_BYTES_MAX (sizeof(struct lane_head) + LANE_ITEMS_MAX * sizeof(struct lane_item))
+#define STREAMS_MAX 512
+#define STREAM_STACK_BYTES (256u << 10)
 #define EAGER_MAX 8
 
 struct region {
@@ -56,11 +56,20 @@ struct worker {
     } reply;
 };
 
+struct stream_thread {
+    struct lane_server *server;
+    int fd;
+    struct stream_thread *previous, *next;
+};
+
 struct lane_server {
     struct lane_table *table;
     int64_t spin_ns;
     int threads, next, stop; /* `stop`: an eventfd */
     pthread_mutex_t lock;
+    pthread_cond_t ended;          /* a stream has */
+    struct stream_thread *streams; /* guarded by the lock, as is their number */
+    int streams_count, is_stopping;
     struct lane_stats stats; /* but `lanes`, by atomic additions */
     struct worker workers[THREADS_MAX];
 };
@@ -116,18 +125,18 @@ static int32_t read_item(struct worker *worker, struct lane *lane, const struct 
     uint64_t stop = (end + granule - 1) & ~(granule - 1);
     if (stop > found->length) stop = found->length;
     uint64_t before = item->offset - begin, after = stop - end;
-    if (before > SCRATCH_BYTES || after > SCRATCH_BYTES) return LANE_DECLINED;
+    if (before > LANE_SCRATCH_BYTES || after > LANE_SCRATCH_BYTES) return LANE_DECLINED;
     uint8_t *into = region->address + item->place;
     uint32_t crc = found->sum_before;
     /* The granules in steps; what lies before and after the item's own bytes goes to scratch memory. */
     for (uint64_t at = 0; at < item->length;) {
-        uint64_t step = item->length - at < STEP_BYTES ? item->length - at : STEP_BYTES;
+        uint64_t step = item->length - at < LANE_STEP_BYTES ? item->length - at : LANE_STEP_BYTES;
         uint64_t lead = at == 0 ? before : 0, trail = at + step == item->length ? after : 0;
         struct iovec parts[3];
         int count = 0;
         if (lead) parts[count++] = (struct iovec){worker->scratch, lead};
         parts[count++] = (struct iovec){into + at, step};
-        if (trail) parts[count++] = (struct iovec){worker->scratch + SCRATCH_BYTES, trail};
+        if (trail) parts[count++] = (struct iovec){worker->scratch + LANE_SCRATCH_BYTES, trail};
         off_t offset = (off_t)(found->block + (int64_t)(begin + (at ? before + at : 0)));
         if (preadv2(found->fd, parts, count, offset, RWF_NOWAIT) != (ssize_t)(lead + step + trail))
             return LANE_DECLINED;
@@ -139,6 +148,18 @@ static int32_t read_item(struct worker *worker, struct lane *lane, const struct 
         return LANE_DECLINED;
     }
     return (int32_t)item->length;
+}
+
+void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count) {
+    uint64_t declined = 0, bytes = 0;
+    for (size_t at = 0; at < count; at++) {
+        if (counts[at] == LANE_DECLINED) declined++;
+        else bytes += (uint64_t)counts[at];
+    }
+    __atomic_add_fetch(&stats->requests, 1, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&stats->items, count, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&stats->declined, declined, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&stats->bytes, bytes, __ATOMIC_RELAXED);
 }
 
 /* 0, or -1: the client breaks the rules. */
@@ -155,21 +176,12 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
     }
     if (total > LANE_BYTES_MAX) return -1;
     int32_t *counts = worker->reply.counts;
-    uint64_t declined = 0, bytes = 0;
     lane_table_begin(table);
     lane_table_find(table, items, head->count, worker->found);
     for (int at = 0; at < head->count; at++) counts[at] = read_item(worker, lane, &items[at], &worker->found[at]);
     lane_table_check(table, items, head->count, worker->found, counts);
     lane_table_end(table);
-    for (int at = 0; at < head->count; at++) {
-        if (counts[at] == LANE_DECLINED) declined++;
-        else bytes += (uint64_t)counts[at];
-    }
-    struct lane_stats *stats = &worker->server->stats;
-    __atomic_add_fetch(&stats->requests, 1, __ATOMIC_RELAXED);
-    __atomic_add_fetch(&stats->items, head->count, __ATOMIC_RELAXED);
-    __atomic_add_fetch(&stats->declined, declined, __ATOMIC_RELAXED);
-    __atomic_add_fetch(&stats->bytes, bytes, __ATOMIC_RELAXED);
+    lane_count(&worker->server->stats, counts, head->count);
     worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
     size_t answer = sizeof worker->reply.head + head->count * sizeof *counts;
     /* One call is in the air on a lane, so there is room; a client that does not take its answers loses its lane. */
@@ -181,7 +193,7 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
 /* 1: served; 0: nothing there; -1: the lane is over. */
 static int serve_packet(struct worker *worker, struct lane *lane) {
     char control[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8)));
-    struct iovec whole = {worker->packet, PACKET_BYTES_MAX};
+    struct iovec whole = {worker->packet, LANE_PACKET_BYTES_MAX};
     struct msghdr message = {.msg_iov = &whole, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
     ssize_t size = recvmsg(lane->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (size < 0) return errno == EAGAIN || errno == EINTR ? 0 : -1;
@@ -249,6 +261,7 @@ struct lane_server *lane_server_new(struct lane_table *table, int threads, int s
     server->spin_ns = (int64_t)spin_us * 1000;
     server->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     pthread_mutex_init(&server->lock, NULL);
+    pthread_cond_init(&server->ended, NULL);
     threads = threads < 1 ? 1 : threads > THREADS_MAX ? THREADS_MAX : threads;
     int is_whole = server->stop >= 0;
     for (int at = 0; at < threads && is_whole; at++) {
@@ -256,8 +269,8 @@ struct lane_server *lane_server_new(struct lane_table *table, int threads, int s
         struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
         worker->server = server;
         worker->epoll = epoll_create1(EPOLL_CLOEXEC);
-        worker->packet = aligned_alloc(64, (PACKET_BYTES_MAX + 63) / 64 * 64);
-        worker->scratch = aligned_alloc(4096, 2 * SCRATCH_BYTES);
+        worker->packet = aligned_alloc(64, (LANE_PACKET_BYTES_MAX + 63) / 64 * 64);
+        worker->scratch = aligned_alloc(4096, 2 * LANE_SCRATCH_BYTES);
         worker->found = malloc(LANE_ITEMS_MAX * sizeof *worker->found);
         is_whole = worker->epoll >= 0 && worker->packet != NULL && worker->scratch != NULL && worker->found != NULL &&
                    epoll_ctl(worker->epoll, EPOLL_CTL_ADD, server->stop, &event) == 0 &&
@@ -271,12 +284,9 @@ struct lane_server *lane_server_new(struct lane_table *table, int threads, int s
     return NULL;
 }
 
-int lane_server_adopt(struct lane_server *server, int fd) {
+static int adopt_local(struct lane_server *server, int fd) {
     struct lane *lane = calloc(1, sizeof *lane);
-    if (lane == NULL) {
-        close(fd);
-        return -1;
-    }
+    if (lane == NULL) return -1;
     lane->fd = fd;
     pthread_mutex_lock(&server->lock);
     struct worker *worker = &server->workers[server->next++ % server->threads];
@@ -290,8 +300,57 @@ int lane_server_adopt(struct lane_server *server, int fd) {
     }
     pthread_mutex_unlock(&server->lock);
     if (is_in) return 0;
-    close(fd);
     free(lane);
+    return -1;
+}
+
+static void *serve_stream(void *argument) {
+    struct stream_thread *stream = argument;
+    struct lane_server *server = stream->server;
+    lane_stream_serve(server->table, stream->fd, &server->stats);
+    pthread_mutex_lock(&server->lock);
+    if (stream->previous != NULL) stream->previous->next = stream->next;
+    else server->streams = stream->next;
+    if (stream->next != NULL) stream->next->previous = stream->previous;
+    close(stream->fd); /* Under the lock: `stop` shuts down what is in the list. */
+    server->streams_count--;
+    server->stats.lanes--;
+    pthread_cond_signal(&server->ended);
+    pthread_mutex_unlock(&server->lock);
+    free(stream);
+    return NULL;
+}
+
+static int adopt_stream(struct lane_server *server, int fd) {
+    struct stream_thread *stream = calloc(1, sizeof *stream);
+    pthread_attr_t attributes;
+    pthread_t thread;
+    if (stream == NULL) return -1;
+    stream->server = server;
+    stream->fd = fd;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, STREAM_STACK_BYTES);
+    pthread_mutex_lock(&server->lock);
+    int is_in = !server->is_stopping && server->streams_count < STREAMS_MAX &&
+                pthread_create(&thread, &attributes, serve_stream, stream) == 0;
+    if (is_in) {
+        stream->next = server->streams;
+        if (stream->next != NULL) stream->next->previous = stream;
+        server->streams = stream;
+        server->streams_count++;
+        server->stats.lanes++;
+    }
+    pthread_mutex_unlock(&server->lock);
+    pthread_attr_destroy(&attributes);
+    if (is_in) return 0;
+    free(stream);
+    return -1;
+}
+
+int lane_server_adopt(struct lane_server *server, int fd, int is_stream) {
+    if ((is_stream ? adopt_stream : adopt_local)(server, fd) == 0) return 0;
+    close(fd);
     errno = EMFILE;
     return -1;
 }
@@ -305,6 +364,11 @@ void lane_server_stats(struct lane_server *server, struct lane_stats *stats) {
 void lane_server_stop(struct lane_server *server) {
     uint64_t one = 1;
     if (server->stop >= 0 && write(server->stop, &one, sizeof one) < 0) abort(); /* An eventfd takes a 1. */
+    pthread_mutex_lock(&server->lock);
+    server->is_stopping = 1;
+    for (struct stream_thread *each = server->streams; each != NULL; each = each->next) shutdown(each->fd, SHUT_RDWR);
+    while (server->streams_count) pthread_cond_wait(&server->ended, &server->lock);
+    pthread_mutex_unlock(&server->lock);
     for (int at = 0; at < server->threads; at++) pthread_join(server->workers[at].thread, NULL);
     for (int at = 0; at < THREADS_MAX; at++) {
         struct worker *worker = &server->workers[at];

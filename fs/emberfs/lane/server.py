@@ -60,9 +60,9 @@ class LaneServer:
         threads = max(1, min(THREADS_MAX, len(os.sched_getaffinity(0)) // CORES_PER_THREAD))
         self._server: Any = native.Server(TABLE_BYTES_MAX, threads, SPIN_US)
 
-    def adopt(self, descriptor: int) -> None:
+    def adopt(self, descriptor: int, is_stream: bool) -> None:
         """Serve the lane that ends in `descriptor`, which is ours from now on. Raises OSError."""
-        self._server.adopt(descriptor)
+        self._server.adopt(descriptor, is_stream)
 
     def mirror(self, chain: int) -> Mirror:
         return _Mirror(self._server, chain)

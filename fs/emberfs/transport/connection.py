@@ -112,11 +112,20 @@ class TcpConnection:
             if timer is not None:
                 timer.cancel()
 
-    def open_lane(self) -> socket.socket | None:
+    async def open_lane(self) -> socket.socket | None:
         """Our end of a new lane; None: the server serves none. In the loop's thread. Raises Unreachable."""
         if self._link is None:
             raise Unreachable(f"there is no connection to {self._address}")
-        return self._link.open_lane()
+        if self._link.is_local:
+            return self._link.open_lane()
+        if self._link.answer is None or not self._link.answer.lanes:
+            return None
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                link = await self._greet(await self._connected_socket(), None)
+                return await link.become_lane()
+        except (EmberError, OSError) as error:
+            raise Unreachable(f"no lane to {self._address}: {_words(error)}") from error
 
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""

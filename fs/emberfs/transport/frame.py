@@ -83,7 +83,8 @@ class Kind(enum.IntEnum):
     PLACED_REPLY = 12
     """To a PLACED request: how many bytes of each buffer were filled."""
     LANE = 13
-    """A file descriptor comes with it: the server's end of a lane."""
+    """Over a unix socket a file descriptor comes with it: the server's end of a lane. Over TCP the server answers with
+    the same, and from then on the connection is a lane."""
 
 
 class Frame(NamedTuple):
@@ -176,6 +177,11 @@ class FrameReader:
         else:
             self._end += count
         self._parse()
+
+    @property
+    def has_rest(self) -> bool:
+        """Bytes have come that are not part of a frame that was handled."""
+        return self._start != self._end or self._prefix is not None or bool(self._sinks)
 
     def stop(self) -> None:
         """The connection is over: what was read and not yet looked at is nobody's."""

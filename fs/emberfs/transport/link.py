@@ -135,6 +135,8 @@ class Link:
         self._calls: dict[int, Call] = {}
         self._count = 0
         self._arriving: tuple[Call, Message | Exception] | None = None
+        self._lane: asyncio.Future[None] | None = None
+        """Done when the server says that this connection is a lane."""
         self.wire.send(Outgoing(encode_frame(Kind.HELLO, 0, encode_hello(client_hello(config, key=key)))))
 
     def has_room(self, weight: int) -> bool:
@@ -176,8 +178,24 @@ class Link:
         if call.changes_nothing:  # An update goes on to its end anyway.
             self.wire.send(Outgoing(encode_frame(Kind.CANCEL, call.number)))
 
+    @property
+    def is_local(self) -> bool:
+        """The server is on this host, and takes memory."""
+        return self._blocks is not None
+
+    async def become_lane(self) -> socket:
+        """This connection, over TCP and without calls, as a stream. Raises ConnectionError."""
+        self._lane = asyncio.get_running_loop().create_future()
+        self.wire.send(Outgoing(encode_frame(Kind.LANE, 0)))
+        try:
+            await self._lane
+            return self.wire.detach()
+        except BaseException:
+            self.wire.lose(ConnectionError("no lane"))
+            raise
+
     def open_lane(self) -> socket | None:
-        """Our end of a new lane; None: the server serves none."""
+        """Our end of a new local lane; None: the server serves none."""
         if self.wire.is_closed or self.is_draining or self.answer is None or not self.answer.lanes:
             return None
         ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
@@ -277,6 +295,8 @@ class Link:
             self._refuse(decode_failure(frame.body))
         elif kind == Kind.HELLO:
             self._take_welcome(decode_hello(frame.body))
+        elif kind == Kind.LANE and self._lane is not None and not self._lane.done():
+            self._lane.set_result(None)
         elif kind == Kind.GOODBYE:
             self.is_draining = True
             self._on_change(self)
@@ -299,6 +319,8 @@ class Link:
         if isinstance(error, ProtocolError):
             log.warning("connection to %s closed: %s", self._address, error)
         self._refuse(error)
+        if self._lane is not None and not self._lane.done():
+            self._lane.set_exception(ConnectionError(f"lost: {error}"))
         calls, self._calls = self._calls, {}
         for call in calls.values():
             assert call.outgoing is not None

@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
+import ssl
 from collections.abc import Callable, Iterable, Sequence
-from socket import socket
+from socket import SO_KEEPALIVE, SOL_SOCKET, socket
 
 from msgspec.structs import replace
 
@@ -36,8 +36,8 @@ from .wire import Outgoing, Wire
 
 log = logging.getLogger("emberline.transport")
 
-AdoptLane = Callable[[int], None]
-"""Takes a socket that a lane of a client ends in as its own. Raises OSError."""
+AdoptLane = Callable[[int, bool], None]
+"""Takes (socket that a lane of a client ends in, True if it is a stream) as its own. Raises OSError."""
 
 
 class _Served:
@@ -80,7 +80,7 @@ class Session:
         """`on_change` is called when a call has ended and when the connection is lost. In the loop's thread.
 
         `door`: where a client of this host may go on with its memory, if it is not there already (`is_local`).
-        `adopt_lane`: who serves the lanes of such a client.
+        `adopt_lane`: who serves the lanes of such a client, and of any other one that needs no TLS.
         """
         self.wire = Wire(runtime.loop, sock, self, takes_descriptors=is_local)
         self.greeted: asyncio.Future[None] = runtime.future()
@@ -94,7 +94,7 @@ class Session:
         self._on_change = on_change
         self._door = door
         self._regions = ForeignRegions() if is_local else None
-        self._adopt_lane = adopt_lane if is_local else None
+        self._adopt_lane = None if isinstance(sock, ssl.SSLSocket) else adopt_lane
         self._window = Window(config.calls_max, config.bytes_max)
         self._calls: dict[int, _Served] = {}
         self._arriving: _Served | None = None
@@ -167,14 +167,32 @@ class Session:
 
     def _take_lane(self, adopt: AdoptLane) -> None:
         """Whoever may read chunks may read them over a lane: that is all a lane is for. Raises ProtocolError."""
-        descriptor = self.wire.take_descriptor()
+        check_sender(ReadChunks([], [], []), self._certificate)
+        if self._regions is not None:
+            self._hand_over(adopt, self.wire.take_descriptor(), is_stream=False)
+        elif self._calls or self.wire.is_sending:
+            raise ProtocolError("a connection with calls on it cannot become a lane")
+        else:
+            self.wire.send(Outgoing(encode_frame(Kind.LANE, 0)))
+            self._runtime.loop.call_soon(self._become_lane, adopt)
+
+    def _become_lane(self, adopt: AdoptLane) -> None:
+        if self.wire.is_closed:
+            return
+        if self.wire.is_sending:  # A few bytes on a connection that was silent: the client does not read.
+            self.wire.lose(ConnectionError("the client does not take that it has a lane"))
+            return
         try:
-            check_sender(ReadChunks([], [], []), self._certificate)
-        except EmberError:
-            os.close(descriptor)
-            raise
+            sock = self.wire.detach()
+        except ProtocolError as error:
+            self.wire.lose(error)
+            return
+        sock.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
+        self._hand_over(adopt, sock.detach(), is_stream=True)
+
+    def _hand_over(self, adopt: AdoptLane, descriptor: int, *, is_stream: bool) -> None:
         try:
-            adopt(descriptor)
+            adopt(descriptor, is_stream)
         except OSError as error:  # The client finds that its lane is over, and goes on without.
             log.warning("no lane for %s: %s", self._name, error)
 

@@ -89,7 +89,7 @@ class TcpNetwork:
         connection = self._connections.get(address)
         if connection is None or self._is_closed:
             raise Unreachable(f"there is no connection to {address}")
-        return connection.open_lane()
+        return await connection.open_lane()
 
     async def close(self) -> None:
         """See `types.Network`."""

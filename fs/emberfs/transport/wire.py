@@ -147,6 +147,20 @@ class Wire:
             os.close(self._descriptors.popleft())
         self._peer.lost(error)
 
+    def detach(self) -> socket:
+        """The socket, which goes on as something else: nothing waits to be sent, and no frame will come.
+
+        Raises ProtocolError if the other side has said more than it should.
+        """
+        assert not self.is_closed and not self.is_sending and self._tls is None
+        self._loop.remove_reader(self._sock)
+        if self.reader.has_rest:
+            raise ProtocolError("more frames after the last one")
+        self.is_closed = True
+        self.reader.stop()
+        self._peer.lost(ConnectionError("goes on as a lane"))
+        return self._sock
+
     def forget_after_fork(self) -> None:
         """In a forked child: the connection is the parent's, who goes on with it."""
         self._sock.close()
