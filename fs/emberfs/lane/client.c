@@ -1,7 +1,8 @@
 /* The client's end of lanes: one request to each server, and the wait for the answers.
 
    It looks for an answer for a while before it sleeps: to be woken costs a virtual machine more than the whole read.
-   Between looks whoever else wants the core has it. */
+   Between looks whoever else wants the core has it, and a thread that lately looked in vain does not look at all: where
+   many wait for few cores it would only keep them from those who have something to do. */
 
 #include "lane.h"
 
@@ -12,6 +13,8 @@
 #include <sys/socket.h>
 
 #define LANES_MAX 64
+#define EAGER_MAX 8
+#define TRIES_EVERY 64 /* calls of a thread that does not look any more: then it tries again */
 #define LOOK_NS 100000000 /* so often the caller is asked about signals, which may have come to another thread */
 
 struct answer {
@@ -45,7 +48,10 @@ static int send_request(const struct lane_request *request, int64_t until_ns) {
 
 int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns) {
     static __thread struct answer answer;
-    int left = 0;
+    static __thread int eager = EAGER_MAX; /* how often, lately, the answer came while we looked for it */
+    static __thread unsigned calls;
+    int left = 0, has_slept = 0;
+    if (eager == 0 && ++calls % TRIES_EVERY) spin_ns = 0;
     for (int at = 0; at < count && !is_sent; at++) {
         requests[at].is_done = requests[at].size == 0;
         if (send_request(&requests[at], until_ns) != 0) return -1;
@@ -67,7 +73,11 @@ int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t
             requests[at].is_done = came;
             left -= came;
         }
-        if (!left) return 0;
+        if (!left) {
+            if (has_slept) eager = eager > 2 ? eager - 2 : 0;
+            else if (spin_ns) eager += eager < EAGER_MAX;
+            return 0;
+        }
         int64_t now_ns = lane_now_ns();
         if (now_ns >= until_ns) return -1;
         if (now_ns < spin_until_ns) {
@@ -80,6 +90,7 @@ int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t
             if (!requests[at].is_done) waits[waiting++] = (struct pollfd){.fd = requests[at].fd, .events = POLLIN};
         int64_t rest_ns = until_ns - now_ns < LOOK_NS ? until_ns - now_ns : LOOK_NS;
         struct timespec rest = {0, rest_ns};
+        has_slept = 1;
         int ready = ppoll(waits, (nfds_t)waiting, &rest, NULL);
         if (ready < 0 && errno != EINTR) return -1;
         if (ready <= 0) return -2;
