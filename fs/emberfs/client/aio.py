@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from ..ledger import ClientStats
 from ..messages import Collected, TrashEntry, UsageReply
 from ..stores import Config
 from ..transport import allocate
@@ -226,6 +227,11 @@ class AsyncClient:
         self._attachment.live()
         store = self._attachment.store
         return await store.portal.run_async(store.space())
+
+    def stats(self) -> ClientStats:
+        """What the clients that this process has of the store did, and where the time went."""
+        self._attachment.live()
+        return self._attachment.store.portal.ledger.stats()
 
     async def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..embedded import EmbeddedStore
+from ..ledger import ClientStats
 from ..maintenance import Maintenance
 from ..messages import Collected, TrashEntry, UsageReply
 from ..stores import Config
@@ -244,6 +245,11 @@ class Client:
                 f"{store.url} is a cluster, which its servers look after: see emberfs.cluster.maintenance"
             )
         return Maintenance(store)
+
+    def stats(self) -> ClientStats:
+        """What the clients that this process has of the store did, and where the time went."""
+        self._attachment.live()
+        return self._attachment.store.portal.ledger.stats()
 
     def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""

@@ -67,6 +67,7 @@ class ClusterStore:
         credentials = find_credentials(managers, config.credentials)
         self.runtime = AsyncioRuntime()
         self.portal = Portal(self.runtime)
+        self.portal.ledger.is_close = True
         self.network = TcpNetwork(
             self.runtime, TcpConfig(tls=tls_files(credentials), shares_memory=config.shares_memory)
         )

@@ -19,8 +19,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from ..errors import EmberError, Unavailable
 from ..messages import Message
 from ..portal import Portal
@@ -46,7 +44,6 @@ def run_server(config: ServerConfig) -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     runtime = AsyncioRuntime(config.name)
     portal = Portal(runtime)
-    registry = CollectorRegistry()
     network = TcpNetwork(runtime, tcp_config(config))
     door = _Door()
     role: Served | None = None
@@ -54,13 +51,13 @@ def run_server(config: ServerConfig) -> None:
     try:
         # The address first: who cannot have it is a second one of us, and leaves the disk alone.
         with _named(config.listen):
-            listener = portal.run(network.serve(config.listen, Metered(door, runtime, registry)))
+            listener = portal.run(network.serve(config.listen, Metered(door, network.meter)))
         role = portal.run(open_role(config, runtime, network))
         door.service = role.service
         portal.run(role.start())
         if config.metrics:
             with _named(config.metrics):
-                end_metrics = serve_metrics(registry, role.gauges, config.metrics)
+                end_metrics = serve_metrics(network.meter, role.gauges, config.metrics)
         _serve(config, role, listener, stop)
         portal.run(role.retire())
         portal.run(listener.close(drain_s=config.drain_s))

@@ -21,9 +21,11 @@ from msgspec.structs import replace
 
 from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
 from ..messages import Join, Message
+from ..meter import Meter
 from ..runtime import AsyncioRuntime
+from ..stopwatch import current
 from .blocks import BlockPool
-from .codec import decode_message, encode_failure, encode_message
+from .codec import decode_message, encode_failure, encode_message, kind_of
 from .config import TcpConfig
 from .door import Door
 from .frame import HEADER_BYTES_MAX, Frame, Kind, decode_places, encode_frame
@@ -39,7 +41,10 @@ log = logging.getLogger("emberline.transport")
 class _Served:
     """A request, from its header to the last byte of its answer."""
 
-    __slots__ = ("block", "call", "is_answered", "is_placed", "refusal", "request", "task", "views", "weight")
+    __slots__ = (
+        *("arrived_s", "block", "call", "is_answered", "is_placed"),
+        *("refusal", "request", "task", "views", "weight"),
+    )
 
     def __init__(self, call: int, request: Message, weight: int) -> None:
         self.call = call
@@ -49,6 +54,8 @@ class _Served:
         self.block: memoryview | None = None
         self.views: list[memoryview] = []
         self.task: asyncio.Task[None] | None = None
+        self.arrived_s = 0.0
+        """When the last byte of it was there."""
         self.is_placed = False
         """Its views are the client's own memory."""
         self.is_answered = False
@@ -66,6 +73,7 @@ class Session:
         *,
         config: TcpConfig,
         pool: BlockPool,
+        meter: Meter,
         name: str,
         is_stranger: bool,
         on_change: Callable[[Session], None],
@@ -82,6 +90,7 @@ class Session:
         self._service = service
         self._config = config
         self._pool = pool
+        self._meter = meter
         self._name = name
         self._is_stranger = is_stranger
         self._certificate = certificate_of(sock)
@@ -141,6 +150,7 @@ class Session:
         if served.refusal is not None:
             self._fail(served, served.refusal)
         else:
+            served.arrived_s = self._runtime.now_s()
             served.task = self._runtime.spawn(self._serve(served), "transport-serve")
             served.task.add_done_callback(functools.partial(self._look_stopped, served))
 
@@ -225,7 +235,7 @@ class Session:
 
     async def _serve(self, served: _Served) -> None:
         try:
-            reply = await self._service.handle(served.request, served.views)
+            reply = await self._metered(served)
             body = encode_message(reply)
             if len(body) > HEADER_BYTES_MAX - 4 * len(served.views):
                 raise LimitExceeded(f"a reply of {len(body)} bytes is over the limit: ask for less at once")
@@ -233,6 +243,25 @@ class Session:
             self._fail(served, error)
         else:
             self._reply(served, reply, body)
+
+    async def _metered(self, served: _Served) -> Message:
+        """The service's answer; the meter is told where the time went."""
+        watch = self._meter.watch()
+        current.set(watch)  # Of this task, and of those that it spawns.
+        error = ""
+        try:
+            return await self._service.handle(served.request, served.views)
+        except BaseException as raised:
+            error = type(raised).__name__
+            raise
+        finally:
+            self._meter.record(
+                kind_of(served.request),
+                watch,
+                arrived_s=served.arrived_s,
+                payload_bytes=sum(map(len, served.views)),
+                error=error,
+            )
 
     def _look_stopped(self, served: _Served, task: asyncio.Task[None]) -> None:
         """Answers for a task that was stopped: it may have been before its first step."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 
 from ..errors import StoreClosed
+from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from .address import parse_address
 from .config import TcpConfig
@@ -32,6 +33,8 @@ class TcpNetwork:
     """See `types.Network`. Addresses are `host:port`, `[v6]:port` and `unix:/path`."""
 
     def __init__(self, runtime: AsyncioRuntime, config: TcpConfig | None = None) -> None:
+        self.meter = Meter(runtime.now_s)
+        """What was served here."""
         self._runtime = runtime
         self._config = config or TcpConfig()
         self._contexts = TlsContexts(self._config.tls) if self._config.tls is not None else None
@@ -65,7 +68,14 @@ class TcpNetwork:
             await self._runtime.sleep(0)  # Goes on in the loop's thread.
         if self._is_closed:
             raise StoreClosed("the network was closed")
-        listener = TcpListener(self._runtime, service, config=self._config, contexts=self._contexts, watch=self._watch)
+        listener = TcpListener(
+            self._runtime,
+            service,
+            config=self._config,
+            contexts=self._contexts,
+            meter=self.meter,
+            watch=self._watch,
+        )
         await listener.open(parse_address(address))
         self._listeners.append(listener)
         return listener
