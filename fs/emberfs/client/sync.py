@@ -17,7 +17,7 @@ from ..embedded import EmbeddedStore
 from ..ledger import ClientStats
 from ..maintenance import Maintenance
 from ..messages import Collected, TrashEntry, UsageReply
-from ..stores import Config
+from ..stores import Config, Store
 from ..transport import allocate
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
@@ -245,6 +245,12 @@ class Client:
                 f"{store.url} is a cluster, which its servers look after: see emberfs.cluster.maintenance"
             )
         return Maintenance(store)
+
+    @property
+    def store(self) -> Store:
+        """What it is a client of: for tools that look at it from inside."""
+        self._attachment.live()
+        return self._attachment.store
 
     def stats(self) -> ClientStats:
         """What the clients that this process has of the store did, and where the time went."""
