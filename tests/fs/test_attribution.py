@@ -48,7 +48,7 @@ def test_the_parts_add_up_whatever_the_servers_say(
         total_s=client_s + servers_s + disk_s,
         servers_s=servers_s,
         disk_s=disk_s,
-        sent={"WriteChunks": sent} if sent else {},
+        sent={"WriteChunks": (sent, servers_s)} if sent else {},
         looks=[Look("a", "storage", 1.0, {"WriteChunks": write}), Look("b", "storage", 1.0, {"Forward": forward})],
     )
     assert shares.total == pytest.approx(client_s + servers_s + disk_s, abs=1e-6)
@@ -63,7 +63,7 @@ def test_a_chain_is_followed_to_the_disk_behind_it() -> None:
         total_s=12.0,
         servers_s=11.0,
         disk_s=0.0,
-        sent={"WriteChunks": 10},
+        sent={"WriteChunks": (10, 11.0)},
         looks=[Look("a", "storage", 1.0, {"WriteChunks": head, "Forward": kind(10, disk=3.0, work=1.0)})],
     )
     assert shares.client == pytest.approx(1.0)
@@ -73,7 +73,13 @@ def test_a_chain_is_followed_to_the_disk_behind_it() -> None:
 
 def test_others_requests_are_not_ours() -> None:
     looks = [Look("a", "storage", 1.0, {"ReadChunks": kind(100, disk=50.0)})]
-    shares = attribute(total_s=10.0, servers_s=10.0, disk_s=0.0, sent={"ReadChunks": 10}, looks=looks)
+    shares = attribute(total_s=10.0, servers_s=10.0, disk_s=0.0, sent={"ReadChunks": (10, 10.0)}, looks=looks)
+    assert (shares.disk, shares.network) == pytest.approx((5.0, 5.0))
+
+
+def test_requests_side_by_side_are_not_taken_for_a_busy_server() -> None:
+    looks = [Look("a", "storage", 1.0, {"ReadChunks": kind(20, disk=10.0)})]
+    shares = attribute(total_s=10.0, servers_s=10.0, disk_s=0.0, sent={"ReadChunks": (20, 20.0)}, looks=looks)
     assert (shares.disk, shares.network) == pytest.approx((5.0, 5.0))
 
 

@@ -40,6 +40,13 @@ class Shares:
     def total(self) -> float:
         return self.client + self.network + self.queue + self.disk + self.work
 
+    def __add__(self, other: Shares) -> Shares:
+        return Shares(**{name: seconds + getattr(other, name) for name, seconds in asdict(self).items()})
+
+    def per(self, count: int) -> Shares:
+        """Of one, where these are of `count`."""
+        return Shares(**{name: seconds / count for name, seconds in asdict(self).items()})
+
     def fractions(self) -> dict[str, float]:
         """Of the whole; zeros if nothing was done."""
         return {name: seconds / (self.total or 1.0) for name, seconds in asdict(self).items()}
@@ -68,16 +75,17 @@ def span(client: Client) -> Iterator[Span]:
     finally:
         ledger.is_close = was_close
     found.calls = _grown(before, after, lambda stats: stats.count)
-    sent = {
-        kind: stats.count - (before.requests[kind].count if kind in before.requests else 0)
-        for kind, stats in after.requests.items()
-        if kind not in QUESTIONS
-    }
+    sent: dict[str, tuple[int, float]] = {}
+    for kind, stats in after.requests.items():
+        was = before.requests.get(kind)
+        count = stats.count - (was.count if was is not None else 0)
+        if kind not in QUESTIONS and count:
+            sent[kind] = (count, stats.total_s - (was.total_s if was is not None else 0.0))
     found.shares = attribute(
         total_s=_grown(before, after, lambda stats: stats.total_s),
         servers_s=_grown(before, after, lambda stats: stats.servers_s),
         disk_s=_grown(before, after, lambda stats: stats.disk_s),
-        sent={kind: count for kind, count in sent.items() if count},
+        sent=sent,
         looks=found.looks,
     )
 
@@ -87,16 +95,17 @@ def _grown(before: ClientStats, after: ClientStats, value: Callable[[OperationSt
 
 
 def attribute(
-    *, total_s: float, servers_s: float, disk_s: float, sent: Mapping[str, int], looks: Sequence[Look]
+    *, total_s: float, servers_s: float, disk_s: float, sent: Mapping[str, tuple[int, float]], looks: Sequence[Look]
 ) -> Shares:
-    """Split what calls took. `sent`: kinds of request that they were made of, and how many of each."""
+    """Split what calls took. `sent`: kinds of request that they were made of, how many, and the seconds of all."""
     entry, behind = _stages(looks, sent)
     # Servers that wait for others do so for what those did, as far as that goes; the rest is the network between them.
     fits = min(entry["servers"] / inner, 1.0) if (inner := sum(behind.values())) else 0.0
     inside = {name: entry[name] + fits * behind[name] for name in behind}
     known_s = sum(inside.values())
-    # Requests of one call may be under way side by side: then they took longer than the call waited.
-    scale = min(servers_s / known_s, 1.0) if known_s else 0.0
+    # Requests of one call may be under way side by side: then they took longer together than the call waited.
+    sent_s = max(sum(seconds for _, seconds in sent.values()), known_s, servers_s)
+    scale = servers_s / sent_s if sent_s else 0.0
     return Shares(
         client=total_s - servers_s - disk_s,
         network=servers_s - scale * known_s,
@@ -106,7 +115,7 @@ def attribute(
     )
 
 
-def _stages(looks: Sequence[Look], sent: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
+def _stages(looks: Sequence[Look], sent: Mapping[str, tuple[int, float]]) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds by stage: of requests like those that were sent, as many; and of the requests behind them."""
     kinds: dict[str, KindStats] = {}
     for each in looks:
@@ -118,9 +127,10 @@ def _stages(looks: Sequence[Look], sent: Mapping[str, int]) -> tuple[dict[str, f
     for kind, stats in kinds.items():
         count = stats.whole.count
         if kind in sent:
-            ours, everybodys = ours + min(sent[kind], count), everybodys + count
+            mine = min(sent[kind][0], count)
+            ours, everybodys = ours + mine, everybodys + count
             for name in entry:
-                entry[name] += stats.stage(name).total_s * min(sent[kind] / count, 1.0)
+                entry[name] += stats.stage(name).total_s * mine / count
         elif kind in BEHIND:
             for name in behind:
                 behind[name] += stats.stage(name).total_s
