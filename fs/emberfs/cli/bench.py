@@ -35,9 +35,11 @@ SIZE_MIN = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A job and what came of it. Rates are per second, of all threads together, in the job's unit."""
+    """What came of a job. Rates are per second, of all threads together, in its unit."""
 
-    job: Job
+    name: str
+    unit: str
+    plain_name: str
     store: float
     plain: float
     crc: float | None
@@ -76,10 +78,10 @@ def bench(store: str | None, size: float, threads: int, seconds: float, quick: b
     """Measure a store beside the ceilings of this machine, and name what limits each operation.
 
     STORE is a URL like ember:///store/dir or ember://host:port; without it, the one of EMBERLINE_URL, or else a
-    temporary store in this directory. It works in a directory of its own in the store and takes about four times --size
-    there, and as much on the local disk: the store's, or that of this directory if the store is a cluster. Both are
-    removed again, also after Ctrl-C; on a store that others use the space comes back when garbage is next collected.
-    Bytes are compared with what was written. Reads are warm on both sides: from memory, if they fit.
+    temporary store in this directory. It works in a directory of its own there. It takes about four times --size in the
+    store, as much on the local disk (the store's, or that of this directory if it is a cluster), and twice --size of
+    memory. All is removed again, also after Ctrl-C; on a store that others use the space comes back when garbage is
+    next collected. Bytes are compared with what was written. Reads are warm on both sides: from memory, if they fit.
 
     \b
     Beside each rate is what this machine did in the same run, by as many threads, for the same bytes:
@@ -174,7 +176,9 @@ def _row(client: Client, job: Job, ceilings: Ceilings, pace: Pace, rounds: int) 
         return pace.threads / seconds * job.amount
 
     return Row(
-        job=job,
+        name=job.name,
+        unit=job.unit,
+        plain_name=job.plain_name,
         store=store * job.amount,
         plain=plain * job.amount,
         crc=rate(ceilings.crc_s) if moves else None,
@@ -186,11 +190,11 @@ def _row(client: Client, job: Job, ceilings: Ceilings, pace: Pace, rounds: int) 
 
 def _as_object(row: Row) -> dict[str, Any]:
     return {
-        "name": row.job.name,
-        "unit": row.job.unit,
+        "name": row.name,
+        "unit": row.unit,
         "store": row.store,
         "ceiling": row.plain,
-        "ceiling_name": row.job.plain_name,
+        "ceiling_name": row.plain_name,
         "ratio": round(row.store / row.plain, 4),
         "crc": row.crc,
         "copy": row.copy,
@@ -204,9 +208,9 @@ def _as_object(row: Row) -> dict[str, Any]:
 def _table(rows: list[Row]) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("", "store", "plain", "ratio", "crc", "copy", "socket", "limit", "plain is")]
     for row in rows:
-        rates = [_rate(rate, row.job.unit) for rate in (row.store, row.plain, row.crc, row.copy, row.socket)]
+        rates = [_rate(rate, row.unit) for rate in (row.store, row.plain, row.crc, row.copy, row.socket)]
         limit = f"{row.limit} {row.share:.0%}"
-        table.append((row.job.name, *rates[:2], f"{row.store / row.plain:.2f}", *rates[2:], limit, row.job.plain_name))
+        table.append((row.name, *rates[:2], f"{row.store / row.plain:.2f}", *rates[2:], limit, row.plain_name))
     return table
 
 
@@ -224,6 +228,6 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         return
     from rich.console import Console
 
-    with Console(stderr=True).status("") as status:
+    with Console(stderr=True).status("preparing") as status:
         numbers = iter(range(1, total + 1))
         yield lambda name: status.update(safe(f"{next(numbers)} of {total}: {name}", terminal=True))

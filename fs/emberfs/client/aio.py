@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..ledger import ClientStats
 from ..messages import Collected, TrashEntry, UsageReply
-from ..stores import Config
+from ..stores import Config, Store
 from ..transport import allocate
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
@@ -227,6 +227,12 @@ class AsyncClient:
         self._attachment.live()
         store = self._attachment.store
         return await store.portal.run_async(store.space())
+
+    @property
+    def store(self) -> Store:
+        """What it is a client of: for tools that look at it from inside."""
+        self._attachment.live()
+        return self._attachment.store
 
     def stats(self) -> ClientStats:
         """What the clients that this process has of the store did, and where the time went."""

@@ -67,7 +67,6 @@ class ClusterStore:
         credentials = find_credentials(managers, config.credentials)
         self.runtime = AsyncioRuntime()
         self.portal = Portal(self.runtime)
-        self.portal.ledger.is_close = True
         self.network = TcpNetwork(
             self.runtime, TcpConfig(tls=tls_files(credentials), shares_memory=config.shares_memory)
         )
@@ -94,6 +93,7 @@ class ClusterStore:
             with contextlib.suppress(Exception):  # The first error is the one that says why.
                 self.shut()
             raise
+        self.portal.ledger.is_close = True  # From here on: what goes on in the background is no call's.
 
     @property
     def id(self) -> str:
