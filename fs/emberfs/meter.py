@@ -5,17 +5,18 @@ The stages of a request add up to the whole of it:
     queue     from the arrival of its last byte until its handler starts
     disk      files are read or written, or a flush is waited for, one that is shared included
     servers   other servers are waited for: the next of the chain, the kv server
-    work      the rest: computing, waiting for locks, and for the process to get to it
+    work      the rest: computing, waiting for locks, and for the process to get to it; making the answer
 
 Reading checks bytes as they land, so the checksums of a read are in `disk`. Not in it: the way of the bytes to the
 server and of the answer back.
 
-Costs a microsecond or two a request, and bounded memory: kinds are the messages that there are. Does not know: the
+Costs a microsecond a request, and bounded memory: kinds are the messages that there are. Does not know: the
 network, or who reads it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import msgspec
@@ -67,18 +68,35 @@ class KindStats(msgspec.Struct, array_like=True):
         )
 
 
+_Served = tuple[float, float, float, float]
+"""(queue, from the handler's start to its end, of that disk, of that servers) in seconds"""
+
+PENDING_MAX = 256
+"""Requests of a kind that are summed up together, which costs less than one by one."""
+
+
 class Meter:
-    """Of one process."""
+    """Of one process. `record` is for the loop's thread, `kinds` for any."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._began_s = clock()
-        self.kinds: dict[str, KindStats] = {}
+        self._kinds: dict[str, KindStats] = {}
+        self._pending: dict[str, list[_Served]] = {}
+        self._lock = threading.Lock()
+        """Of what is summed up: the metrics page is made in a thread of its own."""
 
     @property
     def up_s(self) -> float:
         """Seconds that it has counted for."""
         return self._clock() - self._began_s
+
+    @property
+    def kinds(self) -> dict[str, KindStats]:
+        """By kind of request. What is in it goes on being counted."""
+        for kind in list(self._pending):
+            self._sum_up(kind)
+        return dict(self._kinds)
 
     def watch(self) -> Stopwatch:
         """For a request whose handler starts now."""
@@ -87,18 +105,26 @@ class Meter:
     def record(self, kind: str, watch: Stopwatch, *, arrived_s: float, payload_bytes: int, error: str) -> None:
         """A request has been served; `error`: the class of what it ended with, "" for an answer."""
         served_s = watch.stop()
-        stats = self.kinds.get(kind)
-        if stats is None:
-            stats = self.kinds[kind] = KindStats()
-        queue_s = max(watch.began_s - arrived_s, 0.0)
-        disk_s, servers_s = watch.disk_s, watch.servers_s
-        stats.whole.record(queue_s + served_s)
-        stats.queue.record(queue_s)
-        stats.work.record(served_s - disk_s - servers_s)
-        if disk_s:
-            stats.disk.record(disk_s)
-        if servers_s:
-            stats.servers.record(servers_s)
-        stats.payload_bytes += payload_bytes
+        try:
+            pending, stats = self._pending[kind], self._kinds[kind]
+        except KeyError:
+            pending, stats = self._pending[kind], self._kinds[kind] = [], KindStats()
+        pending.append((max(watch.began_s - arrived_s, 0.0), served_s, watch.disk_s, watch.servers_s))
+        if payload_bytes:
+            stats.payload_bytes += payload_bytes
         if error:
             stats.errors[error] = stats.errors.get(error, 0) + 1
+        if len(pending) >= PENDING_MAX:
+            self._sum_up(kind)
+
+    def _sum_up(self, kind: str) -> None:
+        with self._lock:
+            # More may come meanwhile: what is cut off here is what we have seen.
+            pending, stats = self._pending[kind], self._kinds[kind]
+            served = pending[:]
+            del pending[: len(served)]
+            stats.whole.record_all([queue_s + served_s for queue_s, served_s, _, _ in served])
+            stats.queue.record_all([queue_s for queue_s, _, _, _ in served])
+            stats.disk.record_all([disk_s for _, _, disk_s, _ in served if disk_s])
+            stats.servers.record_all([servers_s for _, _, _, servers_s in served if servers_s])
+            stats.work.record_all([served_s - disk_s - servers_s for _, served_s, disk_s, servers_s in served])

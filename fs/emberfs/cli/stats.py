@@ -36,7 +36,7 @@ def stats(store: str | None, interval_s: float, count: int | None, each: bool, a
     Of a cluster, by role of the servers; of an embedded store that several processes have open, what the server between
     them serves. Opening it makes this one of them: a store that one process had for itself goes to a server meanwhile.
 
-    Times are those of the server, from the arrival of a request until its answer is ready: half of the requests take up
+    Times are those of the server, from the arrival of a request until its answer goes out: half of the requests take up
     to p50, all but one in a hundred up to p99. `emberline profile` says where the time goes. Requests that wait for
     news on purpose are left out.
     """

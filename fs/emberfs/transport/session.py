@@ -234,33 +234,30 @@ class Session:
         return served
 
     async def _serve(self, served: _Served) -> None:
+        watch = self._meter.watch()
+        current.set(watch)  # Of this task, and of those that it spawns.
+        error_name = ""
         try:
-            reply = await self._metered(served)
+            reply = await self._service.handle(served.request, served.views)
             body = encode_message(reply)
             if len(body) > HEADER_BYTES_MAX - 4 * len(served.views):
                 raise LimitExceeded(f"a reply of {len(body)} bytes is over the limit: ask for less at once")
         except Exception as error:
+            error_name = type(error).__name__
             self._fail(served, error)
+        except BaseException as stopped:
+            error_name = type(stopped).__name__
+            raise
         else:
             self._reply(served, reply, body)
-
-    async def _metered(self, served: _Served) -> Message:
-        """The service's answer; the meter is told where the time went."""
-        watch = self._meter.watch()
-        current.set(watch)  # Of this task, and of those that it spawns.
-        error = ""
-        try:
-            return await self._service.handle(served.request, served.views)
-        except BaseException as raised:
-            error = type(raised).__name__
-            raise
         finally:
+            views = served.views
             self._meter.record(
                 kind_of(served.request),
                 watch,
                 arrived_s=served.arrived_s,
-                payload_bytes=sum(map(len, served.views)),
-                error=error,
+                payload_bytes=sum(map(len, views)) if views else 0,
+                error=error_name,
             )
 
     def _look_stopped(self, served: _Served, task: asyncio.Task[None]) -> None:
