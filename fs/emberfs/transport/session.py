@@ -23,7 +23,7 @@ from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Una
 from ..messages import Join, Message
 from ..meter import Meter
 from ..runtime import AsyncioRuntime
-from ..stopwatch import current
+from ..stopwatch import Stopwatch, current
 from .blocks import BlockPool
 from .codec import decode_message, encode_failure, encode_message, kind_of
 from .config import TcpConfig
@@ -236,29 +236,31 @@ class Session:
     async def _serve(self, served: _Served) -> None:
         watch = self._meter.watch()
         current.set(watch)  # Of this task, and of those that it spawns.
-        error_name = ""
         try:
             reply = await self._service.handle(served.request, served.views)
             body = encode_message(reply)
             if len(body) > HEADER_BYTES_MAX - 4 * len(served.views):
                 raise LimitExceeded(f"a reply of {len(body)} bytes is over the limit: ask for less at once")
         except Exception as error:
-            error_name = type(error).__name__
+            self._count(served, watch, type(error).__name__)
             self._fail(served, error)
         except BaseException as stopped:
-            error_name = type(stopped).__name__
+            self._count(served, watch, type(stopped).__name__)
             raise
         else:
+            self._count(served, watch, "")
             self._reply(served, reply, body)
-        finally:
-            views = served.views
-            self._meter.record(
-                kind_of(served.request),
-                watch,
-                arrived_s=served.arrived_s,
-                payload_bytes=sum(map(len, views)) if views else 0,
-                error=error_name,
-            )
+
+    def _count(self, served: _Served, watch: Stopwatch, error: str) -> None:
+        """Before it is answered: whoever has the answer finds it counted, and no longer than it took for them."""
+        views = served.views
+        self._meter.record(
+            kind_of(served.request),
+            watch,
+            arrived_s=served.arrived_s,
+            payload_bytes=sum(map(len, views)) if views else 0,
+            error=error,
+        )
 
     def _look_stopped(self, served: _Served, task: asyncio.Task[None]) -> None:
         """Answers for a task that was stopped: it may have been before its first step."""
