@@ -47,6 +47,8 @@ SERVICES = ("emberfs", "emberkv")
 
 REACHES_OUT = {
     "fs/emberfs/runtime.py": "is the seam of time, randomness and concurrency",
+    "fs/emberfs/ledger.py": "is a face: the caller's threads note their calls",
+    "fs/emberfs/meter.py": "is read by the thread of the metrics page too",
     "fs/emberfs/portal.py": "drives calls from the caller's own thread",
     "fs/emberfs/disk.py": "is the disk seam",
     "fs/emberfs/kv/lmdb.py": "wraps a library that does its own system calls, on its one writer thread",

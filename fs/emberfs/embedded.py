@@ -206,6 +206,7 @@ class EmbeddedStore:
                 self.portal.run(attached.close())
                 continue
             self._attached = attached
+            self.portal.ledger.is_close = True
             self.meta, self._storage = MemoryConnection(attached), MemoryConnection(attached)
             break
         self.chains = dict.fromkeys(range(1, self.superblock.targets + 1), self._storage)
@@ -261,6 +262,7 @@ class EmbeddedStore:
             ownership.close()
         finally:
             self.services = self._ownership = None
+            self.portal.ledger.is_close = True
             attached.start()
             self.meta.call = self._storage.call = attached.handle
             self.portal.resume()

@@ -28,7 +28,9 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 from .errors import StoreClosed, Unavailable
+from .ledger import Ledger
 from .runtime import AsyncioRuntime
+from .stopwatch import Stopwatch, current
 
 T = TypeVar("T")
 
@@ -37,6 +39,9 @@ class Portal:
     """Runs coroutines of one `AsyncioRuntime` from outside its loop."""
 
     def __init__(self, runtime: AsyncioRuntime) -> None:
+        self.ledger = Ledger(runtime.now_s)
+        """Of the calls that have ended."""
+        self._now_s = runtime.now_s
         self._runtime = runtime
         self._outcomes = _Outcomes()
         self._started = _Started(runtime, self._start_all)
@@ -53,10 +58,21 @@ class Portal:
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         """Run `call` to its end and return its result. Blocks the calling thread only. Raises StoreClosed."""
         held = _hold_interrupts()
+        ledger = self.ledger
+        began_s, watch = self._now_s(), ledger.watch() if ledger.is_close else None
         try:
+            if watch is not None:
+                current.set(watch)
             done, value = self._drive(call, blocks=True, hand_over=_Wait)
             return value if done else value.result()  # type: ignore[no-any-return]
+        except BaseException:
+            ledger.note_failure(call.cr_code)  # type: ignore[attr-defined]
+            raise
         finally:
+            ledger.note(call.cr_code, self._now_s() - began_s)  # type: ignore[attr-defined]
+            if watch is not None:
+                ledger.note_waits(call.cr_code, watch)  # type: ignore[attr-defined]
+                current.set(None)
             if held is not None:
                 _release_interrupts(held)
 
@@ -109,8 +125,23 @@ class Portal:
         A read is driven inline as far as it goes. A mutation waits for a disk anyway: it goes to the store's loop
         with all others that the caller's loop starts in the same round, so that they share one wake-up and one commit.
         """
+        ledger = self.ledger
+        began_s, watch = self._now_s(), ledger.watch() if ledger.is_close else None
+        try:
+            return await self._run_async(call, watch, mutates=mutates)
+        except BaseException:
+            ledger.note_failure(call.cr_code)  # type: ignore[attr-defined]
+            raise
+        finally:
+            ledger.note(call.cr_code, self._now_s() - began_s)  # type: ignore[attr-defined]
+            if watch is not None:
+                ledger.note_waits(call.cr_code, watch)  # type: ignore[attr-defined]
+
+    async def _run_async(self, call: Coroutine[Any, Any, T], watch: Stopwatch | None, *, mutates: bool) -> T:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[T] = loop.create_future()
+        if watch is not None:
+            call = _watched(call, watch)
         if mutates:
             self._started.add(loop, (call, waiter))
         else:
@@ -119,6 +150,8 @@ class Portal:
             try:
                 done, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(deliver))
             finally:
+                if watch is not None:
+                    current.set(None)
                 if held is not None:
                     _release_interrupts(held)
             if done:
@@ -286,6 +319,12 @@ class _Started:
             for call, waiter in calls:
                 call.close()
                 waiter.set_exception(StoreClosed("the store is closed"))
+
+
+async def _watched(call: Coroutine[Any, Any, T], watch: Stopwatch) -> T:
+    """Run `call` with its stopwatch, in whichever task."""
+    current.set(watch)
+    return await call
 
 
 async def _go_on(call: Coroutine[Any, Any, T], awaited: Any) -> T:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from ..ledger import ClientStats
 from ..messages import Collected, TrashEntry, UsageReply
-from ..stores import Config
+from ..stores import Config, Store
 from ..transport import allocate
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
@@ -226,6 +227,17 @@ class AsyncClient:
         self._attachment.live()
         store = self._attachment.store
         return await store.portal.run_async(store.space())
+
+    @property
+    def store(self) -> Store:
+        """What it is a client of: for tools that look at it from inside."""
+        self._attachment.live()
+        return self._attachment.store
+
+    def stats(self) -> ClientStats:
+        """What the clients that this process has of the store did, and where the time went."""
+        self._attachment.live()
+        return self._attachment.store.portal.ledger.stats()
 
     async def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""

@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..embedded import EmbeddedStore
+from ..ledger import ClientStats
 from ..maintenance import Maintenance
 from ..messages import Collected, TrashEntry, UsageReply
-from ..stores import Config
+from ..stores import Config, Store
 from ..transport import allocate
 from ..types import BATCH_ITEMS_MAX, CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
@@ -258,6 +259,17 @@ class Client:
                 f"{store.url} is a cluster, which its servers look after: see emberfs.cluster.maintenance"
             )
         return Maintenance(store)
+
+    @property
+    def store(self) -> Store:
+        """What it is a client of: for tools that look at it from inside."""
+        self._attachment.live()
+        return self._attachment.store
+
+    def stats(self) -> ClientStats:
+        """What the clients that this process has of the store did, and where the time went."""
+        self._attachment.live()
+        return self._attachment.store.portal.ledger.stats()
 
     def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""

@@ -101,6 +101,7 @@ class ClusterStore:
             with contextlib.suppress(Exception):  # The first error is the one that says why.
                 self.shut()
             raise
+        self.portal.ledger.is_close = True  # From here on: what goes on in the background is no call's.
 
     @property
     def id(self) -> str:

@@ -19,8 +19,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from ..errors import EmberError, Unavailable
 from ..lane import native
 from ..lane.server import LaneServer
@@ -49,7 +47,6 @@ def run_server(config: ServerConfig) -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     runtime = AsyncioRuntime(config.name)
     portal = Portal(runtime)
-    registry = CollectorRegistry()
     lanes = LaneServer() if native is not None and config.role == Role.STORAGE else None
     network = TcpNetwork(runtime, tcp_config(config), adopt_lane=None if lanes is None else lanes.adopt)
     door = _Door()
@@ -58,13 +55,13 @@ def run_server(config: ServerConfig) -> None:
     try:
         # The address first: who cannot have it is a second one of us, and leaves the disk alone.
         with _named(config.listen):
-            listener = portal.run(network.serve(config.listen, Metered(door, runtime, registry)))
+            listener = portal.run(network.serve(config.listen, Metered(door, network.meter)))
         role = portal.run(open_role(config, runtime, network, lanes=lanes))
         door.service = role.service
         portal.run(role.start())
         if config.metrics:
             with _named(config.metrics):
-                end_metrics = serve_metrics(registry, role.gauges, config.metrics)
+                end_metrics = serve_metrics(network.meter, role.gauges, config.metrics)
         _serve(config, role, listener, stop)
         portal.run(role.retire())
         portal.run(listener.close(drain_s=config.drain_s))

@@ -33,6 +33,7 @@ from ..errors import (
 )
 from ..messages import Message
 from ..runtime import AsyncioRuntime
+from ..stopwatch import current
 from ..types import BATCH_ITEMS_MAX
 from .address import is_loopback, parse_address
 from .codec import encode_message
@@ -42,6 +43,7 @@ from .handshake import this_host
 from .link import Call, Link
 from .region import Blocks
 from .tls import TlsContexts, is_tls_refusal
+from .watched import watched
 from .window import SMALL_BYTES_MAX
 from .wire import Wire, start_tls
 
@@ -83,7 +85,14 @@ class TcpConnection:
         self._is_closed = False
 
     async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
-        """See `types.Call`. Raises what the server raised, and Unavailable, UpdateUnknown, DeadlineExceeded,
+        """See `types.Call`, and `_call`. The stopwatch of the caller is told."""
+        watch = current.get()
+        if watch is None:
+            return await self._call(request, buffers)
+        return await watched(watch, self._runtime, request, buffers, self._call)
+
+    async def _call(self, request: Message, buffers: Sequence[memoryview]) -> Message:
+        """Raises what the server raised, and Unavailable, UpdateUnknown, DeadlineExceeded,
         AccessDenied, ProtocolError, LimitExceeded, StoreClosed. Unreachable where there is no connection.
         """
         runtime = self._runtime

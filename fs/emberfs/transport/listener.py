@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import AccessDenied
+from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from .address import Address, is_loopback, parse_address
 from .blocks import BlockPool
@@ -44,10 +45,11 @@ class TcpListener:
         *,
         config: TcpConfig,
         contexts: TlsContexts | None,
+        meter: Meter,
         watch: Callable[[Wire], None],
         adopt_lane: AdoptLane | None = None,
     ) -> None:
-        """`watch` is told each new wire, to keep it alive and to notice its silence."""
+        """`watch` is told each new wire, to keep it alive and to notice its silence; `meter` what was served."""
         self._adopt_lane = adopt_lane
         self.sessions: dict[Session, None] = {}
         """Those that are connected, or have calls that have not ended."""
@@ -55,6 +57,7 @@ class TcpListener:
         self._service = service
         self._config = config
         self._contexts = contexts
+        self._meter = meter
         self._watch = watch
         self._pool = BlockPool()
         self._address = Address()
@@ -208,6 +211,7 @@ class TcpListener:
             self._service,
             config=self._config,
             pool=self._pool,
+            meter=self._meter,
             name=name,
             is_stranger=isinstance(sock, ssl.SSLSocket) and certificate_of(sock) is None,
             on_change=self._changed,

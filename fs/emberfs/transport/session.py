@@ -22,9 +22,11 @@ from msgspec.structs import replace
 
 from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
 from ..messages import Join, Message, ReadChunks
+from ..meter import Meter
 from ..runtime import AsyncioRuntime
+from ..stopwatch import Stopwatch, current
 from .blocks import BlockPool
-from .codec import decode_message, encode_failure, encode_message
+from .codec import decode_message, encode_failure, encode_message, kind_of
 from .config import TcpConfig
 from .door import Door
 from .frame import HEADER_BYTES_MAX, Frame, Kind, decode_places, encode_frame
@@ -43,7 +45,10 @@ AdoptLane = Callable[[int, bool], None]
 class _Served:
     """A request, from its header to the last byte of its answer."""
 
-    __slots__ = ("block", "call", "is_answered", "is_placed", "refusal", "request", "task", "views", "weight")
+    __slots__ = (
+        *("arrived_s", "block", "call", "is_answered", "is_placed"),
+        *("refusal", "request", "task", "views", "weight"),
+    )
 
     def __init__(self, call: int, request: Message, weight: int) -> None:
         self.call = call
@@ -53,6 +58,8 @@ class _Served:
         self.block: memoryview | None = None
         self.views: list[memoryview] = []
         self.task: asyncio.Task[None] | None = None
+        self.arrived_s = 0.0
+        """When the last byte of it was there."""
         self.is_placed = False
         """Its views are the client's own memory."""
         self.is_answered = False
@@ -70,6 +77,7 @@ class Session:
         *,
         config: TcpConfig,
         pool: BlockPool,
+        meter: Meter,
         name: str,
         is_stranger: bool,
         on_change: Callable[[Session], None],
@@ -88,6 +96,7 @@ class Session:
         self._service = service
         self._config = config
         self._pool = pool
+        self._meter = meter
         self._name = name
         self._is_stranger = is_stranger
         self._certificate = certificate_of(sock)
@@ -150,6 +159,7 @@ class Session:
         if served.refusal is not None:
             self._fail(served, served.refusal)
         else:
+            served.arrived_s = self._runtime.now_s()
             served.task = self._runtime.spawn(self._serve(served), "transport-serve")
             served.task.add_done_callback(functools.partial(self._look_stopped, served))
 
@@ -266,15 +276,33 @@ class Session:
         return served
 
     async def _serve(self, served: _Served) -> None:
+        watch = self._meter.watch()
+        current.set(watch)  # Of this task, and of those that it spawns.
         try:
             reply = await self._service.handle(served.request, served.views)
             body = encode_message(reply)
             if len(body) > HEADER_BYTES_MAX - 4 * len(served.views):
                 raise LimitExceeded(f"a reply of {len(body)} bytes is over the limit: ask for less at once")
         except Exception as error:
+            self._count(served, watch, type(error).__name__)
             self._fail(served, error)
+        except BaseException as stopped:
+            self._count(served, watch, type(stopped).__name__)
+            raise
         else:
+            self._count(served, watch, "")
             self._reply(served, reply, body)
+
+    def _count(self, served: _Served, watch: Stopwatch, error: str) -> None:
+        """Before it is answered: whoever has the answer finds it counted, and no longer than it took for them."""
+        views = served.views
+        self._meter.record(
+            kind_of(served.request),
+            watch,
+            arrived_s=served.arrived_s,
+            payload_bytes=sum(map(len, views)) if views else 0,
+            error=error,
+        )
 
     def _look_stopped(self, served: _Served, task: asyncio.Task[None]) -> None:
         """Answers for a task that was stopped: it may have been before its first step."""

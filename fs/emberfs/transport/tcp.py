@@ -12,6 +12,7 @@ import asyncio
 from socket import socket
 
 from ..errors import StoreClosed, Unreachable
+from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from .address import parse_address
 from .config import TcpConfig
@@ -37,6 +38,8 @@ class TcpNetwork:
         self, runtime: AsyncioRuntime, config: TcpConfig | None = None, *, adopt_lane: AdoptLane | None = None
     ) -> None:
         """`adopt_lane`: who serves the lanes of our clients."""
+        self.meter = Meter(runtime.now_s)
+        """What was served here."""
         self._runtime = runtime
         self._config = config or TcpConfig()
         self._contexts = TlsContexts(self._config.tls) if self._config.tls is not None else None
@@ -76,6 +79,7 @@ class TcpNetwork:
             service,
             config=self._config,
             contexts=self._contexts,
+            meter=self.meter,
             watch=self._watch,
             adopt_lane=self._adopt_lane,
         )
