@@ -22,6 +22,7 @@ programmer would catch. Our own mistakes are `assert`, never one of these.
     ├── UpdateUnknown (OSError EIO)           a write may or may not have happened; read to find out
     ├── Unavailable (ConnectionError)         nobody could serve it now; nothing happened, try again
     │   └── Unreachable                       there was no answer from the server that was asked: try another one
+    │       └── Unanswered                    it had its time, and may be alive
     ├── DeadlineExceeded (TimeoutError)       no answer in time, to a request that changes nothing
     ├── StaleRouting (OSError ESTALE)         a server is in another chain version or may not serve; nothing happened
     ├── SessionExpired (OSError ESTALE)       the cluster gave this client up; connect again
@@ -177,6 +178,10 @@ class Unreachable(Unavailable):
 
     def __reduce__(self) -> tuple[type[Unavailable], tuple[str, str | None]]:
         return (Unavailable, (self.message, self.path))
+
+
+class Unanswered(Unreachable):
+    """The server that was asked did not answer in the time it was given. Nothing happened that matters."""
 
 
 class DeadlineExceeded(_OSEmberError, TimeoutError):

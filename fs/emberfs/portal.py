@@ -23,11 +23,11 @@ import functools
 import importlib
 import signal
 import threading
-import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from .errors import StoreClosed, Unavailable
+from .half_run import HalfRun
 from .runtime import AsyncioRuntime
 
 T = TypeVar("T")
@@ -196,8 +196,7 @@ class Portal:
                     call.close()
                     raise StoreClosed("the store is closed")
                 return False, hand_over(runtime.spawn(self._held_back(call), "held-back"))
-            awaited = call.send(None)
-            task = runtime.spawn(_go_on(call, awaited), "handed-over")
+            task = runtime.spawn(HalfRun(call, call.send(None)), "handed-over")
             task.add_done_callback(self._ended)
             has_ended = False
             return False, hand_over(task)
@@ -286,25 +285,6 @@ class _Started:
             for call, waiter in calls:
                 call.close()
                 waiter.set_exception(StoreClosed("the store is closed"))
-
-
-async def _go_on(call: Coroutine[Any, Any, T], awaited: Any) -> T:
-    return await _resume(call, awaited)
-
-
-@types.coroutine
-def _resume(call: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """Drive a coroutine that already ran up to `awaited`."""
-    try:
-        while True:
-            try:
-                value = yield awaited
-            except BaseException as error:
-                awaited = call.throw(error)
-            else:
-                awaited = call.send(value)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
 
 
 def _copy_outcome(task: asyncio.Task[T], waiter: asyncio.Future[T]) -> None:

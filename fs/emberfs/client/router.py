@@ -14,15 +14,23 @@ Does not know: files, or how a server finds out that it should not serve.
 
 from __future__ import annotations
 
-import asyncio
 import enum
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ..errors import EmberError, LimitExceeded, SessionExpired, StaleRouting, Unavailable, Unreachable, UpdateUnknown
+from ..errors import (
+    EmberError,
+    LimitExceeded,
+    SessionExpired,
+    StaleRouting,
+    Unanswered,
+    Unavailable,
+    Unreachable,
+    UpdateUnknown,
+)
 from ..messages import (
     ChunkList,
     ChunksRead,
@@ -37,13 +45,15 @@ from ..messages import (
 from ..routing import Chain, ChainTarget
 from ..runtime import Runtime
 from ..transport.types import Network
-from ..waiting import all_of, call, first_of, stop
+from ..waiting import all_of
 from .channels import Channels
 from .routes import Routes
 
 T = TypeVar("T")
 
 
+_AGAIN = (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
+"""Errors after which a share may be sent again."""
 READ_BYTES_PER_S_MIN = 8 << 20
 """A server that sends more slowly than this is taken for silent, if another one has the bytes."""
 
@@ -118,26 +128,14 @@ class Attempts:
 
         However it ends, nobody touches `buffers` any more.
         """
-        runtime, network = self._router.runtime, self._router.network
-        left_s = max(self._deadline_s - runtime.now_s(), 0.0)
-        timer = runtime.timer(left_s if patience_s is None else min(patience_s, left_s))
-        task: asyncio.Task[Message] = runtime.spawn(call(network.connection(address), request, buffers), "router-call")
+        router = self._router
+        left_s = max(self._deadline_s - router.runtime.now_s(), 0.0)
+        timeout_s = left_s if patience_s is None else min(patience_s, left_s)
         try:
-            await first_of(runtime, task, timer)
-        except asyncio.CancelledError:
-            await stop(runtime, task)
-            raise
-        finally:
-            timer.cancel()
-        if not task.done():
-            await stop(runtime, task)
+            return await router.network.connection(address).call(request, buffers, timeout_s=timeout_s)
+        except Unanswered:
             self.silent.add(address)
-            what = f"{address} did not answer in time"
-            raise Unreachable(what) if request.changes_nothing else UpdateUnknown(what)
-        try:
-            return task.result()
-        finally:
-            del task  # As in `waiting.until`; here it is `buffers` that would be kept.
+            raise
 
     async def after(self, error: Exception, seen_version: int) -> None:
         """Wait for a reason to try again. Raises when the time is over."""
@@ -206,8 +204,10 @@ class StorageRouter:
             version = self.routes.routing.version
             shares = self._read_shares(request, left, damaged)
             outcomes = await self._all(
-                self._read_share(attempts, address, request, [item for item, _ in share], buffers)
-                for address, share in shares.items()
+                [
+                    self._read_share(attempts, address, request, [item for item, _ in share], buffers)
+                    for address, share in shares.items()
+                ]
             )
             left, failure = [], None
             for share, outcome in zip(shares.values(), outcomes, strict=True):
@@ -359,10 +359,12 @@ class StorageRouter:
                 for item in left:
                     shares.setdefault(self._head(request.chains[item]), []).append(item)
                 outcomes = await self._all(
-                    self._update_share(
-                        attempts, address, msgspec.structs.replace(request, client=attempts.client), items, buffers
-                    )
-                    for address, items in shares.items()
+                    [
+                        self._update_share(
+                            attempts, address, msgspec.structs.replace(request, client=attempts.client), items, buffers
+                        )
+                        for address, items in shares.items()
+                    ]
                 )
             except EmberError as error:
                 raise attempts.last(error) from error
@@ -462,15 +464,20 @@ class StorageRouter:
         finally:
             self._in_the_air[address] -= 1
 
-    async def _all(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T | Exception]:
+    async def _all(self, works: Sequence[Coroutine[Any, Any, T]]) -> list[T | Exception]:
         """Run coroutines side by side: their results, or the errors after which a share is sent again.
 
         Any other error is raised once all have ended.
         """
+        if len(works) == 1:
+            try:
+                return [await works[0]]
+            except _AGAIN as error:
+                return [error]
+            finally:
+                del works
         outcomes = await all_of(self.runtime, works, "router-share")
         for outcome in outcomes:
-            if isinstance(outcome, Exception) and not isinstance(
-                outcome, (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
-            ):
+            if isinstance(outcome, Exception) and not isinstance(outcome, _AGAIN):
                 raise outcome
         return outcomes

@@ -45,8 +45,6 @@ class TcpConfig:
     """As a server: take memory of clients on this host, and read and write it in place. As a client: hand it over."""
     connect_timeout_s: float = 2.0
     """For the whole way to a handshake, each side."""
-    call_timeout_s: float | None = None
-    """None: a call waits as long as its server is alive."""
     ping_s: float = 1.0
     """A sign of life goes out this often."""
     dead_s: float = 3.0
@@ -63,8 +61,6 @@ class TcpConfig:
             raise ValueError(f"ping_s must be in (0, dead_s), not {self.ping_s} of {self.dead_s}")
         if self.connect_timeout_s <= 0 or self.backoff_s_max <= 0:
             raise ValueError("connect_timeout_s and backoff_s_max must be above 0")
-        if self.call_timeout_s is not None and self.call_timeout_s <= 0:
-            raise ValueError(f"call_timeout_s must be above 0, not {self.call_timeout_s}")
         if self.calls_max < 1:
             raise ValueError(f"calls_max must be at least 1, not {self.calls_max}")
         if self.bytes_max < HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX:

@@ -176,6 +176,10 @@ class Link:
         if call.changes_nothing:  # An update goes on to its end anyway.
             self.wire.send(Outgoing(encode_frame(Kind.CANCEL, call.number)))
 
+    def disown(self, call: Call) -> None:
+        """The server may use the memory of `call`, which was given up, for ever: it is not ours any more."""
+        self._release(call, is_answered=False)
+
     # ---- memory
 
     def _place(self, call: Call, lengths: Sequence[int], blocks: Blocks) -> None:

@@ -94,8 +94,7 @@ class TcpListener:
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """See `types.Listener`."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        await self._runtime.enter_loop()
         if self._sock is None:
             return
         sock, self._sock = self._sock, None

@@ -1,4 +1,6 @@
-"""The server's end of one connection: requests in, each one a task, and exactly one answer for each.
+"""The server's end of one connection: requests in, and exactly one answer for each.
+
+A request is served as soon as it is there: in place, until it waits for something; from then on it is a task.
 
 Invariants:
   - Nothing is served before the handshake, to a stranger nothing but `Join`, and to others what their role may send.
@@ -20,6 +22,7 @@ from socket import socket
 from msgspec.structs import replace
 
 from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
+from ..half_run import HalfRun
 from ..messages import Join, Message
 from ..runtime import AsyncioRuntime
 from .blocks import BlockPool
@@ -141,8 +144,7 @@ class Session:
         if served.refusal is not None:
             self._fail(served, served.refusal)
         else:
-            served.task = self._runtime.spawn(self._serve(served), "transport-serve")
-            served.task.add_done_callback(functools.partial(self._look_stopped, served))
+            self._start(served)
 
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
@@ -223,21 +225,27 @@ class Session:
                 view[:] = theirs  # Once; what is checked and stored is ours: they may change theirs at any time.
         return served
 
+    def _start(self, served: _Served) -> None:
+        """Serve a request; in place, if its handler waits for nothing."""
+        call = self._serve(served)
+        try:
+            awaited = call.send(None)
+        except StopIteration:
+            return
+        served.task = self._runtime.spawn(HalfRun(call, awaited), "transport-serve")
+
     async def _serve(self, served: _Served) -> None:
         try:
             reply = await self._service.handle(served.request, served.views)
             body = encode_message(reply)
             if len(body) > HEADER_BYTES_MAX - 4 * len(served.views):
                 raise LimitExceeded(f"a reply of {len(body)} bytes is over the limit: ask for less at once")
+        except asyncio.CancelledError:
+            self._fail(served, Unavailable("the call was cancelled"))
         except Exception as error:
             self._fail(served, error)
         else:
             self._reply(served, reply, body)
-
-    def _look_stopped(self, served: _Served, task: asyncio.Task[None]) -> None:
-        """Answers for a task that was stopped: it may have been before its first step."""
-        if task.cancelled():
-            self._fail(served, Unavailable("the call was cancelled"))
 
     def _reply(self, served: _Served, reply: Message, body: bytes) -> None:
         counts: Sequence[int] = ()

@@ -61,8 +61,7 @@ class TcpNetwork:
 
     async def serve(self, address: str, service: Service) -> TcpListener:
         """See `types.Network`. Raises InvalidPath, AccessDenied (TLS is missing), OSError (the address is taken)."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        await self._runtime.enter_loop()
         if self._is_closed:
             raise StoreClosed("the network was closed")
         listener = TcpListener(self._runtime, service, config=self._config, contexts=self._contexts, watch=self._watch)
@@ -72,8 +71,7 @@ class TcpNetwork:
 
     async def close(self) -> None:
         """See `types.Network`."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)
+        await self._runtime.enter_loop()
         self._is_closed = True
         for connection in self._connections.values():
             await connection.close()
