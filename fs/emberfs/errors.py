@@ -21,6 +21,7 @@ programmer would catch. Our own mistakes are `assert`, never one of these.
     ├── StaleChunk (OSError ESTALE)           a chunk version or truncate generation has moved on
     ├── UpdateUnknown (OSError EIO)           a write may or may not have happened; read to find out
     ├── Unavailable (ConnectionError)         nobody could serve it now; nothing happened, try again
+    │   ├── Overloaded                        a server has too much to do; it says when to come again
     │   └── Unreachable                       there was no answer from the server that was asked: try another one
     │       └── Unanswered                    it had its time, and may be alive
     ├── DeadlineExceeded (TimeoutError)       no answer in time, to a request that changes nothing
@@ -168,6 +169,21 @@ class Unavailable(_OSEmberError, ConnectionError):
     """No server could take the request. Nothing was applied; try again."""
 
     errno_default = errno.EHOSTUNREACH
+
+
+class Overloaded(Unavailable):
+    """The server has more to do than it takes on, and did not begin with this. Come again after `retry_after_s`."""
+
+    def __init__(self, message: str, path: str | None = None, *, retry_after_s: float = 0.1) -> None:
+        super().__init__(message, path)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return (_overloaded, (self.message, self.path, self.retry_after_s))
+
+
+def _overloaded(message: str, path: str | None, retry_after_s: float) -> Overloaded:
+    return Overloaded(message, path, retry_after_s=retry_after_s)
 
 
 class Unreachable(Unavailable):

@@ -66,6 +66,9 @@ class Runtime(Protocol):
         Cancelled, it ends when the function has, unless that never began.
         """
 
+    async def offload_read(self, blocking: Callable[..., T], *args: Any) -> T:
+        """`offload` of reads from a disk. There may be many: nothing else waits behind them."""
+
     def may_block(self) -> bool:
         """True while an inline caller drives: `block` may be used, since its thread waits anyway."""
 
@@ -126,6 +129,7 @@ class AsyncioRuntime:
         self._inline_ident: int | None = None
         self._inline_blocks = False
         self._executor = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-io")
+        self._readers = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-read")
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
         self._started = threading.Event()
         self._thread.start()
@@ -147,6 +151,7 @@ class AsyncioRuntime:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self._executor.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
         with self.baton:
             # Closing the loop closes its selector and self-pipe; nothing can be scheduled afterwards.
             self.loop.close()
@@ -184,10 +189,16 @@ class AsyncioRuntime:
         return self._inline_blocks and self._inline_ident == threading.get_ident()
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
+        return await self._offload(self._executor, blocking, *args)
+
+    async def offload_read(self, blocking: Callable[..., T], *args: Any) -> T:
+        return await self._offload(self._readers, blocking, *args)
+
+    async def _offload(self, executor: ThreadPoolExecutor, blocking: Callable[..., T], *args: Any) -> T:
         if self.may_block():
             return self.block(blocking, *args)
         try:
-            work = self._executor.submit(blocking, *args)
+            work = executor.submit(blocking, *args)
         except RuntimeError:
             # At exit the interpreter stops taking such work before it lets us close; then this thread does it.
             return blocking(*args)

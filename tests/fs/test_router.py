@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from emberfs.client.router import ReadFrom, RouterConfig, StorageRouter
 from emberfs.errors import (
+    Overloaded,
     SessionExpired,
     StaleChunk,
     StaleRouting,
@@ -279,6 +280,46 @@ def test_a_slow_read_is_not_begun_again_and_again() -> None:
         await router.call(READ, [memoryview(bytearray(4))])
         assert runtime.now_s() < 18.0
         assert len(servers.sent) == 1
+
+    run(0, main)
+
+
+def test_a_server_with_too_much_to_do_is_asked_again_when_it_said() -> None:
+    """Each client at a time of its own."""
+
+    async def main(runtime: SimRuntime) -> set[float]:
+        times_s = set()
+        for _ in range(20):
+            servers = Servers()
+            routes = SlowNews(runtime)
+            router = StorageRouter(runtime, servers, routes)  # type: ignore[arg-type]
+            servers.errors["1"] = [Overloaded("busy", retry_after_s=4.0)]
+            began_s = runtime.now_s()
+            await router.call(ReadChunks([1], [b"a"], [0]), [memoryview(bytearray(4))])
+            times_s.add(runtime.now_s() - began_s)
+        assert all(2.0 <= each <= 6.1 for each in times_s)
+        return times_s
+
+    class SlowNews(FakeRoutes):
+        def __init__(self, runtime: SimRuntime) -> None:
+            self.runtime = runtime
+
+        async def news(self, seen_version: int, timeout_s: float) -> None:
+            await self.runtime.sleep(timeout_s)
+
+    assert len(run(0, main)) > 10
+
+
+def test_others_are_asked_before_a_server_with_too_much_to_do() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        servers = Servers()
+        router = StorageRouter(runtime, servers, FakeRoutes(), config=RouterConfig(read_from=ReadFrom.TAIL))  # type: ignore[arg-type]
+        servers.errors["1"] = [Overloaded("busy", retry_after_s=2.0)]
+        await router.call(READ, [memoryview(bytearray(4))])
+        await router.call(READ, [memoryview(bytearray(4))])
+        await runtime.sleep(2.1)
+        await router.call(READ, [memoryview(bytearray(4))])
+        assert [address for address, _ in servers.sent] == ["1", "0", "0", "1"]
 
     run(0, main)
 

@@ -1,9 +1,10 @@
 """Chunk requests to the right replicas: what makes a cluster look like one storage service to a client.
 
-A `StorageRouter` is a `Connection`. It cuts a request into shares, one per server (reads: any serving replica; updates:
-the heads), names the chain versions it goes by, and sends a share again, by newer routing, until it is served or the
-deadline is over. An update gets a name of the router's own (session, channel, sequence, slot) and keeps it from attempt
-to attempt, so the replicas apply it once.
+A `StorageRouter` is a `Connection`. It cuts a request into shares, one per server (reads: any serving replica;
+updates: the heads), names the chain versions it goes by, and sends a share again, by newer routing, until it is served
+or the deadline is over. One that has too much to do is asked again when it said, and others before it. An update gets
+a name of the router's own (session, channel, sequence, slot) and keeps it from attempt to attempt, so the replicas
+apply it once.
 
 The deadline bounds an operation, even if a server takes a call and never answers. Errors at the deadline: UpdateUnknown
 if an update was ever sent without an answer, else Unavailable. A damaged replica is passed over as long as another one
@@ -24,6 +25,7 @@ import msgspec
 from ..errors import (
     EmberError,
     LimitExceeded,
+    Overloaded,
     SessionExpired,
     StaleRouting,
     Unanswered,
@@ -54,6 +56,8 @@ T = TypeVar("T")
 
 _AGAIN = (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
 """Errors after which a share may be sent again."""
+OVERLOAD_PAUSE_S_MAX = 4.0
+"""Before another attempt at a server that has too much to do, half of it more or less."""
 READ_BYTES_PER_S_MIN = 8 << 20
 """A server that sends more slowly than this is taken for silent, if another one has the bytes."""
 
@@ -113,6 +117,8 @@ class Attempts:
         self._router = router
         self._deadline_s = router.runtime.now_s() + router.config.deadline_s
         self._pause_s = router.config.retry_first_s
+        self._refusals = 0
+        """By servers with too much to do."""
         self.is_unknown = False
         """An attempt was sent and its outcome is not known."""
         self.client = client or router.routes.client
@@ -153,11 +159,23 @@ class Attempts:
             self.client = router.routes.client
             return
         left_s = self._deadline_s - router.runtime.now_s()
+        if left_s > 0:
+            await router.routes.news(seen_version, min(self._pause(error), left_s))
+            left_s = self._deadline_s - router.runtime.now_s()
         if left_s <= 0:
             what = f"not done after {router.config.deadline_s:g} s; the last answer was: {error}"
             raise (UpdateUnknown(what) if self.is_unknown else Unavailable(what)) from error
-        await router.routes.news(seen_version, min(self._pause_s, left_s))
-        self._pause_s = min(2 * self._pause_s, router.config.retry_max_s)
+
+    def _pause(self, error: Exception) -> float:
+        """Before the next attempt."""
+        pause_s = self._pause_s
+        self._pause_s = min(2 * pause_s, self._router.config.retry_max_s)
+        if not isinstance(error, Overloaded):
+            return pause_s
+        # Each at a time of its own, or all would come again at once; and later each time, or they would be too many.
+        overload_s = min(error.retry_after_s * (1 << self._refusals), OVERLOAD_PAUSE_S_MAX)
+        self._refusals += 1
+        return overload_s * (0.5 + self._router.runtime.random_bytes(1)[0] / 255)
 
     def last(self, error: EmberError) -> EmberError:
         """What to raise for an error that ends the operation: an earlier attempt may have got through."""
@@ -455,6 +473,9 @@ class StorageRouter:
             raise
         except UpdateUnknown:
             raise  # Whether there was an answer is not known either.
+        except Overloaded as error:
+            self._suspects[address] = _Suspect(self.runtime.now_s() + error.retry_after_s, self.config.suspect_s / 2)
+            raise
         except EmberError:
             self._suspects.pop(address, None)
             raise

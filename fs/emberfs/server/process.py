@@ -129,6 +129,7 @@ def tcp_config(config: ServerConfig) -> TcpConfig:
         tls=tls,
         insecure=config.tls.insecure,
         admits_strangers=bool(config.manager.authority),
+        load=config.load.limits(),
     )
 
 

@@ -23,6 +23,7 @@ from .door import Door
 from .handshake import certificate_of, this_host
 from .session import Session
 from .tls import TlsContexts
+from .turns import Turns
 from .types import Service
 from .wire import Wire, start_tls
 
@@ -55,6 +56,7 @@ class TcpListener:
         self._contexts = contexts
         self._watch = watch
         self._pool = BlockPool()
+        self._turns = Turns(runtime, config.load)
         self._address = Address()
         self._sock: socket.socket | None = None
         self._door: Door | None = None
@@ -205,6 +207,7 @@ class TcpListener:
             self._service,
             config=self._config,
             pool=self._pool,
+            turns=self._turns,
             name=name,
             is_stranger=isinstance(sock, ssl.SSLSocket) and certificate_of(sock) is None,
             on_change=self._changed,

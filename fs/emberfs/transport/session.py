@@ -25,13 +25,14 @@ from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Una
 from ..half_run import HalfRun
 from ..messages import Join, Message
 from ..runtime import AsyncioRuntime
-from .blocks import BlockPool
+from .blocks import BlockPool, scratch
 from .codec import decode_message, encode_failure, encode_message
 from .config import TcpConfig
 from .door import Door
 from .frame import HEADER_BYTES_MAX, Frame, Kind, decode_places, encode_frame
 from .handshake import answer_hello, certificate_of, check_sender, decode_hello, encode_hello, this_host
 from .region import ForeignRegions
+from .turns import Line, Turn, Turns
 from .types import Service
 from .window import Window
 from .wire import Outgoing, Wire
@@ -42,13 +43,29 @@ log = logging.getLogger("emberline.transport")
 class _Served:
     """A request, from its header to the last byte of its answer."""
 
-    __slots__ = ("block", "call", "is_answered", "is_placed", "refusal", "request", "task", "views", "weight")
+    __slots__ = (
+        "block",
+        "call",
+        "is_answered",
+        "is_placed",
+        "lengths",
+        "refusal",
+        "request",
+        "task",
+        "turn",
+        "views",
+        "weight",
+    )
 
     def __init__(self, call: int, request: Message, weight: int) -> None:
         self.call = call
         self.request = request
         self.weight = weight
         self.refusal: EmberError | None = None
+        self.lengths: Sequence[int] = ()
+        """Of buffers to fill, for which there is no memory before it begins."""
+        self.turn: Turn | None = None
+        """None: it is served at once, whatever there is to do."""
         self.block: memoryview | None = None
         self.views: list[memoryview] = []
         self.task: asyncio.Task[None] | None = None
@@ -69,6 +86,7 @@ class Session:
         *,
         config: TcpConfig,
         pool: BlockPool,
+        turns: Turns,
         name: str,
         is_stranger: bool,
         on_change: Callable[[Session], None],
@@ -85,6 +103,9 @@ class Session:
         self._service = service
         self._config = config
         self._pool = pool
+        self._turns = turns
+        self._line = Line()
+        self._reads = 0
         self._name = name
         self._is_stranger = is_stranger
         self._certificate = certificate_of(sock)
@@ -125,8 +146,8 @@ class Session:
             return self._arriving.views if kind == Kind.REQUEST else ()
         if kind == Kind.CANCEL:
             served = self._calls.get(frame.call)
-            if served is not None and served.task is not None and served.request.changes_nothing:
-                served.task.cancel()
+            if served is not None and served.request.changes_nothing:
+                self._stop(served)
         elif kind == Kind.HELLO:
             self._greet(frame)
         elif kind == Kind.REGION and self._is_admitted and self._regions is not None:
@@ -143,17 +164,23 @@ class Session:
             return
         if served.refusal is not None:
             self._fail(served, served.refusal)
-        else:
+        elif served.turn is None:
             self._start(served)
+        else:
+            served.turn.begin = functools.partial(self._start, served)
+            served.turn.refuse = functools.partial(self._fail, served)
+            is_first, self._reads = self._reads != self.wire.reads, self.wire.reads
+            self._turns.enter(self._line, served.turn, at_once=is_first)
 
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             log.warning("connection from %s closed: %s", self._name, error)
         if not self.greeted.done():
             self.greeted.set_result(None)
+        self._turns.leave(self._line)
         for served in list(self._calls.values()):
             if served.task is None or served.is_answered:
-                del self._calls[served.call]
+                self._forget(served)
             elif served.request.changes_nothing:
                 served.task.cancel()
         self._on_change(self)
@@ -208,6 +235,8 @@ class Session:
                 raise Unavailable("the server is shutting down")
             if placed is None and (frame.kind == Kind.FETCH) != (served.request.fills_buffers and bool(frame.lengths)):
                 raise ProtocolError("buffers to be filled where bytes are sent, or the other way round")
+            if served.request.takes_turns:
+                self._queue(served, frame, total)
         except EmberError as error:
             served.refusal = error
         self._window.take(weight)
@@ -215,18 +244,45 @@ class Session:
         if placed is not None and served.request.fills_buffers:
             served.views, served.is_placed = placed, True
             return served
-        served.block = block = self._pool.take(total)
-        begin = 0
-        for length in frame.lengths:
-            served.views.append(block[begin : begin + length])
-            begin += length
+        if frame.kind == Kind.FETCH:
+            served.lengths = frame.lengths
+            return served
+        if served.refusal is not None:
+            served.views = list(scratch(total)) if frame.kind == Kind.REQUEST else []
+            return served
+        self._make_room(served, frame.lengths)
         if placed is not None:
             for view, theirs in zip(served.views, placed, strict=True):
                 view[:] = theirs  # Once; what is checked and stored is ours: they may change theirs at any time.
         return served
 
+    def _make_room(self, served: _Served, lengths: Sequence[int]) -> None:
+        served.block = block = self._pool.take(sum(lengths))
+        begin = 0
+        for length in lengths:
+            served.views.append(block[begin : begin + length])
+            begin += length
+
+    def _queue(self, served: _Served, frame: Frame, total: int) -> None:
+        """Have a request take its turn. Raises Overloaded."""
+        is_there = frame.kind == Kind.REQUEST or (frame.kind == Kind.PLACED and not served.request.fills_buffers)
+        held_bytes = len(frame.body) + (total if is_there else 0)
+        fills_bytes = total if frame.kind == Kind.FETCH else 0
+        turn = Turn(held_bytes, fills_bytes, weight=served.weight)
+        self._turns.admit(self._line, turn)
+        served.turn = turn
+
+    def _stop(self, served: _Served) -> None:
+        """Nobody waits for its answer any more."""
+        if served.task is not None:
+            served.task.cancel()
+        elif served.turn is not None and self._turns.withdraw(self._line, served.turn):
+            self._fail(served, Unavailable("the call was cancelled"))
+
     def _start(self, served: _Served) -> None:
         """Serve a request; in place, if its handler waits for nothing."""
+        if served.lengths:
+            self._make_room(served, served.lengths)
         call = self._serve(served)
         try:
             awaited = call.send(None)
@@ -262,19 +318,28 @@ class Session:
         served.block = None
         self._answer(served, encode_frame(Kind.ERROR, served.call, encode_failure(error, served.request)))
 
-    def _answer(self, served: _Served, header: bytes, payload: Iterable[memoryview] = ()) -> None:
+    def _answer(self, served: _Served, header: bytes, payload: Sequence[memoryview] = ()) -> None:
         served.is_answered = True
         if self.wire.is_closed:
             self._ended(served)
-        else:
-            self.wire.send(Outgoing(header, payload, functools.partial(self._ended, served)))
+            return
+        if served.turn is not None:
+            self._turns.answer(self._line, served.turn, sum(map(len, payload)))
+        self.wire.send(Outgoing(header, payload, functools.partial(self._ended, served)))
 
     def _ended(self, served: _Served) -> None:
-        self._calls.pop(served.call, None)
-        self._window.give(served.weight)
+        self._forget(served)
         if served.block is not None:
             self._pool.give(served.block)
         self._on_change(self)
+
+    def _forget(self, served: _Served) -> None:
+        """Nothing is held for it any more."""
+        if self._calls.pop(served.call, None) is None:
+            return
+        self._window.give(served.weight)
+        if served.turn is not None:
+            self._turns.end(self._line, served.turn)
 
 
 _NOBODY = Message()
