@@ -58,6 +58,7 @@ REACHES_OUT = {
     "fs/emberfs/transport/": "is the network seam",
     "fs/emberfs/client/attachment.py": "is a face: several of the caller's threads may find out that they forked",
     "fs/emberfs/client/handle.py": "is a face: the caller's threads share a handle",
+    "fs/emberfs/client/io_queue.py": "is a face: the caller's threads wait for completions",
     "fs/emberfs/cli/": "is a face: the user's terminal and local files",
     "fs/emberfs/testing/": "runs in other people's tests",
 }

@@ -131,6 +131,29 @@ class Portal:
                     await asyncio.wait([waiter])
             raise
 
+    def begin(self, call: Coroutine[Any, Any, T], done: Callable[[T | None, Exception | None], None]) -> None:
+        """Run `call` as far as it goes and return. `done` is told its result or error, here or in the loop's thread.
+
+        From anywhere, the loop's thread included.
+        """
+        told = functools.partial(_tell, done)
+        if threading.get_ident() == self._runtime.loop.thread_ident:
+            self._start(call, "begun").add_done_callback(told)
+            return
+        held = _hold_interrupts()
+        outcome: tuple[Any, Exception | None] | None = None
+        try:
+            try:
+                has_ended, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(told))
+                outcome = (value, None) if has_ended else None
+            except Exception as error:
+                outcome = (None, error)
+            if outcome is not None:
+                done(*outcome)
+        finally:
+            if held is not None:
+                _release_interrupts(held)
+
     def _start_all(self, loop: asyncio.AbstractEventLoop, calls: list[Any]) -> None:
         """Start calls of the caller's `loop`. Called in the store's thread."""
         for call, waiter in calls:
@@ -285,6 +308,15 @@ class _Started:
             for call, waiter in calls:
                 call.close()
                 waiter.set_exception(StoreClosed("the store is closed"))
+
+
+def _tell(done: Callable[[T | None, Exception | None], None], task: asyncio.Task[T]) -> None:
+    error = Unavailable("the call was cancelled") if task.cancelled() else task.exception()
+    if error is None:
+        done(task.result(), None)
+    else:
+        assert isinstance(error, Exception)
+        done(None, error)
 
 
 def _copy_outcome(task: asyncio.Task[T], waiter: asyncio.Future[T]) -> None:
