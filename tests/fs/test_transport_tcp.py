@@ -444,6 +444,16 @@ def test_calls_beyond_the_window_wait_their_turn(
     assert [call.result() for call in calls] == [Done()] * 20
 
 
+def test_a_server_that_is_slow_to_greet_is_given_more_time(
+    bare_server: BareServer, make_network: MakeNetwork, run: Run
+) -> None:
+    connection = make_network(TcpConfig(connect_timeout_s=0.02)).connection(bare_server.address)
+    for patience in (1, 2, 4, 4):
+        assert connection._patience == patience
+        with pytest.raises(Unavailable):
+            run(connection.call(Usage()))
+
+
 @pytest.mark.parametrize("is_update", [False, True])
 def test_the_time_of_a_call_counts_while_it_connects(
     bare_server: BareServer, make_network: MakeNetwork, start: Start, is_update: bool

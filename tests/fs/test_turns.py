@@ -179,6 +179,40 @@ def test_a_large_call_is_not_overtaken_for_ever() -> None:
     on_server(work)
 
 
+def test_payloads_that_wait_are_not_behind_a_read_that_waits_for_their_memory() -> None:
+    async def work(server: Server) -> None:
+        for number in range(4):
+            server.ask(f"writer {number}", held_bytes=15 * PART, fills_bytes=0)
+        for number in range(2):
+            server.ask(f"reader {number}", 8 * PART)
+        await server.rounds()
+        assert {name for name in server.began if "writer" in name} == {f"writer {number}" for number in range(4)}
+        while server.under_way:
+            server.end()
+            await server.rounds()
+        assert {"reader 0", "reader 1"} < set(server.began)
+
+    on_server(work)
+
+
+def test_who_does_not_read_holds_up_nobody_who_waits_for_memory() -> None:
+    async def work(server: Server) -> None:
+        server.ask("deaf", UNSENT_BYTES_MAX + 1)
+        await server.rounds()
+        for number in range(7):
+            server.ask(f"client {number}", 9 * PART)
+        server.ask("deaf", 8 * PART)
+        await server.rounds()
+        server.end("deaf", reads=False)
+        server.ask("late", PART // 2)
+        server.end("client 0")
+        await server.rounds()
+        assert "late" in server.began
+        assert server.began.count("deaf") == 1
+
+    on_server(work)
+
+
 def test_who_does_not_read_replies_begins_nothing() -> None:
     async def work(server: Server) -> None:
         for _ in range(50):

@@ -9,6 +9,8 @@ from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
 from .turns import LoadConfig
 
 CLIENT_ROLE = "client"
+CONNECT_PATIENCE_MAX = 4
+"""Times `connect_timeout_s`: what a server gives each client to greet, and a client the server that was slow before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,7 @@ class TcpConfig:
     shares_memory: bool = True
     """As a server: take memory of clients on this host, and read and write it in place. As a client: hand it over."""
     connect_timeout_s: float = 2.0
-    """For the whole way to a handshake, each side."""
+    """For the whole way to a handshake, at the first attempt."""
     ping_s: float = 1.0
     """A sign of life goes out this often."""
     dead_s: float = 3.0

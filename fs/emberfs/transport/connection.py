@@ -35,7 +35,7 @@ from ..runtime import AsyncioRuntime
 from ..types import BATCH_ITEMS_MAX
 from .address import is_loopback, parse_address
 from .codec import encode_message
-from .config import TcpConfig
+from .config import CONNECT_PATIENCE_MAX, TcpConfig
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
 from .handshake import this_host
 from .link import Call, Link
@@ -81,6 +81,9 @@ class TcpConnection:
         """Calls that wait: for a connection, or for room on it."""
         self._backoff_s = 0.0
         self._not_before_s = 0.0
+        self._patience = 1
+        """So many times `connect_timeout_s`: a server that greets hundreds at once is slow, and is not helped by those
+        who leave in the middle and come again."""
         self._is_closed = False
 
     async def call(
@@ -191,14 +194,16 @@ class TcpConnection:
             pause_s = self._not_before_s - self._runtime.now_s()
             if pause_s > 0:
                 await self._runtime.sleep(pause_s)
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            async with asyncio.timeout(self._config.connect_timeout_s * self._patience):
                 self._link = await self._open()
         except (EmberError, OSError) as error:  # TimeoutError is one, and so are those of ssl.
             self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_S_MIN), self._config.backoff_s_max)
             self._not_before_s = self._runtime.now_s() + self._backoff_s
+            if isinstance(error, TimeoutError):
+                self._patience = min(2 * self._patience, CONNECT_PATIENCE_MAX)
             self._fail_waiting(_refusal(error, str(self._address)))
         else:
-            self._backoff_s = 0.0
+            self._backoff_s, self._patience = 0.0, 1
         finally:
             self._connecting = None
         if self._link is not None:

@@ -18,7 +18,7 @@ from ..errors import AccessDenied
 from ..runtime import AsyncioRuntime
 from .address import Address, is_loopback, parse_address
 from .blocks import BlockPool
-from .config import TcpConfig
+from .config import CONNECT_PATIENCE_MAX, TcpConfig
 from .door import Door
 from .handshake import certificate_of, this_host
 from .session import Session
@@ -183,7 +183,7 @@ class TcpListener:
         """From a connection to a session that has greeted, in time."""
         session = None
         try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            async with asyncio.timeout(self._config.connect_timeout_s * CONNECT_PATIENCE_MAX):
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     if self._contexts is not None:

@@ -134,7 +134,7 @@ class Turns:
         self._ring: deque[Line] = deque()
         """Those with something waiting; the first one is next."""
         self._short: Turn | None = None
-        """There is no room for it, and nobody overtakes it but the small ones of who has nothing under way."""
+        """There is no memory for it, and nobody who needs some overtakes it, but for something small."""
         self._is_due = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._lag_s = 0.0
@@ -219,15 +219,19 @@ class Turns:
 
     def _has_room(self, line: Line, turn: Turn) -> bool:
         config, size = self._config, turn.fills_bytes
-        if line.unsent_bytes > UNSENT_BYTES_MAX:
+        if line.unsent_bytes > UNSENT_BYTES_MAX or (line.calls and self._is_over_share(line, size)):
+            if self._short is turn:
+                self._short = None  # It is not memory that it waits for.
             return False
         if not line.calls and turn.held_bytes + size <= SMALL_BYTES_MAX:
             return True
-        if line.calls and self._is_over_share(line, size):
+        if self.calls >= config.calls_max:
             return False
+        if not size:
+            return True  # What it needs it has: to begin it brings memory back.
         if self._short is not None and self._short is not turn and self._short.waits:
             return False
-        has_room = self.calls < config.calls_max and (not size or self.held_bytes + size <= config.bytes_max)
+        has_room = self.held_bytes + size <= config.bytes_max
         self._short = None if has_room else turn
         return has_room
 
