@@ -28,6 +28,23 @@ MANY = LoadConfig(bytes_max=1 << 40, calls_max=1 << 20)
 """There is room for all at once: only their order counts."""
 
 
+class Asked(Turn):
+    """A request of `client`."""
+
+    def __init__(self, server: Server, client: str, *, held_bytes: int, fills_bytes: int) -> None:
+        super().__init__(held_bytes=held_bytes, fills_bytes=fills_bytes, weight=held_bytes + fills_bytes)
+        self.server, self.client = server, client
+
+    def begin(self) -> None:
+        self.server.began.append(self.client)
+        self.server.under_way.append((self.client, self))
+        self.server.held_bytes_max = max(self.server.held_bytes_max, self.server.turns.held_bytes)
+
+    def refuse(self, error: Overloaded) -> None:
+        self.server.refused.append(self.client)
+        self.server.turns.end(self.server.lines[self.client], self)
+
+
 class Server:
     """Begins what it may, and keeps the order."""
 
@@ -43,19 +60,8 @@ class Server:
     def ask(self, client: str, fills_bytes: int = 4096, *, held_bytes: int = 100) -> Turn:
         """A request of `client`. Raises Overloaded."""
         line = self.lines.setdefault(client, Line())
-        turn = Turn(held_bytes, fills_bytes, held_bytes + fills_bytes)
+        turn = Asked(self, client, held_bytes=held_bytes, fills_bytes=fills_bytes)
         self.turns.admit(line, turn)
-
-        def begin() -> None:
-            self.began.append(client)
-            self.under_way.append((client, turn))
-            self.held_bytes_max = max(self.held_bytes_max, self.turns.held_bytes)
-
-        def refuse(error: Overloaded) -> None:
-            self.refused.append(client)
-            self.turns.end(line, turn)
-
-        turn.begin, turn.refuse = begin, refuse
         self.turns.enter(line, turn, at_once=False)
         return turn
 

@@ -21,7 +21,7 @@ from socket import socket
 
 from msgspec.structs import replace
 
-from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
+from ..errors import AccessDenied, EmberError, LimitExceeded, Overloaded, ProtocolError, Unavailable
 from ..half_run import HalfRun
 from ..messages import Join, Message
 from ..runtime import AsyncioRuntime
@@ -40,7 +40,7 @@ from .wire import Outgoing, Wire
 log = logging.getLogger("emberline.transport")
 
 
-class _Served:
+class _Served(Turn):
     """A request, from its header to the last byte of its answer."""
 
     __slots__ = (
@@ -51,21 +51,30 @@ class _Served:
         "lengths",
         "refusal",
         "request",
+        "session",
+        "takes_turns",
         "task",
-        "turn",
         "views",
         "weight",
     )
 
-    def __init__(self, call: int, request: Message, weight: int) -> None:
-        self.call = call
-        self.request = request
+    def __init__(self, session: Session, frame: Frame, weight: int) -> None:
+        is_fetch = frame.kind == Kind.FETCH
+        body_bytes = len(frame.body)
+        super().__init__(
+            held_bytes=body_bytes if is_fetch else weight,
+            fills_bytes=weight - body_bytes if is_fetch else 0,
+            weight=weight,
+        )
+        self.session = session
+        self.call = frame.call
+        self.request = _NOBODY
         self.weight = weight
+        self.takes_turns = False
+        """Else it is served at once, whatever there is to do."""
         self.refusal: EmberError | None = None
         self.lengths: Sequence[int] = ()
         """Of buffers to fill, for which there is no memory before it begins."""
-        self.turn: Turn | None = None
-        """None: it is served at once, whatever there is to do."""
         self.block: memoryview | None = None
         self.views: list[memoryview] = []
         self.task: asyncio.Task[None] | None = None
@@ -73,6 +82,12 @@ class _Served:
         """Its views are the client's own memory."""
         self.is_answered = False
         """The answer is on its way out, or out."""
+
+    def begin(self) -> None:
+        self.session.start(self)
+
+    def refuse(self, error: Overloaded) -> None:
+        self.session.fail(self, error)
 
 
 class Session:
@@ -163,14 +178,12 @@ class Session:
         if served is None:
             return
         if served.refusal is not None:
-            self._fail(served, served.refusal)
-        elif served.turn is None:
-            self._start(served)
-        else:
-            served.turn.begin = functools.partial(self._start, served)
-            served.turn.refuse = functools.partial(self._fail, served)
+            self.fail(served, served.refusal)
+        elif served.takes_turns:
             is_first, self._reads = self._reads != self.wire.reads, self.wire.reads
-            self._turns.enter(self._line, served.turn, at_once=is_first)
+            self._turns.enter(self._line, served, at_once=is_first)
+        else:
+            self.start(served)
 
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
@@ -219,7 +232,7 @@ class Session:
         weight = total + len(frame.body)
         if not self._window.has_room(weight):
             raise ProtocolError(f"more is under way than was agreed: {self._window.calls} calls")
-        served = _Served(frame.call, _NOBODY, weight)
+        served = _Served(self, frame, weight)
         body, placed = frame.body, None
         if frame.kind == Kind.PLACED:
             if self._regions is None:
@@ -236,7 +249,10 @@ class Session:
             if placed is None and (frame.kind == Kind.FETCH) != (served.request.fills_buffers and bool(frame.lengths)):
                 raise ProtocolError("buffers to be filled where bytes are sent, or the other way round")
             if served.request.takes_turns:
-                self._queue(served, frame, total)
+                if placed is not None and served.request.fills_buffers:
+                    served.held_bytes = len(frame.body)  # The rest is the client's own memory.
+                self._turns.admit(self._line, served)
+                served.takes_turns = True
         except EmberError as error:
             served.refusal = error
         self._window.take(weight)
@@ -263,23 +279,14 @@ class Session:
             served.views.append(block[begin : begin + length])
             begin += length
 
-    def _queue(self, served: _Served, frame: Frame, total: int) -> None:
-        """Have a request take its turn. Raises Overloaded."""
-        is_there = frame.kind == Kind.REQUEST or (frame.kind == Kind.PLACED and not served.request.fills_buffers)
-        held_bytes = len(frame.body) + (total if is_there else 0)
-        fills_bytes = total if frame.kind == Kind.FETCH else 0
-        turn = Turn(held_bytes, fills_bytes, weight=served.weight)
-        self._turns.admit(self._line, turn)
-        served.turn = turn
-
     def _stop(self, served: _Served) -> None:
         """Nobody waits for its answer any more."""
         if served.task is not None:
             served.task.cancel()
-        elif served.turn is not None and self._turns.withdraw(self._line, served.turn):
-            self._fail(served, Unavailable("the call was cancelled"))
+        elif served.takes_turns and self._turns.withdraw(self._line, served):
+            self.fail(served, Unavailable("the call was cancelled"))
 
-    def _start(self, served: _Served) -> None:
+    def start(self, served: _Served) -> None:
         """Serve a request; in place, if its handler waits for nothing."""
         if served.lengths:
             self._make_room(served, served.lengths)
@@ -297,9 +304,9 @@ class Session:
             if len(body) > HEADER_BYTES_MAX - 4 * len(served.views):
                 raise LimitExceeded(f"a reply of {len(body)} bytes is over the limit: ask for less at once")
         except asyncio.CancelledError:
-            self._fail(served, Unavailable("the call was cancelled"))
+            self.fail(served, Unavailable("the call was cancelled"))
         except Exception as error:
-            self._fail(served, error)
+            self.fail(served, error)
         else:
             self._reply(served, reply, body)
 
@@ -314,7 +321,7 @@ class Session:
             payload = [view[:count] for view, count in zip(served.views, counts, strict=True)]
         self._answer(served, encode_frame(Kind.REPLY, served.call, body, counts), payload)
 
-    def _fail(self, served: _Served, error: Exception) -> None:
+    def fail(self, served: _Served, error: Exception) -> None:
         served.block = None
         self._answer(served, encode_frame(Kind.ERROR, served.call, encode_failure(error, served.request)))
 
@@ -323,8 +330,8 @@ class Session:
         if self.wire.is_closed:
             self._ended(served)
             return
-        if served.turn is not None:
-            self._turns.answer(self._line, served.turn, sum(map(len, payload)))
+        if served.takes_turns:
+            self._turns.answer(self._line, served, sum(map(len, payload)))
         self.wire.send(Outgoing(header, payload, functools.partial(self._ended, served)))
 
     def _ended(self, served: _Served) -> None:
@@ -338,8 +345,8 @@ class Session:
         if self._calls.pop(served.call, None) is None:
             return
         self._window.give(served.weight)
-        if served.turn is not None:
-            self._turns.end(self._line, served.turn)
+        if served.takes_turns:
+            self._turns.end(self._line, served)
 
 
 _NOBODY = Message()

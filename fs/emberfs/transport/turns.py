@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,7 +31,7 @@ SMALL_BYTES_MAX = 64 << 10
 """A request of up to so many bytes is small."""
 CALL_COST_BYTES = 64 << 10
 """What a request weighs beside its bytes: reading so many from the page cache takes as long."""
-WEIGHT_MAX = 8 << 20
+COST_MAX = 8 << 20
 QUANTUM_BYTES = 512 << 10
 """What a client may begin in one turn: a few small requests. Heavy ones wait for some turns."""
 ROUND_CALLS_MAX = 16
@@ -41,7 +40,7 @@ UNSENT_BYTES_MAX = 1 << 20
 """A client that has so much of its replies still to read begins nothing."""
 RETRY_S_MIN = 0.05
 
-assert WEIGHT_MAX <= 16 * QUANTUM_BYTES, "the next one is found in so many rounds of the ring"
+assert COST_MAX <= 16 * QUANTUM_BYTES, "the next one is found in so many rounds of the ring"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,32 +77,28 @@ class Clock(Protocol):
 
 
 class Turn:
-    """A request, from its header to the last byte of its answer."""
+    """A request that takes its turn, from its header to the last byte of its answer."""
 
-    __slots__ = (
-        "begin",
-        "fills_bytes",
-        "held_bytes",
-        "is_under_way",
-        "refuse",
-        "since_s",
-        "unsent_bytes",
-        "waits",
-        "weight",
-    )
+    __slots__ = ("cost", "fills_bytes", "held_bytes", "is_under_way", "since_s", "unsent_bytes", "waits")
 
-    def __init__(self, held_bytes: int, fills_bytes: int, weight: int) -> None:
+    def __init__(self, *, held_bytes: int, fills_bytes: int, weight: int) -> None:
         """`held_bytes`: of memory, from now on; `fills_bytes`: as soon as it begins. `weight`: bytes it moves."""
         self.held_bytes = held_bytes
         self.fills_bytes = fills_bytes
-        self.weight = min(weight + CALL_COST_BYTES, WEIGHT_MAX)
+        self.cost = min(weight + CALL_COST_BYTES, COST_MAX)
         self.waits = False
         self.is_under_way = False
         self.unsent_bytes = 0
         """Of its reply."""
         self.since_s = 0.0
-        self.begin: Callable[[], None]
-        self.refuse: Callable[[Overloaded], None]
+
+    def begin(self) -> None:
+        """Its turn has come."""
+        raise NotImplementedError
+
+    def refuse(self, error: Overloaded) -> None:
+        """It has waited too long."""
+        raise NotImplementedError
 
 
 class Line:
@@ -249,7 +244,7 @@ class Turns:
             turn = line.waiting[0]
             if not self._has_room(line, turn):
                 stuck += 1
-            elif line.credit < turn.weight:
+            elif line.credit < turn.cost:
                 line.credit += QUANTUM_BYTES
                 stuck = 0
             else:
@@ -278,7 +273,7 @@ class Turns:
                 return  # Until something ends.
             line, turn = found
             line.waiting.popleft()
-            line.credit -= turn.weight
+            line.credit -= turn.cost
             self._left(line, turn)
             self._lag_s = self._clock.now_s() - turn.since_s
             self._begin(line, turn)
