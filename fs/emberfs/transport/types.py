@@ -28,7 +28,7 @@ class Service(Protocol):
     """What listens: one awaitable per request."""
 
     def handle(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Awaitable[Message]:
-        """Serve one request."""
+        """Serve one request. Until it waits for something it may run outside any task: no `asyncio.timeout` there."""
 
 
 class RemoteCall(Protocol):
