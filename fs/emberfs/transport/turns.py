@@ -53,8 +53,8 @@ class LoadConfig:
     """Calls under way: those that wait for a disk or for other servers."""
     waiting_max: int = 16384
     """Calls that wait for their turn."""
-    wait_s_max: float = 0.5
-    """Seconds that a call waits for its turn: less than a reader's patience, who takes the server for dead then."""
+    wait_s_max: float = 2.0
+    """Seconds that a call waits for its turn. One that comes after one that has waited for half of it is refused."""
 
     def __post_init__(self) -> None:
         if self.bytes_max < HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX:
