@@ -61,6 +61,7 @@ REACHES_OUT = {
     "fs/emberfs/lane/": "goes past the seams, for whoever runs outside a simulation; testing.sim has a twin",
     "fs/emberfs/client/attachment.py": "is a face: several of the caller's threads may find out that they forked",
     "fs/emberfs/client/handle.py": "is a face: the caller's threads share a handle",
+    "fs/emberfs/client/io_queue.py": "is a face: the caller's threads wait for completions",
     "fs/emberfs/cli/": "is a face: the user's terminal and local files",
     "fs/emberfs/testing/": "runs in other people's tests",
 }

@@ -148,7 +148,7 @@ class LocalDisk:
         if cold:
             numbers = [index for index, _ in cold]
             late_landed = None if landed is None else lambda index, count: landed(numbers[index], count)
-            late = await self._runtime.offload(_read_all, [item for _, item in cold], late_landed)
+            late = await self._runtime.offload_read(_read_all, [item for _, item in cold], late_landed)
             for (index, _), count in zip(cold, late, strict=True):
                 counts[index] = count
         return counts

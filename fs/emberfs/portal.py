@@ -23,11 +23,11 @@ import functools
 import importlib
 import signal
 import threading
-import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from .errors import StoreClosed, Unavailable
+from .half_run import HalfRun
 from .ledger import Ledger
 from .runtime import AsyncioRuntime
 from .stopwatch import Stopwatch, current
@@ -164,6 +164,29 @@ class Portal:
                     await asyncio.wait([waiter])
             raise
 
+    def begin(self, call: Coroutine[Any, Any, T], done: Callable[[T | None, Exception | None], None]) -> None:
+        """Run `call` as far as it goes and return. `done` is told its result or error, here or in the loop's thread.
+
+        From anywhere, the loop's thread included.
+        """
+        told = functools.partial(_tell, done)
+        if threading.get_ident() == self._runtime.loop.thread_ident:
+            self._start(call, "begun").add_done_callback(told)
+            return
+        held = _hold_interrupts()
+        outcome: tuple[Any, Exception | None] | None = None
+        try:
+            try:
+                has_ended, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(told))
+                outcome = (value, None) if has_ended else None
+            except Exception as error:
+                outcome = (None, error)
+            if outcome is not None:
+                done(*outcome)
+        finally:
+            if held is not None:
+                _release_interrupts(held)
+
     def _start_all(self, loop: asyncio.AbstractEventLoop, calls: list[Any]) -> None:
         """Start calls of the caller's `loop`. Called in the store's thread."""
         for call, waiter in calls:
@@ -229,8 +252,7 @@ class Portal:
                     call.close()
                     raise StoreClosed("the store is closed")
                 return False, hand_over(runtime.spawn(self._held_back(call), "held-back"))
-            awaited = call.send(None)
-            task = runtime.spawn(_go_on(call, awaited), "handed-over")
+            task = runtime.spawn(HalfRun(call, call.send(None)), "handed-over")
             task.add_done_callback(self._ended)
             has_ended = False
             return False, hand_over(task)
@@ -327,23 +349,13 @@ async def _watched(call: Coroutine[Any, Any, T], watch: Stopwatch) -> T:
     return await call
 
 
-async def _go_on(call: Coroutine[Any, Any, T], awaited: Any) -> T:
-    return await _resume(call, awaited)
-
-
-@types.coroutine
-def _resume(call: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """Drive a coroutine that already ran up to `awaited`."""
-    try:
-        while True:
-            try:
-                value = yield awaited
-            except BaseException as error:
-                awaited = call.throw(error)
-            else:
-                awaited = call.send(value)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+def _tell(done: Callable[[T | None, Exception | None], None], task: asyncio.Task[T]) -> None:
+    error = Unavailable("the call was cancelled") if task.cancelled() else task.exception()
+    if error is None:
+        done(task.result(), None)
+    else:
+        assert isinstance(error, Exception)
+        done(None, error)
 
 
 def _copy_outcome(task: asyncio.Task[T], waiter: asyncio.Future[T]) -> None:

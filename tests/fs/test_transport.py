@@ -12,9 +12,12 @@ from emberfs.messages import Message
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.transport import Connect, ConnectionConformance, NetworkConformance, Run
-from emberfs.transport import Connection, MemoryConnection, Network, Service, TcpConfig, TcpNetwork
+from emberfs.transport import Connection, LoadConfig, MemoryConnection, Network, Service, TcpConfig, TcpNetwork
 from emberfs.transport.certificates import issue, make_authority
 from emberfs.transport.region import allocate
+
+CALM = LoadConfig(wait_s_max=600.0)
+"""However slow the machine is, nothing is refused."""
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def tls_config(tmp_path_factory: pytest.TempPathFactory) -> TcpConfig:
     folder = tmp_path_factory.mktemp("tls")
     make_authority(folder / "authority", cluster="c1", now_s=time.time())
     files = issue(folder / "authority", ["127.0.0.1"], role="storage", into=folder / "own", now_s=time.time())
-    return TcpConfig(cluster="c1", role="storage", tls=files, shares_memory=False)
+    return TcpConfig(cluster="c1", role="storage", tls=files, shares_memory=False, load=CALM)
 
 
 class TestMemory(ConnectionConformance):
@@ -49,7 +52,7 @@ class TestMemory(ConnectionConformance):
 class TestPlain(NetworkConformance):
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime) -> Callable[[], TcpNetwork]:
-        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False))
+        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False, load=CALM))
 
     @pytest.fixture
     def address(self) -> str:
@@ -73,7 +76,7 @@ class TestShared(TestPlain):
 
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime) -> Callable[[], TcpNetwork]:
-        return lambda: TcpNetwork(runtime)
+        return lambda: TcpNetwork(runtime, TcpConfig(load=CALM))
 
 
 class TestSharedUnix(TestShared, TestUnix):

@@ -26,7 +26,10 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """A store, awaited. Get one from `emberfs.connect_async`; close it, or use it in an `async with` block."""
+    """A store, awaited. Get one from `emberfs.connect_async`; close it, or use it in an `async with` block.
+
+    It has no `io_queue`: `asyncio.gather` over its calls keeps as many reads in the air.
+    """
 
     def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)

@@ -26,6 +26,7 @@ from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
 from .handle import File
+from .io_queue import IoQueue
 from .namespace import Namespace, page_after
 
 T = TypeVar("T")
@@ -143,6 +144,11 @@ class Client:
         for file in open_files(items, self._attachment.store):
             file.flush()
         self._run(lambda core: batch_write(core, items))
+
+    def io_queue(self, depth: int = 64) -> IoQueue:
+        """Reads and writes that are begun now and waited for later, at most `depth`. Close it, or use `with`."""
+        core = self._attachment.live()
+        return IoQueue(self._attachment.store, core, depth)
 
     # --- names -----------------------------------------------------------------------------------------------------
 

@@ -132,6 +132,7 @@ def tcp_config(config: ServerConfig) -> TcpConfig:
         tls=tls,
         insecure=config.tls.insecure,
         admits_strangers=bool(config.manager.authority),
+        load=config.load.limits(),
     )
 
 

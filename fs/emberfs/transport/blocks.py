@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+_SCRATCH = memoryview(bytearray(64 << 10))
 KEPT_BYTES_MAX = 64 << 20
 POOLED_BYTES_MIN = 64 << 10
 """Smaller ones are not worth keeping."""
@@ -30,3 +33,10 @@ class BlockPool:
         if len(block) >= POOLED_BYTES_MIN and self._kept_bytes + len(block) <= KEPT_BYTES_MAX:
             self._kept_bytes += len(block)
             self._free.setdefault(len(block), []).append(block)
+
+
+def scratch(size: int) -> Iterator[memoryview]:
+    """Where bytes go that nobody wants: `size` of them, written by everybody and read by nobody."""
+    while size > 0:
+        yield _SCRATCH[:size]
+        size -= len(_SCRATCH)

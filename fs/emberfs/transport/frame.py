@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 from ..checksum import crc32c
 from ..errors import ProtocolError
 from ..types import BATCH_ITEMS_MAX
+from .blocks import scratch
 
 MAGIC = b"emb\xf3"
 PROTOCOL_MIN = 1
@@ -188,12 +189,11 @@ class FrameReader:
         self._is_stopped = True
         self._sinks.clear()
 
-    def divert(self, scratch: memoryview) -> None:
-        """The rest of the payload that is landing goes to `scratch` instead, over and over."""
+    def divert(self) -> None:
+        """Nobody wants the rest of the payload that is landing."""
         left = sum(len(sink) for sink in self._sinks)
         self._sinks.clear()
-        for begin in range(0, left, len(scratch)):
-            self._sinks.append(scratch[: min(len(scratch), left - begin)])
+        self._sinks.extend(scratch(left))
 
     def _parse(self) -> None:
         while not self._is_stopped:

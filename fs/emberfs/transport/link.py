@@ -22,6 +22,7 @@ from typing import NamedTuple
 from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
 from ..messages import Message
 from ..runtime import AsyncioRuntime
+from .blocks import scratch
 from .codec import decode_failure, decode_message
 from .config import TcpConfig
 from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame, encode_places
@@ -31,10 +32,6 @@ from .window import Window
 from .wire import Outgoing, Wire
 
 log = logging.getLogger("emberline.transport")
-
-_SCRATCH = memoryview(bytearray(64 << 10))
-"""Written by everybody, read by nobody."""
-
 
 PLACED_BYTES_MIN = 32 << 10
 """Below, to write and read the bytes on the socket costs less than to copy them and say where they are."""
@@ -174,9 +171,13 @@ class Link:
         if call.released is None:
             call.buffers = ()
         if self._arriving is not None and self._arriving[0] is call:
-            self.wire.reader.divert(_SCRATCH)
+            self.wire.reader.divert()
         if call.changes_nothing:  # An update goes on to its end anyway.
             self.wire.send(Outgoing(encode_frame(Kind.CANCEL, call.number)))
+
+    def disown(self, call: Call) -> None:
+        """The server may use the memory of `call`, which was given up, for ever: it is not ours any more."""
+        self._release(call, is_answered=False)
 
     @property
     def is_local(self) -> bool:
@@ -339,12 +340,12 @@ class Link:
         total = sum(frame.lengths)
         self._arriving = call, ProtocolError("given up")
         if call.future.done():
-            return _scratch(total)
+            return scratch(total)
         try:
             reply = decode_message(frame.body)
         except ProtocolError as error:
             self._arriving = call, error
-            return _scratch(total)
+            return scratch(total)
         self._arriving = call, reply
         if not frame.lengths:
             return ()
@@ -378,9 +379,3 @@ class Link:
         self._release(call, is_answered=True)
         if self.is_draining and not self._calls:
             self.wire.close_when_sent()
-
-
-def _scratch(size: int) -> Iterable[memoryview]:
-    while size > 0:
-        yield _SCRATCH[:size]
-        size -= len(_SCRATCH)

@@ -19,11 +19,12 @@ from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from .address import Address, is_loopback, parse_address
 from .blocks import BlockPool
-from .config import TcpConfig
+from .config import CONNECT_PATIENCE_MAX, TcpConfig
 from .door import Door
 from .handshake import certificate_of, this_host
 from .session import AdoptLane, Session
 from .tls import TlsContexts
+from .turns import Turns
 from .types import Service
 from .wire import Wire, start_tls
 
@@ -60,6 +61,7 @@ class TcpListener:
         self._meter = meter
         self._watch = watch
         self._pool = BlockPool()
+        self._turns = Turns(runtime, config.load)
         self._address = Address()
         self._sock: socket.socket | None = None
         self._door: Door | None = None
@@ -99,8 +101,7 @@ class TcpListener:
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """See `types.Listener`."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        await self._runtime.enter_loop()
         if self._sock is None:
             return
         sock, self._sock = self._sock, None
@@ -187,7 +188,7 @@ class TcpListener:
         """From a connection to a session that has greeted, in time."""
         session = None
         try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            async with asyncio.timeout(self._config.connect_timeout_s * CONNECT_PATIENCE_MAX):
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     if self._contexts is not None:
@@ -212,6 +213,7 @@ class TcpListener:
             config=self._config,
             pool=self._pool,
             meter=self._meter,
+            turns=self._turns,
             name=name,
             is_stranger=isinstance(sock, ssl.SSLSocket) and certificate_of(sock) is None,
             on_change=self._changed,

@@ -1,4 +1,6 @@
-"""The server's end of one connection: requests in, each one a task, and exactly one answer for each.
+"""The server's end of one connection: requests in, and exactly one answer for each.
+
+A request is served as soon as it is there: in place, until it waits for something; from then on it is a task.
 
 Invariants:
   - Nothing is served before the handshake, to a stranger nothing but `Join`, and to others what their role may send.
@@ -20,18 +22,20 @@ from socket import SO_KEEPALIVE, SOL_SOCKET, socket
 
 from msgspec.structs import replace
 
-from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
+from ..errors import AccessDenied, EmberError, LimitExceeded, Overloaded, ProtocolError, Unavailable
+from ..half_run import HalfRun
 from ..messages import Join, Message, ReadChunks
 from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from ..stopwatch import Stopwatch, current
-from .blocks import BlockPool
+from .blocks import BlockPool, scratch
 from .codec import decode_message, encode_failure, encode_message, kind_of
 from .config import TcpConfig
 from .door import Door
 from .frame import HEADER_BYTES_MAX, Frame, Kind, decode_places, encode_frame
 from .handshake import answer_hello, certificate_of, check_sender, decode_hello, encode_hello, this_host
 from .region import ForeignRegions
+from .turns import Line, Turn, Turns
 from .types import Service
 from .window import Window
 from .wire import Outgoing, Wire
@@ -42,19 +46,42 @@ AdoptLane = Callable[[int, bool], None]
 """Takes (socket that a lane of a client ends in, True if it is a stream) as its own. Raises OSError."""
 
 
-class _Served:
+class _Served(Turn):
     """A request, from its header to the last byte of its answer."""
 
     __slots__ = (
-        *("arrived_s", "block", "call", "is_answered", "is_placed"),
-        *("refusal", "request", "task", "views", "weight"),
+        "arrived_s",
+        "block",
+        "call",
+        "is_answered",
+        "is_placed",
+        "lengths",
+        "refusal",
+        "request",
+        "session",
+        "takes_turns",
+        "task",
+        "views",
+        "weight",
     )
 
-    def __init__(self, call: int, request: Message, weight: int) -> None:
-        self.call = call
-        self.request = request
+    def __init__(self, session: Session, frame: Frame, weight: int) -> None:
+        is_fetch = frame.kind == Kind.FETCH
+        body_bytes = len(frame.body)
+        super().__init__(
+            held_bytes=body_bytes if is_fetch else weight,
+            fills_bytes=weight - body_bytes if is_fetch else 0,
+            weight=weight,
+        )
+        self.session = session
+        self.call = frame.call
+        self.request = _NOBODY
         self.weight = weight
+        self.takes_turns = False
+        """Else it is served at once, whatever there is to do."""
         self.refusal: EmberError | None = None
+        self.lengths: Sequence[int] = ()
+        """Of buffers to fill, for which there is no memory before it begins."""
         self.block: memoryview | None = None
         self.views: list[memoryview] = []
         self.task: asyncio.Task[None] | None = None
@@ -64,6 +91,12 @@ class _Served:
         """Its views are the client's own memory."""
         self.is_answered = False
         """The answer is on its way out, or out."""
+
+    def begin(self) -> None:
+        self.session.start(self)
+
+    def refuse(self, error: Overloaded) -> None:
+        self.session.fail(self, error)
 
 
 class Session:
@@ -78,6 +111,7 @@ class Session:
         config: TcpConfig,
         pool: BlockPool,
         meter: Meter,
+        turns: Turns,
         name: str,
         is_stranger: bool,
         on_change: Callable[[Session], None],
@@ -97,6 +131,9 @@ class Session:
         self._config = config
         self._pool = pool
         self._meter = meter
+        self._turns = turns
+        self._line = Line()
+        self._reads = 0
         self._name = name
         self._is_stranger = is_stranger
         self._certificate = certificate_of(sock)
@@ -138,8 +175,8 @@ class Session:
             return self._arriving.views if kind == Kind.REQUEST else ()
         if kind == Kind.CANCEL:
             served = self._calls.get(frame.call)
-            if served is not None and served.task is not None and served.request.changes_nothing:
-                served.task.cancel()
+            if served is not None and served.request.changes_nothing:
+                self._stop(served)
         elif kind == Kind.HELLO:
             self._greet(frame)
         elif kind == Kind.REGION and self._is_admitted and self._regions is not None:
@@ -156,21 +193,24 @@ class Session:
         served, self._arriving = self._arriving, None
         if served is None:
             return
+        served.arrived_s = self._runtime.now_s()
         if served.refusal is not None:
-            self._fail(served, served.refusal)
+            self.fail(served, served.refusal)
+        elif served.takes_turns:
+            is_first, self._reads = self._reads != self.wire.reads, self.wire.reads
+            self._turns.enter(self._line, served, at_once=is_first)
         else:
-            served.arrived_s = self._runtime.now_s()
-            served.task = self._runtime.spawn(self._serve(served), "transport-serve")
-            served.task.add_done_callback(functools.partial(self._look_stopped, served))
+            self.start(served)
 
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             log.warning("connection from %s closed: %s", self._name, error)
         if not self.greeted.done():
             self.greeted.set_result(None)
+        self._turns.leave(self._line)
         for served in list(self._calls.values()):
             if served.task is None or served.is_answered:
-                del self._calls[served.call]
+                self._forget(served)
             elif served.request.changes_nothing:
                 served.task.cancel()
         self._on_change(self)
@@ -242,7 +282,7 @@ class Session:
         weight = total + len(frame.body)
         if not self._window.has_room(weight):
             raise ProtocolError(f"more is under way than was agreed: {self._window.calls} calls")
-        served = _Served(frame.call, _NOBODY, weight)
+        served = _Served(self, frame, weight)
         body, placed = frame.body, None
         if frame.kind == Kind.PLACED:
             if self._regions is None:
@@ -258,6 +298,11 @@ class Session:
                 raise Unavailable("the server is shutting down")
             if placed is None and (frame.kind == Kind.FETCH) != (served.request.fills_buffers and bool(frame.lengths)):
                 raise ProtocolError("buffers to be filled where bytes are sent, or the other way round")
+            if served.request.takes_turns:
+                if placed is not None and served.request.fills_buffers:
+                    served.held_bytes = len(frame.body)  # The rest is the client's own memory.
+                self._turns.admit(self._line, served)
+                served.takes_turns = True
         except EmberError as error:
             served.refusal = error
         self._window.take(weight)
@@ -265,30 +310,59 @@ class Session:
         if placed is not None and served.request.fills_buffers:
             served.views, served.is_placed = placed, True
             return served
-        served.block = block = self._pool.take(total)
-        begin = 0
-        for length in frame.lengths:
-            served.views.append(block[begin : begin + length])
-            begin += length
+        if frame.kind == Kind.FETCH:
+            served.lengths = frame.lengths
+            return served
+        if served.refusal is not None:
+            served.views = list(scratch(total)) if frame.kind == Kind.REQUEST else []
+            return served
+        self._make_room(served, frame.lengths)
         if placed is not None:
             for view, theirs in zip(served.views, placed, strict=True):
                 view[:] = theirs  # Once; what is checked and stored is ours: they may change theirs at any time.
         return served
 
-    async def _serve(self, served: _Served) -> None:
+    def _make_room(self, served: _Served, lengths: Sequence[int]) -> None:
+        served.block = block = self._pool.take(sum(lengths))
+        begin = 0
+        for length in lengths:
+            served.views.append(block[begin : begin + length])
+            begin += length
+
+    def _stop(self, served: _Served) -> None:
+        """Nobody waits for its answer any more."""
+        if served.task is not None:
+            served.task.cancel()
+        elif served.takes_turns and self._turns.withdraw(self._line, served):
+            self.fail(served, Unavailable("the call was cancelled"))
+
+    def start(self, served: _Served) -> None:
+        """Serve a request; in place, if its handler waits for nothing."""
+        if served.lengths:
+            self._make_room(served, served.lengths)
         watch = self._meter.watch()
-        current.set(watch)  # Of this task, and of those that it spawns.
+        call = self._serve(served, watch)
+        before = current.set(watch)  # Of what is done here, of its task and of those that it spawns.
+        try:
+            awaited = call.send(None)
+            served.task = self._runtime.spawn(HalfRun(call, awaited), "transport-serve")
+        except StopIteration:
+            return
+        finally:
+            current.reset(before)
+
+    async def _serve(self, served: _Served, watch: Stopwatch) -> None:
         try:
             reply = await self._service.handle(served.request, served.views)
             body = encode_message(reply)
             if len(body) > HEADER_BYTES_MAX - 4 * len(served.views):
                 raise LimitExceeded(f"a reply of {len(body)} bytes is over the limit: ask for less at once")
+        except asyncio.CancelledError as stopped:
+            self._count(served, watch, type(stopped).__name__)
+            self.fail(served, Unavailable("the call was cancelled"))
         except Exception as error:
             self._count(served, watch, type(error).__name__)
-            self._fail(served, error)
-        except BaseException as stopped:
-            self._count(served, watch, type(stopped).__name__)
-            raise
+            self.fail(served, error)
         else:
             self._count(served, watch, "")
             self._reply(served, reply, body)
@@ -304,11 +378,6 @@ class Session:
             error=error,
         )
 
-    def _look_stopped(self, served: _Served, task: asyncio.Task[None]) -> None:
-        """Answers for a task that was stopped: it may have been before its first step."""
-        if task.cancelled():
-            self._fail(served, Unavailable("the call was cancelled"))
-
     def _reply(self, served: _Served, reply: Message, body: bytes) -> None:
         counts: Sequence[int] = ()
         payload: list[memoryview] = []
@@ -320,23 +389,32 @@ class Session:
             payload = [view[:count] for view, count in zip(served.views, counts, strict=True)]
         self._answer(served, encode_frame(Kind.REPLY, served.call, body, counts), payload)
 
-    def _fail(self, served: _Served, error: Exception) -> None:
+    def fail(self, served: _Served, error: Exception) -> None:
         served.block = None
         self._answer(served, encode_frame(Kind.ERROR, served.call, encode_failure(error, served.request)))
 
-    def _answer(self, served: _Served, header: bytes, payload: Iterable[memoryview] = ()) -> None:
+    def _answer(self, served: _Served, header: bytes, payload: Sequence[memoryview] = ()) -> None:
         served.is_answered = True
         if self.wire.is_closed:
             self._ended(served)
-        else:
-            self.wire.send(Outgoing(header, payload, functools.partial(self._ended, served)))
+            return
+        if served.takes_turns:
+            self._turns.answer(self._line, served, sum(map(len, payload)))
+        self.wire.send(Outgoing(header, payload, functools.partial(self._ended, served)))
 
     def _ended(self, served: _Served) -> None:
-        self._calls.pop(served.call, None)
-        self._window.give(served.weight)
+        self._forget(served)
         if served.block is not None:
             self._pool.give(served.block)
         self._on_change(self)
+
+    def _forget(self, served: _Served) -> None:
+        """Nothing is held for it any more."""
+        if self._calls.pop(served.call, None) is None:
+            return
+        self._window.give(served.weight)
+        if served.takes_turns:
+            self._turns.end(self._line, served)
 
 
 _NOBODY = Message()

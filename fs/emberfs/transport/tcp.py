@@ -1,7 +1,8 @@
 """The network of a process: what it serves and whom it reaches, over TCP (with TLS) and unix sockets.
 
 Both sides send a sign of life every `ping_s` while they have nothing else to say, and give up a peer that was silent
-for `dead_s`. None is answered, so that a peer which is alive but reads slowly is not taken for dead.
+for `dead_s`. None is answered, so that a peer which is alive but reads slowly is not taken for dead; one that reads
+nothing at all of what is there for it is given up after `stall_s`.
 
 Does not know: what is said.
 """
@@ -46,8 +47,8 @@ class TcpNetwork:
         self._connections: dict[str, TcpConnection] = {}
         self._listeners: list[TcpListener] = []
         self._adopt_lane = adopt_lane
-        self._wires: dict[Wire, int] = {}
-        """Those that are watched -> how many ticks they have been silent."""
+        self._wires: dict[Wire, _Still] = {}
+        """Those that are watched."""
         self._blocks = Blocks() if self._config.shares_memory else None
         self._watching: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -70,8 +71,7 @@ class TcpNetwork:
 
     async def serve(self, address: str, service: Service) -> TcpListener:
         """See `types.Network`. Raises InvalidPath, AccessDenied (TLS is missing), OSError (the address is taken)."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        await self._runtime.enter_loop()
         if self._is_closed:
             raise StoreClosed("the network was closed")
         listener = TcpListener(
@@ -97,8 +97,7 @@ class TcpNetwork:
 
     async def close(self) -> None:
         """See `types.Network`."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)
+        await self._runtime.enter_loop()
         self._is_closed = True
         for connection in self._connections.values():
             await connection.close()
@@ -116,25 +115,37 @@ class TcpNetwork:
             wire.forget_after_fork()
 
     def _watch(self, wire: Wire) -> None:
-        self._wires[wire] = 0
+        self._wires[wire] = _Still()
         if self._watching is None:
             self._watching = self._runtime.spawn(self._keep_watch(), "transport-watch")
 
     async def _keep_watch(self) -> None:
         config = self._config
         tick_s = config.ping_s / TICKS_PER_PING
-        silent_ticks_max = config.dead_s / tick_s
         tick = 0
         while True:
             await self._runtime.sleep(tick_s)
             tick += 1
-            for wire, silent_ticks in list(self._wires.items()):
+            for wire, still in list(self._wires.items()):
                 if wire.is_closed:
                     del self._wires[wire]
                     continue
-                self._wires[wire] = silent_ticks = 0 if wire.heard else silent_ticks + 1
-                wire.heard = False
-                if silent_ticks >= silent_ticks_max:
+                still.silent_ticks = 0 if wire.heard else still.silent_ticks + 1
+                still.stalled_ticks = 0 if wire.moved or not wire.is_sending else still.stalled_ticks + 1
+                wire.heard = wire.moved = False
+                if still.silent_ticks >= config.dead_s / tick_s:
                     wire.lose(ConnectionError(f"silent for {config.dead_s} s"))
+                elif still.stalled_ticks >= config.stall_s / tick_s:
+                    wire.lose(ConnectionError(f"has not read for {config.stall_s} s"))
                 elif tick % TICKS_PER_PING == 0 and not wire.is_sending:
                     wire.send(Outgoing(_PING))
+
+
+class _Still:
+    """For how many ticks a peer has said nothing, and has taken nothing of what is there for it."""
+
+    __slots__ = ("silent_ticks", "stalled_ticks")
+
+    def __init__(self) -> None:
+        self.silent_ticks = 0
+        self.stalled_ticks = 0

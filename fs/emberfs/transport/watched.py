@@ -5,7 +5,7 @@ Does not know: connections.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 
 from ..messages import Message
 from ..runtime import Runtime
@@ -18,20 +18,20 @@ async def watched(
     runtime: Runtime,
     request: Message,
     buffers: Sequence[memoryview],
-    call: Callable[[Message, Sequence[memoryview]], Awaitable[Message]],
+    call: Awaitable[Message],
 ) -> Message:
     """The reply of `call`; meanwhile `watch` knows that a server is waited for."""
     if watch.sent is None:
         watch.begin_servers()
         try:
-            return await call(request, buffers)
+            return await call
         finally:
             watch.end_servers()
     error = ""
     began_s = runtime.now_s()
     watch.begin_servers()
     try:
-        return await call(request, buffers)
+        return await call
     except BaseException as raised:
         error = type(raised).__name__
         raise

@@ -86,6 +86,10 @@ class Wire:
         self.reader = FrameReader(peer)
         self.heard = True
         """Set when bytes come in; whoever watches for silence clears it."""
+        self.moved = True
+        """Set when bytes go out; whoever watches for a peer that does not read clears it."""
+        self.reads = 0
+        """So often bytes came in: frames that came at once find the same number."""
         self.is_closed = False
         self._loop = loop
         self._sock = sock
@@ -192,6 +196,7 @@ class Wire:
             if not count:
                 raise ConnectionError("the other side closed the connection")
             self.heard = True
+            self.reads += 1
             self.reader.buffer_updated(count)
             if count < len(buffer) and self._tls is None:
                 return
@@ -217,6 +222,7 @@ class Wire:
                     self._consume(self._send_parts())
                 else:
                     self._send_piece(self._tls)
+                self.moved = True
             else:
                 self._block()
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
