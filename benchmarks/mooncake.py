@@ -1,7 +1,7 @@
 """Mooncake Store over TCP, in an environment of its own (`python -m benchmarks --setup` makes it) and other processes.
 
-Its wheel needs Debian's libibverbs1, librdmacm1 and libnl-route-3-200; where they are missing it is left out, and said so.
-Its client checks each value with the same CRC32C.
+Its wheel needs Debian's libibverbs1, librdmacm1 and libnl-route-3-200; where they are missing it is left out, and
+`--setup` says so. Its client checks each value with the same CRC32C.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MooncakeValues:
         options += [f"--http_metadata_server_port={metadata}", f"--metrics_port={metrics}", "--logtostderr"]
         binary = next(VENV.glob("lib/python*/site-packages/mooncake/mooncake_master"))
         log = (directory / "log").open("w")
-        self._processes = [subprocess.Popen([binary, *options], stdout=log, stderr=log)]
+        self._processes = [subprocess.Popen([binary, *options], stdout=log, stderr=log, text=True)]
         self._workers = {}
         for role in ("owner", "reader"):
             command = [VENV / "bin" / "python", WORKER, role, str(master), str(metadata)]

@@ -41,12 +41,8 @@ class Worker:
 
     def run(self) -> None:
         for call in self.calls:
-            sizes = (
-                [self.store.get_size(str(call[0]))] * len(call)
-                if not self.item_bytes
-                else [self.item_bytes] * len(call)
-            )
-            self.item_bytes = sizes[0]
+            self.item_bytes = self.item_bytes or self.store.get_size(str(call[0]))
+            sizes = [self.item_bytes] * len(call)
             places = [at * self.item_bytes for at in range(len(call))]
             pointers = [self.address + place for place in places]
             counts = self.store.batch_get_into([str(number) for number in call], pointers, sizes)

@@ -187,7 +187,7 @@ class RedisValues:
 
 
 class RedisPyValues:
-    """The same server over TCP, read as programs do: redis-py with hiredis. `bare` is the client that does the least."""
+    """The same server over TCP, read as programs do: redis-py with hiredis. `bare` is a client that does the least."""
 
     def __init__(self, directory: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:

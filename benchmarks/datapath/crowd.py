@@ -34,12 +34,8 @@ Connect = Callable[[], tuple[Read, Callable[[], None]]]
 """Makes a client: (reads an offset, ends)."""
 
 
-def crowd_rows(directory: Path, cluster: LocalCluster, size: Size) -> list[Row]:
-    """All rows."""
-    return [_tail_row(directory, cluster, size), *_growth_rows(cluster, size)]
-
-
-def _tail_row(directory: Path, cluster: LocalCluster, size: Size) -> Row:
+def tail_row(directory: Path, cluster: LocalCluster, size: Size) -> Row:
+    """How much longer than usual a client has to wait now and then."""
     data_bytes = min(size.data_bytes, 256 * MIB)
     ours, bare, ratios = [], [], []
     for _ in range(size.rounds):
@@ -66,23 +62,21 @@ def _tail(connect: Connect, data_bytes: int, reads: int) -> float:
     return latencies[len(latencies) * 99 // 100] / latencies[len(latencies) // 2]
 
 
-def _growth_rows(cluster: LocalCluster, size: Size) -> list[Row]:
-    """MiB/s of 1, 2 and 4 client processes on one server's file, and of one process on files of 1, 2 and 4 servers."""
+def growth_rows(cluster: LocalCluster, size: Size, *, servers: int) -> list[Row]:
+    """MiB/s of 1, 2 and 4 client processes together."""
     data_bytes, reads = min(size.data_bytes, 256 * MIB), 4 * size.crowd_reads
-    rows = []
     rates: dict[int, list[float]] = {1: [], 2: [], 4: []}
     for _ in range(size.rounds):
         for clients in rates:
-            begin_s = time.perf_counter()
-            done = len(_crowd(_through(cluster), clients, clients, data_bytes, reads))
-            spent_s = time.perf_counter() - begin_s
-            rates[clients].append(done * ITEM_BYTES / MIB / spent_s)
+            latencies = _crowd(_through(cluster), clients, clients, data_bytes, reads)
+            # Each client reads without a pause, so its latencies are the time it took.
+            rates[clients].append(len(latencies) * ITEM_BYTES / MIB / (sum(latencies) / clients))
     one = statistics.median(rates[1])
+    rows = []
     for clients, found in rates.items():
+        title = f"64 KiB reads, {clients} clients, {servers} servers, MiB/s"
         rate = statistics.median(found)
-        rows.append(
-            Row(row=f"64 KiB reads of {clients} clients, MiB/s", ours=rate, ratio=rate / one, baseline="1 client")
-        )
+        rows.append(Row(row=title, ours=rate, ratio=rate / one, baseline="1 client"))
     return rows
 
 

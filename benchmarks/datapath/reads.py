@@ -30,7 +30,7 @@ SHM_GOALS: dict[tuple[int, int], tuple[float | None, float | None]] = {
     (64 * KIB, 16): (0.4, 1.5),
     (4 * KIB, 256): (0.55, None),
 }
-"""(item bytes, items per call) -> ours / preadv, ours / redis. 4 KiB has the goal of a native path, see `emberfs.lane`."""
+"""(item bytes, items per call) -> ours / preadv, ours / redis. 4 KiB has the goal of a native path: `emberfs.lane`."""
 TCP_GOALS = {(MIB, 1): (1.3, 0.6), (64 * KIB, 16): (1.3, 0.6)}
 """-> ours / redis-py and Mooncake, ours / raw socket loop."""
 

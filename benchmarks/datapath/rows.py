@@ -42,6 +42,8 @@ def run(directory: Path, size: Size) -> list[Row]:
         _load(shm, corpus)
         for item_bytes, count in reads.SHM_GOALS:
             rows += reads.shm_rows(directory, shm, corpus, size, item_bytes, count)
+        rows.append(crowd.tail_row(directory, shm, size))
+        rows += crowd.growth_rows(shm, size, servers=1)
     with _cluster(directory / "tcp", nodes=1, tls=False) as plain:
         _load(plain, corpus)
         for item_bytes, count in reads.TCP_GOALS:
@@ -50,7 +52,7 @@ def run(directory: Path, size: Size) -> list[Row]:
         rows += writes.write_rows(directory, three, size)
     with _cluster(directory / "crowd", nodes=4) as four:
         _load(four, corpus[: 256 * MIB])
-        rows += crowd.crowd_rows(directory, four, size)
+        rows += crowd.growth_rows(four, size, servers=4)
     return rows
 
 
