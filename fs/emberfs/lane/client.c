@@ -14,8 +14,18 @@
 
 #define LANES_MAX 64
 #define EAGER_MAX 8
-#define TRIES_EVERY 64 /* calls of a thread that does not look any more: then it tries again */
+#define TRIES_EVERY 1024 /* waits of a thread that does not look any more: then it tries again. A look in vain is slow. */
 #define LOOK_NS 100000000 /* so often the caller is asked about signals, which may have come to another thread */
+
+static __thread int eager = EAGER_MAX; /* how often, lately, an answer came while this thread looked for it */
+static __thread unsigned waits;
+
+int64_t lane_spin_ns(int64_t spin_ns) { return eager > 0 || ++waits % TRIES_EVERY == 0 ? spin_ns : 0; }
+
+void lane_looked(int has_come) {
+    if (has_come) eager += eager < EAGER_MAX;
+    else eager = eager > 2 ? eager - 2 : 0;
+}
 
 struct answer {
     struct lane_head head;
@@ -48,10 +58,7 @@ static int send_request(const struct lane_request *request, int64_t until_ns) {
 
 int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns) {
     static __thread struct answer answer;
-    static __thread int eager = EAGER_MAX; /* how often, lately, the answer came while we looked for it */
-    static __thread unsigned calls;
     int left = 0, has_slept = 0;
-    if (eager == 0 && ++calls % TRIES_EVERY) spin_ns = 0;
     for (int at = 0; at < count && !is_sent; at++) {
         requests[at].is_done = requests[at].size == 0;
         if (send_request(&requests[at], until_ns) != 0) return -1;
@@ -64,6 +71,7 @@ int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t
         }
         left += !request->is_done;
     }
+    if (left) spin_ns = lane_spin_ns(spin_ns);
     int64_t spin_until_ns = lane_now_ns() + spin_ns;
     while (left) {
         for (int at = 0; at < count; at++) {
@@ -74,8 +82,7 @@ int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t
             left -= came;
         }
         if (!left) {
-            if (has_slept) eager = eager > 2 ? eager - 2 : 0;
-            else if (spin_ns) eager += eager < EAGER_MAX;
+            if (spin_ns) lane_looked(!has_slept);
             return 0;
         }
         int64_t now_ns = lane_now_ns();

@@ -155,6 +155,11 @@ struct lane_request {
     int is_done;
 };
 
+/* Nanoseconds for which this thread should look for an answer before it sleeps: `spin_ns`, or 0 if that was in vain of
+   late. `lane_looked` tells whether it came meanwhile. */
+int64_t lane_spin_ns(int64_t spin_ns);
+void lane_looked(int has_come);
+
 /* Exchange one request on each lane. Returns 0; -1: a lane is lost or says nothing in time; -2: look whether a signal
    came, and call again with `is_sent` set. */
 int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns);

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sendfile.h>
@@ -17,6 +18,7 @@
 
 #define SENDFILE_BYTES_MIN (64u << 10) /* below, to copy costs less than a system call of its own */
 #define DIRECT_BYTES_MIN (32u << 10)
+#define SPIN_NS 50000
 
 #define PATIENCE_MS 30000 /* a client that takes nothing for so long is gone */
 
@@ -232,12 +234,26 @@ struct incoming {
 };
 
 static ssize_t receive_some(struct incoming *incoming, void *into, size_t size) {
+    int64_t began_ns = 0, spin_ns = 0;
+    int has_slept = 0;
     for (;;) {
         ssize_t count = recv(incoming->fd, into, size, MSG_DONTWAIT);
-        if (count > 0) return count;
+        if (count > 0) {
+            if (spin_ns) lane_looked(!has_slept);
+            return count;
+        }
         if (count == 0 || (errno != EAGAIN && errno != EINTR)) return -1;
-        int64_t left_ns = incoming->until_ns - lane_now_ns();
+        int64_t now_ns = lane_now_ns(), left_ns = incoming->until_ns - now_ns;
         if (left_ns <= 0) return -1;
+        if (!began_ns) {
+            began_ns = now_ns;
+            spin_ns = lane_spin_ns(SPIN_NS);
+        }
+        if (now_ns - began_ns < spin_ns) {
+            sched_yield();
+            continue;
+        }
+        has_slept = 1;
         struct pollfd wait = {.fd = incoming->fd, .events = POLLIN};
         struct timespec rest = {left_ns / 1000000000, left_ns % 1000000000};
         if (ppoll(&wait, 1, &rest, NULL) < 0 && errno != EINTR) return -1;
