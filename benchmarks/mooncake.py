@@ -7,6 +7,7 @@ Its wheel needs Debian's libibverbs1, librdmacm1 and libnl-route-3-200; where th
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class MooncakeValues:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
+        self._directory = directory
         master, metadata, metrics = _free_ports(3)
         options = [
             f"--rpc_port={master}",
@@ -56,7 +58,7 @@ class MooncakeValues:
         self._processes = [subprocess.Popen([binary, *options], stdout=log, stderr=log, text=True)]
         self._workers = {}
         for role in ("owner", "reader"):
-            command = [VENV / "bin" / "python", WORKER, role, str(master), str(metadata)]
+            command = [VENV / "bin" / "python", "-P", WORKER, role, str(master), str(metadata)]
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
             self._workers[role] = worker
             self._processes.append(worker)
@@ -95,6 +97,7 @@ class MooncakeValues:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
+        shutil.rmtree(self._directory)
 
 
 def _free_ports(count: int) -> list[int]:
