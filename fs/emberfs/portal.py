@@ -57,7 +57,7 @@ class Portal:
 
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         """Run `call` to its end and return its result. Blocks the calling thread only. Raises StoreClosed."""
-        held = _hold_interrupts()
+        held = hold_interrupts()
         ledger = self.ledger
         began_s, watch = self._now_s(), ledger.watch() if ledger.is_close else None
         try:
@@ -74,7 +74,7 @@ class Portal:
                 ledger.note_waits(call.cr_code, watch)  # type: ignore[attr-defined]
                 current.set(None)
             if held is not None:
-                _release_interrupts(held)
+                release_interrupts(held)
 
     def drain(self) -> None:
         """Take no more calls but `run_last`, and wait for those that have begun. Those held back are refused."""
@@ -146,14 +146,14 @@ class Portal:
             self._started.add(loop, (call, waiter))
         else:
             deliver = functools.partial(self._outcomes.deliver, loop, waiter)
-            held = _hold_interrupts()
+            held = hold_interrupts()
             try:
                 done, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(deliver))
             finally:
                 if watch is not None:
                     current.set(None)
                 if held is not None:
-                    _release_interrupts(held)
+                    release_interrupts(held)
             if done:
                 return value  # type: ignore[no-any-return]
         try:
@@ -173,7 +173,7 @@ class Portal:
         if threading.get_ident() == self._runtime.loop.thread_ident:
             self._start(call, "begun").add_done_callback(told)
             return
-        held = _hold_interrupts()
+        held = hold_interrupts()
         outcome: tuple[Any, Exception | None] | None = None
         try:
             try:
@@ -185,7 +185,7 @@ class Portal:
                 done(*outcome)
         finally:
             if held is not None:
-                _release_interrupts(held)
+                release_interrupts(held)
 
     def _start_all(self, loop: asyncio.AbstractEventLoop, calls: list[Any]) -> None:
         """Start calls of the caller's `loop`. Called in the store's thread."""
@@ -388,7 +388,7 @@ class _HeldInterrupts:
         self.came = True
 
 
-def _hold_interrupts() -> _HeldInterrupts | None:
+def hold_interrupts() -> _HeldInterrupts | None:
     """Hold SIGINT back from now on. None where it cannot come (another thread) or is not Python's to handle."""
     if threading.get_ident() != threading.main_thread().ident:
         return None
@@ -400,7 +400,8 @@ def _hold_interrupts() -> _HeldInterrupts | None:
     return held
 
 
-def _release_interrupts(held: _HeldInterrupts) -> None:
+def release_interrupts(held: _HeldInterrupts) -> None:
+    """What came meanwhile is raised now."""
     _set_handler(_SIGINT, held.previous)
     if held.came:
         signal.raise_signal(signal.SIGINT)

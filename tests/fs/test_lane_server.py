@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -367,5 +368,63 @@ def test_nothing_is_left_of_lanes_and_servers(file: File) -> None:
         for probe in probes[3:]:
             assert probe.is_over()
             probe.close()
-        del probe, probes
+        del probe, probes, server
     assert open_descriptors() <= before
+
+
+def test_descriptors_that_nobody_asked_for_are_closed(server: Any, file: File, probe: LaneProbe) -> None:
+    file.put(server)
+    bad = LaneProbe(server)
+    before = open_descriptors()
+    for count in (2, 3, 4, 5, 9):
+        descriptors = array("i", [bad.region.fd] * count)
+        head = HEAD.pack(MAGIC, 3, 0, 100 + count)
+        bad.socket.sendmsg([head], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+        assert bad.is_over()
+        bad.close()
+        bad = LaneProbe(server)
+    assert probe.read(CHUNK, 0, 10) == file.content[:10]
+    bad.close()
+    assert open_descriptors() <= before
+
+
+def test_how_much_memory_is_mapped_is_bounded(server: Any, file: File, probe: LaneProbe) -> None:
+    file.put(server)
+    bad = LaneProbe(server)
+    fd = _memfd(1 << 41, sealed=True)
+    bad.tell(77, fd)
+    assert bad.is_over()
+    os.close(fd)
+    bad.close()
+    assert probe.read(CHUNK, 0, 10) == file.content[:10]
+
+
+def test_files_may_be_closed_after_clear_while_they_are_read(server: Any, tmp_path: Path) -> None:
+    """The number of a file may be another one's by then: that one is never read."""
+    slow = StreamProbe(server, size=20 * 300_000)
+    file = File(tmp_path / "first", b"1" * 300_000)
+    file.put(server)
+    slow.send(*[slow.item(CHUNK, 0, 300_000, place=300_000 * at) for at in range(20)])
+    time.sleep(0.2)
+    server.clear(1)
+    os.close(file.fd)
+    other = File(tmp_path / "second", b"2" * 300_000)
+    assert other.fd == file.fd, "the test wants the same number"
+    assert slow.receive() == [DECLINED] * 20
+    assert b"2" not in bytes(slow.memory)
+    other.put(server)
+    assert slow.read(CHUNK, 0, 10) == b"2" * 10
+    slow.close()
+    os.close(other.fd)
+
+
+def test_a_server_that_was_never_made_says_so() -> None:
+    empty = native.Server.__new__(native.Server)
+    for call in (
+        lambda: empty.clear(1),
+        lambda: empty.stats(),
+        lambda: empty.drop(1, CHUNK),
+        lambda: empty.allow(1, 1),
+    ):
+        with pytest.raises(ValueError, match="not initialised"):
+            call()

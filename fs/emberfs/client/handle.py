@@ -59,7 +59,7 @@ class File(io.BufferedIOBase):
         self.lane_spec: bytes | None = None
         """What lanes know of it; see `lane.client`, whose these three are."""
         self.lane_servers: list[str] = []
-        self.lane_version = -1
+        self.lane_version = (-1, -1)
 
     def __repr__(self) -> str:
         return f"<emberfs.File {self.name!r} mode={self.mode!r}{' closed' if self.closed else ''}>"

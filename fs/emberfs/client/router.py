@@ -289,9 +289,16 @@ class StorageRouter:
         return self.routes.address(target.target), target.target
 
     def _load(self, target: ChainTarget) -> tuple[bool, int]:
-        address = self.routes.address(target.target)
-        is_far = bool(self.config.host) and self.routes.host(address) != self.config.host
-        return is_far, self._in_the_air.get(address, 0)
+        return self._is_far(target), self._in_the_air.get(self.routes.address(target.target), 0)
+
+    def _is_far(self, target: ChainTarget) -> bool:
+        """It is not on this host, if we know ours."""
+        return bool(self.config.host) and self.routes.host(self.routes.address(target.target)) != self.config.host
+
+    def usual(self, chain: Chain) -> list[str]:
+        """The servers that a read of `chain` goes to, when nothing else is in the air: the first one before others."""
+        order = sorted(self.routes.preferred(chain, chain.serving), key=self._is_far)
+        return [self.routes.address(target.target) for target in sorted(order, key=self._is_suspect)]
 
     def _is_suspect(self, target: ChainTarget) -> bool:
         suspect = self._suspects.get(self.routes.address(target.target))

@@ -92,7 +92,7 @@ class ClusterStore:
         self.storage = StorageRouter(self.runtime, self.network, self.routes, config=router_config)
         self.lanes: LaneReader | None = None
         if native is not None and config.read_from is ReadFrom.LOAD and not config.uncommitted:
-            self.lanes = LaneReader(self.runtime, self.portal, self.network, self.routes)
+            self.lanes = LaneReader(self.runtime, self.portal, self.network, self.routes, usual=self.storage.usual)
         self.meta = MetaRouter(self.runtime, self.network, self.routes)
         try:
             with explained(credentials):

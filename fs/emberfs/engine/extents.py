@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from .record import Extent
 
+CHANGES_KEPT = 4096
 ENTRY_BYTES = 400
 """What an entry takes beside its row: the dictionary, the key, the tuples."""
 
@@ -50,7 +51,11 @@ class Extents:
     def __init__(self, bytes_max: int) -> None:
         self.mirror: Mirror | None = None
         self.changes = 0
-        """How many changes have begun: what a read notes must be from the present one."""
+        """How many changes have begun; a read that begins remembers it."""
+        self._changed_at: dict[bytes, int] = {}
+        """Chunks -> their last change, of the newest CHANGES_KEPT."""
+        self._forgotten_at = 0
+        """A change of any other chunk was no later."""
         self._bytes_max = bytes_max
         self._bytes = 0
         self._known: dict[bytes, Known] = {}
@@ -63,7 +68,8 @@ class Extents:
 
     def note(self, chunk: bytes, known: Known, *, file: int, block: int, changes: int) -> None:
         """A read has found this, that began when there had been so many `changes`. It lies at `block` of `file`."""
-        if changes != self.changes or chunk in self._changing or self._is_stopped:
+        last = self._changed_at.get(chunk, self._forgotten_at)
+        if last > changes or chunk in self._changing or self._is_stopped:
             return
         self._drop(chunk)
         self._known[chunk] = known
@@ -80,6 +86,11 @@ class Extents:
         self.changes += 1
         for chunk in self._changing:
             self._drop(chunk)
+            self._changed_at.pop(chunk, None)
+            self._changed_at[chunk] = self.changes
+        while len(self._changed_at) > CHANGES_KEPT:
+            oldest = next(iter(self._changed_at))
+            self._forgotten_at = self._changed_at.pop(oldest)
 
     def end_change(self) -> None:
         """The rows say what they will say."""

@@ -15,7 +15,6 @@
 #define LANES_MAX 64
 #define EAGER_MAX 8
 #define TRIES_EVERY 1024 /* waits of a thread that does not look any more: then it tries again. A look in vain is slow. */
-#define LOOK_NS 100000000 /* so often the caller is asked about signals, which may have come to another thread */
 
 static __thread int eager = EAGER_MAX; /* how often, lately, an answer came while this thread looked for it */
 static __thread unsigned waits;
@@ -43,45 +42,41 @@ static int take(int fd, const struct lane_head *request, int32_t *counts, struct
     return 1;
 }
 
-static int send_request(const struct lane_request *request, int64_t until_ns) {
+static int not_interrupted(void) { return 0; }
+
+int (*lane_is_interrupted)(void) = not_interrupted;
+
+static int send_request(struct lane_request *request, int64_t until_ns) {
     for (size_t done = 0; done < request->size;) {
         const char *from = (const char *)request->head + done;
         ssize_t count = send(request->fd, from, request->size - done, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (count > 0) request->is_pending = 1;
         if (count >= 0) done += (size_t)count;
         else if (errno == EAGAIN && request->is_stream && lane_now_ns() < until_ns) {
             struct pollfd wait = {.fd = request->fd, .events = POLLOUT};
-            poll(&wait, 1, LOOK_NS / 1000000);
+            if (poll(&wait, 1, LANE_LOOK_NS / 1000000) <= 0 && lane_is_interrupted()) return -1;
         } else if (errno != EINTR) return -1;
     }
     return 0;
 }
 
-int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns) {
+/* Wait for the answers of local lanes. */
+static int take_local(struct lane_request *requests, int count, int64_t spin_ns, int64_t until_ns) {
     static __thread struct answer answer;
-    int left = 0, has_slept = 0;
-    for (int at = 0; at < count && !is_sent; at++) {
-        requests[at].is_done = requests[at].size == 0;
-        if (send_request(&requests[at], until_ns) != 0) return -1;
-    }
-    for (int at = 0; at < count; at++) {
-        struct lane_request *request = &requests[at];
-        if (!request->is_done && request->is_stream) {
-            if (lane_stream_take(request->fd, request->head, request->into, request->counts, until_ns) != 0) return -1;
-            request->is_done = 1;
-        }
-        left += !request->is_done;
-    }
-    if (left) spin_ns = lane_spin_ns(spin_ns);
+    int has_slept = 0;
+    spin_ns = lane_spin_ns(spin_ns);
     int64_t spin_until_ns = lane_now_ns() + spin_ns;
-    while (left) {
+    for (;;) {
+        struct pollfd waits[LANES_MAX];
+        int waiting = 0;
         for (int at = 0; at < count; at++) {
-            if (requests[at].is_done) continue;
+            if (!requests[at].is_pending) continue;
             int came = take(requests[at].fd, requests[at].head, requests[at].counts, &answer);
             if (came < 0) return -1;
-            requests[at].is_done = came;
-            left -= came;
+            requests[at].is_pending = !came;
+            if (!came) waits[waiting++] = (struct pollfd){.fd = requests[at].fd, .events = POLLIN};
         }
-        if (!left) {
+        if (!waiting) {
             if (spin_ns) lane_looked(!has_slept);
             return 0;
         }
@@ -91,16 +86,26 @@ int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t
             sched_yield();
             continue;
         }
-        struct pollfd waits[LANES_MAX];
-        int waiting = 0;
-        for (int at = 0; at < count; at++)
-            if (!requests[at].is_done) waits[waiting++] = (struct pollfd){.fd = requests[at].fd, .events = POLLIN};
-        int64_t rest_ns = until_ns - now_ns < LOOK_NS ? until_ns - now_ns : LOOK_NS;
-        struct timespec rest = {0, rest_ns};
         has_slept = 1;
+        struct timespec rest = {0, until_ns - now_ns < LANE_LOOK_NS ? until_ns - now_ns : LANE_LOOK_NS};
         int ready = ppoll(waits, (nfds_t)waiting, &rest, NULL);
-        if (ready < 0 && errno != EINTR) return -1;
-        if (ready <= 0) return -2;
+        /* A signal may have come to another thread: asked for in any case. */
+        if ((ready < 0 && errno != EINTR) || (ready <= 0 && lane_is_interrupted())) return -1;
     }
-    return 0;
+}
+
+int lane_exchange(struct lane_request *requests, int count, int64_t spin_ns, int64_t until_ns) {
+    int local = 0;
+    for (int at = 0; at < count; at++) requests[at].is_pending = 0;
+    for (int at = 0; at < count; at++)
+        if (send_request(&requests[at], until_ns) != 0) return -1;
+    for (int at = 0; at < count; at++) {
+        struct lane_request *request = &requests[at];
+        if (request->is_pending && request->is_stream) {
+            if (lane_stream_take(request->fd, request->head, request->into, request->counts, until_ns) != 0) return -1;
+            request->is_pending = 0;
+        }
+        local += request->is_pending;
+    }
+    return local ? take_local(requests, count, spin_ns, until_ns) : 0;
 }

@@ -1,11 +1,12 @@
-"""The client's side of lanes: reads that go from the caller's thread to servers of this host and back, past the loop.
+"""The client's side of lanes: reads that go from the caller's thread to servers and back, past the loop.
 
 Each thread that reads at the moment has lanes of its own, one to each server. Of an open file a lane needs to know
 where its chunks are, packed once per routing version. What a lane does not serve is left to the caller to read as ever.
 
 Invariants:
-  - Memory of a read that did not end well is renewed before it returns: a server may still write to the old pages.
-  - A read counts only if the memory that it named is what was known of it all the time.
+  - A read that was not answered ends only when no server writes to its memory any more: the server has closed the lane,
+    or else the memory has new pages.
+  - A read counts only if no memory got new pages while it was under way: what landed in another thread might be lost.
   - Only what a file's handle shows is read: its length, and nothing of a file that is open for writing.
 
 Does not know: how lanes are opened (`network`), or what is done about a server that is silent.
@@ -19,18 +20,17 @@ import logging
 import struct
 import threading
 from array import array
-from collections.abc import Sequence
-from contextlib import suppress
-from socket import SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket
+from collections.abc import Callable, Sequence
+from socket import SCM_RIGHTS, SHUT_WR, SOCK_STREAM, SOL_SOCKET, socket
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EmberError, Unreachable
-from ..portal import Portal
-from ..routing import ChainTarget
+from ..portal import Portal, hold_interrupts, release_interrupts
+from ..routing import Chain
 from ..runtime import Runtime
 from ..striping import chains_of
 from ..transport import TcpNetwork
-from ..transport.region import REGIONS_MAX, Region, allocated, allocated_version
+from ..transport.region import REGIONS_MAX, Region, allocated, allocated_version, renewals
 from ..types import Chunks, Inode
 from .native import native
 
@@ -53,6 +53,8 @@ TIMEOUT_NS_MIN = 1_000_000_000
 TIMEOUT_BYTES_PER_NS = 0.01
 """Then the lane is given up. A server answers at once, or declines at once: it waits for no disk."""
 TELL_TIMEOUT_S = 1.0
+END_TIMEOUT_S = 0.5
+"""A server ends a lane that is given up as soon as it has done what it was at. One that is stopped does not."""
 RETRY_S = 5.0
 """Until a server that gave no lane, or did not answer on one, is asked again."""
 
@@ -74,35 +76,56 @@ class _Lanes:
         """By the server's index."""
         self.descriptors = array("i", [-1] * SERVERS_MAX)
         self.streams = bytearray(SERVERS_MAX)
+        self.pending = bytearray(SERVERS_MAX)
+        """Of the last read: those that were asked and did not answer."""
         self.stage = Region(STAGE_BYTES)
         self.stage_view = self.stage.memory()
         self.version = -1
         """Of the memory that the servers were told of."""
         self.known = b""
-        self.told: dict[int, Region] = {}
+        self.told: set[int] = set()
 
-    def add(self, index: int, lane: socket) -> None:
-        """Raises OSError."""
+    def add(self, index: int, lane: socket, regions: Sequence[Region]) -> None:
+        """`regions`: those that were told of to others. Raises OSError."""
         lane.settimeout(TELL_TIMEOUT_S)
         self.sockets[index] = lane
         self.streams[index] = lane.type == SOCK_STREAM
         if not self.streams[index]:
-            _tell(lane, self.stage)
-            for region in self.told.values():
+            for region in (self.stage, *regions):
                 _tell(lane, region)
         self.descriptors[index] = lane.fileno()
 
-    def tell(self) -> None:
-        """Tell the servers of memory that is new, and of what is gone. Raises OSError."""
+    def tell(self) -> bool:
+        """Tell the servers of memory that is new, and of what is gone: True if some is. Raises OSError."""
         version = allocated_version()
         regions = {region.number: region for region in allocated()[: REGIONS_MAX // 2]}
+        gone = self.told - regions.keys()
         for lane in (each for each in self.sockets.values() if each.type != SOCK_STREAM):
-            for number in self.told.keys() - regions.keys():
+            for number in gone:
                 lane.send(_HEAD.pack(_MAGIC, _FORGET, 0, number))
-            for number in regions.keys() - self.told.keys():
+            for number in regions.keys() - self.told:
                 _tell(lane, regions[number])
-        self.told, self.version = regions, version
+        self.told, self.version = set(regions), version
         self.known = b"".join(_KNOWN.pack(each.address, each.size, number) for number, each in regions.items())
+        return bool(gone)
+
+    def drop(self, index: int) -> bool:
+        """Give a lane up. False: its server may still write to the memory of the last read."""
+        lane = self.sockets.pop(index)
+        self.descriptors[index] = -1
+        with lane:
+            if self.streams[index] or not self.pending[index]:
+                return True
+            try:
+                lane.shutdown(SHUT_WR)
+                lane.settimeout(END_TIMEOUT_S)
+                while lane.recv(1 << 16):  # A late answer, and then the end, which comes after the last byte.
+                    pass
+            except TimeoutError:
+                return False
+            except OSError:
+                pass
+            return True
 
     def close(self) -> None:
         for lane in self.sockets.values():
@@ -117,53 +140,76 @@ def _tell(lane: socket, region: Region) -> None:
 class LaneReader:
     """The lanes of one client process to one cluster."""
 
-    def __init__(self, runtime: Runtime, portal: Portal, network: TcpNetwork, routes: Routes) -> None:
-        """Only where there is a `native` part."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        portal: Portal,
+        network: TcpNetwork,
+        routes: Routes,
+        *,
+        usual: Callable[[Chain], list[str]],
+    ) -> None:
+        """`usual`: the servers that a read of a chain goes to otherwise, the first one before others.
+
+        Only where there is a `native` part.
+        """
         self._runtime = runtime
         self._portal = portal
         self._network = network
         self._routes = routes
-        self._idle: list[_Lanes] = []
+        self._usual = usual
         self._lock = threading.Lock()
         """Of what follows."""
+        self._idle: list[_Lanes] = []
         self._indices: dict[str, int] = {}
         """Server -> its index in packed files."""
-        self._not_before_s: dict[str, float] = {}
-        """Servers that gave no lane."""
+        self._barred: dict[str, float] = {}
+        """Servers that gave no lane, or did not answer on one -> until when."""
+        self._generation = 0
+        """Grows when who is barred changes: files are packed anew."""
         self._is_closed = False
 
     def read(self, files: Sequence[File], items: list[Any], into: Any) -> list[int] | None:
-        """Read (file, offset, length) items into `into`: a list of buffers, or one that is filled item after item.
+        """Read (file, offset, length) items into `into`: buffers, or one that is filled item after item.
 
         `files`: those of the items, each once. Returns the bytes of each item, -1 where no lane could serve it; None:
         it was for no lane. What such items' memory holds is nothing to rely on.
         """
-        prepared = [self._prepare(file) for file in files]
         if isinstance(into, tuple):
             into = list(into)
-        if self._is_closed or not any(prepared) or (isinstance(into, list) and len(into) != len(items)):
+        if self._is_closed or (isinstance(into, list) and len(into) != len(items)):
+            return None
+        servers = self._prepare(files)
+        before = renewals()
+        if not servers or before is None:
             return None
         lanes = self._take()
         counts: list[int] | None = None
         is_whole = False
         try:
-            self._open_missing(lanes, files)
+            self._open_missing(lanes, servers)
             if lanes.sockets:
                 counts = self._exchange(lanes, items, into)
             is_whole = True
+        except (BufferError, TypeError, ValueError, OverflowError):
+            is_whole = True  # Nothing was sent. Whoever reads it otherwise says what is wrong with the arguments.
         except (native.LaneLost, OSError) as error:
             log.debug("lanes are given up: %s", error)
         finally:
             if is_whole:
                 self._give(lanes)
             else:
-                self._give_up(lanes, into)
-        # Whoever renewed memory meanwhile did not wait for us: what came may be in pages that are gone.
-        return counts if lanes.version == allocated_version() else None
+                held = hold_interrupts()
+                try:
+                    self._give_up(lanes, into)
+                finally:
+                    if held is not None:
+                        release_interrupts(held)
+        return counts if renewals() == before else None
 
     def _exchange(self, lanes: _Lanes, items: list[Any], into: Any) -> list[int]:
-        if lanes.version != allocated_version():
-            lanes.tell()
+        if lanes.version != allocated_version() and lanes.tell():
+            self._close_idle()  # They hold memory that is gone, and might not be used for long.
         size = sum([length for _, _, length in items])
         counts: list[int] = native.read_ranges(
             items,
@@ -171,6 +217,7 @@ class LaneReader:
             "lane_spec",
             lanes.descriptors,
             lanes.streams,
+            lanes.pending,
             lanes.known,
             lanes.stage.number,
             lanes.stage.address,
@@ -184,19 +231,22 @@ class LaneReader:
     def close(self) -> None:
         """Close all lanes; one that is in use is closed at its end."""
         self._is_closed = True
-        while self._idle:
-            with suppress(IndexError):
-                self._idle.pop().close()
+        self._close_idle()
 
     # --- files -----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, file: File) -> bool:
-        """Pack what lanes need to know of `file`, if that is not done yet. False: it is for no lane."""
-        version = self._routes.routing.version
-        if file.lane_version != version:
-            file.lane_spec, file.lane_servers = self._spec(file)
-            file.lane_version = version
-        return file.lane_spec is not None
+    def _prepare(self, files: Sequence[File]) -> list[str]:
+        """Pack what lanes need to know of the files that changed since; returns the servers of all of them."""
+        if self._barred:
+            self._look_barred()
+        version = (self._routes.routing.version, self._generation)
+        servers: dict[str, None] = {}
+        for file in files:
+            if file.lane_version != version:
+                file.lane_spec, file.lane_servers = self._spec(file)
+                file.lane_version = version
+            servers.update(dict.fromkeys(file.lane_servers))
+        return list(servers)
 
     def _spec(self, file: File) -> tuple[bytes | None, list[str]]:
         inode = file.inode_to_read
@@ -209,19 +259,16 @@ class LaneReader:
             except EmberError:
                 slots.append(_SLOT.pack(0, chain_id, -1))
                 continue
-            address = self._nearest(self._routes.preferred(chain, chain.serving))
-            servers.append(address)
-            slots.append(_SLOT.pack(chain.version, chain_id, self._index(address)))
-        return _packed(inode, slots), list(dict.fromkeys(each for each in servers if each))
-
-    def _nearest(self, serving: Sequence[ChainTarget]) -> str:
-        """The server that reads go to otherwise, too, unless it gives no lane."""
-        addresses = [self._routes.address(each.target) for each in serving]
-        with self._lock:
-            lanes = [each for each in addresses if each not in self._not_before_s]
-        return (lanes or addresses or [""])[0]
+            addresses = [address for address in self._usual(chain) if address]
+            address = next((each for each in addresses if each not in self._barred), "")
+            index = self._index(address)
+            slots.append(_SLOT.pack(chain.version, chain_id, index))
+            if index >= 0:
+                servers.append(address)
+        return _packed(inode, slots), list(dict.fromkeys(servers))
 
     def _index(self, address: str) -> int:
+        """-1: no lane leads there."""
         if not address:
             return -1
         with self._lock:
@@ -229,62 +276,80 @@ class LaneReader:
                 self._indices[address] = len(self._indices)
             return self._indices.get(address, -1)
 
+    # --- servers ---------------------------------------------------------------------------------------------------
+
+    def _bar(self, address: str) -> None:
+        with self._lock:
+            self._barred[address] = self._runtime.now_s() + RETRY_S
+            self._generation += 1
+
+    def _look_barred(self) -> None:
+        now_s = self._runtime.now_s()
+        with self._lock:
+            if over := [address for address, until_s in self._barred.items() if until_s <= now_s]:
+                for address in over:
+                    del self._barred[address]
+                self._generation += 1
+
+    def _open_missing(self, lanes: _Lanes, servers: Sequence[str]) -> None:
+        """Raises OSError."""
+        for address in servers:
+            index = self._indices[address]
+            if lanes.descriptors[index] >= 0 or address in self._barred:
+                continue
+            try:
+                lane = self._portal.run(self._network.open_lane(address))
+            except Unreachable:
+                continue  # It was not called before. The read that goes the other way will see to that.
+            if lane is None:
+                self._bar(address)
+            else:
+                lanes.add(index, lane, [region for region in allocated() if region.number in lanes.told])
+
     # --- lanes -----------------------------------------------------------------------------------------------------
 
-    def _open_missing(self, lanes: _Lanes, files: Sequence[File]) -> None:
-        for file in files:
-            for address in file.lane_servers:
-                index = self._indices.get(address, -1)
-                if index >= 0 and lanes.descriptors[index] < 0:
-                    self._open(lanes, address, index)
-
-    def _open(self, lanes: _Lanes, address: str, index: int) -> None:
-        now_s = self._runtime.now_s()
-        if self._not_before_s.get(address, now_s) > now_s:
-            return
-        try:
-            lane = self._portal.run(self._network.open_lane(address))
-        except Unreachable:
-            return  # The read that goes the other way will see to that.
-        with self._lock:
-            if lane is None:
-                self._not_before_s[address] = now_s + RETRY_S
-            else:
-                self._not_before_s.pop(address, None)
-        if lane is not None:
-            lanes.add(index, lane)
-
     def _take(self) -> _Lanes:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return _Lanes()
+        with self._lock:
+            return self._idle.pop() if self._idle else _Lanes()
 
     def _give(self, lanes: _Lanes) -> None:
-        if self._is_closed or len(self._idle) >= IDLE_MAX:
+        """After a read that ended well."""
+        with self._lock:
+            is_kept = not self._is_closed and len(self._idle) < IDLE_MAX
+            if is_kept:
+                self._idle.append(lanes)
+        if not is_kept:
             lanes.close()
-        else:
-            self._idle.append(lanes)
 
     def _give_up(self, lanes: _Lanes, into: Any) -> None:
-        """A server may still write to memory of this read: new pages take its place. The stage is not used again."""
-        lanes.close()
-        with self._lock:
-            for address in (each for each, index in self._indices.items() if index in lanes.sockets):
-                self._not_before_s[address] = self._runtime.now_s() + RETRY_S
+        """A lane is lost, or does not answer. The memory is the caller's again when this returns."""
+        silent = [index for index in list(lanes.sockets) if not lanes.drop(index)]
+        for address in [address for address, index in self._indices.items() if index in silent]:
+            self._bar(address)
+        if not silent:
+            return
         addresses = [_address_of(buffer) for buffer in (into if isinstance(into, list) else [into])]
         regions = [
             region
-            for region in lanes.told.values()
+            for region in allocated()
             if any(region.address <= address < region.address + region.size for address in addresses)
         ]
 
         async def renew() -> None:
             for region in regions:
-                region.renew()
+                try:
+                    region.renew()
+                except OSError as error:
+                    log.error("memory that a silent server may still write to could not be renewed: %s", error)
 
         if regions:
             self._portal.run(renew())
+
+    def _close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for lanes in idle:
+            lanes.close()
 
 
 def _address_of(buffer: Any) -> int:

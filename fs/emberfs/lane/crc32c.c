@@ -9,17 +9,19 @@
 
 #include <string.h>
 
-static uint32_t by_table(uint32_t state, const uint8_t *data, size_t size) {
-    static uint32_t table[256];
-    if (!table[1]) {
-        uint32_t fresh[256];
-        for (uint32_t byte = 0; byte < 256; byte++) {
-            uint32_t value = byte;
-            for (int bit = 0; bit < 8; bit++) value = value >> 1 ^ (value & 1 ? 0x82f63b78u : 0);
-            fresh[byte] = value;
-        }
-        memcpy(table, fresh, sizeof table); /* Twice at once gives the same. */
+static uint32_t table[256];
+
+static void fill_table(void) {
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t value = byte;
+        for (int bit = 0; bit < 8; bit++) value = value >> 1 ^ (value & 1 ? 0x82f63b78u : 0);
+        table[byte] = value;
     }
+}
+
+static uint32_t by_table(uint32_t state, const uint8_t *data, size_t size) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, fill_table);
     while (size--) state = state >> 8 ^ table[(state ^ *data++) & 255];
     return state;
 }
@@ -41,7 +43,7 @@ __attribute__((target("sse4.2"))) static uint32_t by_instruction(uint32_t state,
 
 #define FOLD_TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,vpclmulqdq,pclmul,sse4.2")))
 
-/* x^(D+32) and x^(D-32) mod P, reflected, for D = 2048 and 512 bits: see tests/fs/test_lane_crc.py, which derives them. */
+/* x^(D+32) and x^(D-32) mod P, reflected, for D = 2048 and 512 bits: see tests/fs/test_lane_server.py, which derives them. */
 #define FACTOR_2048_LOW 0x0dcb17aa4ull
 #define FACTOR_2048_HIGH 0x0b9e02b86ull
 #define FACTOR_512_LOW 0x0740eef02ull
@@ -72,35 +74,54 @@ FOLD_TARGET static uint32_t by_folding(uint32_t state, const uint8_t *data, size
     return by_instruction(by_instruction(0, rest, sizeof rest), data, size);
 }
 
-uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size) {
-    static int way; /* 0: not known yet */
-    if (!way) {
-        __builtin_cpu_init();
-        int folds = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("pclmul");
-        way = folds ? 3 : __builtin_cpu_supports("sse4.2") ? 2 : 1;
-    }
-    if (way == 3 && size >= 256) return ~by_folding(~crc, data, size);
-    return way >= 2 ? ~by_instruction(~crc, data, size) : ~by_table(~crc, data, size);
+static int find_way(void) {
+    __builtin_cpu_init();
+    int folds = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("pclmul");
+    return folds ? LANE_CRC_FOLDS : __builtin_cpu_supports("sse4.2") ? LANE_CRC_INSTRUCTION : LANE_CRC_TABLE;
 }
 
-#elif defined(__ARM_FEATURE_CRC32)
-#include <arm_acle.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 
-uint32_t lane_crc32c(uint32_t crc, const void *from, size_t size) {
-    const uint8_t *data = from;
-    uint32_t state = ~crc;
+#define HWCAP_CRC32_BIT (1u << 7)
+
+static uint32_t by_instruction(uint32_t state, const uint8_t *data, size_t size) {
     for (; size >= 8; size -= 8, data += 8) {
         uint64_t word;
         memcpy(&word, data, 8);
-        state = __crc32cd(state, word);
+        __asm__(".arch_extension crc\n\tcrc32cx %w0, %w0, %x1" : "+r"(state) : "r"(word));
     }
-    return ~by_table(state, data, size);
+    return by_table(state, data, size);
 }
+
+static uint32_t by_folding(uint32_t state, const uint8_t *data, size_t size) { return by_instruction(state, data, size); }
+
+static int find_way(void) { return getauxval(AT_HWCAP) & HWCAP_CRC32_BIT ? LANE_CRC_INSTRUCTION : LANE_CRC_TABLE; }
 
 #else
 
-uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size) { return ~by_table(~crc, data, size); }
+static uint32_t by_instruction(uint32_t state, const uint8_t *data, size_t size) { return by_table(state, data, size); }
+
+static uint32_t by_folding(uint32_t state, const uint8_t *data, size_t size) { return by_table(state, data, size); }
+
+static int find_way(void) { return LANE_CRC_TABLE; }
 
 #endif
+
+int lane_crc32c_way(void) {
+    static int way; /* 0: not known yet; who finds out twice finds the same */
+    int known = __atomic_load_n(&way, __ATOMIC_RELAXED);
+    if (!known) {
+        known = find_way();
+        __atomic_store_n(&way, known, __ATOMIC_RELAXED);
+    }
+    return known;
+}
+
+uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size) {
+    int way = lane_crc32c_way();
+    if (way == LANE_CRC_FOLDS && size >= 256) return ~by_folding(~crc, data, size);
+    return way == LANE_CRC_TABLE ? ~by_table(~crc, data, size) : ~by_instruction(~crc, data, size);
+}

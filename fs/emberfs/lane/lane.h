@@ -63,8 +63,12 @@ struct lane_part {
     uint32_t crc;
 };
 
+enum lane_crc_way { LANE_CRC_TABLE = 1, LANE_CRC_INSTRUCTION = 2, LANE_CRC_FOLDS = 3 };
+
 /* The CRC32C (Castagnoli) of `size` bytes, continued from `crc`, which is 0 at the beginning. */
 uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size);
+/* How this processor computes it. */
+int lane_crc32c_way(void);
 
 /* Nanoseconds of the clock that leases are counted on. */
 int64_t lane_now_ns(void);
@@ -73,7 +77,10 @@ int64_t lane_now_ns(void);
 
 struct lane_table;
 
+struct lane_file; /* an open file, which stays open as long as somebody has found it */
+
 struct lane_found {
+    struct lane_file *file; /* NULL: nothing is known, or nobody may serve it */
     int fd;
     int64_t block;         /* where the chunk begins in that file */
     uint32_t length;       /* of the chunk */
@@ -89,22 +96,21 @@ void lane_table_free(struct lane_table *table);
 void lane_table_allow(struct lane_table *table, uint32_t chain, uint64_t version);
 /* Nothing is served after that moment. */
 void lane_table_lease(struct lane_table *table, int64_t until_ns);
-/* `sums`: one cumulative CRC per granule. What was there of the chunk is replaced. 0, or -1 if there is no memory. */
-int lane_table_put(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index, int fd, int64_t block,
+/* `sums`: one cumulative CRC per granule. What was there of the chunk is replaced. Without memory, or a descriptor for
+   the file, nothing is. */
+void lane_table_put(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index, int fd, int64_t block,
                    uint32_t length, uint32_t granule_log2, const uint32_t *sums, uint32_t sums_count);
 void lane_table_drop(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index);
-/* Drop all of a chain, and return once no read uses a file of it any more. */
+/* Drop all of a chain: its files may be closed, and their numbers used again. What is being read goes on from
+   descriptors of our own, and is declined. */
 void lane_table_clear(struct lane_table *table, uint32_t chain);
 size_t lane_table_count(struct lane_table *table);
 
-/* Look the items up; `found[i].fd` is -1 where nothing is known, or nobody may serve it. */
+/* Look the items up. To be ended by `lane_table_finish`. */
 void lane_table_find(struct lane_table *table, const struct lane_item *items, size_t count, struct lane_found *found);
-/* After the read: set `counts[i]` to LANE_DECLINED where what was found may not be served any more. */
-void lane_table_check(struct lane_table *table, const struct lane_item *items, size_t count,
-                      const struct lane_found *found, int32_t *counts);
-/* Files are used between these two. */
-void lane_table_begin(struct lane_table *table);
-void lane_table_end(struct lane_table *table);
+/* After the read: set `counts[i]` to LANE_DECLINED where what was found may not be served any more, and let go of it. */
+void lane_table_finish(struct lane_table *table, const struct lane_item *items, size_t count,
+                       const struct lane_found *found, int32_t *counts);
 
 /* ---- the server */
 
@@ -129,7 +135,8 @@ void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stat
 /* Add an answered request to the counters. */
 void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count);
 void lane_server_stats(struct lane_server *server, struct lane_stats *stats);
-void lane_server_stop(struct lane_server *server); /* ends the threads and every lane, and frees it */
+/* Ends the threads and every lane, and frees it. -1: a thread waits for a disk that does not answer; all is left to it. */
+int lane_server_stop(struct lane_server *server);
 
 /* ---- the client */
 
@@ -141,9 +148,11 @@ struct lane_piece {
     uint8_t *into;
 };
 
-/* The answer of a stream to a request that was sent: into[i] gets the bytes of item i. As `lane_exchange`, but
-   -2 is not returned. */
+/* The answer of a stream to a request that was sent: into[i] gets the bytes of item i. 0, or -1 as `lane_exchange`. */
 int lane_stream_take(int fd, const struct lane_head *request, uint8_t *const *into, int32_t *counts, int64_t until_ns);
+/* Who waits asks this now and then, and gives up if it is not 0: a signal has come, and its handler has raised. */
+extern int (*lane_is_interrupted)(void);
+#define LANE_LOOK_NS 100000000
 
 struct lane_request {
     int fd;
@@ -152,7 +161,7 @@ struct lane_request {
     struct lane_head *head;
     uint8_t **into; /* of a stream: where the bytes of each item go */
     int32_t *counts; /* what comes of each item */
-    int is_done;
+    int is_pending;  /* a part of the request was sent, and it was not answered */
 };
 
 /* Nanoseconds for which this thread should look for an answer before it sleeps: `spin_ns`, or 0 if that was in vain of
@@ -160,8 +169,7 @@ struct lane_request {
 int64_t lane_spin_ns(int64_t spin_ns);
 void lane_looked(int has_come);
 
-/* Exchange one request on each lane. Returns 0; -1: a lane is lost or says nothing in time; -2: look whether a signal
-   came, and call again with `is_sent` set. */
-int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns);
+/* Exchange one request on each lane. 0, or -1: a lane is lost, or says nothing in time, or a signal came. */
+int lane_exchange(struct lane_request *requests, int count, int64_t spin_ns, int64_t until_ns);
 
 #endif

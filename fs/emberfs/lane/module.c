@@ -10,6 +10,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define LANE_INTERFACE 2 /* of what Python calls here: `lane.native` takes no other one */
+
 static PyObject *lane_lost;
 
 /* ---- checksum */
@@ -61,6 +63,7 @@ struct server {
     PyObject_HEAD
     struct lane_table *table;
     struct lane_server *threads; /* NULL once it was stopped */
+    int is_stuck;                /* a thread of it goes on, and needs the table */
 };
 
 static int server_init(PyObject *self, PyObject *args, PyObject *kwargs) {
@@ -82,18 +85,27 @@ static int server_init(PyObject *self, PyObject *args, PyObject *kwargs) {
 
 static void stop_server(struct server *server) {
     struct lane_server *threads = server->threads;
+    int outcome = 0;
     server->threads = NULL;
     if (threads == NULL) return;
     Py_BEGIN_ALLOW_THREADS
-    lane_server_stop(threads);
+    outcome = lane_server_stop(threads);
     Py_END_ALLOW_THREADS
+    server->is_stuck = outcome != 0;
+}
+
+/* 0, or -1 with an exception: it was made by __new__ alone. */
+static int check_server(PyObject *self) {
+    if (((struct server *)self)->table != NULL) return 0;
+    PyErr_SetString(PyExc_ValueError, "it was not initialised");
+    return -1;
 }
 
 static void server_dealloc(PyObject *self) {
     struct server *server = (struct server *)self;
     PyTypeObject *type = Py_TYPE(self);
     stop_server(server);
-    if (server->table != NULL) lane_table_free(server->table);
+    if (server->table != NULL && !server->is_stuck) lane_table_free(server->table);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);
@@ -122,7 +134,7 @@ static PyObject *server_put(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "Iy#iLIIy#", &chain, &chunk, &chunk_size, &fd, &block, &length, &granule_log2, &sums,
                           &sums_size))
         return NULL;
-    if (parse_chunk(chunk, chunk_size, &inode, &index) != 0) return NULL;
+    if (check_server(self) != 0 || parse_chunk(chunk, chunk_size, &inode, &index) != 0) return NULL;
     if (granule_log2 > 31 || (uint64_t)sums_size / 4 != ((uint64_t)length + (1u << granule_log2) - 1) >> granule_log2) {
         PyErr_SetString(PyExc_ValueError, "one checksum for each granule");
         return NULL;
@@ -130,10 +142,9 @@ static PyObject *server_put(PyObject *self, PyObject *args) {
     uint32_t *aligned = malloc((size_t)sums_size + 4);
     if (aligned == NULL) return PyErr_NoMemory();
     memcpy(aligned, sums, (size_t)sums_size);
-    int failed = lane_table_put(server->table, chain, inode, index, fd, block, length, granule_log2, aligned,
-                                (uint32_t)(sums_size / 4));
+    lane_table_put(server->table, chain, inode, index, fd, block, length, granule_log2, aligned,
+                   (uint32_t)(sums_size / 4));
     free(aligned);
-    if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
@@ -142,7 +153,8 @@ static PyObject *server_drop(PyObject *self, PyObject *args) {
     Py_ssize_t size;
     unsigned int chain;
     uint64_t inode, index;
-    if (!PyArg_ParseTuple(args, "Iy#", &chain, &chunk, &size) || parse_chunk(chunk, size, &inode, &index) != 0)
+    if (!PyArg_ParseTuple(args, "Iy#", &chain, &chunk, &size) || check_server(self) != 0 ||
+        parse_chunk(chunk, size, &inode, &index) != 0)
         return NULL;
     lane_table_drop(((struct server *)self)->table, chain, inode, index);
     Py_RETURN_NONE;
@@ -150,24 +162,22 @@ static PyObject *server_drop(PyObject *self, PyObject *args) {
 
 static PyObject *server_clear(PyObject *self, PyObject *args) {
     unsigned int chain;
-    if (!PyArg_ParseTuple(args, "I", &chain)) return NULL;
-    Py_BEGIN_ALLOW_THREADS
+    if (!PyArg_ParseTuple(args, "I", &chain) || check_server(self) != 0) return NULL;
     lane_table_clear(((struct server *)self)->table, chain);
-    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyObject *server_allow(PyObject *self, PyObject *args) {
     unsigned int chain;
     unsigned long long version;
-    if (!PyArg_ParseTuple(args, "IK", &chain, &version)) return NULL;
+    if (!PyArg_ParseTuple(args, "IK", &chain, &version) || check_server(self) != 0) return NULL;
     lane_table_allow(((struct server *)self)->table, chain, version);
     Py_RETURN_NONE;
 }
 
 static PyObject *server_lease(PyObject *self, PyObject *args) {
     long long until_ns;
-    if (!PyArg_ParseTuple(args, "L", &until_ns)) return NULL;
+    if (!PyArg_ParseTuple(args, "L", &until_ns) || check_server(self) != 0) return NULL;
     lane_table_lease(((struct server *)self)->table, until_ns);
     Py_RETURN_NONE;
 }
@@ -188,6 +198,7 @@ static PyObject *server_stats(PyObject *self, PyObject *unused) {
     struct server *server = (struct server *)self;
     struct lane_stats stats = {0};
     (void)unused;
+    if (check_server(self) != 0) return NULL;
     if (server->threads != NULL) lane_server_stats(server->threads, &stats);
     return Py_BuildValue("{s:K,s:K,s:K,s:K,s:K,s:K,s:n}", "lanes", stats.lanes, "requests", stats.requests, "items",
                          stats.items, "declined", stats.declined, "damaged", stats.damaged, "bytes", stats.bytes,
@@ -203,7 +214,7 @@ static PyObject *server_stop(PyObject *self, PyObject *unused) {
 static PyMethodDef server_methods[] = {
     {"put", server_put, METH_VARARGS, "put(chain, chunk, fd, block, length, granule_log2, sums)"},
     {"drop", server_drop, METH_VARARGS, "drop(chain, chunk)"},
-    {"clear", server_clear, METH_VARARGS, "clear(chain): returns once no file of it is in use"},
+    {"clear", server_clear, METH_VARARGS, "clear(chain): its files may be closed afterwards"},
     {"allow", server_allow, METH_VARARGS, "allow(chain, version); version 0: nobody"},
     {"lease", server_lease, METH_VARARGS, "lease(until_ns), by CLOCK_BOOTTIME"},
     {"adopt", server_adopt, METH_VARARGS, "adopt(fd, is_stream): serve a lane; the descriptor is the server's from now on"},
@@ -431,19 +442,27 @@ static void finish_pieces(struct plan *plan) {
     }
 }
 
-/* Send and wait, without the interpreter. 0; -1: a lane is lost; -2: interrupted, with the exception of the handler. */
-static int exchange(struct plan *plan, int64_t spin_ns, int64_t timeout_ns) {
+/* Asked by who waits, without the interpreter's lock. */
+static int is_interrupted(void) {
+    PyGILState_STATE state = PyGILState_Ensure();
+    int has_raised = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return has_raised;
+}
+
+/* Send and wait, without the interpreter. 0, or -1 with an exception; `pending` says on which lanes. */
+static int exchange(struct plan *plan, int64_t spin_ns, int64_t timeout_ns, uint8_t *pending) {
     int64_t until_ns = lane_now_ns() + timeout_ns;
-    for (int is_sent = 0;; is_sent = 1) {
-        int outcome;
-        Py_BEGIN_ALLOW_THREADS
-        outcome = lane_exchange(plan->servers, plan->servers_count, is_sent, spin_ns, until_ns);
-        if (outcome == 0) finish_pieces(plan);
-        Py_END_ALLOW_THREADS
-        if (outcome == 0) return 0;
-        if (PyErr_CheckSignals() != 0) return -2; /* Also after a loss: it may have come while a stream was read. */
-        if (outcome == -1) return -1;
-    }
+    int outcome;
+    Py_BEGIN_ALLOW_THREADS
+    outcome = lane_exchange(plan->servers, plan->servers_count, spin_ns, until_ns);
+    if (outcome == 0) finish_pieces(plan);
+    Py_END_ALLOW_THREADS
+    for (int at = 0; at < plan->servers_count; at++) pending[at] = (uint8_t)plan->servers[at].is_pending;
+    if (outcome == 0) return 0;
+    if (!PyErr_Occurred() && PyErr_CheckSignals() == 0)
+        PyErr_SetString(lane_lost, "a lane was lost, or its server did not answer in time");
+    return -1;
 }
 
 static PyObject *counts_list(const struct plan *plan) {
@@ -455,7 +474,8 @@ static PyObject *counts_list(const struct plan *plan) {
     return list;
 }
 
-static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, const Py_buffer *streams) {
+static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, const Py_buffer *streams,
+                      const Py_buffer *pending) {
     size_t room = (size_t)plan->items_count + 1;
     plan->counts = malloc(room * sizeof *plan->counts);
     plan->buffers = malloc(room * sizeof *plan->buffers);
@@ -466,7 +486,8 @@ static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, c
         return -1;
     }
     plan->servers_count = (int)(fds->len / (Py_ssize_t)sizeof(int));
-    if (plan->servers_count > SERVERS_MAX || streams->len != plan->servers_count) {
+    if (plan->servers_count > SERVERS_MAX || streams->len != plan->servers_count ||
+        pending->len != plan->servers_count) {
         plan->servers_count = 0;
         PyErr_SetString(PyExc_ValueError, "a descriptor, and the kind of its lane, for each of at most 64 servers");
         return -1;
@@ -474,6 +495,7 @@ static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, c
     for (int at = 0; at < plan->servers_count; at++) {
         plan->servers[at].fd = ((const int *)fds->buf)[at];
         plan->servers[at].is_stream = ((const uint8_t *)streams->buf)[at];
+        ((uint8_t *)pending->buf)[at] = 0;
     }
     if (!PyList_Check(into)) {
         if (PyObject_GetBuffer(into, &plan->whole, PyBUF_WRITABLE) != 0) return -1;
@@ -487,13 +509,13 @@ static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, c
 
 static PyObject *read_ranges(PyObject *module, PyObject *args) {
     PyObject *items, *into, *attribute;
-    Py_buffer fds, streams, known;
+    Py_buffer fds, streams, pending, known;
     unsigned long long stage_number, stage_address, call;
     Py_ssize_t stage_bytes;
     long long spin_ns, timeout_ns;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOy*y*y*KKnKLL", &PyList_Type, &items, &into, &attribute, &fds, &streams, &known,
-                          &stage_number, &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns))
+    if (!PyArg_ParseTuple(args, "O!OOy*y*w*y*KKnKLL", &PyList_Type, &items, &into, &attribute, &fds, &streams,
+                          &pending, &known, &stage_number, &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns))
         return NULL;
     PyObject *result = NULL;
     struct plan *plan = calloc(1, sizeof *plan);
@@ -507,15 +529,13 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
     plan->stage_number = stage_number;
     plan->stage = (uint8_t *)(uintptr_t)stage_address;
     plan->stage_bytes = (size_t)stage_bytes;
-    if (start_plan(plan, into, &fds, &streams) != 0 || plan_items(plan, items, into, attribute) != 0) goto out;
+    if (start_plan(plan, into, &fds, &streams, &pending) != 0 || plan_items(plan, items, into, attribute) != 0) goto out;
     if (plan->pieces_count) {
         if (finish_requests(plan, call) != 0) {
             PyErr_NoMemory();
             goto out;
         }
-        int outcome = exchange(plan, spin_ns, timeout_ns);
-        if (outcome == -1) PyErr_SetString(lane_lost, "a lane was lost, or its server did not answer in time");
-        if (outcome != 0) goto out;
+        if (exchange(plan, spin_ns, timeout_ns, pending.buf) != 0) goto out;
     }
     result = counts_list(plan);
 out:
@@ -523,6 +543,7 @@ out:
     free(plan);
     PyBuffer_Release(&fds);
     PyBuffer_Release(&streams);
+    PyBuffer_Release(&pending);
     PyBuffer_Release(&known);
     return result;
 }
@@ -531,8 +552,10 @@ static PyMethodDef functions[] = {
     {"crc32c", crc32c, METH_VARARGS, "crc32c(data, crc=0): of what `awscrt` computes, for comparison."},
     {"cumulative_sums", cumulative_sums, METH_VARARGS, "cumulative_sums(data, granule, offset, start) -> packed sums"},
     {"read_ranges", read_ranges, METH_VARARGS,
-     "read_ranges(items, into, attribute, fds, streams, known, stage_number, stage_address, stage_bytes, call, spin_ns,\n"
-     "timeout_ns) -> bytes per item, -1 where no lane could serve it. Raises LaneLost: memory may still be written to."},
+     "read_ranges(items, into, attribute, fds, streams, pending, known, stage_number, stage_address, stage_bytes, call,\n"
+     "spin_ns, timeout_ns) -> bytes per item, -1 where no lane could serve it. If it raises, `pending` says which lanes\n"
+     "were asked and did not answer: LaneLost, or what the handler of a signal raised. What is wrong with the arguments\n"
+     "is raised before anything is sent."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -543,7 +566,9 @@ PyMODINIT_FUNC PyInit__native(void) {
     if (module == NULL) return NULL;
     PyObject *server = PyType_FromSpec(&server_spec);
     lane_lost = PyErr_NewException("emberfs.lane._native.LaneLost", PyExc_ConnectionError, NULL);
-    if (server == NULL || lane_lost == NULL || PyModule_AddObjectRef(module, "Server", server) != 0 ||
+    lane_is_interrupted = is_interrupted;
+    if (server == NULL || lane_lost == NULL || PyModule_AddIntConstant(module, "INTERFACE", LANE_INTERFACE) != 0 ||
+        PyModule_AddIntConstant(module, "CRC32C_WAY", lane_crc32c_way()) != 0 || PyModule_AddObjectRef(module, "Server", server) != 0 ||
         PyModule_AddObjectRef(module, "LaneLost", lane_lost) != 0)
         Py_CLEAR(module);
     Py_XDECREF(server);

@@ -1,12 +1,13 @@
-/* The server's end of lanes: a few threads that answer reads of local lanes without the interpreter, and one for
-   each stream (stream.c).
+/* The server's end of lanes: a few threads that answer reads of local lanes without the interpreter, and one thread
+   for each stream (stream.c).
 
    A read of a local lane is served if its chunk is in the table and its bytes are in the page cache (RWF_NOWAIT); every other item is
    declined, and its client asks the service. Bytes are read into the client's memory and checked there against the
    cumulative checksums; a mismatch is declined too: the service finds out what is the matter.
 
-   A client cannot harm us: its memory may not become smaller (F_SEAL_SHRINK), every place is checked against it, and
-   a packet that breaks the rules ends its lane. Does not know: which chunks there are, or who may read. */
+   A client cannot harm us: its memory may not become smaller (F_SEAL_SHRINK) nor be of huge pages (which can be taken
+   away), every place is checked against it, how much of it is mapped is bounded, and a packet that breaks the rules
+   ends its lane. Does not know: which chunks there are, or who may read. */
 
 #include "lane.h"
 
@@ -14,6 +15,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -22,6 +24,8 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
+#include <time.h>
 #include <unistd.h>
 
 #define THREADS_MAX 16
@@ -29,6 +33,11 @@
 #define STREAMS_MAX 512
 #define STREAM_STACK_BYTES (256u << 10)
 #define EAGER_MAX 8
+#define DESCRIPTORS_MAX 4 /* in one packet, that there is room for: the kernel keeps the rest, and says so */
+#define TMPFS 0x01021994
+#define LANE_MAPPED_MAX (1ull << 40)   /* address space of one lane's client */
+#define SERVER_MAPPED_MAX (1ull << 44) /* of all: an eighth of what a process has */
+#define STOP_WAIT_S 5
 
 struct region {
     uint64_t number;
@@ -40,6 +49,7 @@ struct lane {
     int fd;
     struct region *regions;
     uint32_t regions_count, last;
+    uint64_t mapped;
     struct lane *previous, *next; /* of the same thread */
 };
 
@@ -65,7 +75,9 @@ struct stream_thread {
 struct lane_server {
     struct lane_table *table;
     int64_t spin_ns;
-    int threads, next, stop; /* `stop`: an eventfd */
+    int threads, stop; /* `stop`: an eventfd */
+    unsigned next;
+    uint64_t mapped; /* by atomic additions */
     pthread_mutex_t lock;
     pthread_cond_t ended;          /* a stream has */
     struct stream_thread *streams; /* guarded by the lock, as is their number */
@@ -88,29 +100,39 @@ static struct region *region_of(struct lane *lane, uint64_t number) {
 }
 
 /* Map the memory behind `fd`, and close it. 0, or -1: it may not be used. */
-static int add_region(struct lane *lane, uint64_t number, int fd) {
+static int add_region(struct lane_server *server, struct lane *lane, uint64_t number, int fd) {
     int seals = fcntl(fd, F_GET_SEALS);
     struct stat status;
+    struct statfs where;
     void *address = MAP_FAILED;
     struct region *grown = NULL;
+    uint64_t size = 0;
     if (seals >= 0 && seals & F_SEAL_SHRINK && lane->regions_count < LANE_REGIONS_MAX &&
-        region_of(lane, number) == NULL && fstat(fd, &status) == 0 && status.st_size > 0)
-        grown = realloc(lane->regions, (lane->regions_count + 1) * sizeof *grown);
+        region_of(lane, number) == NULL && fstat(fd, &status) == 0 && status.st_size > 0 &&
+        fstatfs(fd, &where) == 0 && where.f_type == TMPFS) {
+        size = (uint64_t)status.st_size;
+        if (size <= LANE_MAPPED_MAX - lane->mapped &&
+            __atomic_load_n(&server->mapped, __ATOMIC_RELAXED) + size <= SERVER_MAPPED_MAX)
+            grown = realloc(lane->regions, (lane->regions_count + 1) * sizeof *grown);
+    }
     if (grown != NULL) {
         lane->regions = grown;
-        address = mmap(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     }
     close(fd);
     if (address == MAP_FAILED) return -1;
-    lane->regions[lane->regions_count++] =
-        (struct region){.number = number, .address = address, .size = (uint64_t)status.st_size};
+    lane->mapped += size;
+    __atomic_add_fetch(&server->mapped, size, __ATOMIC_RELAXED);
+    lane->regions[lane->regions_count++] = (struct region){.number = number, .address = address, .size = size};
     return 0;
 }
 
-static void forget_region(struct lane *lane, uint64_t number) {
+static void forget_region(struct lane_server *server, struct lane *lane, uint64_t number) {
     struct region *region = region_of(lane, number);
     if (region == NULL) return;
     munmap(region->address, region->size);
+    lane->mapped -= region->size;
+    __atomic_sub_fetch(&server->mapped, region->size, __ATOMIC_RELAXED);
     *region = lane->regions[--lane->regions_count];
 }
 
@@ -119,7 +141,7 @@ static void forget_region(struct lane *lane, uint64_t number) {
 static int32_t read_item(struct worker *worker, struct lane *lane, const struct lane_item *item,
                          const struct lane_found *found) {
     struct region *region = region_of(lane, item->region);
-    if (found->fd < 0) return LANE_DECLINED;
+    if (found->file == NULL) return LANE_DECLINED;
     uint64_t granule = 1ull << found->granule_log2;
     uint64_t begin = item->offset & ~(granule - 1), end = item->offset + (uint64_t)item->length;
     uint64_t stop = (end + granule - 1) & ~(granule - 1);
@@ -176,11 +198,9 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
     }
     if (total > LANE_BYTES_MAX) return -1;
     int32_t *counts = worker->reply.counts;
-    lane_table_begin(table);
     lane_table_find(table, items, head->count, worker->found);
     for (int at = 0; at < head->count; at++) counts[at] = read_item(worker, lane, &items[at], &worker->found[at]);
-    lane_table_check(table, items, head->count, worker->found, counts);
-    lane_table_end(table);
+    lane_table_finish(table, items, head->count, worker->found, counts);
     lane_count(&worker->server->stats, counts, head->count);
     worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
     size_t answer = sizeof worker->reply.head + head->count * sizeof *counts;
@@ -190,25 +210,39 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
 
 /* ---- packets */
 
+/* The first descriptor that came, or -1; all others are closed. */
+static int take_descriptors(struct msghdr *message, int *count) {
+    int first = -1;
+    for (struct cmsghdr *each = CMSG_FIRSTHDR(message); each != NULL; each = CMSG_NXTHDR(message, each)) {
+        if (each->cmsg_level != SOL_SOCKET || each->cmsg_type != SCM_RIGHTS) continue;
+        size_t came = (each->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t at = 0; at < came; at++) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(each) + at * sizeof fd, sizeof fd);
+            if (first < 0) first = fd;
+            else close(fd);
+            ++*count;
+        }
+    }
+    return first;
+}
+
 /* 1: served; 0: nothing there; -1: the lane is over. */
 static int serve_packet(struct worker *worker, struct lane *lane) {
-    char control[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8)));
+    char control[CMSG_SPACE(DESCRIPTORS_MAX * sizeof(int))] __attribute__((aligned(8)));
     struct iovec whole = {worker->packet, LANE_PACKET_BYTES_MAX};
     struct msghdr message = {.msg_iov = &whole, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
     ssize_t size = recvmsg(lane->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (size < 0) return errno == EAGAIN || errno == EINTR ? 0 : -1;
-    int fd = -1;
-    struct cmsghdr *extra = CMSG_FIRSTHDR(&message);
-    if (extra != NULL && extra->cmsg_level == SOL_SOCKET && extra->cmsg_type == SCM_RIGHTS)
-        memcpy(&fd, CMSG_DATA(extra), sizeof fd);
+    int descriptors = 0, fd = take_descriptors(&message, &descriptors);
     const struct lane_head *head = (const struct lane_head *)worker->packet;
     int is_whole = (size_t)size >= sizeof *head && head->magic == LANE_MAGIC &&
-                   !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && (fd >= 0) == (head->kind == LANE_REGION);
-    if (is_whole && head->kind == LANE_REGION) return add_region(lane, head->call, fd) == 0 ? 1 : -1;
+                   !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && descriptors == (head->kind == LANE_REGION);
+    if (is_whole && head->kind == LANE_REGION) return add_region(worker->server, lane, head->call, fd) == 0 ? 1 : -1;
     if (fd >= 0) close(fd);
     if (is_whole && head->kind == LANE_READ) return serve_read(worker, lane, head, (size_t)size) == 0 ? 1 : -1;
     if (is_whole && head->kind == LANE_FORGET) {
-        forget_region(lane, head->call);
+        forget_region(worker->server, lane, head->call);
         return 1;
     }
     return -1;
@@ -222,8 +256,8 @@ static void end_lane(struct worker *worker, struct lane *lane) {
     if (lane->next != NULL) lane->next->previous = lane->previous;
     server->stats.lanes--;
     pthread_mutex_unlock(&server->lock);
-    close(lane->fd);
-    while (lane->regions_count) forget_region(lane, lane->regions[0].number);
+    while (lane->regions_count) forget_region(server, lane, lane->regions[0].number);
+    close(lane->fd); /* At last: who sees it knows that nothing is written to its memory any more. */
     free(lane->regions);
     free(lane);
 }
@@ -254,6 +288,17 @@ static void *work(void *argument) {
 
 /* ---- life */
 
+/* Signals are for the threads of the program. 0, or an error that is in `errno` too. */
+static int start_thread(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *argument) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(thread, attributes, run, argument);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error) errno = error;
+    return error;
+}
+
 struct lane_server *lane_server_new(struct lane_table *table, int threads, int spin_us) {
     struct lane_server *server = calloc(1, sizeof *server);
     if (server == NULL) return NULL;
@@ -274,7 +319,7 @@ struct lane_server *lane_server_new(struct lane_table *table, int threads, int s
         worker->found = malloc(LANE_ITEMS_MAX * sizeof *worker->found);
         is_whole = worker->epoll >= 0 && worker->packet != NULL && worker->scratch != NULL && worker->found != NULL &&
                    epoll_ctl(worker->epoll, EPOLL_CTL_ADD, server->stop, &event) == 0 &&
-                   pthread_create(&worker->thread, NULL, work, worker) == 0;
+                   start_thread(&worker->thread, NULL, work, worker) == 0;
         server->threads += is_whole;
     }
     if (is_whole) return server;
@@ -333,7 +378,7 @@ static int adopt_stream(struct lane_server *server, int fd) {
     pthread_attr_setstacksize(&attributes, STREAM_STACK_BYTES);
     pthread_mutex_lock(&server->lock);
     int is_in = !server->is_stopping && server->streams_count < STREAMS_MAX &&
-                pthread_create(&thread, &attributes, serve_stream, stream) == 0;
+                start_thread(&thread, &attributes, serve_stream, stream) == 0;
     if (is_in) {
         stream->next = server->streams;
         if (stream->next != NULL) stream->next->previous = stream;
@@ -357,17 +402,26 @@ int lane_server_adopt(struct lane_server *server, int fd, int is_stream) {
 
 void lane_server_stats(struct lane_server *server, struct lane_stats *stats) {
     pthread_mutex_lock(&server->lock);
-    *stats = server->stats;
+    stats->lanes = server->stats.lanes;
     pthread_mutex_unlock(&server->lock);
+    stats->requests = __atomic_load_n(&server->stats.requests, __ATOMIC_RELAXED);
+    stats->items = __atomic_load_n(&server->stats.items, __ATOMIC_RELAXED);
+    stats->declined = __atomic_load_n(&server->stats.declined, __ATOMIC_RELAXED);
+    stats->damaged = __atomic_load_n(&server->stats.damaged, __ATOMIC_RELAXED);
+    stats->bytes = __atomic_load_n(&server->stats.bytes, __ATOMIC_RELAXED);
 }
 
-void lane_server_stop(struct lane_server *server) {
+int lane_server_stop(struct lane_server *server) {
     uint64_t one = 1;
     if (server->stop >= 0 && write(server->stop, &one, sizeof one) < 0) abort(); /* An eventfd takes a 1. */
     pthread_mutex_lock(&server->lock);
     server->is_stopping = 1;
     for (struct stream_thread *each = server->streams; each != NULL; each = each->next) shutdown(each->fd, SHUT_RDWR);
-    while (server->streams_count) pthread_cond_wait(&server->ended, &server->lock);
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += STOP_WAIT_S;
+    while (server->streams_count && pthread_cond_timedwait(&server->ended, &server->lock, &until) == 0) continue;
+    int is_stuck = server->streams_count > 0;
     pthread_mutex_unlock(&server->lock);
     for (int at = 0; at < server->threads; at++) pthread_join(server->workers[at].thread, NULL);
     for (int at = 0; at < THREADS_MAX; at++) {
@@ -380,5 +434,7 @@ void lane_server_stop(struct lane_server *server) {
         free(worker->found);
     }
     if (server->stop >= 0) close(server->stop);
+    if (is_stuck) return -1;
     free(server);
+    return 0;
 }

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from ..engine.extents import Known, Mirror
 from . import native
 
-TABLE_BYTES_MAX = 128 << 20
-"""Of extents: some 100,000 chunks of 4 MiB, or 500,000 of 64 KiB."""
+TABLE_BYTES_MAX = 1 << 30
+"""More than the extents of all targets together, which are what bounds it (`EngineConfig.extents_bytes_max`)."""
 SPIN_US = 50
 """A thread that had something to do looks for more for so long: to be woken takes longer."""
 CORES_PER_THREAD = 4

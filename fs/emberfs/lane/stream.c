@@ -1,7 +1,7 @@
 /* Both ends of a stream: a lane over TCP, to a client of another machine.
 
-   The server promises what it finds in the table, sends it, and says at last whether it was still there. It
-   checks only what the client cannot: of an item that covers whole granules the client gets the stored sums and
+   The server promises what it finds in the table and in the page cache, sends it, and says at last whether it was still
+   there. It checks only what the client cannot: of an item that covers whole granules the client gets the stored sums and
    checks the bytes itself, which finds damage of the disk and of the way together. */
 
 #include "lane.h"
@@ -76,28 +76,30 @@ static int put(struct stream *stream, const void *from, size_t size) {
     return 0;
 }
 
-/* The file of `found` may be used until lane_table_end; 0: it may not. No wait for a client lies in between. */
-static int begin_use(struct stream *stream, const struct lane_item *item, const struct lane_found *found) {
-    int32_t count = 0;
-    lane_table_begin(stream->table);
-    lane_table_check(stream->table, item, 1, found, &count);
-    if (count == 0) return 1;
-    lane_table_end(stream->table);
-    return 0;
+/* All of it seems to be in the page cache: what is not is declined before it is promised, since the service reads many
+   such items side by side. */
+static int is_warm(const struct lane_item *item, const struct lane_found *found) {
+    for (uint64_t at = 0; at < item->length; at += LANE_STEP_BYTES) {
+        uint64_t last = at + LANE_STEP_BYTES < item->length ? at + LANE_STEP_BYTES : item->length;
+        uint8_t byte;
+        struct iovec part = {&byte, 1};
+        off_t begin = (off_t)(found->block + (int64_t)(item->offset + at));
+        off_t end = (off_t)(found->block + (int64_t)(item->offset + last - 1));
+        if (preadv2(found->fd, &part, 1, begin, RWF_NOWAIT) != 1) return 0;
+        if (preadv2(found->fd, &part, 1, end, RWF_NOWAIT) != 1) return 0;
+    }
+    return 1;
 }
 
 /* Read all of [offset, offset + size) of the chunk, or declare it declined and make zeros of it. */
-static void read_step(struct stream *stream, const struct lane_item *item, const struct lane_found *found, uint8_t *into,
-                      size_t size, uint64_t offset, struct lane_part *verdict) {
+static void read_step(const struct lane_found *found, uint8_t *into, size_t size, uint64_t offset,
+                      struct lane_part *verdict) {
     size_t done = 0;
-    if (begin_use(stream, item, found)) {
-        while (done < size) {
-            ssize_t count = pread(found->fd, into + done, size - done, (off_t)(found->block + (int64_t)(offset + done)));
-            if (count < 0 && errno == EINTR) continue;
-            if (count <= 0) break;
-            done += (size_t)count;
-        }
-        lane_table_end(stream->table);
+    while (done < size) {
+        ssize_t count = pread(found->fd, into + done, size - done, (off_t)(found->block + (int64_t)(offset + done)));
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) break;
+        done += (size_t)count;
     }
     if (done == size) return;
     memset(into + done, 0, size - done); /* What was promised has to be sent. */
@@ -108,11 +110,10 @@ static void read_step(struct stream *stream, const struct lane_item *item, const
 static ssize_t send_from_file(struct stream *stream, const struct lane_item *item, const struct lane_found *found) {
     size_t done = 0;
     if (flush(stream) != 0) return -1;
-    while (done < item->length && begin_use(stream, item, found)) {
+    while (done < item->length) {
         off_t offset = (off_t)(found->block + (int64_t)(item->offset + done));
         ssize_t count = sendfile(stream->fd, found->fd, &offset, item->length - done);
         int error = errno;
-        lane_table_end(stream->table);
         if (count > 0) done += (size_t)count;
         else if (count < 0 && error == EAGAIN) {
             if (wait_for(stream->fd, POLLOUT, PATIENCE_MS) != 0) return -1;
@@ -135,7 +136,7 @@ static int send_whole(struct stream *stream, const struct lane_item *item, const
     while (done < item->length) {
         if (stream->out_bytes == LANE_STEP_BYTES && flush(stream) != 0) return -1;
         size_t room = LANE_STEP_BYTES - stream->out_bytes, step = item->length - done < room ? item->length - done : room;
-        read_step(stream, item, found, stream->out + stream->out_bytes, step, item->offset + done, verdict);
+        read_step(found, stream->out + stream->out_bytes, step, item->offset + done, verdict);
         stream->out_bytes += step;
         done += step;
     }
@@ -153,7 +154,7 @@ static int send_part(struct stream *stream, const struct lane_item *item, const 
     *verdict = (struct lane_part){(int32_t)item->length, 0};
     for (uint64_t at = begin; at < stop;) {
         size_t step = stop - at < LANE_SCRATCH_BYTES ? stop - at : LANE_SCRATCH_BYTES;
-        read_step(stream, item, found, stream->scratch, step, at, verdict);
+        read_step(found, stream->scratch, step, at, verdict);
         crc = lane_crc32c(crc, stream->scratch, step);
         uint64_t from = at < item->offset ? item->offset : at, to = at + step < end ? at + step : end;
         if (from < to) {
@@ -172,32 +173,40 @@ static int is_whole(const struct lane_item *item, const struct lane_found *found
     return !(item->offset & mask) && (!(end & mask) || end == found->length);
 }
 
+/* Send what was promised, and find out what came of it. 0; -1: the stream is over. */
+static int send_items(struct stream *stream, const struct lane_head *head, const struct lane_item *items) {
+    struct lane_head answer = {LANE_MAGIC, LANE_COUNTS, head->count, head->call};
+    if (put(stream, &answer, sizeof answer) != 0 ||
+        put(stream, stream->promises, head->count * sizeof(struct lane_part)) != 0)
+        return -1;
+    for (int at = 0; at < head->count; at++) {
+        const struct lane_found *found = &stream->found[at];
+        if (stream->promises[at].count == 0) continue;
+        int failed = is_whole(&items[at], found) ? send_whole(stream, &items[at], found, &stream->verdicts[at])
+                                                 : send_part(stream, &items[at], found, &stream->verdicts[at]);
+        if (failed) return -1;
+    }
+    return 0;
+}
+
 static int serve_request(struct stream *stream, const struct lane_head *head, const struct lane_item *items) {
-    size_t parts_bytes = head->count * sizeof(struct lane_part);
     uint64_t total = 0;
     for (int at = 0; at < head->count; at++) total += items[at].length;
     if (total > LANE_BYTES_MAX) return -1;
     lane_table_find(stream->table, items, head->count, stream->found);
     for (int at = 0; at < head->count; at++) {
         const struct lane_found *found = &stream->found[at];
-        uint32_t crc = found->fd >= 0 && is_whole(&items[at], found) ? found->sum_before : 0;
-        stream->promises[at] = (struct lane_part){found->fd < 0 ? 0 : (int32_t)items[at].length, crc};
+        int is_promised = found->file != NULL && is_warm(&items[at], found);
+        uint32_t crc = is_promised && is_whole(&items[at], found) ? found->sum_before : 0;
+        stream->promises[at] = (struct lane_part){is_promised ? (int32_t)items[at].length : 0, crc};
+        stream->verdicts[at] = (struct lane_part){LANE_DECLINED, 0};
     }
-    struct lane_head answer = {LANE_MAGIC, LANE_COUNTS, head->count, head->call};
-    if (put(stream, &answer, sizeof answer) != 0 || put(stream, stream->promises, parts_bytes) != 0) return -1;
-    for (int at = 0; at < head->count; at++) {
-        struct lane_part *verdict = &stream->verdicts[at];
-        const struct lane_found *found = &stream->found[at];
-        *verdict = (struct lane_part){LANE_DECLINED, 0};
-        if (found->fd < 0) continue;
-        int failed = is_whole(&items[at], found) ? send_whole(stream, &items[at], found, verdict)
-                                                 : send_part(stream, &items[at], found, verdict);
-        if (failed) return -1;
-    }
+    int failed = send_items(stream, head, items);
     for (int at = 0; at < head->count; at++) stream->counts[at] = stream->verdicts[at].count;
-    lane_table_check(stream->table, items, head->count, stream->found, stream->counts);
+    lane_table_finish(stream->table, items, head->count, stream->found, stream->counts);
+    if (failed) return -1;
     for (int at = 0; at < head->count; at++) stream->verdicts[at].count = stream->counts[at];
-    if (put(stream, stream->verdicts, parts_bytes) != 0) return -1;
+    if (put(stream, stream->verdicts, head->count * sizeof(struct lane_part)) != 0) return -1;
     return flush(stream);
 }
 
@@ -245,6 +254,7 @@ static ssize_t receive_some(struct incoming *incoming, void *into, size_t size) 
         if (count == 0 || (errno != EAGAIN && errno != EINTR)) return -1;
         int64_t now_ns = lane_now_ns(), left_ns = incoming->until_ns - now_ns;
         if (left_ns <= 0) return -1;
+        if (left_ns > LANE_LOOK_NS) left_ns = LANE_LOOK_NS;
         if (!began_ns) {
             began_ns = now_ns;
             spin_ns = lane_spin_ns(SPIN_NS);
@@ -256,7 +266,8 @@ static ssize_t receive_some(struct incoming *incoming, void *into, size_t size) 
         has_slept = 1;
         struct pollfd wait = {.fd = incoming->fd, .events = POLLIN};
         struct timespec rest = {left_ns / 1000000000, left_ns % 1000000000};
-        if (ppoll(&wait, 1, &rest, NULL) < 0 && errno != EINTR) return -1;
+        int ready = ppoll(&wait, 1, &rest, NULL);
+        if ((ready < 0 && errno != EINTR) || (ready <= 0 && lane_is_interrupted())) return -1;
     }
 }
 

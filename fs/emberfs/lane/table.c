@@ -1,17 +1,20 @@
 /* Where the committed bytes of chunks lie. The service puts an entry after it has read a chunk, and drops it before it
    changes anything about it.
 
-   What is found is used without a lock; `lane_table_check` says afterwards whether it was still there. Until an entry is
-   dropped nobody reuses its block, so bytes that were read before a check that succeeds are those of the entry.
+   What is found is used without a lock; `lane_table_finish` says afterwards whether it was still there. Until an entry is
+   dropped nobody reuses its block, so bytes that were read before an end that succeeds are those of the entry.
 
    Invariants: one entry per chunk at most. A slot's generation grows with each entry that leaves it. Over `bytes_max`
-   the entry that was put first goes first. */
+   the entry that was put first goes first. A file is open, by a descriptor of our own, as long as an entry or a
+   read refers to it; so nobody ever waits for a read, however long its disk takes. */
 
 #include "lane.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define NONE UINT32_MAX
 #define CHAINS_MAX 4096
@@ -21,9 +24,17 @@ struct entry {
     int64_t block;
     uint32_t *sums;
     uint32_t chain, sums_count, length, granule_log2;
-    int fd; /* -1: the slot is free */
+    struct lane_file *file; /* NULL: the slot is free */
     uint32_t next;          /* of the same bucket, or of the free slots */
     uint32_t older, newer;  /* in the order they were put */
+};
+
+struct lane_file {
+    uint32_t chain;
+    int theirs, ours; /* the descriptor of who put it, and our own of the same file */
+    size_t uses;      /* entries and reads that refer to it */
+    int is_listed;    /* entries that come may refer to it, too */
+    struct lane_file *previous, *next;
 };
 
 struct chain {
@@ -33,7 +44,7 @@ struct chain {
 
 struct lane_table {
     pthread_mutex_t lock;
-    pthread_rwlock_t files; /* shared: somebody reads files; exclusive: nobody does */
+    struct lane_file *files;
     struct entry *entries;
     uint32_t *buckets;
     uint32_t capacity, buckets_mask, count, free, oldest, newest;
@@ -58,12 +69,6 @@ struct lane_table *lane_table_new(size_t bytes_max) {
     struct lane_table *table = calloc(1, sizeof *table);
     if (table == NULL) return NULL;
     pthread_mutex_init(&table->lock, NULL);
-    pthread_rwlockattr_t kind;
-    pthread_rwlockattr_init(&kind);
-#ifdef __GLIBC__
-    pthread_rwlockattr_setkind_np(&kind, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-#endif
-    pthread_rwlock_init(&table->files, &kind);
     table->bytes_max = bytes_max;
     table->free = table->oldest = table->newest = NONE;
     table->lease_until_ns = INT64_MIN;
@@ -72,10 +77,43 @@ struct lane_table *lane_table_new(size_t bytes_max) {
 
 void lane_table_free(struct lane_table *table) {
     for (uint32_t slot = 0; slot < table->capacity; slot++)
-        if (table->entries[slot].fd >= 0) free(table->entries[slot].sums);
+        if (table->entries[slot].file != NULL) free(table->entries[slot].sums);
+    for (struct lane_file *file = table->files, *next; file != NULL; file = next) {
+        next = file->next;
+        close(file->ours);
+        free(file);
+    }
     free(table->entries);
     free(table->buckets);
     free(table);
+}
+
+/* A use of a listed file; NULL if there is no memory or no descriptor. */
+static struct lane_file *use_file(struct lane_table *table, uint32_t chain, int theirs) {
+    struct lane_file *file = table->files;
+    while (file != NULL && !(file->is_listed && file->chain == chain && file->theirs == theirs)) file = file->next;
+    if (file == NULL) {
+        file = calloc(1, sizeof *file);
+        int ours = file != NULL ? fcntl(theirs, F_DUPFD_CLOEXEC, 3) : -1;
+        if (ours < 0) {
+            free(file);
+            return NULL;
+        }
+        *file = (struct lane_file){.chain = chain, .theirs = theirs, .ours = ours, .is_listed = 1, .next = table->files};
+        if (file->next != NULL) file->next->previous = file;
+        table->files = file;
+    }
+    file->uses++;
+    return file;
+}
+
+static void let_go(struct lane_table *table, struct lane_file *file) {
+    if (--file->uses) return;
+    if (file->previous != NULL) file->previous->next = file->next;
+    else table->files = file->next;
+    if (file->next != NULL) file->next->previous = file->previous;
+    close(file->ours);
+    free(file);
 }
 
 static struct chain *chain_of(struct lane_table *table, uint32_t id) {
@@ -127,7 +165,8 @@ static void remove_entry(struct lane_table *table, struct entry *entry) {
     table->count--;
     free(entry->sums);
     entry->sums = NULL;
-    entry->fd = -1;
+    let_go(table, entry->file);
+    entry->file = NULL;
     entry->generation++;
     entry->next = table->free;
     table->free = slot;
@@ -152,7 +191,6 @@ static int grow(struct lane_table *table) {
     }
     for (uint32_t slot = capacity; slot-- > table->capacity;) {
         memset(&entries[slot], 0, sizeof entries[slot]);
-        entries[slot].fd = -1;
         entries[slot].next = table->free;
         table->free = slot;
     }
@@ -160,27 +198,29 @@ static int grow(struct lane_table *table) {
     return 0;
 }
 
-int lane_table_put(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index, int fd, int64_t block,
+void lane_table_put(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index, int fd, int64_t block,
                    uint32_t length, uint32_t granule_log2, const uint32_t *sums, uint32_t sums_count) {
     uint32_t *copy = malloc(4 * (size_t)sums_count + 4);
-    if (copy == NULL) return -1;
+    if (copy == NULL) return;
     memcpy(copy, sums, 4 * (size_t)sums_count);
     pthread_mutex_lock(&table->lock);
+    struct lane_file *file = use_file(table, chain, fd);
     struct entry *entry = find(table, chain, inode, index);
     if (entry != NULL) remove_entry(table, entry);
     while (table->oldest != NONE && table->bytes + weight_of(sums_count) > table->bytes_max)
         remove_entry(table, &table->entries[table->oldest]);
-    if (table->free == NONE && grow(table) != 0) {
+    if (file == NULL || (table->free == NONE && grow(table) != 0)) {
+        if (file != NULL) let_go(table, file);
         pthread_mutex_unlock(&table->lock);
         free(copy);
-        return -1;
+        return;
     }
     uint32_t slot = table->free;
     entry = &table->entries[slot];
     table->free = entry->next;
     *entry = (struct entry){.inode = inode, .index = index, .generation = entry->generation, .block = block,
                             .sums = copy, .chain = chain, .sums_count = sums_count, .length = length,
-                            .granule_log2 = granule_log2, .fd = fd, .older = table->newest, .newer = NONE};
+                            .granule_log2 = granule_log2, .file = file, .older = table->newest, .newer = NONE};
     uint32_t *bucket = &table->buckets[bucket_of(table, chain, inode, index)];
     entry->next = *bucket;
     *bucket = slot;
@@ -190,7 +230,6 @@ int lane_table_put(struct lane_table *table, uint32_t chain, uint64_t inode, uin
     table->bytes += weight_of(sums_count);
     table->count++;
     pthread_mutex_unlock(&table->lock);
-    return 0;
 }
 
 void lane_table_drop(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index) {
@@ -203,11 +242,11 @@ void lane_table_drop(struct lane_table *table, uint32_t chain, uint64_t inode, u
 void lane_table_clear(struct lane_table *table, uint32_t chain) {
     pthread_mutex_lock(&table->lock);
     for (uint32_t slot = 0; slot < table->capacity; slot++)
-        if (table->entries[slot].fd >= 0 && table->entries[slot].chain == chain)
+        if (table->entries[slot].file != NULL && table->entries[slot].chain == chain)
             remove_entry(table, &table->entries[slot]);
+    for (struct lane_file *file = table->files; file != NULL; file = file->next)
+        if (file->chain == chain) file->is_listed = 0; /* Another file may have their number tomorrow. */
     pthread_mutex_unlock(&table->lock);
-    pthread_rwlock_wrlock(&table->files); /* What was found before is used up when this is had. */
-    pthread_rwlock_unlock(&table->files);
 }
 
 size_t lane_table_count(struct lane_table *table) {
@@ -229,7 +268,7 @@ void lane_table_find(struct lane_table *table, const struct lane_item *items, si
     int is_leased = now_ns < table->lease_until_ns;
     for (size_t at = 0; at < count; at++) {
         const struct lane_item *item = &items[at];
-        found[at].fd = -1;
+        found[at].file = NULL;
         if (!is_leased || !may_serve(table, item, &last)) continue;
         struct entry *entry = find(table, item->chain, item->inode, item->index);
         if (entry == NULL || item->length == 0 || item->length > entry->length ||
@@ -238,7 +277,8 @@ void lane_table_find(struct lane_table *table, const struct lane_item *items, si
         uint32_t first = item->offset >> entry->granule_log2;
         uint32_t final = (item->offset + item->length - 1) >> entry->granule_log2;
         if (final >= entry->sums_count) continue;
-        found[at] = (struct lane_found){.fd = entry->fd, .block = entry->block, .length = entry->length,
+        entry->file->uses++;
+        found[at] = (struct lane_found){.file = entry->file, .fd = entry->file->ours, .block = entry->block, .length = entry->length,
                                         .granule_log2 = entry->granule_log2,
                                         .sum_before = first ? entry->sums[first - 1] : 0,
                                         .sum_after = entry->sums[final],
@@ -247,20 +287,17 @@ void lane_table_find(struct lane_table *table, const struct lane_item *items, si
     pthread_mutex_unlock(&table->lock);
 }
 
-void lane_table_check(struct lane_table *table, const struct lane_item *items, size_t count,
-                      const struct lane_found *found, int32_t *counts) {
+void lane_table_finish(struct lane_table *table, const struct lane_item *items, size_t count,
+                       const struct lane_found *found, int32_t *counts) {
     struct chain *last = NULL;
     pthread_mutex_lock(&table->lock);
     int is_leased = lane_now_ns() < table->lease_until_ns;
     for (size_t at = 0; at < count; at++) {
-        if (counts[at] == LANE_DECLINED) continue;
+        if (found[at].file == NULL) continue;
         const struct entry *entry = &table->entries[found[at].slot];
         if (!is_leased || !may_serve(table, &items[at], &last) || entry->generation != found[at].generation)
             counts[at] = LANE_DECLINED;
+        let_go(table, found[at].file);
     }
     pthread_mutex_unlock(&table->lock);
 }
-
-void lane_table_begin(struct lane_table *table) { pthread_rwlock_rdlock(&table->files); }
-
-void lane_table_end(struct lane_table *table) { pthread_rwlock_unlock(&table->files); }

@@ -136,7 +136,8 @@ class TcpConnection:
                 link = await self._greet(await self._connected_socket(), None)
                 return await link.become_lane()
         except (EmberError, OSError) as error:
-            raise Unreachable(f"no lane to {self._address}: {_words(error)}") from error
+            log.debug("no lane to %s: %s", self._address, error)
+            return None
 
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""

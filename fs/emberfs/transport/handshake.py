@@ -46,7 +46,7 @@ class Hello(msgspec.Struct, array_like=True):
     host: str = ""
     """Of a server: the host of `door`, see `this_host`."""
     lanes: bool = False
-    """Of a server, behind its door: it serves lanes."""
+    """Of a server: it serves lanes, to who came through its door or needs no TLS."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import operator
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
 from typing import NamedTuple
@@ -132,6 +133,8 @@ class Link:
         self._calls: dict[int, Call] = {}
         self._count = 0
         self._arriving: tuple[Call, Message | Exception] | None = None
+        self._lane_ends: deque[socket] = deque()
+        """The server's ends of new lanes that are on their way to it."""
         self._lane: asyncio.Future[None] | None = None
         """Done when the server says that this connection is a lane."""
         self.wire.send(Outgoing(encode_frame(Kind.HELLO, 0, encode_hello(client_hello(config, key=key)))))
@@ -200,8 +203,12 @@ class Link:
         if self.wire.is_closed or self.is_draining or self.answer is None or not self.answer.lanes:
             return None
         ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
-        self.wire.send(Outgoing(encode_frame(Kind.LANE, 0), fd=theirs.fileno(), on_sent=theirs.close))
+        self._lane_ends.append(theirs)
+        self.wire.send(Outgoing(encode_frame(Kind.LANE, 0), fd=theirs.fileno(), on_sent=self._lane_was_sent))
         return ours
+
+    def _lane_was_sent(self) -> None:
+        self._lane_ends.popleft().close()
 
     # ---- memory
 
@@ -320,6 +327,8 @@ class Link:
         if isinstance(error, ProtocolError):
             log.warning("connection to %s closed: %s", self._address, error)
         self._refuse(error)
+        while self._lane_ends:
+            self._lane_was_sent()
         if self._lane is not None and not self._lane.done():
             self._lane.set_exception(ConnectionError(f"lost: {error}"))
         calls, self._calls = self._calls, {}

@@ -26,7 +26,7 @@ from .session import AdoptLane, Session
 from .tls import TlsContexts
 from .turns import Turns
 from .types import Service
-from .wire import Wire, start_tls
+from .wire import Wire, start_tls, until_ready
 
 log = logging.getLogger("emberline.transport")
 
@@ -168,15 +168,21 @@ class TcpListener:
         return sock, sock.getsockname()[1]
 
     async def _accept(self, listening: socket.socket) -> None:
+        loop = self._runtime.loop
         while True:
             try:
-                sock, where = await self._runtime.loop.sock_accept(listening)
+                # Not by `sock_accept`: cancelled as a connection comes, it would lose it.
+                await until_ready(loop, loop.add_reader, loop.remove_reader, listening)
+                sock, where = listening.accept()
+            except BlockingIOError:
+                continue
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
                     raise
                 log.error("cannot accept a connection: %s", error)
                 await self._runtime.sleep(ACCEPT_PAUSE_S)
                 continue
+            sock.setblocking(False)
             if len(self.sessions) + len(self._tasks) > CONNECTIONS_MAX:
                 log.error("a connection is refused: there are %d already", CONNECTIONS_MAX)
                 sock.close()

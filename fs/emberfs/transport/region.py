@@ -10,13 +10,15 @@ Does not know: frames, or what the bytes mean.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import itertools
 import mmap
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..errors import LimitExceeded, ProtocolError
@@ -29,6 +31,8 @@ KEPT_BYTES_MAX = 128 << 20
 REGIONS_MAX = 1024
 """Of one connection, as a server allows them."""
 REGION_BYTES_MAX = 1 << 40
+HUGE_BLOCK_BYTES = 1 << 20
+"""A memfd whose blocks are longer is on hugetlbfs."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
@@ -83,13 +87,14 @@ class Region:
 
     def renew(self) -> None:
         """Other pages with the same content, at the same place. Who has the old ones changes nothing here."""
-        fresh, content = _Memfd(self.size), memoryview(self._array()).cast("B")
-        written = 0
-        while written < self.size:
-            written += os.pwrite(fresh.fd, content[written:], written)
-        _map(self._address, self.size, fresh.fd, mmap.MAP_SHARED | _MAP_FIXED)
-        self._memfd, self.number = fresh, next(_numbers)
-        _changed()
+        with _renewing():
+            fresh, content = _Memfd(self.size), memoryview(self._array()).cast("B")
+            written = 0
+            while written < self.size:
+                written += os.pwrite(fresh.fd, content[written:], written)
+            _map(self._address, self.size, fresh.fd, mmap.MAP_SHARED | _MAP_FIXED)
+            self._memfd, self.number = fresh, next(_numbers)
+            _changed()
 
     def _array(self) -> ctypes.Array[ctypes.c_char]:
         return (ctypes.c_char * self.size).from_address(self._address)
@@ -154,6 +159,34 @@ def _changed() -> None:
     _version = next(_changes)
 
 
+_renewals = 0
+_renewals_now = 0
+_renewals_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _renewing() -> Iterator[None]:
+    global _renewals, _renewals_now
+    with _renewals_lock:
+        _renewals += 1
+        _renewals_now += 1
+    try:
+        yield
+    finally:
+        with _renewals_lock:
+            _renewals_now -= 1
+
+
+def renewals() -> int | None:
+    """How often memory got new pages; None: some gets them now.
+
+    What lands in memory, in another thread than that of the renewal, is lost if it lands between the copy and the new
+    pages. It is there for good if this was the same number before and after.
+    """
+    with _renewals_lock:
+        return None if _renewals_now else _renewals
+
+
 def allocated_version() -> int:
     """Another number means that `allocated` gives something else."""
     return _version
@@ -212,9 +245,13 @@ class ForeignRegions:
                 seals, size = fcntl.fcntl(fd, fcntl.F_GET_SEALS), os.fstat(fd).st_size
             except OSError as error:
                 raise ProtocolError(f"region {number} is no memfd: {error}") from error
+            if os.fstat(fd).st_blksize > HUGE_BLOCK_BYTES:
+                raise ProtocolError(f"region {number} is of huge pages, which can be taken away under a server")
             if not seals & fcntl.F_SEAL_SHRINK:
                 raise ProtocolError(f"region {number} may become smaller: seal it with F_SEAL_SHRINK")
             try:
+                if sum(map(len, self._views.values())) + size > REGION_BYTES_MAX:
+                    raise ProtocolError(f"region {number}: a client brings at most {REGION_BYTES_MAX >> 40} TiB")
                 self._views[number] = memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, _PROTECTION))
             except (OSError, ValueError) as error:
                 raise ProtocolError(f"region {number} cannot be mapped: {error}") from error

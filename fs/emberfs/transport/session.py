@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import socket as socket_options
 import ssl
 from collections.abc import Callable, Iterable, Sequence
-from socket import SO_KEEPALIVE, SOL_SOCKET, socket
+from socket import socket
 
 from msgspec.structs import replace
 
@@ -42,6 +43,16 @@ from .wire import Outgoing, Wire
 
 log = logging.getLogger("emberline.transport")
 
+LANES_MAX = 256
+"""That a client opens in the life of one connection."""
+KEEPALIVE = {
+    (socket_options.SOL_SOCKET, socket_options.SO_KEEPALIVE): 1,
+    (socket_options.IPPROTO_TCP, socket_options.TCP_KEEPIDLE): 30,
+    (socket_options.IPPROTO_TCP, socket_options.TCP_KEEPINTVL): 10,
+    (socket_options.IPPROTO_TCP, socket_options.TCP_KEEPCNT): 3,
+    (socket_options.IPPROTO_TCP, socket_options.TCP_USER_TIMEOUT): 30_000,
+}
+"""Of a lane that nobody watches: a client that vanished is noticed within a minute."""
 AdoptLane = Callable[[int, bool], None]
 """Takes (socket that a lane of a client ends in, True if it is a stream) as its own. Raises OSError."""
 
@@ -141,6 +152,7 @@ class Session:
         self._door = door
         self._regions = ForeignRegions() if is_local else None
         self._adopt_lane = None if isinstance(sock, ssl.SSLSocket) else adopt_lane
+        self._lanes = 0
         self._window = Window(config.calls_max, config.bytes_max)
         self._calls: dict[int, _Served] = {}
         self._arriving: _Served | None = None
@@ -217,34 +229,43 @@ class Session:
 
     def _take_lane(self, adopt: AdoptLane) -> None:
         """Whoever may read chunks may read them over a lane: that is all a lane is for. Raises ProtocolError."""
-        check_sender(ReadChunks([], [], []), self._certificate)
+        try:
+            check_sender(ReadChunks([], [], []), self._certificate)
+        except EmberError as error:
+            raise ProtocolError(str(error)) from error
         if self._regions is not None:
+            self._lanes += 1
+            if self._lanes > LANES_MAX:
+                raise ProtocolError(f"more than {LANES_MAX} lanes of one connection")
             self._hand_over(adopt, self.wire.take_descriptor(), is_stream=False)
         elif self._calls or self.wire.is_sending:
             raise ProtocolError("a connection with calls on it cannot become a lane")
         else:
-            self.wire.send(Outgoing(encode_frame(Kind.LANE, 0)))
             self._runtime.loop.call_soon(self._become_lane, adopt)
 
     def _become_lane(self, adopt: AdoptLane) -> None:
+        """Once the frame that asks for it has been handled."""
         if self.wire.is_closed:
-            return
-        if self.wire.is_sending:  # A few bytes on a connection that was silent: the client does not read.
-            self.wire.lose(ConnectionError("the client does not take that it has a lane"))
             return
         try:
             sock = self.wire.detach()
         except ProtocolError as error:
             self.wire.lose(error)
             return
-        sock.setsockopt(SOL_SOCKET, SO_KEEPALIVE, 1)
-        self._hand_over(adopt, sock.detach(), is_stream=True)
+        for option, value in KEEPALIVE.items():
+            sock.setsockopt(*option, value)
+        with sock.dup() as answering:
+            if self._hand_over(adopt, sock.detach(), is_stream=True):
+                # Nothing was under way, so there is room for it.
+                answering.send(encode_frame(Kind.LANE, 0))
 
-    def _hand_over(self, adopt: AdoptLane, descriptor: int, *, is_stream: bool) -> None:
+    def _hand_over(self, adopt: AdoptLane, descriptor: int, *, is_stream: bool) -> bool:
         try:
             adopt(descriptor, is_stream)
         except OSError as error:  # The client finds that its lane is over, and goes on without.
             log.warning("no lane for %s: %s", self._name, error)
+            return False
+        return True
 
     # ---- calls
 

@@ -322,18 +322,18 @@ async def start_tls(
                 secured.do_handshake()
                 return secured
             except ssl.SSLWantReadError:
-                await _until(loop, loop.add_reader, loop.remove_reader, secured)
+                await until_ready(loop, loop.add_reader, loop.remove_reader, secured)
             except ssl.SSLWantWriteError:
-                await _until(loop, loop.add_writer, loop.remove_writer, secured)
+                await until_ready(loop, loop.add_writer, loop.remove_writer, secured)
     except BaseException:
         secured.close()
         raise
 
 
-async def _until(
+async def until_ready(
     loop: asyncio.AbstractEventLoop, add: Callable[..., object], remove: Callable[..., object], sock: socket
 ) -> None:
-    """Until the socket is ready for what `add` asks for."""
+    """Return when the socket is ready for what `add` asks for."""
     ready = loop.create_future()
     add(sock, _wake, ready)
     try:
