@@ -1,9 +1,10 @@
 """How requests reach services: see `types` for the contract.
 
-`memory` is one process, `tcp` is many; on one host those share memory (`region`).
+`memory` is one process, `tcp` is many; on one host those share memory (`region`), and between hosts large buffers may
+go by UCX (`aside`).
 """
 
-from .config import TcpConfig, TlsFiles
+from .config import TcpConfig, TlsFiles, UcxConfig
 from .memory import MemoryConnection
 from .region import allocate
 from .tcp import TcpNetwork
@@ -18,5 +19,6 @@ __all__ = [
     "TcpConfig",
     "TcpNetwork",
     "TlsFiles",
+    "UcxConfig",
     "allocate",
 ]

@@ -25,6 +25,25 @@ class TlsFiles:
             raise ValueError("a certificate and its key go together")
 
 
+UCX_KINDS = ("rdma", "shm", "tcp")
+"""Kinds of device, best first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UcxConfig:
+    """Large payloads go by UCX where the other side has it too. They are not encrypted, and UCX trusts its peers."""
+
+    devices: tuple[str, ...] = ()
+    """Kinds that may be used, best first: rdma, shm, tcp. Empty: all that are found, in this order."""
+    net_devices: str = ""
+    """As UCX_NET_DEVICES: "mlx5_0:1,eth0". Empty: all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "devices", tuple(self.devices))
+        if unknown := [kind for kind in self.devices if kind not in UCX_KINDS]:
+            raise ValueError(f"devices are of {', '.join(UCX_KINDS)}, not {', '.join(unknown)}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TcpConfig:
     """Options of `TcpNetwork`."""
@@ -43,6 +62,8 @@ class TcpConfig:
     """As a server with TLS: take a `Join`, and nothing else, from peers that have no certificate."""
     shares_memory: bool = True
     """As a server: take memory of clients on this host, and read and write it in place. As a client: hand it over."""
+    ucx: UcxConfig | None = None
+    """None: all bytes travel on the socket."""
     connect_timeout_s: float = 2.0
     """For the whole way to a handshake, each side."""
     call_timeout_s: float | None = None

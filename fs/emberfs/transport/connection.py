@@ -42,6 +42,7 @@ from .handshake import this_host
 from .link import Call, Link
 from .region import Blocks
 from .tls import TlsContexts, is_tls_refusal
+from .ucx_lane import Lanes
 from .window import SMALL_BYTES_MAX
 from .wire import Wire, start_tls
 
@@ -62,9 +63,10 @@ class TcpConnection:
         contexts: TlsContexts | None,
         watch: Callable[[Wire], None],
         blocks: Blocks | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         """`watch` is told each new wire, to keep it alive and to notice its silence. `blocks`: hand memory to a server
-        of this host. Raises InvalidPath.
+        of this host. `lanes`: let large buffers go to others by UCX. Raises InvalidPath.
         """
         self._runtime = runtime
         self._address = parse_address(address)
@@ -72,6 +74,7 @@ class TcpConnection:
         self._contexts = contexts
         self._watch = watch
         self._blocks = blocks
+        self._lanes = lanes
         self._link: Link | None = None
         """The connection that takes new calls. One that is draining may live on beside it."""
         self._connecting: asyncio.Task[None] | None = None
@@ -101,8 +104,9 @@ class TcpConnection:
         self._pump()
         try:
             return await call.future
-        except asyncio.CancelledError:
-            self._give_up(call)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                self._give_up(call)
             while call.released is not None and not call.released.done():
                 # The server still uses the caller's memory: it ends soon, or is lost.
                 with contextlib.suppress(asyncio.CancelledError):
@@ -111,6 +115,11 @@ class TcpConnection:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    @property
+    def has_lane(self) -> bool:
+        """True if there is a connection now and large buffers go over it by UCX, both ways."""
+        return self._link is not None and self._link.has_lane
 
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""
@@ -190,7 +199,8 @@ class TcpConnection:
     async def _open(self) -> Link:
         """A connection that was let in: through the server's door, if that is on this host."""
         sock = await self._connected_socket()
-        link = await self._greet(sock, self._blocks if self._address.path else None)
+        is_local = bool(self._address.path) and self._blocks is not None
+        link = await self._greet(sock, self._blocks if is_local else None)
         answer = link.answer
         if self._blocks is not None and answer is not None and answer.door and answer.host == this_host():
             try:
@@ -201,6 +211,9 @@ class TcpConnection:
             else:
                 link.wire.lose(ConnectionError("goes on through the door"))
                 link = local
+                is_local = True
+        if self._lanes is not None and not is_local:
+            link.open_lane(self._lanes)
         self._watch(link.wire)
         return link
 

@@ -44,7 +44,18 @@ class Hello(msgspec.Struct, array_like=True):
     key: str = ""
     """Of a server: the token to say there. It is good once, and makes the client what it is here."""
     host: str = ""
-    """Of a server: the host of `door`, see `this_host`."""
+    """Of a server: the host of `door`, or of `lanes`; see `this_host`."""
+    lanes: list[str] = []
+    """Of a server: the kinds of device that it takes lanes over."""
+
+
+class LaneOffer(msgspec.Struct, array_like=True):
+    """An end of a lane, as it is told to the other side."""
+
+    kind: str
+    """Of device."""
+    address: bytes
+    """What UCX connects to. Empty: there is no such lane here, go on without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,7 @@ class Certificate:
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Hello)
+_offer_decoder = msgspec.msgpack.Decoder(LaneOffer)
 
 
 @functools.cache
@@ -80,6 +92,18 @@ def decode_hello(body: memoryview) -> Hello:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ProtocolError(f"not a greeting that this program knows: {error}") from error
+
+
+def encode_offer(offer: LaneOffer) -> bytes:
+    return _encoder.encode(offer)
+
+
+def decode_offer(body: memoryview) -> LaneOffer:
+    """Raises ProtocolError."""
+    try:
+        return _offer_decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ProtocolError(f"not a lane that this program knows: {error}") from error
 
 
 def client_hello(config: TcpConfig, *, key: str = "") -> Hello:

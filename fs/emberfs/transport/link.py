@@ -12,6 +12,7 @@ Does not know: how to connect, or what to do after a loss.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import operator
 import weakref
@@ -22,11 +23,13 @@ from typing import NamedTuple
 from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
 from ..messages import Message
 from ..runtime import AsyncioRuntime
+from .aside import Aside, is_large
 from .codec import decode_failure, decode_message
 from .config import TcpConfig
 from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame, encode_places
 from .handshake import Hello, accept_answer, certificate_of, client_hello, decode_hello, encode_hello
 from .region import Block, Blocks, Place, Region, find
+from .ucx_lane import Lanes
 from .window import Window
 from .wire import Outgoing, Wire
 
@@ -50,9 +53,12 @@ class Call:
         "changes_nothing",
         "fills",
         "future",
+        "landed_aside",
         "link",
+        "moving",
         "name",
         "number",
+        "outcome",
         "outgoing",
         "places",
         "released",
@@ -77,7 +83,13 @@ class Call:
         self.places: list[Sent] = []
         """Of its buffers, if it was sent so."""
         self.released: asyncio.Future[None] | None = None
-        """Its buffers lie in regions themselves: done when no server needs them any more."""
+        """Its buffers lie in regions themselves, or are on a lane: done when no server needs them any more."""
+        self.moving = 0
+        """Buffers of it that are on a lane."""
+        self.landed_aside = False
+        """Bytes of its answer came over a lane."""
+        self.outcome: Message | Exception | None = None
+        """The answer, once it has come. The call ends when nothing is moving either."""
 
     @property
     def may_have_happened(self) -> bool:
@@ -117,6 +129,7 @@ class Link:
 
         `blocks`: the server is on this host, behind a unix socket, and takes memory. `key`: what it gave us for that.
         """
+        self._runtime = runtime
         self.wire = Wire(runtime.loop, sock, self)
         self.welcome: asyncio.Future[None] = runtime.future()
         """Done when the server has let us in; else the error."""
@@ -135,7 +148,19 @@ class Link:
         self._calls: dict[int, Call] = {}
         self._count = 0
         self._arriving: tuple[Call, Message | Exception] | None = None
+        self._aside: Aside | None = None
         self.wire.send(Outgoing(encode_frame(Kind.HELLO, 0, encode_hello(client_hello(config, key=key)))))
+
+    def open_lane(self, lanes: Lanes) -> None:
+        """Let large buffers go by UCX as soon as that works, if the server has it. After the welcome."""
+        assert self.answer is not None
+        self._aside = Aside(self.wire, lanes, self._runtime.loop, dead_s=self._config.dead_s)
+        self._aside.offer(self.answer)
+
+    @property
+    def has_lane(self) -> bool:
+        """True if large buffers go by UCX both ways."""
+        return self._aside is not None and self._aside.is_whole
 
     def has_room(self, weight: int) -> bool:
         """True if a call of `weight` bytes may be sent now."""
@@ -152,6 +177,11 @@ class Link:
         if call.places:
             places = encode_places((sent.number, sent.place.offset) for sent in call.places)
             call.outgoing = Outgoing(encode_frame(Kind.PLACED, call.number, places + call.body, lengths))
+        elif self._aside is not None and self._aside.is_up and not call.fills and any(map(is_large, call.buffers)):
+            small, call.moving = self._aside.send(call.number, call.buffers, functools.partial(self._moved, call))
+            call.released = self._runtime.future()
+            call.outgoing = Outgoing(encode_frame(Kind.ASIDE_REQUEST, call.number, call.body, lengths), small)
+            call.outgoing.began = True  # What is on the lane cannot be taken back.
         else:
             header = encode_frame(Kind.FETCH if call.fills else Kind.REQUEST, call.number, call.body, lengths)
             call.outgoing = Outgoing(header, () if call.fills else call.buffers)
@@ -260,6 +290,8 @@ class Link:
         kind = frame.kind
         if kind == Kind.REPLY:
             return self._take_reply(self._called(frame), frame)
+        if kind == Kind.ASIDE_REPLY:
+            return self._take_aside(self._called(frame), frame)
         if kind == Kind.PLACED_REPLY:
             self._take_placed(self._called(frame), frame)
             return ()
@@ -272,6 +304,10 @@ class Link:
         elif kind == Kind.GOODBYE:
             self.is_draining = True
             self._on_change(self)
+        elif kind == Kind.LANE and self._aside is not None:
+            self._aside.take_answer(frame)
+        elif kind == Kind.LANE_UP and self._aside is not None:
+            self._aside.take_up()
         elif kind != Kind.PING:
             raise ProtocolError(f"a server does not send {kind.name}")
         return ()
@@ -280,16 +316,15 @@ class Link:
         if self._arriving is None:
             return
         (call, outcome), self._arriving = self._arriving, None
-        if isinstance(outcome, Exception):
-            call.fail(outcome)
-        elif not call.future.done():
-            call.future.set_result(outcome)
-        self._forget(call)
-        self._on_change(self)
+        call.outcome = outcome
+        if not call.moving:
+            self._finish(call)
 
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             log.warning("connection to %s closed: %s", self._address, error)
+        if self._aside is not None:
+            self._aside.close()
         self._refuse(error)
         calls, self._calls = self._calls, {}
         for call in calls.values():
@@ -299,31 +334,66 @@ class Link:
             call.fail(kind(f"{call.name}: the connection to {self._address} was lost ({error})"))
         self._on_change(self)
 
+    def _moved(self, call: Call) -> None:
+        """A buffer of `call` has left or come over the lane."""
+        call.moving -= 1
+        if not call.moving and call.outcome is not None:
+            self._finish(call)
+
+    def _finish(self, call: Call) -> None:
+        if call.landed_aside and not self.wire.is_open():
+            # The server may have used its memory for something else while we took the bytes from there.
+            self.wire.lose(ConnectionError("the other side closed the connection"))
+            return
+        if isinstance(call.outcome, Exception):
+            call.fail(call.outcome)
+        elif call.outcome is not None and not call.future.done():
+            call.future.set_result(call.outcome)
+        self._forget(call)
+        self._on_change(self)
+
     def _called(self, frame: Frame) -> Call:
         call = self._calls.get(frame.call)
-        if call is None:
+        if call is None or call.outcome is not None:
             raise ProtocolError(f"an answer to call {frame.call}, which nobody made")
         return call
 
     def _take_reply(self, call: Call, frame: Frame) -> Iterable[memoryview]:
-        total = sum(frame.lengths)
+        sinks = self._sinks(call, frame)
+        return _scratch(sum(frame.lengths)) if sinks is None else sinks
+
+    def _sinks(self, call: Call, frame: Frame) -> list[memoryview] | None:
+        """Where the bytes of a reply go; None: nobody wants them."""
         self._arriving = call, ProtocolError("given up")
         if call.future.done():
-            return _scratch(total)
+            return None
         try:
             reply = decode_message(frame.body)
         except ProtocolError as error:
             self._arriving = call, error
-            return _scratch(total)
+            return None
         self._arriving = call, reply
         if not frame.lengths:
-            return ()
+            return []
         if not call.fills or len(frame.lengths) != len(call.buffers):
             raise ProtocolError(f"a reply with {len(frame.lengths)} buffers to {call.name}")
         sinks = [buffer[:length] for buffer, length in zip(call.buffers, frame.lengths, strict=True)]
-        if sum(map(len, sinks)) != total:
+        if sum(map(len, sinks)) != sum(frame.lengths):
             raise ProtocolError(f"a reply to {call.name} that does not fit into its buffers")
         return sinks
+
+    def _take_aside(self, call: Call, frame: Frame) -> Iterable[memoryview]:
+        if self._aside is None:
+            raise ProtocolError("an answer that comes over a lane, and there is none")
+        sinks = self._sinks(call, frame)
+        if sinks is None:
+            sinks = [memoryview(bytearray(length)) for length in frame.lengths]
+        small, count = self._aside.receive(call.number, sinks, functools.partial(self._moved, call))
+        call.moving += count
+        call.landed_aside = True
+        if call.released is None:
+            call.released = self._runtime.future()
+        return small
 
     def _take_welcome(self, answer: Hello) -> None:
         if self.welcome.done():

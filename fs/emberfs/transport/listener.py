@@ -24,6 +24,7 @@ from .handshake import certificate_of, this_host
 from .session import Session
 from .tls import TlsContexts
 from .types import Service
+from .ucx_lane import Lanes
 from .wire import Wire, start_tls
 
 log = logging.getLogger("emberline.transport")
@@ -45,8 +46,11 @@ class TcpListener:
         config: TcpConfig,
         contexts: TlsContexts | None,
         watch: Callable[[Wire], None],
+        lanes: Lanes | None = None,
     ) -> None:
-        """`watch` is told each new wire, to keep it alive and to notice its silence."""
+        """`watch` is told each new wire, to keep it alive and to notice its silence. `lanes`: large buffers may go by
+        UCX.
+        """
         self.sessions: dict[Session, None] = {}
         """Those that are connected, or have calls that have not ended."""
         self._runtime = runtime
@@ -54,6 +58,7 @@ class TcpListener:
         self._config = config
         self._contexts = contexts
         self._watch = watch
+        self._lanes = lanes
         self._pool = BlockPool()
         self._address = Address()
         self._sock: socket.socket | None = None
@@ -211,6 +216,7 @@ class TcpListener:
             on_change=self._changed,
             door=self._door,
             is_local=sock.family == socket.AF_UNIX and self._config.shares_memory,
+            lanes=self._lanes,
         )
         self.sessions[session] = None
         return session

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from ..errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
 from ..messages import Join, Message
 from ..runtime import AsyncioRuntime
+from .aside import Aside, is_large
 from .blocks import BlockPool
 from .codec import decode_message, encode_failure, encode_message
 from .config import TcpConfig
@@ -30,6 +31,7 @@ from .frame import HEADER_BYTES_MAX, Frame, Kind, decode_places, encode_frame
 from .handshake import answer_hello, certificate_of, check_sender, decode_hello, encode_hello, this_host
 from .region import ForeignRegions
 from .types import Service
+from .ucx_lane import Lanes
 from .window import Window
 from .wire import Outgoing, Wire
 
@@ -39,7 +41,7 @@ log = logging.getLogger("emberline.transport")
 class _Served:
     """A request, from its header to the last byte of its answer."""
 
-    __slots__ = ("block", "call", "is_answered", "is_placed", "refusal", "request", "task", "views", "weight")
+    __slots__ = ("block", "call", "is_answered", "is_placed", "moving", "refusal", "request", "task", "views", "weight")
 
     def __init__(self, call: int, request: Message, weight: int) -> None:
         self.call = call
@@ -51,6 +53,8 @@ class _Served:
         self.task: asyncio.Task[None] | None = None
         self.is_placed = False
         """Its views are the client's own memory."""
+        self.moving = 0
+        """What has still to come before it is served, or to leave before it has ended: its frame, buffers on a lane."""
         self.is_answered = False
         """The answer is on its way out, or out."""
 
@@ -71,10 +75,12 @@ class Session:
         on_change: Callable[[Session], None],
         door: Door | None = None,
         is_local: bool = False,
+        lanes: Lanes | None = None,
     ) -> None:
         """`on_change` is called when a call has ended and when the connection is lost. In the loop's thread.
 
-        `door`: where a client of this host may go on with its memory, if it is not there already (`is_local`).
+        `door`: where a client of this host may go on with its memory, if it is not there already (`is_local`). `lanes`:
+        its large buffers may go by UCX.
         """
         self.wire = Wire(runtime.loop, sock, self, takes_descriptors=is_local)
         self.greeted: asyncio.Future[None] = runtime.future()
@@ -88,6 +94,8 @@ class Session:
         self._on_change = on_change
         self._door = door
         self._regions = ForeignRegions() if is_local else None
+        self._lanes = lanes
+        self._aside: Aside | None = None
         self._window = Window(config.calls_max, config.bytes_max)
         self._calls: dict[int, _Served] = {}
         self._arriving: _Served | None = None
@@ -120,6 +128,8 @@ class Session:
         if kind in (Kind.REQUEST, Kind.FETCH, Kind.PLACED):
             self._arriving = self._take(frame)
             return self._arriving.views if kind == Kind.REQUEST else ()
+        if kind == Kind.ASIDE_REQUEST:
+            return self._take_aside(frame)
         if kind == Kind.CANCEL:
             served = self._calls.get(frame.call)
             if served is not None and served.task is not None and served.request.changes_nothing:
@@ -130,6 +140,10 @@ class Session:
             self._regions.add(frame.call, self.wire.take_descriptor())
         elif kind == Kind.FORGET and self._regions is not None:
             self._regions.forget(frame.call)
+        elif kind == Kind.LANE and self._aside is not None:
+            self._aside.take_offer(frame)
+        elif kind == Kind.LANE_UP and self._aside is not None:
+            self._aside.take_up()
         elif kind != Kind.PING:
             raise ProtocolError(f"a client does not send {kind.name}")
         return ()
@@ -138,6 +152,12 @@ class Session:
         served, self._arriving = self._arriving, None
         if served is None:
             return
+        if served.moving:
+            self._came(served)
+        else:
+            self._begin(served)
+
+    def _begin(self, served: _Served) -> None:
         if served.refusal is not None:
             self._fail(served, served.refusal)
         else:
@@ -147,6 +167,8 @@ class Session:
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             log.warning("connection from %s closed: %s", self._name, error)
+        if self._aside is not None:
+            self._aside.close()
         if not self.greeted.done():
             self.greeted.set_result(None)
         for served in list(self._calls.values()):
@@ -170,6 +192,9 @@ class Session:
             if self._door is not None and self._regions is None and not self._is_stranger:
                 door, key = self._door.offer(self._certificate)
                 answer = replace(answer, door=door, key=key, host=this_host())
+            if self._lanes is not None and not self._is_stranger:
+                answer = replace(answer, lanes=list(self._lanes.kinds), host=this_host())
+                self._aside = Aside(self.wire, self._lanes, self._runtime.loop, dead_s=self._config.dead_s)
         except EmberError as error:
             log.warning("connection from %s refused: %s", self._name, error)
             self.wire.send(Outgoing(encode_frame(Kind.ERROR, 0, encode_failure(error, _NOBODY))))
@@ -223,6 +248,24 @@ class Session:
                 view[:] = theirs  # Once; what is checked and stored is ours: they may change theirs at any time.
         return served
 
+    def _take_aside(self, frame: Frame) -> Iterable[memoryview]:
+        served = self._arriving = self._take(frame)
+        if self._aside is None:
+            raise ProtocolError("a request that comes over a lane, and there is none")
+        small, count = self._aside.receive(frame.call, served.views, functools.partial(self._came, served))
+        served.moving = count + 1
+        return small
+
+    def _came(self, served: _Served) -> None:
+        """The payload of its frame, or a buffer on the lane."""
+        served.moving -= 1
+        if served.moving:
+            return
+        if self.wire.is_open():
+            self._begin(served)
+        else:  # The client may have used its memory for something else while we took the bytes from there.
+            self.wire.lose(ConnectionError("the other side closed the connection"))
+
     async def _serve(self, served: _Served) -> None:
         try:
             reply = await self._service.handle(served.request, served.views)
@@ -248,18 +291,36 @@ class Session:
                 self._answer(served, encode_frame(Kind.PLACED_REPLY, served.call, body, counts))
                 return
             payload = [view[:count] for view, count in zip(served.views, counts, strict=True)]
+            if self._aside is not None and self._aside.is_up and any(map(is_large, payload)):
+                payload, count = self._aside.send(served.call, payload, functools.partial(self._left, served))
+                served.moving = count + 1
+                header = encode_frame(Kind.ASIDE_REPLY, served.call, body, counts)
+                self._answer(served, header, payload, functools.partial(self._left, served))
+                return
         self._answer(served, encode_frame(Kind.REPLY, served.call, body, counts), payload)
+
+    def _left(self, served: _Served) -> None:
+        """The frame of its answer, or a buffer on the lane."""
+        served.moving -= 1
+        if not served.moving:
+            self._ended(served)
 
     def _fail(self, served: _Served, error: Exception) -> None:
         served.block = None
         self._answer(served, encode_frame(Kind.ERROR, served.call, encode_failure(error, served.request)))
 
-    def _answer(self, served: _Served, header: bytes, payload: Iterable[memoryview] = ()) -> None:
+    def _answer(
+        self,
+        served: _Served,
+        header: bytes,
+        payload: Iterable[memoryview] = (),
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
         served.is_answered = True
         if self.wire.is_closed:
             self._ended(served)
         else:
-            self.wire.send(Outgoing(header, payload, functools.partial(self._ended, served)))
+            self.wire.send(Outgoing(header, payload, on_sent or functools.partial(self._ended, served)))
 
     def _ended(self, served: _Served) -> None:
         self._calls.pop(served.call, None)

@@ -20,6 +20,7 @@ from .listener import TcpListener
 from .region import Blocks
 from .tls import TlsContexts
 from .types import Service
+from .ucx_lane import Lanes
 from .wire import Outgoing, Wire
 
 TICKS_PER_PING = 4
@@ -32,6 +33,7 @@ class TcpNetwork:
     """See `types.Network`. Addresses are `host:port`, `[v6]:port` and `unix:/path`."""
 
     def __init__(self, runtime: AsyncioRuntime, config: TcpConfig | None = None) -> None:
+        """Raises Unavailable where UCX is asked for and not there."""
         self._runtime = runtime
         self._config = config or TcpConfig()
         self._contexts = TlsContexts(self._config.tls) if self._config.tls is not None else None
@@ -40,6 +42,7 @@ class TcpNetwork:
         self._wires: dict[Wire, int] = {}
         """Those that are watched -> how many ticks they have been silent."""
         self._blocks = Blocks() if self._config.shares_memory else None
+        self._lanes = Lanes(self._config.ucx) if self._config.ucx is not None else None
         self._watching: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -56,6 +59,7 @@ class TcpNetwork:
                 contexts=self._contexts,
                 watch=self._watch,
                 blocks=self._blocks,
+                lanes=self._lanes,
             )
         return connection
 
@@ -65,7 +69,14 @@ class TcpNetwork:
             await self._runtime.sleep(0)  # Goes on in the loop's thread.
         if self._is_closed:
             raise StoreClosed("the network was closed")
-        listener = TcpListener(self._runtime, service, config=self._config, contexts=self._contexts, watch=self._watch)
+        listener = TcpListener(
+            self._runtime,
+            service,
+            config=self._config,
+            contexts=self._contexts,
+            watch=self._watch,
+            lanes=self._lanes,
+        )
         await listener.open(parse_address(address))
         self._listeners.append(listener)
         return listener
@@ -84,6 +95,8 @@ class TcpNetwork:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
+        if self._lanes is not None:
+            self._lanes.close()
 
     def forget_after_fork(self) -> None:
         """In a forked child: close our copies of the sockets, so that peers learn when the parent ends."""

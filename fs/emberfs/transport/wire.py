@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import ssl
 import sys
 from collections import deque
@@ -106,6 +107,14 @@ class Wire:
     def is_sending(self) -> bool:
         """True while the kernel has not taken everything."""
         return bool(self._queue) or self._piece is not None
+
+    def is_open(self) -> bool:
+        """True unless the other side has closed the connection, even if there is more to read from before that."""
+        if self.is_closed:
+            return False
+        poller = select.poll()
+        poller.register(self._sock, select.POLLRDHUP)
+        return not poller.poll(0)
 
     def send(self, frame: Outgoing) -> None:
         """Send `frame` after those before it."""
