@@ -16,7 +16,7 @@ from emberfs.messages import Done, Message, Usage
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.transport import Connect, ConnectionConformance, NetworkConformance, Run
-from emberfs.transport import Connection, MemoryConnection, Network, Service, TcpConfig, TcpNetwork, UcxConfig
+from emberfs.transport import Connection, MemoryConnection, Network, Service, TcpConfig, TcpNetwork
 from emberfs.transport.certificates import issue, make_authority
 from emberfs.transport.connection import TcpConnection
 from emberfs.transport.region import allocate
@@ -113,7 +113,7 @@ class TestUcx(TestPlain):
 
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime, kind: str) -> Callable[[], TcpNetwork]:
-        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False, ucx=UcxConfig(devices=(kind,))))
+        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False, ucx=kind))
 
     @pytest.fixture
     def connect(self, server: Network, client: Network, address: str) -> Connect:
@@ -133,7 +133,7 @@ class TestUcx(TestPlain):
 class TestUcxTls(TestUcx):
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime, kind: str, tls_config: TcpConfig) -> Callable[[], TcpNetwork]:
-        return lambda: TcpNetwork(runtime, replace(tls_config, ucx=UcxConfig(devices=(kind,))))
+        return lambda: TcpNetwork(runtime, replace(tls_config, ucx=kind))
 
 
 class Warming:

@@ -4,7 +4,7 @@
 go by UCX (`aside`).
 """
 
-from .config import TcpConfig, TlsFiles, UcxConfig
+from .config import TcpConfig, TlsFiles
 from .memory import MemoryConnection
 from .region import allocate
 from .tcp import TcpNetwork
@@ -19,6 +19,5 @@ __all__ = [
     "TcpConfig",
     "TcpNetwork",
     "TlsFiles",
-    "UcxConfig",
     "allocate",
 ]

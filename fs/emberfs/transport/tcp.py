@@ -42,7 +42,7 @@ class TcpNetwork:
         self._wires: dict[Wire, int] = {}
         """Those that are watched -> how many ticks they have been silent."""
         self._blocks = Blocks() if self._config.shares_memory else None
-        self._lanes = Lanes(self._config.ucx) if self._config.ucx is not None else None
+        self._lanes = Lanes(self._config.ucx) if self._config.ucx else None
         self._watching: asyncio.Task[None] | None = None
         self._is_closed = False
 

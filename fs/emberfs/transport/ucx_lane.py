@@ -21,7 +21,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from .config import UcxConfig
+from ..errors import Unavailable
+from .config import UCX_AUTO, ucx_kinds
 from .ucx_library import Context, UcxError, Worker
 
 log = logging.getLogger("emberline.transport")
@@ -45,22 +46,19 @@ _PROBE_TAG = 0
 class Lanes:
     """What UCX finds on this machine, and the lanes of one process over it."""
 
-    def __init__(self, config: UcxConfig) -> None:
-        """Looks for the devices. Raises Unavailable without the library, ValueError if none of `devices` is here."""
+    def __init__(self, devices: str) -> None:
+        """`devices` as `ucx_kinds` has them. Raises Unavailable without the library, or without any of them."""
         self.count = 0
         self._contexts: dict[str, Context] = {}
-        settings = {"NET_DEVICES": config.net_devices} if config.net_devices else {}
-        missing: list[str] = []
-        for kind in config.devices or TRANSPORTS:
+        for kind in ucx_kinds(devices):
             try:
-                self._contexts[kind] = Context(transports=TRANSPORTS[kind], settings=settings if kind != "shm" else {})
+                self._contexts[kind] = Context(TRANSPORTS[kind])
             except UcxError as error:
-                log.debug("no %s for UCX: %s", kind, error)
-                missing.append(kind)
-        if config.devices and missing:
-            log.warning("UCX finds no device for: %s", ", ".join(missing))
+                level = logging.DEBUG if devices == UCX_AUTO else logging.WARNING
+                log.log(level, "UCX finds no device of kind %s: %s", kind, error)
         if not self._contexts:
-            raise ValueError("UCX finds no device: of RDMA, shared memory and TCP none")
+            raise Unavailable(f"UCX finds no device here for ucx={devices!r}")
+        log.info("large buffers may go by UCX over: %s", ", ".join(self._contexts))
 
     @property
     def kinds(self) -> tuple[str, ...]:

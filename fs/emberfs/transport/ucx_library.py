@@ -150,8 +150,8 @@ def _check(status: int, what: str) -> None:
 class Context:
     """The devices of one kind of transport in this process."""
 
-    def __init__(self, *, transports: str, settings: dict[str, str] | None = None) -> None:
-        """`transports`: as UCX_TLS has it. `settings`: others by their name without UCX_; the environment has the rest.
+    def __init__(self, transports: str) -> None:
+        """`transports`: as UCX_TLS has it. All else is as UCX's own variables in the environment say.
 
         Raises UcxError where there is no such device, Unavailable.
         """
@@ -160,7 +160,7 @@ class Context:
         _check(ucp.ucp_config_read(None, None, byref(config)), "reading the environment")
         try:
             # Lost peers are our business, and each leaves a screenful of warnings.
-            for name, value in {"LOG_LEVEL": "fatal", "TLS": transports, **(settings or {})}.items():
+            for name, value in {"LOG_LEVEL": "fatal", "TLS": transports}.items():
                 _check(ucp.ucp_config_modify(config, name.encode(), value.encode()), f"setting {name}={value}")
             params = _Params(field_mask=_PARAMS_FEATURES, features=_FEATURE_TAG | _FEATURE_WAKEUP)
             _check(
