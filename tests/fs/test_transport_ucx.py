@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -28,6 +29,7 @@ from emberfs.server import ServerConfig
 from emberfs.testing.transport import Echo, Filling, pattern, read_request, write_request
 from emberfs.transport import TcpConfig, TcpNetwork, ucx_lane, ucx_library
 from emberfs.transport.aside import Aside
+from emberfs.transport.blocks import HUGE_PAGE_BYTES, BlockPool
 from emberfs.transport.config import ucx_kinds
 from emberfs.transport.connection import TcpConnection
 from emberfs.transport.frame import ASIDE_BYTES_MIN
@@ -441,6 +443,20 @@ def test_workers_leave_no_file_descriptor_behind(run: Callable[..., Any], make: 
         assert len(os.listdir("/proc/self/fd")) == before
 
     run(work())
+
+
+def test_blocks_lie_in_huge_pages_and_are_used_again() -> None:
+    pool = BlockPool()
+    blocks = [pool.take(size) for size in (SIZE, SIZE, 3 * SIZE, 70_000)]
+    assert [len(block) for block in blocks] == [SIZE, SIZE, 4 * SIZE, 128 << 10]
+    for seed, block in enumerate(blocks):
+        block[:] = pattern(len(block), seed)
+    assert all(block == pattern(len(block), seed) for seed, block in enumerate(blocks))
+    pages = {ctypes.addressof(ctypes.c_char.from_buffer(block)) % HUGE_PAGE_BYTES for block in blocks}
+    assert pages == {0, SIZE}
+    first = blocks[0]
+    pool.give(first)
+    assert pool.take(SIZE - 1) is first
 
 
 # ---- how it is chosen
