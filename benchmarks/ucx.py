@@ -142,7 +142,9 @@ class _Client:
 
 
 async def _until_lane(connection: TcpConnection) -> None:
+    deadline_s = time.monotonic() + 10
     while not connection.has_lane:
+        verify(time.monotonic() < deadline_s, "no large buffer goes by UCX")
         await connection.call(Usage())
 
 
