@@ -4,7 +4,7 @@ A cluster of one storage server on this host, the data warm in the page cache, o
 Ours goes into `client.buffer`; *any memory* is ours into a plain bytearray, *tls* the same with `shares_memory=False`.
 Every byte is checked on the way: ours by the server, redis' values by the client. Destinations rotate over 64 MiB.
 
-Not there yet: UCX, writes with replicas, many clients at once, CPU seconds of the servers.
+Not there yet: writes with replicas, many clients at once, CPU seconds of the servers.
 """
 
 from __future__ import annotations
