@@ -33,10 +33,12 @@ TRANSPORTS = {"rdma": "ib", "shm": "shm", "tcp": "tcp"}
 LANES_MAX = 64
 """Of one process: a worker has 4 MiB of its own and up to ten file descriptors."""
 
-ROUNDS_MAX = 64
-"""Steps of a worker in a row, before others have their turn."""
+STEPS_MAX = 8
+"""Of a worker, before we look what is done: a step of TCP brings a part of a message."""
+ROUNDS_MAX = 16
+"""Of so many steps, before others have their turn."""
 IDLE_ROUNDS_MAX = 8
-"""Steps that found nothing before the loop sleeps: the rest of a message is often there at once."""
+"""Rounds that found nothing before the loop sleeps: the rest of a message is often there at once."""
 
 _PROBE_BYTES = 1 << 20
 """Travels as large buffers do."""
@@ -197,12 +199,12 @@ class Lane:
             for _ in range(ROUNDS_MAX):
                 if self._is_closed:
                     return
-                if self._worker.progress():
+                if self._worker.progress(STEPS_MAX):
                     self._has_moved = True
                     idle = 0
                 else:
                     idle += 1
-                if self._transfers:
+                if self._transfers and idle <= 1:
                     self._collect()
                 if self._is_closed:
                     return

@@ -227,9 +227,13 @@ class Worker:
         _check(status, "a transfer")
         return True
 
-    def progress(self) -> bool:
-        """Do what can be done now. True if there was something."""
-        return bool(self._ucp.ucp_worker_progress(self._handle))
+    def progress(self, steps: int) -> bool:
+        """Do what can be done now, at most so many steps. True if there was something."""
+        progress, handle = self._ucp.ucp_worker_progress, self._handle
+        done = 0
+        while done < steps and progress(handle):
+            done += 1
+        return done > 0
 
     def arm(self) -> bool:
         """Make `fd` tell of the next event. False: there is one already. Raises UcxError."""
