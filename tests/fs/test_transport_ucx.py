@@ -359,6 +359,22 @@ def test_a_socket_that_was_closed_is_seen_behind_what_it_still_brings() -> None:
     asyncio.run(work())
 
 
+def test_an_end_is_seen_though_a_child_has_a_copy_of_the_socket() -> None:
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        pair = socket.socketpair()
+        for sock in pair:
+            sock.setblocking(False)
+        copy = pair[1].dup()
+        ours, theirs = (Wire(loop, sock, Deaf()) for sock in pair)
+        theirs.lose(ConnectionError("done"))
+        assert not ours.is_open()
+        ours.lose(ConnectionError("done"))
+        copy.close()
+
+    asyncio.run(work())
+
+
 class Deaf:
     """A peer that is told nothing here."""
 

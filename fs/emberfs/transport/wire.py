@@ -15,6 +15,7 @@ Does not know: what frames are for, or how long silence may last.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import select
@@ -23,7 +24,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
-from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SCM_RIGHTS, SOL_SOCKET, socket
+from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SCM_RIGHTS, SHUT_RDWR, SOL_SOCKET, socket
 from typing import Protocol
 
 from ..errors import ProtocolError
@@ -150,6 +151,8 @@ class Wire:
         self.reader.stop()
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
+        with contextlib.suppress(OSError):  # A child that is being forked has a copy, and `is_open` must see the end.
+            self._sock.shutdown(SHUT_RDWR)
         self._sock.close()
         self._queue.clear()
         while self._descriptors:
