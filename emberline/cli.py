@@ -95,6 +95,8 @@ main = _CommandLine(
         "cluster": LazyCommand("emberfs.cli.cluster:cluster", "A store of several servers: start one, look after it."),
         "server": LazyCommand("emberfs.cli.server:server", "Run one server of a cluster in this process."),
         "sim": LazyCommand("emberfs.cli.sim:sim", "Simulate a cluster under faults, by seeds, and check it."),
+        "stats": LazyCommand("emberfs.cli.stats:stats", "Show what the servers of a store serve, and how fast."),
+        "profile": LazyCommand("emberfs.cli.profile:profile", "Show where the time of requests goes."),
         "bench": LazyCommand("emberfs.cli.bench:bench", "Measure a store on this machine, beside its ceilings."),
         "doctor": LazyCommand("emberfs.cli.doctor:doctor", "Check this machine and a store, and say what to do."),
     },

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,20 @@ def test_a_ratio_is_the_median_of_the_rounds_and_each_round_is_paired(clock: Clo
     assert (row.ours, row.peers, row.ceiling) == (3.0, {"peer": 12.0}, 6.0)
     assert row.ratio == 0.75, "of 2/4, 6/8 and 1.5/2, not 3/6"
     assert row.met
-    assert row.seconds["ours"] == Seconds(wall=4.0, cpu=2.0)
+    assert row.seconds["ours"] == Seconds(wall=4.0, cpu=2.0, amount=12.0)
     assert order[:3] == ["ours!", "peer!", "ceiling!"]
     assert order[3:] == ["ours", "peer", "ceiling", "peer", "ceiling", "ours", "ceiling", "ours", "peer"]
+
+
+def test_cpu_of_servers_counts_for_each_gib() -> None:
+    def subject(check: bool) -> float:
+        return 512.0
+
+    row = compare("reads, MiB/s", subject, rounds=1, servers={"ours": [os.getpid()]})
+    seconds = row.seconds["ours"]
+    assert seconds.servers is not None
+    assert row.cpu_per_gib == 2 * (seconds.cpu + seconds.servers)
+    assert compare("reads, MiB/s", subject, rounds=1).cpu_per_gib is None, "nobody said whose servers those are"
 
 
 # ---- the command line

@@ -47,6 +47,8 @@ SERVICES = ("emberfs", "emberkv")
 
 REACHES_OUT = {
     "fs/emberfs/runtime.py": "is the seam of time, randomness and concurrency",
+    "fs/emberfs/ledger.py": "is a face: the caller's threads note their calls",
+    "fs/emberfs/meter.py": "is read by the thread of the metrics page too",
     "fs/emberfs/portal.py": "drives calls from the caller's own thread",
     "fs/emberfs/disk.py": "is the disk seam",
     "fs/emberfs/kv/lmdb.py": "wraps a library that does its own system calls, on its one writer thread",
@@ -56,8 +58,10 @@ REACHES_OUT = {
     "fs/emberfs/cluster/": "wires clients and local clusters together: runtime, network, processes",
     "fs/emberfs/server/": "wires a server together: signals, runtime, network, disk",
     "fs/emberfs/transport/": "is the network seam",
+    "fs/emberfs/lane/": "goes past the seams, for whoever runs outside a simulation; testing.sim has a twin",
     "fs/emberfs/client/attachment.py": "is a face: several of the caller's threads may find out that they forked",
     "fs/emberfs/client/handle.py": "is a face: the caller's threads share a handle",
+    "fs/emberfs/client/io_queue.py": "is a face: the caller's threads wait for completions",
     "fs/emberfs/cli/": "is a face: the user's terminal and local files",
     "fs/emberfs/testing/": "runs in other people's tests",
 }

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 from .errors import UpdateUnknown
 from .runtime import Runtime
+from .stopwatch import current
 
 Item = TypeVar("Item")
 
@@ -45,13 +46,20 @@ class GroupCommit(Generic[Item]):
         self._task: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> None:
-        """Return once a flush that contains `item` has succeeded."""
+        """Return once a flush that contains `item` has succeeded. On the stopwatch it is time of the disk."""
         future = self._runtime.future()
         self._queue.append((item, future))
-        if not self._flushing:
-            self._flushing = True
-            await self._lead(rounds=2)
-        await future
+        watch = current.get()
+        if watch is not None:
+            watch.begin_disk()
+        try:
+            if not self._flushing:
+                self._flushing = True
+                await self._lead(rounds=2)
+            await future
+        finally:
+            if watch is not None:
+                watch.end_disk()
 
     async def _lead(self, *, rounds: int | None) -> None:
         """Flush until the queue is empty; after `rounds` lists leave the rest to a task."""

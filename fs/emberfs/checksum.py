@@ -17,7 +17,9 @@ import struct
 
 from awscrt.checksums import crc32c
 
-__all__ = ["crc32c", "cumulative_sums", "first_bad_granule", "sum_before"]
+from .lane import native
+
+__all__ = ["crc32c", "cumulative_sums", "cumulative_sums_slowly", "first_bad_granule", "sum_before"]
 
 _U32 = struct.Struct("<I")
 
@@ -27,6 +29,14 @@ def cumulative_sums(payload: memoryview, *, granule: int, offset: int = 0, start
 
     The first value is for the end of the granule that holds `offset` (or the payload's end, if that comes first).
     """
+    if native is not None:
+        packed: bytes = native.cumulative_sums(payload, granule, offset, start)
+        return packed
+    return cumulative_sums_slowly(payload, granule=granule, offset=offset, start=start)
+
+
+def cumulative_sums_slowly(payload: memoryview, *, granule: int, offset: int = 0, start: int = 0) -> bytes:
+    """`cumulative_sums` where the native part was not built."""
     values = []
     running = start
     begin, end = 0, min(len(payload), granule - offset % granule)

@@ -16,9 +16,10 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from .runtime import Runtime
+from .stopwatch import current
 
 Buffer = memoryview
 
@@ -116,6 +117,17 @@ class LocalDisk:
         os.posix_fadvise(file, offset, length, os.POSIX_FADV_DONTNEED)
 
     async def read(self, items: Sequence[ReadItem], landed: Landed | None = None) -> list[int]:
+        if (watch := current.get()) is not None:
+            watch.begin_disk()
+            try:
+                return await self._read(items, landed)
+            finally:
+                watch.end_disk()
+        if self._runtime.may_block():
+            return self._runtime.block(_read_all, items, landed)  # Spared the coroutine: it is the shortest way.
+        return await self._read(items, landed)
+
+    async def _read(self, items: Sequence[ReadItem], landed: Landed | None) -> list[int]:
         if self._runtime.may_block():
             return self._runtime.block(_read_all, items, landed)
         counts: list[int] = []
@@ -136,19 +148,29 @@ class LocalDisk:
         if cold:
             numbers = [index for index, _ in cold]
             late_landed = None if landed is None else lambda index, count: landed(numbers[index], count)
-            late = await self._runtime.offload(_read_all, [item for _, item in cold], late_landed)
+            late = await self._runtime.offload_read(_read_all, [item for _, item in cold], late_landed)
             for (index, _), count in zip(cold, late, strict=True):
                 counts[index] = count
         return counts
 
     async def write(self, items: Sequence[WriteItem]) -> None:
-        await self._runtime.offload(_write_all, items)
+        await self._wait(_write_all, items)
 
     async def sync(self, files: Sequence[int]) -> None:
-        await self._runtime.offload(_sync_all, files)
+        await self._wait(_sync_all, files)
 
     async def sync_directory(self) -> None:
-        await self._runtime.offload(os.fsync, self._directory())
+        await self._wait(os.fsync, self._directory())
+
+    async def _wait(self, blocking: Callable[..., None], argument: Any) -> None:
+        watch = current.get()
+        if watch is not None:
+            watch.begin_disk()
+        try:
+            await self._runtime.offload(blocking, argument)
+        finally:
+            if watch is not None:
+                watch.end_disk()
 
     def close(self) -> None:
         for file in self._files.values():

@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import UnsetType
 
@@ -46,6 +46,9 @@ from .storage import StorageService
 from .superblock import make_directory, read_or_write_superblock
 from .transport import MemoryConnection
 from .urls import SCHEME
+
+if TYPE_CHECKING:
+    from .lane.client import LaneReader
 
 log = logging.getLogger("emberline.sharing")
 
@@ -161,6 +164,8 @@ class EmbeddedStore:
         self.forked = False
         self.closed = False
         self.url = f"{SCHEME}{directory}"
+        self.lanes: LaneReader | None = None
+        """None: the files are read in this very process, or by one that serves no lanes."""
         self.services: Services | None = None
         """Ours, while we own the store."""
         self._ownership: Ownership | None = None
@@ -201,6 +206,7 @@ class EmbeddedStore:
                 self.portal.run(attached.close())
                 continue
             self._attached = attached
+            self.portal.ledger.is_close = True
             self.meta, self._storage = MemoryConnection(attached), MemoryConnection(attached)
             break
         self.chains = dict.fromkeys(range(1, self.superblock.targets + 1), self._storage)
@@ -256,6 +262,7 @@ class EmbeddedStore:
             ownership.close()
         finally:
             self.services = self._ownership = None
+            self.portal.ledger.is_close = True
             attached.start()
             self.meta.call = self._storage.call = attached.handle
             self.portal.resume()

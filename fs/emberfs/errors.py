@@ -21,7 +21,9 @@ programmer would catch. Our own mistakes are `assert`, never one of these.
     ├── StaleChunk (OSError ESTALE)           a chunk version or truncate generation has moved on
     ├── UpdateUnknown (OSError EIO)           a write may or may not have happened; read to find out
     ├── Unavailable (ConnectionError)         nobody could serve it now; nothing happened, try again
+    │   ├── Overloaded                        a server has too much to do; it says when to come again
     │   └── Unreachable                       there was no answer from the server that was asked: try another one
+    │       └── Unanswered                    it had its time, and may be alive
     ├── DeadlineExceeded (TimeoutError)       no answer in time, to a request that changes nothing
     ├── StaleRouting (OSError ESTALE)         a server is in another chain version or may not serve; nothing happened
     ├── SessionExpired (OSError ESTALE)       the cluster gave this client up; connect again
@@ -169,6 +171,21 @@ class Unavailable(_OSEmberError, ConnectionError):
     errno_default = errno.EHOSTUNREACH
 
 
+class Overloaded(Unavailable):
+    """The server has more to do than it takes on, and did not begin with this. Come again after `retry_after_s`."""
+
+    def __init__(self, message: str, path: str | None = None, *, retry_after_s: float = 0.1) -> None:
+        super().__init__(message, path)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return (_overloaded, (self.message, self.path, self.retry_after_s))
+
+
+def _overloaded(message: str, path: str | None, retry_after_s: float) -> Overloaded:
+    return Overloaded(message, path, retry_after_s=retry_after_s)
+
+
 class Unreachable(Unavailable):
     """No connection could be made to a server, or the one there was is lost, or it did not answer in time.
 
@@ -177,6 +194,10 @@ class Unreachable(Unavailable):
 
     def __reduce__(self) -> tuple[type[Unavailable], tuple[str, str | None]]:
         return (Unavailable, (self.message, self.path))
+
+
+class Unanswered(Unreachable):
+    """The server that was asked did not answer in the time it was given. Nothing happened that matters."""
 
 
 class DeadlineExceeded(_OSEmberError, TimeoutError):

@@ -23,12 +23,14 @@ import functools
 import importlib
 import signal
 import threading
-import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from .errors import StoreClosed, Unavailable
+from .half_run import HalfRun
+from .ledger import Ledger
 from .runtime import AsyncioRuntime
+from .stopwatch import Stopwatch, current
 
 T = TypeVar("T")
 
@@ -37,6 +39,9 @@ class Portal:
     """Runs coroutines of one `AsyncioRuntime` from outside its loop."""
 
     def __init__(self, runtime: AsyncioRuntime) -> None:
+        self.ledger = Ledger(runtime.now_s)
+        """Of the calls that have ended."""
+        self._now_s = runtime.now_s
         self._runtime = runtime
         self._outcomes = _Outcomes()
         self._started = _Started(runtime, self._start_all)
@@ -53,10 +58,21 @@ class Portal:
     def run(self, call: Coroutine[Any, Any, T]) -> T:
         """Run `call` to its end and return its result. Blocks the calling thread only. Raises StoreClosed."""
         held = _hold_interrupts()
+        ledger = self.ledger
+        began_s, watch = self._now_s(), ledger.watch() if ledger.is_close else None
         try:
+            if watch is not None:
+                current.set(watch)
             done, value = self._drive(call, blocks=True, hand_over=_Wait)
             return value if done else value.result()  # type: ignore[no-any-return]
+        except BaseException:
+            ledger.note_failure(call.cr_code)  # type: ignore[attr-defined]
+            raise
         finally:
+            ledger.note(call.cr_code, self._now_s() - began_s)  # type: ignore[attr-defined]
+            if watch is not None:
+                ledger.note_waits(call.cr_code, watch)  # type: ignore[attr-defined]
+                current.set(None)
             if held is not None:
                 _release_interrupts(held)
 
@@ -109,8 +125,23 @@ class Portal:
         A read is driven inline as far as it goes. A mutation waits for a disk anyway: it goes to the store's loop
         with all others that the caller's loop starts in the same round, so that they share one wake-up and one commit.
         """
+        ledger = self.ledger
+        began_s, watch = self._now_s(), ledger.watch() if ledger.is_close else None
+        try:
+            return await self._run_async(call, watch, mutates=mutates)
+        except BaseException:
+            ledger.note_failure(call.cr_code)  # type: ignore[attr-defined]
+            raise
+        finally:
+            ledger.note(call.cr_code, self._now_s() - began_s)  # type: ignore[attr-defined]
+            if watch is not None:
+                ledger.note_waits(call.cr_code, watch)  # type: ignore[attr-defined]
+
+    async def _run_async(self, call: Coroutine[Any, Any, T], watch: Stopwatch | None, *, mutates: bool) -> T:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[T] = loop.create_future()
+        if watch is not None:
+            call = _watched(call, watch)
         if mutates:
             self._started.add(loop, (call, waiter))
         else:
@@ -119,6 +150,8 @@ class Portal:
             try:
                 done, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(deliver))
             finally:
+                if watch is not None:
+                    current.set(None)
                 if held is not None:
                     _release_interrupts(held)
             if done:
@@ -130,6 +163,29 @@ class Portal:
                 with contextlib.suppress(asyncio.CancelledError):  # It may be cancelled more than once.
                     await asyncio.wait([waiter])
             raise
+
+    def begin(self, call: Coroutine[Any, Any, T], done: Callable[[T | None, Exception | None], None]) -> None:
+        """Run `call` as far as it goes and return. `done` is told its result or error, here or in the loop's thread.
+
+        From anywhere, the loop's thread included.
+        """
+        told = functools.partial(_tell, done)
+        if threading.get_ident() == self._runtime.loop.thread_ident:
+            self._start(call, "begun").add_done_callback(told)
+            return
+        held = _hold_interrupts()
+        outcome: tuple[Any, Exception | None] | None = None
+        try:
+            try:
+                has_ended, value = self._drive(call, blocks=False, hand_over=lambda task: task.add_done_callback(told))
+                outcome = (value, None) if has_ended else None
+            except Exception as error:
+                outcome = (None, error)
+            if outcome is not None:
+                done(*outcome)
+        finally:
+            if held is not None:
+                _release_interrupts(held)
 
     def _start_all(self, loop: asyncio.AbstractEventLoop, calls: list[Any]) -> None:
         """Start calls of the caller's `loop`. Called in the store's thread."""
@@ -196,8 +252,7 @@ class Portal:
                     call.close()
                     raise StoreClosed("the store is closed")
                 return False, hand_over(runtime.spawn(self._held_back(call), "held-back"))
-            awaited = call.send(None)
-            task = runtime.spawn(_go_on(call, awaited), "handed-over")
+            task = runtime.spawn(HalfRun(call, call.send(None)), "handed-over")
             task.add_done_callback(self._ended)
             has_ended = False
             return False, hand_over(task)
@@ -288,23 +343,19 @@ class _Started:
                 waiter.set_exception(StoreClosed("the store is closed"))
 
 
-async def _go_on(call: Coroutine[Any, Any, T], awaited: Any) -> T:
-    return await _resume(call, awaited)
+async def _watched(call: Coroutine[Any, Any, T], watch: Stopwatch) -> T:
+    """Run `call` with its stopwatch, in whichever task."""
+    current.set(watch)
+    return await call
 
 
-@types.coroutine
-def _resume(call: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """Drive a coroutine that already ran up to `awaited`."""
-    try:
-        while True:
-            try:
-                value = yield awaited
-            except BaseException as error:
-                awaited = call.throw(error)
-            else:
-                awaited = call.send(value)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+def _tell(done: Callable[[T | None, Exception | None], None], task: asyncio.Task[T]) -> None:
+    error = Unavailable("the call was cancelled") if task.cancelled() else task.exception()
+    if error is None:
+        done(task.result(), None)
+    else:
+        assert isinstance(error, Exception)
+        done(None, error)
 
 
 def _copy_outcome(task: asyncio.Task[T], waiter: asyncio.Future[T]) -> None:

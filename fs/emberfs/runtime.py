@@ -20,12 +20,17 @@ import selectors
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 OFFLOAD_THREADS_MAX = 4
+
+ROUNDS_UNLOOKED_MAX = 2
+"""The loop goes round so often with work at hand before it looks at its sockets, and lets others have the baton: an
+answer takes two rounds from its socket to who waits for it, and a look costs more than those."""
 
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """Goes on while the machine sleeps: a lease must not outlive a suspend."""
@@ -56,7 +61,13 @@ class Runtime(Protocol):
         """Suspend for at least `seconds`."""
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
-        """Run a blocking function (system calls, no service state) and return its result."""
+        """Run a blocking function (system calls, no service state) and return its result.
+
+        Cancelled, it ends when the function has, unless that never began.
+        """
+
+    async def offload_read(self, blocking: Callable[..., T], *args: Any) -> T:
+        """`offload` of reads from a disk. There may be many: nothing else waits behind them."""
 
     def may_block(self) -> bool:
         """True while an inline caller drives: `block` may be used, since its thread waits anyway."""
@@ -73,8 +84,13 @@ class _BatonSelector(selectors.DefaultSelector):
         self._baton = baton
         self.was_woken = False
         """Somebody has written to the loop's wake-up pipe since it last looked. Guarded by the baton."""
+        self._rounds_unlooked = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout == 0 and self._rounds_unlooked < ROUNDS_UNLOOKED_MAX:
+            self._rounds_unlooked += 1
+            return []
+        self._rounds_unlooked = 0
         self._baton.release()
         try:
             return super().select(timeout)
@@ -113,6 +129,7 @@ class AsyncioRuntime:
         self._inline_ident: int | None = None
         self._inline_blocks = False
         self._executor = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-io")
+        self._readers = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-read")
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
         self._started = threading.Event()
         self._thread.start()
@@ -134,6 +151,7 @@ class AsyncioRuntime:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self._executor.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
         with self.baton:
             # Closing the loop closes its selector and self-pipe; nothing can be scheduled afterwards.
             self.loop.close()
@@ -171,14 +189,32 @@ class AsyncioRuntime:
         return self._inline_blocks and self._inline_ident == threading.get_ident()
 
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
+        return await self._offload(self._executor, blocking, *args)
+
+    async def offload_read(self, blocking: Callable[..., T], *args: Any) -> T:
+        return await self._offload(self._readers, blocking, *args)
+
+    async def _offload(self, executor: ThreadPoolExecutor, blocking: Callable[..., T], *args: Any) -> T:
         if self.may_block():
             return self.block(blocking, *args)
         try:
-            work = self._executor.submit(blocking, *args)
+            work = executor.submit(blocking, *args)
         except RuntimeError:
             # At exit the interpreter stops taking such work before it lets us close; then this thread does it.
             return blocking(*args)
-        return await asyncio.wrap_future(work, loop=self.loop)
+        try:
+            return await asyncio.wrap_future(work, loop=self.loop)
+        except asyncio.CancelledError:
+            await self._until_ended(work)
+            raise
+
+    async def _until_ended(self, work: Future[Any]) -> None:
+        """Return when no thread is at `work` any more: the memory it was given is its owner's again."""
+        ended = self.loop.create_future()
+        work.add_done_callback(lambda _: self.loop.call_soon_threadsafe(_wake, ended))
+        while not ended.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(ended)
 
     def block(self, blocking: Callable[..., T], *args: Any) -> T:
         self.leave_inline()
@@ -202,6 +238,11 @@ class AsyncioRuntime:
     def is_inline(self) -> bool:
         """True if this thread drives a call right now (a finalizer may find itself here)."""
         return self._inline_ident == threading.get_ident()
+
+    async def enter_loop(self) -> None:
+        """Go on in the loop's thread: sockets are touched nowhere else."""
+        if self.is_inline():
+            await asyncio.sleep(0)  # Hands the call over (see `half_run`), and takes no turn of the loop.
 
 
 def _wake(future: asyncio.Future[None]) -> None:

@@ -22,6 +22,7 @@ from .urls import SCHEME, SUPERBLOCK, cluster_addresses
 if TYPE_CHECKING:
     from .client.core import Core
     from .cluster import ClientConfig
+    from .lane.client import LaneReader
     from .portal import Portal
     from .runtime import AsyncioRuntime
 
@@ -36,6 +37,8 @@ class Store(Protocol):
     forked: bool
     """We are a child of the process that opened it: nothing of it may be touched."""
     closed: bool
+    lanes: LaneReader | None
+    """Reads past the loop, where there are any."""
 
     @property
     def url(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import emberfs
 import fsspec.tests.abstract as abstract
 import pytest
+from emberfs import Client
 from emberfs.cluster.store import ClusterStore
 from emberfs.filesystem import EmberFileSystem
 
@@ -68,3 +69,17 @@ def test_a_client_on_the_servers_host_shares_its_memory(url: str) -> None:
         storage = {store.routes.address(target.id) for target in store.routes.routing.targets}
         links = [store.network.connection(address)._link for address in storage]
         assert any(link is not None and link._blocks is not None for link in links)
+
+
+def test_a_queue_of_reads_and_writes(client: Client) -> None:
+    content = os.urandom(1 << 20)
+    with client.io_queue(depth=256) as queue:
+        for at in range(0, len(content), 64 << 10):
+            queue.submit_write("/queued", at, content[at : at + (64 << 10)])
+        assert [each.error for each in queue.wait(n=16)] == [None] * 16
+        memory = client.buffer(len(content))
+        with client.open("/queued") as file:
+            for at in range(0, len(content), 4 << 10):
+                queue.submit_read(file, at, memory[at : at + (4 << 10)])
+            assert {each.nbytes for each in queue.wait(n=256)} == {4 << 10}
+        assert memory == content

@@ -12,7 +12,7 @@ from pathlib import Path
 import emberfs
 import pytest
 from emberfs.cluster.local import LocalCluster, Plan
-from emberfs.transport.ucx_lane import Lane
+from emberfs.transport.ucx_rail import Rail
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libucx") is None, reason="UCX is not installed: pip install 'emberline[ucx]'"
@@ -26,13 +26,13 @@ def test_what_is_written_by_ucx_is_read_by_ucx(tmp_path: Path, kind: str, monkey
     moved = {"send": 0, "receive": 0}
 
     def counted(name: str) -> None:
-        act = getattr(Lane, name)
+        act = getattr(Rail, name)
 
-        def count(lane: Lane, view: memoryview, *args: object) -> None:
+        def count(rail: Rail, view: memoryview, *args: object) -> None:
             moved[name] += len(view)
-            act(lane, view, *args)
+            act(rail, view, *args)
 
-        monkeypatch.setattr(Lane, name, count)
+        monkeypatch.setattr(Rail, name, count)
 
     counted("send")
     counted("receive")
@@ -42,7 +42,7 @@ def test_what_is_written_by_ucx_is_read_by_ucx(tmp_path: Path, kind: str, monkey
     credentials = str(cluster.directory / "client")
     try:
         with emberfs.connect(cluster.url, credentials=credentials, shares_memory=False, ucx=kind) as client:
-            for number in range(4):  # The first bytes may go before a lane is up.
+            for number in range(4):  # The first bytes may go before a rail is up.
                 client.put(f"/file-{number}", content)
                 assert client.get(f"/file-{number}") == content
         with emberfs.connect(cluster.url, credentials=credentials) as client:

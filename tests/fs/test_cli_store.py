@@ -200,11 +200,3 @@ def test_doctor_passes_a_sound_store_and_names_what_is_wrong(store: str, tmp_pat
     assert (line["state"], "none was given" in line["detail"]) == ("SKIP", True)
     assert "EMBERLINE_URL" in line["advice"]
     assert "holds something else" in emberline("doctor", f"ember://{tmp_path}/strange", code=1).stdout
-
-
-def test_bench_leaves_nothing_behind(store: str, tmp_path: Path) -> None:
-    before = sorted(path.name for path in (tmp_path / "store").iterdir())
-    rows = emberline_json("bench", "--seconds", "0.01", store)
-    assert all(row["ceiling"] > 0 for row in rows)
-    assert emberline("fs", "ls", store=store).stdout == "books/\nlarge\n"
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == before

@@ -476,7 +476,9 @@ def public(cls: type) -> dict[str, str]:
 
 def test_the_clients_have_the_same_methods() -> None:
     blocking, awaited = public(Client), public(AsyncClient)
-    assert set(blocking) - set(awaited) == {"maintenance"}, "an operator's work is blocking"
+    assert set(blocking) - set(awaited) == {"io_queue", "maintenance"}, (
+        "a queue is for blocking programs, and an operator's work is blocking"
+    )
     assert set(awaited) <= set(blocking)
     assert {name: blocking[name] for name in awaited} == awaited
 

@@ -31,6 +31,8 @@ class CountingRuntime(AsyncioRuntime):
 
         return await super().offload(noted)
 
+    offload_read = offload
+
 
 @pytest.fixture
 def runtime() -> Iterator[CountingRuntime]:

@@ -3,14 +3,16 @@ restarts between them."""
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from collections.abc import Coroutine
 from typing import Any, NamedTuple
 
-from emberfs.checksum import crc32c
+from emberfs.checksum import crc32c, cumulative_sums
 from emberfs.disk import LocalDisk
 from emberfs.engine import Action, ChunkEngine, EngineConfig, InstallItem, Request, Update
+from emberfs.engine.extents import Known
 from emberfs.engine.scrub import check, scrub
 from emberfs.errors import StaleChunk
 from emberfs.kv.memory import MemoryKV
@@ -37,9 +39,26 @@ class Pending(NamedTuple):
     sequence: int
 
 
+class Mirrored:
+    """A mirror (`engine.extents`) that only remembers."""
+
+    def __init__(self) -> None:
+        self.places: dict[bytes, tuple[int, int, Known]] = {}
+
+    def put(self, chunk: bytes, file: int, block: int, known: Known) -> None:
+        self.places[chunk] = (file, block, known)
+
+    def drop(self, chunk: bytes) -> None:
+        del self.places[chunk]
+
+    def clear(self) -> None:
+        self.places.clear()
+
+
 class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.mirror = Mirrored()
         self.runtime = AsyncioRuntime()
         self.portal = Portal(self.runtime)
         self.directory = tempfile.TemporaryDirectory()
@@ -68,6 +87,7 @@ class EngineMachine(RuleBasedStateMachine):
         disk = LocalDisk(self.directory.name, self.runtime)
         config = EngineConfig(reserve_bytes=0, keeps_tombstones=self.keeps_tombstones)
         engine: ChunkEngine = self.run(ChunkEngine.open(disk, self.index, self.runtime, config=config))
+        engine.extents.mirror = self.mirror
         return engine
 
     def teardown(self) -> None:
@@ -227,6 +247,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def reopen(self) -> None:
         self.run(self.engine.close())
+        assert not self.mirror.places, "the files were about to be closed"
         self.engine = self.open()
 
     @rule()
@@ -263,6 +284,18 @@ class EngineMachine(RuleBasedStateMachine):
             counts = self.run(self.engine.read(CHUNKS, [0] * len(CHUNKS), views, pending=flags))
             for chunk, buffer, count in zip(CHUNKS, buffers, counts, strict=True):
                 assert bytes(buffer[:count]) == (contents.get(chunk) or b"")
+
+    @invariant()
+    def the_mirror_knows_what_is_committed_and_clean(self) -> None:
+        """Whoever reads by it reads what the engine would, whatever was done before."""
+        clean = {chunk for chunk, content in self.committed.items() if chunk not in self.pending and content}
+        assert self.mirror.places.keys() <= clean
+        for chunk, (file, block, known) in self.mirror.places.items():
+            content = self.committed[chunk]
+            assert os.pread(file, known.extent.length, block) == content
+            assert known.sums == cumulative_sums(memoryview(content), granule=1 << known.granule_log2)
+        self.all_content_is_right()
+        assert self.mirror.places.keys() == clean, "every chunk was read since it changed"
 
     @invariant()
     def lists_and_requests_are_right(self) -> None:

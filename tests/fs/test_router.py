@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
 from emberfs.client.router import ReadFrom, RouterConfig, StorageRouter
-from emberfs.errors import SessionExpired, StaleChunk, StaleRouting, Unavailable, Unreachable, UpdateUnknown
+from emberfs.errors import (
+    Overloaded,
+    SessionExpired,
+    StaleChunk,
+    StaleRouting,
+    Unanswered,
+    Unavailable,
+    Unreachable,
+    UpdateUnknown,
+)
 from emberfs.messages import ChunksRead, Done, ListChunks, Message, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
 from emberfs.portal import Portal
 from emberfs.routing import Chain, ChainTarget, Routing, TargetState
@@ -27,6 +36,9 @@ class FakeRoutes:
     def chain(self, chain: int) -> Chain:
         targets = [b"0", b"1"] if chain == 100 else [b"%d" % (chain % 2)]
         return Chain(chain, 10 * chain, tuple(ChainTarget(target, TargetState.SERVING) for target in targets))
+
+    def preferred(self, chain: Chain, targets: Sequence[ChainTarget]) -> list[ChainTarget]:
+        return list(targets)
 
     def address(self, target: bytes) -> str:
         return target.decode()
@@ -46,7 +58,7 @@ class Servers:
         self.errors: dict[str, list[Exception]] = {}
         self.stuck: set[str] = set()
         """Servers that take a request and never answer."""
-        self.forever: Callable[[], asyncio.Future[None]]
+        self.sleep: Callable[[float], Awaitable[None]]
         self.ended = 0
         """Calls to them that were given up."""
 
@@ -58,13 +70,17 @@ class _Connection:
     def __init__(self, servers: Servers, address: str) -> None:
         self.servers, self.address = servers, address
 
-    async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
+    async def call(
+        self, request: Message, buffers: Sequence[memoryview] = (), /, *, timeout_s: float | None = None
+    ) -> Message:
         self.servers.sent.append((self.address, request))
         if self.address in self.servers.stuck:
+            assert timeout_s is not None
             try:
-                await self.servers.forever()
+                await self.servers.sleep(timeout_s)
             finally:
                 self.servers.ended += 1
+            raise (Unanswered if request.changes_nothing else UpdateUnknown)("in time")
         if self.servers.errors.get(self.address):
             raise self.servers.errors[self.address].pop()
         return ChunksRead([len(buffer) for buffer in buffers]) if isinstance(request, ReadChunks) else Done()
@@ -160,7 +176,7 @@ def test_a_server_that_never_answers_is_waited_for_until_the_deadline(
 ) -> None:
     async def main(runtime: SimRuntime) -> None:
         servers = Servers()
-        servers.stuck, servers.forever = {"0", "1"}, runtime.future
+        servers.stuck, servers.sleep = {"0", "1"}, runtime.sleep
         router = StorageRouter(runtime, servers, FakeRoutes(), config=RouterConfig(deadline_s=3.0))  # type: ignore[arg-type]
         buffers = [memoryview(bytearray(4)) for _ in getattr(request_, "offsets", [])]
         started_s = runtime.now_s()
@@ -188,7 +204,7 @@ async def read_times(runtime: SimRuntime, router: StorageRouter, count: int) -> 
 def test_a_read_does_not_wait_long_for_a_server_where_another_one_has_the_bytes() -> None:
     async def main(runtime: SimRuntime) -> None:
         servers = Servers()
-        servers.stuck, servers.forever = {"1"}, runtime.future
+        servers.stuck, servers.sleep = {"1"}, runtime.sleep
         config = RouterConfig(read_from=ReadFrom.TAIL, read_patience_s=0.5, suspect_s=3.0, suspect_max_s=6.0)
         router = StorageRouter(runtime, servers, FakeRoutes(), config=config)  # type: ignore[arg-type]
         times_s = await read_times(runtime, router, 20)
@@ -206,7 +222,7 @@ def test_a_read_does_not_wait_long_for_a_server_where_another_one_has_the_bytes(
 def test_the_last_replica_is_waited_for() -> None:
     async def main(runtime: SimRuntime) -> None:
         servers = Servers()
-        servers.stuck, servers.forever = {"0", "1"}, runtime.future
+        servers.stuck, servers.sleep = {"0", "1"}, runtime.sleep
         config = RouterConfig(deadline_s=10.0, read_patience_s=0.5)
         router = StorageRouter(runtime, servers, FakeRoutes(), config=config)  # type: ignore[arg-type]
         with pytest.raises(Unavailable, match="not done after 10 s"):
@@ -219,7 +235,7 @@ def test_the_last_replica_is_waited_for() -> None:
 def test_an_update_is_waited_for() -> None:
     async def main(runtime: SimRuntime) -> None:
         servers = Servers()
-        servers.stuck, servers.forever = {"0"}, runtime.future
+        servers.stuck, servers.sleep = {"0"}, runtime.sleep
         router = StorageRouter(runtime, servers, FakeRoutes(), config=RouterConfig(deadline_s=10.0))  # type: ignore[arg-type]
         with pytest.raises(UpdateUnknown):
             await router.call(WriteChunks(b"", 0, 0, [100], [b"a"], [0], 1 << 16), [memoryview(b"payload")])
@@ -231,7 +247,7 @@ def test_an_update_is_waited_for() -> None:
 def test_a_read_that_is_cancelled_leaves_no_share_behind_that_still_writes() -> None:
     async def main(runtime: SimRuntime) -> None:
         servers = Servers()
-        servers.stuck, servers.forever = {"0", "1"}, runtime.future
+        servers.stuck, servers.sleep = {"0", "1"}, runtime.sleep
         router = StorageRouter(runtime, servers, FakeRoutes())  # type: ignore[arg-type]
         buffers = [memoryview(bytearray(4)) for _ in range(2)]
         reading = runtime.spawn(router.call(ReadChunks([1, 2], [b"a", b"b"], [0, 0]), buffers), "read")
@@ -252,8 +268,10 @@ def test_a_slow_read_is_not_begun_again_and_again() -> None:
         def connection(self, address: str) -> Any:
             connection = _Connection(self, address)
 
-            async def call(request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
-                await self.runtime.sleep(16.0)
+            async def call(request: Message, buffers: Sequence[memoryview] = (), /, *, timeout_s: float) -> Message:
+                await self.runtime.sleep(min(timeout_s, 16.0))
+                if timeout_s < 16.0:
+                    raise Unanswered("in time")
                 return await connection.call(request, buffers)
 
             return type("Connection", (), {"call": staticmethod(call)})()
@@ -265,6 +283,46 @@ def test_a_slow_read_is_not_begun_again_and_again() -> None:
         await router.call(READ, [memoryview(bytearray(4))])
         assert runtime.now_s() < 18.0
         assert len(servers.sent) == 1
+
+    run(0, main)
+
+
+def test_a_server_with_too_much_to_do_is_asked_again_when_it_said() -> None:
+    """Each client at a time of its own."""
+
+    async def main(runtime: SimRuntime) -> set[float]:
+        times_s = set()
+        for _ in range(20):
+            servers = Servers()
+            routes = SlowNews(runtime)
+            router = StorageRouter(runtime, servers, routes)  # type: ignore[arg-type]
+            servers.errors["1"] = [Overloaded("busy", retry_after_s=4.0)]
+            began_s = runtime.now_s()
+            await router.call(ReadChunks([1], [b"a"], [0]), [memoryview(bytearray(4))])
+            times_s.add(runtime.now_s() - began_s)
+        assert all(2.0 <= each <= 6.1 for each in times_s)
+        return times_s
+
+    class SlowNews(FakeRoutes):
+        def __init__(self, runtime: SimRuntime) -> None:
+            self.runtime = runtime
+
+        async def news(self, seen_version: int, timeout_s: float) -> None:
+            await self.runtime.sleep(timeout_s)
+
+    assert len(run(0, main)) > 10
+
+
+def test_others_are_asked_before_a_server_with_too_much_to_do() -> None:
+    async def main(runtime: SimRuntime) -> None:
+        servers = Servers()
+        router = StorageRouter(runtime, servers, FakeRoutes(), config=RouterConfig(read_from=ReadFrom.TAIL))  # type: ignore[arg-type]
+        servers.errors["1"] = [Overloaded("busy", retry_after_s=2.0)]
+        await router.call(READ, [memoryview(bytearray(4))])
+        await router.call(READ, [memoryview(bytearray(4))])
+        await runtime.sleep(2.1)
+        await router.call(READ, [memoryview(bytearray(4))])
+        assert [address for address, _ in servers.sent] == ["1", "0", "0", "1"]
 
     run(0, main)
 

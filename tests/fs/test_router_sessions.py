@@ -29,7 +29,7 @@ class Server:
     def connection(self, address: str) -> Any:
         return self
 
-    async def call(self, request: Any, buffers: Sequence[memoryview] = ()) -> Message:
+    async def call(self, request: Any, buffers: Sequence[memoryview] = (), *, timeout_s: float) -> Message:
         self.clients.append(request.client)
         outcome = self.outcomes.pop(0)
         if isinstance(outcome, Exception):

@@ -16,7 +16,7 @@ from emberfs.messages import Done, Message, Usage
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.transport import Connect, ConnectionConformance, NetworkConformance, Run
-from emberfs.transport import Connection, MemoryConnection, Network, Service, TcpConfig, TcpNetwork
+from emberfs.transport import Connection, LoadConfig, MemoryConnection, Network, Service, TcpConfig, TcpNetwork
 from emberfs.transport.certificates import issue, make_authority
 from emberfs.transport.connection import TcpConnection
 from emberfs.transport.region import allocate
@@ -24,6 +24,8 @@ from emberfs.transport.region import allocate
 needs_ucx = pytest.mark.skipif(
     importlib.util.find_spec("libucx") is None, reason="UCX is not installed: pip install 'emberline[ucx]'"
 )
+CALM = LoadConfig(wait_s_max=600.0)
+"""However slow the machine is, nothing is refused."""
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def tls_config(tmp_path_factory: pytest.TempPathFactory) -> TcpConfig:
     folder = tmp_path_factory.mktemp("tls")
     make_authority(folder / "authority", cluster="c1", now_s=time.time())
     files = issue(folder / "authority", ["127.0.0.1"], role="storage", into=folder / "own", now_s=time.time())
-    return TcpConfig(cluster="c1", role="storage", tls=files, shares_memory=False)
+    return TcpConfig(cluster="c1", role="storage", tls=files, shares_memory=False, load=CALM)
 
 
 class TestMemory(ConnectionConformance):
@@ -58,7 +60,7 @@ class TestMemory(ConnectionConformance):
 class TestPlain(NetworkConformance):
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime) -> Callable[[], TcpNetwork]:
-        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False))
+        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False, load=CALM))
 
     @pytest.fixture
     def address(self) -> str:
@@ -82,7 +84,7 @@ class TestShared(TestPlain):
 
     @pytest.fixture
     def make_network(self, runtime: AsyncioRuntime) -> Callable[[], TcpNetwork]:
-        return lambda: TcpNetwork(runtime)
+        return lambda: TcpNetwork(runtime, TcpConfig(load=CALM))
 
 
 class TestSharedUnix(TestShared, TestUnix):
@@ -121,7 +123,7 @@ class TestUcx(TestPlain):
             warming = Warming(service)
             connection = client.connection((await server.serve(address, warming)).address)
             assert isinstance(connection, TcpConnection)
-            while not connection.has_lane:
+            while not connection.has_rail:
                 assert await connection.call(Usage()) == Done()
             warming.is_warm = True
             return connection
@@ -137,7 +139,7 @@ class TestUcxTls(TestUcx):
 
 
 class Warming:
-    """A service that answers for another one until it is told that the lane is up."""
+    """A service that answers for another one until it is told that the rail is up."""
 
     def __init__(self, service: Service) -> None:
         self.service = service

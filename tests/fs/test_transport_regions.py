@@ -8,12 +8,14 @@ import fcntl
 import gc
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from emberfs.errors import AccessDenied, LimitExceeded, Unreachable, UpdateUnknown
+from emberfs.errors import AccessDenied, LimitExceeded, Unanswered, Unreachable, UpdateUnknown
 from emberfs.messages import ChunksRead, Done, Message, Usage
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
@@ -253,6 +255,70 @@ def test_the_loss_of_a_server_is_told_even_if_there_is_no_memory_left(
     monkeypatch.setattr(Region, "renew", renew)
     Portal(runtime).run(work())
     assert "could not be renewed" in caplog.text
+
+
+def test_a_late_answer_lands_where_nobody_looks(network: TcpNetwork, runtime: AsyncioRuntime) -> None:
+    """A server that does not let go in time, as with a disk that hangs: the memory is renewed under it."""
+
+    class Stuck(Remembering):
+        """Its thread does not hear that the call is over."""
+
+        gate = runtime.future()
+        ended = runtime.future()
+
+        async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+            if self.seen:
+                return await Filling.handle(self, request, buffers)
+            self.seen += buffers
+            while not self.gate.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.shield(self.gate)
+            buffers[0][:] = b"late"
+            self.ended.set_result(None)
+            return ChunksRead([4])
+
+    async def work() -> None:
+        stuck = Stuck()
+        connection = network.connection((await network.serve("127.0.0.1:0", stuck)).address)
+        memory = allocate(8)
+        memory[:] = b"mine too"
+        with pytest.raises(Unanswered):
+            await connection.call(read_request([4]), [memory[:4]], timeout_s=0.05)
+        assert memory == b"mine too"
+        assert await connection.call(read_request([4]), [memory[4:]], timeout_s=60.0) == ChunksRead([4])
+        stuck.gate.set_result(None)
+        await stuck.ended
+        assert stuck.seen[0] == b"late"
+        assert await connection.call(read_request([0]), [memory[:0]], timeout_s=60.0) == ChunksRead([0])
+        assert memory == b"mine" + pattern(4, 0)
+
+    Portal(runtime).run(work())
+
+
+def test_a_worker_thread_lets_go_before_a_cancelled_call_ends(runtime: AsyncioRuntime) -> None:
+    begun, gate = threading.Event(), threading.Event()
+    memory = bytearray(4)
+
+    def read() -> None:
+        begun.set()
+        assert gate.wait(60.0)
+        memory[:] = b"done"
+
+    async def work() -> None:
+        await runtime.enter_loop()
+        reading = runtime.spawn(runtime.offload(read), "read")
+        while not begun.is_set():
+            await runtime.sleep(1e-3)
+        reading.cancel()
+        await runtime.sleep(0.01)
+        assert not reading.done()
+        reading.cancel()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert memory == b"done"
+
+    Portal(runtime).run(work())
 
 
 def test_a_cancelled_write_ends_when_the_server_has_let_go(network: TcpNetwork, runtime: AsyncioRuntime) -> None:

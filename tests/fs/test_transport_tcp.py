@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from emberfs.errors import (
     AccessDenied,
-    DeadlineExceeded,
     EmberError,
     InvalidPath,
     LimitExceeded,
+    Unanswered,
     Unavailable,
     UpdateUnknown,
 )
@@ -283,7 +283,7 @@ def test_who_is_refused_gets_nothing_in_beside_the_greeting(
     assert not echo.payloads
 
 
-def test_a_call_that_is_cancelled_before_it_began_is_answered(
+def test_a_call_that_is_cancelled_before_the_first_step_of_its_task_is_answered(
     dial: Callable[[str], Bare], make_network: MakeNetwork, run: Run, runtime: AsyncioRuntime
 ) -> None:
     gated = Gated(runtime)
@@ -294,7 +294,7 @@ def test_a_call_that_is_cancelled_before_it_began_is_answered(
     bare.sock.sendall(encode_frame(Kind.REQUEST, 1, encode_message(Stat("/"))) + encode_frame(Kind.CANCEL, 1))
     call, body = bare.receive(Kind.ERROR)
     assert (call, b"cancelled" in body) == (1, True)
-    assert gated.began == 0
+    assert (gated.began, gated.ended) == (1, 0)
     run(listener.close(drain_s=SECONDS_MAX))  # Nothing is left under way.
 
 
@@ -444,13 +444,47 @@ def test_calls_beyond_the_window_wait_their_turn(
     assert [call.result() for call in calls] == [Done()] * 20
 
 
+def test_a_server_that_is_slow_to_greet_is_given_more_time(
+    bare_server: BareServer, make_network: MakeNetwork, run: Run
+) -> None:
+    connection = make_network(TcpConfig(connect_timeout_s=0.02)).connection(bare_server.address)
+    for patience in (1, 2, 4, 4):
+        assert connection._patience == patience
+        with pytest.raises(Unavailable):
+            run(connection.call(Usage()))
+
+
 @pytest.mark.parametrize("is_update", [False, True])
-def test_a_deadline(bare_server: BareServer, make_network: MakeNetwork, start: Start, is_update: bool) -> None:
-    connection = make_network(TcpConfig(call_timeout_s=0.5)).connection(bare_server.address)
-    call = start(connection.call(write_request(0) if is_update else Stat("/")))
-    bare_server.accept()
-    with pytest.raises(UpdateUnknown if is_update else DeadlineExceeded, match=r"within 0\.5 s"):
-        call.result()
+def test_the_time_of_a_call_counts_while_it_connects(
+    bare_server: BareServer, make_network: MakeNetwork, start: Start, is_update: bool
+) -> None:
+    connection = make_network(TcpConfig(connect_timeout_s=SECONDS_MAX)).connection(bare_server.address)
+    request = write_request(0) if is_update else Stat("/")
+    with pytest.raises(Unanswered, match="did not answer in time"):
+        start(connection.call(request, timeout_s=0.05)).result()
+    other = start(connection.call(Usage()))
+    bare = bare_server.accept()
+    call, body = bare.receive(Kind.REQUEST)
+    assert body == encode_message(Usage()), "it is not sent late"
+    bare.send(Kind.REPLY, call, encode_message(Done()))
+    assert other.result() == Done()
+
+
+def test_the_time_of_a_call_counts_while_it_waits_for_room(
+    make_network: MakeNetwork, run: Run, start: Start, runtime: AsyncioRuntime
+) -> None:
+    gated = Gated(runtime)
+    listener = run(make_network(TcpConfig(calls_max=1)).serve("127.0.0.1:0", gated))
+    connection = make_network().connection(listener.address)
+    first = start(connection.call(Stat("/")))
+    run(gated.until_began(1))
+    for request in (Stat("/"), write_request(0)):
+        with pytest.raises(Unanswered):
+            run(connection.call(request, timeout_s=0.05))
+    gated.open()
+    assert first.result() == Done()
+    assert run(connection.call(Usage(), timeout_s=SECONDS_MAX)) == Done()
+    assert gated.began == 1, "what waited is not sent late"
 
 
 def test_an_update_goes_on_when_its_caller_is_lost(

@@ -8,32 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import importlib
 import importlib.util
-import logging
 import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import emberfs
 import pytest
-from emberfs.errors import LimitExceeded, ProtocolError, Unavailable, Unreachable, UpdateUnknown
+from emberfs.errors import Overloaded, Unanswered, Unavailable, Unreachable, UpdateUnknown
 from emberfs.messages import ChunksRead, Done, Message, Usage
 from emberfs.portal import Portal
-from emberfs.routing import Role
 from emberfs.runtime import AsyncioRuntime
-from emberfs.server import ServerConfig
-from emberfs.testing.transport import Echo, Filling, pattern, read_request, write_request
-from emberfs.transport import TcpConfig, TcpNetwork, ucx_lane, ucx_library
-from emberfs.transport.aside import Aside
-from emberfs.transport.blocks import HUGE_PAGE_BYTES, BlockPool
-from emberfs.transport.config import ucx_kinds
-from emberfs.transport.connection import TcpConnection
+from emberfs.testing.transport import Echo, Filling, Gated, pattern, read_request, write_request
+from emberfs.transport import TcpConfig, TcpNetwork, ucx_library, ucx_rail
+from emberfs.transport.blocks import BlockPool
+from emberfs.transport.connection import LET_GO_S, TcpConnection
 from emberfs.transport.frame import ASIDE_BYTES_MIN
-from emberfs.transport.ucx_lane import Lane, Lanes
+from emberfs.transport.turns import UNSENT_BYTES_MAX, Turns
+from emberfs.transport.ucx_rail import Rail, Rails
 from emberfs.transport.wire import Wire
 
 SIZE = 1 << 20
@@ -78,9 +71,9 @@ def make(runtime: AsyncioRuntime, run: Callable[..., Any]) -> Iterator[Make]:
 
 
 async def joined(server: TcpNetwork, client: TcpNetwork, service: Any) -> TcpConnection:
-    """A connection whose lane is up."""
+    """A connection whose rail is up."""
     connection = client.connection((await server.serve("127.0.0.1:0", Welcoming(service))).address)
-    while not connection.has_lane:
+    while not connection.has_rail:
         await connection.call(Usage())
     return connection
 
@@ -96,13 +89,13 @@ class Welcoming:
 
 
 class Held:
-    """Stands before `Lane.send` or `Lane.receive` and keeps what was to go, until it is told to let it go."""
+    """Stands before `Rail.send` or `Rail.receive` and keeps what was to go, until it is told to let it go."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        self._act = getattr(Lane, name)
+        self._act = getattr(Rail, name)
         self._kept: list[tuple[Any, ...]] = []
         self._is_open = False
-        monkeypatch.setattr(Lane, name, lambda *args: self._take(*args))
+        monkeypatch.setattr(Rail, name, lambda *args: self._take(*args))
 
     def _take(self, *args: Any) -> None:
         if self._is_open:
@@ -113,6 +106,10 @@ class Held:
     async def until(self, runtime: AsyncioRuntime, count: int) -> None:
         while len(self._kept) < count:
             await runtime.sleep(1e-3)
+
+    @property
+    def count(self) -> int:
+        return len(self._kept)
 
     def let_go(self) -> None:
         self._is_open = True
@@ -133,8 +130,8 @@ def test_large_buffers_go_by_ucx_and_small_ones_do_not(
         echo = Echo()
         connection = await joined(make(kind), make(kind), echo)
         sent: list[int] = []
-        act = Lane.send
-        monkeypatch.setattr(Lane, "send", lambda lane, view, *args: (sent.append(len(view)), act(lane, view, *args)))
+        act = Rail.send
+        monkeypatch.setattr(Rail, "send", lambda rail, view, *args: (sent.append(len(view)), act(rail, view, *args)))
         payload = [pattern(size, seed) for seed, size in enumerate(sizes)]
         await connection.call(write_request(len(sizes)), [memoryview(each) for each in payload])
         assert echo.payloads == [payload]
@@ -155,41 +152,64 @@ def test_without_a_common_kind_all_bytes_go_over_the_socket(
             buffer = bytearray(SIZE)
             assert await connection.call(read_request([SIZE]), [memoryview(buffer)]) == ChunksRead([SIZE])
             assert buffer == pattern(SIZE, 0)
-        assert not connection.has_lane
+        assert not connection.has_rail
 
     run(work())
 
 
 @needs_ucx
 def test_the_best_common_kind_is_taken() -> None:
-    lanes = Lanes("auto")
+    rails = Rails("auto")
     try:
-        assert lanes.kinds[-2:] == ("shm", "tcp")
-        assert lanes.common(("tcp", "shm"), is_same_host=True) == "shm"
-        assert lanes.common(("tcp", "shm"), is_same_host=False) == "tcp"
-        assert lanes.common((), is_same_host=True) == ""
+        assert rails.kinds[-2:] == ("shm", "tcp")
+        assert rails.common(("tcp", "shm"), is_same_host=True) == "shm"
+        assert rails.common(("tcp", "shm"), is_same_host=False) == "tcp"
+        assert rails.common((), is_same_host=True) == ""
     finally:
-        lanes.close()
+        rails.close()
 
 
 @needs_ucx
-def test_more_lanes_than_there_may_be_are_done_without(
+def test_more_rails_than_there_may_be_are_done_without(
     run: Callable[..., Any], make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ucx_lane, "LANES_MAX", 0)
+    monkeypatch.setattr(ucx_rail, "RAILS_MAX", 0)
 
     async def work() -> None:
         connection = make("shm").connection((await make("shm").serve("127.0.0.1:0", Filling())).address)
         buffer = bytearray(SIZE)
         assert await connection.call(read_request([SIZE]), [memoryview(buffer)]) == ChunksRead([SIZE])
-        assert not connection.has_lane
+        assert not connection.has_rail
 
     run(work())
     assert "goes on without UCX" in caplog.text
 
 
 @needs_ucx
-def test_a_lane_on_which_nothing_comes_through_is_not_used(
+@pytest.mark.parametrize("ucx", ["", "tcp"])
+def test_with_a_rail_there_is_no_lane_beside_it(
+    run: Callable[..., Any], make: Make, runtime: AsyncioRuntime, ucx: str
+) -> None:
+    """Lanes over TCP take every read of an open file: none would be left for UCX."""
+
+    async def work() -> None:
+        config = TcpConfig(shares_memory=False, ucx="tcp")
+        server = TcpNetwork(runtime, config, adopt_lane=lambda descriptor, is_stream: os.close(descriptor))
+        client = make(ucx)
+        address = (await server.serve("127.0.0.1:0", Filling())).address
+        await client.connection(address).call(read_request([1]), [memoryview(bytearray(1))])
+        lane = await client.open_lane(address)
+        assert (lane is None) == bool(ucx)
+        if lane is not None:
+            lane.close()
+        await client.close()
+        await server.close()
+
+    run(work())
+
+
+@needs_ucx
+def test_a_rail_on_which_nothing_comes_through_is_not_used(
     run: Callable[..., Any], make: Make, monkeypatch: pytest.MonkeyPatch, runtime: AsyncioRuntime
 ) -> None:
     """A firewall, say."""
@@ -201,7 +221,7 @@ def test_a_lane_on_which_nothing_comes_through_is_not_used(
             buffer = bytearray(SIZE)
             assert await connection.call(read_request([SIZE]), [memoryview(buffer)]) == ChunksRead([SIZE])
             await runtime.sleep(0.02)
-        assert not connection.has_lane
+        assert not connection.has_rail
 
     run(work())
 
@@ -270,7 +290,7 @@ def test_a_read_that_was_given_up_before_its_answer_lands_elsewhere(
         await runtime.sleep(0.1)
         assert await connection.call(Usage()) == Done()
         assert buffer == bytes(SIZE)
-        assert connection.has_lane
+        assert connection.has_rail
 
     run(work())
 
@@ -287,6 +307,102 @@ class Unstoppable(Filling):
         with contextlib.suppress(asyncio.CancelledError):
             await self._runtime.sleep(0.05)
         return await super().handle(request, buffers)
+
+
+@needs_ucx
+def test_a_read_whose_time_is_over_while_it_lands_ends_when_it_has_landed(
+    run: Callable[..., Any], make: Make, kind: str, monkeypatch: pytest.MonkeyPatch, runtime: AsyncioRuntime
+) -> None:
+    """What UCX writes to cannot be taken away from it, however long it takes."""
+
+    async def work() -> None:
+        connection = await joined(make(kind), make(kind), Filling())
+        held, buffer = Held(monkeypatch, "receive"), bytearray(SIZE)
+        call = connection.call(read_request([SIZE]), [memoryview(buffer)], timeout_s=0.2)
+        read = runtime.spawn(call, "read")  # type: ignore[arg-type]
+        await held.until(runtime, 1)
+        await runtime.sleep(0.2 + 2 * LET_GO_S)
+        assert not read.done(), "its memory is still in use"
+        held.let_go()
+        with pytest.raises(Unanswered):
+            await read
+        buffer[:] = bytes(SIZE)
+        assert await connection.call(Usage()) == Done()
+        assert buffer == bytes(SIZE)
+        assert connection.has_rail
+
+    run(work())
+
+
+@needs_ucx
+def test_a_write_whose_bytes_have_left_waits_for_nothing(
+    run: Callable[..., Any], make: Make, kind: str, runtime: AsyncioRuntime
+) -> None:
+    async def work() -> None:
+        gated = Gated(runtime)
+        connection = await joined(make(kind), make(kind), gated)
+        buffers = [memoryview(bytearray(SIZE)) for _ in range(2)]
+        cancelled = runtime.spawn(connection.call(write_request(1), [buffers[0]]), "write")  # type: ignore[arg-type]
+        await gated.until_began(1)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        with pytest.raises(UpdateUnknown):
+            await connection.call(write_request(1), [buffers[1]], timeout_s=0.3)
+        assert connection._link is not None
+        assert all(not call.buffers for call in connection._link._calls.values()), "nothing refers to the memory"
+        gated.open()
+        assert await connection.call(Usage()) == Done()
+
+    run(work())
+
+
+@needs_ucx
+def test_a_payload_that_is_refused_is_received_and_forgotten(
+    run: Callable[..., Any], make: Make, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        echo = Echo()
+        connection = await joined(make(kind), make(kind), echo)
+        payload = [memoryview(bytearray(size)) for size in (7, SIZE, ASIDE_BYTES_MIN, 2 * SIZE)]
+        with monkeypatch.context() as patch:
+            patch.setattr(Turns, "admit", refuse)
+            patch.setattr(BlockPool, "take", lambda pool, size: pytest.fail("no memory is taken for it"))
+            with pytest.raises(Overloaded):
+                await connection.call(write_request(len(payload)), payload)
+        await connection.call(write_request(1), [memoryview(pattern(SIZE, 3))])
+        assert echo.payloads == [[pattern(SIZE, 3)]]
+
+    def refuse(*args: Any) -> None:
+        raise Overloaded("too much", retry_after_s=0.1)
+
+    run(work())
+
+
+@needs_ucx
+def test_a_reply_is_unsent_until_all_of_it_has_left(
+    run: Callable[..., Any], make: Make, kind: str, monkeypatch: pytest.MonkeyPatch, runtime: AsyncioRuntime
+) -> None:
+    """Who does not take its replies begins nothing, whichever way they go."""
+
+    async def work() -> None:
+        filling = Filling()
+        connection = await joined(make(kind), make(kind), filling)
+        held, size = Held(monkeypatch, "send"), UNSENT_BYTES_MAX + 1
+        buffers = [memoryview(bytearray(size)) for _ in range(2)]
+        calls = [
+            runtime.spawn(connection.call(read_request([size]), [buffer]), "read")  # type: ignore[arg-type]
+            for buffer in buffers
+        ]
+        await held.until(runtime, 1)
+        await runtime.sleep(0.05)
+        assert held.count == 1, "the second one waits for its turn"
+        held.let_go()
+        for call in calls:
+            await call
+        assert all(buffer == pattern(size, 0) for buffer in buffers)
+
+    run(work())
 
 
 @needs_ucx
@@ -419,7 +535,7 @@ def test_a_killed_server_is_a_lost_one_and_the_next_one_is_found(
 
     async def work() -> None:
         connection = networks[0].connection(address)
-        while not connection.has_lane:
+        while not connection.has_rail:
             await connection.call(Usage())
         tasks = [runtime.spawn(read_on(connection), "read") for _ in range(4)]
         await runtime.sleep(0.2)
@@ -431,7 +547,7 @@ def test_a_killed_server_is_a_lost_one_and_the_next_one_is_found(
     async def work_again() -> None:
         connection = networks[0].connection(address)
         listener = await make(kind).serve(address, Welcoming(Filling()))
-        while not connection.has_lane:
+        while not connection.has_rail:
             await connection.call(Usage())
         buffer = bytearray(SIZE)
         await connection.call(read_request([SIZE]), [memoryview(buffer)])
@@ -459,66 +575,3 @@ def test_workers_leave_no_file_descriptor_behind(run: Callable[..., Any], make: 
         assert len(os.listdir("/proc/self/fd")) == before
 
     run(work())
-
-
-def test_blocks_lie_in_huge_pages_and_are_used_again() -> None:
-    pool = BlockPool()
-    blocks = [pool.take(size) for size in (SIZE, SIZE, 3 * SIZE, 70_000)]
-    assert [len(block) for block in blocks] == [SIZE, SIZE, 4 * SIZE, 128 << 10]
-    for seed, block in enumerate(blocks):
-        block[:] = pattern(len(block), seed)
-    assert all(block == pattern(len(block), seed) for seed, block in enumerate(blocks))
-    for block in blocks:
-        assert ctypes.addressof(ctypes.c_char.from_buffer(block)) % min(len(block), HUGE_PAGE_BYTES) == 0
-    first = blocks[0]
-    pool.give(first)
-    assert pool.take(SIZE - 1) is first
-
-
-# ---- how it is chosen
-
-
-def test_kinds_are_named_in_the_order_to_try_them() -> None:
-    assert ucx_kinds("auto") == ("rdma", "shm", "tcp")
-    assert ucx_kinds("tcp, rdma") == ("tcp", "rdma")
-    assert ucx_kinds("") == ()
-    with pytest.raises(ValueError, match="'infiniband'"):
-        ucx_kinds("tcp,infiniband")
-
-
-def test_a_kind_that_there_is_not_is_refused_wherever_it_is_named() -> None:
-    with pytest.raises(ValueError, match="some of rdma, shm, tcp"):
-        TcpConfig(ucx="carrier")
-    with pytest.raises(LimitExceeded, match="some of rdma, shm, tcp"):
-        emberfs.connect("ember://127.0.0.1:1", ucx="carrier")
-    storage = {"name": "a", "role": Role.STORAGE, "listen": "h:1", "managers": ["h:2"], "directory": "/d"}
-    assert ServerConfig(**storage, ucx="tcp").ucx == "tcp"  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="some of rdma, shm, tcp"):
-        ServerConfig(**storage, ucx="carrier")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="storage servers"):
-        ServerConfig(name="a", role=Role.META, listen="h:1", managers=["h:2"], kv="kv://h:3", ucx="tcp")
-
-
-@needs_ucx
-def test_devices_that_are_not_there_are_said(runtime: AsyncioRuntime, caplog: pytest.LogCaptureFixture) -> None:
-    if os.path.isdir("/sys/class/infiniband") and os.listdir("/sys/class/infiniband"):
-        pytest.skip("this machine has RDMA")
-    with caplog.at_level(logging.WARNING), pytest.raises(Unavailable, match="no device"):
-        TcpNetwork(runtime, TcpConfig(ucx="rdma"))
-    assert "no device of kind rdma" in caplog.text
-
-
-def test_without_the_library_one_learns_how_to_get_it(runtime: AsyncioRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise ImportError(f"No module named {name!r}")
-
-    ucx_library.library.cache_clear()
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(Unavailable, match=r"pip install 'emberline\[ucx\]'"):
-        TcpNetwork(runtime, TcpConfig(ucx="auto"))
-
-
-def test_buffers_without_a_lane_break_the_protocol(runtime: AsyncioRuntime) -> None:
-    aside = Aside(None, None, runtime.loop, dead_s=1.0)  # type: ignore[arg-type]
-    with pytest.raises(ProtocolError, match="there is none"):
-        aside.receive(1, [memoryview(bytearray(SIZE))], lambda: None)

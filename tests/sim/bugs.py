@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import PropertyMock, patch
 
-from emberfs.engine import ChunkEngine
+from emberfs.engine import ChunkEngine, extents
+from emberfs.engine import engine as engine_module
 from emberfs.errors import StaleRouting, UpdateUnknown
 from emberfs.locks import KeyedLocks
 from emberfs.manager import admission, election, members, settings, states
@@ -22,12 +23,13 @@ from emberfs.manager import service as manager_service
 from emberfs.routing import LocalState, TargetState
 from emberfs.settings import Settings
 from emberfs.storage import forward, lease, node, passing, replica, resync, service, settle
+from emberfs.testing.sim import lanes
 from emberfs.testing.sim.directed import DirectedFaults
 from emberfs.testing.sim.faults import Fault
 from emberfs.testing.sim.simulation import DIRECTED, SimConfig
 from msgspec import structs
 
-from tests.sim.plays import island_under_a_shorter_lease
+from tests.sim.plays import island_under_a_shorter_lease, readers_hurry_over_slow_disks
 
 Patch = AbstractContextManager[Any]
 
@@ -362,6 +364,44 @@ class Bug(NamedTuple):
         return replace(DIRECTED, faults=OnePlay, chunks=self.chunks)
 
 
+# ---- lanes
+
+
+def _a_lane_serves_what_has_changed() -> Patch:
+    def begin(self: extents.Extents, chunks: Any) -> None:
+        mirror, self.mirror = self.mirror, None
+        begin_change(self, chunks)
+        self.mirror = mirror
+
+    begin_change = extents.Extents.begin_change
+    return patch.object(extents.Extents, "begin_change", begin)
+
+
+def _a_lane_serves_what_is_pending() -> Patch:
+    return patch.object(engine_module, "is_clean", lambda row: True)
+
+
+def _a_lane_is_told_what_a_read_saw_before_a_change() -> Patch:
+    note = extents.Extents.note
+
+    def late(self: extents.Extents, chunk: bytes, known: Any, *, file: int, block: int, changes: int) -> None:
+        self._changing = frozenset()
+        note(self, chunk, known, file=file, block=block, changes=self.changes)
+
+    return patch.object(extents.Extents, "note", late)
+
+
+def _lanes_go_on_without_a_lease() -> Patch:
+    def lease(self: lanes.SimLanes, until_s: float) -> None:
+        self._until_s = float("inf")
+
+    return patch.object(lanes.SimLanes, "lease", lease)
+
+
+def _lanes_go_on_in_an_old_view() -> Patch:
+    return patch.object(lanes.SimLanes, "_may_serve", lambda self, chain, version: True)
+
+
 BUGS: dict[str, Bug] = {
     "serves without a lease": Bug(_serves_without_a_lease, DirectedFaults.island_under_a_new_primary),
     "counts its lease from the answer": Bug(_counts_its_lease_from_the_answer, DirectedFaults.last_answer_comes_late),
@@ -392,6 +432,13 @@ BUGS: dict[str, Bug] = {
     "resyncs beside updates that began alone": Bug(
         _resyncs_beside_updates_that_began_alone, DirectedFaults.alone_and_slow
     ),
+    "a lane serves what has changed": Bug(_a_lane_serves_what_has_changed),
+    "a lane serves what is pending": Bug(_a_lane_serves_what_is_pending, DirectedFaults.answers_come_late),
+    "a lane is told what a read saw before a change": Bug(
+        _a_lane_is_told_what_a_read_saw_before_a_change, readers_hurry_over_slow_disks
+    ),
+    "lanes go on without a lease": Bug(_lanes_go_on_without_a_lease, DirectedFaults.island_under_a_new_primary),
+    "lanes go on in an old view": Bug(_lanes_go_on_in_an_old_view, DirectedFaults.island_under_a_new_primary),
     "resync overlooks removed chunks": Bug(_resync_overlooks_removed_chunks, DirectedFaults.resync_is_overtaken),
     "serves a wiped disk": Bug(_serves_a_wiped_disk),
     "the first that returns serves": Bug(_the_first_that_returns_serves),

@@ -31,6 +31,22 @@ async def island_under_a_shorter_lease(faults: DirectedFaults, _: float) -> None
     faults._mend(cuts)
 
 
+async def readers_hurry_over_slow_disks(faults: DirectedFaults, _: float) -> None:
+    """A read takes longer than an update: what it saw when it began is old when it ends."""
+    if not await faults._wait_for_calm():
+        return
+    faults._note("slow disk", "everywhere, while clients read")
+    with faults._hurry():
+        for _again in range(20):
+            for machine in faults.cluster.storage:
+                if machine.is_up:
+                    machine.process.offload_slowdown_s = faults.rng.choice([0.0, 0.0, 0.03])
+            await faults._sleep(0.2)
+    for machine in faults.cluster.storage:
+        if machine.is_up:
+            machine.process.offload_slowdown_s = 0.0
+
+
 async def _set_dead_after_s(client: SimClient, seconds: float) -> None:
     """As an operator does, who looks and tries again."""
 

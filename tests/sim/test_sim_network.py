@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
-from emberfs.errors import EmberError, NotFound, Unavailable
+from emberfs.errors import EmberError, NotFound, Unanswered, Unavailable
 from emberfs.messages import ChunksRead, Done, GetRouting, Message, OpenSession, ReadChunks, WriteChunks
 from emberfs.testing.sim.loop import SimRuntime, run
 from emberfs.testing.sim.network import CONNECT_TIMEOUT_S, KEEPALIVE_S, SimFabric, SimNetwork
@@ -118,6 +118,23 @@ def test_a_call_to_nobody_did_not_happen_and_says_so_at_once() -> None:
     async def work(hosts: Hosts) -> None:
         name, seconds = await hosts.outcome()
         assert name == "Unreachable" and seconds < 0.1
+
+    on_hosts(work)
+
+
+@pytest.mark.parametrize("message", [PING, write()])
+def test_the_time_of_a_call_counts_while_it_connects(message: Message) -> None:
+    async def work(hosts: Hosts) -> None:
+        process, echo = await hosts.serve()
+        hosts.fabric.cut("client", "server")
+        began_s = hosts.runtime.now_s()
+        with pytest.raises(Unanswered):
+            await hosts.call(message, [memoryview(b"payload")], timeout_s=0.25)
+        assert hosts.runtime.now_s() - began_s == pytest.approx(0.25)
+        hosts.fabric.heal()
+        await hosts.runtime.sleep(30.0)
+        assert echo.begun == 0
+        process.kill()
 
     on_hosts(work)
 

@@ -27,7 +27,7 @@ def _quantity(text: str, units: dict[str, int]) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def _size_bytes(text: str) -> float:
+def size_bytes(text: str) -> float:
     """64k -> 65536."""
     return _quantity(text, _SIZE_UNITS)
 
@@ -72,8 +72,8 @@ class _Wanted:
 @click.argument("path", required=False, default="/")
 @click.option("--name", help="Pattern for the last part of the path.")
 @click.option("--type", "kind", type=click.Choice(list(_KINDS)), help="f file, d directory, l link.")
-@click.option("--larger", type=_size_bytes, metavar="SIZE", help="More bytes than this (64k, 1.5g).")
-@click.option("--smaller", type=_size_bytes, metavar="SIZE", help="Fewer bytes than this.")
+@click.option("--larger", type=size_bytes, metavar="SIZE", help="More bytes than this (64k, 1.5g).")
+@click.option("--smaller", type=size_bytes, metavar="SIZE", help="Fewer bytes than this.")
 @click.option("--newer", type=age_s, metavar="AGE", help="Changed within this time (90s, 12h, 7d).")
 @click.option("--older", type=age_s, metavar="AGE", help="Not changed within this time.")
 @click.option("-L", "--depth", type=click.IntRange(min=1), help="Levels to search.")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from ..ledger import ClientStats
 from ..messages import Collected, TrashEntry, UsageReply
-from ..stores import Config
+from ..stores import Config, Store
 from ..transport import allocate
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
@@ -25,7 +26,10 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """A store, awaited. Get one from `emberfs.connect_async`; close it, or use it in an `async with` block."""
+    """A store, awaited. Get one from `emberfs.connect_async`; close it, or use it in an `async with` block.
+
+    It has no `io_queue`: `asyncio.gather` over its calls keeps as many reads in the air.
+    """
 
     def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)
@@ -226,6 +230,17 @@ class AsyncClient:
         self._attachment.live()
         store = self._attachment.store
         return await store.portal.run_async(store.space())
+
+    @property
+    def store(self) -> Store:
+        """What it is a client of: for tools that look at it from inside."""
+        self._attachment.live()
+        return self._attachment.store
+
+    def stats(self) -> ClientStats:
+        """What the clients that this process has of the store did, and where the time went."""
+        self._attachment.live()
+        return self._attachment.store.portal.ledger.stats()
 
     async def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""

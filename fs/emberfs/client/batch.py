@@ -28,7 +28,7 @@ async def batch_read(core: Core, items: Sequence[BatchRead], into: Any, *, raise
     ranges: list[Range] = []
     places: list[int] = []
     results: list[Any] = [0] * len(items)
-    for index, ((file, offset, _), view) in enumerate(zip(items, _destinations(items, into), strict=True)):
+    for index, ((file, offset, _), view) in enumerate(zip(items, destinations(items, into), strict=True)):
         if isinstance(file, str):
             inode = inodes.get(file)
             if inode is None:
@@ -57,7 +57,7 @@ async def _file_or_error(core: Core, path: str) -> Inode | Exception:
         return error
 
 
-def _destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
+def destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
     """A view per item: of its own buffer, or of its share of the one buffer."""
     for _, offset, length in items:
         check_range(offset, length)

@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import StoreClosed
+from ..types import Inode
 from .buffers import NewBytes, flat_view, writable_view
 from .core import check_range
 from .file import OpenFile
@@ -55,6 +56,10 @@ class File(io.BufferedIOBase):
         self._window_bytes = 0
         self.name = open_file.path
         self.mode = mode
+        self.lane_spec: bytes | None = None
+        """What lanes know of it; see `lane.client`, whose these three are."""
+        self.lane_servers: list[str] = []
+        self.lane_version = -1
 
     def __repr__(self) -> str:
         return f"<emberfs.File {self.name!r} mode={self.mode!r}{' closed' if self.closed else ''}>"
@@ -63,6 +68,19 @@ class File(io.BufferedIOBase):
     def size(self) -> int:
         """Length in bytes, unwritten buffers included."""
         return self._file.length
+
+    @property
+    def inode_to_read(self) -> Inode | None:
+        """The row that reads go by, of a file that does not change through this handle."""
+        return None if self._file.writable else self._file.inode
+
+    def _fill(self, offset: int, view: memoryview) -> int:
+        """Fill `view` from `offset`: over a lane, or else through the store's loop."""
+        if (lanes := self._store.lanes) is not None:
+            counts = lanes.read([self], [(self, offset, len(view))], [view])
+            if counts is not None and counts[0] >= 0:
+                return counts[0]
+        return self._run(self._file.read(offset, view))
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
         if self._store.forked:
@@ -115,7 +133,7 @@ class File(io.BufferedIOBase):
                 data = self._read_ahead(position, size)
             else:
                 target = NewBytes(size)
-                count = self._run(self._file.read(position, target.view))
+                count = self._fill(position, target.view)
                 data = target.finish(count)
             self._position = position + len(data)
             return data
@@ -144,7 +162,7 @@ class File(io.BufferedIOBase):
                 count = len(data)
                 view[:count] = data
             else:
-                count = self._run(self._file.read(position, view))
+                count = self._fill(position, view)
             self._position = position + count
             return count
 
@@ -156,7 +174,7 @@ class File(io.BufferedIOBase):
         check_range(offset, size)
         with self._turn:
             target = NewBytes(min(size, max(self._file.length - offset, 0)))
-            return target.finish(self._run(self._file.read(offset, target.view)) if target.view else 0)
+            return target.finish(self._fill(offset, target.view) if target.view else 0)
 
     def _read_ahead(self, position: int, size: int) -> bytes:
         """A small read: from the window, which grows while reads go on where the last window ended."""
@@ -171,7 +189,7 @@ class File(io.BufferedIOBase):
             self._window_bytes = grown if goes_on else 0
             want = min(max(size, self._window_bytes), self._file.length - position)
             target = NewBytes(want)
-            count = self._run(self._file.read(position, target.view))
+            count = self._fill(position, target.view)
             self._ahead, self._ahead_offset = target.finish(count), position
             return self._ahead[:size]
 

@@ -1,9 +1,10 @@
 """Chunk requests to the right replicas: what makes a cluster look like one storage service to a client.
 
-A `StorageRouter` is a `Connection`. It cuts a request into shares, one per server (reads: any serving replica; updates:
-the heads), names the chain versions it goes by, and sends a share again, by newer routing, until it is served or the
-deadline is over. An update gets a name of the router's own (session, channel, sequence, slot) and keeps it from attempt
-to attempt, so the replicas apply it once.
+A `StorageRouter` is a `Connection`. It cuts a request into shares, one per server (reads: any serving replica;
+updates: the heads), names the chain versions it goes by, and sends a share again, by newer routing, until it is served
+or the deadline is over. One that has too much to do is asked again when it said, and others before it. An update gets
+a name of the router's own (session, channel, sequence, slot) and keeps it from attempt to attempt, so the replicas
+apply it once.
 
 The deadline bounds an operation, even if a server takes a call and never answers. Errors at the deadline: UpdateUnknown
 if an update was ever sent without an answer, else Unavailable. A damaged replica is passed over as long as another one
@@ -14,15 +15,24 @@ Does not know: files, or how a server finds out that it should not serve.
 
 from __future__ import annotations
 
-import asyncio
 import enum
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ..errors import EmberError, LimitExceeded, SessionExpired, StaleRouting, Unavailable, Unreachable, UpdateUnknown
+from ..errors import (
+    EmberError,
+    LimitExceeded,
+    Overloaded,
+    SessionExpired,
+    StaleRouting,
+    Unanswered,
+    Unavailable,
+    Unreachable,
+    UpdateUnknown,
+)
 from ..messages import (
     ChunkList,
     ChunksRead,
@@ -37,13 +47,17 @@ from ..messages import (
 from ..routing import Chain, ChainTarget
 from ..runtime import Runtime
 from ..transport.types import Network
-from ..waiting import all_of, call, first_of, stop
+from ..waiting import all_of
 from .channels import Channels
 from .routes import Routes
 
 T = TypeVar("T")
 
 
+_AGAIN = (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
+"""Errors after which a share may be sent again."""
+OVERLOAD_PAUSE_S_MAX = 4.0
+"""Before another attempt at a server that has too much to do, half of it more or less."""
 READ_BYTES_PER_S_MIN = 8 << 20
 """A server that sends more slowly than this is taken for silent, if another one has the bytes."""
 
@@ -52,7 +66,8 @@ class ReadFrom(enum.StrEnum):
     """Which replica a read asks first."""
 
     LOAD = "load"
-    """The server with the fewest calls of ours in the air, one on this host before others."""
+    """The server with the fewest calls of ours in the air, one on this host before others; of equal ones always the
+    same, which has in memory what we read before."""
     ROUND_ROBIN = "round_robin"
     HEAD = "head"
     TAIL = "tail"
@@ -103,6 +118,8 @@ class Attempts:
         self._router = router
         self._deadline_s = router.runtime.now_s() + router.config.deadline_s
         self._pause_s = router.config.retry_first_s
+        self._refusals = 0
+        """By servers with too much to do."""
         self.is_unknown = False
         """An attempt was sent and its outcome is not known."""
         self.client = client or router.routes.client
@@ -118,26 +135,14 @@ class Attempts:
 
         However it ends, nobody touches `buffers` any more.
         """
-        runtime, network = self._router.runtime, self._router.network
-        left_s = max(self._deadline_s - runtime.now_s(), 0.0)
-        timer = runtime.timer(left_s if patience_s is None else min(patience_s, left_s))
-        task: asyncio.Task[Message] = runtime.spawn(call(network.connection(address), request, buffers), "router-call")
+        router = self._router
+        left_s = max(self._deadline_s - router.runtime.now_s(), 0.0)
+        timeout_s = left_s if patience_s is None else min(patience_s, left_s)
         try:
-            await first_of(runtime, task, timer)
-        except asyncio.CancelledError:
-            await stop(runtime, task)
-            raise
-        finally:
-            timer.cancel()
-        if not task.done():
-            await stop(runtime, task)
+            return await router.network.connection(address).call(request, buffers, timeout_s=timeout_s)
+        except Unanswered:
             self.silent.add(address)
-            what = f"{address} did not answer in time"
-            raise Unreachable(what) if request.changes_nothing else UpdateUnknown(what)
-        try:
-            return task.result()
-        finally:
-            del task  # As in `waiting.until`; here it is `buffers` that would be kept.
+            raise
 
     async def after(self, error: Exception, seen_version: int) -> None:
         """Wait for a reason to try again. Raises when the time is over."""
@@ -155,11 +160,23 @@ class Attempts:
             self.client = router.routes.client
             return
         left_s = self._deadline_s - router.runtime.now_s()
+        if left_s > 0:
+            await router.routes.news(seen_version, min(self._pause(error), left_s))
+            left_s = self._deadline_s - router.runtime.now_s()
         if left_s <= 0:
             what = f"not done after {router.config.deadline_s:g} s; the last answer was: {error}"
             raise (UpdateUnknown(what) if self.is_unknown else Unavailable(what)) from error
-        await router.routes.news(seen_version, min(self._pause_s, left_s))
-        self._pause_s = min(2 * self._pause_s, router.config.retry_max_s)
+
+    def _pause(self, error: Exception) -> float:
+        """Before the next attempt."""
+        pause_s = self._pause_s
+        self._pause_s = min(2 * pause_s, self._router.config.retry_max_s)
+        if not isinstance(error, Overloaded):
+            return pause_s
+        # Each at a time of its own, or all would come again at once; and later each time, or they would be too many.
+        overload_s = min(error.retry_after_s * (1 << self._refusals), OVERLOAD_PAUSE_S_MAX)
+        self._refusals += 1
+        return overload_s * (0.5 + self._router.runtime.random_bytes(1)[0] / 255)
 
     def last(self, error: EmberError) -> EmberError:
         """What to raise for an error that ends the operation: an earlier attempt may have got through."""
@@ -206,8 +223,10 @@ class StorageRouter:
             version = self.routes.routing.version
             shares = self._read_shares(request, left, damaged)
             outcomes = await self._all(
-                self._read_share(attempts, address, request, [item for item, _ in share], buffers)
-                for address, share in shares.items()
+                [
+                    self._read_share(attempts, address, request, [item for item, _ in share], buffers)
+                    for address, share in shares.items()
+                ]
             )
             left, failure = [], None
             for share, outcome in zip(shares.values(), outcomes, strict=True):
@@ -265,9 +284,7 @@ class StorageRouter:
                 turn = self._turn % len(serving)
                 order = serving[turn:] + serving[:turn]
             case ReadFrom.LOAD:
-                self._turn += 1
-                turn = self._turn % len(serving)
-                order = sorted(serving[turn:] + serving[:turn], key=self._load)
+                order = sorted(self.routes.preferred(chain, serving), key=self._load)
         target = min(order, key=self._is_suspect)
         return self.routes.address(target.target), target.target
 
@@ -359,10 +376,12 @@ class StorageRouter:
                 for item in left:
                     shares.setdefault(self._head(request.chains[item]), []).append(item)
                 outcomes = await self._all(
-                    self._update_share(
-                        attempts, address, msgspec.structs.replace(request, client=attempts.client), items, buffers
-                    )
-                    for address, items in shares.items()
+                    [
+                        self._update_share(
+                            attempts, address, msgspec.structs.replace(request, client=attempts.client), items, buffers
+                        )
+                        for address, items in shares.items()
+                    ]
                 )
             except EmberError as error:
                 raise attempts.last(error) from error
@@ -453,6 +472,9 @@ class StorageRouter:
             raise
         except UpdateUnknown:
             raise  # Whether there was an answer is not known either.
+        except Overloaded as error:
+            self._suspects[address] = _Suspect(self.runtime.now_s() + error.retry_after_s, self.config.suspect_s / 2)
+            raise
         except EmberError:
             self._suspects.pop(address, None)
             raise
@@ -462,15 +484,20 @@ class StorageRouter:
         finally:
             self._in_the_air[address] -= 1
 
-    async def _all(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T | Exception]:
+    async def _all(self, works: Sequence[Coroutine[Any, Any, T]]) -> list[T | Exception]:
         """Run coroutines side by side: their results, or the errors after which a share is sent again.
 
         Any other error is raised once all have ended.
         """
+        if len(works) == 1:
+            try:
+                return [await works[0]]
+            except _AGAIN as error:
+                return [error]
+            finally:
+                del works
         outcomes = await all_of(self.runtime, works, "router-share")
         for outcome in outcomes:
-            if isinstance(outcome, Exception) and not isinstance(
-                outcome, (StaleRouting, Unavailable, UpdateUnknown, SessionExpired)
-            ):
+            if isinstance(outcome, Exception) and not isinstance(outcome, _AGAIN):
                 raise outcome
         return outcomes

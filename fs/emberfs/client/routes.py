@@ -24,7 +24,7 @@ from ..messages import (
     RoutingReply,
     StatusReply,
 )
-from ..routing import Chain, Role, Routing
+from ..routing import Chain, ChainTarget, Role, Routing
 from ..runtime import Runtime
 from ..transport.types import Network
 from ..waiting import finish, pause
@@ -70,6 +70,7 @@ class Routes:
         self._managers = Managers(runtime, network, managers)
         self._description = description
         self._config = config or RoutesConfig()
+        self._taste = int.from_bytes(runtime.random_bytes(2))
         self._chains: dict[int, Chain] = {}
         self._addresses: dict[bytes, str] = {}
         self._hosts: dict[str, str] = {}
@@ -125,6 +126,11 @@ class Routes:
                 "bring it back, `emberline cluster accept-loss` goes on without"
             )
         return found
+
+    def preferred(self, chain: Chain, targets: Sequence[ChainTarget]) -> list[ChainTarget]:
+        """`targets` of a chain in the order in which this client turns to them: another one than its neighbours'."""
+        first = (chain.id + self._taste) % len(targets) if targets else 0
+        return [*targets[first:], *targets[:first]]
 
     def address(self, target: bytes) -> str:
         """The storage server of a target."""

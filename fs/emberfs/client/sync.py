@@ -14,17 +14,19 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..embedded import EmbeddedStore
+from ..ledger import ClientStats
 from ..maintenance import Maintenance
 from ..messages import Collected, TrashEntry, UsageReply
-from ..stores import Config
+from ..stores import Config, Store
 from ..transport import allocate
-from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
+from ..types import BATCH_ITEMS_MAX, CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
-from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
+from .batch import BatchRead, BatchWrite, batch_read, batch_write, destinations, open_files
 from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
 from .handle import File
+from .io_queue import IoQueue
 from .namespace import Namespace, page_after
 
 T = TypeVar("T")
@@ -116,9 +118,23 @@ class Client:
         `into` is one buffer per item, or one buffer that is filled item after item. Returns the bytes read per item;
         with `raise_errors=False` a failed item's place holds its error instead, else the first error is raised.
         """
-        for file in open_files(items, self._attachment.store):
+        self._attachment.live()
+        lanes = self._attachment.store.lanes
+        files = open_files(items, self._attachment.store)
+        for file in files:
             file.flush()
-        return self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
+        results: list[Any] | None = None
+        if lanes is not None and files and len(items) <= BATCH_ITEMS_MAX:
+            results = lanes.read([file for file in files if isinstance(file, File)], list(items), into)
+        if results is None:
+            return self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
+        if left := [place for place, count in enumerate(results) if count < 0]:
+            views = destinations(items, into)
+            rest, buffers = [items[place] for place in left], [views[place] for place in left]
+            found = self._run(lambda core: batch_read(core, rest, buffers, raise_errors=raise_errors))
+            for place, result in zip(left, found, strict=True):
+                results[place] = result
+        return results
 
     def batch_write(self, items: Sequence[BatchWrite]) -> None:
         """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.
@@ -128,6 +144,11 @@ class Client:
         for file in open_files(items, self._attachment.store):
             file.flush()
         self._run(lambda core: batch_write(core, items))
+
+    def io_queue(self, depth: int = 64) -> IoQueue:
+        """Reads and writes that are begun now and waited for later, at most `depth`. Close it, or use `with`."""
+        core = self._attachment.live()
+        return IoQueue(self._attachment.store, core, depth)
 
     # --- names -----------------------------------------------------------------------------------------------------
 
@@ -244,6 +265,17 @@ class Client:
                 f"{store.url} is a cluster, which its servers look after: see emberfs.cluster.maintenance"
             )
         return Maintenance(store)
+
+    @property
+    def store(self) -> Store:
+        """What it is a client of: for tools that look at it from inside."""
+        self._attachment.live()
+        return self._attachment.store
+
+    def stats(self) -> ClientStats:
+        """What the clients that this process has of the store did, and where the time went."""
+        self._attachment.live()
+        return self._attachment.store.portal.ledger.stats()
 
     def close(self) -> None:
         """Let go of the store. Open files of this client must be closed before."""

@@ -71,6 +71,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Of the storage servers: see `ServerConfig`."""
     settings: dict[str, Value] = {}
     """What the cluster's configuration begins with, beside the defaults: see `emberfs.settings`."""
+    tls: bool = True
+    """False: whoever is on this host may read and write everything. For measuring what TLS costs."""
 
 
 def differences(
@@ -139,7 +141,10 @@ class LocalCluster:
         config = self.directory / "manager-1" / "config.toml"
         if not config.exists():
             return
-        place = Path(read_config(config).tls.directory).parent.parent
+        tls = read_config(config).tls.directory
+        if not tls:
+            return
+        place = Path(tls).parent.parent
         if place.resolve() != self.directory:
             raise InvalidPath(f"this cluster was made as {place}, and works only there; move it back: {self.directory}")
 
@@ -161,7 +166,8 @@ class LocalCluster:
 
     def admin(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> Admin:
         """The way to its managers."""
-        return Admin(self.url, credentials=str(self.directory / "admin"), timeout_s=timeout_s)
+        credentials = str(self.directory / "admin") if self.plan().tls else ""
+        return Admin(self.url, credentials=credentials, timeout_s=timeout_s)
 
     @contextmanager
     def reach(self) -> Iterator[Admin]:
@@ -284,7 +290,8 @@ class LocalCluster:
             directory = server.directory
             directory.mkdir(parents=True, exist_ok=True)
             names = [server.name, HOST, "localhost"]
-            issue(self.directory / "ca", names, role=role, into=directory / "tls", now_s=time.time())
+            if plan.tls:
+                issue(self.directory / "ca", names, role=role, into=directory / "tls", now_s=time.time())
             config = ServerConfig(
                 name=server.name,
                 role=role,
@@ -296,10 +303,12 @@ class LocalCluster:
                 host=f"host-{server.name.rpartition('-')[2]}",
                 metrics=f"{HOST}:{next(ports)}",
                 cluster=plan.cluster,
-                tls=TlsConfig(directory=str(directory / "tls")),
+                tls=TlsConfig(directory=str(directory / "tls") if plan.tls else ""),
                 ucx=plan.ucx if role == Role.STORAGE else "",
                 storage=StorageSection(reserve_bytes=plan.reserve_bytes),
-                manager=ManagerSection(authority=str(self.directory / "ca") if role == Role.MANAGER else ""),
+                manager=ManagerSection(
+                    authority=str(self.directory / "ca") if role == Role.MANAGER and plan.tls else ""
+                ),
             )
             temporary = directory / "config.toml.new"
             write_config(temporary, config)
@@ -345,6 +354,8 @@ class LocalCluster:
             raise Unavailable(f"{error}; `emberline cluster status` says what is wrong") from error
 
     def _leave_credentials(self) -> None:
+        if not self.plan().tls:
+            return
         for address in self.url.removeprefix("ember://").split(","):
             directory = directory_for(address)
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)

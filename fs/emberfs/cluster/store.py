@@ -19,6 +19,8 @@ from ..client.meta_router import MetaRouter
 from ..client.router import ReadFrom, RouterConfig, StorageRouter
 from ..client.routes import Routes, RoutesConfig
 from ..errors import LimitExceeded
+from ..lane import native
+from ..lane.client import LaneReader
 from ..portal import Portal
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
@@ -51,6 +53,8 @@ class ClientConfig:
     """Servers of this host read and write our memory in place. False: their bytes come over TCP as from elsewhere."""
     ucx: str = ""
     """Large buffers go by UCX, not encrypted, to and from storage servers that have it too: auto, or rdma, shm, tcp."""
+    insecure: bool = False
+    """Servers of other machines are spoken to in plain text: whoever is in that network can read it, and forge it."""
 
     def __post_init__(self) -> None:
         if min(self.connect_timeout_s, self.deadline_s) <= 0:
@@ -76,7 +80,12 @@ class ClusterStore:
         self.portal = Portal(self.runtime)
         self.network = TcpNetwork(
             self.runtime,
-            TcpConfig(tls=tls_files(credentials), shares_memory=config.shares_memory, ucx=config.ucx),
+            TcpConfig(
+                tls=tls_files(credentials),
+                shares_memory=config.shares_memory,
+                insecure=config.insecure,
+                ucx=config.ucx,
+            ),
         )
         self.routes = Routes(
             self.runtime,
@@ -93,6 +102,9 @@ class ClusterStore:
             host=socket.gethostname(),
         )
         self.storage = StorageRouter(self.runtime, self.network, self.routes, config=router_config)
+        self.lanes: LaneReader | None = None
+        if native is not None and config.read_from is ReadFrom.LOAD and not config.uncommitted:
+            self.lanes = LaneReader(self.runtime, self.portal, self.network, self.routes)
         self.meta = MetaRouter(self.runtime, self.network, self.routes)
         try:
             with explained(credentials):
@@ -101,6 +113,7 @@ class ClusterStore:
             with contextlib.suppress(Exception):  # The first error is the one that says why.
                 self.shut()
             raise
+        self.portal.ledger.is_close = True  # From here on: what goes on in the background is no call's.
 
     @property
     def id(self) -> str:
@@ -119,6 +132,8 @@ class ClusterStore:
         """Let the calls end, then close the session and the connections."""
         self.closed = True
         self.portal.drain()
+        if self.lanes is not None:
+            self.lanes.close()
         try:
             self.portal.run_last(self.routes.close())
             self.portal.run_last(self.network.close())
@@ -128,6 +143,9 @@ class ClusterStore:
     def forget_after_fork(self) -> None:
         """In the child: touch nothing. The parent goes on as if nothing was."""
         self.forked = True
+        if self.lanes is not None:
+            self.lanes.close()
+            self.lanes = None
         _inherited.append(self)
 
 

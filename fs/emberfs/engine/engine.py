@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -34,9 +33,21 @@ from ..kv.types import KV, RANGE_ROWS_MAX, TRANSACTION_BYTES_MAX, Transaction, d
 from ..runtime import Runtime
 from ..types import describe_chunk
 from .allocator import Allocator, position_class
+from .extents import Extents, Known
+from .limbo import Limbo
 from .reader import BlockReader, ReadRequest
-from .record import SUMS_INLINE_BYTES_MAX, Extent, Record, Stamp, decode_record, is_tombstone, last_sum, row_to_read
-from .rows import CHUNK, FLOOR_KEY, GROUP, Change, is_named, request_key
+from .record import (
+    SUMS_INLINE_BYTES_MAX,
+    Extent,
+    Record,
+    Stamp,
+    decode_record,
+    is_clean,
+    is_tombstone,
+    last_sum,
+    row_to_read,
+)
+from .rows import CHUNK, FLOOR_KEY, GROUP, Change, is_named, only_deletes, request_key
 from .target import EngineConfig, EngineCounters, TargetIdentity, identify
 from .update import Action, Plan, Prepared, Update, appended_sums, padded_payload, plan_update
 
@@ -53,10 +64,6 @@ class CoreEngine:
         self._flushes = GroupCommit(runtime, self._flush, weigh=Change.index_bytes, weight_max=TRANSACTION_BYTES_MAX)
         self._named_files: set[int] = set()
         """Files whose directory entry is durable."""
-        self._reads_by_epoch: dict[int, int] = {}
-        self._epoch = 0
-        self._limbo: deque[tuple[int, list[int]]] = deque()
-        """(epoch, freed positions): free once no read of that epoch or an earlier one is left."""
         self._failure: str | None = None
         self._calls = 0
         """Calls in the air that may use the disk."""
@@ -66,7 +73,9 @@ class CoreEngine:
         self.floor = 0
         """Chunks without a row begin above this version."""
         self.allocator = Allocator(disk, reserve_bytes=config.reserve_bytes)
+        self._limbo = Limbo(self.allocator.release)
         self.reader = BlockReader(disk, self.allocator)
+        self.extents = Extents(config.extents_bytes_max)
         self.identity = identity
         self.counters = EngineCounters()
 
@@ -99,6 +108,7 @@ class CoreEngine:
                 self._closing.set_result(None)
         await self._closing
         await self._flushes.drain()
+        self.extents.stop()
         self._disk.close()
 
     async def during(self, work: Coroutine[Any, Any, T]) -> T:
@@ -136,27 +146,42 @@ class CoreEngine:
         """
         if self._closing is not None:
             raise StoreClosed("the target was closed")
-        epoch = self._epoch
-        self._reads_by_epoch[epoch] = self._reads_by_epoch.get(epoch, 0) + 1
+        epoch = self._limbo.begin_read()
         self._calls += 1  # `during`, without its frames
         try:
-            rows = await self._index.begin().get_many([CHUNK + chunk for chunk in chunks])
-            if pending is not None:
-                rows = list(map(row_to_read, chunks, rows, pending))
-            requests = self.reader.requests(chunks, rows, offsets, destinations)
+            changes = self.extents.changes
+            known = list(map(self.extents.get, chunks)) if pending is None else [None]
+            if None not in known:
+                rows: list[bytes | None] = [each.row for each in known if each is not None]
+                requests = self.reader.known_requests(chunks, known, offsets, destinations)
+            else:
+                rows = await self._index.begin().get_many([CHUNK + chunk for chunk in chunks])
+                if pending is not None:
+                    rows = list(map(row_to_read, chunks, rows, pending))
+                requests = self.reader.requests(chunks, rows, offsets, destinations)
             await self.reader.read(requests)
+            if pending is None and None in known:
+                self._note(requests, rows, changes)
             results: list[int | Corruption] = []
             for index, request in enumerate(requests):
                 if request.error is None:
                     results.append(request.count)
-                else:
-                    is_pending = pending is not None and pending[index]
-                    again = self._read_again(request, rows[index], offsets[index], destinations[index], is_pending)
-                    results.append(await again)
+                    continue
+                is_pending = pending is not None and pending[index]
+                again = self._read_again(request, rows[index], offsets[index], destinations[index], is_pending)
+                results.append(await again)
             return results
         finally:
             self._calls -= 1  # Before anything is called: see `during`.
             self._end_read(epoch)
+
+    def _note(self, requests: Sequence[ReadRequest], rows: Sequence[bytes | None], changes: int) -> None:
+        """Remember where what was read lies."""
+        for request, row in zip(requests, rows, strict=True):
+            if request.extent is not None and row is not None and request.error is None:
+                file, block = self.allocator.place(request.extent.position)
+                known = Known(row, request.extent, request.granule_log2, request.sums, is_clean(row))
+                self.extents.note(request.chunk, known, file=file, block=block, changes=changes)
 
     async def _read_again(
         self, failed: ReadRequest, row: bytes | None, offset: int, destination: memoryview, is_pending: bool
@@ -177,19 +202,7 @@ class CoreEngine:
     def _end_read(self, epoch: int) -> None:
         if self._closing is not None:
             self._call_ended()
-        left = self._reads_by_epoch[epoch] - 1
-        if left:
-            self._reads_by_epoch[epoch] = left
-        else:
-            del self._reads_by_epoch[epoch]
-            if self._limbo:
-                self._release_limbo()
-
-    def _release_limbo(self) -> None:
-        oldest = min(self._reads_by_epoch, default=self._epoch + 1)
-        while self._limbo and self._limbo[0][0] < oldest:
-            for position in self._limbo.popleft()[1]:
-                self.allocator.release(position)
+        self._limbo.end_read(epoch)
 
     async def record(self, chunk: bytes) -> Record | None:
         """The record of a chunk, decoded. Raises Corruption."""
@@ -548,7 +561,8 @@ class CoreEngine:
         for (class_log2, group), bitmap in groups.items():
             txn.put(GROUP + bytes([class_log2]) + group.to_bytes(5, "big"), bitmap.to_bytes(32, "little"))
         # More blocks given up than taken is a deletion, as are rows without blocks: it may use the index's reserve.
-        reclaims = len(freed) > len(named) or (not named and _only_deletes(changes))
+        reclaims = len(freed) > len(named) or (not named and only_deletes(changes))
+        self.extents.begin_change(key[1:] for change in changes for key, _ in change.rows if key[:1] == CHUNK)
         try:
             await txn.commit(reclaims=reclaims)
         except BaseException as error:
@@ -561,6 +575,8 @@ class CoreEngine:
             if isinstance(error, Exception):
                 raise failed from error
             raise
+        finally:
+            self.extents.end_change()
         self.allocator.adopt(groups)
         for change in changes:
             change.named.clear()
@@ -569,12 +585,11 @@ class CoreEngine:
                     self.floor = max(self.floor, value)
         self.counters.flushes += 1
         if freed:
-            self._limbo.append((self._epoch, freed))
-            self._epoch += 1
-            self._release_limbo()
+            self._limbo.add(freed)
 
     def _fail(self, reason: str) -> TargetFailed:
         self._failure = reason
+        self.extents.stop()
         return TargetFailed(f"the target stopped taking writes: {reason}")
 
     def _check_alive(self) -> None:
@@ -582,8 +597,3 @@ class CoreEngine:
             raise TargetFailed(
                 f"the target stopped taking writes: {self._failure}; check the disk and reopen the store"
             )
-
-
-def _only_deletes(changes: list[Change]) -> bool:
-    rows = [row for change in changes for _, row in change.rows]
-    return bool(rows) and all(row is None for row in rows)

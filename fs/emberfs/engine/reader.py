@@ -18,6 +18,7 @@ from ..disk import Disk, ReadItem
 from ..errors import Corruption
 from ..types import describe_chunk
 from .allocator import Allocator, position_class, stride_bytes
+from .extents import Known
 from .record import Extent, decode_committed, sums_bytes
 
 _sum_at = Struct("<I").unpack_from
@@ -91,6 +92,24 @@ class BlockReader:
                     _aim(request, extent, granule_log2, offset, destination)
         return requests
 
+    def known_requests(
+        self,
+        chunks: Sequence[bytes],
+        known: Sequence[Known | None],
+        offsets: Sequence[int],
+        destinations: Sequence[memoryview],
+    ) -> list[ReadRequest]:
+        """`requests` for chunks of which everything is known."""
+        requests = []
+        for chunk, each, offset, destination in zip(chunks, known, offsets, destinations, strict=True):
+            assert each is not None
+            request = ReadRequest(chunk)
+            requests.append(request)
+            if offset < each.extent.length and destination:
+                _aim(request, each.extent, each.granule_log2, offset, destination)
+                request.sums = each.sums
+        return requests
+
     async def read(self, requests: Sequence[ReadRequest]) -> None:
         """Read and verify; each request ends with its `count` or its `error`."""
         items: list[ReadItem] = []
@@ -99,7 +118,7 @@ class BlockReader:
             extent = request.extent
             if extent is None:
                 continue
-            if extent.slot is not None:
+            if extent.slot is not None and not request.sums:
                 try:
                     request.sums = await self.sums(request.chunk, extent, request.granule_log2)
                 except Corruption as error:

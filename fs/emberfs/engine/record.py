@@ -176,6 +176,11 @@ def decode_record(chunk: bytes, row: bytes) -> Record:
     return Record(granule_log2, committed, pending, tombstone, removal, Request(*head[15:18]))
 
 
+def is_clean(row: bytes) -> bool:
+    """Whether a row (undamaged) says that nothing is pending."""
+    return not row[1] & (_PENDING | _PENDING_REMOVES)
+
+
 def is_tombstone(row: bytes) -> bool:
     """Whether a row (undamaged, or so it is believed) says that its chunk was removed and nothing is pending."""
     return bool(row[1] & _TOMBSTONE) and not row[1] & (_PENDING | _PENDING_REMOVES)

@@ -329,12 +329,11 @@ class ChunkEngine(CoreEngine):
         """Run `look` as a read: blocks that are freed meanwhile are not given away before it has ended."""
 
         async def held() -> T:
-            epoch = self._epoch
-            self._reads_by_epoch[epoch] = self._reads_by_epoch.get(epoch, 0) + 1
+            epoch = self._limbo.begin_read()
             try:
                 return await look()
             finally:
-                self._end_read(epoch)
+                self._limbo.end_read(epoch)
 
         return await self.during(held())
 

@@ -9,6 +9,8 @@ Does not know: when anything is committed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..kv.types import encode_int
 from .allocator import GROUP_BLOCKS
 from .record import NO_REQUEST, Record, Request
@@ -84,3 +86,9 @@ class Change:
         """At most this much goes into the index transaction: the rows, and a group row per block."""
         rows = sum(len(key) + (len(row) if row is not None else 0) for key, row in self.rows)
         return rows + INT_ROW_BYTES * len(self.maxima) + GROUP_ROW_BYTES * (len(self.named) + len(self.freed))
+
+
+def only_deletes(changes: Sequence[Change]) -> bool:
+    """Rows go, and none comes."""
+    rows = [row for change in changes for _, row in change.rows]
+    return bool(rows) and all(row is None for row in rows)

@@ -28,6 +28,9 @@ class EngineConfig:
     target: bytes | None = None
     """The id (16 bytes) that a new target gets, and that one which is there must have. None: a random one, or any."""
 
+    extents_bytes_max: int = 16 << 20
+    """Memory for where chunks lie, so that a read of one that was read before needs no look at the index."""
+
     def __post_init__(self) -> None:
         if self.reserve_bytes < 0:
             raise ValueError(f"reserve_bytes must not be negative: {self.reserve_bytes}")

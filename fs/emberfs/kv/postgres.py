@@ -56,6 +56,7 @@ T = TypeVar("T")
 
 FLIGHT_BATCHES_MAX = 128
 CLIENT_ID_BYTES = 16
+FAREWELL = asyncpg.Connection.close.__qualname__
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,6 +291,12 @@ class PostgresKV(BufferedKV):
         except EmberError:
             pass  # The database forgets a silent client by itself.
         self._pool.terminate()
+        # The pool says farewell to connections that expired in tasks of which it keeps no track.
+        farewells = [each for each in asyncio.all_tasks() if getattr(each.get_coro(), "__qualname__", "") == FAREWELL]
+        for task in farewells:
+            task.cancel()
+        if farewells:
+            await asyncio.wait(farewells)
 
 
 def _answer(passenger: _Passenger, error: EmberError | None) -> None:

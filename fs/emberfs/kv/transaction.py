@@ -27,6 +27,7 @@ from typing import TypeVar
 
 from ..errors import Conflict, LimitExceeded, NoSpace, StoreClosed, TargetFailed, UpdateUnknown
 from ..runtime import Runtime
+from ..stopwatch import current
 from .batch import Batch, Row, Scan, looked_at, overlay
 from .history import History, Interval, WriteSet
 from .limits import check_interval, check_key, check_limit, refuse_key
@@ -198,18 +199,25 @@ class OptimisticKV:
             raise TargetFailed("the key-value store takes no more commits: open it again") from self._failed
 
     async def _submit(self, batch: Batch) -> None:
-        """Queue `batch` and return when it is durable."""
+        """Queue `batch` and return when it is durable. On the stopwatch it is time of the disk."""
         self._queue.append(batch)
         self._queued.extend(batch.writes, batch.clears)
-        if not self._led and self._may_lead():
-            self._led = True
-            await self._lead(FLIGHTS_LED_MAX)
-        else:
-            batch.waiter = self._runtime.future()
-            if not self._led:
+        watch = current.get()
+        if watch is not None:
+            watch.begin_disk()
+        try:
+            if not self._led and self._may_lead():
                 self._led = True
-                self._leader = self._runtime.spawn(self._lead(None), "kv-commits")
-            await batch.waiter
+                await self._lead(FLIGHTS_LED_MAX)
+            else:
+                batch.waiter = self._runtime.future()
+                if not self._led:
+                    self._led = True
+                    self._leader = self._runtime.spawn(self._lead(None), "kv-commits")
+                await batch.waiter
+        finally:
+            if watch is not None:
+                watch.end_disk()
         if batch.error is not None:
             raise batch.error
 

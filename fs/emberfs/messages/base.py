@@ -21,6 +21,8 @@ class Message(msgspec.Struct, array_like=True, tag=True):
     """A request that may be lost, stopped half-way or sent twice, and nobody is the wiser."""
     may_send: ClassVar[frozenset[str]] = SERVERS
     """The roles that it is taken from, where peers have certificates."""
+    takes_turns: ClassVar[bool] = False
+    """A request for data. A server that has much to do lets it wait for those of others, or refuses it."""
     fills_buffers: ClassVar[bool] = False
     """The buffers of this request are destinations. Its reply says in `counts` how many bytes of each it filled."""
 

@@ -11,6 +11,7 @@ class ReadChunks(Message):
     """Read [offset, offset+length) of each chunk into the buffer of its index. Parallel lists, no object per item."""
 
     may_send = EVERYBODY
+    takes_turns = True
     changes_nothing = True
     fills_buffers = True
 
@@ -42,6 +43,7 @@ class WriteChunks(Message):
     """Write the buffer of the same index at `offset` of each chunk: each chunk write is atomic, the batch is not."""
 
     may_send = EVERYBODY
+    takes_turns = True
 
     client: bytes
     channel: int
@@ -67,6 +69,7 @@ class TruncateChunk(Message):
     """
 
     may_send = EVERYBODY
+    takes_turns = True
 
     chain: int
     chunk: bytes
@@ -86,6 +89,7 @@ class RemoveChunks(Message):
     """
 
     may_send = EVERYBODY
+    takes_turns = True
 
     chains: list[int]
     chunks: list[bytes]
@@ -105,6 +109,7 @@ class ListChunks(Message):
     """Committed chunks of [begin, end) on one chain, in order, at most `limit`."""
 
     may_send = EVERYBODY
+    takes_turns = True
     changes_nothing = True
 
     chain: int

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from .base import OPERATORS, Message
+from ..meter import KindStats
+from .base import EVERYBODY, OPERATORS, Message
 
 
 class ScrubChunks(Message):
@@ -61,3 +62,16 @@ class RowsRead(Message):
     rows: list[tuple[bytes, bytes]] = msgspec.field(default_factory=list)
     more: bool = False
     """There may be rows behind these, within the limit that was asked for."""
+
+
+class ReadMeter(Message):
+    """To any server: what it has served since it began. -> MeterRead"""
+
+    may_send = EVERYBODY
+    changes_nothing = True
+
+
+class MeterRead(Message):
+    up_s: float
+    """Seconds, by the server's clock, in which that was. Less than at the last look: it is another process."""
+    kinds: dict[str, KindStats]

@@ -25,6 +25,7 @@ import msgspec
 from ..errors import InvalidPath
 from ..routing import Role
 from ..settings import SETTINGS
+from ..transport import LoadConfig
 from ..transport.config import ucx_kinds
 
 
@@ -42,6 +43,27 @@ class StorageSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     reserve_bytes: int = 1 << 30
     """New data is refused when the disk has less than this left."""
+
+
+_LOAD = LoadConfig()
+
+
+class LoadSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much the server takes on for all its clients together: see `emberfs.transport.turns`."""
+
+    bytes_max: int = _LOAD.bytes_max
+    """Bytes of memory for their requests and replies."""
+    calls_max: int = _LOAD.calls_max
+    """Calls under way."""
+    wait_s_max: float = _LOAD.wait_s_max
+    """Seconds that a call may wait for its turn, before it is refused and comes again."""
+
+    def __post_init__(self) -> None:
+        self.limits()
+
+    def limits(self) -> LoadConfig:
+        """Raises ValueError."""
+        return LoadConfig(bytes_max=self.bytes_max, calls_max=self.calls_max, wait_s_max=self.wait_s_max)
 
 
 class ManagerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +107,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tls: TlsConfig = TlsConfig()
     storage: StorageSection = StorageSection()
     manager: ManagerSection = ManagerSection()
+    load: LoadSection = LoadSection()
 
     def __post_init__(self) -> None:
         if not self.name or any(letter in self.name for letter in "/ \n\0"):

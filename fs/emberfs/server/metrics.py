@@ -1,63 +1,86 @@
-"""The Prometheus page of a server: what it serves, how long that takes, and what it holds.
+"""The Prometheus page of a server: what it serves, how long that takes and why, and what it holds.
 
-Counting costs two clock reads a request. Gauges are read when the page is asked for, from functions handed in.
-Names begin with `emberline_`; the unit is at the end, as Prometheus has it.
+Everything is read when the page is asked for: the meter of the network, which counts what is served, and gauges from
+functions handed in. Names begin with `emberline_`; the unit is at the end, as Prometheus has it.
+
+Does not know: what a stage is, or which kinds there are (`meter`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from ..messages import Message
-from ..runtime import Runtime
+from ..histogram import Histogram
+from ..messages import Message, MeterRead, ReadMeter
+from ..meter import STAGES, Meter
 from ..transport.types import Service
-
-LATENCY_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 Gauges = Callable[[], Mapping[str, float | Mapping[str, float]]]
 """Name -> value, or name -> {label: value}."""
 
 
 class Metered:
-    """A service that counts what passes through it."""
+    """A service, and the answer to who asks what was served."""
 
-    def __init__(self, service: Service, runtime: Runtime, registry: CollectorRegistry) -> None:
+    def __init__(self, service: Service, meter: Meter) -> None:
         self._service = service
-        self._runtime = runtime
-        self._seconds = Histogram(
-            "emberline_request_seconds",
-            "Time to serve a request.",
-            ["request"],
-            buckets=LATENCY_BUCKETS_S,
-            registry=registry,
-        )
-        self._errors = Counter(
-            "emberline_request_errors", "Requests that ended with an error.", ["request", "error"], registry=registry
-        )
-        self._bytes = Counter(
-            "emberline_payload_bytes", "Payload bytes in either direction.", ["request"], registry=registry
-        )
+        self._meter = meter
 
     def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Awaitable[Message]:
         """Serve one request."""
-        return self._timed(request, buffers)
+        if isinstance(request, ReadMeter):
+            return self._read()
+        return self._service.handle(request, buffers)
 
-    async def _timed(self, request: Message, buffers: Sequence[memoryview]) -> Message:
-        name = type(request).__name__
-        begin_s = self._runtime.now_s()
-        try:
-            return await self._service.handle(request, buffers)
-        except Exception as error:
-            self._errors.labels(name, type(error).__name__).inc()
-            raise
-        finally:
-            self._seconds.labels(name).observe(self._runtime.now_s() - begin_s)
-            if buffers:
-                self._bytes.labels(name).inc(sum(len(buffer) for buffer in buffers))
+    async def _read(self) -> MeterRead:
+        return MeterRead(self._meter.up_s, self._meter.kinds)
+
+
+class MeterCollector(Collector):
+    """What was served, as Prometheus has it."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def collect(self) -> Iterator[Metric]:
+        whole = HistogramMetricFamily(
+            "emberline_request_seconds", "Time to serve a request, from its arrival on.", labels=["request"]
+        )
+        stages = HistogramMetricFamily(
+            "emberline_request_stage_seconds",
+            "Where that time went; requests that were not in a stage are not in its histogram.",
+            labels=["request", "stage"],
+        )
+        errors = CounterMetricFamily(
+            "emberline_request_errors", "Requests that ended with an error.", labels=["request", "error"]
+        )
+        payload = CounterMetricFamily(
+            "emberline_payload_bytes", "Payload bytes in either direction.", labels=["request"]
+        )
+        # A copy: we are in a thread of our own, and kinds come as they are served.
+        for kind, stats in list(self._meter.kinds.items()):
+            whole.add_metric([kind], *_buckets(stats.whole))
+            for stage in STAGES:
+                stages.add_metric([kind, stage], *_buckets(stats.stage(stage)))
+            payload.add_metric([kind], stats.payload_bytes)
+            for error, count in list(stats.errors.items()):
+                errors.add_metric([kind, error], count)
+        return iter([whole, stages, errors, payload])
+
+
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    histogram = histogram.copy()
+    rows = [
+        (floatToGoString(end_s), float(count))  # type: ignore[no-untyped-call]
+        for end_s, count in histogram.cumulative()
+    ]
+    return rows, histogram.total_s
 
 
 class _GaugeCollector(Collector):
@@ -76,8 +99,10 @@ class _GaugeCollector(Collector):
             yield family
 
 
-def serve_metrics(registry: CollectorRegistry, gauges: Gauges, address: str) -> Callable[[], None]:
+def serve_metrics(meter: Meter, gauges: Gauges, address: str) -> Callable[[], None]:
     """Serve the page at http://`address`/metrics from a thread of its own; returns what ends it."""
+    registry = CollectorRegistry()
+    registry.register(MeterCollector(meter))
     registry.register(_GaugeCollector(gauges))
     host, _, port = address.rpartition(":")
     server, thread = start_http_server(int(port), host or "0.0.0.0", registry=registry)

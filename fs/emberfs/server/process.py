@@ -19,11 +19,12 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from ..errors import EmberError, Unavailable
+from ..lane import native
+from ..lane.server import LaneServer
 from ..messages import Message
 from ..portal import Portal
+from ..routing import Role
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
 from ..transport.types import Listener, Service
@@ -46,21 +47,21 @@ def run_server(config: ServerConfig) -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     runtime = AsyncioRuntime(config.name)
     portal = Portal(runtime)
-    registry = CollectorRegistry()
-    network = TcpNetwork(runtime, tcp_config(config))
+    lanes = LaneServer() if native is not None and config.role == Role.STORAGE else None
+    network = TcpNetwork(runtime, tcp_config(config), adopt_lane=None if lanes is None else lanes.adopt)
     door = _Door()
     role: Served | None = None
     end_metrics: Callable[[], None] | None = None
     try:
         # The address first: who cannot have it is a second one of us, and leaves the disk alone.
         with _named(config.listen):
-            listener = portal.run(network.serve(config.listen, Metered(door, runtime, registry)))
-        role = portal.run(open_role(config, runtime, network))
+            listener = portal.run(network.serve(config.listen, Metered(door, network.meter)))
+        role = portal.run(open_role(config, runtime, network, lanes=lanes))
         door.service = role.service
         portal.run(role.start())
         if config.metrics:
             with _named(config.metrics):
-                end_metrics = serve_metrics(registry, role.gauges, config.metrics)
+                end_metrics = serve_metrics(network.meter, role.gauges, config.metrics)
         _serve(config, role, listener, stop)
         portal.run(role.retire())
         portal.run(listener.close(drain_s=config.drain_s))
@@ -74,6 +75,8 @@ def run_server(config: ServerConfig) -> None:
             portal.run(network.close())
         except Exception:
             log.exception("closing")
+        if lanes is not None:
+            lanes.stop()
         runtime.stop()
 
 
@@ -130,6 +133,7 @@ def tcp_config(config: ServerConfig) -> TcpConfig:
         insecure=config.tls.insecure,
         ucx=config.ucx,
         admits_strangers=bool(config.manager.authority),
+        load=config.load.limits(),
     )
 
 

@@ -18,6 +18,7 @@ from ..cluster.joining import JoinDesk
 from ..cluster.store import EveryChain
 from ..errors import StoreBusy
 from ..kv import KvServer, LmdbKV, open_kv
+from ..lane.server import LaneServer
 from ..manager import ManagerService
 from ..meta import ClientChunkOps, MetaConfig, MetaService
 from ..routing import Node, Role, Routing
@@ -56,13 +57,16 @@ def node_of(config: ServerConfig, incarnation: bytes) -> Node:
     return Node(config.name, config.role, config.address, incarnation, config.rack, config.machine)
 
 
-async def open_role(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
-    """Open what the role of `config` needs. Raises what opening it raises."""
+async def open_role(
+    config: ServerConfig, runtime: AsyncioRuntime, network: Network, *, lanes: LaneServer | None = None
+) -> Served:
+    """Open what the role of `config` needs. `lanes`: those of a storage server. Raises what opening the role raises."""
+    if config.role == Role.STORAGE:
+        return await _open_storage(config, runtime, network, lanes)
     opener = {
         Role.KV: _open_kv_role,
         Role.MANAGER: _open_manager,
         Role.META: _open_meta,
-        Role.STORAGE: _open_storage,
     }[config.role]
     return await opener(config, runtime, network)
 
@@ -202,12 +206,14 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
     )
 
 
-async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: Network) -> Served:
+async def _open_storage(
+    config: ServerConfig, runtime: AsyncioRuntime, network: Network, lanes: LaneServer | None
+) -> Served:
     root = Path(config.directory)
     await _own(root, runtime)
     targets = TargetDirectories(root, runtime, reserve_bytes=config.storage.reserve_bytes)
     node = node_of(config, runtime.random_bytes(8))
-    service = StorageNode(node, runtime, network, config.managers, targets.open, drop_target=targets.drop)
+    service = StorageNode(node, runtime, network, config.managers, targets.open, drop_target=targets.drop, lanes=lanes)
 
     async def close() -> None:
         try:
@@ -217,7 +223,9 @@ async def _open_storage(config: ServerConfig, runtime: AsyncioRuntime, network: 
 
     def gauges() -> dict[str, float]:
         usage = shutil.disk_usage(root)
-        return {"disk_free_bytes": usage.free, "disk_size_bytes": usage.total} | service.gauges()
+        return {"disk_free_bytes": usage.free, "disk_size_bytes": usage.total} | (
+            service.gauges() | (lanes.gauges() if lanes is not None else {})
+        )
 
     return Served(
         service=service,

@@ -34,7 +34,9 @@ from ..messages import (
     Maintain,
     Maintained,
     Message,
+    MeterRead,
     ReadChunks,
+    ReadMeter,
     RemoveChunks,
     TruncateChunk,
     WriteChunks,
@@ -104,6 +106,7 @@ class SharingServer:
             Attend: self._attend,
             Detach: self._detach,
             Maintain: self._maintain,
+            ReadMeter: self._read_meter,
             WriteChunks: self._update,
             TruncateChunk: self._update,
             RemoveChunks: self._update,
@@ -230,6 +233,10 @@ class SharingServer:
             return Maintained(json.dumps(await self._spool_dump()))
         result = await run_order(self._services, request.what, json.loads(request.arguments))
         return Maintained(result)
+
+    async def _read_meter(self, _: ReadMeter, __: Sequence[memoryview]) -> Message:
+        meter = self._network.meter
+        return MeterRead(meter.up_s, meter.kinds)
 
     async def _spool_dump(self) -> str:
         """The name of a new file in the store's directory with a dump of the metadata; the client's to remove."""

@@ -18,11 +18,13 @@ from ..errors import (
     Unavailable,
     UpdateUnknown,
 )
-from ..messages import RemoveChunks, TruncateChunk, WriteChunks
+from ..messages import Forward, RemoveChunks, TruncateChunk, WriteChunks
 from ..runtime import Runtime
 from ..types import BATCH_ITEMS_MAX
 from ..waiting import all_of
 from .service import granule_log2_of
+
+_ACTIONS = {action.value for action in Action}
 
 
 def by_chain(chains: Sequence[int], versions: Sequence[int]) -> dict[tuple[int, int], list[int]]:
@@ -62,6 +64,26 @@ def removals(request: RemoveChunks) -> list[tuple[int, Update]]:
     return [
         (chain, Update(chunk, Action.REMOVE, request=name_of(request, slot)))
         for chain, chunk, slot in zip(request.chains, request.chunks, slots, strict=True)
+    ]
+
+
+def forwarded(request: Forward, buffers: Sequence[memoryview]) -> list[Update]:
+    """What a predecessor passes on. Raises ProtocolError."""
+    if not set(request.actions) <= _ACTIONS:
+        raise ProtocolError(f"unknown actions: {sorted(set(request.actions) - _ACTIONS)}")
+    versions = request.chain_versions or [request.chain_version] * len(request.chunks)
+    return [
+        Update(
+            chunk,
+            Action(request.actions[index]),
+            request.offsets[index],
+            buffers[index],
+            request.versions[index],
+            versions[index],
+            Request(*request.requests[index]),
+            request.granules_log2[index],
+        )
+        for index, chunk in enumerate(request.chunks)
     ]
 
 

@@ -18,15 +18,15 @@ class Lease:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._until_s = float("-inf")
+        self.until_s = float("-inf")
 
     def renew(self, sent_s: float, lease_s: float) -> None:
         """The primary has answered a heartbeat that was sent at `sent_s`. An answer that was overtaken is fine."""
-        self._until_s = max(self._until_s, sent_s + lease_s)
+        self.until_s = max(self.until_s, sent_s + lease_s)
 
     @property
     def is_valid(self) -> bool:
-        return self._runtime.now_s() < self._until_s
+        return self._runtime.now_s() < self.until_s
 
     def check(self) -> None:
         """Raises StaleRouting outside the lease."""

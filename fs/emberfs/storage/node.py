@@ -27,6 +27,7 @@ from ..errors import (
     Unavailable,
     UpdateUnknown,
 )
+from ..lane.server import Lanes
 from ..messages import (
     AskCommitted,
     Done,
@@ -109,8 +110,10 @@ class StorageNode:
         *,
         drop_target: DropTarget | None = None,
         config: StorageConfig | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
-        """`managers`: addresses. `node.incarnation` must be new with each process."""
+        """`managers`: addresses. `node.incarnation` must be new with each process. `lanes`: those of our server."""
+        self._lanes = lanes
         self.node = node
         self.config = config or StorageConfig()
         self.settings = Settings()
@@ -359,6 +362,8 @@ class StorageNode:
         if reply.config is not None:
             self._retune(reply.config)
         self.lease.renew(sent_s, reply.lease_s)
+        if self._lanes is not None:
+            self._lanes.lease(self.lease.until_s)
 
     def _adopt(self, routing: Routing | None) -> None:
         """Go by `routing` if it is news, and open and drop targets as it says."""
@@ -435,7 +440,10 @@ class StorageNode:
                 check_session=self._sessions.check,
                 paces=self._paces,
                 config=self.config,
+                lanes=self._lanes,
             )
+            if self._lanes is not None:
+                engine.extents.mirror = self._lanes.mirror(target.chain)
             self._upkeeps[target.chain] = Upkeep(replica)
 
     async def _close_others(self, routing: Routing) -> None:

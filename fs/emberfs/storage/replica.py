@@ -26,6 +26,7 @@ from ..errors import (
     Unavailable,
     UpdateUnknown,
 )
+from ..lane.server import ChainLanes, Lanes
 from ..locks import KeyedLocks
 from ..messages import (
     AskCommitted,
@@ -51,6 +52,7 @@ from ..transport.types import Network
 from ..waiting import finish, first_of, pause
 from .config import StorageConfig
 from .forward import Passing
+from .items import forwarded
 from .lease import Lease
 from .pace import Paces
 from .passing import Passer
@@ -62,7 +64,6 @@ from .view import View
 
 LOOKS_MAX = 16
 """So often a read looks again at a chunk that changes while it is read."""
-_ACTIONS = {action.value for action in Action}
 SessionCheck = Callable[[bytes], None]
 """Raises SessionExpired for a client without a live session."""
 
@@ -80,8 +81,10 @@ class Replica:
         check_session: SessionCheck,
         paces: Paces,
         config: StorageConfig,
+        lanes: Lanes | None = None,
     ) -> None:
         self.engine = engine
+        self._lanes = ChainLanes(lanes)
         self.locks = KeyedLocks(runtime)
         self.passer = Passer(engine, runtime)
         self.resync = Resync(self, runtime, paces=paces, config=config)
@@ -119,8 +122,13 @@ class Replica:
         if chain.may_leave(self.engine.identity.target):
             # For good: the report that follows may be acted on late, and a reader must not be answered after that.
             self._has_left, self.view = True, None
+            self._lanes.stop()
             return
         self.view = View(self._runtime, self._network, chain, self.engine.identity.target, addresses=addresses)
+        if self.view.is_serving and self._is_trusted(self.view):
+            self._lanes.serve(chain.id, chain.version)
+        else:
+            self._lanes.stop()
         self._settler.begin(self.view)
         self.resync.begin(self.view)
 
@@ -130,9 +138,14 @@ class Replica:
         if self.view is not None:
             finish(self.view.changed)
             self.view = None
+            self._lanes.stop()
         await self._settler.close()
         await self.resync.close()
         await self.repairer.close()
+
+    def _is_trusted(self, view: View) -> bool:
+        """The chain trusts what is on our disk."""
+        return view.me is not None and view.me.generation in (b"", self.engine.identity.generation)
 
     def local_state(self) -> tuple[LocalState, int]:
         """What the node reports of this target: (state, version under which its resync ended)."""
@@ -170,8 +183,7 @@ class Replica:
         if view is None or version != view.version:
             ours = view.version if view is not None else 0
             raise StaleRouting(f"chain version {version} is asked for, and {ours} is known here")
-        is_trusted = view.me is not None and view.me.generation in (b"", self.engine.identity.generation)
-        if (view.is_serving or view.is_syncing) and not is_trusted:
+        if (view.is_serving or view.is_syncing) and not self._is_trusted(view):
             raise StaleRouting("the disk of this replica has another content than its chain trusts")
         return view
 
@@ -459,7 +471,7 @@ class Replica:
         view = self._view(request.chain_version)
         if not (view.is_serving or view.is_syncing):
             raise StaleRouting("this replica takes no updates")
-        updates = _updates_of(request, buffers)
+        updates = forwarded(request, buffers)
         passing = view.inbound.begin(request.number, request.oldest)
         if request.vouched:
             passing.tell(abandoned=False)
@@ -578,22 +590,3 @@ class Replica:
 def _is_open(state: ChunkState | None, view: View) -> bool:
     """Something is pending since an older chain version: an old tail may have committed it."""
     return state is not None and 0 < state.pending_chain_version < view.version
-
-
-def _updates_of(request: Forward, buffers: Sequence[memoryview]) -> list[Update]:
-    if not set(request.actions) <= _ACTIONS:
-        raise ProtocolError(f"unknown actions: {sorted(set(request.actions) - _ACTIONS)}")
-    versions = request.chain_versions or [request.chain_version] * len(request.chunks)
-    return [
-        Update(
-            chunk,
-            Action(request.actions[index]),
-            request.offsets[index],
-            buffers[index],
-            request.versions[index],
-            versions[index],
-            Request(*request.requests[index]),
-            request.granules_log2[index],
-        )
-        for index, chunk in enumerate(request.chunks)
-    ]

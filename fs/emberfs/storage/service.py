@@ -33,9 +33,9 @@ from ..messages import (
 from ..runtime import Runtime
 from ..types import BATCH_ITEMS_MAX
 
-GRANULE_LOG2_SMALL = 14
+GRANULES = ((1 << 20, 12), (4 << 20, 14))
+"""(chunks of up to so many bytes, log2 of their granules): 256 sums at most, which fit beside the rest of a record."""
 GRANULE_LOG2_LARGE = 16
-GRANULE_SMALL_CHUNK_BYTES_MAX = 4 << 20
 
 
 class StorageService:
@@ -169,8 +169,7 @@ def rounds(updates: Sequence[Update]) -> list[list[Update]]:
 
 def granule_log2_of(chunk_size_bytes: int) -> int:
     """How finely a chunk that may grow to this size is checksummed."""
-    small = chunk_size_bytes <= GRANULE_SMALL_CHUNK_BYTES_MAX
-    return GRANULE_LOG2_SMALL if small else GRANULE_LOG2_LARGE
+    return next((log2 for limit, log2 in GRANULES if chunk_size_bytes <= limit), GRANULE_LOG2_LARGE)
 
 
 def chunks_read(results: list[int | Corruption]) -> ChunksRead:

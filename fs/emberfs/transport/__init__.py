@@ -8,11 +8,13 @@ from .config import TcpConfig, TlsFiles
 from .memory import MemoryConnection
 from .region import allocate
 from .tcp import TcpNetwork
+from .turns import LoadConfig
 from .types import Connection, Listener, Network, Service
 
 __all__ = [
     "Connection",
     "Listener",
+    "LoadConfig",
     "MemoryConnection",
     "Network",
     "Service",

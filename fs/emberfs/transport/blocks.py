@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Iterator
 
+_SCRATCH = memoryview(bytearray(64 << 10))
 KEPT_BYTES_MAX = 64 << 20
 POOLED_BYTES_MIN = 64 << 10
 """Smaller ones are not worth keeping."""
@@ -50,3 +52,23 @@ def _huge_pages(size: int) -> memoryview:
         pages.madvise(mmap.MADV_HUGEPAGE)
     begin = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % HUGE_PAGE_BYTES
     return memoryview(pages)[begin : begin + size]
+
+
+def scratch(size: int) -> Iterator[memoryview]:
+    """Where bytes go that nobody wants: `size` of them, written by everybody and read by nobody."""
+    while size > 0:
+        yield _SCRATCH[:size]
+        size -= len(_SCRATCH)
+
+
+class Sump:
+    """The same in one piece, for what cannot be cut: everybody's pieces are the same memory."""
+
+    def __init__(self) -> None:
+        self._memory = _SCRATCH
+
+    def piece(self, size: int) -> memoryview:
+        """`size` bytes."""
+        if size > len(self._memory):
+            self._memory = memoryview(bytearray(1 << (size - 1).bit_length()))
+        return self._memory[:size]

@@ -20,7 +20,7 @@ import msgspec
 
 from .. import errors, messages
 from ..errors import EmberError, ProtocolError
-from ..messages import Message
+from ..messages import Message, Once
 
 log = logging.getLogger("emberline.transport")
 
@@ -48,6 +48,18 @@ def decode_message(body: memoryview) -> Message:
         return _decoder().decode(body)  # type: ignore[no-any-return]
     except (msgspec.MsgspecError, ValueError) as error:
         raise ProtocolError(f"not a message that this program knows: {error}") from error
+
+
+def kind_of(request: Message) -> str:
+    """The name that a request is counted under; of a `Once` it is that of the request inside."""
+    kind = type(request)
+    if kind is not Once:
+        return kind.__name__
+    body: bytes = request.request  # type: ignore[attr-defined]  # mypy does not see that it is a Once.
+    # A msgpack array (one byte, or three for more than 15 fields) that begins with a short string: the class name.
+    begin = 3 if body[:1] == b"\xdc" else 1
+    length = body[begin] & 0x1F if len(body) > begin else 0
+    return body[begin + 1 : begin + 1 + length].decode("ascii", "replace")
 
 
 def message_classes() -> list[type[Message]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
+from .turns import LoadConfig
 
 CLIENT_ROLE = "client"
+CONNECT_PATIENCE_MAX = 4
+"""Times `connect_timeout_s`: what a server gives each client to greet, and a client the server that was slow before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,28 +65,28 @@ class TcpConfig:
     They are not encrypted, and UCX trusts whom it speaks to: for a network of one's own. Empty: no.
     """
     connect_timeout_s: float = 2.0
-    """For the whole way to a handshake, each side."""
-    call_timeout_s: float | None = None
-    """None: a call waits as long as its server is alive."""
+    """For the whole way to a handshake, at the first attempt."""
     ping_s: float = 1.0
     """A sign of life goes out this often."""
     dead_s: float = 3.0
     """A peer that was silent for so long is dead."""
+    stall_s: float = 15.0
+    """A peer that lives and takes none of the bytes that wait for it is given up after so long."""
     backoff_s_max: float = 0.5
     """The longest pause between two attempts to connect."""
     calls_max: int = 4096
     """As a server: calls under way on one connection."""
     bytes_max: int = 128 << 20
     """As a server: bytes of requests and of buffers to fill under way on one connection."""
+    load: LoadConfig = field(default_factory=LoadConfig)
+    """As a server: what is taken on over all connections of one address."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ping_s < self.dead_s:
             raise ValueError(f"ping_s must be in (0, dead_s), not {self.ping_s} of {self.dead_s}")
         ucx_kinds(self.ucx)
-        if self.connect_timeout_s <= 0 or self.backoff_s_max <= 0:
-            raise ValueError("connect_timeout_s and backoff_s_max must be above 0")
-        if self.call_timeout_s is not None and self.call_timeout_s <= 0:
-            raise ValueError(f"call_timeout_s must be above 0, not {self.call_timeout_s}")
+        if self.connect_timeout_s <= 0 or self.backoff_s_max <= 0 or self.stall_s <= 0:
+            raise ValueError("connect_timeout_s, stall_s and backoff_s_max must be above 0")
         if self.calls_max < 1:
             raise ValueError(f"calls_max must be at least 1, not {self.calls_max}")
         if self.bytes_max < HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX:

@@ -12,7 +12,6 @@ Does not know: frames (`link`), or what a call means.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -23,30 +22,34 @@ from typing import Any
 
 from ..errors import (
     AccessDenied,
-    DeadlineExceeded,
     EmberError,
     LimitExceeded,
     StoreClosed,
+    Unanswered,
     Unavailable,
     Unreachable,
     UpdateUnknown,
 )
 from ..messages import Message
 from ..runtime import AsyncioRuntime
+from ..stopwatch import current
 from ..types import BATCH_ITEMS_MAX
 from .address import is_loopback, parse_address
 from .codec import encode_message
-from .config import TcpConfig
+from .config import CONNECT_PATIENCE_MAX, TcpConfig
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX
 from .handshake import this_host
 from .link import Call, Link
 from .region import Blocks
 from .tls import TlsContexts, is_tls_refusal
-from .ucx_lane import Lanes
+from .ucx_rail import Rails
+from .watched import watched
 from .window import SMALL_BYTES_MAX
 from .wire import Wire, start_tls
 
 BACKOFF_S_MIN = 0.02
+LET_GO_S = 0.25
+"""How long a server may take to let go of memory after a call that it did not answer in time: some turns of a disk."""
 
 log = logging.getLogger("emberline.transport")
 
@@ -63,10 +66,10 @@ class TcpConnection:
         contexts: TlsContexts | None,
         watch: Callable[[Wire], None],
         blocks: Blocks | None = None,
-        lanes: Lanes | None = None,
+        rails: Rails | None = None,
     ) -> None:
         """`watch` is told each new wire, to keep it alive and to notice its silence. `blocks`: hand memory to a server
-        of this host. `lanes`: let large buffers go to others by UCX. Raises InvalidPath.
+        of this host. `rails`: let large buffers go to others by UCX. Raises InvalidPath.
         """
         self._runtime = runtime
         self._address = parse_address(address)
@@ -74,7 +77,7 @@ class TcpConnection:
         self._contexts = contexts
         self._watch = watch
         self._blocks = blocks
-        self._lanes = lanes
+        self._rails = rails
         self._link: Link | None = None
         """The connection that takes new calls. One that is draining may live on beside it."""
         self._connecting: asyncio.Task[None] | None = None
@@ -83,43 +86,68 @@ class TcpConnection:
         """Calls that wait: for a connection, or for room on it."""
         self._backoff_s = 0.0
         self._not_before_s = 0.0
+        self._patience = 1
+        """So many times `connect_timeout_s`: a server that greets hundreds at once is slow, and is not helped by those
+        who leave in the middle and come again."""
         self._is_closed = False
 
-    async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
-        """See `types.Call`. Raises what the server raised, and Unavailable, UpdateUnknown, DeadlineExceeded,
+    async def call(
+        self, request: Message, buffers: Sequence[memoryview] = (), /, *, timeout_s: float | None = None
+    ) -> Message:
+        """See `types.RemoteCall`, and `_call`. The stopwatch of the caller is told."""
+        watch = current.get()
+        if watch is None:
+            return await self._call(request, buffers, timeout_s)
+        return await watched(watch, self._runtime, request, buffers, self._call(request, buffers, timeout_s))
+
+    async def _call(self, request: Message, buffers: Sequence[memoryview], timeout_s: float | None) -> Message:
+        """Raises what the server raised, and Unavailable, Unanswered, UpdateUnknown,
         AccessDenied, ProtocolError, LimitExceeded, StoreClosed. Unreachable where there is no connection.
         """
         runtime = self._runtime
-        if runtime.is_inline():
-            await runtime.sleep(0)  # Goes on in the loop's thread: sockets are touched nowhere else.
+        await runtime.enter_loop()
         if self._is_closed:
             raise StoreClosed("the network was closed")
-        body = encode_message(request)
-        call = Call(request, body, buffers, runtime.future())
+        call = Call(request, encode_message(request), buffers, runtime.future())
         _check_size(call)
-        timer = None
-        if self._config.call_timeout_s is not None:
-            timer = runtime.loop.call_later(self._config.call_timeout_s, self._expire, call)
+        timer = None if timeout_s is None else runtime.loop.call_later(timeout_s, self._expire, call)
         (self._small if call.weight <= SMALL_BYTES_MAX else self._large).append(call)
         self._pump()
         try:
             return await call.future
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                self._give_up(call)
-            while call.released is not None and not call.released.done():
-                # The server still uses the caller's memory: it ends soon, or is lost.
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.shield(call.released)
+        except asyncio.CancelledError:
+            self._give_up(call)
+            await self._let_go(call, patience_s=None)
+            raise
+        except (Unanswered, UpdateUnknown):
+            await self._let_go(call, patience_s=LET_GO_S)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
 
     @property
-    def has_lane(self) -> bool:
+    def has_rail(self) -> bool:
         """True if there is a connection now and large buffers go over it by UCX, both ways."""
-        return self._link is not None and self._link.has_lane
+        return self._link is not None and self._link.has_rail
+
+    async def open_lane(self) -> socket.socket | None:
+        """Our end of a new lane; None: the server serves none, or reads go by UCX. In the loop's thread.
+
+        Raises Unreachable.
+        """
+        if self._link is None:
+            raise Unreachable(f"there is no connection to {self._address}")
+        if self._link.is_local:
+            return self._link.open_lane()
+        if self._link.answer is None or not self._link.answer.lanes or self._link.wants_rail:
+            return None  # Who asks for UCX wants the reads to go there.
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                link = await self._greet(await self._connected_socket(), None)
+                return await link.become_lane()
+        except (EmberError, OSError) as error:
+            raise Unreachable(f"no lane to {self._address}: {_words(error)}") from error
 
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""
@@ -163,13 +191,31 @@ class TcpConnection:
     def _expire(self, call: Call) -> None:
         if call.future.done():
             return
-        text = f"{call.name}: no answer from {self._address} within {self._config.call_timeout_s} s"
-        if call.may_have_happened:
-            error: Exception = UpdateUnknown(text)
-        else:
-            error = DeadlineExceeded(text) if call.changes_nothing else Unavailable(text)
-        call.fail(error)
+        kind = UpdateUnknown if call.may_have_happened else Unanswered
+        call.fail(kind(f"{call.name}: {self._address} did not answer in time"))
         self._give_up(call)
+
+    async def _let_go(self, call: Call, *, patience_s: float | None) -> None:
+        """Return when no server uses the caller's memory any more: it ends soon, or is lost.
+
+        `patience_s`: later than that the memory is renewed, as it is after a loss. What UCX is moving is waited for.
+        """
+        if call.released is None or call.released.done():
+            return
+        timer = None
+        if patience_s is not None:
+            assert call.link is not None
+            timer = self._runtime.loop.call_later(patience_s, call.link.disown, call)
+        cancelled = None
+        while not call.released.done():
+            try:
+                await asyncio.shield(call.released)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if timer is not None:
+            timer.cancel()
+        if cancelled is not None:
+            raise cancelled
 
     def _fail_waiting(self, error: Callable[[], Exception]) -> None:
         for waiting in (self._small, self._large):
@@ -183,14 +229,16 @@ class TcpConnection:
             pause_s = self._not_before_s - self._runtime.now_s()
             if pause_s > 0:
                 await self._runtime.sleep(pause_s)
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            async with asyncio.timeout(self._config.connect_timeout_s * self._patience):
                 self._link = await self._open()
         except (EmberError, OSError) as error:  # TimeoutError is one, and so are those of ssl.
             self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_S_MIN), self._config.backoff_s_max)
             self._not_before_s = self._runtime.now_s() + self._backoff_s
+            if isinstance(error, TimeoutError):
+                self._patience = min(2 * self._patience, CONNECT_PATIENCE_MAX)
             self._fail_waiting(_refusal(error, str(self._address)))
         else:
-            self._backoff_s = 0.0
+            self._backoff_s, self._patience = 0.0, 1
         finally:
             self._connecting = None
         if self._link is not None:
@@ -212,8 +260,8 @@ class TcpConnection:
                 link.wire.lose(ConnectionError("goes on through the door"))
                 link = local
                 is_local = True
-        if self._lanes is not None and not is_local:
-            link.open_lane(self._lanes)
+        if self._rails is not None and not is_local:
+            link.open_rail(self._rails)
         self._watch(link.wire)
         return link
 

@@ -27,6 +27,7 @@ from typing import NamedTuple, Protocol
 from ..checksum import crc32c
 from ..errors import ProtocolError
 from ..types import BATCH_ITEMS_MAX
+from .blocks import scratch
 
 MAGIC = b"emb\xf3"
 PROTOCOL_MIN = 1
@@ -84,13 +85,16 @@ class Kind(enum.IntEnum):
     PLACED_REPLY = 12
     """To a PLACED request: how many bytes of each buffer were filled."""
     LANE = 13
+    """Over a unix socket a file descriptor comes with it: the server's end of a lane. Over TCP the server answers with
+    the same, and from then on the connection is a lane."""
+    RAIL = 14
     """The way for large buffers that the sender offers, or its answer to that."""
-    LANE_UP = 14
-    """What came over the lane has arrived: the other side may use it."""
-    ASIDE_REQUEST = 15
-    """A REQUEST whose large buffers come over the lane."""
-    ASIDE_REPLY = 16
-    """A REPLY whose large buffers come over the lane."""
+    RAIL_UP = 15
+    """What came over the rail has arrived: the other side may use it."""
+    ASIDE_REQUEST = 16
+    """A REQUEST whose large buffers come over the rail."""
+    ASIDE_REPLY = 17
+    """A REPLY whose large buffers come over the rail."""
 
 
 ASIDE_BYTES_MIN = 32 << 10
@@ -190,17 +194,21 @@ class FrameReader:
             self._end += count
         self._parse()
 
+    @property
+    def has_rest(self) -> bool:
+        """Bytes have come that are not part of a frame that was handled."""
+        return self._start != self._end or self._prefix is not None or bool(self._sinks)
+
     def stop(self) -> None:
         """The connection is over: what was read and not yet looked at is nobody's."""
         self._is_stopped = True
         self._sinks.clear()
 
-    def divert(self, scratch: memoryview) -> None:
-        """The rest of the payload that is landing goes to `scratch` instead, over and over."""
+    def divert(self) -> None:
+        """Nobody wants the rest of the payload that is landing."""
         left = sum(len(sink) for sink in self._sinks)
         self._sinks.clear()
-        for begin in range(0, left, len(scratch)):
-            self._sinks.append(scratch[: min(len(scratch), left - begin)])
+        self._sinks.extend(scratch(left))
 
     def _parse(self) -> None:
         while not self._is_stopped:

@@ -44,18 +44,20 @@ class Hello(msgspec.Struct, array_like=True):
     key: str = ""
     """Of a server: the token to say there. It is good once, and makes the client what it is here."""
     host: str = ""
-    """Of a server: the host of `door`, or of `lanes`; see `this_host`."""
-    lanes: list[str] = []
-    """Of a server: the kinds of device that it takes lanes over."""
+    """Of a server: the host of `door`, or of `rails`; see `this_host`."""
+    lanes: bool = False
+    """Of a server, behind its door: it serves lanes."""
+    rails: list[str] = []
+    """Of a server: the kinds of device that it takes rails over."""
 
 
-class LaneOffer(msgspec.Struct, array_like=True):
-    """An end of a lane, as it is told to the other side."""
+class RailOffer(msgspec.Struct, array_like=True):
+    """An end of a rail, as it is told to the other side."""
 
     kind: str
     """Of device."""
     address: bytes
-    """What UCX connects to. Empty: there is no such lane here, go on without."""
+    """What UCX connects to. Empty: there is no such rail here, go on without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Certificate:
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Hello)
-_offer_decoder = msgspec.msgpack.Decoder(LaneOffer)
+_offer_decoder = msgspec.msgpack.Decoder(RailOffer)
 
 
 @functools.cache
@@ -94,16 +96,16 @@ def decode_hello(body: memoryview) -> Hello:
         raise ProtocolError(f"not a greeting that this program knows: {error}") from error
 
 
-def encode_offer(offer: LaneOffer) -> bytes:
+def encode_offer(offer: RailOffer) -> bytes:
     return _encoder.encode(offer)
 
 
-def decode_offer(body: memoryview) -> LaneOffer:
+def decode_offer(body: memoryview) -> RailOffer:
     """Raises ProtocolError."""
     try:
         return _offer_decoder.decode(body)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise ProtocolError(f"not a lane that this program knows: {error}") from error
+        raise ProtocolError(f"not a rail that this program knows: {error}") from error
 
 
 def client_hello(config: TcpConfig, *, key: str = "") -> Hello:

@@ -17,27 +17,24 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from socket import socket
+from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
 from typing import NamedTuple
 
 from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
 from ..messages import Message
 from ..runtime import AsyncioRuntime
 from .aside import Aside, is_large
+from .blocks import scratch
 from .codec import decode_failure, decode_message
 from .config import TcpConfig
 from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame, encode_places
 from .handshake import Hello, accept_answer, certificate_of, client_hello, decode_hello, encode_hello
 from .region import Block, Blocks, Place, Region, find
-from .ucx_lane import Lanes
+from .ucx_rail import Rails
 from .window import Window
 from .wire import Outgoing, Wire
 
 log = logging.getLogger("emberline.transport")
-
-_SCRATCH = memoryview(bytearray(64 << 10))
-"""Written by everybody, read by nobody."""
-
 
 PLACED_BYTES_MIN = 32 << 10
 """Below, to write and read the bytes on the socket costs less than to copy them and say where they are."""
@@ -83,11 +80,11 @@ class Call:
         self.places: list[Sent] = []
         """Of its buffers, if it was sent so."""
         self.released: asyncio.Future[None] | None = None
-        """Its buffers lie in regions themselves, or are on a lane: done when no server needs them any more."""
+        """Its buffers lie in regions themselves, or are on a rail: done when no server needs them any more."""
         self.moving = 0
-        """Buffers of it that are on a lane."""
+        """Buffers of it that are on a rail."""
         self.landed_aside = False
-        """Bytes of its answer came over a lane."""
+        """Bytes of its answer came over a rail."""
         self.outcome: Message | Exception | None = None
         """The answer, once it has come. The call ends when nothing is moving either."""
 
@@ -148,19 +145,26 @@ class Link:
         self._calls: dict[int, Call] = {}
         self._count = 0
         self._arriving: tuple[Call, Message | Exception] | None = None
+        self._lane: asyncio.Future[None] | None = None
+        """Done when the server says that this connection is a lane."""
         self._aside: Aside | None = None
         self.wire.send(Outgoing(encode_frame(Kind.HELLO, 0, encode_hello(client_hello(config, key=key)))))
 
-    def open_lane(self, lanes: Lanes) -> None:
+    def open_rail(self, rails: Rails) -> None:
         """Let large buffers go by UCX as soon as that works, if the server has it. After the welcome."""
         assert self.answer is not None
-        self._aside = Aside(self.wire, lanes, self._runtime.loop, dead_s=self._config.dead_s)
+        self._aside = Aside(self.wire, rails, self._runtime.loop, dead_s=self._config.dead_s)
         self._aside.offer(self.answer)
 
     @property
-    def has_lane(self) -> bool:
+    def has_rail(self) -> bool:
         """True if large buffers go by UCX both ways."""
         return self._aside is not None and self._aside.is_whole
+
+    @property
+    def wants_rail(self) -> bool:
+        """True if large buffers go by UCX, or will soon unless that fails."""
+        return self._aside is not None and self._aside.is_there
 
     def has_room(self, weight: int) -> bool:
         """True if a call of `weight` bytes may be sent now."""
@@ -181,7 +185,7 @@ class Link:
             small, call.moving = self._aside.send(call.number, call.buffers, functools.partial(self._moved, call))
             call.released = self._runtime.future()
             call.outgoing = Outgoing(encode_frame(Kind.ASIDE_REQUEST, call.number, call.body, lengths), small)
-            call.outgoing.began = True  # What is on the lane cannot be taken back.
+            call.outgoing.began = True  # What is on the rail cannot be taken back.
         else:
             header = encode_frame(Kind.FETCH if call.fills else Kind.REQUEST, call.number, call.body, lengths)
             call.outgoing = Outgoing(header, () if call.fills else call.buffers)
@@ -201,10 +205,44 @@ class Link:
         call.outgoing.detach()
         if call.released is None:
             call.buffers = ()
+        elif not call.places:
+            self._leave_rail(call)
         if self._arriving is not None and self._arriving[0] is call:
-            self.wire.reader.divert(_SCRATCH)
+            self.wire.reader.divert()
         if call.changes_nothing:  # An update goes on to its end anyway.
             self.wire.send(Outgoing(encode_frame(Kind.CANCEL, call.number)))
+
+    def disown(self, call: Call) -> None:
+        """The server may use the memory of `call`, which was given up, for ever: it is not ours any more.
+
+        What moves on a rail cannot be taken away from UCX: it is waited for, and ends in time (`ucx_rail`).
+        """
+        if not call.moving:
+            self._release(call, is_answered=False)
+
+    @property
+    def is_local(self) -> bool:
+        """The server is on this host, and takes memory."""
+        return self._blocks is not None
+
+    async def become_lane(self) -> socket:
+        """This connection, over TCP and without calls, as a stream. Raises ConnectionError."""
+        self._lane = asyncio.get_running_loop().create_future()
+        self.wire.send(Outgoing(encode_frame(Kind.LANE, 0)))
+        try:
+            await self._lane
+            return self.wire.detach()
+        except BaseException:
+            self.wire.lose(ConnectionError("no lane"))
+            raise
+
+    def open_lane(self) -> socket | None:
+        """Our end of a new local lane; None: the server serves none."""
+        if self.wire.is_closed or self.is_draining or self.answer is None or not self.answer.lanes:
+            return None
+        ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        self.wire.send(Outgoing(encode_frame(Kind.LANE, 0), fd=theirs.fileno(), on_sent=theirs.close))
+        return ours
 
     # ---- memory
 
@@ -301,12 +339,14 @@ class Link:
             self._refuse(decode_failure(frame.body))
         elif kind == Kind.HELLO:
             self._take_welcome(decode_hello(frame.body))
+        elif kind == Kind.LANE and self._lane is not None and not self._lane.done():
+            self._lane.set_result(None)
         elif kind == Kind.GOODBYE:
             self.is_draining = True
             self._on_change(self)
-        elif kind == Kind.LANE and self._aside is not None:
+        elif kind == Kind.RAIL and self._aside is not None:
             self._aside.take_answer(frame)
-        elif kind == Kind.LANE_UP and self._aside is not None:
+        elif kind == Kind.RAIL_UP and self._aside is not None:
             self._aside.take_up()
         elif kind != Kind.PING:
             raise ProtocolError(f"a server does not send {kind.name}")
@@ -326,6 +366,8 @@ class Link:
         if self._aside is not None:
             self._aside.close()
         self._refuse(error)
+        if self._lane is not None and not self._lane.done():
+            self._lane.set_exception(ConnectionError(f"lost: {error}"))
         calls, self._calls = self._calls, {}
         for call in calls.values():
             assert call.outgoing is not None
@@ -335,10 +377,20 @@ class Link:
         self._on_change(self)
 
     def _moved(self, call: Call) -> None:
-        """A buffer of `call` has left or come over the lane."""
+        """A buffer of `call` has left or come over the rail."""
         call.moving -= 1
-        if not call.moving and call.outcome is not None:
+        if call.moving:
+            return
+        if call.outcome is not None:
             self._finish(call)
+        elif call.future.done():
+            self._leave_rail(call)
+
+    def _leave_rail(self, call: Call) -> None:
+        """Nobody waits for `call` any more: its memory is its owner's again as soon as nothing of it moves."""
+        if not call.moving:
+            call.buffers = ()
+            self._release(call, is_answered=False)
 
     def _finish(self, call: Call) -> None:
         if call.landed_aside and not self.wire.is_open():
@@ -360,7 +412,7 @@ class Link:
 
     def _take_reply(self, call: Call, frame: Frame) -> Iterable[memoryview]:
         sinks = self._sinks(call, frame)
-        return _scratch(sum(frame.lengths)) if sinks is None else sinks
+        return scratch(sum(frame.lengths)) if sinks is None else sinks
 
     def _sinks(self, call: Call, frame: Frame) -> list[memoryview] | None:
         """Where the bytes of a reply go; None: nobody wants them."""
@@ -384,10 +436,10 @@ class Link:
 
     def _take_aside(self, call: Call, frame: Frame) -> Iterable[memoryview]:
         if self._aside is None:
-            raise ProtocolError("an answer that comes over a lane, and there is none")
+            raise ProtocolError("an answer that comes over a rail, and there is none")
         sinks = self._sinks(call, frame)
         if sinks is None:
-            sinks = [memoryview(bytearray(length)) for length in frame.lengths]
+            sinks = self._aside.unwanted(frame.lengths)
         small, count = self._aside.receive(call.number, sinks, functools.partial(self._moved, call))
         call.moving += count
         call.landed_aside = True
@@ -418,9 +470,3 @@ class Link:
         self._release(call, is_answered=True)
         if self.is_draining and not self._calls:
             self.wire.close_when_sent()
-
-
-def _scratch(size: int) -> Iterable[memoryview]:
-    while size > 0:
-        yield _SCRATCH[:size]
-        size -= len(_SCRATCH)

@@ -15,16 +15,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import AccessDenied
+from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from .address import Address, is_loopback, parse_address
 from .blocks import BlockPool
-from .config import TcpConfig
+from .config import CONNECT_PATIENCE_MAX, TcpConfig
 from .door import Door
 from .handshake import certificate_of, this_host
-from .session import Session
+from .session import AdoptLane, Session
 from .tls import TlsContexts
+from .turns import Turns
 from .types import Service
-from .ucx_lane import Lanes
+from .ucx_rail import Rails
 from .wire import Wire, start_tls
 
 log = logging.getLogger("emberline.transport")
@@ -45,21 +47,26 @@ class TcpListener:
         *,
         config: TcpConfig,
         contexts: TlsContexts | None,
+        meter: Meter,
         watch: Callable[[Wire], None],
-        lanes: Lanes | None = None,
+        adopt_lane: AdoptLane | None = None,
+        rails: Rails | None = None,
     ) -> None:
-        """`watch` is told each new wire, to keep it alive and to notice its silence. `lanes`: large buffers may go by
-        UCX.
+        """`watch` is told each new wire, to keep it alive and to notice its silence; `meter` what was served. `rails`:
+        large buffers may go by UCX.
         """
+        self._adopt_lane = adopt_lane
         self.sessions: dict[Session, None] = {}
         """Those that are connected, or have calls that have not ended."""
         self._runtime = runtime
         self._service = service
         self._config = config
         self._contexts = contexts
+        self._meter = meter
         self._watch = watch
-        self._lanes = lanes
+        self._rails = rails
         self._pool = BlockPool()
+        self._turns = Turns(runtime, config.load)
         self._address = Address()
         self._sock: socket.socket | None = None
         self._door: Door | None = None
@@ -99,8 +106,7 @@ class TcpListener:
 
     async def close(self, *, drain_s: float = 0.0) -> None:
         """See `types.Listener`."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        await self._runtime.enter_loop()
         if self._sock is None:
             return
         sock, self._sock = self._sock, None
@@ -187,7 +193,7 @@ class TcpListener:
         """From a connection to a session that has greeted, in time."""
         session = None
         try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            async with asyncio.timeout(self._config.connect_timeout_s * CONNECT_PATIENCE_MAX):
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     if self._contexts is not None:
@@ -211,12 +217,15 @@ class TcpListener:
             self._service,
             config=self._config,
             pool=self._pool,
+            meter=self._meter,
+            turns=self._turns,
             name=name,
             is_stranger=isinstance(sock, ssl.SSLSocket) and certificate_of(sock) is None,
             on_change=self._changed,
             door=self._door,
             is_local=sock.family == socket.AF_UNIX and self._config.shares_memory,
-            lanes=self._lanes,
+            adopt_lane=self._adopt_lane,
+            rails=self._rails,
         )
         self.sessions[session] = None
         return session

@@ -66,6 +66,11 @@ class Region:
     def fd(self) -> int:
         return self._memfd.fd
 
+    @property
+    def address(self) -> int:
+        """Of the first byte."""
+        return self._address
+
     def memory(self) -> memoryview:
         """The pages. To be called once: they go with the last view of this one."""
         array = self._array()
@@ -84,6 +89,7 @@ class Region:
             written += os.pwrite(fresh.fd, content[written:], written)
         _map(self._address, self.size, fresh.fd, mmap.MAP_SHARED | _MAP_FIXED)
         self._memfd, self.number = fresh, next(_numbers)
+        _changed()
 
     def _array(self) -> ctypes.Array[ctypes.c_char]:
         return (ctypes.c_char * self.size).from_address(self._address)
@@ -120,6 +126,10 @@ class Block:
 _allocated: dict[int, Region] = {}
 """By the id of the object whose memory they are; it takes its entry along when it goes."""
 
+_changes = itertools.count(1)
+_version = 0
+"""Grows with each change of `_allocated`, or of the pages of a region."""
+
 
 def allocate(size: int) -> memoryview:
     """Memory that servers of this host fill, and read from, in place. It goes with the last view of it.
@@ -129,8 +139,29 @@ def allocate(size: int) -> memoryview:
     region = Region(size)
     view = region.memory()
     _allocated[id(view.obj)] = region
-    weakref.finalize(view.obj, _allocated.pop, id(view.obj), None).atexit = False
+    _changed()
+    weakref.finalize(view.obj, _gone, id(view.obj)).atexit = False
     return view
+
+
+def _gone(key: int) -> None:
+    _allocated.pop(key, None)
+    _changed()
+
+
+def _changed() -> None:
+    global _version
+    _version = next(_changes)
+
+
+def allocated_version() -> int:
+    """Another number means that `allocated` gives something else."""
+    return _version
+
+
+def allocated() -> list[Region]:
+    """All memory of `allocate` that is in use."""
+    return list(_allocated.values())
 
 
 def find(view: memoryview) -> Place | None:

@@ -1,7 +1,8 @@
 """The network of a process: what it serves and whom it reaches, over TCP (with TLS) and unix sockets.
 
 Both sides send a sign of life every `ping_s` while they have nothing else to say, and give up a peer that was silent
-for `dead_s`. None is answered, so that a peer which is alive but reads slowly is not taken for dead.
+for `dead_s`. None is answered, so that a peer which is alive but reads slowly is not taken for dead; one that reads
+nothing at all of what is there for it is given up after `stall_s`.
 
 Does not know: what is said.
 """
@@ -9,8 +10,10 @@ Does not know: what is said.
 from __future__ import annotations
 
 import asyncio
+from socket import socket
 
-from ..errors import StoreClosed
+from ..errors import StoreClosed, Unreachable
+from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from .address import parse_address
 from .config import TcpConfig
@@ -18,9 +21,10 @@ from .connection import TcpConnection
 from .frame import Kind, encode_frame
 from .listener import TcpListener
 from .region import Blocks
+from .session import AdoptLane
 from .tls import TlsContexts
 from .types import Service
-from .ucx_lane import Lanes
+from .ucx_rail import Rails
 from .wire import Outgoing, Wire
 
 TICKS_PER_PING = 4
@@ -32,17 +36,24 @@ _PING = encode_frame(Kind.PING, 0)
 class TcpNetwork:
     """See `types.Network`. Addresses are `host:port`, `[v6]:port` and `unix:/path`."""
 
-    def __init__(self, runtime: AsyncioRuntime, config: TcpConfig | None = None) -> None:
-        """Raises Unavailable where UCX is asked for and not there."""
+    def __init__(
+        self, runtime: AsyncioRuntime, config: TcpConfig | None = None, *, adopt_lane: AdoptLane | None = None
+    ) -> None:
+        """`adopt_lane`: who serves the lanes of our clients. Raises Unavailable where UCX is asked for and not
+        there.
+        """
+        self.meter = Meter(runtime.now_s)
+        """What was served here."""
         self._runtime = runtime
         self._config = config or TcpConfig()
         self._contexts = TlsContexts(self._config.tls) if self._config.tls is not None else None
         self._connections: dict[str, TcpConnection] = {}
         self._listeners: list[TcpListener] = []
-        self._wires: dict[Wire, int] = {}
-        """Those that are watched -> how many ticks they have been silent."""
+        self._adopt_lane = adopt_lane
+        self._wires: dict[Wire, _Still] = {}
+        """Those that are watched."""
         self._blocks = Blocks() if self._config.shares_memory else None
-        self._lanes = Lanes(self._config.ucx) if self._config.ucx else None
+        self._rails = Rails(self._config.ucx) if self._config.ucx else None
         self._watching: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -59,14 +70,13 @@ class TcpNetwork:
                 contexts=self._contexts,
                 watch=self._watch,
                 blocks=self._blocks,
-                lanes=self._lanes,
+                rails=self._rails,
             )
         return connection
 
     async def serve(self, address: str, service: Service) -> TcpListener:
         """See `types.Network`. Raises InvalidPath, AccessDenied (TLS is missing), OSError (the address is taken)."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        await self._runtime.enter_loop()
         if self._is_closed:
             raise StoreClosed("the network was closed")
         listener = TcpListener(
@@ -74,17 +84,26 @@ class TcpNetwork:
             service,
             config=self._config,
             contexts=self._contexts,
+            meter=self.meter,
             watch=self._watch,
-            lanes=self._lanes,
+            adopt_lane=self._adopt_lane,
+            rails=self._rails,
         )
         await listener.open(parse_address(address))
         self._listeners.append(listener)
         return listener
 
+    async def open_lane(self, address: str) -> socket | None:
+        """Our end of a new lane to a server that was called before; None: it serves none. Raises Unreachable."""
+        await self._runtime.sleep(0)  # Goes on in the loop's thread.
+        connection = self._connections.get(address)
+        if connection is None or self._is_closed:
+            raise Unreachable(f"there is no connection to {address}")
+        return await connection.open_lane()
+
     async def close(self) -> None:
         """See `types.Network`."""
-        if self._runtime.is_inline():
-            await self._runtime.sleep(0)
+        await self._runtime.enter_loop()
         self._is_closed = True
         for connection in self._connections.values():
             await connection.close()
@@ -95,8 +114,8 @@ class TcpNetwork:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
-        if self._lanes is not None:
-            self._lanes.close()
+        if self._rails is not None:
+            self._rails.close()
 
     def forget_after_fork(self) -> None:
         """In a forked child: close our copies of the sockets, so that peers learn when the parent ends."""
@@ -104,25 +123,37 @@ class TcpNetwork:
             wire.forget_after_fork()
 
     def _watch(self, wire: Wire) -> None:
-        self._wires[wire] = 0
+        self._wires[wire] = _Still()
         if self._watching is None:
             self._watching = self._runtime.spawn(self._keep_watch(), "transport-watch")
 
     async def _keep_watch(self) -> None:
         config = self._config
         tick_s = config.ping_s / TICKS_PER_PING
-        silent_ticks_max = config.dead_s / tick_s
         tick = 0
         while True:
             await self._runtime.sleep(tick_s)
             tick += 1
-            for wire, silent_ticks in list(self._wires.items()):
+            for wire, still in list(self._wires.items()):
                 if wire.is_closed:
                     del self._wires[wire]
                     continue
-                self._wires[wire] = silent_ticks = 0 if wire.heard else silent_ticks + 1
-                wire.heard = False
-                if silent_ticks >= silent_ticks_max:
+                still.silent_ticks = 0 if wire.heard else still.silent_ticks + 1
+                still.stalled_ticks = 0 if wire.moved or not wire.is_sending else still.stalled_ticks + 1
+                wire.heard = wire.moved = False
+                if still.silent_ticks >= config.dead_s / tick_s:
                     wire.lose(ConnectionError(f"silent for {config.dead_s} s"))
+                elif still.stalled_ticks >= config.stall_s / tick_s:
+                    wire.lose(ConnectionError(f"has not read for {config.stall_s} s"))
                 elif tick % TICKS_PER_PING == 0 and not wire.is_sending:
                     wire.send(Outgoing(_PING))
+
+
+class _Still:
+    """For how many ticks a peer has said nothing, and has taken nothing of what is there for it."""
+
+    __slots__ = ("silent_ticks", "stalled_ticks")
+
+    def __init__(self) -> None:
+        self.silent_ticks = 0
+        self.stalled_ticks = 0

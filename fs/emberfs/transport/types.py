@@ -5,6 +5,7 @@ them (a write); afterwards it never touches them again. An error of the server a
 
 What can go wrong between the two is told by class:
   Unreachable       the request did not leave, or it changes nothing and was not answered: nothing happened
+  Unanswered        the same, because the time was over that the call was given
   Unavailable       the server refused to take it: nothing happened
   UpdateUnknown     the request was sent and nothing is known about its outcome
 """
@@ -27,7 +28,19 @@ class Service(Protocol):
     """What listens: one awaitable per request."""
 
     def handle(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Awaitable[Message]:
-        """Serve one request."""
+        """Serve one request. Until it waits for something it may run outside any task: no `asyncio.timeout` there."""
+
+
+class RemoteCall(Protocol):
+    """A `Call` to another process, which may take a request and never answer."""
+
+    def __call__(
+        self, request: Message, buffers: Sequence[memoryview] = (), /, *, timeout_s: float | None = None
+    ) -> Awaitable[Message]:
+        """`timeout_s`: how long it may take, from connecting to the answer. None: as long as the server lives.
+
+        After that Unanswered, or UpdateUnknown if it may have happened; `buffers` are the caller's again as ever.
+        """
 
 
 class Connection(Protocol):
@@ -38,10 +51,18 @@ class Connection(Protocol):
         """`await connection.call(request, buffers)` sends one request and returns its reply."""
 
 
+class RemoteConnection(Protocol):
+    """A `Connection` to another process."""
+
+    @property
+    def call(self) -> RemoteCall:
+        """`await connection.call(request, buffers, timeout_s=1.0)`."""
+
+
 class Network(Protocol):
     """What a server or a client of a cluster is handed to reach others by address."""
 
-    def connection(self, address: str) -> Connection:
+    def connection(self, address: str) -> RemoteConnection:
         """The way to `address`, the same object each time. Connects at the first call and again after a loss."""
 
     async def serve(self, address: str, service: Service) -> Listener:

@@ -88,6 +88,10 @@ class Wire:
         self.reader = FrameReader(peer)
         self.heard = True
         """Set when bytes come in; whoever watches for silence clears it."""
+        self.moved = True
+        """Set when bytes go out; whoever watches for a peer that does not read clears it."""
+        self.reads = 0
+        """So often bytes came in: frames that came at once find the same number."""
         self.is_closed = False
         self._loop = loop
         self._sock = sock
@@ -159,6 +163,20 @@ class Wire:
             os.close(self._descriptors.popleft())
         self._peer.lost(error)
 
+    def detach(self) -> socket:
+        """The socket, which goes on as something else: nothing waits to be sent, and no frame will come.
+
+        Raises ProtocolError if the other side has said more than it should.
+        """
+        assert not self.is_closed and not self.is_sending and self._tls is None
+        self._loop.remove_reader(self._sock)
+        if self.reader.has_rest:
+            raise ProtocolError("more frames after the last one")
+        self.is_closed = True
+        self.reader.stop()
+        self._peer.lost(ConnectionError("goes on as a lane"))
+        return self._sock
+
     def forget_after_fork(self) -> None:
         """In a forked child: the connection is the parent's, who goes on with it."""
         self._sock.close()
@@ -190,6 +208,7 @@ class Wire:
             if not count:
                 raise ConnectionError("the other side closed the connection")
             self.heard = True
+            self.reads += 1
             self.reader.buffer_updated(count)
             if count < len(buffer) and self._tls is None:
                 return
@@ -215,6 +234,7 @@ class Wire:
                     self._consume(self._send_parts())
                 else:
                     self._send_piece(self._tls)
+                self.moved = True
             else:
                 self._block()
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):

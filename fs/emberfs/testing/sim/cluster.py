@@ -36,6 +36,7 @@ from ...routing import Node, Role, Routing
 from ...server.heart import Heart
 from ...storage import StorageNode
 from .disk import SimDisk
+from .lanes import LanedService, SimLanes
 from .loop import SimRuntime
 from .network import SimFabric, SimNetwork
 from .process import SimProcess
@@ -204,6 +205,7 @@ class StorageMachine(SimMachine):
         super().__init__(cluster, name)
         self.targets: dict[bytes, StoredTarget] = {}
         self.node: StorageNode | None = None
+        self.lanes: SimLanes | None = None
         self._crashes = cluster.world.random(f"crashes of {name}")
 
     async def _boot(self, process: SimProcess, network: SimNetwork) -> None:
@@ -218,11 +220,19 @@ class StorageMachine(SimMachine):
             return stored.engine
 
         me = Node(self.name, Role.STORAGE, self.address, process.random_bytes(8), host=self.name)
-        node = self.cluster.make_node(me, process, network, self.cluster.manager_addresses, open_target)
+        self.lanes = SimLanes(process, self._disk_of)
+        node = self.cluster.make_node(
+            me, process, network, self.cluster.manager_addresses, open_target, lanes=self.lanes
+        )
         self.node = node
-        await network.serve(self.address, node)
+        rng = self.cluster.world.random(f"lanes of {self.name}")
+        await network.serve(self.address, LanedService(node, self.lanes, rng))
         await node.start()
         await self._watch(process, lambda: node.stopped_because)
+
+    def _disk_of(self, chain: int) -> SimDisk | None:
+        replica = self.node.replicas.get(chain) if self.node is not None else None
+        return None if replica is None else self.targets[replica.engine.identity.target].disk
 
     def _died(self, *, power: bool) -> None:
         for stored in self.targets.values():

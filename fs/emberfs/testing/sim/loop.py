@@ -414,6 +414,9 @@ class SimRuntime:
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
         return (await self.offload_steps([lambda: blocking(*args)]))[0]
 
+    async def offload_read(self, blocking: Callable[..., T], *args: Any) -> T:
+        return await self.offload(blocking, *args)
+
     async def offload_steps(self, steps: Sequence[Callable[[], T]]) -> list[T]:
         """`offload` of several calls in a row by one worker: other things happen between them.
 

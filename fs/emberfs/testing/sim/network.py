@@ -25,16 +25,17 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any
 
 import msgspec
 
 from ... import messages
-from ...errors import EmberError, Unavailable, Unreachable, UpdateUnknown
+from ...errors import EmberError, Unanswered, Unavailable, Unreachable, UpdateUnknown
 from ...messages import Message
 from ...transport.types import Service
+from ...waiting import first_of
 from .loop import SimRuntime
 from .process import SimProcess
 from .traps import Passage, Trap
@@ -276,36 +277,47 @@ class SimConnection:
         """Whom it is connected to."""
         self._air: dict[_Exchange, None] = {}
 
-    async def call(self, request: Message, buffers: Sequence[memoryview] = (), /) -> Message:
-        fabric = self.network.fabric
+    async def call(
+        self, request: Message, buffers: Sequence[memoryview] = (), /, *, timeout_s: float | None = None
+    ) -> Message:
+        process = self.network.process
         reads = [len(buffer) for buffer in buffers] if request.fills_buffers else None
         payloads = [bytes(buffer) for buffer in buffers] if reads is None else []
         encoded = _encoder.encode(request)
-        if self.peer is None:
-            await self._connect()
-        exchange = _Exchange(self, request, encoded, payloads, reads, buffers, self.network.process.future())
+        timer = process.future() if timeout_s is None else process.timer(timeout_s)
+        try:
+            if self.peer is None:
+                await self._connect(timer)
+            return await self._exchange(
+                _Exchange(self, request, encoded, payloads, reads, buffers, process.future()), timer
+            )
+        finally:
+            timer.cancel()
+
+    # ---- there
+
+    async def _exchange(self, exchange: _Exchange, timer: asyncio.Future[None]) -> Message:
         self._air[exchange] = None
-        self._send(exchange, fabric)
+        timer.add_done_callback(partial(self._expire, exchange))
+        self._send(exchange, self.network.fabric)
         try:
             return await exchange.reply
         finally:
             self._air.pop(exchange, None)
             del exchange  # An error of the reply knows this frame: together they would be garbage in a circle.
 
-    # ---- there
-
-    async def _connect(self) -> None:
-        """Raises Unreachable if nobody answers."""
+    async def _connect(self, timer: asyncio.Future[None]) -> None:
+        """Raises Unreachable if nobody answers, Unanswered if `timer` is done before."""
         fabric, process = self.network.fabric, self.network.process
         self._check_network()
         listener = fabric._listening.get(self.address)
         host = listener.network.host if listener is not None else self.address.rpartition(":")[0]
         if fabric.is_cut(self.network.host, host) or fabric.is_cut(host, self.network.host):
-            await process.sleep(CONNECT_TIMEOUT_S)
+            await self._or_expire(process.timer(CONNECT_TIMEOUT_S), timer)
             raise Unreachable(f"{self.address} does not answer")
         done = process.future()
         fabric.later(fabric.delay_s() + fabric.delay_s(), _finish, done)
-        await done
+        await self._or_expire(done, timer)
         self._check_network()
         if self.peer is None:
             listener = fabric._listening.get(self.address)
@@ -314,6 +326,12 @@ class SimConnection:
             self.peer = listener
             if self.is_stuck():
                 fabric.later(KEEPALIVE_S, self.break_if_stuck)
+
+    async def _or_expire(self, done: asyncio.Future[None], timer: asyncio.Future[None]) -> None:
+        await first_of(self.network.process, done, timer)
+        if not done.done():
+            done.cancel()
+            raise Unanswered(f"{self.address} did not answer in time")
 
     def _check_network(self) -> None:
         if not self.network.process.is_alive or self.network not in self.network.fabric._networks:
@@ -412,6 +430,14 @@ class SimConnection:
     def break_if_peer(self, peer: SimListener) -> None:
         if self.peer is peer:
             self.lose("was reset", spare_answered=True)
+
+    def _expire(self, exchange: _Exchange, timer: asyncio.Future[None]) -> None:
+        """Nobody waits for it any more: what is on its way may arrive all the same, and what comes back is dropped."""
+        if timer.cancelled():
+            return
+        if self._air.pop(exchange, exchange) is None and not exchange.reply.done():
+            kind = Unanswered if exchange.message.changes_nothing else UpdateUnknown
+            exchange.reply.set_exception(kind(f"{self.address} did not answer in time"))
 
     def _lose_if_waiting(self, exchange: _Exchange) -> None:
         if exchange in self._air and not exchange.reply.done():

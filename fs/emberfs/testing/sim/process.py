@@ -115,6 +115,9 @@ class SimProcess:
     async def offload(self, blocking: Callable[..., T], *args: Any) -> T:
         return await self.world.offload(blocking, *args)
 
+    async def offload_read(self, blocking: Callable[..., T], *args: Any) -> T:
+        return await self.world.offload(blocking, *args)
+
     async def offload_steps(self, steps: Sequence[Callable[[], T]]) -> list[T]:
         """See `SimRuntime`: what the process's disks use."""
         if self.offload_slowdown_s:

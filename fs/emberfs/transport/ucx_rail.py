@@ -1,14 +1,14 @@
 """Large payloads of a connection by UCX, beside the socket that carries its frames.
 
-A *lane* is a pair of UCX workers, one at each end of one connection. The frame that announces a payload travels on the
-socket as ever; each of its large buffers is a tagged message on the lane, received straight into where it belongs.
+A *rail* is a pair of UCX workers, one at each end of one connection. The frame that announces a payload travels on the
+socket as ever; each of its large buffers is a tagged message on the rail, received straight into where it belongs.
 
 Invariants:
-  - A side receives only what a frame has announced, and sends only once the other side has said that the lane works
+  - A side receives only what a frame has announced, and sends only once the other side has said that the rail works
     towards it (`is_up`): a large message has come through, so a firewall between the two costs speed and nothing else.
   - Memory is used until `done` was called or `close` has returned, which destroys the worker. `done` is called from the
     loop only, never from within `send` or `receive`.
-  - What fails or stands still ends the connection: a lane is never mended, the next connection has a new one.
+  - What fails or stands still ends the connection: a rail is never mended, the next connection has a new one.
   - Bytes that landed were the sender's while it held the connection, not longer. Who receives asks `Wire.is_open`
     before it believes them.
 
@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable
 
 from ..errors import Unavailable
+from .blocks import Sump
 from .config import UCX_AUTO, ucx_kinds
 from .ucx_library import Context, UcxError, Worker
 
@@ -30,7 +31,7 @@ log = logging.getLogger("emberline.transport")
 TRANSPORTS = {"rdma": "ib", "shm": "shm", "tcp": "tcp"}
 """Kind of device -> how UCX names it, best first."""
 
-LANES_MAX = 64
+RAILS_MAX = 64
 """Of one process: a worker has 4 MiB of its own and up to ten file descriptors."""
 
 STEPS_MAX = 8
@@ -45,12 +46,14 @@ _PROBE_BYTES = 1 << 20
 _PROBE_TAG = 0
 
 
-class Lanes:
-    """What UCX finds on this machine, and the lanes of one process over it."""
+class Rails:
+    """What UCX finds on this machine, and the rails of one process over it."""
 
     def __init__(self, devices: str) -> None:
         """`devices` as `ucx_kinds` has them. Raises Unavailable without the library, or without any of them."""
         self.count = 0
+        self.sump = Sump()
+        """Where large buffers go that nobody wants."""
         self._contexts: dict[str, Context] = {}
         for kind in ucx_kinds(devices):
             try:
@@ -76,19 +79,19 @@ class Lanes:
 
     def open(
         self, kind: str, loop: asyncio.AbstractEventLoop, *, lost: Callable[[Exception], None], dead_s: float
-    ) -> Lane:
-        """A lane of our own end, not connected yet. Raises UcxError."""
+    ) -> Rail:
+        """A rail of our own end, not connected yet. Raises UcxError."""
         context = self._contexts.get(kind)
         if context is None:
             raise UcxError(f"no device of kind {kind!r}")
-        if self.count >= LANES_MAX:
-            raise UcxError(f"there are {LANES_MAX} lanes already")
-        lane = Lane(Worker(context), loop, lost=lost, dead_s=dead_s, closed=self._closed)
+        if self.count >= RAILS_MAX:
+            raise UcxError(f"there are {RAILS_MAX} rails already")
+        rail = Rail(Worker(context), loop, lost=lost, dead_s=dead_s, closed=self._closed)
         self.count += 1
-        return lane
+        return rail
 
     def close(self) -> None:
-        """After all lanes."""
+        """After all rails."""
         assert not self.count
         for context in self._contexts.values():
             context.close()
@@ -111,7 +114,7 @@ class _Transfer:
         self.done = done
 
 
-class Lane:
+class Rail:
     """One end. Everything happens in the loop's thread."""
 
     def __init__(
@@ -123,7 +126,7 @@ class Lane:
         dead_s: float,
         closed: Callable[[], None],
     ) -> None:
-        """`lost` is called, at most once and from the loop, when the lane cannot go on. `closed`: after the end."""
+        """`lost` is called, at most once and from the loop, when the rail cannot go on. `closed`: after the end."""
         self.is_up = False
         """The other side has said that what we send arrives."""
         self.address = worker.address()

@@ -1,0 +1,167 @@
+/* What the parts of the native lane share: the messages on a lane, the checksum, and the table of extents.
+
+   There are two kinds. A *local* lane is a SOCK_SEQPACKET pair between a client and a storage server of one host; each
+   message is one packet, and the bytes land in memory of the client. A *stream* is a TCP connection, and its answers
+   bring the bytes along:
+
+       head       LANE_COUNTS
+       promises   a lane_part for each item: all of it, or 0 bytes of one that is declined
+       payload    the promised bytes, item after item
+       verdicts   a lane_part for each item
+
+   Numbers are little-endian; other machines have no lanes. */
+
+#ifndef EMBERFS_LANE_H
+#define EMBERFS_LANE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define LANE_MAGIC 0x314c4d45u /* "EML1" */
+#define LANE_ITEMS_MAX 2048
+#define LANE_BYTES_MAX (64u << 20)
+#define LANE_REGIONS_MAX 1024
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "lanes are for little-endian machines"
+#endif
+
+enum lane_kind {
+    LANE_READ = 1,   /* followed by `count` lane_items; answered by LANE_COUNTS of the same call */
+    LANE_COUNTS = 2, /* followed by `count` int32: the bytes that were read, or LANE_DECLINED */
+    LANE_REGION = 3, /* `call` names the memory whose descriptor comes along (SCM_RIGHTS) */
+    LANE_FORGET = 4, /* `call` names memory that is not used any more */
+};
+
+#define LANE_DECLINED (-1)
+
+struct lane_head {
+    uint32_t magic;
+    uint16_t kind;
+    uint16_t count;
+    uint64_t call;
+};
+
+struct lane_item {
+    uint64_t inode, index; /* the chunk */
+    uint64_t chain_version;
+    uint64_t region, place; /* where its bytes go: `place` bytes into the memory of that number */
+    uint32_t chain;
+    uint32_t offset, length; /* within the chunk */
+    uint32_t reserved;
+};
+
+/* Of an item whose bytes come in a stream: they are right if their CRC, continued from that of the promise, is that of
+   the verdict. */
+struct lane_part {
+    int32_t count; /* in a verdict LANE_DECLINED: whatever came is worth nothing */
+    uint32_t crc;
+};
+
+/* The CRC32C (Castagnoli) of `size` bytes, continued from `crc`, which is 0 at the beginning. */
+uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size);
+
+/* Nanoseconds of the clock that leases are counted on. */
+int64_t lane_now_ns(void);
+
+/* ---- the table: where the committed bytes of chunks lie, for as long as that is certain */
+
+struct lane_table;
+
+struct lane_found {
+    int fd;
+    int64_t block;         /* where the chunk begins in that file */
+    uint32_t length;       /* of the chunk */
+    uint32_t granule_log2; /* what one checksum covers */
+    uint32_t sum_before, sum_after; /* the cumulative CRC before and after the granules of the range */
+    uint32_t slot;
+    uint64_t generation; /* of the slot: another one means that the entry is gone */
+};
+
+struct lane_table *lane_table_new(size_t bytes_max);
+void lane_table_free(struct lane_table *table);
+/* A target of `chain` serves clients that go by `version`; 0: none of them. */
+void lane_table_allow(struct lane_table *table, uint32_t chain, uint64_t version);
+/* Nothing is served after that moment. */
+void lane_table_lease(struct lane_table *table, int64_t until_ns);
+/* `sums`: one cumulative CRC per granule. What was there of the chunk is replaced. 0, or -1 if there is no memory. */
+int lane_table_put(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index, int fd, int64_t block,
+                   uint32_t length, uint32_t granule_log2, const uint32_t *sums, uint32_t sums_count);
+void lane_table_drop(struct lane_table *table, uint32_t chain, uint64_t inode, uint64_t index);
+/* Drop all of a chain, and return once no read uses a file of it any more. */
+void lane_table_clear(struct lane_table *table, uint32_t chain);
+size_t lane_table_count(struct lane_table *table);
+
+/* Look the items up; `found[i].fd` is -1 where nothing is known, or nobody may serve it. */
+void lane_table_find(struct lane_table *table, const struct lane_item *items, size_t count, struct lane_found *found);
+/* After the read: set `counts[i]` to LANE_DECLINED where what was found may not be served any more. */
+void lane_table_check(struct lane_table *table, const struct lane_item *items, size_t count,
+                      const struct lane_found *found, int32_t *counts);
+/* Files are used between these two. */
+void lane_table_begin(struct lane_table *table);
+void lane_table_end(struct lane_table *table);
+
+/* ---- the server */
+
+struct lane_server;
+
+struct lane_stats {
+    uint64_t lanes, requests, items, declined, damaged, bytes;
+};
+
+struct lane_server *lane_server_new(struct lane_table *table, int threads, int spin_us); /* NULL: errno */
+/* Serve a local lane, or a stream. Takes `fd` as its own; 0, or -1: errno. */
+int lane_server_adopt(struct lane_server *server, int fd, int is_stream);
+
+/* ---- the server's end of a stream; it has a thread of its own */
+
+#define LANE_STEP_BYTES (256u << 10) /* read, and checked or sent, in one go: it stays in the core's cache */
+#define LANE_SCRATCH_BYTES (1u << 20)
+#define LANE_PACKET_BYTES_MAX (sizeof(struct lane_head) + LANE_ITEMS_MAX * sizeof(struct lane_item))
+
+/* Serve until the client leaves or breaks the rules. */
+void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stats);
+/* Add an answered request to the counters. */
+void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count);
+void lane_server_stats(struct lane_server *server, struct lane_stats *stats);
+void lane_server_stop(struct lane_server *server); /* ends the threads and every lane, and frees it */
+
+/* ---- the client */
+
+struct lane_piece {
+    int server;        /* index of the lane that serves it */
+    uint32_t item;     /* of the caller's items */
+    uint32_t position; /* within the request to that server */
+    uint8_t *staged;   /* where its bytes are copied from; NULL: they land where they belong */
+    uint8_t *into;
+};
+
+/* The answer of a stream to a request that was sent: into[i] gets the bytes of item i. As `lane_exchange`, but
+   -2 is not returned. */
+int lane_stream_take(int fd, const struct lane_head *request, uint8_t *const *into, int32_t *counts, int64_t until_ns);
+
+struct lane_request {
+    int fd;
+    int is_stream;
+    size_t size; /* of the head and the items; 0: nothing is asked of this lane */
+    struct lane_head *head;
+    uint8_t **into; /* of a stream: where the bytes of each item go */
+    int32_t *counts; /* what comes of each item */
+    int is_done;
+};
+
+/* Nanoseconds for which this thread should look for an answer before it sleeps: `spin_ns`, or 0 if that was in vain of
+   late. `lane_looked` tells whether it came meanwhile. */
+int64_t lane_spin_ns(int64_t spin_ns);
+void lane_looked(int has_come);
+
+/* Exchange one request on each lane. Returns 0; -1: a lane is lost or says nothing in time; -2: look whether a signal
+   came, and call again with `is_sent` set. */
+int lane_exchange(struct lane_request *requests, int count, int is_sent, int64_t spin_ns, int64_t until_ns);
+
+#endif

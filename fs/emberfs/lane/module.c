@@ -1,0 +1,551 @@
+/* `emberfs.lane._native`: the lane as Python sees it. See `emberfs/lane/__init__.py`. */
+
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "lane.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static PyObject *lane_lost;
+
+/* ---- checksum */
+
+static PyObject *crc32c(PyObject *module, PyObject *args) {
+    Py_buffer data;
+    unsigned int crc = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*|I", &data, &crc)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    crc = lane_crc32c(crc, data.buf, (size_t)data.len);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&data);
+    return PyLong_FromUnsignedLong(crc);
+}
+
+/* The CRC of everything up to the end of each granule: see `checksum.cumulative_sums`, which says the same in Python. */
+static PyObject *cumulative_sums(PyObject *module, PyObject *args) {
+    Py_buffer data;
+    unsigned long long granule, offset;
+    unsigned int crc;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*KKI", &data, &granule, &offset, &crc)) return NULL;
+    PyObject *packed = NULL;
+    if (granule == 0) {
+        PyErr_SetString(PyExc_ValueError, "a granule has bytes");
+        goto out;
+    }
+    uint64_t size = (uint64_t)data.len, step = granule - offset % granule;
+    uint64_t count = size == 0 ? 0 : size <= step ? 1 : 1 + (size - step + granule - 1) / granule;
+    packed = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(4 * count));
+    if (packed == NULL) goto out;
+    uint8_t *sums = (uint8_t *)PyBytes_AsString(packed);
+    Py_BEGIN_ALLOW_THREADS
+    for (uint64_t begin = 0; begin < size; begin += step, step = granule, sums += 4) {
+        if (step > size - begin) step = size - begin;
+        crc = lane_crc32c(crc, (uint8_t *)data.buf + begin, step);
+        for (int byte = 0; byte < 4; byte++) sums[byte] = (uint8_t)(crc >> 8 * byte);
+    }
+    Py_END_ALLOW_THREADS
+out:
+    PyBuffer_Release(&data);
+    return packed;
+}
+
+/* ---- the table, and the server over it */
+
+struct server {
+    PyObject_HEAD
+    struct lane_table *table;
+    struct lane_server *threads; /* NULL once it was stopped */
+};
+
+static int server_init(PyObject *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"table_bytes_max", "threads", "spin_us", NULL};
+    struct server *server = (struct server *)self;
+    Py_ssize_t bytes_max;
+    int threads, spin_us;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nii", names, &bytes_max, &threads, &spin_us)) return -1;
+    if (server->table != NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "made once");
+        return -1;
+    }
+    server->table = lane_table_new((size_t)bytes_max);
+    if (server->table != NULL) server->threads = lane_server_new(server->table, threads, spin_us);
+    if (server->threads != NULL) return 0;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+}
+
+static void stop_server(struct server *server) {
+    struct lane_server *threads = server->threads;
+    server->threads = NULL;
+    if (threads == NULL) return;
+    Py_BEGIN_ALLOW_THREADS
+    lane_server_stop(threads);
+    Py_END_ALLOW_THREADS
+}
+
+static void server_dealloc(PyObject *self) {
+    struct server *server = (struct server *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    stop_server(server);
+    if (server->table != NULL) lane_table_free(server->table);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+static int parse_chunk(const char *chunk, Py_ssize_t size, uint64_t *inode, uint64_t *index) {
+    if (size != 16) {
+        PyErr_SetString(PyExc_ValueError, "a chunk id is of 16 bytes");
+        return -1;
+    }
+    memcpy(inode, chunk, 8);
+    memcpy(index, chunk + 8, 8);
+    *inode = __builtin_bswap64(*inode); /* Big-endian in the id: see `types.chunk_id`. */
+    *index = __builtin_bswap64(*index);
+    return 0;
+}
+
+static PyObject *server_put(PyObject *self, PyObject *args) {
+    struct server *server = (struct server *)self;
+    const char *chunk, *sums;
+    Py_ssize_t chunk_size, sums_size;
+    unsigned int chain, length, granule_log2;
+    int fd;
+    long long block;
+    uint64_t inode, index;
+    if (!PyArg_ParseTuple(args, "Iy#iLIIy#", &chain, &chunk, &chunk_size, &fd, &block, &length, &granule_log2, &sums,
+                          &sums_size))
+        return NULL;
+    if (parse_chunk(chunk, chunk_size, &inode, &index) != 0) return NULL;
+    if (granule_log2 > 31 || (uint64_t)sums_size / 4 != ((uint64_t)length + (1u << granule_log2) - 1) >> granule_log2) {
+        PyErr_SetString(PyExc_ValueError, "one checksum for each granule");
+        return NULL;
+    }
+    uint32_t *aligned = malloc((size_t)sums_size + 4);
+    if (aligned == NULL) return PyErr_NoMemory();
+    memcpy(aligned, sums, (size_t)sums_size);
+    int failed = lane_table_put(server->table, chain, inode, index, fd, block, length, granule_log2, aligned,
+                                (uint32_t)(sums_size / 4));
+    free(aligned);
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *server_drop(PyObject *self, PyObject *args) {
+    const char *chunk;
+    Py_ssize_t size;
+    unsigned int chain;
+    uint64_t inode, index;
+    if (!PyArg_ParseTuple(args, "Iy#", &chain, &chunk, &size) || parse_chunk(chunk, size, &inode, &index) != 0)
+        return NULL;
+    lane_table_drop(((struct server *)self)->table, chain, inode, index);
+    Py_RETURN_NONE;
+}
+
+static PyObject *server_clear(PyObject *self, PyObject *args) {
+    unsigned int chain;
+    if (!PyArg_ParseTuple(args, "I", &chain)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    lane_table_clear(((struct server *)self)->table, chain);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *server_allow(PyObject *self, PyObject *args) {
+    unsigned int chain;
+    unsigned long long version;
+    if (!PyArg_ParseTuple(args, "IK", &chain, &version)) return NULL;
+    lane_table_allow(((struct server *)self)->table, chain, version);
+    Py_RETURN_NONE;
+}
+
+static PyObject *server_lease(PyObject *self, PyObject *args) {
+    long long until_ns;
+    if (!PyArg_ParseTuple(args, "L", &until_ns)) return NULL;
+    lane_table_lease(((struct server *)self)->table, until_ns);
+    Py_RETURN_NONE;
+}
+
+static PyObject *server_adopt(PyObject *self, PyObject *args) {
+    struct server *server = (struct server *)self;
+    int fd, is_stream;
+    if (!PyArg_ParseTuple(args, "ip", &fd, &is_stream)) return NULL;
+    if (server->threads == NULL) {
+        PyErr_SetString(PyExc_ValueError, "it was stopped");
+        return NULL;
+    }
+    if (lane_server_adopt(server->threads, fd, is_stream) != 0) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+static PyObject *server_stats(PyObject *self, PyObject *unused) {
+    struct server *server = (struct server *)self;
+    struct lane_stats stats = {0};
+    (void)unused;
+    if (server->threads != NULL) lane_server_stats(server->threads, &stats);
+    return Py_BuildValue("{s:K,s:K,s:K,s:K,s:K,s:K,s:n}", "lanes", stats.lanes, "requests", stats.requests, "items",
+                         stats.items, "declined", stats.declined, "damaged", stats.damaged, "bytes", stats.bytes,
+                         "extents", (Py_ssize_t)lane_table_count(server->table));
+}
+
+static PyObject *server_stop(PyObject *self, PyObject *unused) {
+    (void)unused;
+    stop_server((struct server *)self);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef server_methods[] = {
+    {"put", server_put, METH_VARARGS, "put(chain, chunk, fd, block, length, granule_log2, sums)"},
+    {"drop", server_drop, METH_VARARGS, "drop(chain, chunk)"},
+    {"clear", server_clear, METH_VARARGS, "clear(chain): returns once no file of it is in use"},
+    {"allow", server_allow, METH_VARARGS, "allow(chain, version); version 0: nobody"},
+    {"lease", server_lease, METH_VARARGS, "lease(until_ns), by CLOCK_BOOTTIME"},
+    {"adopt", server_adopt, METH_VARARGS, "adopt(fd, is_stream): serve a lane; the descriptor is the server's from now on"},
+    {"stats", server_stats, METH_NOARGS, "Counters, by name."},
+    {"stop", server_stop, METH_NOARGS, "End the threads and the lanes."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot server_slots[] = {
+    {Py_tp_init, server_init},
+    {Py_tp_dealloc, server_dealloc},
+    {Py_tp_methods, server_methods},
+    {Py_tp_doc, "Server(table_bytes_max, threads, spin_us): extents, and threads that serve lanes from them."},
+    {0, NULL},
+};
+
+static PyType_Spec server_spec = {"emberfs.lane._native.Server", sizeof(struct server), 0, Py_TPFLAGS_DEFAULT, server_slots};
+
+/* ---- the client */
+
+/* What a file is to a lane, as `lane.client` packs it: the head, then a slot for each chain of its stripe. */
+struct spec_slot {
+    uint64_t chain_version;
+    uint32_t chain;
+    int32_t server; /* index of a lane; -1: none leads to it */
+};
+
+struct spec {
+    uint64_t inode, length, chunk_size;
+    uint64_t slots_count;
+    struct spec_slot slots[];
+};
+
+/* Memory of this process that servers know, as `lane.client` packs it. */
+struct known {
+    uint64_t address, size, number;
+};
+
+#define SERVERS_MAX 64
+
+struct plan {
+    Py_ssize_t items_count;
+    int64_t *counts;      /* per item: bytes, or -1: not by a lane */
+    Py_buffer *buffers;   /* per item that has one */
+    uint8_t *has_buffer;
+    Py_buffer whole;      /* where all items go one after the other, if they do */
+    int has_whole;
+    struct lane_piece *pieces;
+    size_t pieces_count, pieces_room;
+    int servers_count;
+    struct lane_request servers[SERVERS_MAX]; /* `fd` -1: no lane leads there */
+    size_t pieces_of[SERVERS_MAX], room_of[SERVERS_MAX];
+    const struct known *known;
+    size_t known_count, last_known;
+    uint64_t stage_number;
+    uint8_t *stage;
+    size_t stage_bytes, staged_bytes, total_bytes;
+};
+
+static void plan_free(struct plan *plan) {
+    for (Py_ssize_t at = 0; at < plan->items_count; at++)
+        if (plan->has_buffer != NULL && plan->has_buffer[at]) PyBuffer_Release(&plan->buffers[at]);
+    if (plan->has_whole) PyBuffer_Release(&plan->whole);
+    for (int server = 0; server < plan->servers_count; server++) {
+        free(plan->servers[server].head);
+        free(plan->servers[server].counts);
+        free(plan->servers[server].into);
+    }
+    free(plan->counts);
+    free(plan->buffers);
+    free(plan->has_buffer);
+    free(plan->pieces);
+}
+
+static const struct known *known_at(struct plan *plan, const uint8_t *address, uint64_t size) {
+    uint64_t begin = (uint64_t)(uintptr_t)address;
+    for (size_t tried = 0; tried < plan->known_count; tried++) {
+        const struct known *known = &plan->known[plan->last_known];
+        if (begin >= known->address && begin - known->address < known->size)
+            return size <= known->size - (begin - known->address) ? known : NULL;
+        if (++plan->last_known == plan->known_count) plan->last_known = 0;
+    }
+    return NULL;
+}
+
+/* Room for one element more in an array of `count`; what it is now, or NULL: there is no memory, and it stays. */
+static void *with_room(void *array, size_t count, size_t *room, size_t head, size_t element) {
+    if (count < *room) return array;
+    size_t more = count ? 2 * count : 64;
+    void *grown = realloc(array, head + more * element);
+    if (grown != NULL) *room = more;
+    return grown;
+}
+
+/* Add a range of one chunk. 0; 1: no lane for it, or no room; -1: no memory. */
+static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, uint64_t index, uint32_t offset,
+                     uint32_t length, uint8_t *into) {
+    const struct spec_slot *slot = &spec->slots[index % spec->slots_count];
+    if (slot->server < 0 || slot->server >= plan->servers_count || plan->servers[slot->server].fd < 0) return 1;
+    struct lane_request *server = &plan->servers[slot->server];
+    size_t *count = &plan->pieces_of[slot->server];
+    const struct known *known = server->is_stream ? NULL : known_at(plan, into, length);
+    int is_staged = known == NULL && !server->is_stream;
+    if (is_staged && plan->staged_bytes + length > plan->stage_bytes) return 1;
+    if (*count == LANE_ITEMS_MAX || plan->total_bytes + length > LANE_BYTES_MAX) return 1;
+    void *head = with_room(server->head, *count, &plan->room_of[slot->server], sizeof(struct lane_head), sizeof(struct lane_item));
+    if (head == NULL) return -1;
+    server->head = head;
+    void *pieces = with_room(plan->pieces, plan->pieces_count, &plan->pieces_room, 0, sizeof *plan->pieces);
+    if (pieces == NULL) return -1;
+    plan->pieces = pieces;
+    struct lane_item *items = (struct lane_item *)(server->head + 1);
+    items[*count] = (struct lane_item){.inode = spec->inode, .index = index, .chain_version = slot->chain_version,
+                                       .chain = slot->chain, .offset = offset, .length = length};
+    if (known != NULL) {
+        items[*count].region = known->number;
+        items[*count].place = (uint64_t)(uintptr_t)into - known->address;
+    } else if (is_staged) {
+        items[*count].region = plan->stage_number;
+        items[*count].place = plan->staged_bytes;
+    }
+    plan->pieces[plan->pieces_count++] = (struct lane_piece){
+        .server = slot->server, .item = item, .position = (uint32_t)*count, .into = into,
+        .staged = is_staged ? plan->stage + plan->staged_bytes : NULL};
+    if (is_staged) plan->staged_bytes += length;
+    plan->total_bytes += length;
+    ++*count;
+    return 0;
+}
+
+/* Cut an item into ranges of chunks. Its count becomes what there is of it, or -1. 0, or -1: no memory. */
+static int add_item(struct plan *plan, uint32_t item, const struct spec *spec, uint64_t offset, uint64_t length, uint8_t *into) {
+    if (offset >= spec->length) length = 0;
+    else if (length > spec->length - offset) length = spec->length - offset;
+    plan->counts[item] = (int64_t)length;
+    for (uint64_t done = 0; done < length;) {
+        uint64_t index = (offset + done) / spec->chunk_size, inside = (offset + done) % spec->chunk_size;
+        uint64_t step = spec->chunk_size - inside < length - done ? spec->chunk_size - inside : length - done;
+        int failed = add_piece(plan, item, spec, index, (uint32_t)inside, (uint32_t)step, into + done);
+        if (failed < 0) return -1;
+        if (failed) {
+            plan->counts[item] = -1; /* Pieces that were added before are read in vain. */
+            return 0;
+        }
+        done += step;
+    }
+    return 0;
+}
+
+/* 0; -1 with an exception. An item that is not for a lane is left to whoever can say what is the matter with it. */
+static int plan_items(struct plan *plan, PyObject *items, PyObject *into, PyObject *attribute) {
+    uint64_t begin = 0;
+    PyObject *last_file = NULL, *packed = NULL;
+    char *spec_bytes = NULL;
+    Py_ssize_t spec_size = 0;
+    int failed = 0;
+    for (Py_ssize_t at = 0; at < plan->items_count && !failed; at++) {
+        PyObject *item = PyList_GetItem(items, at); /* borrowed, as all below */
+        plan->counts[at] = -1;
+        if (!PyTuple_Check(item) || PyTuple_Size(item) != 3) continue;
+        PyObject *file = PyTuple_GetItem(item, 0);
+        uint64_t offset = PyLong_AsUnsignedLongLong(PyTuple_GetItem(item, 1));
+        uint64_t length = PyLong_AsUnsignedLongLong(PyTuple_GetItem(item, 2));
+        if (PyErr_Occurred()) {
+            PyErr_Clear();
+            continue;
+        }
+        uint8_t *target = NULL;
+        if (plan->has_whole) {
+            if (length <= (uint64_t)plan->whole.len && begin <= (uint64_t)plan->whole.len - length)
+                target = (uint8_t *)plan->whole.buf + begin;
+            begin += length;
+        } else if (PyObject_GetBuffer(PyList_GetItem(into, at), &plan->buffers[at], PyBUF_WRITABLE) == 0) {
+            plan->has_buffer[at] = 1;
+            if (length <= (uint64_t)plan->buffers[at].len) target = plan->buffers[at].buf;
+        } else {
+            PyErr_Clear();
+        }
+        if (target == NULL) continue;
+        if (file != last_file) {
+            Py_CLEAR(packed);
+            spec_bytes = NULL;
+            last_file = file;
+            packed = PyObject_GetAttr(file, attribute);
+            if (packed == NULL) PyErr_Clear();
+            else if (!PyBytes_Check(packed) || PyBytes_AsStringAndSize(packed, &spec_bytes, &spec_size) != 0) PyErr_Clear();
+        }
+        const struct spec *spec = (const struct spec *)spec_bytes;
+        if (spec == NULL || (size_t)spec_size < sizeof *spec || spec->slots_count == 0 || spec->chunk_size == 0 ||
+            (size_t)spec_size != sizeof *spec + spec->slots_count * sizeof *spec->slots)
+            continue;
+        failed = add_item(plan, (uint32_t)at, spec, offset, length, target);
+    }
+    Py_CLEAR(packed);
+    if (failed) PyErr_NoMemory();
+    return failed;
+}
+
+/* 0; -1: no memory. */
+static int finish_requests(struct plan *plan, uint64_t call) {
+    for (int at = 0; at < plan->servers_count; at++) {
+        struct lane_request *server = &plan->servers[at];
+        size_t count = plan->pieces_of[at];
+        if (count == 0) continue;
+        *server->head = (struct lane_head){LANE_MAGIC, LANE_READ, (uint16_t)count, call};
+        server->size = sizeof *server->head + count * sizeof(struct lane_item);
+        server->counts = malloc(count * sizeof *server->counts);
+        server->into = malloc(count * sizeof *server->into);
+        if (server->counts == NULL || server->into == NULL) return -1;
+    }
+    for (size_t at = 0; at < plan->pieces_count; at++)
+        plan->servers[plan->pieces[at].server].into[plan->pieces[at].position] = plan->pieces[at].into;
+    return 0;
+}
+
+/* Bring what came to where it belongs. */
+static void finish_pieces(struct plan *plan) {
+    for (size_t at = 0; at < plan->pieces_count; at++) {
+        const struct lane_piece *piece = &plan->pieces[at];
+        const struct lane_request *server = &plan->servers[piece->server];
+        const struct lane_item *items = (const struct lane_item *)(server->head + 1);
+        int32_t count = server->counts[piece->position];
+        if (count < 0 || (uint32_t)count != items[piece->position].length) plan->counts[piece->item] = -1;
+        else if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)count);
+    }
+}
+
+/* Send and wait, without the interpreter. 0; -1: a lane is lost; -2: interrupted, with the exception of the handler. */
+static int exchange(struct plan *plan, int64_t spin_ns, int64_t timeout_ns) {
+    int64_t until_ns = lane_now_ns() + timeout_ns;
+    for (int is_sent = 0;; is_sent = 1) {
+        int outcome;
+        Py_BEGIN_ALLOW_THREADS
+        outcome = lane_exchange(plan->servers, plan->servers_count, is_sent, spin_ns, until_ns);
+        if (outcome == 0) finish_pieces(plan);
+        Py_END_ALLOW_THREADS
+        if (outcome == 0) return 0;
+        if (PyErr_CheckSignals() != 0) return -2; /* Also after a loss: it may have come while a stream was read. */
+        if (outcome == -1) return -1;
+    }
+}
+
+static PyObject *counts_list(const struct plan *plan) {
+    PyObject *list = PyList_New(plan->items_count);
+    for (Py_ssize_t at = 0; list != NULL && at < plan->items_count; at++) {
+        PyObject *count = PyLong_FromLongLong(plan->counts[at]);
+        if (count == NULL || PyList_SetItem(list, at, count) != 0) Py_CLEAR(list);
+    }
+    return list;
+}
+
+static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, const Py_buffer *streams) {
+    size_t room = (size_t)plan->items_count + 1;
+    plan->counts = malloc(room * sizeof *plan->counts);
+    plan->buffers = malloc(room * sizeof *plan->buffers);
+    plan->has_buffer = calloc(room, 1);
+    if (plan->counts == NULL || plan->buffers == NULL || plan->has_buffer == NULL) {
+        plan->items_count = 0;
+        PyErr_NoMemory();
+        return -1;
+    }
+    plan->servers_count = (int)(fds->len / (Py_ssize_t)sizeof(int));
+    if (plan->servers_count > SERVERS_MAX || streams->len != plan->servers_count) {
+        plan->servers_count = 0;
+        PyErr_SetString(PyExc_ValueError, "a descriptor, and the kind of its lane, for each of at most 64 servers");
+        return -1;
+    }
+    for (int at = 0; at < plan->servers_count; at++) {
+        plan->servers[at].fd = ((const int *)fds->buf)[at];
+        plan->servers[at].is_stream = ((const uint8_t *)streams->buf)[at];
+    }
+    if (!PyList_Check(into)) {
+        if (PyObject_GetBuffer(into, &plan->whole, PyBUF_WRITABLE) != 0) return -1;
+        plan->has_whole = 1;
+    } else if (PyList_Size(into) != plan->items_count) {
+        PyErr_SetString(PyExc_ValueError, "one buffer for each item");
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *read_ranges(PyObject *module, PyObject *args) {
+    PyObject *items, *into, *attribute;
+    Py_buffer fds, streams, known;
+    unsigned long long stage_number, stage_address, call;
+    Py_ssize_t stage_bytes;
+    long long spin_ns, timeout_ns;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!OOy*y*y*KKnKLL", &PyList_Type, &items, &into, &attribute, &fds, &streams, &known,
+                          &stage_number, &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns))
+        return NULL;
+    PyObject *result = NULL;
+    struct plan *plan = calloc(1, sizeof *plan);
+    if (plan == NULL) {
+        PyErr_NoMemory();
+        goto out;
+    }
+    plan->items_count = PyList_Size(items);
+    plan->known = known.buf;
+    plan->known_count = (size_t)known.len / sizeof(struct known);
+    plan->stage_number = stage_number;
+    plan->stage = (uint8_t *)(uintptr_t)stage_address;
+    plan->stage_bytes = (size_t)stage_bytes;
+    if (start_plan(plan, into, &fds, &streams) != 0 || plan_items(plan, items, into, attribute) != 0) goto out;
+    if (plan->pieces_count) {
+        if (finish_requests(plan, call) != 0) {
+            PyErr_NoMemory();
+            goto out;
+        }
+        int outcome = exchange(plan, spin_ns, timeout_ns);
+        if (outcome == -1) PyErr_SetString(lane_lost, "a lane was lost, or its server did not answer in time");
+        if (outcome != 0) goto out;
+    }
+    result = counts_list(plan);
+out:
+    if (plan != NULL) plan_free(plan);
+    free(plan);
+    PyBuffer_Release(&fds);
+    PyBuffer_Release(&streams);
+    PyBuffer_Release(&known);
+    return result;
+}
+
+static PyMethodDef functions[] = {
+    {"crc32c", crc32c, METH_VARARGS, "crc32c(data, crc=0): of what `awscrt` computes, for comparison."},
+    {"cumulative_sums", cumulative_sums, METH_VARARGS, "cumulative_sums(data, granule, offset, start) -> packed sums"},
+    {"read_ranges", read_ranges, METH_VARARGS,
+     "read_ranges(items, into, attribute, fds, streams, known, stage_number, stage_address, stage_bytes, call, spin_ns,\n"
+     "timeout_ns) -> bytes per item, -1 where no lane could serve it. Raises LaneLost: memory may still be written to."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, functions, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject *module = PyModule_Create(&definition);
+    if (module == NULL) return NULL;
+    PyObject *server = PyType_FromSpec(&server_spec);
+    lane_lost = PyErr_NewException("emberfs.lane._native.LaneLost", PyExc_ConnectionError, NULL);
+    if (server == NULL || lane_lost == NULL || PyModule_AddObjectRef(module, "Server", server) != 0 ||
+        PyModule_AddObjectRef(module, "LaneLost", lane_lost) != 0)
+        Py_CLEAR(module);
+    Py_XDECREF(server);
+    return module;
+}

@@ -1,0 +1,384 @@
+/* The server's end of lanes: a few threads that answer reads of local lanes without the interpreter, and one for
+   each stream (stream.c).
+
+   A read of a local lane is served if its chunk is in the table and its bytes are in the page cache (RWF_NOWAIT); every other item is
+   declined, and its client asks the service. Bytes are read into the client's memory and checked there against the
+   cumulative checksums; a mismatch is declined too: the service finds out what is the matter.
+
+   A client cannot harm us: its memory may not become smaller (F_SEAL_SHRINK), every place is checked against it, and
+   a packet that breaks the rules ends its lane. Does not know: which chunks there are, or who may read. */
+
+#include "lane.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define THREADS_MAX 16
+#define LANES_MAX 4096
+#define STREAMS_MAX 512
+#define STREAM_STACK_BYTES (256u << 10)
+#define EAGER_MAX 8
+
+struct region {
+    uint64_t number;
+    uint8_t *address;
+    uint64_t size;
+};
+
+struct lane {
+    int fd;
+    struct region *regions;
+    uint32_t regions_count, last;
+    struct lane *previous, *next; /* of the same thread */
+};
+
+struct worker {
+    struct lane_server *server;
+    pthread_t thread;
+    int epoll;
+    struct lane *lanes; /* guarded by the server's lock */
+    uint8_t *packet, *scratch;
+    struct lane_found *found;
+    struct {
+        struct lane_head head;
+        int32_t counts[LANE_ITEMS_MAX];
+    } reply;
+};
+
+struct stream_thread {
+    struct lane_server *server;
+    int fd;
+    struct stream_thread *previous, *next;
+};
+
+struct lane_server {
+    struct lane_table *table;
+    int64_t spin_ns;
+    int threads, next, stop; /* `stop`: an eventfd */
+    pthread_mutex_t lock;
+    pthread_cond_t ended;          /* a stream has */
+    struct stream_thread *streams; /* guarded by the lock, as is their number */
+    int streams_count, is_stopping;
+    struct lane_stats stats; /* but `lanes`, by atomic additions */
+    struct worker workers[THREADS_MAX];
+};
+
+/* ---- memory of clients */
+
+static struct region *region_of(struct lane *lane, uint64_t number) {
+    if (lane->last < lane->regions_count && lane->regions[lane->last].number == number)
+        return &lane->regions[lane->last];
+    for (uint32_t at = 0; at < lane->regions_count; at++)
+        if (lane->regions[at].number == number) {
+            lane->last = at;
+            return &lane->regions[at];
+        }
+    return NULL;
+}
+
+/* Map the memory behind `fd`, and close it. 0, or -1: it may not be used. */
+static int add_region(struct lane *lane, uint64_t number, int fd) {
+    int seals = fcntl(fd, F_GET_SEALS);
+    struct stat status;
+    void *address = MAP_FAILED;
+    struct region *grown = NULL;
+    if (seals >= 0 && seals & F_SEAL_SHRINK && lane->regions_count < LANE_REGIONS_MAX &&
+        region_of(lane, number) == NULL && fstat(fd, &status) == 0 && status.st_size > 0)
+        grown = realloc(lane->regions, (lane->regions_count + 1) * sizeof *grown);
+    if (grown != NULL) {
+        lane->regions = grown;
+        address = mmap(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    }
+    close(fd);
+    if (address == MAP_FAILED) return -1;
+    lane->regions[lane->regions_count++] =
+        (struct region){.number = number, .address = address, .size = (uint64_t)status.st_size};
+    return 0;
+}
+
+static void forget_region(struct lane *lane, uint64_t number) {
+    struct region *region = region_of(lane, number);
+    if (region == NULL) return;
+    munmap(region->address, region->size);
+    *region = lane->regions[--lane->regions_count];
+}
+
+/* ---- reads */
+
+static int32_t read_item(struct worker *worker, struct lane *lane, const struct lane_item *item,
+                         const struct lane_found *found) {
+    struct region *region = region_of(lane, item->region);
+    if (found->fd < 0) return LANE_DECLINED;
+    uint64_t granule = 1ull << found->granule_log2;
+    uint64_t begin = item->offset & ~(granule - 1), end = item->offset + (uint64_t)item->length;
+    uint64_t stop = (end + granule - 1) & ~(granule - 1);
+    if (stop > found->length) stop = found->length;
+    uint64_t before = item->offset - begin, after = stop - end;
+    if (before > LANE_SCRATCH_BYTES || after > LANE_SCRATCH_BYTES) return LANE_DECLINED;
+    uint8_t *into = region->address + item->place;
+    uint32_t crc = found->sum_before;
+    /* The granules in steps; what lies before and after the item's own bytes goes to scratch memory. */
+    for (uint64_t at = 0; at < item->length;) {
+        uint64_t step = item->length - at < LANE_STEP_BYTES ? item->length - at : LANE_STEP_BYTES;
+        uint64_t lead = at == 0 ? before : 0, trail = at + step == item->length ? after : 0;
+        struct iovec parts[3];
+        int count = 0;
+        if (lead) parts[count++] = (struct iovec){worker->scratch, lead};
+        parts[count++] = (struct iovec){into + at, step};
+        if (trail) parts[count++] = (struct iovec){worker->scratch + LANE_SCRATCH_BYTES, trail};
+        off_t offset = (off_t)(found->block + (int64_t)(begin + (at ? before + at : 0)));
+        if (preadv2(found->fd, parts, count, offset, RWF_NOWAIT) != (ssize_t)(lead + step + trail))
+            return LANE_DECLINED;
+        for (int part = 0; part < count; part++) crc = lane_crc32c(crc, parts[part].iov_base, parts[part].iov_len);
+        at += step;
+    }
+    if (crc != found->sum_after) {
+        __atomic_add_fetch(&worker->server->stats.damaged, 1, __ATOMIC_RELAXED);
+        return LANE_DECLINED;
+    }
+    return (int32_t)item->length;
+}
+
+void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count) {
+    uint64_t declined = 0, bytes = 0;
+    for (size_t at = 0; at < count; at++) {
+        if (counts[at] == LANE_DECLINED) declined++;
+        else bytes += (uint64_t)counts[at];
+    }
+    __atomic_add_fetch(&stats->requests, 1, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&stats->items, count, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&stats->declined, declined, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&stats->bytes, bytes, __ATOMIC_RELAXED);
+}
+
+/* 0, or -1: the client breaks the rules. */
+static int serve_read(struct worker *worker, struct lane *lane, const struct lane_head *head, size_t size) {
+    const struct lane_item *items = (const struct lane_item *)(head + 1);
+    struct lane_table *table = worker->server->table;
+    uint64_t total = 0;
+    if (head->count > LANE_ITEMS_MAX || size != sizeof *head + head->count * sizeof *items) return -1;
+    for (int at = 0; at < head->count; at++) {
+        const struct region *region = region_of(lane, items[at].region);
+        if (region == NULL || items[at].place > region->size || items[at].length > region->size - items[at].place)
+            return -1;
+        total += items[at].length;
+    }
+    if (total > LANE_BYTES_MAX) return -1;
+    int32_t *counts = worker->reply.counts;
+    lane_table_begin(table);
+    lane_table_find(table, items, head->count, worker->found);
+    for (int at = 0; at < head->count; at++) counts[at] = read_item(worker, lane, &items[at], &worker->found[at]);
+    lane_table_check(table, items, head->count, worker->found, counts);
+    lane_table_end(table);
+    lane_count(&worker->server->stats, counts, head->count);
+    worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
+    size_t answer = sizeof worker->reply.head + head->count * sizeof *counts;
+    /* One call is in the air on a lane, so there is room; a client that does not take its answers loses its lane. */
+    return send(lane->fd, &worker->reply, answer, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)answer ? 0 : -1;
+}
+
+/* ---- packets */
+
+/* 1: served; 0: nothing there; -1: the lane is over. */
+static int serve_packet(struct worker *worker, struct lane *lane) {
+    char control[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8)));
+    struct iovec whole = {worker->packet, LANE_PACKET_BYTES_MAX};
+    struct msghdr message = {.msg_iov = &whole, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    ssize_t size = recvmsg(lane->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (size < 0) return errno == EAGAIN || errno == EINTR ? 0 : -1;
+    int fd = -1;
+    struct cmsghdr *extra = CMSG_FIRSTHDR(&message);
+    if (extra != NULL && extra->cmsg_level == SOL_SOCKET && extra->cmsg_type == SCM_RIGHTS)
+        memcpy(&fd, CMSG_DATA(extra), sizeof fd);
+    const struct lane_head *head = (const struct lane_head *)worker->packet;
+    int is_whole = (size_t)size >= sizeof *head && head->magic == LANE_MAGIC &&
+                   !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && (fd >= 0) == (head->kind == LANE_REGION);
+    if (is_whole && head->kind == LANE_REGION) return add_region(lane, head->call, fd) == 0 ? 1 : -1;
+    if (fd >= 0) close(fd);
+    if (is_whole && head->kind == LANE_READ) return serve_read(worker, lane, head, (size_t)size) == 0 ? 1 : -1;
+    if (is_whole && head->kind == LANE_FORGET) {
+        forget_region(lane, head->call);
+        return 1;
+    }
+    return -1;
+}
+
+static void end_lane(struct worker *worker, struct lane *lane) {
+    struct lane_server *server = worker->server;
+    pthread_mutex_lock(&server->lock);
+    if (lane->previous != NULL) lane->previous->next = lane->next;
+    else worker->lanes = lane->next;
+    if (lane->next != NULL) lane->next->previous = lane->previous;
+    server->stats.lanes--;
+    pthread_mutex_unlock(&server->lock);
+    close(lane->fd);
+    while (lane->regions_count) forget_region(lane, lane->regions[0].number);
+    free(lane->regions);
+    free(lane);
+}
+
+static void *work(void *argument) {
+    struct worker *worker = argument;
+    struct epoll_event events[64];
+    int eager = 0; /* how often, lately, the next packet came while we looked for it */
+    for (;;) {
+        int count = 0;
+        int64_t idle_since_ns = lane_now_ns();
+        int64_t spin_ns = eager > 0 ? worker->server->spin_ns : 0;
+        while (spin_ns && (count = epoll_wait(worker->epoll, events, 64, 0)) == 0) {
+            if (lane_now_ns() - idle_since_ns >= spin_ns) break;
+            sched_yield(); /* Whoever else has something to do on this core, our client perhaps, comes first. */
+        }
+        if (count == 0) count = epoll_wait(worker->epoll, events, 64, -1);
+        if (lane_now_ns() - idle_since_ns < worker->server->spin_ns) eager += eager < EAGER_MAX;
+        else eager = eager > 2 ? eager - 2 : 0;
+        for (int at = 0; at < count; at++) {
+            struct lane *lane = events[at].data.ptr;
+            if (lane == NULL) return NULL; /* `stop` */
+            /* One packet each, so that no client waits for all that another one has sent. */
+            if (serve_packet(worker, lane) < 0) end_lane(worker, lane);
+        }
+    }
+}
+
+/* ---- life */
+
+struct lane_server *lane_server_new(struct lane_table *table, int threads, int spin_us) {
+    struct lane_server *server = calloc(1, sizeof *server);
+    if (server == NULL) return NULL;
+    server->table = table;
+    server->spin_ns = (int64_t)spin_us * 1000;
+    server->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    pthread_mutex_init(&server->lock, NULL);
+    pthread_cond_init(&server->ended, NULL);
+    threads = threads < 1 ? 1 : threads > THREADS_MAX ? THREADS_MAX : threads;
+    int is_whole = server->stop >= 0;
+    for (int at = 0; at < threads && is_whole; at++) {
+        struct worker *worker = &server->workers[at];
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
+        worker->server = server;
+        worker->epoll = epoll_create1(EPOLL_CLOEXEC);
+        worker->packet = aligned_alloc(64, (LANE_PACKET_BYTES_MAX + 63) / 64 * 64);
+        worker->scratch = aligned_alloc(4096, 2 * LANE_SCRATCH_BYTES);
+        worker->found = malloc(LANE_ITEMS_MAX * sizeof *worker->found);
+        is_whole = worker->epoll >= 0 && worker->packet != NULL && worker->scratch != NULL && worker->found != NULL &&
+                   epoll_ctl(worker->epoll, EPOLL_CTL_ADD, server->stop, &event) == 0 &&
+                   pthread_create(&worker->thread, NULL, work, worker) == 0;
+        server->threads += is_whole;
+    }
+    if (is_whole) return server;
+    int error = errno;
+    lane_server_stop(server);
+    errno = error;
+    return NULL;
+}
+
+static int adopt_local(struct lane_server *server, int fd) {
+    struct lane *lane = calloc(1, sizeof *lane);
+    if (lane == NULL) return -1;
+    lane->fd = fd;
+    pthread_mutex_lock(&server->lock);
+    struct worker *worker = &server->workers[server->next++ % server->threads];
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = lane};
+    int is_in = server->stats.lanes < LANES_MAX && epoll_ctl(worker->epoll, EPOLL_CTL_ADD, fd, &event) == 0;
+    if (is_in) {
+        lane->next = worker->lanes;
+        if (lane->next != NULL) lane->next->previous = lane;
+        worker->lanes = lane;
+        server->stats.lanes++;
+    }
+    pthread_mutex_unlock(&server->lock);
+    if (is_in) return 0;
+    free(lane);
+    return -1;
+}
+
+static void *serve_stream(void *argument) {
+    struct stream_thread *stream = argument;
+    struct lane_server *server = stream->server;
+    lane_stream_serve(server->table, stream->fd, &server->stats);
+    pthread_mutex_lock(&server->lock);
+    if (stream->previous != NULL) stream->previous->next = stream->next;
+    else server->streams = stream->next;
+    if (stream->next != NULL) stream->next->previous = stream->previous;
+    close(stream->fd); /* Under the lock: `stop` shuts down what is in the list. */
+    server->streams_count--;
+    server->stats.lanes--;
+    pthread_cond_signal(&server->ended);
+    pthread_mutex_unlock(&server->lock);
+    free(stream);
+    return NULL;
+}
+
+static int adopt_stream(struct lane_server *server, int fd) {
+    struct stream_thread *stream = calloc(1, sizeof *stream);
+    pthread_attr_t attributes;
+    pthread_t thread;
+    if (stream == NULL) return -1;
+    stream->server = server;
+    stream->fd = fd;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attributes, STREAM_STACK_BYTES);
+    pthread_mutex_lock(&server->lock);
+    int is_in = !server->is_stopping && server->streams_count < STREAMS_MAX &&
+                pthread_create(&thread, &attributes, serve_stream, stream) == 0;
+    if (is_in) {
+        stream->next = server->streams;
+        if (stream->next != NULL) stream->next->previous = stream;
+        server->streams = stream;
+        server->streams_count++;
+        server->stats.lanes++;
+    }
+    pthread_mutex_unlock(&server->lock);
+    pthread_attr_destroy(&attributes);
+    if (is_in) return 0;
+    free(stream);
+    return -1;
+}
+
+int lane_server_adopt(struct lane_server *server, int fd, int is_stream) {
+    if ((is_stream ? adopt_stream : adopt_local)(server, fd) == 0) return 0;
+    close(fd);
+    errno = EMFILE;
+    return -1;
+}
+
+void lane_server_stats(struct lane_server *server, struct lane_stats *stats) {
+    pthread_mutex_lock(&server->lock);
+    *stats = server->stats;
+    pthread_mutex_unlock(&server->lock);
+}
+
+void lane_server_stop(struct lane_server *server) {
+    uint64_t one = 1;
+    if (server->stop >= 0 && write(server->stop, &one, sizeof one) < 0) abort(); /* An eventfd takes a 1. */
+    pthread_mutex_lock(&server->lock);
+    server->is_stopping = 1;
+    for (struct stream_thread *each = server->streams; each != NULL; each = each->next) shutdown(each->fd, SHUT_RDWR);
+    while (server->streams_count) pthread_cond_wait(&server->ended, &server->lock);
+    pthread_mutex_unlock(&server->lock);
+    for (int at = 0; at < server->threads; at++) pthread_join(server->workers[at].thread, NULL);
+    for (int at = 0; at < THREADS_MAX; at++) {
+        struct worker *worker = &server->workers[at];
+        if (worker->server == NULL) break;
+        while (worker->lanes != NULL) end_lane(worker, worker->lanes);
+        if (worker->epoll >= 0) close(worker->epoll);
+        free(worker->packet);
+        free(worker->scratch);
+        free(worker->found);
+    }
+    if (server->stop >= 0) close(server->stop);
+    free(server);
+}

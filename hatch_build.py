@@ -1,0 +1,59 @@
+"""Builds the C part of lanes (`fs/emberfs/lane/*.c`) into the package, where there is a compiler.
+
+Without one the package is pure Python, and does everything more slowly (see `emberfs.lane`). EMBERLINE_NATIVE=require
+makes that an error, as for wheels that are published.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SOURCES = ("crc32c.c", "table.c", "server.c", "client.c", "stream.c", "module.c")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
+
+
+class NativeHook(BuildHookInterface):
+    """See https://hatch.pypa.io/latest/plugins/build-hook/custom/."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if self.target_name != "wheel":
+            return
+        built = Path(self.root, "fs/emberfs/lane/_native.abi3.so")
+        problem = "not Linux" if sys.platform != "linux" else compile_native(Path(self.root), built)
+        if problem:
+            if os.environ.get("EMBERLINE_NATIVE") == "require":
+                raise RuntimeError(f"the native lanes cannot be built: {problem}")
+            self.app.display_warning(f"emberline without native lanes, all else works: {problem}")
+            return
+        build_data["artifacts"].append("fs/emberfs/lane/_native.abi3.so")
+        if version != "editable":
+            build_data["pure_python"] = False
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["tag"] = f"cp311-abi3-{platform}"
+
+
+def compile_native(root: Path, built: Path) -> str:
+    """Compile; returns what went wrong, or nothing."""
+    sources = [str(root / "fs/emberfs/lane" / name) for name in SOURCES]
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    fresh = built.with_suffix(f".{os.getpid()}.new")
+    command = [*compiler, *FLAGS, f"-I{sysconfig.get_paths()['include']}", *sources, "-o", str(fresh)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{compiler[0]}: {error}"
+    if done.returncode:
+        fresh.unlink(missing_ok=True)
+        return f"{compiler[0]} failed: {done.stderr.strip()[-2000:]}"
+    fresh.replace(built)  # Whoever has the old one mapped keeps it.
+    return ""
