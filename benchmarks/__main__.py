@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from . import datapath, embedded_io, failover, memory, metadata, mooncake, peers, placement, rebuild
+from . import datapath, embedded_io, failover, memory, metadata, mooncake, peers, placement, rebuild, ucx
 from .runner import Row, print_table, summary
 
 BENCHMARKS = {
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "metadata": metadata,
     "memory": memory,
     "datapath": datapath,
+    "ucx": ucx,
     "failover": failover,
     "rebuild": rebuild,
     "placement": placement,

@@ -35,6 +35,8 @@ def connect(url: str | None = None, **settings: Any) -> Client:
         relaxed            reads may return what was true a moment ago. Default False
         uncommitted        reads may return what is being written and may never be acknowledged. Default False
         shares_memory      servers of this host read and write our memory in place. Default True
+        ucx                large buffers go by UCX, unencrypted, where servers have it: auto, or some of rdma,shm,tcp.
+                           Default "": they do not. See docs/operations.md
 
     Several processes of a host may open one embedded store: see docs/decisions/0010-sharing.md. Then the settings are
     those of the process that was first.

@@ -1,21 +1,29 @@
-"""Every transport passes the same suite: `memory` within a process, `tcp` in plain, over TLS and on a unix socket."""
+"""Every transport passes the same suite: `memory` within a process, `tcp` in plain, over TLS and on a unix socket.
+
+And with large buffers by UCX, where its library is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from emberfs.messages import Message
+from emberfs.messages import Done, Message, Usage
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.transport import Connect, ConnectionConformance, NetworkConformance, Run
 from emberfs.transport import Connection, LoadConfig, MemoryConnection, Network, Service, TcpConfig, TcpNetwork
 from emberfs.transport.certificates import issue, make_authority
+from emberfs.transport.connection import TcpConnection
 from emberfs.transport.region import allocate
 
+needs_ucx = pytest.mark.skipif(
+    importlib.util.find_spec("libucx") is None, reason="UCX is not installed: pip install 'emberline[ucx]'"
+)
 CALM = LoadConfig(wait_s_max=600.0)
 """However slow the machine is, nothing is refused."""
 
@@ -98,6 +106,47 @@ class TestRegions(TestShared):
             return Copying(client.connection((await server.serve(address, service)).address))
 
         return connect
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+@needs_ucx
+class TestUcx(TestPlain):
+    """Large buffers by UCX, over each kind of device that every machine has."""
+
+    @pytest.fixture
+    def make_network(self, runtime: AsyncioRuntime, kind: str) -> Callable[[], TcpNetwork]:
+        return lambda: TcpNetwork(runtime, TcpConfig(shares_memory=False, ucx=kind))
+
+    @pytest.fixture
+    def connect(self, server: Network, client: Network, address: str) -> Connect:
+        async def connect(service: Service) -> Connection:
+            warming = Warming(service)
+            connection = client.connection((await server.serve(address, warming)).address)
+            assert isinstance(connection, TcpConnection)
+            while not connection.has_rail:
+                assert await connection.call(Usage()) == Done()
+            warming.is_warm = True
+            return connection
+
+        return connect
+
+
+@needs_ucx
+class TestUcxTls(TestUcx):
+    @pytest.fixture
+    def make_network(self, runtime: AsyncioRuntime, kind: str, tls_config: TcpConfig) -> Callable[[], TcpNetwork]:
+        return lambda: TcpNetwork(runtime, replace(tls_config, ucx=kind))
+
+
+class Warming:
+    """A service that answers for another one until it is told that the rail is up."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.is_warm = False
+
+    async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+        return await self.service.handle(request, buffers) if self.is_warm else Done()
 
 
 class Copying:

@@ -129,7 +129,7 @@ def test_noise_is_never_a_frame(noise: bytes, cuts: list[int]) -> None:
         ({"magic": 1}, "not emberline's bytes"),
         ({"version": 2}, "frame version 2"),
         ({"kind": 0}, "unknown kind"),
-        ({"kind": 14}, "unknown kind"),
+        ({"kind": 18}, "unknown kind"),
         ({"length": HELLO_BYTES_MAX + 1}, "over the limit"),
         ({"count": 3, "length": 11}, "3 buffers"),
         ({"count": 5000, "length": 40_000}, "5000 buffers"),

@@ -67,6 +67,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     nodes: list[str] = []
     """Storage servers."""
     reserve_bytes: int = 64 << 20
+    ucx: str = ""
+    """Of the storage servers: see `ServerConfig`."""
     settings: dict[str, Value] = {}
     """What the cluster's configuration begins with, beside the defaults: see `emberfs.settings`."""
     tls: bool = True
@@ -302,6 +304,7 @@ class LocalCluster:
                 metrics=f"{HOST}:{next(ports)}",
                 cluster=plan.cluster,
                 tls=TlsConfig(directory=str(directory / "tls") if plan.tls else ""),
+                ucx=plan.ucx if role == Role.STORAGE else "",
                 storage=StorageSection(reserve_bytes=plan.reserve_bytes),
                 manager=ManagerSection(
                     authority=str(self.directory / "ca") if role == Role.MANAGER and plan.tls else ""

@@ -24,6 +24,7 @@ from ..lane.client import LaneReader
 from ..portal import Portal
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
+from ..transport.config import ucx_kinds
 from ..transport.types import Connection
 from ..urls import cluster_addresses
 from .credentials import explained, find_credentials
@@ -50,6 +51,8 @@ class ClientConfig:
 
     shares_memory: bool = True
     """Servers of this host read and write our memory in place. False: their bytes come over TCP as from elsewhere."""
+    ucx: str = ""
+    """Large buffers go by UCX, not encrypted, to and from storage servers that have it too: auto, or rdma, shm, tcp."""
     insecure: bool = False
     """Servers of other machines are spoken to in plain text: whoever is in that network can read it, and forge it."""
 
@@ -57,6 +60,10 @@ class ClientConfig:
         if min(self.connect_timeout_s, self.deadline_s) <= 0:
             raise LimitExceeded("connect_timeout_s and deadline_s must be more than 0")
         object.__setattr__(self, "read_from", ReadFrom(self.read_from))
+        try:
+            ucx_kinds(self.ucx)
+        except ValueError as error:
+            raise LimitExceeded(str(error)) from error
 
 
 class ClusterStore:
@@ -73,7 +80,12 @@ class ClusterStore:
         self.portal = Portal(self.runtime)
         self.network = TcpNetwork(
             self.runtime,
-            TcpConfig(tls=tls_files(credentials), shares_memory=config.shares_memory, insecure=config.insecure),
+            TcpConfig(
+                tls=tls_files(credentials),
+                shares_memory=config.shares_memory,
+                insecure=config.insecure,
+                ucx=config.ucx,
+            ),
         )
         self.routes = Routes(
             self.runtime,

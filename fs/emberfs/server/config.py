@@ -26,6 +26,7 @@ from ..errors import InvalidPath
 from ..routing import Role
 from ..settings import SETTINGS
 from ..transport import LoadConfig
+from ..transport.config import ucx_kinds
 
 
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,6 +101,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """When it is told to stop: seconds that calls in the air may take."""
     cluster: str = ""
     """Id of the cluster: others are refused. Empty: any."""
+    ucx: str = ""
+    """storage: large buffers go by UCX, not encrypted, with clients that have it too. auto, or kinds of device in the
+    order to try them, as in "rdma,tcp". Empty: no."""
     tls: TlsConfig = TlsConfig()
     storage: StorageSection = StorageSection()
     manager: ManagerSection = ManagerSection()
@@ -114,6 +118,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError(f"a {self.role} server needs managers, a list of host:port")
         if self.role in (Role.KV, Role.STORAGE) and not self.directory:
             raise ValueError(f"a {self.role} server needs directory")
+        ucx_kinds(self.ucx)
+        if self.ucx and self.role != Role.STORAGE:
+            raise ValueError("ucx is for storage servers: the others send nothing large")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(f"log_level is debug, info, warning or error, not {self.log_level!r}")
         for address in (self.listen, self.advertise, self.metrics, *self.managers):

@@ -131,6 +131,7 @@ def tcp_config(config: ServerConfig) -> TcpConfig:
         role=config.role,
         tls=tls,
         insecure=config.tls.insecure,
+        ucx=config.ucx,
         admits_strangers=bool(config.manager.authority),
         load=config.load.limits(),
     )

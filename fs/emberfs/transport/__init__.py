@@ -1,6 +1,7 @@
 """How requests reach services: see `types` for the contract.
 
-`memory` is one process, `tcp` is many; on one host those share memory (`region`).
+`memory` is one process, `tcp` is many; on one host those share memory (`region`), and between hosts large buffers may
+go by UCX (`aside`).
 """
 
 from .config import TcpConfig, TlsFiles

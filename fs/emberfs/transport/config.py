@@ -28,6 +28,19 @@ class TlsFiles:
             raise ValueError("a certificate and its key go together")
 
 
+UCX_KINDS = ("rdma", "shm", "tcp")
+"""Kinds of device, best first."""
+UCX_AUTO = "auto"
+
+
+def ucx_kinds(text: str) -> tuple[str, ...]:
+    """The kinds that a setting names, best first: `auto`, or some of `UCX_KINDS` with commas. Raises ValueError."""
+    kinds = UCX_KINDS if text == UCX_AUTO else tuple(part.strip() for part in text.split(",") if text)
+    if unknown := [kind for kind in kinds if kind not in UCX_KINDS]:
+        raise ValueError(f"ucx is {UCX_AUTO}, or some of {', '.join(UCX_KINDS)}; not {', '.join(unknown)!r}")
+    return kinds
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TcpConfig:
     """Options of `TcpNetwork`."""
@@ -46,6 +59,11 @@ class TcpConfig:
     """As a server with TLS: take a `Join`, and nothing else, from peers that have no certificate."""
     shares_memory: bool = True
     """As a server: take memory of clients on this host, and read and write it in place. As a client: hand it over."""
+    ucx: str = ""
+    """Let large buffers go by UCX where the other side has it too: `auto`, or kinds of device as `ucx_kinds` has them.
+
+    They are not encrypted, and UCX trusts whom it speaks to: for a network of one's own. Empty: no.
+    """
     connect_timeout_s: float = 2.0
     """For the whole way to a handshake, at the first attempt."""
     ping_s: float = 1.0
@@ -66,6 +84,7 @@ class TcpConfig:
     def __post_init__(self) -> None:
         if not 0 < self.ping_s < self.dead_s:
             raise ValueError(f"ping_s must be in (0, dead_s), not {self.ping_s} of {self.dead_s}")
+        ucx_kinds(self.ucx)
         if self.connect_timeout_s <= 0 or self.backoff_s_max <= 0 or self.stall_s <= 0:
             raise ValueError("connect_timeout_s, stall_s and backoff_s_max must be above 0")
         if self.calls_max < 1:

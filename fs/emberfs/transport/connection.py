@@ -42,6 +42,7 @@ from .handshake import this_host
 from .link import Call, Link
 from .region import Blocks
 from .tls import TlsContexts, is_tls_refusal
+from .ucx_rail import Rails
 from .watched import watched
 from .window import SMALL_BYTES_MAX
 from .wire import Wire, start_tls
@@ -65,9 +66,10 @@ class TcpConnection:
         contexts: TlsContexts | None,
         watch: Callable[[Wire], None],
         blocks: Blocks | None = None,
+        rails: Rails | None = None,
     ) -> None:
         """`watch` is told each new wire, to keep it alive and to notice its silence. `blocks`: hand memory to a server
-        of this host. Raises InvalidPath.
+        of this host. `rails`: let large buffers go to others by UCX. Raises InvalidPath.
         """
         self._runtime = runtime
         self._address = parse_address(address)
@@ -75,6 +77,7 @@ class TcpConnection:
         self._contexts = contexts
         self._watch = watch
         self._blocks = blocks
+        self._rails = rails
         self._link: Link | None = None
         """The connection that takes new calls. One that is draining may live on beside it."""
         self._connecting: asyncio.Task[None] | None = None
@@ -123,14 +126,22 @@ class TcpConnection:
             if timer is not None:
                 timer.cancel()
 
+    @property
+    def has_rail(self) -> bool:
+        """True if there is a connection now and large buffers go over it by UCX, both ways."""
+        return self._link is not None and self._link.has_rail
+
     async def open_lane(self) -> socket.socket | None:
-        """Our end of a new lane; None: the server serves none. In the loop's thread. Raises Unreachable."""
+        """Our end of a new lane; None: the server serves none, or reads go by UCX. In the loop's thread.
+
+        Raises Unreachable.
+        """
         if self._link is None:
             raise Unreachable(f"there is no connection to {self._address}")
         if self._link.is_local:
             return self._link.open_lane()
-        if self._link.answer is None or not self._link.answer.lanes:
-            return None
+        if self._link.answer is None or not self._link.answer.lanes or self._link.wants_rail:
+            return None  # Who asks for UCX wants the reads to go there.
         try:
             async with asyncio.timeout(self._config.connect_timeout_s):
                 link = await self._greet(await self._connected_socket(), None)
@@ -188,7 +199,7 @@ class TcpConnection:
     async def _let_go(self, call: Call, *, patience_s: float | None) -> None:
         """Return when no server uses the caller's memory any more: it ends soon, or is lost.
 
-        `patience_s`: later than that the memory is renewed, as it is after a loss.
+        `patience_s`: later than that the memory is renewed, as it is after a loss. What UCX is moving is waited for.
         """
         if call.released is None or call.released.done():
             return
@@ -237,7 +248,8 @@ class TcpConnection:
     async def _open(self) -> Link:
         """A connection that was let in: through the server's door, if that is on this host."""
         sock = await self._connected_socket()
-        link = await self._greet(sock, self._blocks if self._address.path else None)
+        is_local = bool(self._address.path) and self._blocks is not None
+        link = await self._greet(sock, self._blocks if is_local else None)
         answer = link.answer
         if self._blocks is not None and answer is not None and answer.door and answer.host == this_host():
             try:
@@ -248,6 +260,9 @@ class TcpConnection:
             else:
                 link.wire.lose(ConnectionError("goes on through the door"))
                 link = local
+                is_local = True
+        if self._rails is not None and not is_local:
+            link.open_rail(self._rails)
         self._watch(link.wire)
         return link
 

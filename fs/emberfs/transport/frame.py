@@ -2,8 +2,9 @@
 
     prefix   28 bytes, little-endian: magic, version, kind, buffer count, call id, header length, header CRC, prefix CRC
     header   buffer count × u32 lengths, then the encoded message
-    payload  the bytes of the buffers, one after the other; only in a REQUEST and a REPLY
+    payload  the bytes of the buffers, one after the other; only in a REQUEST, a REPLY and the ASIDE kinds
 
+An ASIDE request or reply has its small buffers in the payload, and the others come another way (`aside`).
 A PLACED request has its buffers in regions (`region`): where they are stands before the message, as count × (number,
 offset), and no byte of them travels.
 
@@ -86,6 +87,19 @@ class Kind(enum.IntEnum):
     LANE = 13
     """Over a unix socket a file descriptor comes with it: the server's end of a lane. Over TCP the server answers with
     the same, and from then on the connection is a lane."""
+    RAIL = 14
+    """The way for large buffers that the sender offers, or its answer to that."""
+    RAIL_UP = 15
+    """What came over the rail has arrived: the other side may use it."""
+    ASIDE_REQUEST = 16
+    """A REQUEST whose large buffers come over the rail."""
+    ASIDE_REPLY = 17
+    """A REPLY whose large buffers come over the rail."""
+
+
+ASIDE_BYTES_MIN = 32 << 10
+"""A buffer from this size on is a large one."""
+ASIDE_KINDS = (Kind.ASIDE_REQUEST, Kind.ASIDE_REPLY)
 
 
 class Frame(NamedTuple):
@@ -104,7 +118,8 @@ class Receiver(Protocol):
     """Who takes the frames of one stream."""
 
     def begin(self, frame: Frame) -> Iterable[memoryview]:
-        """The header has come. Returns where the payload goes, as many bytes as `lengths` says; none, for none."""
+        """The header has come. Returns where the payload goes, as many bytes as `lengths` says (of an ASIDE kind, as
+        its small buffers have); none, for none."""
 
     def end(self) -> None:
         """The payload of the frame that was begun last has landed."""
@@ -244,7 +259,7 @@ class FrameReader:
             raise ProtocolError("a frame's prefix does not match its checksum")
         if version != FRAME_VERSION:
             raise ProtocolError(f"frame version {version}: this program knows only {FRAME_VERSION}")
-        if not Kind.HELLO <= kind <= Kind.LANE:
+        if not Kind.HELLO <= kind <= Kind.ASIDE_REPLY:
             raise ProtocolError(f"a frame of unknown kind {kind}")
         if length > self.header_bytes_max:
             raise ProtocolError(f"a header of {length} bytes is over the limit of {self.header_bytes_max}")
@@ -266,7 +281,9 @@ class FrameReader:
         sinks = self._receiver.begin(Frame(kind, call, lengths, header[4 * count :]))
         if self._is_stopped:
             return
-        if kind in (Kind.REQUEST, Kind.REPLY) and total:
+        if kind in ASIDE_KINDS:
+            total = sum(length for length in lengths if length < ASIDE_BYTES_MIN)
+        if kind in (Kind.REQUEST, Kind.REPLY, *ASIDE_KINDS) and total:
             self._sinks.extend(sink for sink in sinks if len(sink))
             assert sum(len(sink) for sink in self._sinks) == total, "a receiver with too much or too little room"
             self._filled = self._receiver.end

@@ -44,9 +44,20 @@ class Hello(msgspec.Struct, array_like=True):
     key: str = ""
     """Of a server: the token to say there. It is good once, and makes the client what it is here."""
     host: str = ""
-    """Of a server: the host of `door`, see `this_host`."""
+    """Of a server: the host of `door`, or of `rails`; see `this_host`."""
     lanes: bool = False
     """Of a server: it serves lanes, to who came through its door or needs no TLS."""
+    rails: list[str] = []
+    """Of a server: the kinds of device that it takes rails over."""
+
+
+class RailOffer(msgspec.Struct, array_like=True):
+    """An end of a rail, as it is told to the other side."""
+
+    kind: str
+    """Of device."""
+    address: bytes
+    """What UCX connects to. Empty: there is no such rail here, go on without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +71,7 @@ class Certificate:
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Hello)
+_offer_decoder = msgspec.msgpack.Decoder(RailOffer)
 
 
 @functools.cache
@@ -82,6 +94,18 @@ def decode_hello(body: memoryview) -> Hello:
         return _decoder.decode(body)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ProtocolError(f"not a greeting that this program knows: {error}") from error
+
+
+def encode_offer(offer: RailOffer) -> bytes:
+    return _encoder.encode(offer)
+
+
+def decode_offer(body: memoryview) -> RailOffer:
+    """Raises ProtocolError."""
+    try:
+        return _offer_decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ProtocolError(f"not a rail that this program knows: {error}") from error
 
 
 def client_hello(config: TcpConfig, *, key: str = "") -> Hello:

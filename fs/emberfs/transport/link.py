@@ -12,6 +12,7 @@ Does not know: how to connect, or what to do after a loss.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import operator
 import weakref
@@ -23,12 +24,14 @@ from typing import NamedTuple
 from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
 from ..messages import Message
 from ..runtime import AsyncioRuntime
+from .aside import Aside, is_large
 from .blocks import scratch
 from .codec import decode_failure, decode_message
 from .config import TcpConfig
 from .frame import HEADER_BYTES_MAX, Frame, Kind, encode_frame, encode_places
 from .handshake import Hello, accept_answer, certificate_of, client_hello, decode_hello, encode_hello
 from .region import Block, Blocks, Place, Region, find
+from .ucx_rail import Rails
 from .window import Window
 from .wire import Outgoing, Wire
 
@@ -48,9 +51,12 @@ class Call:
         "changes_nothing",
         "fills",
         "future",
+        "landed_aside",
         "link",
+        "moving",
         "name",
         "number",
+        "outcome",
         "outgoing",
         "places",
         "released",
@@ -75,7 +81,13 @@ class Call:
         self.places: list[Sent] = []
         """Of its buffers, if it was sent so."""
         self.released: asyncio.Future[None] | None = None
-        """Its buffers lie in regions themselves: done when no server needs them any more."""
+        """Its buffers lie in regions themselves, or are on a rail: done when no server needs them any more."""
+        self.moving = 0
+        """Buffers of it that are on a rail."""
+        self.landed_aside = False
+        """Bytes of its answer came over a rail."""
+        self.outcome: Message | Exception | None = None
+        """The answer, once it has come. The call ends when nothing is moving either."""
 
     @property
     def may_have_happened(self) -> bool:
@@ -115,6 +127,7 @@ class Link:
 
         `blocks`: the server is on this host, behind a unix socket, and takes memory. `key`: what it gave us for that.
         """
+        self._runtime = runtime
         self.wire = Wire(runtime.loop, sock, self)
         self.welcome: asyncio.Future[None] = runtime.future()
         """Done when the server has let us in; else the error."""
@@ -137,7 +150,24 @@ class Link:
         """The server's ends of new lanes that are on their way to it."""
         self._lane: asyncio.Future[None] | None = None
         """Done when the server says that this connection is a lane."""
+        self._aside: Aside | None = None
         self.wire.send(Outgoing(encode_frame(Kind.HELLO, 0, encode_hello(client_hello(config, key=key)))))
+
+    def open_rail(self, rails: Rails) -> None:
+        """Let large buffers go by UCX as soon as that works, if the server has it. After the welcome."""
+        assert self.answer is not None
+        self._aside = Aside(self.wire, rails, self._runtime.loop, dead_s=self._config.dead_s)
+        self._aside.offer(self.answer)
+
+    @property
+    def has_rail(self) -> bool:
+        """True if large buffers go by UCX both ways."""
+        return self._aside is not None and self._aside.is_whole
+
+    @property
+    def wants_rail(self) -> bool:
+        """True if large buffers go by UCX, or will soon unless that fails."""
+        return self._aside is not None and self._aside.is_there
 
     def has_room(self, weight: int) -> bool:
         """True if a call of `weight` bytes may be sent now."""
@@ -154,6 +184,11 @@ class Link:
         if call.places:
             places = encode_places((sent.number, sent.place.offset) for sent in call.places)
             call.outgoing = Outgoing(encode_frame(Kind.PLACED, call.number, places + call.body, lengths))
+        elif self._aside is not None and self._aside.is_up and not call.fills and any(map(is_large, call.buffers)):
+            small, call.moving = self._aside.send(call.number, call.buffers, functools.partial(self._moved, call))
+            call.released = self._runtime.future()
+            call.outgoing = Outgoing(encode_frame(Kind.ASIDE_REQUEST, call.number, call.body, lengths), small)
+            call.outgoing.began = True  # What is on the rail cannot be taken back.
         else:
             header = encode_frame(Kind.FETCH if call.fills else Kind.REQUEST, call.number, call.body, lengths)
             call.outgoing = Outgoing(header, () if call.fills else call.buffers)
@@ -173,14 +208,20 @@ class Link:
         call.outgoing.detach()
         if call.released is None:
             call.buffers = ()
+        elif not call.places:
+            self._leave_rail(call)
         if self._arriving is not None and self._arriving[0] is call:
             self.wire.reader.divert()
         if call.changes_nothing:  # An update goes on to its end anyway.
             self.wire.send(Outgoing(encode_frame(Kind.CANCEL, call.number)))
 
     def disown(self, call: Call) -> None:
-        """The server may use the memory of `call`, which was given up, for ever: it is not ours any more."""
-        self._release(call, is_answered=False)
+        """The server may use the memory of `call`, which was given up, for ever: it is not ours any more.
+
+        What moves on a rail cannot be taken away from UCX: it is waited for, and ends in time (`ucx_rail`).
+        """
+        if not call.moving:
+            self._release(call, is_answered=False)
 
     @property
     def is_local(self) -> bool:
@@ -294,6 +335,8 @@ class Link:
         kind = frame.kind
         if kind == Kind.REPLY:
             return self._take_reply(self._called(frame), frame)
+        if kind == Kind.ASIDE_REPLY:
+            return self._take_aside(self._called(frame), frame)
         if kind == Kind.PLACED_REPLY:
             self._take_placed(self._called(frame), frame)
             return ()
@@ -308,6 +351,10 @@ class Link:
         elif kind == Kind.GOODBYE:
             self.is_draining = True
             self._on_change(self)
+        elif kind == Kind.RAIL and self._aside is not None:
+            self._aside.take_answer(frame)
+        elif kind == Kind.RAIL_UP and self._aside is not None:
+            self._aside.take_up()
         elif kind != Kind.PING:
             raise ProtocolError(f"a server does not send {kind.name}")
         return ()
@@ -316,16 +363,15 @@ class Link:
         if self._arriving is None:
             return
         (call, outcome), self._arriving = self._arriving, None
-        if isinstance(outcome, Exception):
-            call.fail(outcome)
-        elif not call.future.done():
-            call.future.set_result(outcome)
-        self._forget(call)
-        self._on_change(self)
+        call.outcome = outcome
+        if not call.moving:
+            self._finish(call)
 
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             log.warning("connection to %s closed: %s", self._address, error)
+        if self._aside is not None:
+            self._aside.close()
         self._refuse(error)
         while self._lane_ends:
             self._lane_was_sent()
@@ -339,31 +385,76 @@ class Link:
             call.fail(kind(f"{call.name}: the connection to {self._address} was lost ({error})"))
         self._on_change(self)
 
+    def _moved(self, call: Call) -> None:
+        """A buffer of `call` has left or come over the rail."""
+        call.moving -= 1
+        if call.moving:
+            return
+        if call.outcome is not None:
+            self._finish(call)
+        elif call.future.done():
+            self._leave_rail(call)
+
+    def _leave_rail(self, call: Call) -> None:
+        """Nobody waits for `call` any more: its memory is its owner's again as soon as nothing of it moves."""
+        if not call.moving:
+            call.buffers = ()
+            self._release(call, is_answered=False)
+
+    def _finish(self, call: Call) -> None:
+        if call.landed_aside and not self.wire.is_open():
+            # The server may have used its memory for something else while we took the bytes from there.
+            self.wire.lose(ConnectionError("the other side closed the connection"))
+            return
+        if isinstance(call.outcome, Exception):
+            call.fail(call.outcome)
+        elif call.outcome is not None and not call.future.done():
+            call.future.set_result(call.outcome)
+        self._forget(call)
+        self._on_change(self)
+
     def _called(self, frame: Frame) -> Call:
         call = self._calls.get(frame.call)
-        if call is None:
+        if call is None or call.outcome is not None:
             raise ProtocolError(f"an answer to call {frame.call}, which nobody made")
         return call
 
     def _take_reply(self, call: Call, frame: Frame) -> Iterable[memoryview]:
-        total = sum(frame.lengths)
+        sinks = self._sinks(call, frame)
+        return scratch(sum(frame.lengths)) if sinks is None else sinks
+
+    def _sinks(self, call: Call, frame: Frame) -> list[memoryview] | None:
+        """Where the bytes of a reply go; None: nobody wants them."""
         self._arriving = call, ProtocolError("given up")
         if call.future.done():
-            return scratch(total)
+            return None
         try:
             reply = decode_message(frame.body)
         except ProtocolError as error:
             self._arriving = call, error
-            return scratch(total)
+            return None
         self._arriving = call, reply
         if not frame.lengths:
-            return ()
+            return []
         if not call.fills or len(frame.lengths) != len(call.buffers):
             raise ProtocolError(f"a reply with {len(frame.lengths)} buffers to {call.name}")
         sinks = [buffer[:length] for buffer, length in zip(call.buffers, frame.lengths, strict=True)]
-        if sum(map(len, sinks)) != total:
+        if sum(map(len, sinks)) != sum(frame.lengths):
             raise ProtocolError(f"a reply to {call.name} that does not fit into its buffers")
         return sinks
+
+    def _take_aside(self, call: Call, frame: Frame) -> Iterable[memoryview]:
+        if self._aside is None:
+            raise ProtocolError("an answer that comes over a rail, and there is none")
+        sinks = self._sinks(call, frame)
+        if sinks is None:
+            sinks = self._aside.unwanted(frame.lengths)
+        small, count = self._aside.receive(call.number, sinks, functools.partial(self._moved, call))
+        call.moving += count
+        call.landed_aside = True
+        if call.released is None:
+            call.released = self._runtime.future()
+        return small
 
     def _take_welcome(self, answer: Hello) -> None:
         if self.welcome.done():

@@ -26,6 +26,7 @@ from .session import AdoptLane, Session
 from .tls import TlsContexts
 from .turns import Turns
 from .types import Service
+from .ucx_rail import Rails
 from .wire import Wire, start_tls, until_ready
 
 log = logging.getLogger("emberline.transport")
@@ -49,8 +50,11 @@ class TcpListener:
         meter: Meter,
         watch: Callable[[Wire], None],
         adopt_lane: AdoptLane | None = None,
+        rails: Rails | None = None,
     ) -> None:
-        """`watch` is told each new wire, to keep it alive and to notice its silence; `meter` what was served."""
+        """`watch` is told each new wire, to keep it alive and to notice its silence; `meter` what was served. `rails`:
+        large buffers may go by UCX.
+        """
         self._adopt_lane = adopt_lane
         self.sessions: dict[Session, None] = {}
         """Those that are connected, or have calls that have not ended."""
@@ -60,6 +64,7 @@ class TcpListener:
         self._contexts = contexts
         self._meter = meter
         self._watch = watch
+        self._rails = rails
         self._pool = BlockPool()
         self._turns = Turns(runtime, config.load)
         self._address = Address()
@@ -226,6 +231,7 @@ class TcpListener:
             door=self._door,
             is_local=sock.family == socket.AF_UNIX and self._config.shares_memory,
             adopt_lane=self._adopt_lane,
+            rails=self._rails,
         )
         self.sessions[session] = None
         return session

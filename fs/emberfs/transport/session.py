@@ -29,6 +29,7 @@ from ..messages import Join, Message, ReadChunks
 from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from ..stopwatch import Stopwatch, current
+from .aside import Aside, is_large
 from .blocks import BlockPool, scratch
 from .codec import decode_message, encode_failure, encode_message, kind_of
 from .config import TcpConfig
@@ -38,6 +39,7 @@ from .handshake import answer_hello, certificate_of, check_sender, decode_hello,
 from .region import ForeignRegions
 from .turns import Line, Turn, Turns
 from .types import Service
+from .ucx_rail import Rails
 from .window import Window
 from .wire import Outgoing, Wire
 
@@ -67,6 +69,7 @@ class _Served(Turn):
         "is_answered",
         "is_placed",
         "lengths",
+        "moving",
         "refusal",
         "request",
         "session",
@@ -100,6 +103,8 @@ class _Served(Turn):
         """When the last byte of it was there."""
         self.is_placed = False
         """Its views are the client's own memory."""
+        self.moving = 0
+        """What has still to come before it is served, or to leave before it has ended: its frame, buffers on a rail."""
         self.is_answered = False
         """The answer is on its way out, or out."""
 
@@ -129,11 +134,13 @@ class Session:
         door: Door | None = None,
         is_local: bool = False,
         adopt_lane: AdoptLane | None = None,
+        rails: Rails | None = None,
     ) -> None:
         """`on_change` is called when a call has ended and when the connection is lost. In the loop's thread.
 
         `door`: where a client of this host may go on with its memory, if it is not there already (`is_local`).
-        `adopt_lane`: who serves the lanes of such a client, and of any other one that needs no TLS.
+        `adopt_lane`: who serves the lanes of such a client, and of any other one that needs no TLS. `rails`: its large
+        buffers may go by UCX.
         """
         self.wire = Wire(runtime.loop, sock, self, takes_descriptors=is_local)
         self.greeted: asyncio.Future[None] = runtime.future()
@@ -151,6 +158,8 @@ class Session:
         self._on_change = on_change
         self._door = door
         self._regions = ForeignRegions() if is_local else None
+        self._rails = rails
+        self._aside: Aside | None = None
         self._adopt_lane = None if isinstance(sock, ssl.SSLSocket) else adopt_lane
         self._lanes = 0
         self._window = Window(config.calls_max, config.bytes_max)
@@ -185,6 +194,8 @@ class Session:
         if kind in (Kind.REQUEST, Kind.FETCH, Kind.PLACED):
             self._arriving = self._take(frame)
             return self._arriving.views if kind == Kind.REQUEST else ()
+        if kind == Kind.ASIDE_REQUEST:
+            return self._take_aside(frame)
         if kind == Kind.CANCEL:
             served = self._calls.get(frame.call)
             if served is not None and served.request.changes_nothing:
@@ -197,6 +208,10 @@ class Session:
             self._take_lane(self._adopt_lane)
         elif kind == Kind.FORGET and self._regions is not None:
             self._regions.forget(frame.call)
+        elif kind == Kind.RAIL and self._aside is not None:
+            self._aside.take_offer(frame)
+        elif kind == Kind.RAIL_UP and self._aside is not None:
+            self._aside.take_up()
         elif kind != Kind.PING:
             raise ProtocolError(f"a client does not send {kind.name}")
         return ()
@@ -205,6 +220,12 @@ class Session:
         served, self._arriving = self._arriving, None
         if served is None:
             return
+        if served.moving:
+            self._came(served)
+        else:
+            self._arrived(served)
+
+    def _arrived(self, served: _Served) -> None:
         served.arrived_s = self._runtime.now_s()
         if served.refusal is not None:
             self.fail(served, served.refusal)
@@ -217,6 +238,8 @@ class Session:
     def lost(self, error: Exception) -> None:
         if isinstance(error, ProtocolError):
             log.warning("connection from %s closed: %s", self._name, error)
+        if self._aside is not None:
+            self._aside.close()
         if not self.greeted.done():
             self.greeted.set_result(None)
         self._turns.leave(self._line)
@@ -281,6 +304,9 @@ class Session:
             if self._door is not None and self._regions is None and not self._is_stranger:
                 door, key = self._door.offer(self._certificate)
                 answer = replace(answer, door=door, key=key, host=this_host())
+            if self._rails is not None and not self._is_stranger:
+                answer = replace(answer, rails=list(self._rails.kinds), host=this_host())
+                self._aside = Aside(self.wire, self._rails, self._runtime.loop, dead_s=self._config.dead_s)
             if self._adopt_lane is not None:
                 answer = replace(answer, lanes=True)
         except EmberError as error:
@@ -335,13 +361,34 @@ class Session:
             served.lengths = frame.lengths
             return served
         if served.refusal is not None:
-            served.views = list(scratch(total)) if frame.kind == Kind.REQUEST else []
+            if frame.kind == Kind.REQUEST:
+                served.views = list(scratch(total))
+            elif frame.kind == Kind.ASIDE_REQUEST and self._aside is not None:
+                served.views = self._aside.unwanted(frame.lengths)
             return served
         self._make_room(served, frame.lengths)
         if placed is not None:
             for view, theirs in zip(served.views, placed, strict=True):
                 view[:] = theirs  # Once; what is checked and stored is ours: they may change theirs at any time.
         return served
+
+    def _take_aside(self, frame: Frame) -> Iterable[memoryview]:
+        served = self._arriving = self._take(frame)
+        if self._aside is None:
+            raise ProtocolError("a request that comes over a rail, and there is none")
+        small, count = self._aside.receive(frame.call, served.views, functools.partial(self._came, served))
+        served.moving = count + 1
+        return small
+
+    def _came(self, served: _Served) -> None:
+        """The payload of its frame, or a buffer on the rail."""
+        served.moving -= 1
+        if served.moving:
+            return
+        if self.wire.is_open():
+            self._arrived(served)
+        else:  # The client may have used its memory for something else while we took the bytes from there.
+            self.wire.lose(ConnectionError("the other side closed the connection"))
 
     def _make_room(self, served: _Served, lengths: Sequence[int]) -> None:
         served.block = block = self._pool.take(sum(lengths))
@@ -408,20 +455,34 @@ class Session:
                 self._answer(served, encode_frame(Kind.PLACED_REPLY, served.call, body, counts))
                 return
             payload = [view[:count] for view, count in zip(served.views, counts, strict=True)]
-        self._answer(served, encode_frame(Kind.REPLY, served.call, body, counts), payload)
+            if self._aside is not None and self._aside.is_up and any(map(is_large, payload)):
+                small, count = self._aside.send(served.call, payload, functools.partial(self._left, served))
+                served.moving = count + 1
+                header = encode_frame(Kind.ASIDE_REPLY, served.call, body, counts)
+                self._answer(served, header, small, size=sum(counts))
+                return
+        self._answer(served, encode_frame(Kind.REPLY, served.call, body, counts), payload, size=sum(counts))
+
+    def _left(self, served: _Served) -> None:
+        """The frame of its answer, or a buffer on the rail."""
+        served.moving -= 1
+        if not served.moving:
+            self._ended(served)
 
     def fail(self, served: _Served, error: Exception) -> None:
         served.block = None
         self._answer(served, encode_frame(Kind.ERROR, served.call, encode_failure(error, served.request)))
 
-    def _answer(self, served: _Served, header: bytes, payload: Sequence[memoryview] = ()) -> None:
+    def _answer(self, served: _Served, header: bytes, payload: Sequence[memoryview] = (), *, size: int = 0) -> None:
+        """`size`: of everything that is to be sent, on the rail too."""
         served.is_answered = True
         if self.wire.is_closed:
             self._ended(served)
             return
         if served.takes_turns:
-            self._turns.answer(self._line, served, sum(map(len, payload)))
-        self.wire.send(Outgoing(header, payload, functools.partial(self._ended, served)))
+            self._turns.answer(self._line, served, size)
+        on_sent = self._left if served.moving else self._ended
+        self.wire.send(Outgoing(header, payload, functools.partial(on_sent, served)))
 
     def _ended(self, served: _Served) -> None:
         self._forget(served)

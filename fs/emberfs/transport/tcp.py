@@ -24,6 +24,7 @@ from .region import Blocks
 from .session import AdoptLane
 from .tls import TlsContexts
 from .types import Service
+from .ucx_rail import Rails
 from .wire import Outgoing, Wire
 
 TICKS_PER_PING = 4
@@ -38,7 +39,9 @@ class TcpNetwork:
     def __init__(
         self, runtime: AsyncioRuntime, config: TcpConfig | None = None, *, adopt_lane: AdoptLane | None = None
     ) -> None:
-        """`adopt_lane`: who serves the lanes of our clients."""
+        """`adopt_lane`: who serves the lanes of our clients. Raises Unavailable where UCX is asked for and not
+        there.
+        """
         self.meter = Meter(runtime.now_s)
         """What was served here."""
         self._runtime = runtime
@@ -50,6 +53,7 @@ class TcpNetwork:
         self._wires: dict[Wire, _Still] = {}
         """Those that are watched."""
         self._blocks = Blocks() if self._config.shares_memory else None
+        self._rails = Rails(self._config.ucx) if self._config.ucx else None
         self._watching: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -66,6 +70,7 @@ class TcpNetwork:
                 contexts=self._contexts,
                 watch=self._watch,
                 blocks=self._blocks,
+                rails=self._rails,
             )
         return connection
 
@@ -82,6 +87,7 @@ class TcpNetwork:
             meter=self.meter,
             watch=self._watch,
             adopt_lane=self._adopt_lane,
+            rails=self._rails,
         )
         await listener.open(parse_address(address))
         self._listeners.append(listener)
@@ -108,6 +114,8 @@ class TcpNetwork:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
+        if self._rails is not None:
+            self._rails.close()
 
     def forget_after_fork(self) -> None:
         """In a forked child: close our copies of the sockets, so that peers learn when the parent ends."""

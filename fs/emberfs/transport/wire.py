@@ -15,14 +15,16 @@ Does not know: what frames are for, or how long silence may last.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import select
 import ssl
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
-from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SCM_RIGHTS, SOL_SOCKET, socket
+from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SCM_RIGHTS, SHUT_RDWR, SOL_SOCKET, socket
 from typing import Protocol
 
 from ..errors import ProtocolError
@@ -111,6 +113,14 @@ class Wire:
         """True while the kernel has not taken everything."""
         return bool(self._queue) or self._piece is not None
 
+    def is_open(self) -> bool:
+        """True unless the other side has closed the connection, even if there is more to read from before that."""
+        if self.is_closed:
+            return False
+        poller = select.poll()
+        poller.register(self._sock, select.POLLRDHUP)
+        return not poller.poll(0)
+
     def send(self, frame: Outgoing) -> None:
         """Send `frame` after those before it."""
         assert not self.is_closed
@@ -145,6 +155,8 @@ class Wire:
         self.reader.stop()
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
+        with contextlib.suppress(OSError):  # A child that is being forked has a copy, and `is_open` must see the end.
+            self._sock.shutdown(SHUT_RDWR)
         self._sock.close()
         self._queue.clear()
         while self._descriptors:
