@@ -52,7 +52,8 @@ class ClientStats:
     operations: dict[str, OperationStats]
     """By what was called: get, put, stat, entries (what `list` does), batch_read; of open files file.read and so on."""
     requests: dict[str, OperationStats]
-    """What was sent to servers for them, by kind of message. Empty while this process owns the store."""
+    """What was sent to servers for them, by kind of message; `lane`: reads that went over lanes, each to one server or
+    several. Empty while this process owns the store."""
 
 
 class _Line:
@@ -104,6 +105,8 @@ class Ledger:
         self._clock = clock
         self._operations: dict[CodeType, _Line] = {}
         self._requests: dict[str, _Line] = {}
+        self._over_lanes: list[tuple[CodeType, float, float, int]] = []
+        """Arguments of `note_lane` that are not summed up yet."""
         self._lock = threading.Lock()
         """Of the sums."""
 
@@ -134,6 +137,25 @@ class Ledger:
             line.servers_s += watch.servers_s
             line.disk_s += watch.disk_s
 
+    def note_lane(self, code: CodeType, seconds: float, waited_s: float, payload_bytes: int) -> None:
+        """A read that the coroutine `code` would have done went over lanes, and waited so long for their servers."""
+        self._over_lanes.append((code, seconds, waited_s, payload_bytes))
+        if len(self._over_lanes) >= TIMES_MAX:
+            self._sum_up_lanes()
+
+    def _sum_up_lanes(self) -> None:
+        with self._lock:
+            reads = self._over_lanes[:]
+            del self._over_lanes[: len(reads)]
+            lane = self._requests.setdefault("lane", _Line()) if reads else _Line()
+            for code, seconds, waited_s, payload_bytes in reads:
+                line = self._line(code)
+                line.histogram.record(seconds)
+                line.servers_s += waited_s
+                lane.histogram.record(waited_s)
+                lane.servers_s += waited_s
+                lane.payload_bytes += payload_bytes
+
     def _line(self, code: CodeType) -> _Line:
         return self._operations.setdefault(code, _Line())
 
@@ -157,6 +179,7 @@ class Ledger:
 
     def stats(self) -> ClientStats:
         """A copy."""
+        self._sum_up_lanes()
         for line in list(self._operations.values()):
             self._sum_up(line)
         operations = _sums((_name(code), line) for code, line in list(self._operations.items()))

@@ -84,6 +84,9 @@ def test_lanes_serve_what_was_read_before(cluster: LocalCluster, client: emberfs
         after = lane_counts(cluster)
     assert after["emberline_lane_bytes"] - before["emberline_lane_bytes"] >= 300_000
     assert after["emberline_lane_damaged"] == 0
+    stats = client.stats()
+    assert stats.requests["lane"].payload_bytes >= 300_000
+    assert 0 < stats.operations["file.read"].servers_s <= stats.operations["file.read"].total_s
 
 
 @pytest.mark.parametrize("where", ["buffer", "bytearray", "one buffer"])

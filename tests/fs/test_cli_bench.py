@@ -181,8 +181,9 @@ def test_an_error_in_one_thread_ends_all() -> None:
             raise ZeroDivisionError
         time.sleep(0.001)
 
+    before = threading.active_count()  # Other tests' stores may still have their workers.
     begin_s = time.monotonic()
     with pytest.raises(ZeroDivisionError):
         Pace(seconds=1.0, threads=2).rate(side)
     assert time.monotonic() - begin_s < 30
-    assert threading.active_count() < 10
+    assert threading.active_count() <= before

@@ -77,7 +77,7 @@ class File(io.BufferedIOBase):
     def _fill(self, offset: int, view: memoryview) -> int:
         """Fill `view` from `offset`: over a lane, or else through the store's loop."""
         if (lanes := self._store.lanes) is not None:
-            counts = lanes.read([self], [(self, offset, len(view))], [view])
+            counts = lanes.read([self], [(self, offset, len(view))], [view], code=OpenFile.read.__code__)
             if counts is not None and counts[0] >= 0:
                 return counts[0]
         return self._run(self._file.read(offset, view))

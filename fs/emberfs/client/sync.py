@@ -125,7 +125,8 @@ class Client:
             file.flush()
         results: list[Any] | None = None
         if lanes is not None and files and len(items) <= BATCH_ITEMS_MAX:
-            results = lanes.read([file for file in files if isinstance(file, File)], list(items), into)
+            ours = [file for file in files if isinstance(file, File)]
+            results = lanes.read(ours, list(items), into, code=batch_read.__code__)
         if results is None:
             return self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
         if left := [place for place, count in enumerate(results) if count < 0]:

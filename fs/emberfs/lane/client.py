@@ -22,6 +22,7 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 from socket import SCM_RIGHTS, SHUT_WR, SOCK_STREAM, SOL_SOCKET, socket
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EmberError, Unreachable
@@ -84,6 +85,8 @@ class _Lanes:
         """Of the memory that the servers were told of."""
         self.known = b""
         self.told: set[int] = set()
+        self.waited_s = 0.0
+        """How long the last read was in the native part: nearly all of it for servers."""
 
     def add(self, index: int, lane: socket, regions: Sequence[Region]) -> None:
         """`regions`: those that were told of to others. Raises OSError."""
@@ -169,11 +172,12 @@ class LaneReader:
         """Grows when who is barred changes: files are packed anew."""
         self._is_closed = False
 
-    def read(self, files: Sequence[File], items: list[Any], into: Any) -> list[int] | None:
+    def read(self, files: Sequence[File], items: list[Any], into: Any, *, code: CodeType) -> list[int] | None:
         """Read (file, offset, length) items into `into`: buffers, or one that is filled item after item.
 
-        `files`: those of the items, each once. Returns the bytes of each item, -1 where no lane could serve it; None:
-        it was for no lane. What such items' memory holds is nothing to rely on.
+        `files`: those of the items, each once. `code`: of who would read them otherwise, for the ledger. Returns the
+        bytes of each item, -1 where no lane could serve it; None: it was for no lane. What such items' memory holds is
+        nothing to rely on.
         """
         if isinstance(into, tuple):
             into = list(into)
@@ -183,13 +187,15 @@ class LaneReader:
         before = renewals()
         if not servers or before is None:
             return None
+        began_s = self._runtime.now_s()
         lanes = self._take()
         counts: list[int] | None = None
-        is_whole = False
+        waited_s, is_whole = 0.0, False
         try:
             self._open_missing(lanes, servers)
             if lanes.sockets:
                 counts = self._exchange(lanes, items, into)
+                waited_s = lanes.waited_s
             is_whole = True
         except (BufferError, TypeError, ValueError, OverflowError):
             is_whole = True  # Nothing was sent. Whoever reads it otherwise says what is wrong with the arguments.
@@ -205,12 +211,18 @@ class LaneReader:
                 finally:
                     if held is not None:
                         release_interrupts(held)
-        return counts if renewals() == before else None
+        if renewals() != before:
+            return None
+        if counts is not None and -1 not in counts:
+            # Else whoever reads the rest notes all of it.
+            self._portal.ledger.note_lane(code, self._runtime.now_s() - began_s, waited_s, sum(counts))
+        return counts
 
     def _exchange(self, lanes: _Lanes, items: list[Any], into: Any) -> list[int]:
         if lanes.version != allocated_version() and lanes.tell():
             self._close_idle()  # They hold memory that is gone, and might not be used for long.
         size = sum([length for _, _, length in items])
+        sent_s = self._runtime.now_s()
         counts: list[int] = native.read_ranges(
             items,
             into,
@@ -226,6 +238,7 @@ class LaneReader:
             SPIN_NS_MIN + size // SPIN_BYTES_PER_NS,
             TIMEOUT_NS_MIN + int(size / TIMEOUT_BYTES_PER_NS),
         )
+        lanes.waited_s = self._runtime.now_s() - sent_s
         return counts
 
     def close(self) -> None:
