@@ -2,7 +2,7 @@
 
 Invariants:
   - What is known of a chunk is what its row says, from when a read noted it until a change of that row begins.
-  - What a read saw before a change is not noted after it began.
+  - What a read saw that began before the end of a change is not noted after the change began.
   - A mirror knows only chunks of which nothing is pending: it may be asked by somebody who cannot ask the chain.
 
 Does not know: how rows are read, or who else serves from the mirror.
@@ -51,9 +51,9 @@ class Extents:
     def __init__(self, bytes_max: int) -> None:
         self.mirror: Mirror | None = None
         self.changes = 0
-        """How many changes have begun; a read that begins remembers it."""
+        """How many beginnings and ends of changes there were; a read that begins remembers it."""
         self._changed_at: dict[bytes, int] = {}
-        """Chunks -> their last change, of the newest CHANGES_KEPT."""
+        """Chunks -> the end of their last change (or its beginning, meanwhile), of the newest CHANGES_KEPT."""
         self._forgotten_at = 0
         """A change of any other chunk was no later."""
         self._bytes_max = bytes_max
@@ -83,18 +83,22 @@ class Extents:
         """The rows of `chunks` are about to change. One change at a time, until `end_change`."""
         assert not self._changing
         self._changing = frozenset(chunks)
-        self.changes += 1
         for chunk in self._changing:
             self._drop(chunk)
+        self._mark()
+
+    def end_change(self) -> None:
+        """The rows say what they will say. A read that began before may have seen what they said."""
+        self._mark()
+        self._changing = frozenset()
+
+    def _mark(self) -> None:
+        self.changes += 1
+        for chunk in self._changing:
             self._changed_at.pop(chunk, None)
             self._changed_at[chunk] = self.changes
         while len(self._changed_at) > CHANGES_KEPT:
-            oldest = next(iter(self._changed_at))
-            self._forgotten_at = self._changed_at.pop(oldest)
-
-    def end_change(self) -> None:
-        """The rows say what they will say."""
-        self._changing = frozenset()
+            self._forgotten_at = self._changed_at.pop(next(iter(self._changed_at)))
 
     def stop(self) -> None:
         """Know nothing any more: the files are about to be closed, or cannot be relied on."""
