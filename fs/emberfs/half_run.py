@@ -28,10 +28,17 @@ class HalfRun(Coroutine[Any, Any, T]):
     def __init__(self, call: Coroutine[Any, Any, T], awaited: Any) -> None:
         self._call = call
         self._awaited = awaited
+        if awaited is not None:
+            # A future is marked while it is on its way to the task that will wait for it. Ours does not begin at once,
+            # and others may want to wait for the same one meanwhile.
+            awaited._asyncio_future_blocking = False
 
     def send(self, value: Any) -> Any:
         awaited, self._awaited = self._awaited, None
-        return self._call.send(value) if awaited is None else awaited
+        if awaited is None:
+            return self._call.send(value)
+        awaited._asyncio_future_blocking = True
+        return awaited
 
     def throw(self, *error: Any) -> Any:
         self._awaited = None
