@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Stamps, newer than what they were made from: `run` has what quickstart needs, `dev` has everything.
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
-INPUTS := pyproject.toml constraints.txt
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check bench docs clean

@@ -83,8 +83,12 @@ class StreamProbe(LaneProbe):
 
     def __init__(self, server: Any, *, size: int = 1 << 20) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            self.socket = socket.create_connection(listening.getsockname())
+            self.socket = socket.socket()
+            # So little that an answer of megabytes does not fit in between, however slowly it is taken.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            self.socket.connect(listening.getsockname())
             theirs, _ = listening.accept()
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         self.socket.settimeout(10)
         server.adopt(theirs.detach(), True)
         self.region = Region(size)

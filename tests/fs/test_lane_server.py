@@ -215,13 +215,12 @@ def test_a_chunk_that_changes_all_the_time_is_never_read_wrong(server: Any, tmp_
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        served = 0
-        for _ in range(3000):
+        served = declined = 0
+        while served < 300 or declined < 300:  # Both happen, as often as the machine lets them.
             found = probe.read(CHUNK, 0, 200_000)
-            if found is not None:
-                assert found in contents
-                served += 1
-        assert served > 100
+            assert found is None or found in contents
+            served += found is not None
+            declined += found is None
     finally:
         stop.set()
         thread.join()
@@ -286,6 +285,22 @@ def test_only_memory_that_cannot_shrink_is_taken(server: Any, tmp_path: Path) ->
         assert bad.is_over()
         bad.close()
         os.close(fd)
+
+
+def test_memory_of_huge_pages_is_not_taken(server: Any) -> None:
+    import fcntl
+
+    try:
+        fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | os.MFD_HUGETLB)
+    except OSError as error:
+        pytest.skip(f"no huge pages here: {error}")
+    os.ftruncate(fd, 4 << 20)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    bad = LaneProbe(server)
+    bad.tell(77, fd)
+    assert bad.is_over()
+    bad.close()
+    os.close(fd)
 
 
 def test_memory_of_one_lane_is_not_known_to_another(server: Any, file: File, probe: LaneProbe) -> None:

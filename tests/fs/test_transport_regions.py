@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberfs.errors import AccessDenied, LimitExceeded, Unanswered, Unreachable, UpdateUnknown
+from emberfs.errors import AccessDenied, LimitExceeded, ProtocolError, Unanswered, Unreachable, UpdateUnknown
 from emberfs.messages import ChunksRead, Done, Message, Usage
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
@@ -25,7 +25,7 @@ from emberfs.transport.address import parse_address
 from emberfs.transport.codec import encode_message
 from emberfs.transport.frame import Kind, encode_frame, encode_places
 from emberfs.transport.handshake import client_hello, encode_hello
-from emberfs.transport.region import REGIONS_MAX, ForeignRegions, Region, find
+from emberfs.transport.region import REGION_BYTES_MAX, REGIONS_MAX, ForeignRegions, Region, find, renewals
 
 SIZE = 1 << 20
 
@@ -488,3 +488,46 @@ def test_over_the_network_nobody_hands_over_memory(runtime: AsyncioRuntime, netw
             sock.sendall(encode_frame(kind, 1))
             while sock.recv(1 << 16):
                 pass
+
+
+def test_who_reads_in_another_thread_can_tell_that_memory_gets_new_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lands between the copy and the new pages is lost: such a read does not count (`emberfs.lane.client`)."""
+    memory = allocate(SIZE)
+    place = find(memory)
+    assert place is not None
+    before = renewals()
+    during: list[int | None] = []
+    pwrite = os.pwrite
+
+    def watched(*arguments: Any) -> int:
+        during.append(renewals())
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", watched)
+    place.region.renew()
+    assert during and set(during) == {None}
+    assert renewals() not in (None, before)
+
+
+def sealed(size: int, flags: int = 0) -> int:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return fd
+
+
+def test_a_server_maps_a_bounded_amount_of_a_client_s_memory() -> None:
+    regions = ForeignRegions()
+    regions.add(1, sealed(1 << 20))
+    with pytest.raises(ProtocolError, match="at most 1 TiB"):
+        regions.add(2, sealed(REGION_BYTES_MAX))
+    assert len(regions.views([(1, 0)], [1 << 20])[0]) == 1 << 20
+
+
+def test_memory_of_huge_pages_is_refused() -> None:
+    try:
+        fd = sealed(4 << 20, os.MFD_HUGETLB)
+    except OSError as error:
+        pytest.skip(f"no huge pages here: {error}")
+    with pytest.raises(ProtocolError, match="huge pages"):
+        ForeignRegions().add(1, fd)
