@@ -9,7 +9,11 @@ comes through as it was raised, with a note that says which query met it.
     ├── DatasetExists (FileExistsError)        the target of a write has files and the mode is "error"
     ├── InvalidArgument (ValueError)           a setting, mode, parameter or URL that can never be right
     ├── OutOfMemory (MemoryError)              the query does not fit `memory_limit`, spilling included
-    └── SessionClosed (ValueError)
+    ├── SessionClosed (ValueError)
+    ├── ExchangeCorrupt (IOError)              an intermediate is damaged or gone; the job makes it again
+    ├── CallCancelled (InterruptedError)       a call was cancelled, by its user, a limit or a deadline
+    ├── WorkerDied (ConnectionError)           the worker of a call is gone; what the call did is unknown
+    └── CallOutOfMemory (MemoryError)          the call, or the worker for it, needed more memory than it was given
 """
 
 from __future__ import annotations
@@ -45,3 +49,26 @@ class OutOfMemory(FlowError, MemoryError):
 
 class SessionClosed(FlowError, ValueError):
     """The session was closed before the call."""
+
+
+class ExchangeCorrupt(FlowError, OSError):
+    """An intermediate file is damaged, cut short or gone. `path` names it; whoever made it has to make it again."""
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[type[ExchangeCorrupt], tuple[str, str]]:
+        return type(self), (str(self), self.path)
+
+
+class CallCancelled(FlowError, InterruptedError):
+    """A call was cancelled before it ended. Part of what it does may have happened."""
+
+
+class WorkerDied(FlowError, ConnectionError):
+    """The process that ran a call is gone. The call may or may not have happened."""
+
+
+class CallOutOfMemory(FlowError, MemoryError):
+    """A call needed more memory than it was given; with more it may succeed."""
