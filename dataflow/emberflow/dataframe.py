@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from .engine import arrow_reader
 from .errors import InvalidArgument
+from .files import FILE_SIZE_BYTES
 from .query import Query, quoted
-from .writer import FILE_SIZE_BYTES, Mode, WriteReport, write
+from .writer import Mode, WriteOptions, WriteReport, write
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -121,34 +123,35 @@ class DataFrame:
         partition_by: str | list[str] | None = None,
         mode: Mode = "error",
         file_size_bytes: int = FILE_SIZE_BYTES,
+        compression: str = "zstd",
         progress: bool | None = None,
     ) -> WriteReport:
-        """Writes Parquet (zstd) to any fsspec URL: one file if `url` ends in `.parquet`, else a directory of files.
+        """Writes Parquet to any fsspec URL: one file if `url` ends in `.parquet`, else a directory of files.
 
         `partition_by` puts the rows of each value into `column=value/`, the way Hive does. Files of an unpartitioned
         directory grow to about `file_size_bytes`. The files are written beside the target and moved into place when
         all are complete; on failure the target is as before. mode "error" refuses a target that has files,
         "overwrite" replaces them, "append" adds to them. `progress` shows a bar; by default on a terminal.
         """
-        return write(
-            self,
-            url,
+        options = WriteOptions(
             format="parquet",
-            partition_by=[partition_by] if isinstance(partition_by, str) else partition_by or [],
             mode=mode,
+            partition_by=(partition_by,) if isinstance(partition_by, str) else tuple(partition_by or ()),
             file_size_bytes=file_size_bytes,
+            compression=compression,
             progress=progress,
         )
+        return write(self, url, options)
 
     def write_csv(self, url: str, *, mode: Mode = "error", progress: bool | None = None) -> WriteReport:
         """Writes CSV with a header, as `write_parquet` does: one file if `url` ends in `.csv` (or that and `.gz`,
         `.zst`)."""
-        return write(self, url, format="csv", mode=mode, progress=progress)
+        return write(self, url, WriteOptions(format="csv", mode=mode, progress=progress))
 
     def write_json(self, url: str, *, mode: Mode = "error", progress: bool | None = None) -> WriteReport:
         """Writes JSON lines, as `write_parquet` does: one file if `url` ends in `.json` or `.jsonl` (or those and
         `.gz`, `.zst`)."""
-        return write(self, url, format="json", mode=mode, progress=progress)
+        return write(self, url, WriteOptions(format="json", mode=mode, progress=progress))
 
     def explain(self) -> str:
         """DuckDB's physical plan."""
@@ -193,13 +196,6 @@ class DataFrame:
     def _stream(self, query: Query, batch_rows: int) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""
         with self.session.running(query) as cursor:
-            reader = _arrow_reader(cursor, query, batch_rows)
+            reader = arrow_reader(cursor, query.text, query.params, batch_rows)
             yield reader.schema
             yield from reader
-
-
-def _arrow_reader(cursor: Any, query: Query, batch_rows: int) -> pa.RecordBatchReader:
-    """Starts the query. DuckDB 2.0 streams only from a relation; 1.4 holds the GIL while it binds one, and can hang."""
-    if hasattr(cursor, "fetch_record_batch"):
-        return cursor.execute(query.text, query.params).fetch_record_batch(batch_rows)
-    return cursor.sql(query.text, params=query.params).to_arrow_reader(batch_rows)

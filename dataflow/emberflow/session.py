@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,20 +16,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import duckdb
 import pyarrow as pa
-from fsspec.registry import known_implementations, registry
 
 from .dataframe import DataFrame
-from .errors import DatasetNotFound, FlowError, InvalidArgument, OutOfMemory, QueryError, SessionClosed
+from .engine import Engine, EngineConfig
+from .errors import InvalidArgument
 from .query import Query, literal, of_table, parse, quoted
-from .sources import Failures, StorageOptions, UrlFileSystem, expand_directories, protocols_in
+from .sources import StorageOptions, expand_directories
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
 Table: TypeAlias = Union[DataFrame, pa.Table, pa.RecordBatchReader, "pd.DataFrame"]
 """What `Session.sql` takes as a named table."""
-
-_FILES_NOT_FOUND = "No files found that match the pattern"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,34 +71,18 @@ class Session:
 
     def __init__(self, config: SessionConfig | None = None) -> None:
         self.config = config or SessionConfig()
-        self._lock = threading.Lock()
-        self._failures = Failures()
-        self._protocols: set[str] = set()
-        self._closed = False
         spill = self.config.temp_directory
         if spill is None:
             spill = tempfile.mkdtemp(prefix="emberflow-")
             weakref.finalize(self, shutil.rmtree, spill, ignore_errors=True)
-        self._connection = self._connect(spill)
-
-    def _connect(self, spill: str) -> duckdb.DuckDBPyConnection:
-        settings: dict[str, Any] = {
-            "temp_directory": spill,
-            # Variables of the caller's program are not tables.
-            "python_enable_replacements": False,
-            # It trusts equal modification times, so it serves stale bytes after a quick overwrite.
-            "enable_external_file_cache": False,
-        }
-        if self.config.threads is not None:
-            settings["threads"] = self.config.threads
-        if self.config.memory_limit is not None:
-            settings["memory_limit"] = self.config.memory_limit
-        try:
-            connection = duckdb.connect(config=settings)
-            connection.execute("SET GLOBAL TimeZone = 'UTC'")
-        except duckdb.Error as error:
-            raise InvalidArgument(f"DuckDB refuses the session's settings: {error}") from error
-        return connection
+        self.engine = Engine(
+            EngineConfig(
+                threads=self.config.threads,
+                memory_limit=self.config.memory_limit,
+                temp_directory=spill,
+                storage_options=self.config.storage_options,
+            )
+        )
 
     def sql(self, query: str, /, params: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Table) -> DataFrame:
         """The lazy result of one query over whole datasets: `select ... from 'ember://store/*.parquet'`.
@@ -166,9 +147,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the session; frames made from it can no longer run. Closing twice is allowed."""
-        with self._lock:
-            self._closed = True
-            self._connection.close()
+        self.engine.close()
 
     def __enter__(self) -> Session:
         return self
@@ -202,47 +181,10 @@ class Session:
     @contextmanager
     def running(self, query: Query) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor that can run `query`: its filesystems and tables are registered. DuckDB's errors become ours."""
-        with self._lock:
-            if self._closed:
-                raise SessionClosed("the session is closed")
-            self._register(protocols_in(query.text, query.params.values()))
-            cursor = self._connection.cursor()
-        try:
-            with self.translating(query.text):
-                for name, table in query.tables.items():
-                    cursor.register(name, table)
-                yield cursor
-        finally:
-            cursor.close()
-
-    @contextmanager
-    def translating(self, text: str) -> Iterator[None]:
-        """Raises what DuckDB (or Arrow, on its behalf) raises inside as one of our errors, or as the store's own."""
-        try:
-            yield
-        except FlowError:
-            raise
-        except (duckdb.Error, OSError, pa.ArrowException) as error:
-            message = str(error)
-            if failure := self._failures.find(message):
-                failure.add_note(f"while running: {text}")
-                raise failure from None
-            if _FILES_NOT_FOUND in message:
-                raise DatasetNotFound(message) from error
-            if isinstance(error, duckdb.OutOfMemoryException) or message.startswith("Out of Memory Error"):
-                raise OutOfMemory(message) from error
-            if isinstance(error, (duckdb.Error, pa.ArrowException)) or (type(error) is OSError and error.errno is None):
-                raise QueryError(message, text) from error
-            raise
-
-    def _register(self, protocols: set[str]) -> None:
-        """Gives DuckDB the filesystems of `protocols` it has not got. A protocol unknown to fsspec is left alone:
-        most likely it is a string in the data."""
-        for protocol in sorted(protocols - self._protocols):
-            if protocol in registry or protocol in known_implementations:
-                options = self.config.storage_options
-                self._connection.register_filesystem(UrlFileSystem(protocol, options=options, failures=self._failures))
-                self._protocols.add(protocol)
+        with self.engine.running(query.text, query.params.values()) as cursor:
+            for name, table in query.tables.items():
+                cursor.register(name, table)
+            yield cursor
 
 
 def _struct(schema: Mapping[str, str]) -> str:

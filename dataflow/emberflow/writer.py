@@ -11,43 +11,26 @@ for ever (about one failure in fifteen), which a corrupt source must never do to
 
 from __future__ import annotations
 
-import itertools
 import posixpath
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 from emberfs.filesystem import EmberFileSystem
 
 from .errors import DatasetExists, InvalidArgument
+from .files import FILE_SIZE_BYTES, SUFFIXES, FileOutput, FileSink, Format
 from .progress import row_progress
-from .sources import STAGING_PREFIX, open_url
-from .text import CsvWriter, JsonWriter, TextWriter, compressed, csv_query, json_query
+from .sources import STAGING_PREFIX, StorageOptions, open_url, url_of
+from .text import csv_query, json_query
 
 if TYPE_CHECKING:
     from .dataframe import DataFrame
 
 Mode = Literal["error", "overwrite", "append"]
-Format = Literal["parquet", "csv", "json"]
-
-FILE_SIZE_BYTES = 256 * 1024 * 1024
-"""Default target size of a file: large enough that listing is cheap, small enough to be a task's share."""
-
-# A row group is cut at whichever comes first: long texts must not pile up in memory.
-_ROW_GROUP_ROWS_MAX = 122_880
-_ROW_GROUP_BYTES_MAX = 64 * 1024 * 1024
-_PARTITIONS_MAX = 65_536
-
-_SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "parquet": (".parquet",),
-    "csv": (".csv", ".csv.gz", ".csv.zst"),
-    "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,114 +43,102 @@ class WriteReport:
     size_bytes: int
 
 
-def write(
-    frame: DataFrame,
-    url: str,
-    *,
-    format: Format,
-    mode: Mode,
-    progress: bool | None,
-    file_size_bytes: int = FILE_SIZE_BYTES,
-    partition_by: list[str] | None = None,
-) -> WriteReport:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriteOptions:
+    """How a dataset is to be written."""
+
+    format: Format
+    mode: Mode = "error"
+    file_size_bytes: int = FILE_SIZE_BYTES
+    partition_by: tuple[str, ...] = ()
+    compression: str = "zstd"
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise InvalidArgument(f"mode is one of {', '.join(get_args(Mode))}, not {self.mode!r}")
+        if self.file_size_bytes < 1:
+            raise InvalidArgument(f"file_size_bytes is at least 1, not {self.file_size_bytes}")
+        if not pa.Codec.is_available(self.compression) and self.compression != "none":
+            raise InvalidArgument(
+                f"Parquet is compressed by zstd, snappy, lz4, gzip, brotli or none, not {self.compression!r}"
+            )
+
+
+def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     """Runs the frame's query into files at `url`. Raises `DatasetExists`, or what the query or the store raises."""
-    if mode not in get_args(Mode):
-        raise InvalidArgument(f"mode is one of {', '.join(get_args(Mode))}, not {mode!r}")
-    if missing := [column for column in partition_by or [] if column not in frame.schema]:
+    if missing := [column for column in options.partition_by if column not in frame.schema]:
         raise InvalidArgument(f"cannot partition by {', '.join(missing)}: the columns are {', '.join(frame.columns)}")
-    target = _Target(frame, url, format=format, one_file=not partition_by and url.endswith(_SUFFIXES[format]))
-    target.check(mode)
+    target = Target(url, options, frame.session.config.storage_options)
+    target.check()
     try:
-        target.prepare()
-        if format == "parquet":
-            num_rows = _write_parquet(frame, target, partition_by or [], file_size_bytes, progress)
-        else:
-            num_rows = _write_text(frame, target, format, file_size_bytes, progress)
-        sizes = [info["size"] for info in target.staged_files().values()]
-        target.publish(mode)
+        with row_progress(f"writing {target.name}", show=options.progress) as advance:
+            reader = _reader(frame, options.format)
+            files = target.sink().write(
+                _counted(reader, advance), reader.schema, stem=f"part-{target.id}", options=target.storage_options
+            )
+        target.publish(files)
     finally:
         target.discard()
-    return WriteReport(url=url, num_rows=num_rows, num_files=len(sizes), size_bytes=sum(sizes))
+    return report(url, files)
 
 
-def _write_text(frame: DataFrame, target: _Target, format: Format, file_size_bytes: int, progress: bool | None) -> int:
-    """Writes CSV or JSON lines from the stream of the query. Returns the number of rows."""
+def report(url: str, files: Sequence[FileOutput]) -> WriteReport:
+    """What was written, in sum."""
+    rows = sum(file.rows for file in files)
+    return WriteReport(url=url, num_rows=rows, num_files=len(files), size_bytes=sum(file.size_bytes for file in files))
+
+
+def _reader(frame: DataFrame, format: Format) -> pa.RecordBatchReader:
+    if format == "parquet":
+        return frame.to_batches()
     exportable = frame.exportable()
-    query = json_query(exportable) if format == "json" else csv_query(exportable, frame.schema)
-    writer = JsonWriter if format == "json" else CsvWriter
-    with _counted(frame.batches_of(query), target, progress) as (batches, schema, counter):
-        target.write_texts(batches, schema, writer, file_size_bytes)
-    return counter.rows
+    return frame.batches_of(json_query(exportable) if format == "json" else csv_query(exportable, frame.schema))
 
 
-@dataclass(slots=True)
-class _Counter:
-    rows: int = 0
+def _counted(reader: pa.RecordBatchReader, advance: Any) -> Iterator[pa.RecordBatch]:
+    """The batches of `reader`, shown as they pass."""
+    for batch in reader:
+        advance(batch.num_rows)
+        yield batch
 
 
-@contextmanager
-def _counted(
-    reader: pa.RecordBatchReader, target: _Target, progress: bool | None
-) -> Iterator[tuple[Iterator[pa.RecordBatch], pa.Schema, _Counter]]:
-    """The batches of `reader`, counted and shown as they pass."""
-    counter = _Counter()
-    with row_progress(f"writing {target.name}", show=progress) as advance:
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            for batch in reader:
-                counter.rows += batch.num_rows
-                advance(batch.num_rows)
-                yield batch
-
-        yield batches(), reader.schema, counter
-
-
-def _write_parquet(
-    frame: DataFrame, target: _Target, partition_by: list[str], file_size_bytes: int, progress: bool | None
-) -> int:
-    """Writes Parquet files from the stream of the query. Returns the number of rows."""
-    with _counted(frame.to_batches(), target, progress) as (batches, schema, counter):
-        groups = _row_groups(batches, schema)
-        if partition_by:
-            target.write_partitions(groups, schema, partition_by)
-        else:
-            target.write_files(groups, schema, file_size_bytes)
-    return counter.rows
-
-
-def _row_groups(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches the size of a row group."""
-    held: list[pa.RecordBatch] = []
-    for batch in batches:
-        held.append(batch)
-        rows = sum(part.num_rows for part in held)
-        if rows >= _ROW_GROUP_ROWS_MAX or sum(part.nbytes for part in held) >= _ROW_GROUP_BYTES_MAX:
-            yield from pa.Table.from_batches(held, schema=schema).combine_chunks().to_batches()
-            held = []
-    if held:
-        yield from pa.Table.from_batches(held, schema=schema).combine_chunks().to_batches()
-
-
-class _Target:
+class Target:
     """Where a dataset goes, and the hidden directory beside it where it is made."""
 
-    def __init__(self, frame: DataFrame, url: str, *, format: Format, one_file: bool) -> None:
+    def __init__(
+        self, url: str, options: WriteOptions, storage_options: StorageOptions, *, id: str | None = None
+    ) -> None:
         self.url = url
-        self.one_file = one_file
+        self.options = options
+        self.storage_options = storage_options
         # In the names of files too, so that appended files never meet older ones.
-        self.id = uuid.uuid4().hex[:12]
-        self._suffixes = _SUFFIXES[format]
+        self.id = id or uuid.uuid4().hex[:12]
+        self._suffixes = SUFFIXES[options.format]
+        self.one_file = not options.partition_by and url.endswith(self._suffixes)
         self._fs: Any
-        self._fs, path = open_url(url, frame.session.config.storage_options)
+        self._fs, path = open_url(url, storage_options)
         self._path = path.rstrip("/")
         parent, self.name = posixpath.split(self._path)
         if not self.name:
             raise InvalidArgument(f"cannot replace the root of a store: {url!r}")
         self._stage = posixpath.join(parent, f"{STAGING_PREFIX}{self.id}")
-        self._new = posixpath.join(self._stage, self.name if one_file else "new")
+        self._new = posixpath.join(self._stage, "new")
 
-    def check(self, mode: Mode) -> None:
-        """Refuses a target that `mode` may not touch."""
+    def sink(self, *, attempts: bool = False) -> FileSink:
+        """What writes the files that `publish` puts in place; with `attempts`, some of them may never be named."""
+        return FileSink(
+            url=url_of(self._fs, posixpath.join(self._stage, "attempts") if attempts else self._new),
+            format=self.options.format,
+            file_size_bytes=self.options.file_size_bytes,
+            partition_by=self.options.partition_by,
+            compression=self.options.compression,
+            one_file=self.name if self.one_file else None,
+        )
+
+    def check(self) -> None:
+        """Refuses a target that the mode may not touch."""
+        mode = self.options.mode
         if self._fs.isfile(self._path):
             if mode == "error":
                 raise DatasetExists(f'{self.url} exists; pass mode="overwrite" to replace it')
@@ -188,70 +159,14 @@ class _Target:
     def _belongs(self, file: str) -> bool:
         return file.endswith(self._suffixes) or posixpath.basename(file).startswith(("_", "."))
 
-    def prepare(self) -> None:
-        self._fs.makedirs(self._stage if self.one_file else self._new, exist_ok=True)
-
-    def write_files(self, groups: Iterable[pa.RecordBatch], schema: pa.Schema, file_size_bytes: int) -> None:
-        """Writes the rows to one file, or to files that are closed once they reach `file_size_bytes`."""
-        remaining = iter(groups)
-        group = next(remaining, None)
-        for index in itertools.count():
-            path = self._new if self.one_file else f"{self._new}/part-{self.id}-{index}.parquet"
-            self._fs.makedirs(posixpath.dirname(path), exist_ok=True)
-            with self._fs.open(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                while group is not None and (self.one_file or file.tell() < file_size_bytes):
-                    writer.write_batch(group)
-                    group = next(remaining, None)
-            if group is None:
-                return
-
-    def write_texts(
-        self,
-        batches: Iterator[pa.RecordBatch],
-        schema: pa.Schema,
-        writer_of: Callable[[Any, pa.Schema], TextWriter],
-        file_size_bytes: int,
-    ) -> None:
-        """Writes the rows to one file, or to files that are closed once they reach `file_size_bytes`."""
-        batch = next(batches, None)
-        for index in itertools.count():
-            path = self._new if self.one_file else f"{self._new}/part-{self.id}-{index}{self._suffixes[0]}"
-            self._fs.makedirs(posixpath.dirname(path), exist_ok=True)
-            with self._fs.open(path, "wb") as file:
-                sink = compressed(file, path)
-                writer = writer_of(sink, schema)
-                while batch is not None and (self.one_file or file.tell() < file_size_bytes):
-                    writer.write_batch(batch)
-                    batch = next(batches, None)
-                writer.close()
-                if sink is not file:
-                    sink.close()
-            if batch is None:
-                return
-
-    def write_partitions(self, groups: Iterable[pa.RecordBatch], schema: pa.Schema, partition_by: list[str]) -> None:
-        """Writes the rows of each value to `column=value/`."""
-        ds.write_dataset(
-            pa.RecordBatchReader.from_batches(schema, groups),
-            self._new,
-            filesystem=self._fs,
-            format="parquet",
-            file_options=ds.ParquetFileFormat().make_write_options(compression="zstd"),
-            partitioning=ds.partitioning(pa.schema([schema.field(name) for name in partition_by]), flavor="hive"),
-            basename_template=f"part-{self.id}-{{i}}.parquet",
-            max_partitions=_PARTITIONS_MAX,
-        )
-
-    def staged_files(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = self._fs.find(self._stage, detail=True)
-        return found
-
-    def publish(self, mode: Mode) -> None:
+    def publish(self, files: Sequence[FileOutput]) -> None:
         """Puts the complete files in place. The old ones are kept aside until the new ones are there."""
         if self.one_file:
-            self._fs.mv(self._new, self._path)
+            assert len(files) == 1
+            self._fs.mv(self._inside(files[0].staged_url), self._path)
             return
-        if mode == "overwrite" and self._fs.exists(self._path):
+        self._arrange(files)
+        if self.options.mode == "overwrite" and self._fs.exists(self._path):
             old = posixpath.join(self._stage, "old")
             self._fs.mv(self._path, old, recursive=True)
             try:
@@ -266,6 +181,21 @@ class _Target:
                 self._fs.mv(file, destination)
         else:
             self._fs.mv(self._new, self._path, recursive=True)
+
+    def _arrange(self, files: Sequence[FileOutput]) -> None:
+        """Gives the files of attempts the names they will have, in a directory of nothing else."""
+        self._fs.makedirs(self._new, exist_ok=True)
+        if all(self._inside(file.staged_url).startswith(f"{self._new}/") for file in files):
+            return
+        for number, file in enumerate(files):
+            folder, name = posixpath.split(file.path)
+            suffix = name[name.index(".") :]
+            named = posixpath.join(self._new, folder, f"part-{self.id}-{number:05d}{suffix}")
+            self._fs.makedirs(posixpath.dirname(named), exist_ok=True)
+            self._fs.mv(self._inside(file.staged_url), named)
+
+    def _inside(self, url: str) -> str:
+        return open_url(url, self.storage_options)[1]
 
     def discard(self) -> None:
         """Removes the hidden directory and whatever is left in it."""

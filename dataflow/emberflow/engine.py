@@ -1,0 +1,141 @@
+"""One DuckDB inside this process, as every session and every worker sets it up.
+
+The time zone is UTC, whatever the machine says; variables of the caller's program are not tables; a cache that trusts
+equal modification times is off; filesystems are registered when a query names their protocol; and what DuckDB (or
+Arrow, on its behalf) raises becomes one of our errors, or the filesystem's own again.
+
+Any number of threads may use one engine: every query works on a cursor of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from fsspec.registry import known_implementations, registry
+
+from .errors import DatasetNotFound, FlowError, InvalidArgument, OutOfMemory, QueryError, SessionClosed
+from .sources import Failures, StorageOptions, UrlFileSystem, protocols_in
+
+_FILES_NOT_FOUND = "No files found that match the pattern"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Limits and places of one DuckDB. `None` leaves the choice to it."""
+
+    threads: int | None = None
+    """Threads that run queries; by default one per core."""
+    memory_limit: str | None = None
+    """Memory for queries before they spill, with its unit: "4GB", "512MiB". By default 80 % of the machine's."""
+    temp_directory: str
+    """Local directory that queries spill to."""
+    storage_options: StorageOptions = field(default_factory=dict)
+    """Per protocol, what fsspec is given to open a filesystem."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise InvalidArgument(f"threads is at least 1, not {self.threads}")
+
+
+class Engine:
+    """A DuckDB connection, its filesystems, and its errors made ours."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._lock = threading.Lock()
+        self._failures = Failures()
+        self._protocols: set[str] = set()
+        self._closed = False
+        self._connection = self._connect()
+
+    def _connect(self) -> duckdb.DuckDBPyConnection:
+        settings: dict[str, Any] = {
+            "temp_directory": self.config.temp_directory,
+            "python_enable_replacements": False,
+            # It trusts equal modification times, so it serves stale bytes after a quick overwrite.
+            "enable_external_file_cache": False,
+        }
+        if self.config.threads is not None:
+            settings["threads"] = self.config.threads
+        if self.config.memory_limit is not None:
+            settings["memory_limit"] = self.config.memory_limit
+        try:
+            connection = duckdb.connect(config=settings)
+            connection.execute("SET GLOBAL TimeZone = 'UTC'")
+        except duckdb.Error as error:
+            raise InvalidArgument(f"DuckDB refuses the session's settings: {error}") from error
+        return connection
+
+    def close(self) -> None:
+        """Ends the connection. Closing twice is allowed."""
+        with self._lock:
+            self._closed = True
+            self._connection.close()
+
+    def limit(self, *, threads: int, memory_bytes: int) -> None:
+        """New limits, for what runs from now on."""
+        self._connection.execute(f"SET GLOBAL threads = {threads}")
+        self._connection.execute(f"SET GLOBAL memory_limit = '{memory_bytes}B'")
+
+    def interrupt(self, cursor: duckdb.DuckDBPyConnection) -> None:
+        """Stops what the cursor runs; from any thread."""
+        cursor.interrupt()
+
+    @contextmanager
+    def running(self, text: str, values: Iterable[object] = ()) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A cursor for queries like `text`: the filesystems it and `values` name are registered, errors are ours."""
+        with self._lock:
+            if self._closed:
+                raise SessionClosed("the session is closed")
+            self._register(protocols_in(text, values))
+            cursor = self._connection.cursor()
+        try:
+            with self.translating(text):
+                yield cursor
+        finally:
+            cursor.close()
+
+    @contextmanager
+    def translating(self, text: str) -> Iterator[None]:
+        """Raises what DuckDB (or Arrow, on its behalf) raises inside as one of our errors, or as the store's own."""
+        try:
+            yield
+        except FlowError:
+            raise
+        except (duckdb.Error, OSError, pa.ArrowException) as error:
+            message = str(error)
+            if failure := self._failures.find(message):
+                failure.add_note(f"while running: {text}")
+                raise failure from None
+            if _FILES_NOT_FOUND in message:
+                raise DatasetNotFound(message) from error
+            if isinstance(error, duckdb.OutOfMemoryException) or message.startswith("Out of Memory Error"):
+                raise OutOfMemory(message) from error
+            if isinstance(error, (duckdb.Error, pa.ArrowException)) or (type(error) is OSError and error.errno is None):
+                raise QueryError(message, text) from error
+            raise
+
+    def _register(self, protocols: set[str]) -> None:
+        """Gives DuckDB the filesystems of `protocols` it has not got. A protocol unknown to fsspec is left alone:
+        most likely it is a string in the data."""
+        for protocol in sorted(protocols - self._protocols):
+            if protocol in registry or protocol in known_implementations:
+                options = self.config.storage_options
+                self._connection.register_filesystem(UrlFileSystem(protocol, options=options, failures=self._failures))
+                self._protocols.add(protocol)
+
+
+def arrow_reader(cursor: Any, text: str, values: Any, batch_rows: int) -> pa.RecordBatchReader:
+    """Starts a query whose batches are read as they come.
+
+    DuckDB 2.0 streams only from a relation; 1.4 holds the GIL while it binds one, and can hang.
+    """
+    if hasattr(cursor, "fetch_record_batch"):
+        return cursor.execute(text, values).fetch_record_batch(batch_rows)
+    return cursor.sql(text, params=values).to_arrow_reader(batch_rows)
