@@ -1,26 +1,31 @@
-"""A lazy result: a query that runs, whole and once, each time rows are asked for.
+"""A lazy result: rows that are made each time they are asked for.
 
-Methods that return a `DataFrame` only compose text. Everything else runs the query: results stream out of DuckDB
-in Arrow batches, so what is written or iterated over is never in memory as a whole.
+Methods that return a `DataFrame` only say what is to be done. Everything else does it: in this process, streaming out
+of DuckDB in Arrow batches, or by a job whose rows are kept until the session ends (`compute`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import html
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
 from .engine import arrow_reader
 from .errors import InvalidArgument
 from .files import FILE_SIZE_BYTES
-from .query import Query, quoted
+from .query import Query, of_table, quoted
+from .text import exportable, wide_columns
 from .writer import Mode, WriteOptions, WriteReport, write
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
+    from .grouped import Grouped
+    from .plan.frames import Frame
     from .session import Session
 
 BATCH_ROWS = 16_384
@@ -28,21 +33,28 @@ BATCH_ROWS = 16_384
 Arrow's 2 GiB."""
 
 _PREVIEW_ROWS = 20
-# Arrow has no 128-bit integers, and DuckDB writes them to Parquet as floating point. As decimals they stay exact.
-_WIDE_INTEGERS = frozenset({"HUGEINT", "UHUGEINT"})
+
+JoinHow = Literal["inner", "left", "right", "full", "semi", "anti", "cross"]
+Schema = Mapping[str, str] | pa.Schema
 
 
 class DataFrame:
     """Rows to come. Made by a `Session`; safe to use from many threads."""
 
-    def __init__(self, session: Session, query: Query) -> None:
+    def __init__(self, session: Session, frame: Frame) -> None:
         self.session = session
-        self.query = query
+        self.frame = frame
         self._schema: dict[str, str] | None = None
+
+    @cached_property
+    def query(self) -> Query:
+        """The rows as something that SQL can read."""
+        return self.frame if isinstance(self.frame, Query) else of_table(self.frame)
 
     @property
     def schema(self) -> dict[str, str]:
-        """Columns and their DuckDB types, in order. Reads the metadata of the sources, once per frame."""
+        """Columns and their DuckDB types, in order. Reads the metadata of the sources, once per frame; of a Python
+        function without a schema, it runs the job."""
         if self._schema is None:
             with self.session.running(self.query) as cursor:
                 rows = cursor.execute(f"DESCRIBE {self.query.text}", self.query.params).fetchall()
@@ -54,8 +66,12 @@ class DataFrame:
         """Names of the columns, in order."""
         return list(self.schema)
 
-    def filter(self, condition: str) -> DataFrame:
-        """The rows for which the SQL `condition` is true."""
+    # ---- rows by SQL
+
+    def filter(self, condition: str | Callable[[dict[str, Any]], bool], **step: Any) -> DataFrame:
+        """The rows for which the SQL `condition` is true, or the function of a row's dictionary."""
+        if callable(condition):
+            return self._applied("filter", condition, **step)
         return self._derived("SELECT * FROM", f"WHERE ({condition}\n)")
 
     def select(self, *expressions: str) -> DataFrame:
@@ -64,23 +80,164 @@ class DataFrame:
             raise InvalidArgument("select() needs at least one column or expression")
         return self._derived(f"SELECT {', '.join(expressions)} FROM")
 
-    def limit(self, n: int) -> DataFrame:
-        """At most the first `n` rows; which they are is certain only under an ORDER BY."""
-        if n < 0:
-            raise InvalidArgument(f"limit() takes a number of rows, not {n}")
-        return self._derived("SELECT * FROM", f"LIMIT {n}")
+    def with_column(self, name: str, expression: str) -> DataFrame:
+        """All columns, and one more (or one replaced) by a SQL expression."""
+        if name in self.columns:
+            return self._derived(f"SELECT * REPLACE (({expression}) AS {quoted(name)}) FROM")
+        return self._derived(f"SELECT *, ({expression}) AS {quoted(name)} FROM")
+
+    def drop(self, *columns: str) -> DataFrame:
+        """All columns but these."""
+        return self._derived(f"SELECT * EXCLUDE ({', '.join(map(quoted, columns))}) FROM")
+
+    def rename(self, names: Mapping[str, str]) -> DataFrame:
+        """Columns under new names: {"old": "new"}."""
+        listed = ", ".join(f"{quoted(old)} AS {quoted(new)}" for old, new in names.items())
+        return self._derived(f"SELECT * RENAME ({listed}) FROM")
+
+    def limit(self, limit: int) -> DataFrame:
+        """At most the first `limit` rows; which they are is certain only after a sort."""
+        if limit < 0:
+            raise InvalidArgument(f"limit() takes a number of rows, not {limit}")
+        return self._derived("SELECT * FROM", f"LIMIT {limit}")
+
+    def sort(self, *by: str) -> DataFrame:
+        """All rows in the order of SQL expressions: `sort("host", "n desc nulls last")`. Global, whatever the size."""
+        if not by:
+            raise InvalidArgument("sort() needs at least one column or expression")
+        return self._derived("SELECT * FROM", f"ORDER BY {', '.join(by)}")
+
+    def distinct(self, *on: str) -> DataFrame:
+        """One of each row, or one row for each value of `on`."""
+        chosen = f"DISTINCT ON ({', '.join(on)}) *" if on else "DISTINCT *"
+        return self._derived(f"SELECT {chosen} FROM")
+
+    def sample(self, fraction: float, *, seed: int = 0) -> DataFrame:
+        """About this share of the rows, each by the hash of its values and the seed: the same ones each time."""
+        if not 0 <= fraction <= 1:
+            raise InvalidArgument(f"sample() takes a fraction from 0 to 1, not {fraction}")
+        listed = ", ".join(map(quoted, self.columns))
+        return self._derived("SELECT * FROM", f"WHERE hash({listed}, {seed}) < {int(fraction * 2**64)}::UHUGEINT")
+
+    def join(self, other: DataFrame, on: str | Sequence[str] | None = None, how: JoinHow = "inner") -> DataFrame:
+        """Rows of both where they match. `on`: names that both have, or one SQL condition over `left` and `right`."""
+        kinds = {"inner", "left", "right", "full", "semi", "anti", "cross"}
+        if how not in kinds:
+            raise InvalidArgument(f"how is one of {', '.join(sorted(kinds))}, not {how!r}")
+        if (how == "cross") != (on is None):
+            raise InvalidArgument("join() needs `on`, and a cross join has none")
+        clause = ""
+        if isinstance(on, str):
+            is_name = on in self.columns and on in other.columns
+            clause = f"USING ({quoted(on)})" if is_name else f"ON ({on})"
+        elif on is not None:
+            clause = f"USING ({', '.join(map(quoted, on))})"
+        text = f'SELECT * FROM "left" {how.upper()} JOIN "right" {clause}'
+        return self.session.sql(text, left=self, right=other)
+
+    def union(self, other: DataFrame, *, by_name: bool = False) -> DataFrame:
+        """The rows of both, equal ones as often as they are; columns by position, or by name."""
+        return self.session.sql(
+            f"SELECT * FROM a UNION ALL {'BY NAME ' if by_name else ''}SELECT * FROM b", a=self, b=other
+        )
+
+    def group_by(self, *keys: str) -> Grouped:
+        """Groups of equal `keys` (SQL expressions), for `.agg("count(*) AS n", ...)`."""
+        from .grouped import Grouped
+
+        return Grouped(self, keys)
+
+    # ---- rows by Python, and partitions
+
+    def map(
+        self, sql_or_function: str | Callable[[dict[str, Any]], Any], *, schema: Schema | None = None, **step: Any
+    ) -> DataFrame:
+        """SQL expressions for each row ("a + 1 as b"), or a function from a row's dictionary to another's."""
+        if callable(sql_or_function):
+            return self._applied("map", sql_or_function, schema=schema, **step)
+        return self._derived(f"SELECT {sql_or_function} FROM")
+
+    def flat_map(
+        self, sql_or_function: str | Callable[[dict[str, Any]], Any], *, schema: Schema | None = None, **step: Any
+    ) -> DataFrame:
+        """Any number of rows for each: SQL with unnest(), or a function that gives a list of dictionaries."""
+        if callable(sql_or_function):
+            return self._applied("flat_map", sql_or_function, schema=schema, **step)
+        return self._derived(f"SELECT {sql_or_function} FROM")
+
+    def map_batches(
+        self,
+        function: Callable[[pa.Table], Any],
+        *,
+        batch_size: int = 122_880,
+        schema: Schema | None = None,
+        **step: Any,
+    ) -> DataFrame:
+        """A function from an Arrow table of at most `batch_size` rows to another table."""
+        return self._applied("map_batches", function, schema=schema, batch_rows=batch_size, **step)
+
+    def repartition(
+        self,
+        npartitions: int,
+        hash_by: str | Sequence[str] | None = None,
+        by: str | None = None,
+        by_rows: bool = False,
+    ) -> DataFrame:
+        """The rows in so many partitions: by whole files, `by_rows` evenly, by the hash of columns, or `by` the value
+        of an integer column. What works on a partition at a time (`partial_sql`, functions) keeps them."""
+        from .plan.frames import Repartition
+
+        if npartitions < 1:
+            raise InvalidArgument(f"repartition() takes at least 1 partition, not {npartitions}")
+        if sum((hash_by is not None, by is not None, by_rows)) > 1:
+            raise InvalidArgument("repartition() takes one of hash_by, by and by_rows")
+        if hash_by is not None:
+            keys = (hash_by,) if isinstance(hash_by, str) else tuple(hash_by)
+            return DataFrame(self.session, Repartition(self.frame, npartitions, "hash", keys))
+        if by is not None:
+            return DataFrame(self.session, Repartition(self.frame, npartitions, "column", (by,)))
+        return DataFrame(self.session, Repartition(self.frame, npartitions, "rows" if by_rows else "files"))
+
+    def random_shuffle(self, *, partitions: int = 8, seed: int = 0) -> DataFrame:
+        """All rows in an order that the seed decides."""
+        from .plan.frames import Repartition
+
+        return DataFrame(self.session, Repartition(self.frame, partitions, "random", seed=seed))
+
+    def partial_sort(self, by: str | Sequence[str]) -> DataFrame:
+        """The rows of each partition in order."""
+        keys = (by,) if isinstance(by, str) else tuple(by)
+        return self.session.partial_sql(f"SELECT * FROM {{0}} ORDER BY {', '.join(keys)}", self)
+
+    def partial_sql(self, query: str, *others: DataFrame) -> DataFrame:
+        """A query over one partition at a time; `{0}` is this frame, `{1}` the next."""
+        return self.session.partial_sql(query, self, *others)
+
+    # ---- doing it
+
+    def compute(self) -> DataFrame:
+        """Makes the rows now, by a job, and keeps them until the session ends; gives back the frame."""
+        self.session.jobs.compute(self.frame)
+        return self
+
+    def is_computed(self) -> bool:
+        """Whether the rows are here already."""
+        return self.session.jobs.is_computed(self.frame)
+
+    def recompute(self) -> DataFrame:
+        """Makes the rows anew."""
+        self.session.jobs.forget(self.frame)
+        return self.compute()
 
     def count(self) -> int:
         """Number of rows."""
-        counting = self.query.wrapped("SELECT count(*) FROM")
-        with self.session.running(counting) as cursor:
-            row = cursor.execute(counting.text, counting.params).fetchone()
-        assert row is not None
-        return int(row[0])
+        counting = self.query.wrapped("SELECT count(*) AS n FROM")
+        rows = list(DataFrame(self.session, counting).iter_rows())
+        return int(rows[0]["n"])
 
-    def take(self, n: int) -> list[dict[str, Any]]:
-        """At most the first `n` rows as dictionaries."""
-        return self.limit(n).take_all()
+    def take(self, limit: int) -> list[dict[str, Any]]:
+        """At most the first `limit` rows as dictionaries."""
+        return self.limit(limit).take_all()
 
     def take_all(self) -> list[dict[str, Any]]:
         """All rows as dictionaries."""
@@ -88,12 +245,18 @@ class DataFrame:
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """The rows one by one, as dictionaries; only a batch of them is in memory."""
-        wide = self._wide_columns()
+        wide = wide_columns(self.schema)
         for batch in self.to_batches():
             for row in batch.to_pylist():
                 for name in wide:
                     row[name] = None if row[name] is None else int(row[name])
                 yield row
+
+    async def stream(self, batch_rows: int = BATCH_ROWS) -> AsyncIterator[pa.RecordBatch]:
+        """The batches of the rows, each waited for in a thread."""
+        reader = await asyncio.to_thread(self.to_batches, batch_rows)
+        while (batch := await asyncio.to_thread(next, reader, None)) is not None:
+            yield batch
 
     def to_batches(self, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """A reader of record batches of at most about `batch_rows` rows, filled as it is read. 128-bit integers
@@ -107,7 +270,7 @@ class DataFrame:
     def to_pandas(self) -> pd.DataFrame:
         """All rows as a pandas frame. 128-bit integers, which sums are, become int64, or float64 if they do not fit."""
         table = self.to_arrow()
-        for name in self._wide_columns():
+        for name in wide_columns(self.schema):
             position = table.schema.get_field_index(name)
             try:
                 narrow = table.column(position).cast(pa.int64())
@@ -154,13 +317,19 @@ class DataFrame:
         return write(self, url, WriteOptions(format="json", mode=mode, progress=progress))
 
     def explain(self) -> str:
-        """DuckDB's physical plan."""
+        """How the rows would be made: the stages of a job, or DuckDB's physical plan."""
+        if self.session.jobs.is_needed(self.frame):
+            from .plan.explain import explained
+
+            return explained(self.session.jobs.planner(self.frame).program(self.frame))
         with self.session.running(self.query) as cursor:
             rows = cursor.execute(f"EXPLAIN {self.query.text}", self.query.params).fetchall()
-        return "\n".join(str(row[-1]) for row in rows)
+        return "in this process, by one DuckDB:\n" + "\n".join(str(row[-1]) for row in rows)
 
     def batches_of(self, query: Query, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """A reader of the batches of `query`, a form of this frame's, run in its session."""
+        if self.session.jobs.is_needed(query):
+            query = of_table(self.session.jobs.compute(query))
         stream = self._stream(query, batch_rows)
         schema = next(stream)
         assert isinstance(schema, pa.Schema)
@@ -168,14 +337,11 @@ class DataFrame:
 
     def exportable(self) -> Query:
         """The query with 128-bit integers cast to decimals, for formats that have none."""
-        wide = self._wide_columns()
-        if not wide:
-            return self.query
-        casts = ", ".join(f"CAST({quoted(name)} AS DECIMAL(38, 0)) AS {quoted(name)}" for name in wide)
-        return self.query.wrapped(f"SELECT * REPLACE ({casts}) FROM")
+        return exportable(self.query, self.schema)
 
     def __repr__(self) -> str:
-        return f"<DataFrame of {self.query.text!r}>"
+        shown = self.frame.text if isinstance(self.frame, Query) else type(self.frame).__name__
+        return f"<DataFrame of {shown!r}>"
 
     def _repr_html_(self) -> str:
         rows = self.take(_PREVIEW_ROWS + 1)
@@ -190,8 +356,13 @@ class DataFrame:
     def _derived(self, before: str, after: str = "") -> DataFrame:
         return DataFrame(self.session, self.query.wrapped(before, after))
 
-    def _wide_columns(self) -> list[str]:
-        return [name for name, type_ in self.schema.items() if type_ in _WIDE_INTEGERS]
+    def _applied(self, kind: Any, function: Any, *, schema: Schema | None = None, **step: Any) -> DataFrame:
+        from .functions.steps import PythonStep
+        from .plan.frames import Apply
+
+        return DataFrame(
+            self.session, Apply(self.frame, PythonStep(kind=kind, function=function, schema=schema, **step))
+        )
 
     def _stream(self, query: Query, batch_rows: int) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""

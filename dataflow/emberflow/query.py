@@ -11,24 +11,31 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import duckdb
 import pyarrow as pa
 
 from .errors import InvalidArgument, QueryError
 
+if TYPE_CHECKING:
+    from .plan.frames import Frame
+
 _PARAMETER = re.compile(rb"\$(\w+)|\?(\d*)")
 _serial = itertools.count(1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+Source: TypeAlias = Union[pa.Table, "Frame"]
+"""What a name in a query may stand for: a table in memory, or the rows of another frame."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Query:
     """One SELECT. `text` has no trailing semicolon; `tables` are registered under their names before it runs."""
 
     text: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    tables: Mapping[str, Source] = field(default_factory=dict)
 
     def wrapped(self, before: str, after: str = "") -> Query:
         """The query `before (text) after`, with the same parameters and tables."""
@@ -51,17 +58,54 @@ def parse(text: str, params: Sequence[Any] | Mapping[str, Any] | None, tables: M
     if not tables:
         return Query(text=text, params=bound)
     expressions = ",\n".join(f"{quoted(name)} AS ({table.text}\n)" for name, table in tables.items())
-    in_memory: dict[str, pa.Table] = {}
+    in_memory: dict[str, Source] = {}
     for table in tables.values():
         bound.update(table.params)
         in_memory.update(table.tables)
     return Query(text=f"WITH {expressions}\nSELECT * FROM ({text}\n)", params=bound, tables=in_memory)
 
 
-def of_table(table: pa.Table) -> Query:
-    """The query that reads a table in memory."""
+def of_table(table: Source) -> Query:
+    """The query that reads a table in memory, or another frame."""
     name = f"emberflow_table_{next(_serial)}"
     return Query(text=f"SELECT * FROM {name}", tables={name: table})
+
+
+def inlined(query: Query) -> str:
+    """The query's text with the values of its parameters written out. Raises `InvalidArgument` for one that has no
+    form in SQL."""
+    if not query.params:
+        return query.text
+    source = query.text.encode()
+    pieces: list[bytes] = []
+    end = 0
+    for match in _parameters(source):
+        pieces += [source[end : match.start()], value_literal(query.params[match[1].decode()]).encode()]
+        end = match.end()
+    return b"".join([*pieces, source[end:]]).decode()
+
+
+def value_literal(value: Any) -> str:
+    """A Python value as SQL writes it, of the type that DuckDB gives a parameter of that value."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return f"CAST('{value!r}' AS DOUBLE)"
+    if isinstance(value, str):
+        return literal(value)
+    if isinstance(value, (bytes, bytearray)):
+        return "'" + "".join(f"\\x{byte:02X}" for byte in value) + "'::BLOB"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(value_literal(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{literal(str(key))}: {value_literal(item)}" for key, item in value.items()) + "}"
+    found = duckdb.execute("SELECT CAST($1 AS VARCHAR), typeof($1)", [value]).fetchone()
+    assert found is not None
+    return f"CAST({literal(found[0])} AS {found[1]})"
 
 
 def quoted(identifier: str) -> str:

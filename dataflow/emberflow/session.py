@@ -1,7 +1,10 @@
-"""A session: one DuckDB inside this process, the filesystems it may reach, and its limits.
+"""A session: what frames are made by, and where they run.
 
-Any number of threads may use one session: every call works on a cursor of its own. Nothing is read before a
-`DataFrame` is asked for rows. The time zone is UTC, whatever the machine says.
+A query over what fits this machine's memory runs in one DuckDB inside this process, whole. Anything else, Python
+functions, partitions, more data than memory, or `shuffle="always"`, runs as a job: stages of tasks on an executor, with
+exchange files between them.
+
+Any number of threads may use one session. Nothing is read before a `DataFrame` is asked for rows.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args
 
 import duckdb
 import pyarrow as pa
@@ -26,44 +29,71 @@ from .sources import StorageOptions, expand_directories
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
+    from .functions.udf import Udf
+    from .jobs import Jobs
+
 Table: TypeAlias = Union[DataFrame, pa.Table, pa.RecordBatchReader, "pd.DataFrame"]
 """What `Session.sql` takes as a named table."""
+
+ExecutorName = Literal["auto", "inline", "local", "ray"]
+Shuffle = Literal["auto", "always"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionConfig:
-    """Limits and places of a session. `None` leaves the choice to DuckDB."""
+    """Limits and places of a session. `None` leaves the choice to it."""
 
     threads: int | None = None
-    """Threads that run queries; by default one per core."""
+    """Threads that run queries; by default one per core for a query in this process, one for a task of a job."""
     memory_limit: str | None = None
-    """Memory for queries before they spill, with its unit: "4GB", "512MiB". By default 80 % of the machine's."""
+    """Memory for queries before they spill, with its unit: "4GB", "512MiB"; for a job, of all its workers together.
+    By default 80 % of the machine's."""
     temp_directory: str | None = None
     """Local directory that queries spill to. By default one under the system's, removed with the session."""
     storage_options: StorageOptions = field(default_factory=dict)
     """Per protocol, what fsspec is given to open a filesystem: {"s3": {"endpoint_url": "..."}}."""
+    executor: ExecutorName = "auto"
+    """What runs jobs: "inline" threads of this process, "local" worker processes, "ray"; "auto": inline for little
+    data, else local."""
+    workers: int | None = None
+    """Worker processes of a local executor; by default as many as tasks fit the machine's cores."""
+    ray_address: str | None = None
+    """A Ray cluster to join; by default Ray is started here."""
+    data_root: str | None = None
+    """Directory, on any filesystem that all workers reach, for what jobs keep between stages: a job that is cut short
+    goes on from there, and steps done once are not done again. By default a temporary one, removed with the session."""
+    shuffle: Shuffle = "auto"
+    """"always": every query is a job with exchanges, whatever its size."""
+    partitions: int | None = None
+    """Partitions of every exchange; by default as many as the bytes ask for."""
+    broadcast_bytes: int = 32 << 20
+    """A join's side of at most so much is given to every task whole."""
+    partition_bytes: int = 128 << 20
+    """What a partition of an exchange, or a task's share of files, should hold."""
+    timeout_s: float | None = None
+    """A job is cancelled when it has run so long."""
+    job_id: str | None = None
+    """Names the jobs of this session; a session with the same name and `data_root` goes on with their work, random
+    numbers and now() included."""
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise InvalidArgument(f"threads is at least 1, not {self.threads}")
+        for name in ("threads", "workers", "partitions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgument(f"{name} is at least 1, not {value}")
+        for name, choices in (("executor", get_args(ExecutorName)), ("shuffle", get_args(Shuffle))):
+            if getattr(self, name) not in choices:
+                raise InvalidArgument(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
 
 
-def init(
-    *,
-    threads: int | None = None,
-    memory_limit: str | None = None,
-    temp_directory: str | None = None,
-    storage_options: StorageOptions | None = None,
-) -> Session:
+def init(**settings: Any) -> Session:
     """A new session; `SessionConfig` describes the settings. Close it, or use it in a `with` block."""
-    return Session(
-        SessionConfig(
-            threads=threads,
-            memory_limit=memory_limit,
-            temp_directory=temp_directory,
-            storage_options=storage_options or {},
-        )
-    )
+    known = SessionConfig.__dataclass_fields__
+    if unknown := sorted(settings.keys() - known.keys()):
+        raise InvalidArgument(f"init() has no setting {', '.join(unknown)}; there are {', '.join(known)}")
+    if settings.get("storage_options") is None:
+        settings.pop("storage_options", None)
+    return Session(SessionConfig(**settings))
 
 
 class Session:
@@ -71,27 +101,51 @@ class Session:
 
     def __init__(self, config: SessionConfig | None = None) -> None:
         self.config = config or SessionConfig()
-        spill = self.config.temp_directory
-        if spill is None:
-            spill = tempfile.mkdtemp(prefix="emberflow-")
-            weakref.finalize(self, shutil.rmtree, spill, ignore_errors=True)
+        self.spill = self.config.temp_directory or tempfile.mkdtemp(prefix="emberflow-")
+        if self.config.temp_directory is None:
+            weakref.finalize(self, shutil.rmtree, self.spill, ignore_errors=True)
         self.engine = Engine(
             EngineConfig(
                 threads=self.config.threads,
                 memory_limit=self.config.memory_limit,
-                temp_directory=spill,
+                temp_directory=self.spill,
                 storage_options=self.config.storage_options,
             )
         )
+        self.udfs: tuple[Udf, ...] = ()
+        self._views: dict[str, Query] = {}
+        self._jobs: Jobs | None = None
+
+    @property
+    def jobs(self) -> Jobs:
+        """What runs this session's jobs. Made when first needed: it costs imports that a small query does without."""
+        if self._jobs is None:
+            from .jobs import Jobs
+
+            self._jobs = Jobs(self)
+        return self._jobs
 
     def sql(self, query: str, /, params: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Table) -> DataFrame:
         """The lazy result of one query over whole datasets: `select ... from 'ember://store/*.parquet'`.
 
         `params` fill the placeholders `?` (a list) or `$name` (a mapping). Each of `tables` is a name the query
-        may use: a `DataFrame`, an Arrow table or reader, or a pandas frame. Raises `QueryError` at once for text
-        that is not one query; names, types and files are checked when rows or the schema are asked for.
+        may use: a `DataFrame`, an Arrow table or reader, or a pandas frame; so are the session's views. Raises
+        `QueryError` at once for text that is not one query; names, types and files are checked when rows or the schema
+        are asked for.
         """
-        return DataFrame(self, parse(query, params, {name: self._query_of(table) for name, table in tables.items()}))
+        named = {name: self._query_of(table) for name, table in tables.items()}
+        return DataFrame(self, parse(query, params, {**self._views, **named}))
+
+    def view(self, name: str, table: Table) -> DataFrame:
+        """Gives rows a name that every later `sql` of this session may use. Naming it again replaces it."""
+        self._views[name] = self._query_of(table)
+        return DataFrame(self, self._views[name])
+
+    def create_function(self, udf: Udf) -> None:
+        """Makes a Python function usable in SQL by its name; see `emberflow.udf`."""
+        self.udfs = (*(known for known in self.udfs if known.name != udf.name), udf)
+        with self.engine.running("") as cursor:
+            udf.register(cursor)
 
     def read_parquet(
         self,
@@ -110,7 +164,7 @@ class Session:
         return self._read("read_parquet", paths, suffix="parquet", recursive=recursive, chosen=chosen, options=options)
 
     def read_json(
-        self, paths: str | Iterable[str], *, schema: Mapping[str, str] | None = None, recursive: bool = True
+        self, paths: str | Iterable[str], schema: Mapping[str, str] | None = None, *, recursive: bool = True
     ) -> DataFrame:
         """JSON lines or arrays, plain, .gz or .zst. `schema` maps columns to DuckDB types; else inferred."""
         options = {"columns": _struct(schema)} if schema else {}
@@ -119,9 +173,9 @@ class Session:
     def read_csv(
         self,
         paths: str | Iterable[str],
-        *,
         schema: Mapping[str, str] | None = None,
         delim: str | None = None,
+        *,
         recursive: bool = True,
     ) -> DataFrame:
         """CSV files, plain, .gz or .zst. `schema` maps columns to DuckDB types; what is not given is inferred."""
@@ -129,6 +183,20 @@ class Session:
         if delim is not None:
             options["delim"] = literal(delim)
         return self._read("read_csv", paths, suffix="csv*", recursive=recursive, options=options)
+
+    def read_text(self, paths: str | Iterable[str], *, recursive: bool = True) -> DataFrame:
+        """Text files, plain, .gz or .zst: a row for each line, in the one column `line`."""
+        options = {
+            "columns": "{'line': 'VARCHAR'}",
+            "header": "false",
+            # A delimiter that text does not have, and no quotes: the line is the field.
+            "delim": "'\x01'",
+            "quote": "''",
+            "escape": "''",
+            "auto_detect": "false",
+            "max_line_size": str(64 << 20),
+        }
+        return self._read("read_csv", paths, suffix="txt*", recursive=recursive, options=options)
 
     def from_arrow(self, table: pa.Table | pa.RecordBatchReader) -> DataFrame:
         """An Arrow table; a reader is read to its end."""
@@ -145,9 +213,35 @@ class Session:
             raise InvalidArgument("from_items() needs at least one item to know the columns")
         return self.from_arrow(pa.Table.from_pylist(rows))
 
+    def partial_sql(self, query: str, *frames: DataFrame, **tables: DataFrame) -> DataFrame:
+        """A query over one partition of its inputs at a time: `{0}`, `{1}` are the frames, or names are `tables`.
+
+        Every input has as many partitions (see `DataFrame.repartition`), or one, which all the others see whole.
+        Every other brace in the text stays as it is.
+        """
+        from .plan.frames import PartialSql
+
+        inputs = {f"emberflow_input_{i}": frame for i, frame in enumerate(frames)}
+        for i, name in enumerate(inputs):
+            query = query.replace(f"{{{i}}}", name)
+        inputs.update(tables)
+        if not inputs:
+            raise InvalidArgument("partial_sql() needs a frame to work on")
+        text = parse(query, None, {}).text
+        return DataFrame(self, PartialSql(text, {name: frame.frame for name, frame in inputs.items()}))
+
+    def wait(self, *frames: DataFrame) -> None:
+        """Computes the frames, one after the other."""
+        for frame in frames:
+            frame.compute()
+
     def close(self) -> None:
-        """Ends the session; frames made from it can no longer run. Closing twice is allowed."""
+        """Ends the session and its workers; frames made from it can no longer run. Closing twice is allowed."""
+        if self._jobs is not None:
+            self._jobs.close()
         self.engine.close()
+
+    shutdown = close
 
     def __enter__(self) -> Session:
         return self
@@ -180,10 +274,14 @@ class Session:
 
     @contextmanager
     def running(self, query: Query) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A cursor that can run `query`: its filesystems and tables are registered. DuckDB's errors become ours."""
+        """A cursor that can run `query` here: its filesystems and tables are registered, DuckDB's errors become ours.
+        Rows of frames that only a job can make are made first."""
         with self.engine.running(query.text, query.params.values()) as cursor:
             for name, table in query.tables.items():
-                cursor.register(name, table)
+                if isinstance(table, pa.Table):
+                    cursor.register(name, table)
+                else:
+                    self.jobs.register(cursor, name, table)
             yield cursor
 
 

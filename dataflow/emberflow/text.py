@@ -9,6 +9,7 @@ Does not know: where the files go, or when they get their names.
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Mapping
 from typing import IO, Any, Protocol
 
 import pyarrow as pa
@@ -25,6 +26,10 @@ _CSV_TYPES = {
 """What pyarrow writes as DuckDB would; every other type is cast to text by DuckDB."""
 
 
+# Arrow has no 128-bit integers, and DuckDB writes them to Parquet as floating point. As decimals they stay exact.
+_WIDE_INTEGERS = frozenset({"HUGEINT", "UHUGEINT"})
+
+
 class TextWriter(Protocol):
     """What both formats are written through."""
 
@@ -35,7 +40,29 @@ class TextWriter(Protocol):
         """Write what is left. The file under it stays open."""
 
 
-def csv_query(query: Query, schema: dict[str, str]) -> Query:
+def wide_columns(schema: Mapping[str, str]) -> list[str]:
+    """The columns of 128-bit integers."""
+    return [name for name, type_ in schema.items() if type_ in _WIDE_INTEGERS]
+
+
+def exportable(query: Query, schema: Mapping[str, str]) -> Query:
+    """`query` with 128-bit integers cast to decimals, for formats that have none."""
+    wide = wide_columns(schema)
+    if not wide:
+        return query
+    casts = ", ".join(f"CAST({quoted(name)} AS DECIMAL(38, 0)) AS {quoted(name)}" for name in wide)
+    return query.wrapped(f"SELECT * REPLACE ({casts}) FROM")
+
+
+def written(query: Query, schema: Mapping[str, str], format: str) -> Query:
+    """`query` as files of the format hold it."""
+    query = exportable(query, schema)
+    if format == "json":
+        return json_query(query)
+    return csv_query(query, schema) if format == "csv" else query
+
+
+def csv_query(query: Query, schema: Mapping[str, str]) -> Query:
     """`query` with the columns that CSV has no form for as text."""
     casts = [
         f"CAST({quoted(name)} AS VARCHAR) AS {quoted(name)}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import posixpath
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,7 +24,7 @@ from .errors import DatasetExists, InvalidArgument
 from .files import FILE_SIZE_BYTES, SUFFIXES, FileOutput, FileSink, Format
 from .progress import row_progress
 from .sources import STAGING_PREFIX, StorageOptions, open_url, url_of
-from .text import csv_query, json_query
+from .text import written
 
 if TYPE_CHECKING:
     from .dataframe import DataFrame
@@ -72,8 +71,13 @@ def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     target = Target(url, options, frame.session.config.storage_options)
     target.check()
     try:
+        if frame.session.jobs.is_needed(frame.frame):
+            outputs = frame.session.jobs.write(frame.frame, target.sink(attempts=True), progress=options.progress)
+            files = [file for output in outputs for file in output.files]
+            target.publish(files)
+            return report(url, files)
         with row_progress(f"writing {target.name}", show=options.progress) as advance:
-            reader = _reader(frame, options.format)
+            reader = frame.batches_of(written(frame.query, frame.schema, options.format))
             files = target.sink().write(
                 _counted(reader, advance), reader.schema, stem=f"part-{target.id}", options=target.storage_options
             )
@@ -87,13 +91,6 @@ def report(url: str, files: Sequence[FileOutput]) -> WriteReport:
     """What was written, in sum."""
     rows = sum(file.rows for file in files)
     return WriteReport(url=url, num_rows=rows, num_files=len(files), size_bytes=sum(file.size_bytes for file in files))
-
-
-def _reader(frame: DataFrame, format: Format) -> pa.RecordBatchReader:
-    if format == "parquet":
-        return frame.to_batches()
-    exportable = frame.exportable()
-    return frame.batches_of(json_query(exportable) if format == "json" else csv_query(exportable, frame.schema))
 
 
 def _counted(reader: pa.RecordBatchReader, advance: Any) -> Iterator[pa.RecordBatch]:

@@ -1,0 +1,105 @@
+"""What a step is, as a digest: two steps with the same identity make the same rows.
+
+Into it go our own version, DuckDB's minor version, the plan as text, files by path, size and version, what is read
+from other steps by their identities, tables by their bytes, functions by their meaning, and how tasks are cut. What
+cannot be known to be the same (a function whose captured values cannot be compared, random()) gives no identity: such a
+step is the job's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import duckdb
+import pyarrow as pa
+
+from ..functions.identity import identity_of
+from ..plan.pipes import (
+    ByRange,
+    Exchange,
+    ExchangeFeed,
+    Feed,
+    FileFeed,
+    PythonSegment,
+    SqlSegment,
+    Stage,
+    TextSegment,
+)
+from .shares import Spec
+
+VERSION = 1
+"""Of what steps mean: a change that makes old outputs wrong to use raises it."""
+
+
+def duckdb_minor() -> str:
+    return ".".join(duckdb.__version__.split(".")[:2])
+
+
+def digest(*parts: object) -> str:
+    """Thirty-two hexadecimal digits over the parts' own texts."""
+    hashing = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        hashing.update(len(data).to_bytes(8, "little"))
+        hashing.update(data)
+    return hashing.hexdigest()[:32]
+
+
+class Unknown(Exception):
+    """The step has no identity; the message says why."""
+
+
+def stage_identity(stage: Stage, specs: Sequence[Spec], exchanges: Mapping[int, str], *extra: object) -> str:
+    """The stage's identity. `exchanges` are the identities of what it reads. Raises `Unknown`."""
+    how = stage.partitioning
+    parts: list[object] = [VERSION, duckdb_minor(), stage.label, stage.exchange.partitions, *extra]
+    if isinstance(how, ByRange):
+        parts += [repr(how.keys), exchanges[how.sample.id]]
+    else:
+        parts.append(repr(how))
+    for segment in stage.pipe.segments:
+        if isinstance(segment, SqlSegment):
+            if has_volatile(segment):
+                raise Unknown("it calls a function that gives something else each time")
+            parts.append(repr(segment.tree))
+        elif isinstance(segment, TextSegment):
+            parts += [segment.text, repr(segment.inputs)]
+        else:
+            parts.append(_function(segment))
+    for feed_id, feed in sorted(stage.pipe.feeds.items()):
+        parts += [feed_id, _feed(feed, exchanges)]
+    parts.append(repr(list(specs)))
+    return digest(*parts)
+
+
+def has_volatile(segment: SqlSegment) -> bool:
+    # `Expr` and `Fixed` say it in their text, whatever node holds them.
+    return "volatile=True" in repr(segment.tree)
+
+
+def _function(segment: PythonSegment) -> str:
+    known = identity_of(segment.step.function, version=segment.step.version)
+    if known.digest is None:
+        raise Unknown(f"its function is not known to be the same: {known.reason}")
+    return digest(known.digest, segment.step.kind, segment.step.schema, segment.step.batch_rows)
+
+
+def _feed(feed: Feed, exchanges: Mapping[int, str]) -> str:
+    if isinstance(feed, FileFeed):
+        scan = feed.scan
+        files = [(file.url, file.size_bytes, file.version) for file in scan.files]
+        return digest(scan.scan.function, scan.scan.options, repr(scan.columns), repr(files), feed.names, feed.shares)
+    if isinstance(feed, ExchangeFeed):
+        return digest(exchanges[feed.exchange.id], feed.by)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, feed.table.schema) as stream:
+        stream.write_table(feed.table)
+    return digest(sink.getvalue().to_pybytes(), repr(feed.columns), feed.positions)
+
+
+def exchange_identity(exchange: Exchange, stages: Mapping[int, str]) -> str:
+    """The identity of what all the producers of an exchange make."""
+    if exchange.made is not None:
+        return digest(*(output.attempt for output in exchange.made))
+    return digest(*(stages[stage.id] for stage in exchange.producers), exchange.partitions)

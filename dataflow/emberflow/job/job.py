@@ -1,0 +1,446 @@
+"""A job: a program's stages run to their end, whatever happens to workers on the way.
+
+The driver keeps almost nothing: what is done is in the steps' directories, so a driver that dies is followed by one
+that finds its tasks done. One loop, one thread: submit what can run, take the next event, decide. Rules:
+
+- a task whose worker died, or whose disk or store failed, runs again, up to `attempts_max` times; what the user's SQL
+  or function got wrong does not;
+- out of memory: again, with twice the memory, while there is as much;
+- a damaged or missing intermediate: its maker's task runs again first; if what it makes may come out otherwise,
+  whatever read the earlier attempt runs again too;
+- a straggler is run a second time beside itself; the first to publish counts.
+"""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import msgspec
+
+from ..errors import (
+    CallCancelled,
+    CallOutOfMemory,
+    ExchangeCorrupt,
+    FlowError,
+    InvalidArgument,
+    OutOfMemory,
+    QueryError,
+    WorkerDied,
+)
+from ..exchange import ExchangeReader
+from ..executor.base import Call, Executor, Handle
+from ..files import FileSink
+from ..functions import shipping
+from ..functions.udf import Udf
+from ..plan.pipes import ByRange, Exchange, Program, Spread, SqlSegment, Stage
+from ..sources import StorageOptions, open_url
+from .identity import Unknown, digest, exchange_identity, has_volatile, stage_identity
+from .rendering import Rendering, Written, boundaries_of, text_of
+from .shares import ShareConfig, Spec, specs
+from .steps import Output, Place, new_attempt
+from .task import ExchangeRows, RunSql, Task
+
+_RUN = "emberflow.job.task:run"
+_TICK_S = 0.5
+_STRAGGLER_DONE_MIN = 0.75
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """How a job deals with trouble."""
+
+    attempts_max: int = 4
+    """Times a task is run before its failure is the job's."""
+    cpus_per_task: int = 1
+    """DuckDB threads of a task. With one, a task's output is the same bytes each time."""
+    straggler_factor: float = 3.0
+    """A task that runs so many times as long as half of its stage's did is run a second time beside itself."""
+    straggler_s: float = 30.0
+    """But never before this."""
+    timeout_s: float | None = None
+    """The job is cancelled when it has run so long."""
+    compression: str | None = None
+    """Of exchanges: "lz4" or none."""
+    shares: ShareConfig = field(default_factory=ShareConfig)
+
+
+@dataclass(eq=False, slots=True)
+class TaskState:
+    """A task, and how it goes."""
+
+    stage: StageState
+    index: int
+    spec: Spec
+    output: Output | None = None
+    attempts: int = 0
+    memory_bytes: int = 0
+    handles: list[Handle] = field(default_factory=list)
+    waits: bool = False
+    """For something that it reads to be made again."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage.stage.label} {self.stage.stage.id}.{self.index}"
+
+
+@dataclass(eq=False, slots=True)
+class StageState:
+    """A stage whose inputs are complete, and its tasks."""
+
+    stage: Stage
+    place: Place
+    rendering: Rendering
+    repeatable: bool
+    """Any two attempts put the same rows into each partition."""
+    tasks: list[TaskState] = field(default_factory=list)
+    reused: int = 0
+
+    @property
+    def outputs(self) -> list[Output]:
+        return [task.output for task in self.tasks if task.output is not None]
+
+    @property
+    def is_done(self) -> bool:
+        return all(task.output is not None for task in self.tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something a job tells whoever watches it."""
+
+    kind: str
+    """stage, task, retry, speculate, reuse, recompute, output, rows, done, failed"""
+    stage: int
+    task: int
+    at_s: float
+    data: Mapping[str, Any]
+
+
+class Job:
+    """Runs one program. `root` is the directory that steps are kept under."""
+
+    def __init__(
+        self,
+        program: Program,
+        executor: Executor,
+        root: str,
+        *,
+        id: str,
+        config: JobConfig | None = None,
+        storage_options: StorageOptions | None = None,
+        udfs: tuple[Udf, ...] = (),
+        sink: FileSink | None = None,
+        watch: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.program = program
+        self.executor = executor
+        self.root = root
+        self.id = id
+        self.config = config or JobConfig()
+        self.storage_options = storage_options or {}
+        self.udfs = udfs
+        self.sink = sink
+        self.watch = watch
+        self.stages: dict[int, StageState] = {}
+        self._identities: dict[int, str] = {}
+        self._events: queue.SimpleQueue[tuple[TaskState, Handle, str]] = queue.SimpleQueue()
+        self._pending: deque[TaskState] = deque()
+        self._started_s = time.monotonic()
+
+    # ---- the loop
+
+    def run(self) -> list[Output]:
+        """Runs to the end and gives the outputs of the last exchange, in order. Raises the first task's failure."""
+        try:
+            while not self._is_done():
+                self._begin_stages()
+                self._submit()
+                self._take(self._next_event())
+        except BaseException as error:
+            self.cancel()
+            self._tell("failed", -1, -1, error=f"{type(error).__name__}: {error}")
+            raise
+        self._tell("done", -1, -1)
+        return self.outputs_of(self.program.result)
+
+    def cancel(self) -> None:
+        """Cancels what runs, and waits until it has ended."""
+        handles = [handle for state in self.stages.values() for task in state.tasks for handle in task.handles]
+        for handle in handles:
+            handle.cancel()
+        for handle in handles:
+            handle.future.exception()
+
+    def outputs_of(self, exchange: Exchange) -> list[Output]:
+        """What the tasks of an exchange's producers have made, in order."""
+        if exchange.made is not None:
+            return list(exchange.made)
+        return [output for stage in exchange.producers for output in self.stages[stage.id].outputs]
+
+    def _is_done(self) -> bool:
+        return all(stage.id in self.stages and self.stages[stage.id].is_done for stage in self.program.stages)
+
+    def _is_complete(self, exchange: Exchange) -> bool:
+        return all(stage.id in self.stages and self.stages[stage.id].is_done for stage in exchange.producers)
+
+    def _next_event(self) -> tuple[TaskState, Handle, str] | None:
+        if self._is_done():
+            return None
+        timeout_s = self.config.timeout_s
+        if timeout_s is not None and time.monotonic() - self._started_s > timeout_s:
+            raise CallCancelled(f"the job was cancelled: it ran longer than {timeout_s} s")
+        try:
+            return self._events.get(timeout=_TICK_S)
+        except queue.Empty:
+            self._speculate()
+            return None
+
+    # ---- stages
+
+    def _begin_stages(self) -> None:
+        for stage in self.program.stages:
+            if stage.id not in self.stages and all(self._is_complete(exchange) for exchange in stage.inputs()):
+                self._begin(stage)
+
+    def _begin(self, stage: Stage) -> None:
+        outputs = {exchange.id: self.outputs_of(exchange) for exchange in stage.inputs()}
+        found = specs(stage, outputs, self.config.shares)
+        is_last = stage.exchange is self.program.result
+        place, repeatable = self._place(stage, found, is_last)
+        boundaries: tuple[bytes, ...] = ()
+        if isinstance(stage.partitioning, ByRange):
+            boundaries = self._boundaries(stage.partitioning.sample, stage.exchange.partitions)
+        written = Written(self.sink.format, self.program.columns) if is_last and self.sink is not None else None
+        rendering = Rendering(
+            stage, outputs, boundaries=boundaries, compression=self.config.compression, written=written
+        )
+        state = self.stages[stage.id] = StageState(stage, place, rendering, repeatable)
+        state.tasks = [TaskState(state, index, spec) for index, spec in enumerate(found)]
+        place.prepare()
+        for index, output in place.winners().items():
+            if index < len(found) and self._still_counts(state.tasks[index], output):
+                state.tasks[index].output = output
+                state.reused += 1
+        self._tell("stage", stage.id, -1, label=stage.label, tasks=len(found), reused=state.reused)
+        self._pending.extend(task for task in state.tasks if task.output is None)
+
+    def _place(self, stage: Stage, found: list[Spec], is_last: bool) -> tuple[Place, bool]:
+        """Where the stage's outputs go: by its identity, or if it has none, by the job's."""
+        exchanges = {exchange.id: exchange_identity(exchange, self._identities) for exchange in stage.inputs()}
+        extra = [repr(self.sink)] if is_last and self.sink is not None else []
+        extra.append(self.config.compression)
+        extra += [(udf.name, udf.identity()) for udf in self.udfs]
+        try:
+            identity = stage_identity(stage, found, exchanges, *extra)
+        except Unknown:
+            identity = digest("of a job", self.id, stage.id, repr(found), *exchanges.values())
+        self._identities[stage.id] = identity
+        volatile = any(not isinstance(segment, SqlSegment) or has_volatile(segment) for segment in stage.pipe.segments)
+        repeatable = not volatile and not isinstance(stage.partitioning, Spread) and self.config.cpus_per_task == 1
+        return Place(f"{self.root}/steps/{identity}", self.storage_options), repeatable
+
+    def _boundaries(self, sample: Exchange, partitions: int) -> tuple[bytes, ...]:
+        keys: list[bytes] = []
+        for output in self.outputs_of(sample):
+            if output.rows:
+                filesystem, path = open_url(output.url, self.storage_options)
+                with ExchangeReader(
+                    [(filesystem, path, output.exchange())], (0,), columns=sample.columns or ()
+                ).to_arrow() as rows:
+                    keys += rows.read_all().column(0).to_pylist()
+        return boundaries_of(keys, partitions)
+
+    def _still_counts(self, task: TaskState, output: Output) -> bool:
+        """Whether what was made before this run may be used: it read what counts now, or what would read the same."""
+        unstable = {
+            o.attempt
+            for exchange in task.stage.stage.inputs()
+            for stage in exchange.producers
+            if not self.stages[stage.id].repeatable
+            for o in self.stages[stage.id].outputs
+        }
+        steady = {
+            o.attempt
+            for exchange in task.stage.stage.inputs()
+            for stage in exchange.producers
+            if self.stages[stage.id].repeatable
+            for o in self.stages[stage.id].outputs
+        }
+        if all(attempt in unstable or attempt in steady for attempt in output.inputs):
+            return True
+        if not unstable:
+            return True
+        task.stage.place.drop(task.index)
+        return False
+
+    # ---- tasks
+
+    def _submit(self) -> None:
+        running = sum(len(task.handles) for state in self.stages.values() for task in state.tasks)
+        room = 3 * self.executor.capacity.cpus + 2 - running
+        waiting: list[TaskState] = []
+        while self._pending and room > 0:
+            task = self._pending.popleft()
+            if task.output is not None:
+                continue
+            if not all(self._is_complete(exchange) for exchange in task.stage.stage.inputs()):
+                waiting.append(task)
+                continue
+            self._start(task)
+            room -= 1
+        self._pending.extend(waiting)
+
+    def _start(self, task: TaskState) -> None:
+        state = task.stage
+        is_last = state.stage.exchange is self.program.result
+        attempt = new_attempt()
+        if task.attempts:
+            # What it reads may have been made again since.
+            state.rendering.outputs = {e.id: self.outputs_of(e) for e in state.stage.inputs()}
+        runs = state.rendering.runs(task.spec)
+        sink = self.sink if is_last and self.sink is not None else state.rendering.sink(task.index)
+        work = Task(
+            name=task.name,
+            place=state.place,
+            index=task.index,
+            attempt=attempt,
+            runs=runs,
+            sink=sink,
+            columns=state.stage.exchange.columns,
+            udfs=self.udfs,
+            storage_options=self.storage_options,
+            seed=int(digest(self.id, state.stage.id, task.index)[:8], 16) / 2**32,
+            ordered=state.stage.pipe.ordered,
+        )
+        call = Call(
+            name=task.name,
+            function=_RUN,
+            payload=shipping.dumps(work),
+            cpus=min(self.config.cpus_per_task, self.executor.capacity.cpus),
+            memory_bytes=task.memory_bytes,
+        )
+        task.attempts += 1
+        task.waits = False
+        handle = self.executor.submit(
+            call,
+            on_report=lambda note: self._tell("rows", state.stage.id, task.index, rows=msgspec.msgpack.decode(note)),
+            on_output=lambda text: self._tell("output", state.stage.id, task.index, text=text),
+        )
+        task.handles.append(handle)
+        self._tell("task", state.stage.id, task.index, attempt=attempt, sql=text_of(runs))
+        handle.future.add_done_callback(lambda _: self._events.put((task, handle, attempt)))
+
+    def _take(self, event: tuple[TaskState, Handle, str] | None) -> None:
+        if event is None:
+            return
+        task, handle, _ = event
+        task.handles.remove(handle)
+        error = handle.future.exception()
+        if error is None:
+            if task.output is None:
+                self._finish(task, msgspec.msgpack.decode(handle.future.result(), type=Output))
+        elif task.output is None and not task.handles:
+            self._failed(task, error)
+
+    def _finish(self, task: TaskState, output: Output) -> None:
+        if not self._still_counts(task, output):
+            self._pending.append(task)
+            return
+        task.output = output
+        if isinstance(task.stage.stage.exchange.columns, type(None)) and output.index:
+            task.stage.stage.exchange.columns = output.exchange().columns
+        for handle in task.handles:
+            handle.cancel()
+        self._tell(
+            "finished",
+            task.stage.stage.id,
+            task.index,
+            rows=output.rows,
+            size_bytes=output.size_bytes,
+            seconds=output.seconds,
+            cpu_s=output.cpu_s,
+            worker=output.worker,
+        )
+
+    # ---- trouble
+
+    def _failed(self, task: TaskState, error: BaseException) -> None:
+        if isinstance(error, ExchangeCorrupt) and task.attempts < self.config.attempts_max:
+            self._recompute(task, error)
+            return
+        if isinstance(error, OutOfMemory | CallOutOfMemory):
+            if self._more_memory(task):
+                return
+            raise error
+        again = isinstance(error, WorkerDied | OSError) and not isinstance(
+            error, QueryError | FileNotFoundError | InvalidArgument | CallCancelled
+        )
+        if not again or task.attempts >= self.config.attempts_max:
+            error.add_note(f"in {task.name} of {len(task.stage.tasks)}, attempt {task.attempts}")
+            raise error
+        self._tell("retry", task.stage.stage.id, task.index, error=f"{type(error).__name__}: {error}")
+        self._pending.appendleft(task)
+
+    def _more_memory(self, task: TaskState) -> bool:
+        """Runs the task again with twice the memory, if there is as much."""
+        capacity = self.executor.capacity
+        share = capacity.memory_bytes * min(self.config.cpus_per_task, capacity.cpus) // capacity.cpus
+        wanted = 2 * (task.memory_bytes or share)
+        if wanted > capacity.memory_bytes or task.attempts >= self.config.attempts_max:
+            return False
+        task.memory_bytes = wanted
+        self._tell("retry", task.stage.stage.id, task.index, error="out of memory", memory_bytes=wanted)
+        self._pending.appendleft(task)
+        return True
+
+    def _recompute(self, task: TaskState, error: ExchangeCorrupt) -> None:
+        """Has the maker of a damaged file run again, and with it whoever read what may now be otherwise."""
+        maker = next((t for t in self._tasks() if t.output is not None and t.output.url == error.path), None)
+        if maker is None:
+            raise error
+        self._tell("recompute", maker.stage.stage.id, maker.index, error=str(error))
+        self._again(maker)
+        if not maker.stage.repeatable:
+            for reader in list(self._tasks()):
+                reads = maker.stage.stage.exchange in set(reader.stage.stage.inputs())
+                if reads and reader.output is not None:
+                    self._again(reader)
+        self._pending.append(task)
+
+    def _again(self, task: TaskState) -> None:
+        task.output = None
+        task.stage.place.drop(task.index)
+        self._pending.appendleft(task)
+
+    def _tasks(self) -> Iterator[TaskState]:
+        for state in self.stages.values():
+            yield from state.tasks
+
+    def _speculate(self) -> None:
+        """Runs a straggler a second time, when most of its stage is done and nothing else waits."""
+        if self._pending:
+            return
+        for state in self.stages.values():
+            done = state.outputs
+            if not done or len(done) < _STRAGGLER_DONE_MIN * len(state.tasks):
+                continue
+            usual_s = statistics.median(output.seconds for output in done)
+            limit_s = max(self.config.straggler_s, self.config.straggler_factor * usual_s)
+            for task in state.tasks:
+                started_s = task.handles[0].started_s if len(task.handles) == 1 else None
+                if task.output is None and started_s is not None and time.monotonic() - started_s > limit_s:
+                    self._tell("speculate", state.stage.id, task.index)
+                    self._start(task)
+
+    def _tell(self, kind: str, stage: int, task: int, **data: Any) -> None:
+        self.watch(Event(kind, stage, task, time.monotonic() - self._started_s, data))
+
+
+__all__ = ["Event", "ExchangeRows", "FlowError", "Job", "JobConfig", "RunSql", "duckdb"]

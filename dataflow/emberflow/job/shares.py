@@ -1,0 +1,166 @@
+"""How a stage becomes tasks: which share of its driving feeds each gets, decided when its inputs are there.
+
+Shares follow bytes, never the number of workers, so a job that goes on with other workers finds its tasks again. Small
+neighbouring partitions share a task; one that is much larger than the others is cut by producer, where the plan says
+that is right (one side of a join, the other side read whole by every piece).
+
+Does not know: SQL, executors.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..plan.pipes import Exchange, ExchangeFeed, FileFeed, Stage
+from ..plan.scans import Share
+from .steps import Output
+
+_SKEW = 4
+_SKEW_BYTES_MIN = 8 << 20
+_SKEW_PIECES_MAX = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShareConfig:
+    """How much a task is given."""
+
+    scan_bytes: int = 128 << 20
+    """Of files, as they are on disk."""
+    task_bytes: int = 256 << 20
+    """Of exchanges, as they are in memory."""
+    shares_min: int = 8
+    """Fewest shares of files of more than `scan_small_bytes`."""
+    scan_small_bytes: int = 16 << 20
+    coalesce: bool = True
+    """Small neighbouring partitions share a task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """What a task reads of one exchange: some partitions of some of its producers' outputs."""
+
+    partitions: tuple[int, ...]
+    outputs: tuple[int, ...] | None = None
+    """Positions among the exchange's outputs; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One task's shares, by feed. Feeds that are not named are read whole."""
+
+    files: Mapping[int, Share] = field(default_factory=dict)
+    exchanges: Mapping[int, Exchanged] = field(default_factory=dict)
+
+
+def specs(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareConfig) -> list[Spec]:
+    """The tasks of a stage. `outputs` are those of every exchange it reads, by the exchange's id."""
+    pipe = stage.pipe
+    cut = {
+        feed_id: feed
+        for feed_id, feed in pipe.feeds.items()
+        if (isinstance(feed, FileFeed) and (feed_id == pipe.drive or feed.shares))
+        or (isinstance(feed, ExchangeFeed) and feed.by != "all")
+    }
+    if pipe.drive is None or not cut:
+        return [Spec()]
+    files = {i: _file_shares(feed, config) for i, feed in cut.items() if isinstance(feed, FileFeed)}
+    exchanged = {i: feed for i, feed in cut.items() if isinstance(feed, ExchangeFeed)}
+    pieces = {i: _pieces(feed.exchange, outputs, config) for i, feed in exchanged.items() if feed.by == "piece"}
+    partitioned = {i: feed.exchange for i, feed in exchanged.items() if feed.by == "partition"}
+    counts = {len(shares) for shares in (*files.values(), *pieces.values())}
+    if partitioned and not files and not pieces:
+        return _partition_specs(partitioned, outputs, config)
+    counts |= {exchange.partitions for exchange in partitioned.values()}
+    assert len(counts) == 1, f"feeds that are cut together have {counts} shares"
+    return [
+        Spec(
+            {i: shares[n] for i, shares in files.items()},
+            {i: groups[n] for i, groups in pieces.items()} | {i: Exchanged((n,)) for i in partitioned},
+        )
+        for n in range(counts.pop())
+    ]
+
+
+def _file_shares(feed: FileFeed, config: ShareConfig) -> list[Share]:
+    if feed.shares is not None:
+        return feed.scan.shares(0, exactly=feed.shares)
+    at_least = config.shares_min if feed.scan.size_bytes > config.scan_small_bytes else 1
+    return feed.scan.shares(config.scan_bytes, at_least=at_least)
+
+
+def _pieces(exchange: Exchange, outputs: Mapping[int, Sequence[Output]], config: ShareConfig) -> list[Exchanged]:
+    """The exchange's outputs, neighbours together up to a task's bytes."""
+    everything = tuple(range(exchange.partitions))
+    groups: list[list[int]] = []
+    held = 0
+    for position, output in enumerate(outputs[exchange.id]):
+        if not groups or exchange.fixed or not config.coalesce or held + output.size_bytes > config.task_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(position)
+        held += output.size_bytes
+    return [Exchanged(everything, tuple(group)) for group in groups]
+
+
+def _partition_specs(
+    exchanges: Mapping[int, Exchange], outputs: Mapping[int, Sequence[Output]], config: ShareConfig
+) -> list[Spec]:
+    count = {exchange.partitions for exchange in exchanges.values()}
+    assert len(count) == 1, f"exchanges that are read together have {count} partitions"
+    partitions = range(count.pop())
+    sizes = {
+        feed: [sum(output.exchange().partition_bytes[p] for output in outputs[exchange.id]) for p in partitions]
+        for feed, exchange in exchanges.items()
+    }
+    totals = [sum(of_feed[p] for of_feed in sizes.values()) for p in partitions]
+    fixed = any(exchange.fixed for exchange in exchanges.values()) or not config.coalesce
+    usual = statistics.median(totals)
+    found: list[Spec] = []
+    group: list[int] = []
+    for p in partitions:
+        splitting = [feed for feed, exchange in exchanges.items() if exchange.splittable]
+        if splitting and totals[p] > max(_SKEW * usual, _SKEW_BYTES_MIN) and sizes[splitting[0]][p] > totals[p] // 2:
+            found += _together(group, exchanges)
+            group = []
+            found += _split(p, splitting[0], exchanges, outputs, max(usual, _SKEW_BYTES_MIN))
+            continue
+        if group and (fixed or sum(totals[g] for g in group) + totals[p] > config.task_bytes):
+            found += _together(group, exchanges)
+            group = []
+        group.append(p)
+    return found + _together(group, exchanges)
+
+
+def _together(group: Sequence[int], exchanges: Mapping[int, Exchange]) -> list[Spec]:
+    return [Spec({}, {feed: Exchanged(tuple(group)) for feed in exchanges})] if group else []
+
+
+def _split(
+    partition: int,
+    splitting: int,
+    exchanges: Mapping[int, Exchange],
+    outputs: Mapping[int, Sequence[Output]],
+    piece_bytes: float,
+) -> list[Spec]:
+    """One large partition as several tasks: the splitting side by producer, the others whole."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    producers = outputs[exchanges[splitting].id]
+    total = sum(output.exchange().partition_bytes[partition] for output in producers)
+    piece_bytes = max(piece_bytes, total / _SKEW_PIECES_MAX)
+    for position, output in enumerate(producers):
+        size = output.exchange().partition_bytes[partition]
+        if groups[-1] and held + size > piece_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(position)
+        held += size
+    return [
+        Spec(
+            {},
+            {feed: Exchanged((partition,), tuple(group) if feed == splitting else None) for feed in exchanges},
+        )
+        for group in groups
+    ]

@@ -1,0 +1,356 @@
+"""A task: a function from files to files, the same in every executor.
+
+It reads shares of files, exchanges and small tables, runs its segments one after the other, and writes one file under
+its attempt's own name; then it *publishes*: a manifest that names the attempt is created where none was. Whoever comes
+second, a retry, a copy of a straggler, an attempt that was thought dead, finds the manifest and takes its own file
+away. So any number of attempts, at any time, make one output.
+
+Does not know: plans, other tasks, or when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from ..engine import Engine, EngineConfig, arrow_reader
+from ..errors import CallCancelled, FlowError
+from ..exchange import ExchangeIndex, ExchangeReader, ExchangeWriter, restored, settings
+from ..executor.base import Context
+from ..files import FileOutput, FileSink
+from ..functions import shipping
+from ..functions.steps import PythonStep, apply
+from ..functions.udf import Udf
+from ..plan.nodes import Column
+from ..sources import StorageOptions, open_url
+from .steps import Output, Place
+
+BATCH_ROWS = 122_880
+"""Rows that move at once: as many as DuckDB's row group holds."""
+
+_REPORT_ROWS = 1_000_000
+_MEMORY_FRACTION = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One producer's output, as a consumer reads it."""
+
+    url: str
+    index: ExchangeIndex
+    attempt: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeRows:
+    """Partitions of some producers' outputs, read in that order."""
+
+    pieces: tuple[Piece, ...]
+    partitions: tuple[int, ...]
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableRows:
+    """A small table that travels with the task, as an Arrow IPC stream."""
+
+    data: bytes
+    columns: tuple[Column, ...]
+
+
+Rows = ExchangeRows | TableRows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSql:
+    """A query over named inputs, each with columns c0, c1, ...; `previous` names the rows of the segment before."""
+
+    text: str
+    inputs: Mapping[str, Rows] = field(default_factory=dict)
+    previous: str | None = None
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Inputs whose columns have the user's names."""
+
+
+Run = RunSql | PythonStep
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExchangeSink:
+    """Rows to partitions. `by` says how: "column": the last column is the partition; "spread": in turn, from
+    `start` on; "random": by `seed`; "whole": all in the first."""
+
+    by: str
+    partitions: int
+    start: int = 0
+    seed: int = 0
+    compression: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Everything that an attempt needs to know."""
+
+    name: str
+    place: Place
+    """Where its step keeps outputs and manifests."""
+    index: int
+    attempt: str
+    runs: tuple[Run, ...]
+    sink: ExchangeSink | FileSink
+    columns: tuple[Column, ...] | None
+    """Of its output, if they are known before it runs."""
+    udfs: tuple[Udf, ...] = ()
+    storage_options: StorageOptions = field(default_factory=dict)
+    seed: float = 0.0
+    """What random() and uuid() start from, -1 to 1."""
+    ordered: bool = False
+    """The order of rows within the output matters."""
+
+
+def run(payload: bytes, context: Context) -> bytes:
+    """What executors call: runs a `Task`, publishes its output, and answers with the winner's `Output`."""
+    task = shipping.loads(payload)
+    assert isinstance(task, Task)
+    attempt = Attempt(task, context)
+    return msgspec.msgpack.encode(attempt.run())
+
+
+class Attempt:
+    """One run of a task."""
+
+    def __init__(self, task: Task, context: Context) -> None:
+        self.task = task
+        self.context = context
+        self.engine = engine_of(context, task.storage_options)
+        self.interrupted = False
+        self.rows_out = 0
+        self._readers: list[ExchangeReader] = []
+        self._cursors: list[Any] = []
+        self._connections: list[Any] = []
+
+    def run(self) -> Output:
+        if (winner := self.task.place.winner(self.task.index)) is not None:
+            return winner
+        started_s, cpu_s = time.monotonic(), time.process_time()
+        self.engine.limit(
+            threads=self.context.cpus, memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
+        )
+        self.context.on_interrupt(self._interrupt)
+        try:
+            with ExitStack() as stack:
+                schema, batches = self._rows(stack)
+                output = self._write(schema, self._counted(batches))
+        except BaseException as error:
+            self._explain(error)
+            raise
+        finally:
+            self.context.on_interrupt(None)
+        output.seconds = time.monotonic() - started_s
+        output.cpu_s = time.process_time() - cpu_s
+        output.worker = self.context.worker
+        output.inputs = sorted(
+            {piece.attempt for rows in self._exchange_inputs() for piece in rows.pieces if piece.attempt}
+        )
+        return self.task.place.publish(self.task.index, output)
+
+    def _exchange_inputs(self) -> Iterator[ExchangeRows]:
+        for step in self.task.runs:
+            if isinstance(step, RunSql):
+                yield from (rows for rows in step.inputs.values() if isinstance(rows, ExchangeRows))
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
+        for cursor in list(self._cursors):
+            self.engine.interrupt(cursor)
+
+    def _explain(self, error: BaseException) -> None:
+        """Raises what was the matter, where DuckDB only tells what it was told."""
+        if self.interrupted:
+            raise CallCancelled(f"{self.task.name} was cancelled") from None
+        for reader in self._readers:
+            if reader.failure is not None and reader.failure is not error:
+                raise reader.failure from None
+
+    # ---- rows through the segments
+
+    def _rows(self, stack: ExitStack) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        previous: tuple[pa.Schema, Iterator[pa.RecordBatch]] | None = None
+        for step in self.task.runs:
+            if isinstance(step, RunSql):
+                previous = self._sql(step, previous, stack)
+            else:
+                assert previous is not None
+                previous = apply(step, previous[1], previous[0], interrupted=lambda: self.interrupted)
+        assert previous is not None
+        return previous
+
+    def _sql(
+        self, step: RunSql, previous: tuple[pa.Schema, Iterator[pa.RecordBatch]] | None, stack: ExitStack
+    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        cursor = stack.enter_context(self.engine.running(step.text))
+        self._cursors.append(cursor)
+        if not (isinstance(self.task.sink, FileSink) and step is self.task.runs[-1]):
+            for statement in settings():
+                cursor.execute(statement)
+        cursor.execute(f"SET preserve_insertion_order = {str(self._keeps_order()).lower()}")
+        cursor.execute("SELECT setseed(?)", [self.task.seed])
+        for udf in self.task.udfs:
+            udf.register(cursor)
+        for name, rows in step.inputs.items():
+            self._register(cursor, name, rows, step.names.get(name))
+        if step.previous is not None:
+            assert previous is not None
+            reader = pa.RecordBatchReader.from_batches(*previous)
+            self._view(cursor, step.previous, reader, None, step.names.get(step.previous))
+        reader = arrow_reader(cursor, step.text, None, BATCH_ROWS)
+        return reader.schema, self._translated(reader, step.text)
+
+    def _keeps_order(self) -> bool:
+        return self.task.ordered or self.context.cpus == 1
+
+    def _translated(self, reader: pa.RecordBatchReader, text: str) -> Iterator[pa.RecordBatch]:
+        with self.engine.translating(text):
+            yield from reader
+
+    def _register(self, cursor: Any, name: str, rows: Rows, names: tuple[str, ...] | None) -> None:
+        if isinstance(rows, TableRows):
+            with pa.ipc.open_stream(rows.data) as stream:
+                table = stream.read_all()
+            self._view(cursor, name, table, rows.columns, names)
+            return
+        sources = []
+        for piece in rows.pieces:
+            filesystem, path = open_url(piece.url, self.task.storage_options)
+            sources.append((filesystem, path, piece.index))
+        reader = ExchangeReader(sources, rows.partitions, columns=rows.columns)
+        self._readers.append(reader)
+        self._view(cursor, name, reader.to_arrow(), rows.columns, names)
+
+    def _view(
+        self,
+        cursor: Any,
+        name: str,
+        rows: pa.Table | pa.RecordBatchReader,
+        columns: tuple[Column, ...] | None,
+        names: tuple[str, ...] | None,
+    ) -> None:
+        """`name` as a view of `rows` with DuckDB's own types; columns are c0, c1, ... or have the user's `names`."""
+        cursor.register(f"{name}_arrow", rows)
+        if columns is None:
+            exprs = [f'"{column}"' for column in rows.schema.names]
+        else:
+            exprs = restored(columns, rows.schema, cursor)
+        given = names or tuple(f"c{i}" for i in range(len(exprs)))
+        listed = ", ".join(f'{expr} AS "{given[i].replace(chr(34), chr(34) * 2)}"' for i, expr in enumerate(exprs))
+        cursor.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT {listed} FROM {name}_arrow")
+
+    def _counted(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        reported = 0
+        for batch in batches:
+            if self.interrupted:
+                raise CallCancelled(f"{self.task.name} was cancelled")
+            self.rows_out += batch.num_rows
+            if self.rows_out - reported >= _REPORT_ROWS:
+                reported = self.rows_out
+                self.context.report(msgspec.msgpack.encode(reported))
+            yield batch
+
+    # ---- output
+
+    def _write(self, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Output:
+        task = self.task
+        if isinstance(task.sink, FileSink):
+            files: list[FileOutput] = task.sink.write(
+                batches, schema, stem=f"{task.index:05d}-{task.attempt}", options=task.storage_options
+            )
+            size = sum(file.size_bytes for file in files)
+            return Output(attempt=task.attempt, rows=self.rows_out, size_bytes=size, files=files)
+        url = task.place.data_url(task.index, task.attempt)
+        filesystem, path = open_url(url, task.storage_options)
+        try:
+            with filesystem.open(path, "wb") as file:
+                index = self._scatter(file, schema, batches, task.sink)
+        except BaseException:
+            remove_quietly(filesystem, path)
+            raise
+        return Output(
+            attempt=task.attempt,
+            url=url,
+            rows=self.rows_out,
+            size_bytes=index.size_bytes,
+            index=msgspec.msgpack.encode(index),
+        )
+
+    def _scatter(
+        self, file: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch], sink: ExchangeSink
+    ) -> ExchangeIndex:
+        has_partition = sink.by == "column"
+        kept = pa.schema(list(schema)[:-1]) if has_partition else schema
+        columns = self.task.columns or self._columns_of(kept)
+        compression: Any = sink.compression
+        writer = ExchangeWriter(
+            file, schema=kept, columns=columns, num_partitions=sink.partitions, compression=compression
+        )
+        partitions_of = self._partitions_of(sink)
+        for batch in batches:
+            where = batch.column(batch.num_columns - 1) if has_partition else partitions_of(batch.num_rows)
+            rows = batch.select(range(batch.num_columns - 1)) if has_partition else batch
+            writer.write(rows, where)
+        return writer.close()
+
+    def _partitions_of(self, sink: ExchangeSink) -> Callable[[int], np.ndarray[Any, Any] | None]:
+        if sink.by == "random":
+            generator = np.random.Generator(np.random.PCG64([sink.seed, self.task.index]))
+            return lambda rows: generator.integers(0, sink.partitions, rows, dtype=np.uint32)
+        if sink.by == "spread":
+            position = sink.start
+
+            def spread(rows: int) -> np.ndarray[Any, Any]:
+                nonlocal position
+                where = (np.arange(position, position + rows) % sink.partitions).astype(np.uint32)
+                position += rows
+                return where
+
+            return spread
+        return lambda rows: None
+
+    def _columns_of(self, schema: pa.Schema) -> tuple[Column, ...]:
+        """DuckDB's types for an Arrow schema that Python made."""
+        with self.engine.running("") as cursor:
+            cursor.register("emberflow_shape", schema.empty_table())
+            rows = cursor.execute("DESCRIBE emberflow_shape").fetchall()
+        return tuple(Column(str(row[0]), str(row[1])) for row in rows)
+
+
+def remove_quietly(filesystem: Any, path: str) -> None:
+    """Removes a file that may not be there; what cannot be removed is left to the sweep."""
+    try:
+        filesystem.rm_file(path)
+    except (OSError, FlowError):
+        pass
+
+
+def engine_of(context: Context, options: StorageOptions) -> Engine:
+    """The worker's DuckDB, made once for each set of storage options."""
+    key = f"engine {sorted((name, sorted(map(str, value.items()))) for name, value in options.items())}"
+    engine = context.state.get(key)
+    if engine is None:
+        spill = tempfile.mkdtemp(prefix=f"emberflow-{os.getpid()}-")
+        engine = context.state[key] = Engine(
+            EngineConfig(threads=context.cpus, temp_directory=spill, storage_options=options)
+        )
+    assert isinstance(engine, Engine)
+    return engine
+
+
+__all__ = ["Attempt", "ExchangeRows", "ExchangeSink", "Piece", "RunSql", "TableRows", "Task", "closing", "run"]

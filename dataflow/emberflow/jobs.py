@@ -1,0 +1,248 @@
+"""The jobs of a session: which frames need one, on what they run, and how their rows come back.
+
+Does not know: how SQL is cut into stages (`plan`), or how tasks run (`job`, `executor`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from .errors import InvalidArgument, OutOfMemory
+from .exchange import ExchangeReader, Source, restored, settings
+from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
+from .files import FileSink
+from .job.job import Event, Job, JobConfig
+from .job.shares import ShareConfig
+from .job.steps import Output
+from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
+from .plan.nodes import Column
+from .plan.pipes import Pipe, Program
+from .plan.planner import Planner
+from .plan.scans import FileScan, ResolvedScan, find, resolve
+from .plan.stages import StageConfig
+from .query import Query, quoted
+from .sources import open_url
+
+if TYPE_CHECKING:
+    from .session import Session
+
+_INLINE_BYTES_MAX = 32 << 20
+# A query inside this process may read so much more than its memory: DuckDB spills, and most queries hold little.
+_IN_PROCESS_FACTOR = 1.0
+_UNITS = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def bytes_of(size: str) -> int:
+    """A size with its unit, as DuckDB reads it: 1 KB is 1000 bytes, 1 KiB 1024."""
+    text = size.strip().lower()
+    digits = text.rstrip("bkmgti ")
+    unit = text[len(digits) :].strip()
+    try:
+        number = float(digits)
+    except ValueError:
+        raise InvalidArgument(f"a size is a number and a unit, like 4GB or 512MiB, not {size!r}") from None
+    letter = unit[:1] or "b"
+    if letter not in _UNITS:
+        raise InvalidArgument(f"a size ends with B, KB, MB, GB, TB, or KiB to TiB, not {size!r}")
+    if letter == "b":
+        return int(number)
+    return int(number * (2 ** _UNITS[letter] if "i" in unit else 1000 ** (_UNITS[letter] // 10)))
+
+
+class Jobs:
+    """Runs what a session's own DuckDB does not. Safe to use from many threads."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.config = session.config
+        self._lock = threading.RLock()
+        self._executors: dict[str, Executor] = {}
+        self._results: dict[int, tuple[Frame, Computed, list[Output]]] = {}
+        self._scans: dict[FileScan, ResolvedScan] = {}
+        self._count = 0
+        self._closed = False
+        self.last: list[Event] = []
+        """What the latest job told."""
+
+    def close(self) -> None:
+        """Ends the executors, and what runs on them."""
+        with self._lock:
+            executors, self._executors = list(self._executors.values()), {}
+            self._closed = True
+        for executor in executors:
+            executor.close()
+
+    # ---- what needs a job
+
+    def is_needed(self, frame: Frame) -> bool:
+        """Whether the frame's rows are made by a job; else one DuckDB in this process makes them."""
+        if not isinstance(frame, Query):
+            return not isinstance(frame, Computed)
+        if self.config.shuffle == "always" or self.config.executor == "ray":
+            return True
+        sources = [source for source in frame.tables.values() if not isinstance(source, pa.Table)]
+        if any(isinstance(source, Apply | PartialSql | Repartition) for source in sources):
+            return True
+        return self.size_bytes(frame) > self.memory_bytes * _IN_PROCESS_FACTOR
+
+    def size_bytes(self, frame: Frame) -> int:
+        """The bytes of all files that a frame reads, as they are on disk."""
+        if isinstance(frame, Repartition | Apply):
+            return self.size_bytes(frame.child)
+        if isinstance(frame, PartialSql):
+            return sum(self.size_bytes(child) for child in frame.inputs.values())
+        if isinstance(frame, Computed):
+            return frame.exchange.size_bytes
+        own = sum(self.resolve(scan).size_bytes for scan in find(frame.text)[1].values())
+        tables = (s.nbytes if isinstance(s, pa.Table) else self.size_bytes(s) for s in frame.tables.values())
+        return own + sum(tables)
+
+    @property
+    def memory_bytes(self) -> int:
+        if self.config.memory_limit is not None:
+            return bytes_of(self.config.memory_limit)
+        return int(machine_capacity().memory_bytes * 0.8)
+
+    # ---- the catalog that planning asks
+
+    def resolve(self, scan: FileScan) -> ResolvedScan:
+        """The scan's files and columns, as they are now: one job sees one state of them."""
+        with self.session.engine.running(scan.call(scan.paths)) as cursor:
+            return resolve(scan, cursor, self.config.storage_options)
+
+    def describe(self, text: str, shadows: Mapping[str, Sequence[Column]]) -> tuple[Column, ...]:
+        """The columns of a query over tables with these columns. Raises `QueryError` for one that DuckDB refuses."""
+        with self.session.engine.running(text) as cursor:
+            for name, columns in shadows.items():
+                listed = ", ".join(f"{quoted(column.name)} {column.type}" for column in columns)
+                cursor.execute(f"CREATE OR REPLACE TEMP TABLE {quoted(name)} ({listed})")
+            rows = cursor.execute(f"DESCRIBE {text}").fetchall()
+        return tuple(Column(str(row[0]), str(row[1])) for row in rows)
+
+    def columns_of(self, table: pa.Table) -> tuple[Column, ...]:
+        """A table's columns, as DuckDB has them."""
+        with self.session.engine.running("") as cursor:
+            cursor.register("emberflow_shape", table.schema.empty_table())
+            rows = cursor.execute("DESCRIBE emberflow_shape").fetchall()
+        return tuple(Column(str(row[0]), str(row[1])) for row in rows)
+
+    # ---- running
+
+    def compute(self, frame: Frame) -> Computed:
+        """Runs the frame's job, unless its rows are here already."""
+        with self._lock:
+            if isinstance(frame, Computed):
+                return frame
+            if id(frame) in self._results:
+                return self._results[id(frame)][1]
+            program = self.planner(frame).program(frame)
+            outputs = self._run(program, frame, None)
+            exchange = program.result
+            columns = program.columns
+            if columns is None:
+                assert exchange.columns is not None
+                columns = exchange.columns
+            computed = Computed(exchange, columns, tuple(outputs))
+            self._results[id(frame)] = frame, computed, outputs
+            return computed
+
+    def is_computed(self, frame: Frame) -> bool:
+        """Whether the frame's rows are here."""
+        return isinstance(frame, Computed) or id(frame) in self._results
+
+    def forget(self, frame: Frame) -> None:
+        """The frame's rows will be made anew."""
+        with self._lock:
+            self._results.pop(id(frame), None)
+
+    def write(self, frame: Frame, sink: FileSink, *, progress: bool | None) -> list[Output]:
+        """Runs the frame's job into files."""
+        with self._lock:
+            program = self.planner(frame).program(frame, one=sink.one_file is not None)
+            return self._run(program, frame, sink)
+
+    def planner(self, frame: Frame) -> Planner:
+        """What makes the frame's program."""
+        config = StageConfig(
+            partitions=self.config.partitions,
+            partition_bytes=self.config.partition_bytes,
+            broadcast_bytes=0 if self.config.shuffle == "always" else self.config.broadcast_bytes,
+        )
+        return Planner(config, self, now=datetime.datetime.now(datetime.UTC), udfs=self.session.udfs)
+
+    def _run(self, program: Program, frame: Frame, sink: FileSink | None) -> list[Output]:
+        self._count += 1
+        self.last = []
+        job = Job(
+            program,
+            self.executor(frame),
+            self.root,
+            id=f"{self.config.job_id or uuid.uuid4().hex[:12]}-{self._count}",
+            config=JobConfig(
+                cpus_per_task=self.config.threads or 1,
+                timeout_s=self.config.timeout_s,
+                shares=ShareConfig(
+                    scan_bytes=self.config.partition_bytes,
+                    task_bytes=2 * self.config.partition_bytes,
+                    coalesce=self.config.partitions is None,
+                ),
+            ),
+            storage_options=self.config.storage_options,
+            udfs=self.session.udfs,
+            sink=sink,
+            watch=self.last.append,
+        )
+        return job.run()
+
+    @property
+    def root(self) -> str:
+        """Where steps are kept."""
+        return self.config.data_root or f"{self.session.spill}/jobs"
+
+    def executor(self, frame: Frame) -> Executor:
+        """What the frame's job runs on."""
+        name: str = self.config.executor
+        if name == "auto":
+            name = "inline" if self.size_bytes(frame) <= _INLINE_BYTES_MAX else "local"
+        if name not in self._executors:
+            self._executors[name] = self._made(name)
+        return self._executors[name]
+
+    def _made(self, name: str) -> Executor:
+        machine = machine_capacity()
+        cpus = self.config.threads or 1
+        workers = self.config.workers or max(1, machine.cpus // cpus)
+        capacity = Capacity(cpus=workers * cpus, memory_bytes=self.memory_bytes)
+        if name == "inline":
+            return InlineExecutor(capacity)
+        if name == "local":
+            return LocalExecutor(workers=workers, cpus=capacity.cpus, memory_bytes=capacity.memory_bytes)
+        from .executor.ray import RayExecutor
+
+        return RayExecutor(address=self.config.ray_address, cpus=capacity.cpus, memory_bytes=capacity.memory_bytes)
+
+    # ---- rows back
+
+    def register(self, cursor: Any, name: str, frame: Frame) -> None:
+        """Makes `name` a view of the frame's rows in a cursor of the session's own DuckDB."""
+        computed = self.compute(frame)
+        sources = []
+        for output in computed.outputs:
+            filesystem, path = open_url(output.url, self.config.storage_options)
+            sources.append(Source(filesystem, path, output.exchange()))
+        assert computed.exchange.columns is not None
+        reader = ExchangeReader(sources, range(computed.exchange.partitions))
+        rows = reader.to_reader()
+        cursor.register(f"{name}_arrow", rows)
+        exprs = restored(computed.exchange.columns, rows.schema, cursor)
+        listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
+        cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
+
+
+__all__ = ["Jobs", "OutOfMemory", "Pipe", "settings"]

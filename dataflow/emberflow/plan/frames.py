@@ -1,0 +1,62 @@
+"""What a DataFrame is made of: SQL over sources, and the operators that SQL has no word for.
+
+A frame is a value, and lazy: making one only says what would be done. Rows of a SQL frame are in no known partitions;
+the others say how theirs are.
+
+Does not know: how any of it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ..functions.steps import PythonStep
+from ..job.steps import Output
+from ..query import Query
+from .nodes import Column
+from .pipes import Exchange
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Repartition:
+    """The child's rows in `partitions` partitions. `column` are of the child: whose hash, or whose value, says which.
+
+    "files" keeps files whole where the child is files; "rows" deals rows out evenly; "random" at random, by `seed`.
+    """
+
+    child: Frame
+    partitions: int
+    by: Literal["files", "rows", "hash", "column", "random"]
+    keys: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartialSql:
+    """A query over one partition of each of its inputs at a time. All have as many partitions, or one for all."""
+
+    text: str
+    inputs: Mapping[str, Frame]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apply:
+    """The user's Python function over the child's rows; partitions stay as they are."""
+
+    child: Frame
+    step: PythonStep
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """Rows that a job has made already."""
+
+    exchange: Exchange
+    columns: tuple[Column, ...]
+    """As the user named them."""
+    outputs: tuple[Output, ...]
+
+
+Frame: TypeAlias = Query | Repartition | PartialSql | Apply | Computed

@@ -1,0 +1,314 @@
+"""From a frame to a program: SQL is bound and cut into stages, the other operators are put around it.
+
+A query that cannot be planned is not an error: it runs as one task, as DuckDB would run it, and the program's notes say
+why. Columns that only a run can tell (of a Python function without a schema) are found by running: `compute`.
+
+Does not know: workers, tasks, where exchanges lie.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import duckdb
+import pyarrow as pa
+
+from ..errors import InvalidArgument
+from ..functions.udf import Udf
+from ..query import Query, inlined
+from .binder import NotPlannable, bind
+from .frames import Apply, Computed, Frame, PartialSql, Repartition
+from .nodes import Column, Expr, Node, Scan, SortKey, column, walk
+from .pipes import (
+    PREVIOUS,
+    ByExpression,
+    Exchange,
+    ExchangeFeed,
+    Feed,
+    FileFeed,
+    Pipe,
+    Program,
+    PythonSegment,
+    Spread,
+    SqlSegment,
+    TableFeed,
+    TextSegment,
+    Whole,
+)
+from .prune import pruned
+from .scans import FileScan, ResolvedScan, find
+from .stages import Builder, Pipes, StageConfig, feed_of, hashed
+
+_TABLE_BYTES_MAX = 64 << 20
+
+
+class Catalog(Protocol):
+    """What a planner may ask of the world."""
+
+    def resolve(self, scan: FileScan) -> ResolvedScan:
+        """The scan's files and columns."""
+
+    def describe(self, text: str, shadows: Mapping[str, Sequence[Column]]) -> tuple[Column, ...]:
+        """The columns of a query over tables with these columns."""
+
+    def columns_of(self, table: pa.Table) -> tuple[Column, ...]:
+        """A table's columns, as DuckDB would have them."""
+
+    def compute(self, frame: Frame) -> Computed:
+        """Runs a job that makes the frame's rows."""
+
+
+class Planner:
+    """Makes one program."""
+
+    def __init__(
+        self, config: StageConfig, catalog: Catalog, *, now: datetime.datetime, udfs: Sequence[Udf] = ()
+    ) -> None:
+        self.builder = Builder(config)
+        self.catalog = catalog
+        self.now = now
+        self.udfs = udfs
+        self._done: dict[int, tuple[Frame, Pipes, tuple[Column, ...] | None]] = {}
+
+    def program(self, frame: Frame, *, one: bool = False) -> Program:
+        """The program that makes the frame's rows; `one` has one task make the last of it."""
+        pipes, columns = self.pipes(frame)
+        ordered = len(pipes) == 1 and pipes[0].ordered
+        if one:
+            pipes = [self.builder.together(pipes, label="one file")]
+        result = self.builder.exchange(pipes, Whole(), label="result")
+        return Program(tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes))
+
+    def pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
+        """The pipes of a frame, and its columns as the user named them."""
+        if id(frame) not in self._done:
+            pipes, columns = self._pipes(frame)
+            self._done[id(frame)] = frame, pipes, columns
+        _, pipes, columns = self._done[id(frame)]
+        return pipes, columns
+
+    def _pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
+        if isinstance(frame, Query):
+            return self._query(frame)
+        if isinstance(frame, Repartition):
+            return self._repartition(frame)
+        if isinstance(frame, PartialSql):
+            return self._partial_sql(frame)
+        if isinstance(frame, Apply):
+            pipes, _ = self.pipes(frame.child)
+            named = [self._named(pipe, frame.child) for pipe in pipes]
+            schema = frame.step.schema
+            columns = None if schema is None else tuple(Column(name, type_) for name, type_ in schema.items())
+            return [pipe.after(PythonSegment(frame.step, columns), hashed=()) for pipe in named], columns
+        return [self.builder.reading(self.builder.made(frame), "piece")], frame.columns
+
+    def _named(self, pipe: Pipe, frame: Frame) -> Pipe:
+        """The pipe with its last columns under the user's names, for a function that looks at them."""
+        _, columns = self.pipes(frame)
+        last = pipe.segments[-1]
+        if columns is None or not isinstance(last, SqlSegment):
+            return pipe
+        inputs = (("emberflow_rows", PREVIOUS, columns),)
+        listed = ", ".join(f"c{i} AS {_quoted(c.name)}" for i, c in enumerate(columns))
+        return pipe.after(TextSegment(f"SELECT {listed} FROM emberflow_rows", inputs, columns))
+
+    def known(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...]]:
+        """As `pipes`, with columns that are known: by running the frame, if nothing else helps."""
+        pipes, columns = self.pipes(frame)
+        if columns is None:
+            computed = self.catalog.compute(frame)
+            pipes, columns = self._pipes(computed)
+            assert columns is not None
+            self._done[id(frame)] = frame, pipes, columns
+        return pipes, columns
+
+    # ---- SQL
+
+    def _query(self, query: Query) -> tuple[Pipes, tuple[Column, ...]]:
+        frames: dict[str, tuple[Pipes, tuple[Column, ...]]] = {}
+        tables: dict[str, pa.Table] = {}
+        for name, source in query.tables.items():
+            if isinstance(source, pa.Table):
+                tables[name] = source
+            else:
+                frames[name] = self.known(source)
+        try:
+            return self._planned(query, frames, tables)
+        except NotPlannable as why:
+            self.builder.notes.append(f"runs as one task: {why}")
+            return self._as_one_task(query, frames, tables)
+
+    def _planned(
+        self,
+        query: Query,
+        frames: Mapping[str, tuple[Pipes, tuple[Column, ...]]],
+        tables: Mapping[str, pa.Table],
+    ) -> tuple[Pipes, tuple[Column, ...]]:
+        text, scans = find(inlined(query))
+        sources: dict[str, ResolvedScan | pa.Table] = {n: self.catalog.resolve(scan) for n, scan in scans.items()}
+        sources.update(tables)
+        shadows: dict[str, Sequence[Column]] = {name: columns for name, (_, columns) in frames.items()}
+        rows: dict[str, int] = {}
+        for name, source in sources.items():
+            is_table = isinstance(source, pa.Table)
+            shadows[name] = self.catalog.columns_of(source) if is_table else source.columns
+            rows[name] = source.num_rows if is_table else source.rows or max(1, source.size_bytes // 64)
+        bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up)
+        plan = pruned(bound.plan)
+        scope: dict[object, Callable[[Node], Pipes]] = {}
+        for name, source in sources.items():
+            scope[name] = self._scanning(source)
+        for name, (pipes, _) in frames.items():
+            uses = sum(isinstance(node, Scan) and node.table == name for node in walk(plan))
+            scope[name] = self._reading(pipes, uses)
+        return self.builder.build(plan, scope), bound.columns
+
+    def _set_up(self, connection: duckdb.DuckDBPyConnection) -> None:
+        for udf in self.udfs:
+            udf.register(connection)
+
+    def _scanning(self, source: ResolvedScan | pa.Table) -> Callable[[Node], Pipes]:
+        def pipes(node: Node) -> Pipes:
+            assert isinstance(node, Scan)
+            feed = self.builder.new_feed()
+            segment = SqlSegment(_input(feed, node))
+            if isinstance(source, pa.Table):
+                return [Pipe((segment,), {feed: feed_of(source, node)}, None, source.nbytes)]
+            share = len(node.columns) / max(1, len(source.columns))
+            return [Pipe((segment,), {feed: feed_of(source, node)}, feed, source.size_bytes * share)]
+
+        return pipes
+
+    def _reading(self, pipes: Pipes, uses: int) -> Callable[[Node], Pipes]:
+        """What a scan of a frame stands for; a frame scanned more than once is made once, and kept."""
+        kept: Exchange | None = None
+        if uses > 1:
+            kept = self.builder.exchange(pipes, Whole(), label="shared")
+
+        def chosen(node: Node) -> Pipes:
+            assert isinstance(node, Scan)
+            from .nodes import Project
+
+            below = pipes if kept is None else [self.builder.reading(kept, "piece")]
+            exprs = tuple(column(p, c.type) for p, c in zip(node.positions, node.columns, strict=True))
+            names = tuple(c.name for c in node.columns)
+            return [self.builder._row_by_row(Project(pipe.tree, exprs, names), pipe) for pipe in below]
+
+        return chosen
+
+    def _as_one_task(
+        self,
+        query: Query,
+        frames: Mapping[str, tuple[Pipes, tuple[Column, ...]]],
+        tables: Mapping[str, pa.Table],
+    ) -> tuple[Pipes, tuple[Column, ...]]:
+        feeds: dict[int, Feed] = {}
+        inputs: list[tuple[str, int, tuple[Column, ...]]] = []
+        for name, (pipes, columns) in frames.items():
+            exchange = self.builder.exchange(pipes, Whole(), label="gather")
+            feed = self.builder.new_feed()
+            feeds[feed] = ExchangeFeed(exchange, "all")
+            inputs.append((name, feed, columns))
+        for name, table in tables.items():
+            columns = self.catalog.columns_of(table)
+            feed = self.builder.new_feed()
+            feeds[feed] = TableFeed(table, columns, tuple(range(len(columns))))
+            inputs.append((name, feed, columns))
+        text = inlined(query)
+        columns = self.catalog.describe(text, {name: columns for name, _, columns in inputs})
+        size = sum(feed.exchange.size_bytes for feed in feeds.values() if isinstance(feed, ExchangeFeed))
+        pipe = Pipe((TextSegment(text, tuple(inputs), columns),), feeds, None, size or 1, ordered=True)
+        return [pipe], columns
+
+    # ---- partitions
+
+    def _repartition(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
+        pipes, columns = self.known(frame.child)
+        names = [c.name.lower() for c in columns]
+        if unknown := [key for key in frame.keys if key.lower() not in names]:
+            raise InvalidArgument(f"cannot partition by {', '.join(unknown)}: the columns are {', '.join(names)}")
+        keys = [column(names.index(key.lower()), columns[names.index(key.lower())].type) for key in frame.keys]
+        count = frame.partitions
+        if frame.by == "files" and (pipe := _of_files(pipes, count)) is not None:
+            return [pipe], columns
+        if frame.by == "hash":
+            how: ByExpression | Spread = ByExpression(hashed(keys, count))
+        elif frame.by == "column":
+            how = ByExpression(Expr(("CAST(", *keys[0].pieces, " AS UINTEGER)"), "UINTEGER"))
+        else:
+            how = Spread(frame.seed if frame.by == "random" else None)
+        exchange = self.builder.exchange(pipes, how, count, label=f"repartition by {frame.by}", fixed=True)
+        positions = tuple(key.position for key in keys if key.position is not None)
+        known = positions if frame.by in ("hash", "column") else ()
+        pipe = self.builder.reading(exchange, "partition", hashed=known)
+        if frame.by == "random":
+            pipe = _shuffled(pipe, frame.seed)
+        return [pipe], columns
+
+    def _partial_sql(self, frame: PartialSql) -> tuple[Pipes, tuple[Column, ...]]:
+        sides = {name: self.known(child) for name, child in frame.inputs.items()}
+        columns = self.catalog.describe(frame.text, {name: columns for name, (_, columns) in sides.items()})
+        if len(sides) == 1:
+            ((name, (pipes, own)),) = sides.items()
+            segment = TextSegment(frame.text, ((name, PREVIOUS, own),), columns)
+            return [pipe.after(segment, hashed=(), ordered=False) for pipe in pipes], columns
+        feeds: dict[int, Feed] = {}
+        inputs = []
+        drive = None
+        for name, (pipes, own) in sides.items():
+            pipe = self._aligned(pipes)
+            ((feed, source),) = pipe.feeds.items()
+            feeds[feed] = source
+            drive = drive if drive is not None else pipe.drive
+            inputs.append((name, feed, own))
+        size = sum(pipe.size_bytes for pipes, _ in sides.values() for pipe in pipes)
+        return [Pipe((TextSegment(frame.text, tuple(inputs), columns),), feeds, drive, size)], columns
+
+    def _aligned(self, pipes: Pipes) -> Pipe:
+        """A pipe that is one feed and nothing else, whose shares are the partitions of `pipes`."""
+        if len(pipes) == 1:
+            pipe = pipes[0]
+            bare = len(pipe.segments) == 1 and isinstance(pipe.segments[0], SqlSegment) and len(pipe.feeds) == 1
+            if bare and not pipe.tree.children and not isinstance(next(iter(pipe.feeds.values())), FileFeed):
+                return pipe
+            if pipe.drive is None:
+                return self.builder.reading(self.builder.exchange(pipes, Whole(), label="partition"), "all")
+        exchange = self.builder.exchange(pipes, Whole(), label="partition", fixed=True)
+        return self.builder.reading(exchange, "piece")
+
+
+def _input(feed: int, node: Scan) -> Node:
+    from .nodes import Input
+
+    return Input(feed, node.columns)
+
+
+def _of_files(pipes: Pipes, count: int) -> Pipe | None:
+    """The pipe with its files in `count` shares, if it reads files and nothing else."""
+    if len(pipes) != 1 or len(pipes[0].feeds) != 1:
+        return None
+    ((feed, source),) = pipes[0].feeds.items()
+    if not isinstance(source, FileFeed):
+        return None
+    return replace(pipes[0], feeds={feed: replace(source, shares=count)})
+
+
+def _shuffled(pipe: Pipe, seed: int) -> Pipe:
+    """Each partition's rows in an order that the seed decides."""
+    columns = pipe.columns
+    listed = ", ".join(f"c{i}" for i in range(len(columns)))
+    numbered = f"SELECT {listed}, row_number() OVER () AS emberflow_row FROM emberflow_rows"
+    text = f"SELECT {listed} FROM ({numbered}) ORDER BY hash(emberflow_row, {seed}), emberflow_row"
+    return pipe.after(TextSegment(text, (("emberflow_rows", PREVIOUS, columns),), columns))
+
+
+def _quoted(name: str) -> str:
+    from ..query import quoted
+
+    return quoted(name)
+
+
+__all__ = ["Catalog", "Planner", "SortKey", "StageConfig"]
