@@ -10,6 +10,7 @@ comes through as it was raised, with a note that says which query met it.
     ├── InvalidArgument (ValueError)           a setting, mode, parameter or URL that can never be right
     ├── OutOfMemory (MemoryError)              the query does not fit `memory_limit`, spilling included
     ├── SessionClosed (ValueError)
+    ├── UnsupportedType (TypeError)            a DuckDB type that does not go through what was asked of it
     ├── ExchangeCorrupt (IOError)              an intermediate is damaged or gone; the job makes it again
     ├── CallCancelled (InterruptedError)       a call was cancelled, by its user, a limit or a deadline
     ├── WorkerDied (ConnectionError)           the worker of a call is gone; what the call did is unknown
@@ -49,6 +50,11 @@ class OutOfMemory(FlowError, MemoryError):
 
 class SessionClosed(FlowError, ValueError):
     """The session was closed before the call."""
+
+
+class UnsupportedType(FlowError, TypeError):
+    """Values of a DuckDB type cannot go through an exchange file, or have no hash. The query may still run as one
+    task."""
 
 
 class ExchangeCorrupt(FlowError, OSError):
