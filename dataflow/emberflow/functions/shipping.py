@@ -24,7 +24,8 @@ import cloudpickle
 from ..errors import InvalidArgument
 from .modules import is_local
 
-_registry_lock = threading.Lock()
+# Reentrant: what is pickled may hold things that travel by `dumps` themselves.
+_registry_lock = threading.RLock()
 _LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _DEPTH_MAX = 5
 """How many functions deep the search for what cannot travel goes."""
