@@ -175,13 +175,24 @@ def test_wide_integers_are_exact(connection: duckdb.DuckDBPyConnection, number: 
 
 
 def test_registering_again_replaces(connection: duckdb.DuckDBPyConnection) -> None:
-    Udf.of(lambda: 1, [], return_type="INT", name="one").register(connection)
-    Udf.of(lambda: "x", [], return_type="VARCHAR", name="one").register(connection)
-    assert value(connection, "one()") == "x"
-    with pytest.raises(InvalidArgument, match="'one' is taken"):
-        Udf.of(lambda: 3, [], return_type="INT", name="one").register(connection.cursor())
-    with pytest.raises(InvalidArgument, match="'lower' is taken"):
-        Udf.of(lambda: 3, [], return_type="INT", name="lower").register(connection)
+    for result, type_ in ((1, "INT"), ("x", "VARCHAR"), (3, "INT")):
+        Udf.of(lambda result=result: result, [], return_type=type_, name="one").register(connection)
+        assert value(connection, "one()") == result
+    with pytest.raises(InvalidArgument, match="'one' is there already"):
+        Udf.of(lambda: 4, [], return_type="INT", name="one").register(connection.cursor())
+
+
+@pytest.mark.parametrize("name", ["gcd", "bit_length"])
+def test_a_name_of_duckdbs_own_gets_an_overload_and_is_never_lost(
+    connection: duckdb.DuckDBPyConnection, name: str
+) -> None:
+    made = Udf.of(lambda *given: -1, ["DATE"], return_type="INT", name=name)
+    made.register(connection)
+    assert value(connection, f"{name}(DATE '2020-01-01')") == -1
+    with pytest.raises(InvalidArgument, match=f"'{name}' is there already"):
+        made.register(connection)
+    assert value(connection, "gcd(12::BIGINT, 18)") == 6
+    assert value(connection, "bit_length('ab')") == 16
 
 
 def test_a_function_that_is_not_deterministic_is_called_per_row(connection: duckdb.DuckDBPyConnection) -> None:

@@ -178,18 +178,19 @@ class Udf:
     def register(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Makes the function known to a connection and all its cursors, in place of an earlier one of that name.
 
-        Only the very connection that made a function known can replace it, and not while a result of its is unread.
-        Raises `InvalidArgument` if the name is of DuckDB's own, or was registered through another cursor.
+        To replace one, come with the very connection object that it was registered with, and no unread result.
+        A name of DuckDB's own gets one more overload, chosen by the types of the arguments. That cannot be undone, so
+        it raises `InvalidArgument` the second time: removing a function takes DuckDB's own of that name along.
         """
-        with contextlib.suppress(duckdb.InvalidInputException):
-            connection.remove_function(self.name)
-        # DuckDB would add an overload, and then not know which one is meant.
-        taken = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?) LIMIT 1"
-        if connection.execute(taken, [self.name]).fetchall():
-            raise InvalidArgument(
-                f"the name {self.name!r} is taken, by a function of DuckDB's or one of another cursor"
-            )
-        self._create(connection)
+        overloads = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?)"
+        if len(connection.execute(overloads, [self.name]).fetchall()) == 1:
+            # Of ours, or DuckDB's own, which it refuses to remove.
+            with contextlib.suppress(duckdb.InvalidInputException):
+                connection.remove_function(self.name)
+        try:
+            self._create(connection)
+        except (duckdb.NotImplementedException, duckdb.CatalogException) as error:
+            raise InvalidArgument(f"the function {self.name!r} is there already: {error}") from error
 
     def _create(self, connection: duckdb.DuckDBPyConnection) -> None:
         # Its stubs name enums for what are plain words.
