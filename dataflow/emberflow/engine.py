@@ -10,10 +10,10 @@ Any number of threads may use one engine: every query works on a cursor of its o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
@@ -21,6 +21,9 @@ from fsspec.registry import known_implementations, registry
 
 from .errors import DatasetNotFound, FlowError, InvalidArgument, OutOfMemory, QueryError, SessionClosed
 from .sources import Failures, StorageOptions, UrlFileSystem, protocols_in
+
+if TYPE_CHECKING:
+    from .functions.udf import Udf
 
 _FILES_NOT_FOUND = "No files found that match the pattern"
 
@@ -37,6 +40,8 @@ class EngineConfig:
     """Local directory that queries spill to."""
     storage_options: StorageOptions = field(default_factory=dict)
     """Per protocol, what fsspec is given to open a filesystem."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of DuckDB's."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -51,11 +56,13 @@ class Engine:
         self._lock = threading.Lock()
         self._failures = Failures()
         self._protocols: set[str] = set()
+        self._udfs: dict[str, Udf] = {}
         self._closed = False
         self._connection = self._connect()
 
     def _connect(self) -> duckdb.DuckDBPyConnection:
         settings: dict[str, Any] = {
+            **self.config.settings,
             "temp_directory": self.config.temp_directory,
             "python_enable_replacements": False,
             # It trusts equal modification times, so it serves stale bytes after a quick overwrite.
@@ -77,6 +84,14 @@ class Engine:
         with self._lock:
             self._closed = True
             self._connection.close()
+
+    def create_functions(self, udfs: Sequence[Udf]) -> None:
+        """Makes the functions known, in place of earlier ones of their names."""
+        with self._lock:
+            for udf in udfs:
+                if self._udfs.get(udf.name) is not udf:
+                    udf.register(self._connection)
+                    self._udfs[udf.name] = udf
 
     def limit(self, *, threads: int, memory_bytes: int) -> None:
         """New limits, for what runs from now on."""

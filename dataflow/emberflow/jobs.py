@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from .errors import InvalidArgument, OutOfMemory
-from .exchange import ExchangeReader, Source, restored, settings
+from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
 from .files import FileSink
 from .job.job import Event, Job, JobConfig
@@ -238,11 +238,10 @@ class Jobs:
             sources.append(Source(filesystem, path, output.exchange()))
         assert computed.exchange.columns is not None
         reader = ExchangeReader(sources, range(computed.exchange.partitions))
-        rows = reader.to_reader()
-        cursor.register(f"{name}_arrow", rows)
-        exprs = restored(computed.exchange.columns, rows.schema, cursor)
+        cursor.register(f"{name}_arrow", reader)
+        exprs = restored(computed.exchange.columns, reader.schema, cursor)
         listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
 
 
-__all__ = ["Jobs", "OutOfMemory", "Pipe", "settings"]
+__all__ = ["Jobs", "OutOfMemory", "Pipe"]

@@ -144,8 +144,7 @@ class Session:
     def create_function(self, udf: Udf) -> None:
         """Makes a Python function usable in SQL by its name; see `emberflow.udf`."""
         self.udfs = (*(known for known in self.udfs if known.name != udf.name), udf)
-        with self.engine.running("") as cursor:
-            udf.register(cursor)
+        self.engine.create_functions((udf,))
 
     def read_parquet(
         self,

@@ -90,6 +90,10 @@ class ExchangeIndex(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         wanted[list(partitions)] = True
         return blocks[wanted[blocks["partition"]]]
 
+    def only(self, partitions: Iterable[int]) -> ExchangeIndex:
+        """The index of these partitions alone, for whoever reads no others."""
+        return msgspec.structs.replace(self, packed_blocks=self.blocks_of(partitions).tobytes())
+
     def _per_partition(self, field: str) -> NDArray[np.int64]:
         blocks = self.blocks
         sums = np.zeros(self.num_partitions, dtype=np.int64)

@@ -9,7 +9,8 @@ step is the job's own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -78,11 +79,17 @@ def has_volatile(segment: SqlSegment) -> bool:
     return "volatile=True" in repr(segment.tree)
 
 
-def _function(segment: PythonSegment) -> str:
-    known = identity_of(segment.step.function, version=segment.step.version)
+def function_identity(function: Callable[..., Any], version: str | None) -> str:
+    """A function's meaning. Raises `Unknown`."""
+    known = identity_of(function, version=version)
     if known.digest is None:
         raise Unknown(f"its function is not known to be the same: {known.reason}")
-    return digest(known.digest, segment.step.kind, segment.step.schema, segment.step.batch_rows)
+    return known.digest
+
+
+def _function(segment: PythonSegment) -> str:
+    step = segment.step
+    return digest(function_identity(step.function, step.version), step.kind, step.schema, step.batch_rows)
 
 
 def _feed(feed: Feed, exchanges: Mapping[int, str]) -> str:

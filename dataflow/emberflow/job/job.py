@@ -34,14 +34,14 @@ from ..errors import (
     QueryError,
     WorkerDied,
 )
-from ..exchange import ExchangeReader
+from ..exchange import read
 from ..executor.base import Call, Executor, Handle
 from ..files import FileSink
 from ..functions import shipping
 from ..functions.udf import Udf
 from ..plan.pipes import ByRange, Exchange, Program, Spread, SqlSegment, Stage
 from ..sources import StorageOptions, open_url
-from .identity import Unknown, digest, exchange_identity, has_volatile, stage_identity
+from .identity import Unknown, digest, exchange_identity, function_identity, has_volatile, stage_identity
 from .rendering import Rendering, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
 from .steps import Output, Place, new_attempt
@@ -236,8 +236,8 @@ class Job:
         exchanges = {exchange.id: exchange_identity(exchange, self._identities) for exchange in stage.inputs()}
         extra = [repr(self.sink)] if is_last and self.sink is not None else []
         extra.append(self.config.compression)
-        extra += [(udf.name, udf.identity()) for udf in self.udfs]
         try:
+            extra += [function_identity(udf.function, udf.version) for udf in self.udfs]
             identity = stage_identity(stage, found, exchanges, *extra)
         except Unknown:
             identity = digest("of a job", self.id, stage.id, repr(found), *exchanges.values())
@@ -251,10 +251,8 @@ class Job:
         for output in self.outputs_of(sample):
             if output.rows:
                 filesystem, path = open_url(output.url, self.storage_options)
-                with ExchangeReader(
-                    [(filesystem, path, output.exchange())], (0,), columns=sample.columns or ()
-                ).to_arrow() as rows:
-                    keys += rows.read_all().column(0).to_pylist()
+                for batch in read(filesystem, path, output.exchange(), (0,)):
+                    keys += batch.column(0).to_pylist()
         return boundaries_of(keys, partitions)
 
     def _still_counts(self, task: TaskState, output: Output) -> bool:

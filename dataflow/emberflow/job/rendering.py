@@ -178,10 +178,10 @@ class Rendering:
         outputs = self.outputs[exchange.id]
         positions: Iterable[int] = range(len(outputs)) if chosen.outputs is None else chosen.outputs
         pieces = tuple(
-            Piece(outputs[p].url, outputs[p].exchange().only(chosen.partitions), outputs[p].attempt)
-            for p in positions
-            if outputs[p].rows
+            Piece(outputs[p].url, outputs[p].exchange().only(chosen.partitions), outputs[p].attempt) for p in positions
         )
+        # Without a file nobody knows the columns.
+        pieces = tuple(piece for piece in pieces if piece.index.num_rows) or pieces[:1]
         return ExchangeRows(pieces=pieces, partitions=chosen.partitions, columns=exchange.columns)
 
 

@@ -12,11 +12,15 @@ Does not know: what the outputs mean.
 
 from __future__ import annotations
 
+import functools
+import os
+import tempfile
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from fsspec.implementations.local import LocalFileSystem
 
 from ..exchange import ExchangeIndex
 from ..files import FileOutput
@@ -43,12 +47,33 @@ class Output(msgspec.Struct, kw_only=True):
 
     def exchange(self) -> ExchangeIndex:
         """Where its partitions are."""
-        return msgspec.msgpack.decode(self.index, type=ExchangeIndex)
+        return _index(self.index)
+
+
+@functools.lru_cache(maxsize=4096)
+def _index(data: bytes) -> ExchangeIndex:
+    return msgspec.msgpack.decode(data, type=ExchangeIndex)
 
 
 def new_attempt() -> str:
     """A name that no other attempt has."""
     return uuid.uuid4().hex[:12]
+
+
+def create(filesystem: Any, path: str, data: bytes) -> None:
+    """Makes a file that was not there, whole or not at all. Raises `FileExistsError`; of any number at once, for all
+    but one."""
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(path, data, mode="create")
+        return
+    # fsspec looks first and writes then; a link is made in one step.
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".new-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +123,7 @@ class Place:
         """Makes the output count, unless another does already; gives back the one that counts."""
         filesystem, path = self._won(index)
         try:
-            filesystem.pipe_file(path, msgspec.msgpack.encode(output), mode="create")
+            create(filesystem, path, msgspec.msgpack.encode(output))
         except FileExistsError:
             winner = self.winner(index)
             if winner is None:

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +24,14 @@ import pyarrow as pa
 
 from ..engine import Engine, EngineConfig, arrow_reader
 from ..errors import CallCancelled, FlowError
-from ..exchange import ExchangeIndex, ExchangeReader, ExchangeWriter, restored, settings
+from ..exchange import SETTINGS, ExchangeIndex, ExchangeReader, ExchangeWriter, Source, restored, sent
 from ..executor.base import Context
 from ..files import FileOutput, FileSink
 from ..functions import shipping
 from ..functions.steps import PythonStep, apply
 from ..functions.udf import Udf
 from ..plan.nodes import Column
+from ..query import quoted
 from ..sources import StorageOptions, open_url
 from .steps import Output, Place
 
@@ -82,6 +83,9 @@ class RunSql:
 
 
 Run = RunSql | PythonStep
+Stream = tuple[pa.Schema, Iterator[pa.RecordBatch]]
+
+_EVERYTHING = RunSql(text="SELECT * FROM emberflow_produced", previous="emberflow_produced")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +135,8 @@ class Attempt:
     def __init__(self, task: Task, context: Context) -> None:
         self.task = task
         self.context = context
-        self.engine = engine_of(context, task.storage_options)
         self.interrupted = False
+        self.columns: tuple[Column, ...] = task.columns or ()
         self.rows_out = 0
         self._readers: list[ExchangeReader] = []
         self._cursors: list[Any] = []
@@ -142,9 +146,6 @@ class Attempt:
         if (winner := self.task.place.winner(self.task.index)) is not None:
             return winner
         started_s, cpu_s = time.monotonic(), time.process_time()
-        self.engine.limit(
-            threads=self.context.cpus, memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
-        )
         self.context.on_interrupt(self._interrupt)
         try:
             with ExitStack() as stack:
@@ -171,7 +172,7 @@ class Attempt:
     def _interrupt(self) -> None:
         self.interrupted = True
         for cursor in list(self._cursors):
-            self.engine.interrupt(cursor)
+            cursor.interrupt()
 
     def _explain(self, error: BaseException) -> None:
         """Raises what was the matter, where DuckDB only tells what it was told."""
@@ -183,44 +184,60 @@ class Attempt:
 
     # ---- rows through the segments
 
-    def _rows(self, stack: ExitStack) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        previous: tuple[pa.Schema, Iterator[pa.RecordBatch]] | None = None
-        for step in self.task.runs:
+    def _rows(self, stack: ExitStack) -> Stream:
+        previous: Stream | None = None
+        for position, step in enumerate(self.task.runs):
+            is_last = position == len(self.task.runs) - 1
             if isinstance(step, RunSql):
-                previous = self._sql(step, previous, stack)
-            else:
-                assert previous is not None
-                previous = apply(step, previous[1], previous[0], interrupted=lambda: self.interrupted)
+                previous = self._sql(step, previous, stack, is_last=is_last)
+                continue
+            assert previous is not None
+            previous = apply(step, previous[1], previous[0], interrupted=lambda: self.interrupted)
+            if is_last and isinstance(self.task.sink, ExchangeSink):
+                # DuckDB says what the types are, and gives them the form in which they travel.
+                previous = self._sql(_EVERYTHING, previous, stack, is_last=True)
         assert previous is not None
         return previous
 
-    def _sql(
-        self, step: RunSql, previous: tuple[pa.Schema, Iterator[pa.RecordBatch]] | None, stack: ExitStack
-    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        cursor = stack.enter_context(self.engine.running(step.text))
+    def _sql(self, step: RunSql, previous: Stream | None, stack: ExitStack, *, is_last: bool) -> Stream:
+        to_files = is_last and isinstance(self.task.sink, FileSink)
+        engine = engine_of(self.context, self.task.storage_options, lossless=not to_files)
+        engine.limit(
+            threads=self.context.cpus, memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
+        )
+        engine.create_functions(self.task.udfs)
+        cursor = stack.enter_context(engine.running(step.text))
         self._cursors.append(cursor)
-        if not (isinstance(self.task.sink, FileSink) and step is self.task.runs[-1]):
-            for statement in settings():
-                cursor.execute(statement)
         cursor.execute(f"SET preserve_insertion_order = {str(self._keeps_order()).lower()}")
-        cursor.execute("SELECT setseed(?)", [self.task.seed])
-        for udf in self.task.udfs:
-            udf.register(cursor)
+        cursor.execute("SELECT setseed(?)", [self.task.seed]).fetchall()
         for name, rows in step.inputs.items():
             self._register(cursor, name, rows, step.names.get(name))
         if step.previous is not None:
             assert previous is not None
             reader = pa.RecordBatchReader.from_batches(*previous)
             self._view(cursor, step.previous, reader, None, step.names.get(step.previous))
-        reader = arrow_reader(cursor, step.text, None, BATCH_ROWS)
-        return reader.schema, self._translated(reader, step.text)
+        text = step.text if to_files or not is_last else self._sent(step.text, cursor)
+        if self.interrupted:
+            raise CallCancelled(f"{self.task.name} was cancelled")
+        reader = arrow_reader(cursor, text, None, BATCH_ROWS)
+        return reader.schema, _translated(engine, reader, step.text)
 
     def _keeps_order(self) -> bool:
         return self.task.ordered or self.context.cpus == 1
 
-    def _translated(self, reader: pa.RecordBatchReader, text: str) -> Iterator[pa.RecordBatch]:
-        with self.engine.translating(text):
-            yield from reader
+    def _sent(self, text: str, cursor: Any) -> str:
+        """The query, with its columns in the form in which they travel."""
+        found = tuple(Column(str(row[0]), str(row[1])) for row in cursor.execute(f"DESCRIBE {text}").fetchall())
+        names = [f"c{i}" for i in range(len(found))]
+        assert isinstance(self.task.sink, ExchangeSink)
+        partition = [names.pop()] if self.task.sink.by == "column" else []
+        columns = found[: len(names)]
+        self.columns = self.task.columns or columns
+        exprs = sent(columns, names, cursor)
+        if exprs == [quoted(name) for name in names] and [c.name for c in columns] == names:
+            return text
+        listed = ", ".join([*(f"{expr} AS {name}" for expr, name in zip(exprs, names, strict=True)), *partition])
+        return f"SELECT {listed} FROM ({text}\n) AS emberflow_sent({', '.join([*names, *partition])})"
 
     def _register(self, cursor: Any, name: str, rows: Rows, names: tuple[str, ...] | None) -> None:
         if isinstance(rows, TableRows):
@@ -231,27 +248,19 @@ class Attempt:
         sources = []
         for piece in rows.pieces:
             filesystem, path = open_url(piece.url, self.task.storage_options)
-            sources.append((filesystem, path, piece.index))
-        reader = ExchangeReader(sources, rows.partitions, columns=rows.columns)
+            sources.append(Source(filesystem, path, piece.index))
+        reader = ExchangeReader(sources, rows.partitions)
         self._readers.append(reader)
-        self._view(cursor, name, reader.to_arrow(), rows.columns, names)
+        self._view(cursor, name, reader, rows.columns, names)
 
     def _view(
-        self,
-        cursor: Any,
-        name: str,
-        rows: pa.Table | pa.RecordBatchReader,
-        columns: tuple[Column, ...] | None,
-        names: tuple[str, ...] | None,
+        self, cursor: Any, name: str, rows: Any, columns: tuple[Column, ...] | None, names: tuple[str, ...] | None
     ) -> None:
         """`name` as a view of `rows` with DuckDB's own types; columns are c0, c1, ... or have the user's `names`."""
         cursor.register(f"{name}_arrow", rows)
-        if columns is None:
-            exprs = [f'"{column}"' for column in rows.schema.names]
-        else:
-            exprs = restored(columns, rows.schema, cursor)
+        exprs = restored(columns, rows.schema, cursor) if columns else [quoted(n) for n in rows.schema.names]
         given = names or tuple(f"c{i}" for i in range(len(exprs)))
-        listed = ", ".join(f'{expr} AS "{given[i].replace(chr(34), chr(34) * 2)}"' for i, expr in enumerate(exprs))
+        listed = ", ".join(f"{expr} AS {quoted(name)}" for expr, name in zip(exprs, given, strict=True))
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT {listed} FROM {name}_arrow")
 
     def _counted(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -296,10 +305,9 @@ class Attempt:
     ) -> ExchangeIndex:
         has_partition = sink.by == "column"
         kept = pa.schema(list(schema)[:-1]) if has_partition else schema
-        columns = self.task.columns or self._columns_of(kept)
         compression: Any = sink.compression
         writer = ExchangeWriter(
-            file, schema=kept, columns=columns, num_partitions=sink.partitions, compression=compression
+            file, schema=kept, columns=self.columns, num_partitions=sink.partitions, compression=compression
         )
         partitions_of = self._partitions_of(sink)
         for batch in batches:
@@ -324,13 +332,6 @@ class Attempt:
             return spread
         return lambda rows: None
 
-    def _columns_of(self, schema: pa.Schema) -> tuple[Column, ...]:
-        """DuckDB's types for an Arrow schema that Python made."""
-        with self.engine.running("") as cursor:
-            cursor.register("emberflow_shape", schema.empty_table())
-            rows = cursor.execute("DESCRIBE emberflow_shape").fetchall()
-        return tuple(Column(str(row[0]), str(row[1])) for row in rows)
-
 
 def remove_quietly(filesystem: Any, path: str) -> None:
     """Removes a file that may not be there; what cannot be removed is left to the sweep."""
@@ -340,17 +341,25 @@ def remove_quietly(filesystem: Any, path: str) -> None:
         pass
 
 
-def engine_of(context: Context, options: StorageOptions) -> Engine:
-    """The worker's DuckDB, made once for each set of storage options."""
-    key = f"engine {sorted((name, sorted(map(str, value.items()))) for name, value in options.items())}"
+def engine_of(context: Context, options: StorageOptions, *, lossless: bool) -> Engine:
+    """The worker's DuckDB, made once for each set of storage options: one that gives rows to exchanges, with types
+    that Arrow has only by extensions, and one that gives them to files."""
+    named = sorted((name, sorted(map(str, value.items()))) for name, value in options.items())
+    key = f"engine {lossless} {named}"
     engine = context.state.get(key)
     if engine is None:
         spill = tempfile.mkdtemp(prefix=f"emberflow-{os.getpid()}-")
-        engine = context.state[key] = Engine(
-            EngineConfig(threads=context.cpus, temp_directory=spill, storage_options=options)
+        config = EngineConfig(
+            threads=context.cpus,
+            temp_directory=spill,
+            storage_options=options,
+            settings=SETTINGS if lossless else {},
         )
+        engine = context.state[key] = Engine(config)
     assert isinstance(engine, Engine)
     return engine
 
 
-__all__ = ["Attempt", "ExchangeRows", "ExchangeSink", "Piece", "RunSql", "TableRows", "Task", "closing", "run"]
+def _translated(engine: Engine, reader: pa.RecordBatchReader, text: str) -> Iterator[pa.RecordBatch]:
+    with engine.translating(text):
+        yield from reader

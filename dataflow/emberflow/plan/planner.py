@@ -100,10 +100,15 @@ class Planner:
         if isinstance(frame, Apply):
             pipes, _ = self.pipes(frame.child)
             named = [self._named(pipe, frame.child) for pipe in pipes]
-            schema = frame.step.schema
-            columns = None if schema is None else tuple(Column(name, type_) for name, type_ in schema.items())
+            columns = self._columns_after(frame)
             return [pipe.after(PythonSegment(frame.step, columns), hashed=()) for pipe in named], columns
         return [self.builder.reading(self.builder.made(frame), "piece")], frame.columns
+
+    def _columns_after(self, frame: Apply) -> tuple[Column, ...] | None:
+        if frame.step.kind == "filter":
+            return self.pipes(frame.child)[1]
+        schema = frame.step.schema
+        return None if schema is None else self.catalog.columns_of(schema.empty_table())
 
     def _named(self, pipe: Pipe, frame: Frame) -> Pipe:
         """The pipe with its last columns under the user's names, for a function that looks at them."""
