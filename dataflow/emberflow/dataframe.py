@@ -10,7 +10,7 @@ import asyncio
 import html
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import pyarrow as pa
 
@@ -35,7 +35,7 @@ Arrow's 2 GiB."""
 _PREVIEW_ROWS = 20
 
 JoinHow = Literal["inner", "left", "right", "full", "semi", "anti", "cross"]
-Schema = Mapping[str, str] | pa.Schema
+Schema: TypeAlias = Mapping[str, str] | pa.Schema
 
 
 class DataFrame:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from .errors import InvalidArgument, OutOfMemory
+from .errors import InvalidArgument
 from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
 from .files import FileSink
@@ -22,7 +22,7 @@ from .job.shares import ShareConfig
 from .job.steps import Output
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
 from .plan.nodes import Column
-from .plan.pipes import Pipe, Program
+from .plan.pipes import Program
 from .plan.planner import Planner
 from .plan.scans import FileScan, ResolvedScan, find, resolve
 from .plan.stages import StageConfig
@@ -98,7 +98,7 @@ class Jobs:
         if isinstance(frame, PartialSql):
             return sum(self.size_bytes(child) for child in frame.inputs.values())
         if isinstance(frame, Computed):
-            return frame.exchange.size_bytes
+            return int(frame.exchange.size_bytes)
         own = sum(self.resolve(scan).size_bytes for scan in find(frame.text)[1].values())
         tables = (s.nbytes if isinstance(s, pa.Table) else self.size_bytes(s) for s in frame.tables.values())
         return own + sum(tables)
@@ -242,6 +242,3 @@ class Jobs:
         exprs = restored(computed.exchange.columns, reader.schema, cursor)
         listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
-
-
-__all__ = ["Jobs", "OutOfMemory", "Pipe"]

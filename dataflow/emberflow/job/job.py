@@ -21,14 +21,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import duckdb
 import msgspec
 
 from ..errors import (
     CallCancelled,
     CallOutOfMemory,
     ExchangeCorrupt,
-    FlowError,
     InvalidArgument,
     OutOfMemory,
     QueryError,
@@ -45,7 +43,7 @@ from .identity import Unknown, digest, exchange_identity, function_identity, has
 from .rendering import Rendering, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
 from .steps import Output, Place, new_attempt
-from .task import ExchangeRows, RunSql, Task
+from .task import Task
 
 _RUN = "emberflow.job.task:run"
 _TICK_S = 0.5
@@ -234,8 +232,9 @@ class Job:
     def _place(self, stage: Stage, found: list[Spec], is_last: bool) -> tuple[Place, bool]:
         """Where the stage's outputs go: by its identity, or if it has none, by the job's."""
         exchanges = {exchange.id: exchange_identity(exchange, self._identities) for exchange in stage.inputs()}
-        extra = [repr(self.sink)] if is_last and self.sink is not None else []
-        extra.append(self.config.compression)
+        extra: list[object] = [self.config.compression]
+        if is_last and self.sink is not None:
+            extra.append(repr(self.sink))
         try:
             extra += [function_identity(udf.function, udf.version) for udf in self.udfs]
             identity = stage_identity(stage, found, exchanges, *extra)
@@ -439,6 +438,3 @@ class Job:
 
     def _tell(self, kind: str, stage: int, task: int, **data: Any) -> None:
         self.watch(Event(kind, stage, task, time.monotonic() - self._started_s, data))
-
-
-__all__ = ["Event", "ExchangeRows", "FlowError", "Job", "JobConfig", "RunSql", "duckdb"]

@@ -65,9 +65,13 @@ def specs(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareCo
     }
     if pipe.drive is None or not cut:
         return [Spec()]
-    files = {i: _file_shares(feed, config) for i, feed in cut.items() if isinstance(feed, FileFeed)}
+    files: dict[int, list[Share]] = {
+        i: _file_shares(feed, config) for i, feed in cut.items() if isinstance(feed, FileFeed)
+    }
     exchanged = {i: feed for i, feed in cut.items() if isinstance(feed, ExchangeFeed)}
-    pieces = {i: _pieces(feed.exchange, outputs, config) for i, feed in exchanged.items() if feed.by == "piece"}
+    pieces: dict[int, list[Exchanged]] = {
+        i: _pieces(feed.exchange, outputs, config) for i, feed in exchanged.items() if feed.by == "piece"
+    }
     partitioned = {i: feed.exchange for i, feed in exchanged.items() if feed.by == "partition"}
     counts = {len(shares) for shares in (*files.values(), *pieces.values())}
     if partitioned and not files and not pieces:

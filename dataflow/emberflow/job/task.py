@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -68,7 +68,7 @@ class TableRows:
     columns: tuple[Column, ...]
 
 
-Rows = ExchangeRows | TableRows
+Rows: TypeAlias = ExchangeRows | TableRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +82,8 @@ class RunSql:
     """Inputs whose columns have the user's names."""
 
 
-Run = RunSql | PythonStep
-Stream = tuple[pa.Schema, Iterator[pa.RecordBatch]]
+Run: TypeAlias = RunSql | PythonStep
+Stream: TypeAlias = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 _EVERYTHING = RunSql(text="SELECT * FROM emberflow_produced", previous="emberflow_produced")
 

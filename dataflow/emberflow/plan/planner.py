@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from ..errors import InvalidArgument
 from ..functions.udf import Udf
-from ..query import Query, inlined
+from ..query import Query, inlined, quoted
 from .binder import NotPlannable, bind
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
-from .nodes import Column, Expr, Node, Scan, SortKey, column, walk
+from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
 from .pipes import (
     PREVIOUS,
     ByExpression,
@@ -42,7 +42,8 @@ from .prune import pruned
 from .scans import FileScan, ResolvedScan, find
 from .stages import Builder, Pipes, StageConfig, feed_of, hashed
 
-_TABLE_BYTES_MAX = 64 << 20
+# What a row of a file takes, where nothing says how many rows there are.
+_ROW_BYTES = 64
 
 
 class Catalog(Protocol):
@@ -117,7 +118,7 @@ class Planner:
         if columns is None or not isinstance(last, SqlSegment):
             return pipe
         inputs = (("emberflow_rows", PREVIOUS, columns),)
-        listed = ", ".join(f"c{i} AS {_quoted(c.name)}" for i, c in enumerate(columns))
+        listed = ", ".join(f"c{i} AS {quoted(c.name)}" for i, c in enumerate(columns))
         return pipe.after(TextSegment(f"SELECT {listed} FROM emberflow_rows", inputs, columns))
 
     def known(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...]]:
@@ -158,9 +159,12 @@ class Planner:
         shadows: dict[str, Sequence[Column]] = {name: columns for name, (_, columns) in frames.items()}
         rows: dict[str, int] = {}
         for name, source in sources.items():
-            is_table = isinstance(source, pa.Table)
-            shadows[name] = self.catalog.columns_of(source) if is_table else source.columns
-            rows[name] = source.num_rows if is_table else source.rows or max(1, source.size_bytes // 64)
+            if isinstance(source, ResolvedScan):
+                shadows[name] = source.columns
+                rows[name] = source.rows or max(1, source.size_bytes // _ROW_BYTES)
+            else:
+                shadows[name] = self.catalog.columns_of(source)
+                rows[name] = source.num_rows
         bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up)
         plan = pruned(bound.plan)
         scope: dict[object, Callable[[Node], Pipes]] = {}
@@ -179,7 +183,7 @@ class Planner:
         def pipes(node: Node) -> Pipes:
             assert isinstance(node, Scan)
             feed = self.builder.new_feed()
-            segment = SqlSegment(_input(feed, node))
+            segment = SqlSegment(Input(feed, node.columns))
             if isinstance(source, pa.Table):
                 return [Pipe((segment,), {feed: feed_of(source, node)}, None, source.nbytes)]
             share = len(node.columns) / max(1, len(source.columns))
@@ -195,8 +199,6 @@ class Planner:
 
         def chosen(node: Node) -> Pipes:
             assert isinstance(node, Scan)
-            from .nodes import Project
-
             below = pipes if kept is None else [self.builder.reading(kept, "piece")]
             exprs = tuple(column(p, c.type) for p, c in zip(node.positions, node.columns, strict=True))
             names = tuple(c.name for c in node.columns)
@@ -285,12 +287,6 @@ class Planner:
         return self.builder.reading(exchange, "piece")
 
 
-def _input(feed: int, node: Scan) -> Node:
-    from .nodes import Input
-
-    return Input(feed, node.columns)
-
-
 def _of_files(pipes: Pipes, count: int) -> Pipe | None:
     """The pipe with its files in `count` shares, if it reads files and nothing else."""
     if len(pipes) != 1 or len(pipes[0].feeds) != 1:
@@ -308,12 +304,3 @@ def _shuffled(pipe: Pipe, seed: int) -> Pipe:
     numbered = f"SELECT {listed}, row_number() OVER () AS emberflow_row FROM emberflow_rows"
     text = f"SELECT {listed} FROM ({numbered}) ORDER BY hash(emberflow_row, {seed}), emberflow_row"
     return pipe.after(TextSegment(text, (("emberflow_rows", PREVIOUS, columns),), columns))
-
-
-def _quoted(name: str) -> str:
-    from ..query import quoted
-
-    return quoted(name)
-
-
-__all__ = ["Catalog", "Planner", "SortKey", "StageConfig"]

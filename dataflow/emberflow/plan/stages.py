@@ -53,7 +53,6 @@ from .pipes import (
 )
 from .scans import ResolvedScan
 
-Source = ResolvedScan | pa.Table
 Pipes = list[Pipe]
 
 _FILTER_SELECTIVITY = 0.4
@@ -459,7 +458,7 @@ def renamed(pipe: Pipe, columns: Sequence[Column]) -> Pipe:
     return pipe.then(Project(pipe.tree, exprs, tuple(c.name for c in columns)), ordered=False)
 
 
-def feed_of(source: Source, node: Scan) -> Feed:
+def feed_of(source: ResolvedScan | pa.Table, node: Scan) -> Feed:
     """The feed of the columns that a scan reads."""
     if isinstance(source, pa.Table):
         return TableFeed(source, node.columns, node.positions)
