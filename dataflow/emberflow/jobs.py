@@ -20,6 +20,7 @@ from .files import FileSink
 from .job.job import Event, Job, JobConfig
 from .job.shares import ShareConfig
 from .job.steps import Output
+from .job.task import nothing
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
 from .plan.nodes import Column
 from .plan.pipes import Program
@@ -146,8 +147,7 @@ class Jobs:
             exchange = program.result
             columns = program.columns
             if columns is None:
-                assert exchange.columns is not None
-                columns = exchange.columns
+                columns = exchange.columns = _found_columns(outputs)
             computed = Computed(exchange, columns, tuple(outputs))
             self._results[id(frame)] = frame, computed, outputs
             return computed
@@ -196,6 +196,7 @@ class Jobs:
             storage_options=self.config.storage_options,
             udfs=self.session.udfs,
             sink=sink,
+            temp_directory=self.session.spill,
             watch=self.last.append,
         )
         return job.run()
@@ -232,13 +233,30 @@ class Jobs:
     def register(self, cursor: Any, name: str, frame: Frame) -> None:
         """Makes `name` a view of the frame's rows in a cursor of the session's own DuckDB."""
         computed = self.compute(frame)
+        columns = computed.exchange.columns
+        assert columns is not None
+        outputs = [output for output in computed.outputs if output.rows]
+        if not outputs:
+            names = [column.name for column in computed.columns]
+            cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS {nothing(columns, names)}")
+            return
         sources = []
-        for output in computed.outputs:
+        for output in outputs:
             filesystem, path = open_url(output.url, self.config.storage_options)
             sources.append(Source(filesystem, path, output.exchange()))
-        assert computed.exchange.columns is not None
         reader = ExchangeReader(sources, range(computed.exchange.partitions))
         cursor.register(f"{name}_arrow", reader)
-        exprs = restored(computed.exchange.columns, reader.schema, cursor)
+        exprs = restored(columns, reader.schema, cursor)
         listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
+
+
+def _found_columns(outputs: Sequence[Output]) -> tuple[Column, ...]:
+    """The columns that a function without a schema turned out to make. Raises `InvalidArgument` if it made several
+    kinds of rows."""
+    made = [output.exchange().columns for output in outputs if output.rows] or [outputs[0].exchange().columns]
+    for other in made[1:]:
+        if other != made[0]:
+            first, second = (", ".join(f"{c.name} {c.type}" for c in columns) for columns in (made[0], other))
+            raise InvalidArgument(f"a function made rows of ({first}) and of ({second}); give it a schema")
+    return made[0]

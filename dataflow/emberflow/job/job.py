@@ -135,6 +135,7 @@ class Job:
         storage_options: StorageOptions | None = None,
         udfs: tuple[Udf, ...] = (),
         sink: FileSink | None = None,
+        temp_directory: str | None = None,
         watch: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self.program = program
@@ -145,6 +146,7 @@ class Job:
         self.storage_options = storage_options or {}
         self.udfs = udfs
         self.sink = sink
+        self.temp_directory = temp_directory
         self.watch = watch
         self.stages: dict[int, StageState] = {}
         self._identities: dict[int, str] = {}
@@ -313,6 +315,7 @@ class Job:
             columns=state.stage.exchange.columns,
             udfs=self.udfs,
             storage_options=self.storage_options,
+            temp_directory=self.temp_directory,
             seed=int(digest(self.id, state.stage.id, task.index)[:8], 16) / 2**32,
             ordered=state.stage.pipe.ordered,
         )
@@ -351,8 +354,6 @@ class Job:
             self._pending.append(task)
             return
         task.output = output
-        if isinstance(task.stage.stage.exchange.columns, type(None)) and output.index:
-            task.stage.stage.exchange.columns = output.exchange().columns
         for handle in task.handles:
             handle.cancel()
         self._tell(

@@ -56,6 +56,8 @@ class SqlSegment:
     """A plan over the pipe's feeds, or over the segment before it (`Input(PREVIOUS)`)."""
 
     tree: Node
+    names: tuple[str, ...] | None = None
+    """Of its columns, for a function that comes next and looks at them; else c0, c1, ..."""
 
 
 @dataclass(frozen=True, slots=True)

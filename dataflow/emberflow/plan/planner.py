@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ..errors import InvalidArgument
 from ..functions.udf import Udf
-from ..query import Query, inlined, quoted
+from ..query import Query, inlined
 from .binder import NotPlannable, bind
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
@@ -109,7 +109,10 @@ class Planner:
         if frame.step.kind == "filter":
             return self.pipes(frame.child)[1]
         schema = frame.step.schema
-        return None if schema is None else self.catalog.columns_of(schema.empty_table())
+        if schema is None:
+            return None
+        assert isinstance(schema, pa.Schema)
+        return self.catalog.columns_of(schema.empty_table())
 
     def _named(self, pipe: Pipe, frame: Frame) -> Pipe:
         """The pipe with its last columns under the user's names, for a function that looks at them."""
@@ -117,9 +120,8 @@ class Planner:
         last = pipe.segments[-1]
         if columns is None or not isinstance(last, SqlSegment):
             return pipe
-        inputs = (("emberflow_rows", PREVIOUS, columns),)
-        listed = ", ".join(f"c{i} AS {quoted(c.name)}" for i, c in enumerate(columns))
-        return pipe.after(TextSegment(f"SELECT {listed} FROM emberflow_rows", inputs, columns))
+        named = SqlSegment(last.tree, tuple(c.name for c in columns))
+        return replace(pipe, segments=(*pipe.segments[:-1], named))
 
     def known(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...]]:
         """As `pipes`, with columns that are known: by running the frame, if nothing else helps."""
@@ -299,7 +301,7 @@ def _of_files(pipes: Pipes, count: int) -> Pipe | None:
 
 def _shuffled(pipe: Pipe, seed: int) -> Pipe:
     """Each partition's rows in an order that the seed decides."""
-    columns = pipe.columns
+    columns = tuple(Column(f"c{i}", c.type) for i, c in enumerate(pipe.columns))
     listed = ", ".join(f"c{i}" for i in range(len(columns)))
     numbered = f"SELECT {listed}, row_number() OVER () AS emberflow_row FROM emberflow_rows"
     text = f"SELECT {listed} FROM ({numbered}) ORDER BY hash(emberflow_row, {seed}), emberflow_row"
