@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from .dataframe import DataFrame
 from .errors import (
+    CallCancelled,
+    CallOutOfMemory,
     DatasetExists,
     DatasetNotFound,
+    ExchangeCorrupt,
     FlowError,
     InvalidArgument,
     OutOfMemory,
     QueryError,
     SessionClosed,
+    UnsupportedType,
+    UserCodeError,
+    WorkerDied,
 )
 from .session import Session, SessionConfig, init
 from .writer import WriteReport
 
 __all__ = [
+    "CallCancelled",
+    "CallOutOfMemory",
     "DataFrame",
     "DatasetExists",
     "DatasetNotFound",
+    "ExchangeCorrupt",
     "FlowError",
     "InvalidArgument",
     "OutOfMemory",
@@ -26,6 +35,9 @@ __all__ = [
     "Session",
     "SessionClosed",
     "SessionConfig",
+    "UnsupportedType",
+    "UserCodeError",
+    "WorkerDied",
     "WriteReport",
     "init",
 ]

@@ -360,7 +360,9 @@ class DataFrame:
         from .functions.steps import PythonStep
         from .plan.frames import Apply
 
-        return DataFrame(self.session, Apply(self.frame, PythonStep(kind=kind, function=function, schema=schema, **step)))
+        return DataFrame(
+            self.session, Apply(self.frame, PythonStep(kind=kind, function=function, schema=schema, **step))
+        )
 
     def _stream(self, query: Query, batch_rows: int) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""

@@ -88,7 +88,7 @@ class Jobs:
         if self.config.shuffle == "always" or self.config.executor == "ray":
             return True
         sources = [source for source in frame.tables.values() if not isinstance(source, pa.Table)]
-        if any(isinstance(source, Apply | PartialSql | Repartition) for source in sources):
+        if any(not isinstance(source, Query) and not self.is_computed(source) for source in sources):
             return True
         return self.size_bytes(frame) > self.memory_bytes * _IN_PROCESS_FACTOR
 
@@ -116,6 +116,11 @@ class Jobs:
         """The scan's files and columns, as they are now: one job sees one state of them."""
         with self.session.engine.running(scan.call(scan.paths)) as cursor:
             return resolve(scan, cursor, self.config.storage_options)
+
+    def computed(self, frame: Frame) -> Computed | None:
+        """The frame's rows, if an earlier job has made them."""
+        found = self._results.get(id(frame))
+        return None if found is None else found[1]
 
     def describe(self, text: str, shadows: Mapping[str, Sequence[Column]]) -> tuple[Column, ...]:
         """The columns of a query over tables with these columns. Raises `QueryError` for one that DuckDB refuses."""

@@ -68,6 +68,8 @@ class TextSegment:
     inputs: tuple[tuple[str, int, tuple[Column, ...]], ...]
     """(name in the text, feed or PREVIOUS, its columns)"""
     columns: tuple[Column, ...]
+    reads: tuple[ResolvedScan, ...] | None = ()
+    """The files that the text itself reads; None if nobody can tell."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,7 +39,7 @@ from .pipes import (
     Whole,
 )
 from .prune import pruned
-from .scans import FileScan, ResolvedScan, find
+from .scans import FileScan, ResolvedScan, find, may_read_files
 from .stages import Builder, Pipes, StageConfig, feed_of, hashed
 
 # What a row of a file takes, where nothing says how many rows there are.
@@ -57,6 +57,9 @@ class Catalog(Protocol):
 
     def columns_of(self, table: pa.Table) -> tuple[Column, ...]:
         """A table's columns, as DuckDB would have them."""
+
+    def computed(self, frame: Frame) -> Computed | None:
+        """The frame's rows, if an earlier job has made them."""
 
     def compute(self, frame: Frame) -> Computed:
         """Runs a job that makes the frame's rows."""
@@ -86,7 +89,7 @@ class Planner:
     def pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
         """The pipes of a frame, and its columns as the user named them."""
         if id(frame) not in self._done:
-            pipes, columns = self._pipes(frame)
+            pipes, columns = self._pipes(self.catalog.computed(frame) or frame)
             self._done[id(frame)] = frame, pipes, columns
         _, pipes, columns = self._done[id(frame)]
         return pipes, columns
@@ -227,9 +230,13 @@ class Planner:
             feeds[feed] = TableFeed(table, columns, tuple(range(len(columns))))
             inputs.append((name, feed, columns))
         text = inlined(query)
+        rest, scans = find(text)
+        resolved = tuple(self.catalog.resolve(scan) for scan in scans.values())
         columns = self.catalog.describe(text, {name: columns for name, _, columns in inputs})
         size = sum(feed.exchange.size_bytes for feed in feeds.values() if isinstance(feed, ExchangeFeed))
-        pipe = Pipe((TextSegment(text, tuple(inputs), columns),), feeds, None, size or 1, ordered=True)
+        size += sum(scan.size_bytes for scan in resolved)
+        reads = None if may_read_files(rest) else resolved
+        pipe = Pipe((TextSegment(text, tuple(inputs), columns, reads),), feeds, None, size or 1, ordered=True)
         return [pipe], columns
 
     # ---- partitions

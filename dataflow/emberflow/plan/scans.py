@@ -9,6 +9,7 @@ Does not know: plans, stages, or who reads the shares.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,17 @@ def find(text: str, prefix: str = "emberflow_scan_") -> tuple[str, dict[str, Fil
         end = last.start + len(last.text)
         index = after
     return "".join([*pieces, text[end:]]), {name: scan for scan, name in names.items()}
+
+
+def may_read_files(text: str) -> bool:
+    """Whether a text that `find` has done with may still read files."""
+    words = {token.text.lower() for token in _tokens(text) if not token.is_string}
+    tables = any(_file_named(token, before) for before, token in itertools.pairwise(_tokens(text)))
+    return tables or any(word.startswith(("read_", "parquet_", "glob", "sniff_")) for word in words)
+
+
+def _file_named(token: _Token, before: _Token) -> bool:
+    return token.is_string and before.text.lower() in ("from", "join", ",") and "." in token.text
 
 
 def _tokens(text: str) -> list[_Token]:
