@@ -152,6 +152,8 @@ class Job:
         self._identities: dict[int, str] = {}
         self._events: queue.SimpleQueue[tuple[TaskState, Handle, str]] = queue.SimpleQueue()
         self._pending: deque[TaskState] = deque()
+        self._dropped: set[str] = set()
+        """Damaged files whose makers have been told."""
         self._started_s = time.monotonic()
 
     # ---- the loop
@@ -400,9 +402,14 @@ class Job:
 
     def _recompute(self, task: TaskState, error: ExchangeCorrupt) -> None:
         """Has the maker of a damaged file run again, and with it whoever read what may now be otherwise."""
-        maker = next((t for t in self._tasks() if t.output is not None and t.output.url == error.path), None)
+        maker = next((t for t in self._tasks() if t.output is not None and self._path(t.output) == error.path), None)
         if maker is None:
-            raise error
+            if error.path not in self._dropped:
+                raise error
+            # Another has met the same damage before.
+            self._pending.append(task)
+            return
+        self._dropped.add(error.path)
         self._tell("recompute", maker.stage.stage.id, maker.index, error=str(error))
         self._again(maker)
         if not maker.stage.repeatable:
@@ -411,6 +418,9 @@ class Job:
                 if reads and reader.output is not None:
                     self._again(reader)
         self._pending.append(task)
+
+    def _path(self, output: Output) -> str:
+        return open_url(output.url, self.storage_options)[1] if output.url else ""
 
     def _again(self, task: TaskState) -> None:
         task.output = None
