@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,8 @@ def slow(table):
 files, root, out = sys.argv[1:]
 with emberflow.init(executor="local", workers=2, data_root=root, memory_limit="2GB") as session:
     rows = session.read_parquet(files).repartition(6, hash_by="s")
-    summed = rows.map_batches(slow, schema={"k": "BIGINT", "h": "BIGINT", "s": "VARCHAR", "twice": "BIGINT"}, version="1")
+    schema = {"k": "BIGINT", "h": "BIGINT", "s": "VARCHAR", "twice": "BIGINT"}
+    summed = rows.map_batches(slow, schema=schema, version="1")
     frame = summed.repartition(3, hash_by="h").partial_sql(
         "select h, sum(twice) total, count(*) n, string_agg(s order by k) s from {0} group by h order by h"
     )
@@ -57,7 +57,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> str:
 def expected(files: str) -> list[dict[str, Any]]:
     with emberflow.init() as session:
         return session.sql(
-            f"select h, sum(2 * k) total, count(*) n, string_agg(s order by k) s from '{files}/*.parquet' group by h order by h"
+            "select h, sum(2 * k) total, count(*) n, string_agg(s order by k) s "
+            f"from '{files}/*.parquet' group by h order by h"
         ).take_all()
 
 
@@ -189,15 +190,12 @@ def test_a_damaged_intermediate_is_made_again(files: str, root: str, damage: str
 
 
 def test_a_job_that_takes_too_long_is_cancelled(files: str) -> None:
-    begun = threading.Event()
-
     def endless(row: dict[str, Any]) -> dict[str, Any]:
-        begun.set()
         while True:
             time.sleep(0.01)
 
     with emberflow.init(executor="local", workers=1, timeout_s=1.5) as session:
-        with pytest.raises(emberflow.CallCancelled, match="longer than 1.5 s"):
+        with pytest.raises(emberflow.CallCancelled, match="longer than 1\\.5 s"):
             session.read_parquet(files).map(endless).count()
         pids = workers_of(os.getpid())
     wait_until_gone(pids)

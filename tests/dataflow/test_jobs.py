@@ -1,4 +1,7 @@
-"""Jobs: frames that one DuckDB in this process does not make, on each executor. Run: pytest tests/dataflow/test_jobs.py."""
+"""Jobs: frames that one DuckDB in this process does not make, on each executor.
+
+Run: pytest tests/dataflow/test_jobs.py.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +117,7 @@ def test_what_a_function_gets_wrong_is_said_with_its_row(rows: emberflow.DataFra
     def fails(row: dict[str, Any]) -> dict[str, Any]:
         return {"k": 1 // (row["k"] - 7)}
 
-    with pytest.raises(emberflow.UserCodeError, match="fails.*ZeroDivisionError") as caught:
+    with pytest.raises(emberflow.UserCodeError, match=r"fails.*ZeroDivisionError") as caught:
         rows.map(fails).take_all()
     assert "'k': 7" in str(caught.value)
     assert not kinds(rows.session, "retry")

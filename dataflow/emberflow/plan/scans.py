@@ -322,8 +322,9 @@ def _with_groups(files: Sequence[File], connection: Any) -> Iterator[File]:
     """The files with the rows of their row groups, from their footers."""
     names = ", ".join(literal(file.url) for file in files)
     rows = connection.execute(
-        "SELECT file_name, list(n ORDER BY g) FROM (SELECT DISTINCT file_name, row_group_id AS g, row_group_num_rows AS n"
-        f" FROM parquet_metadata([{names}])) GROUP BY file_name"
+        "SELECT file_name, list(n ORDER BY g) FROM ("
+        "SELECT DISTINCT file_name, row_group_id AS g, row_group_num_rows AS n "
+        f"FROM parquet_metadata([{names}])) GROUP BY file_name"
     ).fetchall()
     groups = dict(rows)
     for file in files:
