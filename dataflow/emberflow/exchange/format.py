@@ -85,10 +85,10 @@ class ExchangeIndex(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     def blocks_of(self, partitions: Iterable[int]) -> NDArray[Any]:
         """The blocks of these partitions, in the order of the file."""
-        blocks = self.blocks
         wanted = np.zeros(self.num_partitions, dtype=bool)
         wanted[list(partitions)] = True
-        return blocks[wanted[blocks["partition"]]]
+        chosen: NDArray[Any] = self.blocks[wanted[self.blocks["partition"]]]
+        return chosen
 
     def _per_partition(self, field: str) -> NDArray[np.int64]:
         blocks = self.blocks

@@ -71,7 +71,8 @@ class ExchangeReader:
     """The rows of some partitions of several files that one stage made. Each iteration reads them anew.
 
     DuckDB takes it as it is: `connection.register(name, reader)`. As a stream of the Arrow C interface, that is, and
-    not as a `pa.RecordBatchReader`, into which DuckDB pushes filters that pyarrow has no comparison for.
+    not as a `pa.RecordBatchReader`, into which DuckDB pushes filters that pyarrow has no comparison for. DuckDB 1.4
+    takes the stream when it is registered, so there each scan needs a registration of its own.
     """
 
     def __init__(self, sources: Sequence[Source], partitions: Iterable[int], *, ahead_bytes: int = AHEAD_BYTES) -> None:
@@ -194,6 +195,7 @@ def _fetch_call(call: Sequence[_Range]) -> list[bytes]:
 
 def _fetch(filesystem: Any, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     """The bytes of each (path, start, end), fewer where the file ends. Damage raises `ExchangeCorrupt`."""
+    contents: list[Any]
     if isinstance(filesystem, LocalFileSystem):
         contents = [_read_local(*range_) for range_ in ranges]
     else:
