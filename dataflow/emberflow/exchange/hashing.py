@@ -135,8 +135,9 @@ def _hash_values(array: pa.Array) -> Hashes:
 
 
 def _normal_doubles(values: NDArray[np.float64]) -> NDArray[np.uint64]:
-    # Adding 0.0 makes -0.0 positive and changes nothing else.
-    words = (values + 0.0).view(np.uint64)
+    # Adding 0.0 makes -0.0 positive and changes nothing else. Of a signalling NaN it would warn.
+    with np.errstate(invalid="ignore"):
+        words: NDArray[np.uint64] = (values + 0.0).view(np.uint64)
     words[np.isnan(values)] = _CANONICAL_NAN
     return words
 
