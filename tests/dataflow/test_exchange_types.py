@@ -182,6 +182,11 @@ def test_what_cannot_go_through_is_refused_before_a_row_is_sent(
         sent([Column("x", type_)], ["c0"], producer)
 
 
+def test_a_type_may_be_written_in_another_way(producer: duckdb.DuckDBPyConnection) -> None:
+    columns = [Column("x", "ENUM('a','b') []"), Column("y", "int8[]")]
+    assert sent(columns, ["c0", "c1"], producer) == ['CAST("c0" AS VARCHAR[])', '"c1"']
+
+
 @pytest.mark.parametrize(
     "type_", ["GADGET", "UNION(n INTEGER)[]", "STRUCT(u UNION(n INTEGER))", "UNION(l UNION(n BIT))"]
 )
