@@ -15,6 +15,7 @@ import fsspec
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from emberflow.errors import ExchangeCorrupt, InvalidArgument
 from emberflow.exchange import ExchangeIndex, ExchangeReader, ExchangeWriter, Source, read, read_index
@@ -255,11 +256,14 @@ def test_a_batch_beyond_the_buffer_is_cut_before_it_is_sorted(tmp_path: Path) ->
 
 
 def test_more_text_than_32_bits_count(tmp_path: Path) -> None:
-    # 2.2 GB in one Arrow array, of one text that lies in memory once.
-    text = pa.py_buffer(b"long text " * 2_200_000)
-    count = 100
-    chunk = pa.LargeStringArray.from_buffers(1, pa.py_buffer(np.array([0, len(text)], np.int64)), text)
-    batch = pa.record_batch({"t": pa.concat_arrays([chunk] * count), "n": pa.array(range(count), pa.int8())})
+    # 2.2 GB of NULs, which the kernel keeps as one page of memory until somebody writes to them.
+    count, length = 100, 22_000_000
+    texts = pa.LargeStringArray.from_buffers(
+        count,
+        pa.py_buffer(np.arange(count + 1, dtype=np.int64) * length),
+        pa.py_buffer(np.zeros(count * length, np.uint8)),
+    )
+    batch = pa.record_batch({"t": texts, "n": pa.array(range(count), pa.int8())})
     assert batch.nbytes > 2**31
     path = str(tmp_path / "long")
     with open(path, "wb") as file:
@@ -267,12 +271,11 @@ def test_more_text_than_32_bits_count(tmp_path: Path) -> None:
             file, schema=batch.schema, columns=columns_of(batch.schema), num_partitions=2, compression="lz4"
         )
         writer.write(batch, np.arange(count) % 2)
-        del batch
         index = writer.close()
     numbers = []
     for rows in read(LOCAL, path, index, [1]):
         numbers += rows["n"].to_pylist()
-        assert all(value.as_buffer().equals(text) for value in rows["t"])
+        assert pc.binary_length(rows["t"]).to_pylist() == [length] * rows.num_rows
     assert numbers == list(range(1, count, 2))
 
 
@@ -397,6 +400,7 @@ def test_the_failure_below_duckdb_is_kept(tmp_path: Path) -> None:
     assert reader.failure.path == path
 
 
+@pytest.mark.skipif(duckdb.__version__ < "2", reason="DuckDB 1.4 takes the stream when it is registered")
 def test_duckdb_reads_a_reader_as_often_as_it_likes(tmp_path: Path) -> None:
     content, index = small_file()
     reader = ExchangeReader([Source(LOCAL, put(tmp_path / "file", content), index)], [2])

@@ -85,10 +85,12 @@ class ExchangeIndex(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     def blocks_of(self, partitions: Iterable[int]) -> NDArray[Any]:
         """The blocks of these partitions, in the order of the file."""
-        blocks = self.blocks
+        numbers = list(partitions)
+        assert all(0 <= number < self.num_partitions for number in numbers)
         wanted = np.zeros(self.num_partitions, dtype=bool)
-        wanted[list(partitions)] = True
-        return blocks[wanted[blocks["partition"]]]
+        wanted[numbers] = True
+        chosen: NDArray[Any] = self.blocks[wanted[self.blocks["partition"]]]
+        return chosen
 
     def only(self, partitions: Iterable[int]) -> ExchangeIndex:
         """The index of these partitions alone, for whoever reads no others."""
