@@ -10,6 +10,7 @@ comes through as it was raised, with a note that says which query met it.
     ├── InvalidArgument (ValueError)           a setting, mode, parameter or URL that can never be right
     ├── OutOfMemory (MemoryError)              the query does not fit `memory_limit`, spilling included
     ├── SessionClosed (ValueError)
+    ├── UserCodeError (RuntimeError)           a Python function of the user's raised, or gave what does not fit
     ├── ExchangeCorrupt (IOError)              an intermediate is damaged or gone; the job makes it again
     ├── CallCancelled (InterruptedError)       a call was cancelled, by its user, a limit or a deadline
     ├── WorkerDied (ConnectionError)           the worker of a call is gone; what the call did is unknown
@@ -17,6 +18,8 @@ comes through as it was raised, with a note that says which query met it.
 """
 
 from __future__ import annotations
+
+import pickle
 
 
 class FlowError(Exception):
@@ -49,6 +52,42 @@ class OutOfMemory(FlowError, MemoryError):
 
 class SessionClosed(FlowError, ValueError):
     """The session was closed before the call."""
+
+
+class UserCodeError(FlowError, RuntimeError):
+    """A Python function of the user's raised, or gave what does not fit. What it raised is the `__cause__`, which
+    comes along from a worker if it can be pickled; the message says it in any case.
+
+    `function` is its name; `row`, cut short, what it was called with, or empty for a whole batch.
+    """
+
+    def __init__(self, message: str, *, function: str, row: str = "") -> None:
+        super().__init__(message)
+        self.function = function
+        self.row = row
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _user_code_error, (str(self), self.function, self.row, _pickled(self.__cause__))
+
+
+def _pickled(error: BaseException | None) -> bytes | None:
+    try:
+        data = pickle.dumps(error)
+        # Many exceptions can be pickled but not made again.
+        pickle.loads(data)
+    except Exception:
+        return None
+    return data
+
+
+def _user_code_error(message: str, function: str, row: str, cause: bytes | None) -> UserCodeError:
+    error = UserCodeError(message, function=function, row=row)
+    try:
+        error.__cause__ = pickle.loads(cause) if cause is not None else None
+    except Exception:
+        # Its class is known where the function ran and not here.
+        error.__cause__ = None
+    return error
 
 
 class ExchangeCorrupt(FlowError, OSError):
