@@ -9,6 +9,7 @@ Does not know: functions, streams.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,6 +133,8 @@ def _inferred(values: Sequence[Any], hint: pa.DataType | None) -> pa.DataType:
             pass
         else:
             return hint
+    if set(map(type, values)) - {type(None)} == {uuid.UUID}:
+        return pa.uuid()
     try:
         found = pa.array(values).type
     except OverflowError:

@@ -55,7 +55,9 @@ def array(values: Sequence[Any], type_: pa.DataType) -> pa.Array:
         data = [None if value is None else _wide_bytes(value, signed=type_ == HUGEINT) for value in values]
         return pa.ExtensionArray.from_storage(type_, pa.array(data, pa.binary(16)))
     if type_ == pa.uuid():
-        return pa.array([uuid.UUID(value) if isinstance(value, str) else value for value in values], type_)
+        # Not every pyarrow knows uuid.UUID.
+        data = [None if value is None else uuid.UUID(str(value)).bytes for value in values]
+        return pa.ExtensionArray.from_storage(type_, pa.array(data, pa.binary(16)))
     if any(_has_extension(type_.field(i).type) for i in range(type_.num_fields)):
         return _nested_array(values, type_)
     check = _check(type_)
