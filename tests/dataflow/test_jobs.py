@@ -6,6 +6,7 @@ Run: pytest tests/dataflow/test_jobs.py.
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_partial_sql_takes_several_inputs_and_leaves_braces_alone(rows: emberflo
 def test_partial_sort_orders_each_partition(rows: emberflow.DataFrame) -> None:
     parted = rows.repartition(2, hash_by="s").partial_sort("k desc")
     tables = [row["k"] for row in parted.take_all()]
-    breaks = sum(later > earlier for earlier, later in zip(tables, tables[1:], strict=False))
+    breaks = sum(later > earlier for earlier, later in itertools.pairwise(tables))
     assert breaks == 1
 
 

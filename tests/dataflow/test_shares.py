@@ -1,4 +1,7 @@
-"""How a stage becomes tasks, by the bytes that its inputs turned out to have. Run: pytest tests/dataflow/test_shares.py."""
+"""How a stage becomes tasks, by the bytes that its inputs turned out to have.
+
+Run: pytest tests/dataflow/test_shares.py.
+"""
 
 from __future__ import annotations
 
