@@ -18,6 +18,8 @@ from .errors import (
     UserCodeError,
     WorkerDied,
 )
+from .functions.sqltypes import UDFAnyParameters, UDFListType, UDFMapType, UDFStructType, UDFType
+from .functions.udf import Udf, udf
 from .session import Session, SessionConfig, init
 from .writer import WriteReport
 
@@ -35,9 +37,16 @@ __all__ = [
     "Session",
     "SessionClosed",
     "SessionConfig",
+    "UDFAnyParameters",
+    "UDFListType",
+    "UDFMapType",
+    "UDFStructType",
+    "UDFType",
+    "Udf",
     "UnsupportedType",
     "UserCodeError",
     "WorkerDied",
     "WriteReport",
     "init",
+    "udf",
 ]

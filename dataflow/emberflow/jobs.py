@@ -21,11 +21,11 @@ from .job.job import Event, Job, JobConfig
 from .job.shares import ShareConfig
 from .job.steps import Output
 from .job.task import nothing
+from .plan.filescans import FileScan, ResolvedScan, find, resolve
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
 from .plan.nodes import Column
 from .plan.pipes import Program
 from .plan.planner import Planner
-from .plan.scans import FileScan, ResolvedScan, find, resolve
 from .plan.stages import StageConfig
 from .query import Query, quoted
 from .sources import open_url
@@ -65,7 +65,8 @@ class Jobs:
         self._lock = threading.RLock()
         self._executors: dict[str, Executor] = {}
         self._results: dict[int, tuple[Frame, Computed, list[Output]]] = {}
-        self._scans: dict[FileScan, ResolvedScan] = {}
+        self._anew: dict[int, tuple[Frame, str]] = {}
+        """Frames whose steps are not to be found, and what makes them others."""
         self._count = 0
         self._closed = False
         self.last: list[Event] = []
@@ -162,9 +163,10 @@ class Jobs:
         return isinstance(frame, Computed) or id(frame) in self._results
 
     def forget(self, frame: Frame) -> None:
-        """The frame's rows will be made anew."""
+        """The frame's rows will be made anew, every step of them."""
         with self._lock:
             self._results.pop(id(frame), None)
+            self._anew[id(frame)] = frame, uuid.uuid4().hex
 
     def write(self, frame: Frame, sink: FileSink, *, progress: bool | None) -> list[Output]:
         """Runs the frame's job into files."""
@@ -201,6 +203,7 @@ class Jobs:
             storage_options=self.config.storage_options,
             udfs=self.session.udfs,
             sink=sink,
+            salt=self._anew.get(id(frame), (frame, ""))[1],
             temp_directory=self.session.spill,
             watch=self.last.append,
         )

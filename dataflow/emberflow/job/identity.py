@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from ..functions.identity import identity_of
+from ..plan.filescans import ResolvedScan
 from ..plan.pipes import (
     ByRange,
     Exchange,
@@ -27,7 +28,6 @@ from ..plan.pipes import (
     Stage,
     TextSegment,
 )
-from ..plan.scans import ResolvedScan
 from .shares import Spec
 
 VERSION = 1

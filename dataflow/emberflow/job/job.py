@@ -135,6 +135,7 @@ class Job:
         storage_options: StorageOptions | None = None,
         udfs: tuple[Udf, ...] = (),
         sink: FileSink | None = None,
+        salt: str = "",
         temp_directory: str | None = None,
         watch: Callable[[Event], None] = lambda event: None,
     ) -> None:
@@ -146,6 +147,8 @@ class Job:
         self.storage_options = storage_options or {}
         self.udfs = udfs
         self.sink = sink
+        self.salt = salt
+        """What makes the job's steps other ones than those of jobs before it."""
         self.temp_directory = temp_directory
         self.watch = watch
         self.stages: dict[int, StageState] = {}
@@ -236,7 +239,7 @@ class Job:
     def _place(self, stage: Stage, found: list[Spec], is_last: bool) -> tuple[Place, bool]:
         """Where the stage's outputs go: by its identity, or if it has none, by the job's."""
         exchanges = {exchange.id: exchange_identity(exchange, self._identities) for exchange in stage.inputs()}
-        extra: list[object] = [self.config.compression]
+        extra: list[object] = [self.config.compression, self.salt]
         if is_last and self.sink is not None:
             extra.append(repr(self.sink))
         try:

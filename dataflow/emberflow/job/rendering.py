@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..plan.filescans import Share
 from ..plan.nodes import Column, Expr, Input, Node, Project, Scan, column
 from ..plan.pipes import (
     PREVIOUS,
@@ -28,7 +29,6 @@ from ..plan.pipes import (
     TextSegment,
 )
 from ..plan.render import select
-from ..plan.scans import Share
 from ..plan.stages import sort_key
 from ..query import Query
 from ..text import written

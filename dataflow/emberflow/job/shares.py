@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..plan.filescans import Share
 from ..plan.pipes import Exchange, ExchangeFeed, FileFeed, Stage
-from ..plan.scans import Share
 from .steps import Output
 
 _SKEW = 4

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from ..functions.steps import PythonStep
 from ..job.steps import Output
+from .filescans import ResolvedScan
 from .nodes import Column, Expr, Input, Node, SortKey, walk
-from .scans import ResolvedScan
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from typing import Protocol
 import duckdb
 import pyarrow as pa
 
-from ..errors import InvalidArgument
 from ..functions.udf import Udf
-from ..query import Query, inlined
+from ..query import Query, inlined, of_table
 from .binder import NotPlannable, bind
+from .filescans import FileScan, ResolvedScan, find, may_read_files
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
 from .pipes import (
@@ -39,11 +39,7 @@ from .pipes import (
     Whole,
 )
 from .prune import pruned
-from .scans import FileScan, ResolvedScan, find, may_read_files
 from .stages import Builder, Pipes, StageConfig, feed_of, hashed
-
-# What a row of a file takes, where nothing says how many rows there are.
-_ROW_BYTES = 64
 
 
 class Catalog(Protocol):
@@ -162,15 +158,10 @@ class Planner:
         sources: dict[str, ResolvedScan | pa.Table] = {n: self.catalog.resolve(scan) for n, scan in scans.items()}
         sources.update(tables)
         shadows: dict[str, Sequence[Column]] = {name: columns for name, (_, columns) in frames.items()}
-        rows: dict[str, int] = {}
         for name, source in sources.items():
-            if isinstance(source, ResolvedScan):
-                shadows[name] = source.columns
-                rows[name] = source.rows or max(1, source.size_bytes // _ROW_BYTES)
-            else:
-                shadows[name] = self.catalog.columns_of(source)
-                rows[name] = source.num_rows
-        bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up)
+            is_scan = isinstance(source, ResolvedScan)
+            shadows[name] = source.columns if is_scan else self.catalog.columns_of(source)
+        bound = bind(text, shadows, now=self.now, setup=self._set_up)
         plan = pruned(bound.plan)
         scope: dict[object, Callable[[Node], Pipes]] = {}
         for name, source in sources.items():
@@ -242,27 +233,29 @@ class Planner:
     # ---- partitions
 
     def _repartition(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
+        if frame.keys:
+            return self._by_keys(frame)
         pipes, columns = self.known(frame.child)
-        names = [c.name.lower() for c in columns]
-        if unknown := [key for key in frame.keys if key.lower() not in names]:
-            raise InvalidArgument(f"cannot partition by {', '.join(unknown)}: the columns are {', '.join(names)}")
-        keys = [column(names.index(key.lower()), columns[names.index(key.lower())].type) for key in frame.keys]
-        count = frame.partitions
-        if frame.by == "files" and (pipe := _of_files(pipes, count)) is not None:
+        if frame.by == "files" and (pipe := _of_files(pipes, frame.partitions)) is not None:
             return [pipe], columns
-        if frame.by == "hash":
-            how: ByExpression | Spread = ByExpression(hashed(keys, count))
-        elif frame.by == "column":
-            how = ByExpression(Expr(("CAST(", *keys[0].pieces, " AS UINTEGER)"), "UINTEGER"))
-        else:
-            how = Spread(frame.seed if frame.by == "random" else None)
+        how = Spread(frame.seed if frame.by == "random" else None)
+        exchange = self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
+        pipe = self.builder.reading(exchange, "partition")
+        return [_shuffled(pipe, frame.seed) if frame.by == "random" else pipe], columns
+
+    def _by_keys(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
+        """The keys are expressions: they travel behind the columns, and end there."""
+        listed = ", ".join(f"({key}) AS emberflow_key{i}" for i, key in enumerate(frame.keys))
+        child = frame.child if isinstance(frame.child, Query) else of_table(frame.child)
+        pipes, columns = self.known(child.wrapped(f"SELECT *, {listed} FROM"))
+        width = len(columns) - len(frame.keys)
+        keys = [column(width + i, columns[width + i].type) for i in range(len(frame.keys))]
+        count = frame.partitions
+        how = ByExpression(hashed(keys, count) if frame.by == "hash" else _value(keys[0]))
         exchange = self.builder.exchange(pipes, how, count, label=f"repartition by {frame.by}", fixed=True)
-        positions = tuple(key.position for key in keys if key.position is not None)
-        known = positions if frame.by in ("hash", "column") else ()
-        pipe = self.builder.reading(exchange, "partition", hashed=known)
-        if frame.by == "random":
-            pipe = _shuffled(pipe, frame.seed)
-        return [pipe], columns
+        pipe = self.builder.reading(exchange, "partition")
+        own = tuple(column(i, c.type) for i, c in enumerate(columns[:width]))
+        return [pipe.then(Project(pipe.tree, own, tuple(c.name for c in columns[:width])))], columns[:width]
 
     def _partial_sql(self, frame: PartialSql) -> tuple[Pipes, tuple[Column, ...]]:
         sides = {name: self.known(child) for name, child in frame.inputs.items()}
@@ -294,6 +287,12 @@ class Planner:
                 return self.builder.reading(self.builder.exchange(pipes, Whole(), label="partition"), "all")
         exchange = self.builder.exchange(pipes, Whole(), label="partition", fixed=True)
         return self.builder.reading(exchange, "piece")
+
+
+def _value(key: Expr) -> Expr:
+    """A partition as the user gives it; one that is not a number is none."""
+    pieces = ("CAST(coalesce(", *key.pieces, ", error('a row has no partition: the key is NULL')) AS UINTEGER)")
+    return Expr(pieces, "UINTEGER")
 
 
 def _of_files(pipes: Pipes, count: int) -> Pipe | None:

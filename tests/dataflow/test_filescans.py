@@ -1,4 +1,4 @@
-"""How scans are found in a query's text, and cut into the shares of tasks. Run: pytest tests/dataflow/test_scans.py."""
+"""How scans are found in a query's text, and cut into the shares of tasks. Run: pytest tests/dataflow/test_filescans.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import duckdb
 import emberflow
 import pytest
-from emberflow.plan.scans import File, FileScan, ResolvedScan, Share, find, resolve
+from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, resolve
 
 
 @pytest.mark.parametrize(
