@@ -167,8 +167,7 @@ class DataFrame:
 
     def group_by(self, *keys: str) -> Grouped:
         """Groups of equal `keys` (SQL expressions), for `.agg("count(*) AS n", ...)`."""
-        from .functions.udf import Udf
-    from .grouped import Grouped
+        from .grouped import Grouped
 
         return Grouped(self, keys)
 
@@ -225,7 +224,8 @@ class DataFrame:
         by_rows: bool = False,
     ) -> DataFrame:
         """The rows in so many partitions: by whole files, `by_rows` evenly, by the hash of columns, or `by` the value
-        of an integer column, or of SQL expressions over columns. What works on a partition at a time (`partial_sql`, functions) keeps them."""
+        of an integer column; both may be SQL expressions. What works on a partition at a time (`partial_sql`,
+        functions) keeps the partitions."""
         from .plan.frames import Repartition
 
         if npartitions < 1:

@@ -21,7 +21,9 @@ from .pipes import Exchange
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Repartition:
-    """The child's rows in `partitions` partitions. `keys` are SQL expressions over it: whose hash, or whose value, says which.
+    """The child's rows in `partitions` partitions.
+
+    `keys` are SQL expressions over it: whose hash, or whose value, says which.
 
     "files" keeps files whole where the child is files; "rows" deals rows out evenly; "random" at random, by `seed`.
     """
