@@ -20,12 +20,14 @@ import pytest
 from emberflow.errors import ExchangeCorrupt, InvalidArgument
 from emberflow.exchange import ExchangeIndex, ExchangeReader, ExchangeWriter, Source, read, read_index
 from emberflow.exchange.format import HEAD, encode_footer
+from emberflow.exchange.reader import RANGE_BYTES_MAX
 from emberflow.exchange.writer import BLOCK_BYTES_MAX
 from emberflow.plan.nodes import Column
 from emberflow.sources import open_url
+from emberfs.errors import Corruption
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 LOCAL = LocalFileSystem()
@@ -147,7 +149,7 @@ def batches(draw: st.DrawFn) -> tuple[pa.Schema, list[pa.RecordBatch]]:
     st.sampled_from([1, 100, 64 * 1024]),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_rows_come_back_by_partition_and_in_order(
     made: tuple[pa.Schema, list[pa.RecordBatch]], num_partitions: int, compression: Any, buffer_bytes: int, seed: int
 ) -> None:
@@ -318,23 +320,43 @@ def test_an_ember_store_holds_exchange_files(tmp_path: Path) -> None:
     assert rows["n"].to_pylist() == [1, 3, 6] * 3
 
 
-class CountedFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """Counts the ranges it is asked for."""
+class WatchedFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    """Knows what it was asked for, and may answer with an exception."""
 
-    ranges = 0
+    cachable = False
+
+    def __init__(self, answer: Exception | None = None) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+        self.answer = answer
 
     def cat_ranges(self, paths: Any, starts: Any, ends: Any, **kwargs: Any) -> Any:
-        CountedFileSystem.ranges += len(paths)
-        return super().cat_ranges(paths, starts, ends, **kwargs)
+        self.lengths += [end - start for start, end in zip(starts, ends, strict=True)]
+        return [self.answer] * len(paths) if self.answer else super().cat_ranges(paths, starts, ends, **kwargs)
 
 
 def test_adjacent_blocks_are_one_range(memory: tuple[MemoryFileSystem, str]) -> None:
     _, name = memory
     content, index = written([numbered(100)], [np.arange(100) % 10], num_partitions=10)
-    filesystem = CountedFileSystem()
+    filesystem = WatchedFileSystem()
     filesystem.pipe_file(name, content)
     list(read(filesystem, name, index, [2, 3, 4, 8]))
-    assert CountedFileSystem.ranges == 2
+    assert len(filesystem.lengths) == 2
+
+
+def test_what_is_fetched_ahead_is_bounded(memory: tuple[MemoryFileSystem, str]) -> None:
+    _, name = memory
+    batch = pa.record_batch({"x": np.arange(1_000_000)})
+    content, index = written([batch] * 2, [None] * 2, buffer_bytes=512 * 1024)
+    filesystem = WatchedFileSystem()
+    filesystem.pipe_file(name, content)
+    reader = ExchangeReader([Source(filesystem, name, index)] * 4, [0], ahead_bytes=RANGE_BYTES_MAX * 2)
+    rows = 0
+    for number, taken in enumerate(reader, 1):
+        assert sum(filesystem.lengths) <= number * 1024 * 1024 + RANGE_BYTES_MAX * 3
+        rows += taken.num_rows
+    assert rows == 8_000_000
+    assert sum(filesystem.lengths) == 4 * index.size_bytes
 
 
 def test_a_reading_that_is_given_up_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -384,6 +406,15 @@ def test_a_missing_file_is_corrupt(local: bool, tmp_path: Path, memory: tuple[Me
     assert caught.value.path == name
     with pytest.raises(ExchangeCorrupt, match="gone"):
         read_index(filesystem, name)
+
+
+def test_damage_that_the_store_finds_is_corrupt_and_nothing_else_is(memory: tuple[MemoryFileSystem, str]) -> None:
+    _, name = memory
+    _, index = small_file()
+    with pytest.raises(ExchangeCorrupt, match="wrong checksum in chunk 7"):
+        list(read(WatchedFileSystem(Corruption("wrong checksum in chunk 7", name)), name, index, [0]))
+    with pytest.raises(PermissionError):
+        list(read(WatchedFileSystem(PermissionError("no rights")), name, index, [0]))
 
 
 def test_the_failure_below_duckdb_is_kept(tmp_path: Path) -> None:

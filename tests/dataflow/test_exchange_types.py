@@ -110,7 +110,7 @@ TYPES = {
     "MAP(VARCHAR, INTEGER)": "MAP {'a': 1, 'b': NULL}, MAP {}",
     "MAP(ENUM('k', 'l'), INTERVAL[])": "MAP {'l': ['1 month'::INTERVAL, NULL], 'k': []}",
     "UNION(n INTEGER, t VARCHAR)": "union_value(n := 1), union_value(t := 'x'), union_value(t := NULL)",
-    'UNION(tag INTEGER, "it\'s" VARCHAR)': "union_value(tag := 1), union_value(\"it's\" := 'x')",
+    'UNION(tag INTEGER, "{it\'s}" VARCHAR)': "union_value(tag := 1), union_value(\"{it's}\" := 'x')",
     "UNION(e ENUM('x'), b BOOLEAN, l INTEGER[])": "union_value(e := 'x'), union_value(b := false), "
     "union_value(l := [1])",
     "STRUCT(m MAP(VARCHAR, HUGEINT[]), u UUID, t TIME WITH TIME ZONE)[]": "[{'m': MAP {'k': [1, NULL]}, "

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -29,7 +28,7 @@ from emberfs.checksum import crc32c
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import ExchangeCorrupt
-from .format import HEAD, TAIL_BYTES, ExchangeIndex, decode_footer, footer_length
+from .format import HEAD, TAIL_BYTES, Block, ExchangeIndex, decode_footer, footer_length
 
 AHEAD_BYTES = 32 * 1024 * 1024
 RANGE_BYTES_MAX = 8 * 1024 * 1024
@@ -109,42 +108,46 @@ class _Range:
     """Adjacent blocks of one file."""
 
     source: Source
-    blocks: tuple[tuple[int, int, int, int, int], ...]
-    """partition, rows, offset, length, crc of each"""
+    blocks: Sequence[Block]
 
     @property
     def start(self) -> int:
-        return self.blocks[0][2]
+        return self.blocks[0].offset
 
     @property
     def end(self) -> int:
-        return self.blocks[-1][2] + self.blocks[-1][3]
+        return self.blocks[-1].end
+
+    @property
+    def size_bytes(self) -> int:
+        return self.end - self.start
 
     def batches(self, content: Content, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """The rows in `content`, which is this range of the file."""
         path = self.source.path
-        if len(content) != self.end - self.start:
+        if len(content) != self.size_bytes:
             raise ExchangeCorrupt(f"{path} is cut short: it ends before byte {self.end}", path)
         buffer = pa.py_buffer(content)
-        for _, rows, offset, length, crc in self.blocks:
-            block = buffer.slice(offset - self.start, length)
-            if crc32c(block) != crc:
-                raise ExchangeCorrupt(f"the block at byte {offset} of {path} does not match its checksum", path)
-            batch = pa.ipc.read_record_batch(block, schema)
-            assert batch.num_rows == rows
+        for block in self.blocks:
+            message = buffer.slice(block.offset - self.start, block.length)
+            if crc32c(message) != block.crc:
+                raise ExchangeCorrupt(f"the block at byte {block.offset} of {path} does not match its checksum", path)
+            batch = pa.ipc.read_record_batch(message, schema)
+            assert batch.num_rows == block.rows
             yield batch
 
 
 def _ranges(sources: Sequence[Source], partitions: Sequence[int]) -> list[_Range]:
     found = []
     for source in sources:
-        blocks = source.index.blocks_of(partitions).tolist()
-        begins = [0]
-        for i, (before, block) in enumerate(pairwise(blocks), 1):
-            is_adjacent = before[2] + before[3] == block[2]
-            if not is_adjacent or block[2] + block[3] - blocks[begins[-1]][2] > RANGE_BYTES_MAX:
-                begins.append(i)
-        found += [_Range(source, tuple(blocks[a:b])) for a, b in pairwise([*begins, len(blocks)]) if a < b]
+        together: list[Block] = []
+        for block in source.index.blocks_of(partitions):
+            if together and (block.offset != together[-1].end or block.end - together[0].offset > RANGE_BYTES_MAX):
+                found.append(_Range(source, together))
+                together = []
+            together.append(block)
+        if together:
+            found.append(_Range(source, together))
     return found
 
 
@@ -154,21 +157,19 @@ def _calls(ranges: Iterable[_Range]) -> Iterator[list[_Range]]:
     call: list[_Range] = []
     size_bytes = 0
     for range_ in ranges:
-        length = range_.end - range_.start
-        if call and (
-            size_bytes + length > RANGE_BYTES_MAX or range_.source.filesystem is not call[0].source.filesystem
-        ):
+        is_other = call and range_.source.filesystem is not call[0].source.filesystem
+        if is_other or (call and size_bytes + range_.size_bytes > RANGE_BYTES_MAX):
             yield call
             call, size_bytes = [], 0
         call.append(range_)
-        size_bytes += length
+        size_bytes += range_.size_bytes
     if call:
         yield call
 
 
 def _fetched(ranges: Sequence[_Range], ahead_bytes: int) -> Iterator[tuple[_Range, Content]]:
     """Each range with its bytes, in order. Later ones are on their way, up to `ahead_bytes`."""
-    calls = deque((call, sum(range_.end - range_.start for range_ in call)) for call in _calls(ranges))
+    calls = deque((call, sum(range_.size_bytes for range_ in call)) for call in _calls(ranges))
     is_alone = len(calls) == 1
     pool = ThreadPoolExecutor(FETCHERS, thread_name_prefix="exchange")
     under_way: deque[tuple[list[_Range], int, Callable[[], list[Content]]]] = deque()
