@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
-from emberflow.exchange.format import ExchangeIndex, pack_blocks
+from emberflow.exchange.format import Block, ExchangeIndex, pack_blocks
 from emberflow.job.shares import Exchanged, ShareConfig, specs
 from emberflow.job.steps import Output
 from emberflow.plan.nodes import Column, Input
@@ -20,7 +20,7 @@ COLUMNS = (Column("k", "BIGINT"),)
 def output(*partition_bytes: int) -> Output:
     """What a producer made, as far as shares look at it."""
     offsets = np.cumsum([0, *partition_bytes])
-    blocks = [(p, 1, int(offsets[p]), size, 0) for p, size in enumerate(partition_bytes) if size]
+    blocks = [Block(p, 1, int(offsets[p]), size, 0) for p, size in enumerate(partition_bytes) if size]
     index = ExchangeIndex(
         schema=b"", columns=COLUMNS, num_partitions=len(partition_bytes), packed_blocks=pack_blocks(blocks)
     )

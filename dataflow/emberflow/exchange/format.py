@@ -108,7 +108,7 @@ class ExchangeIndex(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
     def only(self, partitions: Iterable[int]) -> ExchangeIndex:
         """The index of these partitions alone, for whoever reads no others."""
-        return msgspec.structs.replace(self, packed_blocks=self.blocks_of(partitions).tobytes())
+        return msgspec.structs.replace(self, packed_blocks=pack_blocks(self.blocks_of(partitions)))
 
     def _per_partition(self, field: str) -> NDArray[np.int64]:
         blocks = self.blocks
