@@ -364,7 +364,7 @@ class DataFrame:
 
     def explain(self) -> str:
         """How the rows would be made: the stages of a job, or DuckDB's physical plan."""
-        if self.session.jobs.is_needed(self.frame):
+        if self.session.needs_job(self.frame):
             from .plan.explain import explained
 
             return explained(self.session.jobs.planner(self.frame).program(self.frame))
@@ -374,8 +374,8 @@ class DataFrame:
 
     def batches_of(self, query: Query, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """A reader of the batches of `query`, a form of this frame's, run in its session."""
-        if self.session.jobs.is_needed(query):
-            query = of_table(self.session.jobs.compute(query))
+        if self.session.needs_job(query):
+            query = self.session.jobs.rows_of(query)
         stream = self._stream(query, batch_rows)
         schema = next(stream)
         assert isinstance(schema, pa.Schema)
@@ -403,9 +403,12 @@ class DataFrame:
         return DataFrame(self.session, self.query.wrapped(before, after))
 
     def _applied(self, kind: Any, function: Any, *, schema: Schema | None = None, **step: Any) -> DataFrame:
+        from .functions import shipping
         from .functions.steps import PythonStep
         from .plan.frames import Apply
 
+        # Said now, and with the name of what is at fault, rather than when a task is sent.
+        shipping.dumps(function)
         return DataFrame(
             self.session, Apply(self.frame, PythonStep(kind=kind, function=function, schema=schema, **step))
         )

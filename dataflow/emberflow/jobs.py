@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, UnsupportedType
 from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
 from .files import FileSink
@@ -27,7 +27,7 @@ from .plan.nodes import Column
 from .plan.pipes import Program
 from .plan.planner import Planner
 from .plan.stages import StageConfig
-from .query import Query, quoted
+from .query import Query, of_table, quoted
 from .sources import open_url
 
 if TYPE_CHECKING:
@@ -157,6 +157,16 @@ class Jobs:
             computed = Computed(exchange, columns, tuple(outputs))
             self._results[id(frame)] = frame, computed, outputs
             return computed
+
+    def rows_of(self, query: Query) -> Query:
+        """A query that gives the same rows in this process: of what a job has made, or the very same, if they are of
+        a type that does not go through exchanges."""
+        try:
+            return of_table(self.compute(query))
+        except UnsupportedType:
+            if any(not isinstance(source, pa.Table | Query) for source in query.tables.values()):
+                raise
+            return query
 
     def is_computed(self, frame: Frame) -> bool:
         """Whether the frame's rows are here."""

@@ -24,6 +24,7 @@ from .dataframe import DataFrame, LazyWrite
 from .engine import Engine, EngineConfig
 from .errors import InvalidArgument
 from .query import Query, literal, of_table, parse, quoted
+from .plan.filescans import small
 from .sources import StorageOptions, expand_directories
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from .functions.udf import Udf
     from .jobs import Jobs
+    from .plan.frames import Frame
 
 Table: TypeAlias = Union[DataFrame, pa.Table, pa.RecordBatchReader, "pd.DataFrame"]
 """What `Session.sql` takes as a named table."""
@@ -121,6 +123,7 @@ class Session:
         """What runs this session's jobs. Made when first needed: it costs imports that a small query does without."""
         if self._jobs is None:
             from .jobs import Jobs
+    from .plan.frames import Frame
 
             self._jobs = Jobs(self)
         return self._jobs
@@ -257,6 +260,15 @@ class Session:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def needs_job(self, frame: Frame) -> bool:
+        """Whether a job makes the frame's rows; else one DuckDB in this process does."""
+        if isinstance(frame, Query) and self.config.shuffle == "auto" and self.config.executor != "ray":
+            plain = all(isinstance(source, pa.Table) for source in frame.tables.values())
+            # Of a few small local files nobody need think, nor import what does.
+            if plain and small(frame.text):
+                return False
+        return self.jobs.is_needed(frame)
 
     def _read(
         self,

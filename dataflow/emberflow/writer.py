@@ -71,7 +71,7 @@ def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     target = Target(url, options, frame.session.config.storage_options)
     target.check()
     try:
-        if frame.session.jobs.is_needed(frame.frame):
+        if frame.session.needs_job(frame.frame):
             outputs = frame.session.jobs.write(frame.frame, target.sink(attempts=True), progress=options.progress)
             files = [file for output in outputs for file in output.files]
             target.publish(files)

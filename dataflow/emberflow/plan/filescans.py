@@ -9,7 +9,9 @@ Does not know: plans, stages, or who reads the shares.
 
 from __future__ import annotations
 
+import glob
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ _SUFFIXES = (
 )
 _GLOB = re.compile(r"[*?\[]")
 _FOOTERS_MAX = 2_000
+_SMALL_BYTES = 64 << 20
 # A share is cut inside a file only where that gives whole row groups to both sides.
 _ROW_NUMBER = "file_row_number"
 
@@ -197,6 +200,24 @@ def find(text: str, prefix: str = "emberflow_scan_") -> tuple[str, dict[str, Fil
         end = last.start + len(last.text)
         index = after
     return "".join([*pieces, text[end:]]), {name: scan for scan, name in names.items()}
+
+
+def small(text: str) -> bool:
+    """Whether all files that a query reads are on a local disk and of no size to speak of, as far as that is known at
+    once."""
+    rest, scans = find(text)
+    if may_read_files(rest):
+        return False
+    size_bytes = 0
+    for scan in scans.values():
+        for path in scan.paths:
+            if "://" in path:
+                return False
+            for name in glob.iglob(path, recursive=True) if _GLOB.search(path) else [path]:
+                size_bytes += os.path.getsize(name) if os.path.exists(name) else 0
+                if size_bytes > _SMALL_BYTES:
+                    return False
+    return True
 
 
 def may_read_files(text: str) -> bool:
