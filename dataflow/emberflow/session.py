@@ -122,8 +122,7 @@ class Session:
     def jobs(self) -> Jobs:
         """What runs this session's jobs. Made when first needed: it costs imports that a small query does without."""
         if self._jobs is None:
-            from .jobs import Jobs
-    from .plan.frames import Frame
+                    from .jobs import Jobs
 
             self._jobs = Jobs(self)
         return self._jobs
