@@ -6,7 +6,6 @@ of DuckDB in Arrow batches, or by a job whose rows are kept until the session en
 
 from __future__ import annotations
 
-import asyncio
 import html
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -296,6 +295,8 @@ class DataFrame:
 
     async def stream(self, batch_rows: int = BATCH_ROWS) -> AsyncIterator[pa.RecordBatch]:
         """The batches of the rows, each waited for in a thread."""
+        import asyncio
+
         reader = await asyncio.to_thread(self.to_batches, batch_rows)
         while (batch := await asyncio.to_thread(next, reader, None)) is not None:
             yield batch

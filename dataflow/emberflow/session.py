@@ -23,8 +23,8 @@ import pyarrow as pa
 from .dataframe import DataFrame, LazyWrite
 from .engine import Engine, EngineConfig
 from .errors import InvalidArgument
-from .query import Query, literal, of_table, parse, quoted
 from .plan.filescans import small
+from .query import Query, literal, of_table, parse, quoted
 from .sources import StorageOptions, expand_directories
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Session:
     def jobs(self) -> Jobs:
         """What runs this session's jobs. Made when first needed: it costs imports that a small query does without."""
         if self._jobs is None:
-                    from .jobs import Jobs
+            from .jobs import Jobs
 
             self._jobs = Jobs(self)
         return self._jobs
