@@ -79,7 +79,9 @@ class Planner:
         ordered = len(pipes) == 1 and pipes[0].ordered
         if one:
             pipes = [self.builder.together(pipes, label="one file")]
-        result = self.builder.exchange(pipes, Whole(), label="result")
+        result = None if one else _exchange_of(pipes)
+        if result is None or not result.producers:
+            result = self.builder.exchange(pipes, Whole(), label="result")
         return Program(tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes))
 
     def pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
@@ -102,7 +104,8 @@ class Planner:
             named = [self._named(pipe, frame.child) for pipe in pipes]
             columns = self._columns_after(frame)
             return [pipe.after(PythonSegment(frame.step, columns), hashed=()) for pipe in named], columns
-        return [self.builder.reading(self.builder.made(frame), "piece")], frame.columns
+        exchange = self.builder.made(frame)
+        return [self.builder.reading(exchange, "partition" if exchange.partitions > 1 else "piece")], frame.columns
 
     def _columns_after(self, frame: Apply) -> tuple[Column, ...] | None:
         if frame.step.kind == "filter":
@@ -244,18 +247,25 @@ class Planner:
         return [_shuffled(pipe, frame.seed) if frame.by == "random" else pipe], columns
 
     def _by_keys(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
-        """The keys are expressions: they travel behind the columns, and end there."""
+        """By columns; or by expressions, which travel behind the columns and end there."""
+        pipes, columns = self.known(frame.child)
+        names = [c.name.lower() for c in columns]
+        if all(key.lower() in names for key in frame.keys):
+            positions = [names.index(key.lower()) for key in frame.keys]
+            exchange = self._parted(frame, pipes, [column(p, columns[p].type) for p in positions])
+            return [self.builder.reading(exchange, "partition", hashed=tuple(positions))], columns
         listed = ", ".join(f"({key}) AS emberflow_key{i}" for i, key in enumerate(frame.keys))
         child = frame.child if isinstance(frame.child, Query) else of_table(frame.child)
         pipes, columns = self.known(child.wrapped(f"SELECT *, {listed} FROM"))
         width = len(columns) - len(frame.keys)
         keys = [column(width + i, columns[width + i].type) for i in range(len(frame.keys))]
-        count = frame.partitions
-        how = ByExpression(hashed(keys, count) if frame.by == "hash" else _value(keys[0]))
-        exchange = self.builder.exchange(pipes, how, count, label=f"repartition by {frame.by}", fixed=True)
-        pipe = self.builder.reading(exchange, "partition")
+        pipe = self.builder.reading(self._parted(frame, pipes, keys), "partition")
         own = tuple(column(i, c.type) for i, c in enumerate(columns[:width]))
         return [pipe.then(Project(pipe.tree, own, tuple(c.name for c in columns[:width])))], columns[:width]
+
+    def _parted(self, frame: Repartition, pipes: Pipes, keys: Sequence[Expr]) -> Exchange:
+        how = ByExpression(hashed(keys, frame.partitions) if frame.by == "hash" else _value(keys[0]))
+        return self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
 
     def _partial_sql(self, frame: PartialSql) -> tuple[Pipes, tuple[Column, ...]]:
         sides = {name: self.known(child) for name, child in frame.inputs.items()}
@@ -287,6 +297,15 @@ class Planner:
                 return self.builder.reading(self.builder.exchange(pipes, Whole(), label="partition"), "all")
         exchange = self.builder.exchange(pipes, Whole(), label="partition", fixed=True)
         return self.builder.reading(exchange, "piece")
+
+
+def _exchange_of(pipes: Pipes) -> Exchange | None:
+    """The exchange whose rows are those of the pipes, if they do nothing but read one whole."""
+    if len(pipes) != 1 or len(pipes[0].feeds) != 1 or len(pipes[0].segments) != 1:
+        return None
+    (feed,) = pipes[0].feeds.values()
+    bare = isinstance(feed, ExchangeFeed) and isinstance(pipes[0].tree, Input)
+    return feed.exchange if bare and isinstance(feed, ExchangeFeed) else None
 
 
 def _value(key: Expr) -> Expr:
