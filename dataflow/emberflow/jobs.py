@@ -181,7 +181,7 @@ class Jobs:
     def write(self, frame: Frame, sink: FileSink, *, progress: bool | None) -> list[Output]:
         """Runs the frame's job into files."""
         with self._lock:
-            program = self.planner(frame).program(frame, one=sink.one_file is not None)
+            program = self.planner(frame).program(frame, to_files=True, one=sink.one_file is not None)
             return self._run(program, frame, sink)
 
     def planner(self, frame: Frame) -> Planner:

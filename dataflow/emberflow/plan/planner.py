@@ -73,13 +73,13 @@ class Planner:
         self.udfs = udfs
         self._done: dict[int, tuple[Frame, Pipes, tuple[Column, ...] | None]] = {}
 
-    def program(self, frame: Frame, *, one: bool = False) -> Program:
-        """The program that makes the frame's rows; `one` has one task make the last of it."""
+    def program(self, frame: Frame, *, to_files: bool = False, one: bool = False) -> Program:
+        """The program that makes the frame's rows; `to_files`: for a dataset, of `one` file or many."""
         pipes, columns = self.pipes(frame)
         ordered = len(pipes) == 1 and pipes[0].ordered
         if one:
             pipes = [self.builder.together(pipes, label="one file")]
-        result = None if one else _exchange_of(pipes)
+        result = None if to_files else _exchange_of(pipes)
         if result is None or not result.producers:
             result = self.builder.exchange(pipes, Whole(), label="result")
         return Program(tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes))
