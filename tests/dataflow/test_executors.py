@@ -32,6 +32,8 @@ from tests.dataflow.executor_calls import PATIENCE_S, wait_for
 CPUS = 3
 MEMORY_BYTES = 3 << 30
 
+NOTHING = "tests.dataflow.executor_calls:nothing"
+
 NewExecutor = Callable[[], Executor]
 
 
@@ -73,14 +75,10 @@ def needs_process(kind: str) -> None:
         pytest.skip("runs calls in this process")
 
 
-def call(function: str, payload: bytes = b"", *, cpus: int = 1, memory_bytes: int = 0, name: str = "") -> Call:
-    return Call(
-        name=name or function,
-        function=f"tests.dataflow.executor_calls:{function}",
-        payload=payload,
-        cpus=cpus,
-        memory_bytes=memory_bytes,
-    )
+def call(name: str, payload: bytes = b"", *, cpus: int = 1, memory_bytes: int = 0, function: str | None = None) -> Call:
+    """A call of `function`, or of the one in executor_calls.py that bears the name."""
+    function = function or f"tests.dataflow.executor_calls:{name}"
+    return Call(name=name, function=function, payload=payload, cpus=cpus, memory_bytes=memory_bytes)
 
 
 def answer(executor: Executor, function: str, payload: bytes = b"", *, cpus: int = 1) -> bytes:
@@ -191,7 +189,7 @@ def test_an_exit_of_the_call_is_not_ours(executor: Executor) -> None:
 
 def test_a_function_that_is_not_there(executor: Executor) -> None:
     assert isinstance(failure(executor, "no_such_function"), AttributeError)
-    error = executor.submit(Call(name="x", function="no_such_module:f", payload=b"")).future.exception(PATIENCE_S)
+    error = executor.submit(call("x", function="no_such_module:f")).future.exception(PATIENCE_S)
     assert isinstance(error, ModuleNotFoundError)
 
 
@@ -215,8 +213,8 @@ def test_a_big_call_is_not_passed_by_small_ones(executor: Executor, tmp_path: Pa
     order: list[str] = []
     first = executor.submit(call("come_and_wait", json.dumps([str(tmp_path), "first"]).encode(), memory_bytes=1 << 20))
     wait_for(tmp_path / "first")
-    big = executor.submit(call("nothing", name="big", **share))
-    small = executor.submit(call("nothing", name="small", memory_bytes=1 << 20))
+    big = executor.submit(call("big", function=NOTHING, **share))
+    small = executor.submit(call("small", function=NOTHING, memory_bytes=1 << 20))
     big.future.add_done_callback(lambda _: order.append("big"))
     small.future.add_done_callback(lambda _: order.append("small"))
     assert (big.started_s, small.started_s) == (None, None)
@@ -233,7 +231,7 @@ def test_a_big_call_is_not_passed_by_small_ones(executor: Executor, tmp_path: Pa
 )
 def test_a_call_that_can_never_fit_is_refused(executor: Executor, share: dict[str, int]) -> None:
     with pytest.raises(InvalidArgument, match="too-big asks for"):
-        executor.submit(call("nothing", name="too-big", **share))
+        executor.submit(call("too-big", function=NOTHING, **share))
 
 
 # ---- cancelling
