@@ -37,9 +37,9 @@ from ..executor.base import Call, Executor, Handle
 from ..files import FileSink
 from ..functions import shipping
 from ..functions.udf import Udf
-from ..plan.pipes import ByRange, Exchange, Program, Spread, SqlSegment, Stage
+from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_url
-from .identity import Unknown, digest, exchange_identity, function_identity, has_volatile, stage_identity
+from .identity import Unknown, digest, exchange_identity, function_identity, stage_identity
 from .rendering import Rendering, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
 from .steps import Output, Place, new_attempt
@@ -248,8 +248,7 @@ class Job:
         except Unknown:
             identity = digest("of a job", self.id, stage.id, repr(found), *exchanges.values())
         self._identities[stage.id] = identity
-        volatile = any(not isinstance(segment, SqlSegment) or has_volatile(segment) for segment in stage.pipe.segments)
-        repeatable = not volatile and not isinstance(stage.partitioning, Spread) and self.config.cpus_per_task == 1
+        repeatable = grade(stage, threads=self.config.cpus_per_task) != "unstable"
         return Place(f"{self.root}/steps/{identity}", self.storage_options), repeatable
 
     def _boundaries(self, sample: Exchange, partitions: int) -> tuple[bytes, ...]:

@@ -37,8 +37,26 @@ _ORDERS = {"ASCENDING": "ASC", "DESCENDING": "DESC"}
 
 # The value cannot depend on the order of rows or of additions, whatever the arguments.
 _STABLE = frozenset(
-    "count count_star countif count_if min max bool_and bool_or bit_and bit_or bit_xor bitstring_agg median mad "
-    "quantile quantile_cont quantile_disc histogram".split()
+    [
+        "count",
+        "count_star",
+        "countif",
+        "count_if",
+        "min",
+        "max",
+        "bool_and",
+        "bool_or",
+        "bit_and",
+        "bit_or",
+        "bit_xor",
+        "bitstring_agg",
+        "median",
+        "mad",
+        "quantile",
+        "quantile_cont",
+        "quantile_disc",
+        "histogram",
+    ]
 )
 # The same if what is added up is exact.
 _STABLE_IF_EXACT = frozenset(("sum", "avg", "mean"))

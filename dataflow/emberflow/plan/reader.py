@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .calls import CallReader
-from .expressions import ExpressionReader, Scope, text
+from .expressions import ExpressionReader, Scope
 from .fields import Fields, Json, NotPlannable
 from .joins import JoinReader
 from .nodes import (
     Aggregate,
     Column,
     Distinct,
-    Expr,
     Filter,
     Fixed,
     Input,

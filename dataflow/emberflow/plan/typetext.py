@@ -16,8 +16,34 @@ import duckdb
 from .fields import Fields, Json, NotPlannable
 
 _SIMPLE = frozenset(
-    "BOOLEAN TINYINT SMALLINT INTEGER BIGINT HUGEINT UTINYINT USMALLINT UINTEGER UBIGINT UHUGEINT FLOAT DOUBLE DATE "
-    "TIME TIME_NS TIMESTAMP TIMESTAMP_S TIMESTAMP_MS TIMESTAMP_NS INTERVAL VARCHAR BLOB BIT UUID BIGNUM".split()
+    [
+        "BOOLEAN",
+        "TINYINT",
+        "SMALLINT",
+        "INTEGER",
+        "BIGINT",
+        "HUGEINT",
+        "UTINYINT",
+        "USMALLINT",
+        "UINTEGER",
+        "UBIGINT",
+        "UHUGEINT",
+        "FLOAT",
+        "DOUBLE",
+        "DATE",
+        "TIME",
+        "TIME_NS",
+        "TIMESTAMP",
+        "TIMESTAMP_S",
+        "TIMESTAMP_MS",
+        "TIMESTAMP_NS",
+        "INTERVAL",
+        "VARCHAR",
+        "BLOB",
+        "BIT",
+        "UUID",
+        "BIGNUM",
+    ]
 ) | {"TIME WITH TIME ZONE", "TIMESTAMP WITH TIME ZONE"}
 
 _EPOCH = datetime.datetime(1970, 1, 1)
@@ -204,7 +230,7 @@ def _interval(value: Json, text: str) -> str:
 
 _SCALARS: dict[str, Callable[[Json, str], str]] = {
     **dict.fromkeys(
-        "TINYINT SMALLINT INTEGER BIGINT UTINYINT USMALLINT UINTEGER UBIGINT".split(),
+        ["TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"],
         lambda value, text: f"CAST({value} AS {text})",
     ),
     **dict.fromkeys(("HUGEINT", "UHUGEINT"), lambda value, text: f"CAST('{_integer(value)}' AS {text})"),
