@@ -37,6 +37,7 @@ from ..executor.base import Call, Executor, Handle
 from ..files import FileSink
 from ..functions import shipping
 from ..functions.udf import Udf
+from ..plan.grade import grade
 from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_url
 from .identity import Unknown, digest, exchange_identity, function_identity, stage_identity
