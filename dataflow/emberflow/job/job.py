@@ -41,7 +41,7 @@ from ..plan.grade import grade
 from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_url
 from .identity import Unknown, digest, exchange_identity, function_identity, stage_identity
-from .rendering import Rendering, Written, boundaries_of, text_of
+from .rendering import Rendering, SortKeyValue, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
 from .steps import Output, Place, new_attempt
 from .task import Task
@@ -220,7 +220,7 @@ class Job:
         found = specs(stage, outputs, self.config.shares)
         is_last = stage.exchange is self.program.result
         place, repeatable = self._place(stage, found, is_last)
-        boundaries: tuple[bytes, ...] = ()
+        boundaries: tuple[SortKeyValue, ...] = ()
         if isinstance(stage.partitioning, ByRange):
             boundaries = self._boundaries(stage.partitioning.sample, stage.exchange.partitions)
         written = Written(self.sink.format, self.program.columns) if is_last and self.sink is not None else None
@@ -252,8 +252,8 @@ class Job:
         repeatable = grade(stage, threads=self.config.cpus_per_task) != "unstable"
         return Place(f"{self.root}/steps/{identity}", self.storage_options), repeatable
 
-    def _boundaries(self, sample: Exchange, partitions: int) -> tuple[bytes, ...]:
-        keys: list[bytes] = []
+    def _boundaries(self, sample: Exchange, partitions: int) -> tuple[SortKeyValue, ...]:
+        keys: list[SortKeyValue] = []
         for output in self.outputs_of(sample):
             if output.rows:
                 filesystem, path = open_url(output.url, self.storage_options)
