@@ -116,7 +116,7 @@ def _serialized(connection: duckdb.DuckDBPyConnection, query: str) -> Json:
         assert row is not None
         try:
             # 2.0 writes NaN in its own way.
-            answer = json.loads(re.sub(r'(?<="value":)-?nan(?=[,}])', "NaN", row[0]))
+            answer = json.loads(re.sub(r'(?<="value":)-?nan(?=[,}])', "NaN", row[0], flags=re.IGNORECASE))
         except json.JSONDecodeError:
             continue
         if answer.get("error"):

@@ -91,6 +91,12 @@ def restore(name: str, args: list[Expr], data: Fields, types: TypeText, return_t
     if name in _JOINED:
         separator = string(data.take("separator"))
         return name, [args[0], Expr((f"CAST({separator} AS VARCHAR)",), "VARCHAR")]
+    if name == "bitstring_agg":
+        low, high = (types.constant(data.take(end)) for end in ("min", "max"))
+        return name, [args[0], Expr((low,), ""), Expr((high,), "")]
+    if name == "approx_quantile":
+        values = [f"CAST('{value!r}' AS FLOAT)" for value in data.take("quantiles")]
+        return name, _with_quantiles(args, values, return_type)
     if name in _QUANTILES:
         return name, _quantiles(name, args, data, types, return_type)
     return name, args
@@ -103,8 +109,12 @@ def _quantiles(name: str, args: list[Expr], data: Fields, types: TypeText, retur
     data.ignore("order")
     if name in ("median", "mad"):
         return args[:1]
-    listed = f"[{', '.join(values)}]" if len(values) != 1 or _is_listed(args, return_type) else values[0]
-    return [args[0], Expr((listed,), "")]
+    return _with_quantiles(args, values, return_type)
+
+
+def _with_quantiles(args: list[Expr], values: list[str], return_type: Json) -> list[Expr]:
+    listed = len(values) != 1 or _is_listed(args, return_type)
+    return [args[0], Expr((f"[{', '.join(values)}]" if listed else values[0],), "")]
 
 
 def _is_listed(args: list[Expr], return_type: Json) -> bool:

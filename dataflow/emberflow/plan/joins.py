@@ -16,7 +16,7 @@ _KINDS: dict[str, JoinKind] = {
     "INNER": "inner",
     "LEFT": "left",
     "RIGHT": "right",
-    "OUTER": "full",
+    "FULL": "full",
     "SEMI": "semi",
     "ANTI": "anti",
     "RIGHT_SEMI": "right_semi",
