@@ -19,7 +19,7 @@ import duckdb
 
 from .expressions import ExpressionReader
 from .fields import Json, NotPlannable
-from .nodes import Bound, Column, Input, Node, Scan
+from .nodes import Bound, Column, Input, Scan
 from .reader import Reader
 from .render import select
 from .typetext import TypeText, quoted

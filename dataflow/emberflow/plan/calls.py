@@ -121,17 +121,14 @@ class CallReader:
             expr = Expr(expr.pieces, expr.type, expr.volatile, True)
         return WindowCall(expr, partitions, order_by)
 
-    def _window_function(
-        self, kind: str, fields: Fields, scope: Scope, return_type: Json
-    ) -> tuple[str, list[Expr]]:
+    def _window_function(self, kind: str, fields: Fields, scope: Scope, return_type: Json) -> tuple[str, list[Expr]]:
         if kind == "WINDOW_AGGREGATE":
             return self._function(fields, scope, return_type)
         if kind not in _WINDOWS:
             raise NotPlannable(f"the window function {kind}")
-        children = [*fields.take("children")]
-        for name in ("offset_expr", "default_expr"):  # 2.0 has them among the children
-            if name in fields:
-                children.append(fields.take(name))
+        # 2.0 has an offset and a default among the children.
+        apart = [fields.take(name, None) for name in ("offset_expr", "default_expr")]
+        children = [*fields.take("children"), *(json for json in apart if json)]
         return _WINDOWS[kind], [self._expressions.read(child, scope) for child in children]
 
     def _frame(

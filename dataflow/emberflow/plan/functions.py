@@ -36,10 +36,8 @@ LAMBDAS = frozenset(
 _ORDERS = {"ASCENDING": "ASC", "DESCENDING": "DESC"}
 
 # The value cannot depend on the order of rows or of additions, whatever the arguments.
-_STABLE = frozenset(
-    "count count_star countif count_if min max bool_and bool_or bit_and bit_or bit_xor bitstring_agg median mad "
-    "quantile quantile_cont quantile_disc histogram".split()
-)
+_STABLE = _QUANTILES | {"count", "count_star", "countif", "count_if", "min", "max", "bool_and", "bool_or"}
+_STABLE |= {"bit_and", "bit_or", "bit_xor", "bitstring_agg", "histogram"}
 # The same if what is added up is exact.
 _STABLE_IF_EXACT = frozenset(("sum", "avg", "mean"))
 _EXACT = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
@@ -131,7 +129,7 @@ def open_slice(name: str, args: Sequence[Expr]) -> list[Expr | str] | None:
     if name not in _SLICES or not any(is_open):
         return None
     low, high = ("" if open_ else arg for arg, open_ in zip(args[1:3], is_open[1:3], strict=True))
-    step = [":", args[3]] if len(args) == 4 else []
+    step: list[Expr | str] = [":", args[3]] if len(args) == 4 else []
     return ["(", args[0], ")[", low, ":", high or ("-" if step else ""), *step, "]"]
 
 

@@ -78,14 +78,14 @@ class ScanReader:
                 raise NotPlannable("a virtual column of a table")
             if number not in positions:
                 positions.append(number)
-            place = positions.index(number)
+            position = positions.index(number)
             if index.take("index_type", "FULL_READ") == "PUSHDOWN_EXTRACT":
                 members, type_ = self._extracted(index.take("type"), index.take("child_indexes"))
-                row.append((place, members, type_))
+                row.append((position, members, type_))
             else:
                 index.ignore("child_indexes")  # which members are needed is a hint
                 index.expect("type", {"id": "INVALID"})
-                row.append((place, (), returned[number].type))
+                row.append((position, (), returned[number].type))
             index.done()
         scan = Scan(table, tuple(positions), tuple(returned[i] for i in positions))
         if [place for place, _, _ in row] == list(range(len(positions))) and not any(members for _, members, _ in row):
