@@ -225,7 +225,7 @@ def _literal(key: SortKeyValue) -> str:
 
 def boundaries_of(keys: Iterable[SortKeyValue], partitions: int) -> tuple[SortKeyValue, ...]:
     """Cuts between `partitions` ranges of about as many of `keys` each; fewer if many are equal."""
-    ordered = sorted(keys)  # type: ignore[type-var]
+    ordered = sorted(keys)
     if not ordered:
         return ()
     cuts = [ordered[len(ordered) * i // partitions] for i in range(1, partitions)]
