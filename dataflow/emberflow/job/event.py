@@ -2,7 +2,7 @@
 
 | kind | about | data |
 |---|---|---|
-| stage | a stage begins | label, tasks, reused, inputs (stage ids), explain |
+| stage | a stage begins | label, tasks, reused, inputs (stage ids), explain; rows and size_bytes of what is reused |
 | task | an attempt is submitted | attempt, sql |
 | rows | a running attempt has come so far | rows |
 | output | a task printed | text, in pieces |
