@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from .job.event import Event
 from .job.tally import Tally
+from .quantities import plural, seconds_text
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def progress_text(tally: Tally, stages: int | None) -> str:
     running = tally.running
     parts += [f"{stage.label} {stage.done}/{stage.tasks} tasks" for stage in running[:2]]
     if len(running) > 2:
-        parts.append(f"{len(running) - 2} more stages")
+        parts.append(f"{plural(len(running) - 2, 'more stage')}")
     # Since they began: what earlier stages did says nothing of these.
     seconds = tally.at_s - min((stage.start_s for stage in running), default=tally.at_s)
     rows = sum(stage.rows_run for stage in running)
@@ -77,12 +78,5 @@ def progress_text(tally: Tally, stages: int | None) -> str:
         parts.append(f"{rows / seconds:,.0f} rows/s")
     if tally.left_s is not None:
         where = "these stages" if len(running) > 1 else "this stage"
-        parts.append(f"{_duration(tally.left_s)} left in {where}")
+        parts.append(f"{seconds_text(tally.left_s)} left in {where}")
     return ", ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -55,10 +55,10 @@ def test_progress_on_one_line() -> None:
     tally.note(Event("stage", 1, -1, 10.0, {"label": "join", "tasks": 400, "reused": 1}))
     tally.note(finished(1, 0, 20.0, 10.0, 5_000))
     tally.note(Event("rows", 1, 1, 20.0, {"rows": 7_000}))
-    assert progress_text(tally, 3) == "stages 1/3, join 2/400 tasks, 1,200 rows/s, 66 min left in this stage"
+    assert progress_text(tally, 3) == "stages 1/3, join 2/400 tasks, 1,200 rows/s, 66 min 20 s left in this stage"
     for stage in (2, 3):
         tally.note(Event("stage", stage, -1, 20.0, {"label": "[b]", "tasks": 1}))
-    assert progress_text(tally, None) == "stages 1/4, join 2/400 tasks, [b] 0/1 tasks, 1 more stages, 1,200 rows/s"
+    assert progress_text(tally, None) == "stages 1/4, join 2/400 tasks, [b] 0/1 tasks, 1 more stage, 1,200 rows/s"
 
 
 @pytest.mark.parametrize("show", [None, False])
