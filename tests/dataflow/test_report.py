@@ -125,4 +125,10 @@ def test_quantities() -> None:
         with pytest.raises(InvalidArgument, match="a size"):
             bytes_of(size)
     assert [bytes_text(size) for size in (0, 1023, 1536, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "5.0 TiB"]
-    assert [seconds_text(s) for s in (0.012, 9.94, 75, 200, 8000)] == ["12 ms", "9.9 s", "75 s", "3 min 20 s", "2 h 13 min"]
+    assert [seconds_text(s) for s in (0.012, 9.94, 75, 200, 8000)] == [
+        "12 ms",
+        "9.9 s",
+        "75 s",
+        "3 min 20 s",
+        "2 h 13 min",
+    ]

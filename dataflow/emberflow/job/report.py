@@ -23,8 +23,7 @@ _TROUBLES_MAX = 200
 _PALETTE = ("#4c8bd6", "#e0953a", "#3aa88a", "#c65d9e", "#8a7fd1", "#a7a33c", "#5cb3d9", "#c9694f")
 assert len(_PALETTE) == COLOURS
 
-_STYLE = (
-    """
+_STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1c2024; --dim: #646b73; --line: #dfe3e8; --box: #f6f8fa;
   --good: #1a7f48; --bad: #c6302b; --busy: #a86500; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --text: #e4e7ea; --dim: #98a1aa; --line: #30363d;
@@ -46,8 +45,8 @@ pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px;
 pre.error { border-color: var(--bad); white-space: pre-wrap; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { color: var(--dim); font-weight: 500; font-size: 12px; } th, td { padding: 5px 10px; text-align: right; vertical-align: top;
-  border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--dim); font-weight: 500; font-size: 12px; } th, td { padding: 5px 10px; text-align: right;
+  vertical-align: top; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; } td.text { white-space: pre-wrap;
   overflow-wrap: anywhere; } .warn { color: var(--busy); font-weight: 600; }
 summary { cursor: pointer; } details { margin: 6px 0; }
@@ -61,9 +60,7 @@ svg.plan { margin: 0 auto; }
 .box.running rect:first-of-type { stroke: var(--busy); } .box.unfinished rect:first-of-type { stroke: var(--bad); }
 .arrow { fill: none; stroke: var(--dim); stroke-width: 1.3; } .head { fill: var(--dim); }
 .rule { stroke: var(--line); fill: none; } .trouble { fill: var(--bad); }
-"""
-    + "".join(f".c{i} {{ fill: {c}; background: {c}; }}\n" for i, c in enumerate(_PALETTE))
-)
+""" + "".join(f".c{i} {{ fill: {c}; background: {c}; }}\n" for i, c in enumerate(_PALETTE))
 
 
 def report(record: JobRecord) -> str:
