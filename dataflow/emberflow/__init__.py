@@ -1,31 +1,27 @@
-"""SQL over datasets on any fsspec URL, `ember://` included. Start with `emberflow.init()`."""
+"""SQL over datasets on any fsspec URL, `ember://` included. Start with `emberflow.init()`.
+
+Each name is loaded when it is first used: looking at jobs needs neither DuckDB nor Arrow. Type checkers read
+`__init__.pyi`.
+"""
 
 from __future__ import annotations
 
-from .dataframe import DataFrame
-from .errors import (
-    DatasetExists,
-    DatasetNotFound,
-    FlowError,
-    InvalidArgument,
-    OutOfMemory,
-    QueryError,
-    SessionClosed,
-)
-from .session import Session, SessionConfig, init
-from .writer import WriteReport
+from .lazy import LazyNames
 
-__all__ = [
-    "DataFrame",
-    "DatasetExists",
-    "DatasetNotFound",
-    "FlowError",
-    "InvalidArgument",
-    "OutOfMemory",
-    "QueryError",
-    "Session",
-    "SessionClosed",
-    "SessionConfig",
-    "WriteReport",
-    "init",
-]
+__getattr__ = LazyNames(
+    __name__,
+    dataframe=("DataFrame",),
+    errors=(
+        "DatasetExists",
+        "DatasetNotFound",
+        "FlowError",
+        "InvalidArgument",
+        "OutOfMemory",
+        "QueryError",
+        "SessionClosed",
+    ),
+    session=("Session", "SessionConfig", "init"),
+    writer=("WriteReport",),
+)
+__dir__ = __getattr__.names
+__all__ = __getattr__.names()
