@@ -10,34 +10,19 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from .environments import Environment
 from .runner import Subject, verify
 
-VENV = Path(__file__).resolve().parent.parent / ".bench" / "venvs" / "mooncake"
-REQUIREMENTS = ("mooncake-transfer-engine-non-cuda==0.3.13.post1", "msgpack", "aiohttp", "requests", "awscrt")
+MOONCAKE = Environment(
+    name="mooncake",
+    requirements=("mooncake-transfer-engine-non-cuda==0.3.13.post1", "msgpack", "aiohttp", "requests", "awscrt"),
+    imports="mooncake.store",
+    needs="Debian's libibverbs1 librdmacm1 libnl-route-3-200",
+)
 WORKER = Path(__file__).with_name("mooncake_worker.py")
-
-
-def has_mooncake() -> bool:
-    """It was set up, and can be imported."""
-    python = VENV / "bin" / "python"
-    if not python.exists():
-        return False
-    return subprocess.run([python, "-c", "import mooncake.store"], capture_output=True, check=False).returncode == 0
-
-
-def set_up_mooncake(say: Callable[[str], None]) -> None:
-    """Make the environment."""
-    if not has_mooncake():
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-        done = subprocess.run([VENV / "bin" / "pip", "install", "-q", *REQUIREMENTS], check=False)
-        if done.returncode:
-            say("mooncake cannot be installed here: the benchmark goes without it")
-            return
-    say("mooncake is there" if has_mooncake() else "mooncake needs Debian's libibverbs1 librdmacm1 libnl-route-3-200")
 
 
 class MooncakeValues:
@@ -53,12 +38,12 @@ class MooncakeValues:
             "--http_metadata_server_host=127.0.0.1",
         ]
         options += [f"--http_metadata_server_port={metadata}", f"--metrics_port={metrics}", "--logtostderr"]
-        binary = next(VENV.glob("lib/python*/site-packages/mooncake/mooncake_master"))
+        binary = next(MOONCAKE.directory.glob("lib/python*/site-packages/mooncake/mooncake_master"))
         log = (directory / "log").open("w")
         self._processes = [subprocess.Popen([binary, *options], stdout=log, stderr=log, text=True)]
         self._workers = {}
         for role in ("owner", "reader"):
-            command = [VENV / "bin" / "python", "-P", WORKER, role, str(master), str(metadata)]
+            command = [MOONCAKE.python, "-P", WORKER, role, str(master), str(metadata)]
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
             self._workers[role] = worker
             self._processes.append(worker)

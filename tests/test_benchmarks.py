@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from fsspec.implementations.local import LocalFileSystem
 
 from benchmarks import __main__ as command_line
-from benchmarks import embedded_io, memory, memory_probe, metadata, peers, placement, runner
+from benchmarks import embedded_io, environments, graysort, memory, memory_probe, metadata, peers, placement, runner
 from benchmarks.runner import Row, Seconds, WrongResult, compare, summary
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -158,10 +158,30 @@ def test_keep_leaves_the_data(two_rows: list[Path]) -> None:
     assert (two_rows[0] / "data").exists()
 
 
+def test_size_is_that_of_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes: list[graysort.Size] = []
+
+    def run(directory: Path, size: graysort.Size) -> list[Row]:
+        sizes.append(size)
+        return []
+
+    module = types.SimpleNamespace(run=run, FULL=graysort.FULL, QUICK=graysort.QUICK)
+    monkeypatch.setattr(command_line, "BENCHMARKS", {"embedded_io": module, "placement": placement})
+    monkeypatch.setattr(command_line, "WORK", tmp_path / "work")
+    for text in ("1.5GB", "64MiB", "4096"):
+        CliRunner().invoke(command_line.main, ["embedded_io", "--size", text], catch_exceptions=False)
+    assert [size.data_bytes for size in sizes] == [1_500_000_000, 64 << 20, 4096]
+    assert {size.rounds for size in sizes} == {graysort.FULL.rounds}
+    assert "no number of bytes" in CliRunner().invoke(command_line.main, ["embedded_io", "--size", "much"]).output
+    assert "has no one size" in CliRunner().invoke(command_line.main, ["placement", "--size", "1GB"]).output
+
+
 def test_setup_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "DISTRIBUTIONS", ("lmdb", "no-such-peer"))
+    monkeypatch.setattr(environments.Environment, "set_up", lambda self, say: say(f"{self.name} would be set up"))
     result = CliRunner().invoke(command_line.main, ["--setup"])
     assert "no-such-peer is missing" in result.stdout
+    assert "smallpond would be set up" in result.stdout
     assert result.exit_code == 1
 
 

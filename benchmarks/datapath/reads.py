@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import emberfs
 from emberfs.cluster.local import LocalCluster
 
-from ..mooncake import MooncakeValues, has_mooncake
+from ..mooncake import MOONCAKE, MooncakeValues
 from ..peers import RedisPyValues, RedisValues, Values
 from ..runner import Row, Subject, compare, verify
 from .bare import RawSocket
@@ -164,7 +164,7 @@ def tcp_rows(
         server = [cluster.server("storage-1").pid() or 0]
         peers = {"redis-py": reads.of(redis, plain, "redis-py"), "redis tcp": reads.of(redis.bare, plain, "redis tcp")}
         pids = {"ours": server, "redis-py": [redis.pid], "redis tcp": [redis.pid], "ceiling": [socket.pid]}
-        if size.has_goals and has_mooncake():
+        if size.has_goals and MOONCAKE.is_there():
             mooncake = stack.enter_context(closing(MooncakeValues(directory / "mooncake")))
             mooncake.load(directory / "raw", item_bytes, items=len(reads.corpus) // item_bytes)
             peers["mooncake"] = mooncake.subject(reads.numbers, reads.amount_mib)

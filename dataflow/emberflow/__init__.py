@@ -1,6 +1,6 @@
 """SQL over datasets on any fsspec URL, `ember://` included. Start with `emberflow.init()`.
 
-Each name is loaded when it is first used: looking at jobs needs neither DuckDB nor Arrow. Type checkers read
+Each name is loaded when it is first used: looking at jobs needs neither DuckDB nor Arrow. The names are in
 `__init__.pyi`.
 """
 
@@ -8,20 +8,6 @@ from __future__ import annotations
 
 from .lazy import LazyNames
 
-__getattr__ = LazyNames(
-    __name__,
-    dataframe=("DataFrame",),
-    errors=(
-        "DatasetExists",
-        "DatasetNotFound",
-        "FlowError",
-        "InvalidArgument",
-        "OutOfMemory",
-        "QueryError",
-        "SessionClosed",
-    ),
-    session=("Session", "SessionConfig", "init"),
-    writer=("WriteReport",),
-)
+__getattr__ = LazyNames(__name__, __file__)
 __dir__ = __getattr__.names
 __all__ = __getattr__.names()

@@ -6,7 +6,6 @@ of DuckDB in Arrow batches, or by a job whose rows are kept until the session en
 
 from __future__ import annotations
 
-import asyncio
 import html
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -24,6 +23,7 @@ from .writer import Mode, WriteOptions, WriteReport, write
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
+    from .functions.udf import Udf
     from .grouped import Grouped
     from .plan.frames import Frame
     from .session import Session
@@ -36,6 +36,26 @@ _PREVIEW_ROWS = 20
 
 JoinHow = Literal["inner", "left", "right", "full", "semi", "anti", "cross"]
 Schema: TypeAlias = Mapping[str, str] | pa.Schema
+
+
+class LazyWrite:
+    """A write that waits for `compute`, or for `Session.wait`."""
+
+    def __init__(self, frame: DataFrame, url: str, options: WriteOptions) -> None:
+        self._frame = frame
+        self._url = url
+        self._options = options
+        self.report: WriteReport | None = None
+
+    def compute(self) -> WriteReport:
+        """Writes, unless it is written; gives the report."""
+        if self.report is None:
+            self.report = write(self._frame, self._url, self._options)
+        return self.report
+
+    def is_computed(self) -> bool:
+        """Whether it is written."""
+        return self.report is not None
 
 
 class DataFrame:
@@ -68,10 +88,13 @@ class DataFrame:
 
     # ---- rows by SQL
 
-    def filter(self, condition: str | Callable[[dict[str, Any]], bool], **step: Any) -> DataFrame:
+    def filter(
+        self, condition: str | Callable[[dict[str, Any]], bool], *, udfs: Sequence[Udf] = (), **step: Any
+    ) -> DataFrame:
         """The rows for which the SQL `condition` is true, or the function of a row's dictionary."""
         if callable(condition):
             return self._applied("filter", condition, **step)
+        self._with_functions(udfs, step)
         return self._derived("SELECT * FROM", f"WHERE ({condition}\n)")
 
     def select(self, *expressions: str) -> DataFrame:
@@ -150,19 +173,35 @@ class DataFrame:
     # ---- rows by Python, and partitions
 
     def map(
-        self, sql_or_function: str | Callable[[dict[str, Any]], Any], *, schema: Schema | None = None, **step: Any
+        self,
+        sql_or_function: str | Callable[[dict[str, Any]], Any],
+        *,
+        schema: Schema | None = None,
+        udfs: Sequence[Udf] = (),
+        **step: Any,
     ) -> DataFrame:
-        """SQL expressions for each row ("a + 1 as b"), or a function from a row's dictionary to another's."""
+        """SQL expressions for each row ("a + 1 as b"), or a function from a row's dictionary to another's.
+
+        Of a function, `schema` maps the columns it makes to DuckDB types, and `version` stands for its meaning where
+        steps that were done before are looked for. `udfs` are functions that the SQL calls.
+        """
         if callable(sql_or_function):
             return self._applied("map", sql_or_function, schema=schema, **step)
+        self._with_functions(udfs, step)
         return self._derived(f"SELECT {sql_or_function} FROM")
 
     def flat_map(
-        self, sql_or_function: str | Callable[[dict[str, Any]], Any], *, schema: Schema | None = None, **step: Any
+        self,
+        sql_or_function: str | Callable[[dict[str, Any]], Any],
+        *,
+        schema: Schema | None = None,
+        udfs: Sequence[Udf] = (),
+        **step: Any,
     ) -> DataFrame:
         """Any number of rows for each: SQL with unnest(), or a function that gives a list of dictionaries."""
         if callable(sql_or_function):
             return self._applied("flat_map", sql_or_function, schema=schema, **step)
+        self._with_functions(udfs, step)
         return self._derived(f"SELECT {sql_or_function} FROM")
 
     def map_batches(
@@ -184,7 +223,8 @@ class DataFrame:
         by_rows: bool = False,
     ) -> DataFrame:
         """The rows in so many partitions: by whole files, `by_rows` evenly, by the hash of columns, or `by` the value
-        of an integer column. What works on a partition at a time (`partial_sql`, functions) keeps them."""
+        of an integer column; both may be SQL expressions. What works on a partition at a time (`partial_sql`,
+        functions) keeps the partitions."""
         from .plan.frames import Repartition
 
         if npartitions < 1:
@@ -195,23 +235,24 @@ class DataFrame:
             keys = (hash_by,) if isinstance(hash_by, str) else tuple(hash_by)
             return DataFrame(self.session, Repartition(self.frame, npartitions, "hash", keys))
         if by is not None:
-            return DataFrame(self.session, Repartition(self.frame, npartitions, "column", (by,)))
+            return DataFrame(self.session, Repartition(self.frame, npartitions, "value", (by,)))
         return DataFrame(self.session, Repartition(self.frame, npartitions, "rows" if by_rows else "files"))
 
-    def random_shuffle(self, *, partitions: int = 8, seed: int = 0) -> DataFrame:
-        """All rows in an order that the seed decides."""
-        from .plan.frames import Repartition
+    def random_shuffle(self, *, partitions: int | None = None, seed: int = 0) -> DataFrame:
+        """All rows in an order that the seed decides, in as many partitions as they were, or in 8."""
+        from .plan.frames import Repartition, partitions_of
 
-        return DataFrame(self.session, Repartition(self.frame, partitions, "random", seed=seed))
+        count = partitions or partitions_of(self.frame) or 8
+        return DataFrame(self.session, Repartition(self.frame, count, "random", seed=seed))
 
     def partial_sort(self, by: str | Sequence[str]) -> DataFrame:
         """The rows of each partition in order."""
         keys = (by,) if isinstance(by, str) else tuple(by)
         return self.session.partial_sql(f"SELECT * FROM {{0}} ORDER BY {', '.join(keys)}", self)
 
-    def partial_sql(self, query: str, *others: DataFrame) -> DataFrame:
+    def partial_sql(self, query: str, *others: DataFrame, udfs: Sequence[Udf] = ()) -> DataFrame:
         """A query over one partition at a time; `{0}` is this frame, `{1}` the next."""
-        return self.session.partial_sql(query, self, *others)
+        return self.session.partial_sql(query, self, *others, udfs=udfs)
 
     # ---- doing it
 
@@ -254,6 +295,8 @@ class DataFrame:
 
     async def stream(self, batch_rows: int = BATCH_ROWS) -> AsyncIterator[pa.RecordBatch]:
         """The batches of the rows, each waited for in a thread."""
+        import asyncio
+
         reader = await asyncio.to_thread(self.to_batches, batch_rows)
         while (batch := await asyncio.to_thread(next, reader, None)) is not None:
             yield batch
@@ -306,6 +349,10 @@ class DataFrame:
         )
         return write(self, url, options)
 
+    def write_parquet_lazy(self, url: str, *, mode: Mode = "error", compression: str = "zstd") -> LazyWrite:
+        """As `write_parquet`, when `compute` or `Session.wait` asks for it."""
+        return LazyWrite(self, url, WriteOptions(format="parquet", mode=mode, compression=compression))
+
     def write_csv(self, url: str, *, mode: Mode = "error", progress: bool | None = None) -> WriteReport:
         """Writes CSV with a header, as `write_parquet` does: one file if `url` ends in `.csv` (or that and `.gz`,
         `.zst`)."""
@@ -318,7 +365,7 @@ class DataFrame:
 
     def explain(self) -> str:
         """How the rows would be made: the stages of a job, or DuckDB's physical plan."""
-        if self.session.jobs.is_needed(self.frame):
+        if self.session.needs_job(self.frame):
             from .plan.explain import explained
 
             return explained(self.session.jobs.planner(self.frame).program(self.frame))
@@ -328,8 +375,8 @@ class DataFrame:
 
     def batches_of(self, query: Query, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """A reader of the batches of `query`, a form of this frame's, run in its session."""
-        if self.session.jobs.is_needed(query):
-            query = of_table(self.session.jobs.compute(query))
+        if self.session.needs_job(query):
+            query = self.session.jobs.rows_of(query)
         stream = self._stream(query, batch_rows)
         schema = next(stream)
         assert isinstance(schema, pa.Schema)
@@ -357,10 +404,21 @@ class DataFrame:
         return DataFrame(self.session, self.query.wrapped(before, after))
 
     def _applied(self, kind: Any, function: Any, *, schema: Schema | None = None, **step: Any) -> DataFrame:
+        from .functions import shipping
         from .functions.steps import PythonStep
         from .plan.frames import Apply
 
-        return DataFrame(self.session, Apply(self.frame, PythonStep.of(kind, function, schema=schema, **step)))
+        # Said now, and with the name of what is at fault, rather than when a task is sent.
+        shipping.dumps(function)
+        return DataFrame(
+            self.session, Apply(self.frame, PythonStep(kind=kind, function=function, schema=schema, **step))
+        )
+
+    def _with_functions(self, udfs: Sequence[Udf], step: Mapping[str, Any]) -> None:
+        if step:
+            raise InvalidArgument(f"{', '.join(step)} is of Python functions; this is SQL")
+        for udf in udfs:
+            self.session.create_function(udf)
 
     def _stream(self, query: Query, batch_rows: int) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""

@@ -13,20 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, UnsupportedType
 from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
 from .files import FileSink
 from .job.job import Event, Job, JobConfig
 from .job.shares import ShareConfig
 from .job.steps import Output
+from .job.task import nothing
+from .plan.filescans import FileScan, ResolvedScan, find, resolve
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
 from .plan.nodes import Column
 from .plan.pipes import Program
 from .plan.planner import Planner
-from .plan.scans import FileScan, ResolvedScan, find, resolve
 from .plan.stages import StageConfig
-from .query import Query, quoted
+from .query import Query, of_table, quoted
 from .sources import open_url
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class Jobs:
         self._lock = threading.RLock()
         self._executors: dict[str, Executor] = {}
         self._results: dict[int, tuple[Frame, Computed, list[Output]]] = {}
-        self._scans: dict[FileScan, ResolvedScan] = {}
+        self._anew: dict[int, tuple[Frame, str]] = {}
+        """Frames whose steps are not to be found, and what makes them others."""
         self._count = 0
         self._closed = False
         self.last: list[Event] = []
@@ -87,7 +89,7 @@ class Jobs:
         if self.config.shuffle == "always" or self.config.executor == "ray":
             return True
         sources = [source for source in frame.tables.values() if not isinstance(source, pa.Table)]
-        if any(isinstance(source, Apply | PartialSql | Repartition) for source in sources):
+        if any(not isinstance(source, Query) and not self.is_computed(source) for source in sources):
             return True
         return self.size_bytes(frame) > self.memory_bytes * _IN_PROCESS_FACTOR
 
@@ -115,6 +117,11 @@ class Jobs:
         """The scan's files and columns, as they are now: one job sees one state of them."""
         with self.session.engine.running(scan.call(scan.paths)) as cursor:
             return resolve(scan, cursor, self.config.storage_options)
+
+    def computed(self, frame: Frame) -> Computed | None:
+        """The frame's rows, if an earlier job has made them."""
+        found = self._results.get(id(frame))
+        return None if found is None else found[1]
 
     def describe(self, text: str, shadows: Mapping[str, Sequence[Column]]) -> tuple[Column, ...]:
         """The columns of a query over tables with these columns. Raises `QueryError` for one that DuckDB refuses."""
@@ -146,25 +153,35 @@ class Jobs:
             exchange = program.result
             columns = program.columns
             if columns is None:
-                assert exchange.columns is not None
-                columns = exchange.columns
+                columns = exchange.columns = _found_columns(outputs)
             computed = Computed(exchange, columns, tuple(outputs))
             self._results[id(frame)] = frame, computed, outputs
             return computed
+
+    def rows_of(self, query: Query) -> Query:
+        """A query that gives the same rows in this process: of what a job has made, or the very same, if they are of
+        a type that does not go through exchanges."""
+        try:
+            return of_table(self.compute(query))
+        except UnsupportedType:
+            if any(not isinstance(source, pa.Table | Query) for source in query.tables.values()):
+                raise
+            return query
 
     def is_computed(self, frame: Frame) -> bool:
         """Whether the frame's rows are here."""
         return isinstance(frame, Computed) or id(frame) in self._results
 
     def forget(self, frame: Frame) -> None:
-        """The frame's rows will be made anew."""
+        """The frame's rows will be made anew, every step of them."""
         with self._lock:
             self._results.pop(id(frame), None)
+            self._anew[id(frame)] = frame, uuid.uuid4().hex
 
     def write(self, frame: Frame, sink: FileSink, *, progress: bool | None) -> list[Output]:
         """Runs the frame's job into files."""
         with self._lock:
-            program = self.planner(frame).program(frame, one=sink.one_file is not None)
+            program = self.planner(frame).program(frame, to_files=True, one=sink.one_file is not None)
             return self._run(program, frame, sink)
 
     def planner(self, frame: Frame) -> Planner:
@@ -196,6 +213,8 @@ class Jobs:
             storage_options=self.config.storage_options,
             udfs=self.session.udfs,
             sink=sink,
+            salt=self._anew.get(id(frame), (frame, ""))[1],
+            temp_directory=self.session.spill,
             watch=self.last.append,
         )
         return job.run()
@@ -232,13 +251,30 @@ class Jobs:
     def register(self, cursor: Any, name: str, frame: Frame) -> None:
         """Makes `name` a view of the frame's rows in a cursor of the session's own DuckDB."""
         computed = self.compute(frame)
+        columns = computed.exchange.columns
+        assert columns is not None
+        outputs = [output for output in computed.outputs if output.rows]
+        if not outputs:
+            names = [column.name for column in computed.columns]
+            cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS {nothing(columns, names)}")
+            return
         sources = []
-        for output in computed.outputs:
+        for output in outputs:
             filesystem, path = open_url(output.url, self.config.storage_options)
             sources.append(Source(filesystem, path, output.exchange()))
-        assert computed.exchange.columns is not None
         reader = ExchangeReader(sources, range(computed.exchange.partitions))
         cursor.register(f"{name}_arrow", reader)
-        exprs = restored(computed.exchange.columns, reader.schema, cursor)
+        exprs = restored(columns, reader.schema, cursor)
         listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
+
+
+def _found_columns(outputs: Sequence[Output]) -> tuple[Column, ...]:
+    """The columns that a function without a schema turned out to make. Raises `InvalidArgument` if it made several
+    kinds of rows."""
+    made = [output.exchange().columns for output in outputs if output.rows] or [outputs[0].exchange().columns]
+    for other in made[1:]:
+        if other != made[0]:
+            first, second = (", ".join(f"{c.name} {c.type}" for c in columns) for columns in (made[0], other))
+            raise InvalidArgument(f"a function made rows of ({first}) and of ({second}); give it a schema")
+    return made[0]

@@ -1,19 +1,28 @@
 """The names of a package, each loaded when it is first used.
 
-So a part of the package that needs little (the records of jobs) costs little, and the whole is there for who asks.
+So a part of the package that needs little (the records of jobs) costs little, and the whole is there for who asks. What
+is where is said once, in the stub that type checkers read too.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 
 
 class LazyNames:
-    """A package's `__getattr__`: in which of its modules each public name is."""
+    """A package's `__getattr__`. Its public names are those that its `__init__.pyi` imports from its modules."""
 
-    def __init__(self, package: str, **modules: tuple[str, ...]) -> None:
+    def __init__(self, package: str, file: str) -> None:
         self._package = package
-        self._modules = {name: module for module, names in modules.items() for name in names}
+        stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+        self._modules = {
+            alias.name: node.module
+            for node in stub.body
+            if isinstance(node, ast.ImportFrom) and node.level == 1
+            for alias in node.names
+        }
 
     def names(self) -> list[str]:
         """What the package offers, in order."""

@@ -5,12 +5,10 @@ Shown on a terminal, or when asked for. They never change what the query or the 
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .job.event import Event
 from .job.tally import Tally
@@ -23,10 +21,14 @@ def row_progress(title: str, *, show: bool | None) -> Iterator[Callable[[int], N
 
     `show=None` means: on a terminal only.
     """
-    console = Console(stderr=True)
-    if not (console.is_terminal if show is None else show):
+    if not (sys.stderr.isatty() if show is None else show):
         yield lambda rows: None
         return
+    # Not for a query that shows nothing: it costs as long to import as such a query runs.
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
     rate = TextColumn("{task.completed:,.0f} rows, {task.fields[rate]:,.0f}/s")
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), rate, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(title, total=None, rate=0.0)
@@ -43,10 +45,13 @@ def job_progress(title: str, *, show: bool | None, stages: int | None = None) ->
 
     `stages` is how many the job has. `show=None` means: on a terminal only.
     """
-    console = Console(stderr=True)
-    if not (console.is_terminal if show is None else show):
+    if not (sys.stderr.isatty() if show is None else show):
         yield lambda event: None
         return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn())
     tally = Tally()
     lock = threading.Lock()

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args
 import duckdb
 import pyarrow as pa
 
-from .dataframe import DataFrame
+from .dataframe import DataFrame, LazyWrite
 from .engine import Engine, EngineConfig
 from .errors import InvalidArgument
+from .plan.filescans import small
 from .query import Query, literal, of_table, parse, quoted
 from .sources import StorageOptions, expand_directories
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from .functions.udf import Udf
     from .jobs import Jobs
+    from .plan.frames import Frame
 
 Table: TypeAlias = Union[DataFrame, pa.Table, pa.RecordBatchReader, "pd.DataFrame"]
 """What `Session.sql` takes as a named table."""
@@ -149,7 +151,6 @@ class Session:
     def read_parquet(
         self,
         paths: str | Iterable[str],
-        *,
         recursive: bool = True,
         columns: Sequence[str] | None = None,
         union_by_name: bool = False,
@@ -175,10 +176,19 @@ class Session:
         schema: Mapping[str, str] | None = None,
         delim: str | None = None,
         *,
+        header: bool | None = None,
         recursive: bool = True,
     ) -> DataFrame:
-        """CSV files, plain, .gz or .zst. `schema` maps columns to DuckDB types; what is not given is inferred."""
+        """CSV files, plain, .gz or .zst. `schema` maps columns to DuckDB types; what is not given is inferred.
+
+        `header`: whether the first line of each file has the columns' names. By default, with a schema: if it has
+        those of the schema, which looks at the first file.
+        """
         options = {"columns": _struct(schema)} if schema else {}
+        if header is None and schema:
+            header = self._has_header(paths, schema, delim, recursive=recursive)
+        if header is not None:
+            options["header"] = str(header).lower()
         if delim is not None:
             options["delim"] = literal(delim)
         return self._read("read_csv", paths, suffix="csv*", recursive=recursive, options=options)
@@ -212,7 +222,7 @@ class Session:
             raise InvalidArgument("from_items() needs at least one item to know the columns")
         return self.from_arrow(pa.Table.from_pylist(rows))
 
-    def partial_sql(self, query: str, *frames: DataFrame, **tables: DataFrame) -> DataFrame:
+    def partial_sql(self, query: str, *frames: DataFrame, udfs: Sequence[Udf] = (), **tables: DataFrame) -> DataFrame:
         """A query over one partition of its inputs at a time: `{0}`, `{1}` are the frames, or names are `tables`.
 
         Every input has as many partitions (see `DataFrame.repartition`), or one, which all the others see whole.
@@ -224,13 +234,15 @@ class Session:
         for i, name in enumerate(inputs):
             query = query.replace(f"{{{i}}}", name)
         inputs.update(tables)
+        for udf in udfs:
+            self.create_function(udf)
         if not inputs:
-            raise InvalidArgument("partial_sql() needs a frame to work on")
+            return self.sql(query)
         text = parse(query, None, {}).text
         return DataFrame(self, PartialSql(text, {name: frame.frame for name, frame in inputs.items()}))
 
-    def wait(self, *frames: DataFrame) -> None:
-        """Computes the frames, one after the other."""
+    def wait(self, *frames: DataFrame | LazyWrite) -> None:
+        """Computes the frames, and writes what waits to be written, one after the other."""
         for frame in frames:
             frame.compute()
 
@@ -248,6 +260,15 @@ class Session:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def needs_job(self, frame: Frame) -> bool:
+        """Whether a job makes the frame's rows; else one DuckDB in this process does."""
+        if isinstance(frame, Query) and self.config.shuffle == "auto" and self.config.executor != "ray":
+            plain = all(isinstance(source, pa.Table) for source in frame.tables.values())
+            # Of a few small local files nobody need think, nor import what does.
+            if plain and small(frame.text):
+                return False
+        return self.jobs.is_needed(frame)
+
     def _read(
         self,
         function: str,
@@ -263,6 +284,17 @@ class Session:
         arguments = ["[" + ", ".join(literal(path) for path in expanded) + "]"]
         arguments += [f"{name} = {value}" for name, value in options.items()]
         return DataFrame(self, Query(text=f"SELECT {chosen} FROM {function}({', '.join(arguments)})"))
+
+    def _has_header(
+        self, paths: str | Iterable[str], schema: Mapping[str, str], delim: str | None, *, recursive: bool
+    ) -> bool:
+        """Whether the first line of the first file that matches has the schema's names."""
+        options = {"header": "false", "all_varchar": "true"} | ({"delim": literal(delim)} if delim is not None else {})
+        for path in [paths] if isinstance(paths, str) else list(paths):
+            first = self._read("read_csv", path, suffix="csv*", recursive=recursive, options=options).take(1)
+            if first:
+                return [str(value).strip().lower() for value in first[0].values()] == [name.lower() for name in schema]
+        return False
 
     def _query_of(self, table: Table) -> Query:
         if isinstance(table, DataFrame):

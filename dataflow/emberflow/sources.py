@@ -62,7 +62,7 @@ def open_url(url: str, options: StorageOptions) -> tuple[Any, str]:
 
 def url_of(filesystem: Any, path: str) -> str:
     """What DuckDB is told to open: the bare path on a local disk, else the whole URL."""
-    if _protocol_of(filesystem) in _NATIVE_PROTOCOLS:
+    if protocol_of(filesystem) in _NATIVE_PROTOCOLS:
         return path
     return str(filesystem.unstrip_protocol(path))
 
@@ -85,7 +85,8 @@ def expand_directories(urls: str | Iterable[str], *, pattern: str, options: Stor
     return expanded
 
 
-def _protocol_of(filesystem: Any) -> str:
+def protocol_of(filesystem: Any) -> str:
+    """The protocol by which a filesystem is known."""
     protocol = filesystem.protocol
     return str(protocol if isinstance(protocol, str) else protocol[0])
 
@@ -242,7 +243,7 @@ class SharedFile:
         self._path = path
         self._size_bytes: int = filesystem.info(path)["size"]
         # Kept open where that is safe: it goes on reading the same file when the name is given to a new one.
-        self._handle = filesystem.open(path, "rb") if _protocol_of(filesystem) in _POSITIONAL_PROTOCOLS else None
+        self._handle = filesystem.open(path, "rb") if protocol_of(filesystem) in _POSITIONAL_PROTOCOLS else None
         self._lock = threading.Lock()
         self._position = 0
         self._streamed_reads = 0

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
-from emberfs.filesystem import EmberFileSystem
 
 from .errors import DatasetExists, InvalidArgument
 from .files import FILE_SIZE_BYTES, SUFFIXES, FileOutput, FileSink, Format
 from .progress import row_progress
-from .sources import STAGING_PREFIX, StorageOptions, open_url, url_of
+from .sources import STAGING_PREFIX, StorageOptions, open_url, protocol_of, url_of
 from .text import written
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     target = Target(url, options, frame.session.config.storage_options)
     target.check()
     try:
-        if frame.session.jobs.is_needed(frame.frame):
+        if frame.session.needs_job(frame.frame):
             outputs = frame.session.jobs.write(frame.frame, target.sink(attempts=True), progress=options.progress)
             files = [file for output in outputs for file in output.files]
             target.publish(files)
@@ -199,5 +198,5 @@ class Target:
         if not self._fs.exists(self._stage):
             return
         # Not into a store's trash: nobody wants half a dataset back.
-        options = {"trash": False} if isinstance(self._fs, EmberFileSystem) else {}
+        options = {"trash": False} if protocol_of(self._fs) == "ember" else {}
         self._fs.rm(self._stage, recursive=True, **options)

@@ -8,6 +8,8 @@ import emberflow
 import fsspec
 import pytest
 
+from benchmarks import tpch
+
 
 @pytest.fixture
 def session() -> Iterator[emberflow.Session]:
@@ -35,3 +37,15 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def numbers(session: emberflow.Session) -> emberflow.DataFrame:
     """1000 rows: n = 0..999, k = n % 3 as text, and a text."""
     return session.sql("select range n, 'k' || (range % 3) k, md5(range::varchar) t from range(1000)")
+
+
+@pytest.fixture(scope="session")
+def tpch_tables() -> dict[str, list[str]]:
+    """TPC-H at scale factor 0.1: the Parquet files of each table, in 8 parts. Made when first asked for, then kept."""
+    return tpch.data(0.1)
+
+
+@pytest.fixture(scope="session")
+def tpch_queries() -> dict[int, str]:
+    """The texts of TPC-H's queries by their numbers."""
+    return tpch.queries()

@@ -5,6 +5,7 @@ Run: pytest tests/dataflow/test_functions_shipping.py.
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 from emberflow.errors import InvalidArgument
-from emberflow.functions import shipping
+from emberflow.functions import modules, shipping
 
 LOCK = threading.Lock()
 
@@ -72,6 +73,25 @@ def test_an_installed_function_travels_by_name() -> None:
     data = shipping.dumps(json.dumps)
     assert len(data) < 100
     assert shipping.loads(data) is json.dumps
+
+
+@pytest.mark.parametrize(("installer", "local"), [("pip", False), (None, True)])
+def test_a_package_is_installed_wherever_pip_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installer: str | None, local: bool
+) -> None:
+    name = f"flow_installed_{installer}".lower()
+    (tmp_path / f"{name}.py").write_text("")
+    information = tmp_path / f"{name}-1.5.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    if installer:
+        (information / "INSTALLER").write_text(installer)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    assert (modules.is_installed(module), modules.is_local(module)) == (not local, local)
+    assert modules.version(name) == "1.5"
+    del sys.modules[name]
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from emberflow.errors import InvalidArgument
-from emberflow.functions.udf import (
-    Udf,
-    UDFAnyParameters,
-    UDFListType,
-    UDFMapType,
-    UDFStructType,
-    UDFType,
-    sql_type,
-    udf,
-)
+from emberflow.functions import Udf, UDFAnyParameters, UDFListType, UDFMapType, UDFStructType, UDFType, udf
+from emberflow.functions.sqltypes import sql_type
 
 
 @pytest.fixture
@@ -186,13 +178,21 @@ def test_registering_again_replaces(connection: duckdb.DuckDBPyConnection) -> No
 def test_a_name_of_duckdbs_own_gets_an_overload_and_is_never_lost(
     connection: duckdb.DuckDBPyConnection, name: str
 ) -> None:
-    made = Udf.of(lambda *given: -1, ["DATE"], return_type="INT", name=name)
-    made.register(connection)
-    assert value(connection, f"{name}(DATE '2020-01-01')") == -1
-    with pytest.raises(InvalidArgument, match=f"'{name}' is there already"):
-        made.register(connection)
+    made = Udf.of(lambda given: -1, ["DATE"], return_type="INT", name=name)
+    for there in (made, pickle.loads(pickle.dumps(made))):
+        there.register(connection)
+        assert value(connection, f"{name}(DATE '2020-01-01')") == -1
+    with pytest.raises(InvalidArgument, match=f"'{name}' is a name of DuckDB's too"):
+        Udf.of(lambda given: -1, ["DATE"], return_type="DATE", name=name).register(connection)
     assert value(connection, "gcd(12::BIGINT, 18)") == 6
     assert value(connection, "bit_length('ab')") == 16
+
+
+def test_a_function_of_the_same_types_is_exchanged(connection: duckdb.DuckDBPyConnection) -> None:
+    for number in (1, 2):
+        Udf.of(lambda number=number: number, [], return_type="INT", name="one").register(connection)
+        unread = connection.execute("SELECT one() FROM range(3)")
+    assert unread.fetchall() == [(2,)] * 3
 
 
 def test_a_function_that_is_not_deterministic_is_called_per_row(connection: duckdb.DuckDBPyConnection) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -40,7 +40,22 @@ _TAIL = struct.Struct("<II8s")
 TAIL_BYTES = _TAIL.size
 FOOTER_BYTES_MAX = 2**32 - 1
 
-_BLOCK = np.dtype([("partition", "<u4"), ("rows", "<u4"), ("offset", "<u8"), ("length", "<u8"), ("crc", "<u4")])
+
+class Block(NamedTuple):
+    """Rows of one partition, and where they are."""
+
+    partition: int
+    rows: int
+    offset: int
+    length: int
+    crc: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+_BLOCK = np.dtype(list(zip(Block._fields, ("<u4", "<u4", "<u8", "<u8", "<u4"), strict=True)))
 assert _BLOCK.itemsize == 28
 
 
@@ -83,16 +98,17 @@ class ExchangeIndex(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         """Of all blocks."""
         return int(self.blocks["length"].sum(dtype=np.int64))
 
-    def blocks_of(self, partitions: Iterable[int]) -> NDArray[Any]:
+    def blocks_of(self, partitions: Iterable[int]) -> list[Block]:
         """The blocks of these partitions, in the order of the file."""
-        blocks = self.blocks
+        numbers = list(partitions)
+        assert all(0 <= number < self.num_partitions for number in numbers)
         wanted = np.zeros(self.num_partitions, dtype=bool)
-        wanted[list(partitions)] = True
-        return blocks[wanted[blocks["partition"]]]
+        wanted[numbers] = True
+        return [Block(*block) for block in self.blocks[wanted[self.blocks["partition"]]].tolist()]
 
     def only(self, partitions: Iterable[int]) -> ExchangeIndex:
         """The index of these partitions alone, for whoever reads no others."""
-        return msgspec.structs.replace(self, packed_blocks=self.blocks_of(partitions).tobytes())
+        return msgspec.structs.replace(self, packed_blocks=pack_blocks(self.blocks_of(partitions)))
 
     def _per_partition(self, field: str) -> NDArray[np.int64]:
         blocks = self.blocks
@@ -101,8 +117,8 @@ class ExchangeIndex(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
         return sums
 
 
-def pack_blocks(blocks: list[tuple[int, int, int, int, int]]) -> bytes:
-    """(partition, rows, offset, length, crc) of each block as `ExchangeIndex.packed_blocks`."""
+def pack_blocks(blocks: list[Block]) -> bytes:
+    """The blocks as `ExchangeIndex.packed_blocks`."""
     return np.array(blocks, dtype=_BLOCK).tobytes()
 
 

@@ -135,8 +135,9 @@ def _hash_values(array: pa.Array) -> Hashes:
 
 
 def _normal_doubles(values: NDArray[np.float64]) -> NDArray[np.uint64]:
-    # Adding 0.0 makes -0.0 positive and changes nothing else.
-    words = (values + 0.0).view(np.uint64)
+    # Adding 0.0 makes -0.0 positive and changes nothing else. Of a signalling NaN it would warn.
+    with np.errstate(invalid="ignore"):
+        words: NDArray[np.uint64] = (values + 0.0).view(np.uint64)
     words[np.isnan(values)] = _CANONICAL_NAN
     return words
 
@@ -146,14 +147,14 @@ def _micros(array: pa.Array) -> NDArray[np.int64]:
     type_ = array.type
     if pa.types.is_date32(type_):
         days = pc.fill_null(array.view(pa.int32()), 0).to_numpy()
-        micros = days.astype(np.int64) * np.int64(86_400_000_000)
+        micros: NDArray[np.int64] = days.astype(np.int64) * np.int64(86_400_000_000)
         # DuckDB's infinite dates.
         micros[days == 2**31 - 1] = _INFINITY
         micros[days == -(2**31) + 1] = -_INFINITY
         return micros
     if pa.types.is_time32(type_):
         array = array.view(pa.int32()).cast(pa.int64())
-    values = pc.fill_null(array.view(pa.int64()), 0).to_numpy()
+    values: NDArray[np.int64] = pc.fill_null(array.view(pa.int64()), 0).to_numpy()
     unit = "ms" if pa.types.is_date64(type_) else type_.unit
     if unit == "us":
         return values
@@ -233,8 +234,7 @@ def _hash_bytes(array: pa.Array, offset_type: type[np.int32] | type[np.int64]) -
         if length <= _VECTOR_BYTES_MAX:
             hashes[rows] = _hash_at(data, starts[rows], length)
         else:
-            content = memoryview(data)
-            hashes[rows] = [xxh64(bytes(content[offsets[row] : offsets[row + 1]])) for row in rows.tolist()]
+            hashes[rows] = [xxh64(data[offsets[row] : offsets[row + 1]].tobytes()) for row in rows.tolist()]
     return hashes
 
 
@@ -257,10 +257,7 @@ def _hash_at(data: Bytes, starts: NDArray[np.int64], length: int) -> Hashes:
     """The hashes of `length` bytes of `data` from each of `starts` on."""
     words, halves = _overlapping(data, "<u8"), _overlapping(data, "<u4")
     done = length // 32 * 32
-    if done:
-        acc = _stripes(lambda at: words[starts + at], len(starts), done)
-    else:
-        acc = np.full(len(starts), _P5)
+    acc = _stripes(lambda at: words[starts + at], len(starts), done) if done else np.full(len(starts), _P5)
     acc += np.uint64(length)
     while done + 8 <= length:
         acc = _step_8(acc, words[starts + done])

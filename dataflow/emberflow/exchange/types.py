@@ -9,6 +9,9 @@ Values, types and DuckDB's own hash() are then the same on both sides.
 | ENUM | VARCHAR | Arrow gives it as a dictionary, and reads it as VARCHAR; its hash() is of the number |
 | INTERVAL | VARCHAR | Arrow has nanoseconds, which overflow, silently, after 292 years of hours |
 | BOOLEAN inside another type | UTINYINT | DuckDB 1.4 reads it wrong |
+| UNION | STRUCT of its tag and its members | in Arrow one whose member is NULL is no longer told from NULL |
+
+A UNION inside another type has no such form, and is refused.
 
 A type is only sent if DuckDB says, of no rows, that it comes back as it was; `sent` raises `UnsupportedType` before
 there is anything to lose. Does not know what the columns mean, or how they get from one side to the other.
@@ -24,7 +27,7 @@ import pyarrow as pa
 
 from ..errors import UnsupportedType
 from ..plan.nodes import Column
-from ..query import quoted
+from ..query import literal, quoted
 
 SETTINGS: Mapping[str, Any] = {
     "arrow_lossless_conversion": True,
@@ -36,14 +39,14 @@ connections. And the time zone is UTC, as in every session of ours."""
 
 _SUBSTITUTES = {"enum": "VARCHAR", "interval": "VARCHAR"}
 _SUBSTITUTES_INSIDE = {**_SUBSTITUTES, "boolean": "UTINYINT"}
-_MENTIONS = ("ENUM", "INTERVAL", "BOOLEAN")
+_MENTIONS = ("ENUM", "INTERVAL", "BOOLEAN", "UNION")
 _SURE = frozenset(
     {
         *("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"),
         *("FLOAT", "DOUBLE", "VARCHAR", "BLOB", "DATE", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"),
     }
 )
-"""Types that every DuckDB gives back; asking costs milliseconds a column."""
+"""Types, DECIMAL beside them, that every DuckDB gives back; asking costs two milliseconds a type."""
 
 
 def sent(columns: Sequence[Column], names: Sequence[str], connection: duckdb.DuckDBPyConnection) -> list[str]:
@@ -53,86 +56,89 @@ def sent(columns: Sequence[Column], names: Sequence[str], connection: duckdb.Duc
     """
     for setting in SETTINGS:
         assert connection.execute(f"SELECT current_setting('{setting}')").fetchall() == [(True,)], setting
-    expressions = []
-    for column, name in zip(columns, names, strict=True):
-        substitute = _substitute(column.type, connection)
-        if column.type not in _SURE:
-            _check(column, substitute, connection)
-        same = substitute == column.type
-        expressions.append(quoted(name) if same else f"CAST({quoted(name)} AS {substitute})")
-    return expressions
+    for column in {column.type: column for column in columns}.values():
+        if column.type not in _SURE and not column.type.startswith("DECIMAL("):
+            _check(column, connection)
+    return [_sent(column.type, name, connection) for column, name in zip(columns, names, strict=True)]
 
 
 def restored(columns: Sequence[Column], schema: pa.Schema, connection: duckdb.DuckDBPyConnection) -> list[str]:
     """An expression for each column of a registered reader with this schema that gives it its DuckDB type again."""
-    arrived = _arrived(schema, connection)
+    cursor = connection.cursor()
+    cursor.register("emberflow_types", pa.Table.from_batches([], schema))
+    arrived = _described("FROM emberflow_types", cursor)
     return [
-        quoted(name) if type_ == column.type else f"CAST({quoted(name)} AS {column.type})"
+        _restored(column.type, name, type_, connection)
         for column, name, type_ in zip(columns, schema.names, arrived, strict=True)
     ]
 
 
-def _substitute(type_: str, connection: duckdb.DuckDBPyConnection) -> str:
-    """The type that `type_` travels as."""
-    if type_ == "BOOLEAN" or not any(word in type_ for word in _MENTIONS):
-        return type_
-    try:
-        parsed: Any = connection.type(type_)
-    except duckdb.Error:
-        # Without a name for its fields (1.4) a struct has no text that DuckDB reads; `_check` refuses it.
-        return type_
-    substitute = _rebuilt(parsed, _SUBSTITUTES)
-    return type_ if substitute == str(parsed) else substitute
+def _sent(type_: str, name: str, connection: duckdb.DuckDBPyConnection) -> str:
+    column = quoted(name)
+    if not any(word in type_ for word in _MENTIONS):
+        return column
+    parsed: Any = connection.type(type_)
+    if parsed.id == "union":
+        fields = [f"tag := CAST(union_tag({column}) AS VARCHAR)"]
+        for i, (member, member_type) in enumerate(_members(parsed)):
+            substitute = _substitute(member_type, _SUBSTITUTES_INSIDE)
+            fields.append(f"m{i} := CAST(union_extract({column}, {literal(member)}) AS {substitute})")
+        return f"CASE WHEN {column} IS NOT NULL THEN struct_pack({', '.join(fields)}) END"
+    substitute = _substitute(parsed, _SUBSTITUTES)
+    return column if substitute == str(parsed) else f"CAST({column} AS {substitute})"
 
 
-def _rebuilt(type_: Any, substitutes: Mapping[str, str]) -> str:
+def _restored(type_: str, name: str, arrived: str, connection: duckdb.DuckDBPyConnection) -> str:
+    column = quoted(name)
+    if type_.startswith("UNION("):
+        cases = []
+        for i, (member, member_type) in enumerate(_members(connection.type(type_))):
+            value = f"union_value({quoted(member)} := CAST({column}.m{i} AS {member_type}))"
+            cases.append(f"WHEN {literal(member)} THEN CAST({value} AS {type_})")
+        return f"CASE {column}.tag {' '.join(cases)} END"
+    return column if arrived == type_ else f"CAST({column} AS {type_})"
+
+
+def _members(union: Any) -> list[tuple[str, Any]]:
+    # The first child is the tag.
+    members: list[tuple[str, Any]] = union.children[1:]
+    return members
+
+
+def _substitute(type_: Any, substitutes: Mapping[str, str]) -> str:
     """DuckDB's text for a type, with the substitutes in the place of what they stand for."""
     kind = type_.id
     if kind in substitutes:
         return substitutes[kind]
-    inside = _SUBSTITUTES_INSIDE
-    if kind == "list":
-        return f"{_rebuilt(type_.children[0][1], inside)}[]"
-    if kind == "array":
-        size = dict(type_.children)["size"]
-        return f"{_rebuilt(type_.children[0][1], inside)}[{size}]"
-    if kind in ("struct", "union", "map", "tuple"):
-        # The first child of a union is its tag.
-        children = type_.children[1:] if kind == "union" else type_.children
-        named = kind in ("struct", "union")
-        fields = [(quoted(name) + " " if named else "") + _rebuilt(child, inside) for name, child in children]
+    if kind in ("list", "array"):
+        # An array's second child is its size.
+        (_, child), *size = type_.children
+        return f"{_substitute(child, _SUBSTITUTES_INSIDE)}[{size[0][1] if size else ''}]"
+    if kind in ("struct", "map", "tuple"):
+        inside = [(name, _substitute(child, _SUBSTITUTES_INSIDE)) for name, child in type_.children]
+        fields = [f"{quoted(name)} {child}" if kind == "struct" else child for name, child in inside]
         return f"{kind.upper()}({', '.join(fields)})"
+    if kind == "union":
+        raise UnsupportedType("a UNION inside another type does not go through Arrow")
     return str(type_)
 
 
-def _check(column: Column, substitute: str, connection: duckdb.DuckDBPyConnection) -> None:
+def _check(column: Column, connection: duckdb.DuckDBPyConnection) -> None:
     """Sends no rows of a type, there and back."""
     try:
         cursor = connection.cursor()
-        relation = cursor.sql(f"SELECT CAST(CAST(NULL AS {column.type}) AS {substitute}) AS x LIMIT 0")
-        schema = _arrow_schema(relation)
-        (expression,) = restored([column], schema, connection)
-        cursor.register("emberflow_types", pa.Table.from_batches([], schema))
-        (back,) = _described(f"SELECT {expression} FROM emberflow_types", cursor)
-    except (duckdb.Error, pa.ArrowException) as error:
-        raise UnsupportedType(
-            f"the type {column.type} of {column.name!r} does not go through Arrow: {error}"
-        ) from error
-    if back != column.type:
+        expression = _sent(column.type, "x", connection)
+        relation = cursor.sql(f"SELECT {expression} AS x FROM (SELECT CAST(NULL AS {column.type}) AS x) LIMIT 0")
+        # Its name in DuckDB 1.4 is deprecated in 2.0.
+        table = relation.to_arrow_table() if hasattr(relation, "to_arrow_table") else relation.fetch_arrow_table()
+        (expression,) = restored([column], table.schema, connection)
+        cursor.register("emberflow_types", table)
+        query = f"SELECT {expression} AS back, CAST(NULL AS {column.type}) AS wanted FROM emberflow_types"
+        back, wanted = _described(query, cursor)
+    except (duckdb.Error, pa.ArrowException, UnsupportedType) as error:
+        raise UnsupportedType(f"the type {column.type} of {column.name!r} cannot be exchanged: {error}") from error
+    if back != wanted:
         raise UnsupportedType(f"the type {column.type} of {column.name!r} comes out of Arrow as {back}")
-
-
-def _arrow_schema(relation: duckdb.DuckDBPyRelation) -> pa.Schema:
-    # Its name in DuckDB 1.4 is deprecated in 2.0.
-    table = relation.to_arrow_table() if hasattr(relation, "to_arrow_table") else relation.fetch_arrow_table()
-    return table.schema
-
-
-def _arrived(schema: pa.Schema, connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """The types that DuckDB gives the columns of an Arrow reader."""
-    cursor = connection.cursor()
-    cursor.register("emberflow_types", pa.Table.from_batches([], schema))
-    return _described("FROM emberflow_types", cursor)
 
 
 def _described(query: str, cursor: duckdb.DuckDBPyConnection) -> list[str]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidArgument
 from ..plan.nodes import Column
-from .format import ALIGNMENT_BYTES, HEAD, PARTITIONS_MAX, ExchangeIndex, encode_footer, pack_blocks
+from .format import ALIGNMENT_BYTES, HEAD, PARTITIONS_MAX, Block, ExchangeIndex, encode_footer, pack_blocks
 
 Compression: TypeAlias = Literal["lz4"]
 
@@ -62,11 +62,11 @@ class ExchangeWriter:
         # One thread: a task has the CPUs it was given, and its siblings the others.
         self._options = pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
         self._schema_message: bytes = schema.serialize().to_pybytes()
-        # Arrow's radix sort is for numbers of up to 16 bits.
+        # numpy's radix sort is for numbers of up to 16 bits.
         self._partition_type = np.uint8 if num_partitions <= 256 else np.uint16
         self._held: list[tuple[pa.RecordBatch, NDArray[Any]]] = []
         self._held_bytes = 0
-        self._blocks: list[tuple[int, int, int, int, int]] = []
+        self._blocks: list[Block] = []
         self._offset = len(HEAD)
         self._file.write(HEAD)
 
@@ -137,7 +137,7 @@ class ExchangeWriter:
         length = sink.tell() - len(self._schema_message)
         sink.write(bytes(-length % ALIGNMENT_BYTES))
         block = sink.getvalue()[len(self._schema_message) :]
-        self._blocks.append((partition, rows.num_rows, self._offset, len(block), crc32c(block)))
+        self._blocks.append(Block(partition, rows.num_rows, self._offset, len(block), crc32c(block)))
         self._offset += len(block)
         self._file.write(memoryview(block))
 

@@ -6,6 +6,7 @@ from .base import Call, Capacity, Context, Executor, Handle
 from .capacity import machine_capacity
 from .inline import InlineExecutor
 from .local import LocalExecutor
+from .ray import RayExecutor
 
 __all__ = [
     "Call",
@@ -15,5 +16,6 @@ __all__ = [
     "Handle",
     "InlineExecutor",
     "LocalExecutor",
+    "RayExecutor",
     "machine_capacity",
 ]

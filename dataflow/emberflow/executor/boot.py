@@ -7,6 +7,7 @@ import path.
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import signal
@@ -50,6 +51,5 @@ def guard(driver_pid: int) -> None:
 if __name__ == "__main__":
     guard(int(sys.argv[2]))
     sys.path[:] = sys.argv[4:]
-    from emberflow.executor.worker import main
-
-    main(int(sys.argv[1]), sys.argv[3])
+    worker = importlib.import_module("emberflow.executor.worker")
+    worker.main(int(sys.argv[1]), sys.argv[3])

@@ -26,6 +26,7 @@ class Run(msgspec.Struct, frozen=True, tag=True):
 
     number: int
     """Counts the calls of this worker."""
+    name: str
     function: str
     cpus: int
     memory_bytes: int

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..errors import CallCancelled, CallOutOfMemory, WorkerDied
 from .frames import Ended, Message, Report, Run
+from .memory import MemoryWatch, held_bytes
 from .outcome import error_of
 from .process import WorkerProcess
 from .submission import Submission
@@ -25,9 +26,6 @@ TICK_S = 0.5
 
 START_S = 60.0
 """Importing our libraries takes 0.2 to 0.6 s on local disk; on a cold network mount it has taken many times that."""
-
-OVERDRAFT = 1.25
-"""A call is killed at this multiple of its memory: DuckDB's limit is half of it, and allocators keep some."""
 
 
 class Place:
@@ -71,7 +69,7 @@ class Place:
         while (submission := self._calls.get()) is not None:
             outcome = self._outcome(submission)
             process = self._process
-            is_bloated = process is not None and process.held_bytes() > self._keep_bytes
+            is_bloated = process is not None and held_bytes(process.pid) > self._keep_bytes
             if is_bloated:
                 self._process = None
             self._ended(self, submission, outcome)
@@ -122,12 +120,13 @@ class Place:
         self._number += 1
         run = Run(
             number=self._number,
+            name=call.name,
             function=call.function,
             cpus=call.cpus,
             memory_bytes=submission.memory_bytes,
             surroundings=surroundings(),
         )
-        limit_bytes = process.held_bytes() + int(submission.memory_bytes * OVERDRAFT)
+        watch = MemoryWatch(process.pid, memory_bytes=submission.memory_bytes)
         process.send(run, call.payload)
         submission.started_s = time.monotonic()
         submission.interruption.on(partial(process.interrupt, self._number))
@@ -137,11 +136,8 @@ class Place:
                     submission.report(note)
                 case Ended(failure), answer:
                     return answer if failure is None else error_of(failure)
-                case None if (held_bytes := process.held_bytes()) > limit_bytes:
-                    raise CallOutOfMemory(
-                        f"{call.name} was given {submission.memory_bytes >> 20} MiB of memory and was ended when its "
-                        f"worker {self._name} held {held_bytes >> 20} MiB"
-                    )
+                case None:
+                    watch.check(call.name, self._name)
 
     def _next_frame(self, submission: Submission) -> tuple[Message, bytes] | None:
         """The process's next frame; None after a tick without one. Raises `CallCancelled` when the grace is over."""

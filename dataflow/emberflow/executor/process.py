@@ -111,14 +111,6 @@ class WorkerProcess:
         self.read_output(lambda _: None)
         self._last_output = ""
 
-    def held_bytes(self) -> int:
-        """The memory that only it holds (resident, not backed by files); 0 where the kernel does not say."""
-        try:
-            words = Path(f"/proc/{self.pid}/statm").read_text().split()
-        except OSError:
-            return 0
-        return (int(words[1]) - int(words[2])) * os.sysconf("SC_PAGE_SIZE")
-
     def is_alive(self) -> bool:
         return self._popen.returncode is None and not self._has_exited()
 

@@ -6,7 +6,6 @@ by a child, goes to a pipe that the driver reads; all of it is in the pipe befor
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import io
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from .context import CallContext
 from .frames import Bye, Channel, Ended, Interrupt, Ready, Report, Run
 from .outcome import Failure, outcome_of
+from .printing import flush_output
 
 OOM_SCORE_ADJ = 500
 """If the machine runs out of memory a worker goes before the driver (0), whose job would be lost with it."""
@@ -84,12 +84,3 @@ class _Worker:
             self._channel.send(Ended(outcome))
         else:
             self._channel.send(Ended(None), outcome)
-
-
-def flush_output() -> None:
-    """Sends what Python and C still hold of what was printed to where it goes."""
-    for stream in (sys.stdout, sys.stderr):
-        # A call may have closed or replaced them.
-        with suppress(AttributeError, ValueError, OSError):
-            stream.flush()
-    ctypes.CDLL(None).fflush(None)

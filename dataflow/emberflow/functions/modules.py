@@ -36,7 +36,9 @@ def is_installed(module: ModuleType) -> bool:
     path = _source(module)
     if path is None:
         return False
-    return path.startswith(_stdlib()) or any(f"{os.sep}{part}{os.sep}" in path for part in _INSTALLED_PARTS)
+    if path.startswith(_stdlib()) or any(f"{os.sep}{part}{os.sep}" in path for part in _INSTALLED_PARTS):
+        return True
+    return (target := _target(name)) is not None and path.startswith(target)
 
 
 @cache
@@ -54,6 +56,17 @@ def version(name: str) -> str | None:
         return said
     distributions = _distributions().get(top, [])
     return importlib.metadata.version(distributions[0]) if distributions else "source" if top in _OURS else None
+
+
+@cache
+def _target(name: str) -> str | None:
+    """The directory, of any name, that a package was installed into; None for a source tree. (One that is installed
+    in place is elsewhere than where its metadata are.)"""
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return os.path.join(_real(str(distribution.locate_file(""))), "") if distribution.read_text("INSTALLER") else None
 
 
 @cache

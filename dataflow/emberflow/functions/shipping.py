@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -53,6 +54,15 @@ def loads(data: bytes) -> Any:
     except ModuleNotFoundError as error:
         error.add_note(f"a function was sent that needs {error.name!r}; it must be installed where jobs run")
         raise
+
+
+def by_fields(value: Any) -> tuple[object, ...]:
+    """What `__reduce__` of a dataclass gives that has functions among its fields."""
+    return _from_fields, (type(value), dumps({field.name: getattr(value, field.name) for field in fields(value)}))
+
+
+def _from_fields(kind: type[Any], data: bytes) -> Any:
+    return kind(**loads(data))
 
 
 @contextmanager

@@ -15,14 +15,13 @@ Does not know: sessions, plans. The vocabulary of types is smallpond's.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import enum
 import inspect
 import types
 import typing
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias, Union
@@ -30,9 +29,9 @@ from typing import Any, Literal, TypeAlias, Union
 import duckdb
 
 from ..errors import InvalidArgument
-from ..query import quoted
-from . import shipping
 from .failure import failed
+from .shipping import by_fields
+from .sqltypes import TypeSpec, UDFAnyParameters, sql_type
 
 NullHandling: TypeAlias = Literal["default", "special"]
 
@@ -40,68 +39,6 @@ NullHandling: TypeAlias = Literal["default", "special"]
 _ROUNDS_WIDE_INTEGERS = duckdb.__version__.startswith("1.")
 _WIDE_INTEGERS = ("HUGEINT", "UHUGEINT")
 
-
-class UDFType(enum.Enum):
-    """DuckDB's plain types."""
-
-    SQLNULL = '"NULL"'
-    BOOLEAN = "BOOLEAN"
-    TINYINT = "TINYINT"
-    UTINYINT = "UTINYINT"
-    SMALLINT = "SMALLINT"
-    USMALLINT = "USMALLINT"
-    INTEGER = "INTEGER"
-    INT = "INTEGER"  # noqa: PIE796 - smallpond's examples write it
-    UINTEGER = "UINTEGER"
-    BIGINT = "BIGINT"
-    UBIGINT = "UBIGINT"
-    HUGEINT = "HUGEINT"
-    UUID = "UUID"
-    FLOAT = "FLOAT"
-    DOUBLE = "DOUBLE"
-    DATE = "DATE"
-    TIMESTAMP = "TIMESTAMP"
-    TIMESTAMP_MS = "TIMESTAMP_MS"
-    TIMESTAMP_NS = "TIMESTAMP_NS"
-    TIMESTAMP_S = "TIMESTAMP_S"
-    TIME = "TIME"
-    TIME_TZ = "TIME WITH TIME ZONE"
-    TIMESTAMP_TZ = "TIMESTAMP WITH TIME ZONE"
-    VARCHAR = "VARCHAR"
-    BLOB = "BLOB"
-    BIT = "BIT"
-    INTERVAL = "INTERVAL"
-
-
-@dataclass(frozen=True, slots=True)
-class UDFListType:
-    """A list: `UDFListType(UDFType.INTEGER)`."""
-
-    child: TypeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class UDFStructType:
-    """A struct: `UDFStructType({"host": "VARCHAR", "port": "INTEGER"})`, or the types alone, for fields v1, v2, ..."""
-
-    fields: Mapping[str, TypeSpec] | Sequence[TypeSpec]
-
-
-@dataclass(frozen=True, slots=True)
-class UDFMapType:
-    """A map: `UDFMapType(UDFType.VARCHAR, UDFType.INTEGER)`."""
-
-    key: TypeSpec
-    value: TypeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class UDFAnyParameters:
-    """In the place of parameter types: any number of arguments of any type."""
-
-
-TypeSpec: TypeAlias = str | UDFType | UDFListType | UDFStructType | UDFMapType
-"""A DuckDB type, by its name in SQL or in smallpond's vocabulary."""
 
 _FROM_PYTHON: dict[Any, str] = {
     bool: "BOOLEAN",
@@ -178,58 +115,76 @@ class Udf:
     def register(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Makes the function known to a connection and all its cursors, in place of an earlier one of that name.
 
-        To replace one, come with the very connection object that it was registered with, and no unread result.
-        A name of DuckDB's own gets one more overload, chosen by the types of the arguments. That cannot be undone, so
-        it raises `InvalidArgument` the second time: removing a function takes DuckDB's own of that name along.
+        To replace one, come with the very connection object that it was registered with. With other types it needs
+        that no result of the connection is unread, and a name that is not DuckDB's own: such a name gets one more
+        overload, chosen by the types of the arguments, which cannot be undone. Else raises `InvalidArgument`.
         """
-        overloads = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?)"
-        if len(connection.execute(overloads, [self.name]).fetchall()) == 1:
-            # Of ours, or DuckDB's own, which it refuses to remove.
-            with contextlib.suppress(duckdb.InvalidInputException):
-                connection.remove_function(self.name)
-        try:
-            self._create(connection)
-        except (duckdb.NotImplementedException, duckdb.CatalogException) as error:
-            raise InvalidArgument(f"the function {self.name!r} is there already: {error}") from error
-
-    def _create(self, connection: duckdb.DuckDBPyConnection) -> None:
-        # Its stubs name enums for what are plain words.
+        slots = _slots.setdefault(connection, {})
+        slot = slots.get(self.name.lower())
+        if slot is not None and slot.takes(self):
+            slot.udf = self
+            return
+        if slot is not None:
+            if slot.is_overload:
+                # Removing it would take DuckDB's own of that name along.
+                raise InvalidArgument(f"{self.name!r} is a name of DuckDB's too, and was registered with other types")
+            connection.remove_function(self.name)
+        there = "SELECT 1 FROM duckdb_functions() WHERE lower(function_name) = lower(?) LIMIT 1"
+        slot = _Slot(self, is_overload=bool(connection.execute(there, [self.name]).fetchall()))
+        types_: Any = None if self.parameters is None else [connection.sqltype(type_) for type_ in self.parameters]
+        # DuckDB's stubs name enums for what are plain words.
         words: dict[str, Any] = {
             "type": "arrow" if self.vectorized else "native",
             "null_handling": self.null_handling,
             "side_effects": not self.deterministic,
         }
-        types_: Any = None if self.parameters is None else [connection.sqltype(type_) for type_ in self.parameters]
-        connection.create_function(self.name, self._guarded(), types_, connection.sqltype(self.return_type), **words)
-
-    def _guarded(self) -> Callable[..., Any]:
-        """The function as DuckDB gets it: an error of its says whose it is, and where."""
-        function, name = self.function, self.name
-        as_text = _ROUNDS_WIDE_INTEGERS and not self.vectorized and self.return_type in _WIDE_INTEGERS
-
-        def call(*arguments: Any) -> Any:
-            try:
-                result = function(*arguments)
-            except Exception as error:
-                raise failed(error, what="SQL", function=name) from error
-            return str(result) if as_text and result is not None else result
-
-        if self.parameters is not None:
-            # DuckDB counts them.
-            names = [inspect.Parameter(f"p{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(self.parameters))]
-            call.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
-        return call
+        try:
+            connection.create_function(self.name, slot.entry(), types_, connection.sqltype(self.return_type), **words)
+        except (duckdb.NotImplementedException, duckdb.CatalogException) as error:
+            raise InvalidArgument(f"the function {self.name!r} is there already: {error}") from error
+        slots[self.name.lower()] = slot
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.function(*arguments, **named)
 
     def __reduce__(self) -> tuple[object, ...]:
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return _unpacked, (shipping.dumps(fields),)
+        return by_fields(self)
 
 
-def _unpacked(data: bytes) -> Udf:
-    return Udf(**shipping.loads(data))
+class _Slot:
+    """What DuckDB calls under one name. The function in it can be exchanged, for each task brings its own copy."""
+
+    def __init__(self, udf: Udf, *, is_overload: bool) -> None:
+        self.udf = udf
+        self.is_overload = is_overload
+
+    def takes(self, other: Udf) -> bool:
+        """Whether DuckDB was told the same of the function as it would be of the other."""
+        return all(getattr(self.udf, name) == getattr(other, name) for name in _TOLD)
+
+    def entry(self) -> Callable[..., Any]:
+        """The function as DuckDB gets it: an error of its says whose it is, and where."""
+        as_text = _ROUNDS_WIDE_INTEGERS and not self.udf.vectorized and self.udf.return_type in _WIDE_INTEGERS
+
+        def call(*arguments: Any) -> Any:
+            udf = self.udf
+            try:
+                result = udf.function(*arguments)
+            except Exception as error:
+                raise failed(error, what="SQL", function=udf.name) from error
+            return str(result) if as_text and result is not None else result
+
+        if self.udf.parameters is not None:
+            # DuckDB counts them.
+            names = [f"p{i}" for i in range(len(self.udf.parameters))]
+            parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+            call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return call
+
+
+_TOLD = ("parameters", "return_type", "vectorized", "null_handling", "deterministic")
+_slots: weakref.WeakKeyDictionary[duckdb.DuckDBPyConnection, dict[str, _Slot]] = weakref.WeakKeyDictionary()
+"""By connection, then by name."""
 
 
 @typing.overload
@@ -271,28 +226,6 @@ def udf(
         )
 
     return decorated(params) if callable(params) else decorated
-
-
-def sql_type(given: TypeSpec) -> str:
-    """A type's name in SQL, as DuckDB itself writes it. Raises `InvalidArgument` for what is none."""
-    match given:
-        case UDFType():
-            return given.value
-        case UDFListType(child):
-            return sql_type(child) + "[]"
-        case UDFMapType(key, value):
-            return f"MAP({sql_type(key)}, {sql_type(value)})"
-        case UDFStructType(fields):
-            named = fields if isinstance(fields, Mapping) else {f"v{i}": child for i, child in enumerate(fields, 1)}
-            inner = ", ".join(f"{quoted(name)} {sql_type(child)}" for name, child in named.items())
-            return f"STRUCT({inner})"
-        case str():
-            try:
-                return str(duckdb.sqltype(given))
-            except (duckdb.Error, RuntimeError) as error:
-                raise InvalidArgument(f"{given!r} is no DuckDB type: {error}") from error
-        case _:
-            raise InvalidArgument(f"a type is a name like 'BIGINT', or of UDFType, not {given!r}")
 
 
 class _Hints:

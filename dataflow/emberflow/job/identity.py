@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from ..functions.identity import identity_of
+from ..plan.filescans import ResolvedScan
 from ..plan.pipes import (
     ByRange,
     Exchange,
@@ -65,7 +66,9 @@ def stage_identity(stage: Stage, specs: Sequence[Spec], exchanges: Mapping[int, 
                 raise Unknown("it calls a function that gives something else each time")
             parts.append(repr(segment.tree))
         elif isinstance(segment, TextSegment):
-            parts += [segment.text, repr(segment.inputs)]
+            if segment.reads is None:
+                raise Unknown("nobody can tell which files it reads")
+            parts += [segment.text, repr(segment.inputs), *(_scan(scan) for scan in segment.reads)]
         else:
             parts.append(_function(segment))
     for feed_id, feed in sorted(stage.pipe.feeds.items()):
@@ -92,11 +95,14 @@ def _function(segment: PythonSegment) -> str:
     return digest(function_identity(step.function, step.version), step.kind, step.schema, step.batch_rows)
 
 
+def _scan(scan: ResolvedScan) -> str:
+    files = [(file.url, file.size_bytes, file.version) for file in scan.files]
+    return digest(scan.scan.function, scan.scan.options, repr(scan.columns), repr(files))
+
+
 def _feed(feed: Feed, exchanges: Mapping[int, str]) -> str:
     if isinstance(feed, FileFeed):
-        scan = feed.scan
-        files = [(file.url, file.size_bytes, file.version) for file in scan.files]
-        return digest(scan.scan.function, scan.scan.options, repr(scan.columns), repr(files), feed.names, feed.shares)
+        return digest(_scan(feed.scan), feed.names, feed.shares)
     if isinstance(feed, ExchangeFeed):
         return digest(exchanges[feed.exchange.id], feed.by)
     sink = pa.BufferOutputStream()

@@ -135,6 +135,8 @@ class Job:
         storage_options: StorageOptions | None = None,
         udfs: tuple[Udf, ...] = (),
         sink: FileSink | None = None,
+        salt: str = "",
+        temp_directory: str | None = None,
         watch: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self.program = program
@@ -145,11 +147,16 @@ class Job:
         self.storage_options = storage_options or {}
         self.udfs = udfs
         self.sink = sink
+        self.salt = salt
+        """What makes the job's steps other ones than those of jobs before it."""
+        self.temp_directory = temp_directory
         self.watch = watch
         self.stages: dict[int, StageState] = {}
         self._identities: dict[int, str] = {}
         self._events: queue.SimpleQueue[tuple[TaskState, Handle, str]] = queue.SimpleQueue()
         self._pending: deque[TaskState] = deque()
+        self._dropped: set[str] = set()
+        """Damaged files whose makers have been told."""
         self._started_s = time.monotonic()
 
     # ---- the loop
@@ -232,7 +239,7 @@ class Job:
     def _place(self, stage: Stage, found: list[Spec], is_last: bool) -> tuple[Place, bool]:
         """Where the stage's outputs go: by its identity, or if it has none, by the job's."""
         exchanges = {exchange.id: exchange_identity(exchange, self._identities) for exchange in stage.inputs()}
-        extra: list[object] = [self.config.compression]
+        extra: list[object] = [self.config.compression, self.salt]
         if is_last and self.sink is not None:
             extra.append(repr(self.sink))
         try:
@@ -313,6 +320,7 @@ class Job:
             columns=state.stage.exchange.columns,
             udfs=self.udfs,
             storage_options=self.storage_options,
+            temp_directory=self.temp_directory,
             seed=int(digest(self.id, state.stage.id, task.index)[:8], 16) / 2**32,
             ordered=state.stage.pipe.ordered,
         )
@@ -351,8 +359,6 @@ class Job:
             self._pending.append(task)
             return
         task.output = output
-        if isinstance(task.stage.stage.exchange.columns, type(None)) and output.index:
-            task.stage.stage.exchange.columns = output.exchange().columns
         for handle in task.handles:
             handle.cancel()
         self._tell(
@@ -399,9 +405,14 @@ class Job:
 
     def _recompute(self, task: TaskState, error: ExchangeCorrupt) -> None:
         """Has the maker of a damaged file run again, and with it whoever read what may now be otherwise."""
-        maker = next((t for t in self._tasks() if t.output is not None and t.output.url == error.path), None)
+        maker = next((t for t in self._tasks() if t.output is not None and self._path(t.output) == error.path), None)
         if maker is None:
-            raise error
+            if error.path not in self._dropped:
+                raise error
+            # Another has met the same damage before.
+            self._pending.append(task)
+            return
+        self._dropped.add(error.path)
         self._tell("recompute", maker.stage.stage.id, maker.index, error=str(error))
         self._again(maker)
         if not maker.stage.repeatable:
@@ -410,6 +421,9 @@ class Job:
                 if reads and reader.output is not None:
                     self._again(reader)
         self._pending.append(task)
+
+    def _path(self, output: Output) -> str:
+        return open_url(output.url, self.storage_options)[1] if output.url else ""
 
     def _again(self, task: TaskState) -> None:
         task.output = None

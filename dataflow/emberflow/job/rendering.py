@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..plan.filescans import Share
 from ..plan.nodes import Column, Expr, Input, Node, Project, Scan, column
 from ..plan.pipes import (
     PREVIOUS,
@@ -28,7 +29,6 @@ from ..plan.pipes import (
     TextSegment,
 )
 from ..plan.render import select
-from ..plan.scans import Share
 from ..plan.stages import sort_key
 from ..query import Query
 from ..text import written
@@ -97,7 +97,7 @@ class Rendering:
             elif isinstance(segment, TextSegment):
                 runs.append(self._text(segment, spec))
             else:
-                runs.append(self._sql(segment.tree, spec, names=self._names() if is_last else None))
+                runs.append(self._sql(segment.tree, spec, names=self._names() if is_last else segment.names))
         if self.written is not None and self.written.columns is not None and isinstance(runs[-1], RunSql):
             schema = {c.name: c.type for c in self.written.columns}
             runs[-1] = replace(runs[-1], text=written(Query(text=runs[-1].text), schema, self.written.format).text)
@@ -180,8 +180,8 @@ class Rendering:
         pieces = tuple(
             Piece(outputs[p].url, outputs[p].exchange().only(chosen.partitions), outputs[p].attempt) for p in positions
         )
-        # Without a file nobody knows the columns.
-        pieces = tuple(piece for piece in pieces if piece.index.num_rows) or pieces[:1]
+        # Of no rows, a function without a schema has not said what its columns are.
+        pieces = tuple(piece for piece in pieces if piece.index.num_rows)
         return ExchangeRows(pieces=pieces, partitions=chosen.partitions, columns=exchange.columns)
 
 

@@ -13,8 +13,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..plan.filescans import Share
 from ..plan.pipes import Exchange, ExchangeFeed, FileFeed, Stage
-from ..plan.scans import Share
 from .steps import Output
 
 _SKEW = 4
@@ -73,7 +73,7 @@ def specs(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareCo
         i: _pieces(feed.exchange, outputs, config) for i, feed in exchanged.items() if feed.by == "piece"
     }
     partitioned = {i: feed.exchange for i, feed in exchanged.items() if feed.by == "partition"}
-    counts = {len(shares) for shares in (*files.values(), *pieces.values())}
+    counts = {len(shares) for shares in files.values()} | {len(groups) for groups in pieces.values()}
     if partitioned and not files and not pieces:
         return _partition_specs(partitioned, outputs, config)
     counts |= {exchange.partitions for exchange in partitioned.values()}

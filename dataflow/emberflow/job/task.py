@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -115,6 +115,8 @@ class Task:
     """Of its output, if they are known before it runs."""
     udfs: tuple[Udf, ...] = ()
     storage_options: StorageOptions = field(default_factory=dict)
+    temp_directory: str | None = None
+    """Where this machine's workers spill to, if it is there; else under the system's."""
     seed: float = 0.0
     """What random() and uuid() start from, -1 to 1."""
     ordered: bool = False
@@ -201,7 +203,7 @@ class Attempt:
 
     def _sql(self, step: RunSql, previous: Stream | None, stack: ExitStack, *, is_last: bool) -> Stream:
         to_files = is_last and isinstance(self.task.sink, FileSink)
-        engine = engine_of(self.context, self.task.storage_options, lossless=not to_files)
+        engine = engine_of(self.context, self.task, lossless=not to_files)
         engine.limit(
             threads=self.context.cpus, memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
         )
@@ -215,7 +217,8 @@ class Attempt:
         if step.previous is not None:
             assert previous is not None
             reader = pa.RecordBatchReader.from_batches(*previous)
-            self._view(cursor, step.previous, reader, None, step.names.get(step.previous))
+            own = tuple(reader.schema.names) if step is _EVERYTHING else step.names.get(step.previous)
+            self._view(cursor, step.previous, reader, None, own)
         text = step.text if to_files or not is_last else self._sent(step.text, cursor)
         if self.interrupted:
             raise CallCancelled(f"{self.task.name} was cancelled")
@@ -244,6 +247,9 @@ class Attempt:
             with pa.ipc.open_stream(rows.data) as stream:
                 table = stream.read_all()
             self._view(cursor, name, table, rows.columns, names)
+            return
+        if not rows.pieces:
+            cursor.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS {nothing(rows.columns, names)}")
             return
         sources = []
         for piece in rows.pieces:
@@ -333,6 +339,13 @@ class Attempt:
         return lambda rows: None
 
 
+def nothing(columns: Sequence[Column], names: Sequence[str] | None = None) -> str:
+    """A SELECT of no rows, with these columns as c0, c1, ... or under the user's names."""
+    given = names or [f"c{i}" for i in range(len(columns))]
+    listed = (f"CAST(NULL AS {c.type}) AS {quoted(name)}" for c, name in zip(columns, given, strict=True))
+    return f"SELECT {', '.join(listed)} WHERE false"
+
+
 def remove_quietly(filesystem: Any, path: str) -> None:
     """Removes a file that may not be there; what cannot be removed is left to the sweep."""
     try:
@@ -341,14 +354,16 @@ def remove_quietly(filesystem: Any, path: str) -> None:
         pass
 
 
-def engine_of(context: Context, options: StorageOptions, *, lossless: bool) -> Engine:
+def engine_of(context: Context, task: Task, *, lossless: bool) -> Engine:
     """The worker's DuckDB, made once for each set of storage options: one that gives rows to exchanges, with types
     that Arrow has only by extensions, and one that gives them to files."""
+    options = task.storage_options
     named = sorted((name, sorted(map(str, value.items()))) for name, value in options.items())
     key = f"engine {lossless} {named}"
     engine = context.state.get(key)
     if engine is None:
-        spill = tempfile.mkdtemp(prefix=f"emberflow-{os.getpid()}-")
+        parent = task.temp_directory if task.temp_directory and os.path.isdir(task.temp_directory) else None
+        spill = tempfile.mkdtemp(prefix=f"emberflow-{os.getpid()}-", dir=parent)
         config = EngineConfig(
             threads=context.cpus,
             temp_directory=spill,

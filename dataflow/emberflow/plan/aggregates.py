@@ -107,5 +107,6 @@ def distinct_first(node: Aggregate) -> tuple[Node, Aggregate] | None:
     rows = Aggregate(node.child, exprs, ())
     width = len(node.groups)
     own = tuple(column(width + i, expr.type) for i, expr in enumerate(exprs[width:]))
-    calls = tuple(replace(call, args=own) for call in node.calls)
+    # No two rows are equal now, so DISTINCT has nothing left to do.
+    calls = tuple(replace(call, args=own, distinct=False) for call in node.calls)
     return rows, Aggregate(rows, tuple(column(i, g.type) for i, g in enumerate(node.groups)), calls)

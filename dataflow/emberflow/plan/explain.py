@@ -39,7 +39,7 @@ def _stage(stage: Stage, program: Program) -> Iterator[str]:
             yield f"    sql: {' '.join(segment.text.split())}"
         else:
             assert isinstance(segment, PythonSegment)
-            yield f"    python: {segment.step.kind} {getattr(segment.step.function, '__qualname__', segment.step.function)}"
+            yield f"    python: {segment.step.kind} {segment.step.name}"
     for feed_id, feed in stage.pipe.feeds.items():
         yield f"    input {feed_id}: {_feed(feed)}"
 

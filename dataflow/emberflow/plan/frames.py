@@ -21,14 +21,16 @@ from .pipes import Exchange
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Repartition:
-    """The child's rows in `partitions` partitions. `column` are of the child: whose hash, or whose value, says which.
+    """The child's rows in `partitions` partitions.
+
+    `keys` are SQL expressions over it: whose hash, or whose value, says which.
 
     "files" keeps files whole where the child is files; "rows" deals rows out evenly; "random" at random, by `seed`.
     """
 
     child: Frame
     partitions: int
-    by: Literal["files", "rows", "hash", "column", "random"]
+    by: Literal["files", "rows", "hash", "value", "random"]
     keys: tuple[str, ...] = ()
     seed: int = 0
 
@@ -60,3 +62,14 @@ class Computed:
 
 
 Frame: TypeAlias = Query | Repartition | PartialSql | Apply | Computed
+
+
+def partitions_of(frame: Frame) -> int | None:
+    """How many partitions a frame has, if its operators say it."""
+    if isinstance(frame, Repartition):
+        return frame.partitions
+    if isinstance(frame, Apply):
+        return partitions_of(frame.child)
+    if isinstance(frame, PartialSql):
+        return max((partitions_of(child) or 0 for child in frame.inputs.values()), default=0) or None
+    return len(frame.outputs) if isinstance(frame, Computed) else None

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from ..functions.steps import PythonStep
 from ..job.steps import Output
+from .filescans import ResolvedScan
 from .nodes import Column, Expr, Input, Node, SortKey, walk
-from .scans import ResolvedScan
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class SqlSegment:
     """A plan over the pipe's feeds, or over the segment before it (`Input(PREVIOUS)`)."""
 
     tree: Node
+    names: tuple[str, ...] | None = None
+    """Of its columns, for a function that comes next and looks at them; else c0, c1, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class TextSegment:
     inputs: tuple[tuple[str, int, tuple[Column, ...]], ...]
     """(name in the text, feed or PREVIOUS, its columns)"""
     columns: tuple[Column, ...]
+    reads: tuple[ResolvedScan, ...] | None = ()
+    """The files that the text itself reads; None if nobody can tell."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

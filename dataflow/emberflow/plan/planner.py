@@ -16,10 +16,10 @@ from typing import Protocol
 import duckdb
 import pyarrow as pa
 
-from ..errors import InvalidArgument
 from ..functions.udf import Udf
-from ..query import Query, inlined, quoted
+from ..query import Query, inlined, of_table
 from .binder import NotPlannable, bind
+from .filescans import FileScan, ResolvedScan, find, may_read_files
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
 from .pipes import (
@@ -39,11 +39,7 @@ from .pipes import (
     Whole,
 )
 from .prune import pruned
-from .scans import FileScan, ResolvedScan, find
 from .stages import Builder, Pipes, StageConfig, feed_of, hashed
-
-# What a row of a file takes, where nothing says how many rows there are.
-_ROW_BYTES = 64
 
 
 class Catalog(Protocol):
@@ -57,6 +53,9 @@ class Catalog(Protocol):
 
     def columns_of(self, table: pa.Table) -> tuple[Column, ...]:
         """A table's columns, as DuckDB would have them."""
+
+    def computed(self, frame: Frame) -> Computed | None:
+        """The frame's rows, if an earlier job has made them."""
 
     def compute(self, frame: Frame) -> Computed:
         """Runs a job that makes the frame's rows."""
@@ -74,19 +73,21 @@ class Planner:
         self.udfs = udfs
         self._done: dict[int, tuple[Frame, Pipes, tuple[Column, ...] | None]] = {}
 
-    def program(self, frame: Frame, *, one: bool = False) -> Program:
-        """The program that makes the frame's rows; `one` has one task make the last of it."""
+    def program(self, frame: Frame, *, to_files: bool = False, one: bool = False) -> Program:
+        """The program that makes the frame's rows; `to_files`: for a dataset, of `one` file or many."""
         pipes, columns = self.pipes(frame)
         ordered = len(pipes) == 1 and pipes[0].ordered
         if one:
             pipes = [self.builder.together(pipes, label="one file")]
-        result = self.builder.exchange(pipes, Whole(), label="result")
+        result = None if to_files else _exchange_of(pipes)
+        if result is None or not result.producers:
+            result = self.builder.exchange(pipes, Whole(), label="result")
         return Program(tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes))
 
     def pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
         """The pipes of a frame, and its columns as the user named them."""
         if id(frame) not in self._done:
-            pipes, columns = self._pipes(frame)
+            pipes, columns = self._pipes(self.catalog.computed(frame) or frame)
             self._done[id(frame)] = frame, pipes, columns
         _, pipes, columns = self._done[id(frame)]
         return pipes, columns
@@ -103,13 +104,17 @@ class Planner:
             named = [self._named(pipe, frame.child) for pipe in pipes]
             columns = self._columns_after(frame)
             return [pipe.after(PythonSegment(frame.step, columns), hashed=()) for pipe in named], columns
-        return [self.builder.reading(self.builder.made(frame), "piece")], frame.columns
+        exchange = self.builder.made(frame)
+        return [self.builder.reading(exchange, "partition" if exchange.partitions > 1 else "piece")], frame.columns
 
     def _columns_after(self, frame: Apply) -> tuple[Column, ...] | None:
         if frame.step.kind == "filter":
             return self.pipes(frame.child)[1]
         schema = frame.step.schema
-        return None if schema is None else self.catalog.columns_of(schema.empty_table())
+        if schema is None:
+            return None
+        assert isinstance(schema, pa.Schema)
+        return self.catalog.columns_of(schema.empty_table())
 
     def _named(self, pipe: Pipe, frame: Frame) -> Pipe:
         """The pipe with its last columns under the user's names, for a function that looks at them."""
@@ -117,9 +122,8 @@ class Planner:
         last = pipe.segments[-1]
         if columns is None or not isinstance(last, SqlSegment):
             return pipe
-        inputs = (("emberflow_rows", PREVIOUS, columns),)
-        listed = ", ".join(f"c{i} AS {quoted(c.name)}" for i, c in enumerate(columns))
-        return pipe.after(TextSegment(f"SELECT {listed} FROM emberflow_rows", inputs, columns))
+        named = SqlSegment(last.tree, tuple(c.name for c in columns))
+        return replace(pipe, segments=(*pipe.segments[:-1], named))
 
     def known(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...]]:
         """As `pipes`, with columns that are known: by running the frame, if nothing else helps."""
@@ -157,15 +161,10 @@ class Planner:
         sources: dict[str, ResolvedScan | pa.Table] = {n: self.catalog.resolve(scan) for n, scan in scans.items()}
         sources.update(tables)
         shadows: dict[str, Sequence[Column]] = {name: columns for name, (_, columns) in frames.items()}
-        rows: dict[str, int] = {}
         for name, source in sources.items():
-            if isinstance(source, ResolvedScan):
-                shadows[name] = source.columns
-                rows[name] = source.rows or max(1, source.size_bytes // _ROW_BYTES)
-            else:
-                shadows[name] = self.catalog.columns_of(source)
-                rows[name] = source.num_rows
-        bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up)
+            is_scan = isinstance(source, ResolvedScan)
+            shadows[name] = source.columns if is_scan else self.catalog.columns_of(source)
+        bound = bind(text, shadows, now=self.now, setup=self._set_up)
         plan = pruned(bound.plan)
         scope: dict[object, Callable[[Node], Pipes]] = {}
         for name, source in sources.items():
@@ -225,35 +224,48 @@ class Planner:
             feeds[feed] = TableFeed(table, columns, tuple(range(len(columns))))
             inputs.append((name, feed, columns))
         text = inlined(query)
+        rest, scans = find(text)
+        resolved = tuple(self.catalog.resolve(scan) for scan in scans.values())
         columns = self.catalog.describe(text, {name: columns for name, _, columns in inputs})
         size = sum(feed.exchange.size_bytes for feed in feeds.values() if isinstance(feed, ExchangeFeed))
-        pipe = Pipe((TextSegment(text, tuple(inputs), columns),), feeds, None, size or 1, ordered=True)
+        size += sum(scan.size_bytes for scan in resolved)
+        reads = None if may_read_files(rest) else resolved
+        pipe = Pipe((TextSegment(text, tuple(inputs), columns, reads),), feeds, None, size or 1, ordered=True)
         return [pipe], columns
 
     # ---- partitions
 
     def _repartition(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
+        if frame.keys:
+            return self._by_keys(frame)
+        pipes, columns = self.known(frame.child)
+        if frame.by == "files" and (pipe := _of_files(pipes, frame.partitions)) is not None:
+            return [pipe], columns
+        how = Spread(frame.seed if frame.by == "random" else None)
+        exchange = self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
+        pipe = self.builder.reading(exchange, "partition")
+        return [_shuffled(pipe, frame.seed) if frame.by == "random" else pipe], columns
+
+    def _by_keys(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
+        """By columns; or by expressions, which travel behind the columns and end there."""
         pipes, columns = self.known(frame.child)
         names = [c.name.lower() for c in columns]
-        if unknown := [key for key in frame.keys if key.lower() not in names]:
-            raise InvalidArgument(f"cannot partition by {', '.join(unknown)}: the columns are {', '.join(names)}")
-        keys = [column(names.index(key.lower()), columns[names.index(key.lower())].type) for key in frame.keys]
-        count = frame.partitions
-        if frame.by == "files" and (pipe := _of_files(pipes, count)) is not None:
-            return [pipe], columns
-        if frame.by == "hash":
-            how: ByExpression | Spread = ByExpression(hashed(keys, count))
-        elif frame.by == "column":
-            how = ByExpression(Expr(("CAST(", *keys[0].pieces, " AS UINTEGER)"), "UINTEGER"))
-        else:
-            how = Spread(frame.seed if frame.by == "random" else None)
-        exchange = self.builder.exchange(pipes, how, count, label=f"repartition by {frame.by}", fixed=True)
-        positions = tuple(key.position for key in keys if key.position is not None)
-        known = positions if frame.by in ("hash", "column") else ()
-        pipe = self.builder.reading(exchange, "partition", hashed=known)
-        if frame.by == "random":
-            pipe = _shuffled(pipe, frame.seed)
-        return [pipe], columns
+        if all(key.lower() in names for key in frame.keys):
+            positions = [names.index(key.lower()) for key in frame.keys]
+            exchange = self._parted(frame, pipes, [column(p, columns[p].type) for p in positions])
+            return [self.builder.reading(exchange, "partition", hashed=tuple(positions))], columns
+        listed = ", ".join(f"({key}) AS emberflow_key{i}" for i, key in enumerate(frame.keys))
+        child = frame.child if isinstance(frame.child, Query) else of_table(frame.child)
+        pipes, columns = self.known(child.wrapped(f"SELECT *, {listed} FROM"))
+        width = len(columns) - len(frame.keys)
+        keys = [column(width + i, columns[width + i].type) for i in range(len(frame.keys))]
+        pipe = self.builder.reading(self._parted(frame, pipes, keys), "partition")
+        own = tuple(column(i, c.type) for i, c in enumerate(columns[:width]))
+        return [pipe.then(Project(pipe.tree, own, tuple(c.name for c in columns[:width])))], columns[:width]
+
+    def _parted(self, frame: Repartition, pipes: Pipes, keys: Sequence[Expr]) -> Exchange:
+        how = ByExpression(hashed(keys, frame.partitions) if frame.by == "hash" else _value(keys[0]))
+        return self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
 
     def _partial_sql(self, frame: PartialSql) -> tuple[Pipes, tuple[Column, ...]]:
         sides = {name: self.known(child) for name, child in frame.inputs.items()}
@@ -287,6 +299,21 @@ class Planner:
         return self.builder.reading(exchange, "piece")
 
 
+def _exchange_of(pipes: Pipes) -> Exchange | None:
+    """The exchange whose rows are those of the pipes, if they do nothing but read one whole."""
+    if len(pipes) != 1 or len(pipes[0].feeds) != 1 or len(pipes[0].segments) != 1:
+        return None
+    (feed,) = pipes[0].feeds.values()
+    bare = isinstance(feed, ExchangeFeed) and isinstance(pipes[0].tree, Input)
+    return feed.exchange if bare and isinstance(feed, ExchangeFeed) else None
+
+
+def _value(key: Expr) -> Expr:
+    """A partition as the user gives it; one that is not a number is none."""
+    pieces = ("CAST(coalesce(", *key.pieces, ", error('a row has no partition: the key is NULL')) AS UINTEGER)")
+    return Expr(pieces, "UINTEGER")
+
+
 def _of_files(pipes: Pipes, count: int) -> Pipe | None:
     """The pipe with its files in `count` shares, if it reads files and nothing else."""
     if len(pipes) != 1 or len(pipes[0].feeds) != 1:
@@ -299,7 +326,7 @@ def _of_files(pipes: Pipes, count: int) -> Pipe | None:
 
 def _shuffled(pipe: Pipe, seed: int) -> Pipe:
     """Each partition's rows in an order that the seed decides."""
-    columns = pipe.columns
+    columns = tuple(Column(f"c{i}", c.type) for i, c in enumerate(pipe.columns))
     listed = ", ".join(f"c{i}" for i in range(len(columns)))
     numbered = f"SELECT {listed}, row_number() OVER () AS emberflow_row FROM emberflow_rows"
     text = f"SELECT {listed} FROM ({numbered}) ORDER BY hash(emberflow_row, {seed}), emberflow_row"

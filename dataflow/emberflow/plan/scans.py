@@ -1,318 +1,211 @@
-"""File scans: where a query reads files, what those files are, and how they are cut into the shares of tasks.
+"""Scans, from DuckDB's JSON to our plan: a scan with its filters, its struct members and its dropped columns.
 
-A scan is found in the text of a query by DuckDB's own tokens: `read_parquet(...)` and its like with literal paths, and
-`FROM 'path.parquet'`. What is not found stays in the text, and the binder, which may not open files, refuses it: the
-query then runs as one task. A scan resolved says how large each file is, so that shares follow bytes and not workers.
-
-Does not know: plans, stages, or who reads the shares.
+Filters that only help (`OPTIONAL_FILTER`) are dropped; all others are conditions of ours.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from .expressions import COMPARISONS, ExpressionReader, Scope, comparison, conjunction, text
+from .fields import Fields, Json, NotPlannable
+from .nodes import Column, Expr, Filter, Fixed, Node, Project, Scan, Unnest, column
+from .typetext import string
 
-import duckdb
-
-from ..errors import DatasetNotFound
-from ..query import literal, quoted
-from ..sources import STAGING_PREFIX, StorageOptions, open_url, url_of
-from .nodes import Column
-
-_READERS = {
-    **dict.fromkeys(("read_parquet", "parquet_scan"), "read_parquet"),
-    **dict.fromkeys(("read_csv", "read_csv_auto"), "read_csv"),
-    **dict.fromkeys(("read_json", "read_json_auto"), "read_json"),
-    **dict.fromkeys(("read_ndjson", "read_ndjson_auto"), "read_ndjson"),
-}
-_SUFFIXES = (
-    (re.compile(r"\.parquet$"), "read_parquet"),
-    (re.compile(r"\.(csv|tsv)(\.gz|\.zst)?$"), "read_csv"),
-    (re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?$"), "read_json"),
-)
-_GLOB = re.compile(r"[*?\[]")
-_FOOTERS_MAX = 2_000
-# A share is cut inside a file only where that gives whole row groups to both sides.
-_ROW_NUMBER = "file_row_number"
+_NONE = 2**64 - 1
+# The row's number: what DuckDB reads when a query needs only the number of rows. No expression may refer to it.
+_ROWID = 2**64 - 1
+_NO_COLUMN = Column("rowid", "ROWID")
 
 
-@dataclass(frozen=True, slots=True)
-class FileScan:
-    """A call of one of DuckDB's readers, with literal paths."""
+class ScanReader:
+    def __init__(self, expressions: ExpressionReader) -> None:
+        self._expressions = expressions
+        self._types = expressions.types
 
-    function: str
-    paths: tuple[str, ...]
-    options: str = ""
-    """The arguments after the paths, as written, with a leading comma; or nothing."""
-
-    def call(self, files: Sequence[str], *more: str) -> str:
-        """The call over other files, with further arguments."""
-        names = ", ".join(literal(file) for file in files)
-        return f"{self.function}([{names}]{self.options}{''.join(f', {argument}' for argument in more)})"
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """One file of a scan. `version` changes when its bytes do, as far as its filesystem can tell."""
-
-    url: str
-    size_bytes: int
-    version: str
-    groups: tuple[int, ...] = ()
-    """Rows of its row groups, if they are known."""
-
-    @property
-    def rows(self) -> int:
-        return sum(self.groups)
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one task reads: whole files, or the rows [first_row, end_row) of one."""
-
-    files: tuple[str, ...]
-    size_bytes: int
-    first_row: int | None = None
-    end_row: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedScan:
-    """A scan whose files and columns are known."""
-
-    scan: FileScan
-    columns: tuple[Column, ...]
-    files: tuple[File, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
-
-    @property
-    def rows(self) -> int | None:
-        """Number of rows, if the files say it without being read."""
-        return sum(file.rows for file in self.files) if self.files and all(file.groups for file in self.files) else None
-
-    def sql(self, share: Share, names: Sequence[str]) -> str:
-        """A SELECT of the share's columns `names` as c0, c1, ..."""
-        chosen = ", ".join(f"{quoted(name)} AS c{i}" for i, name in enumerate(names)) or "1 AS c0"
-        call = self.scan.call(share.files, *self._pins())
-        if share.first_row is None:
-            return f"(SELECT {chosen} FROM {call})"
-        call = self.scan.call(share.files, *self._pins(), f"{_ROW_NUMBER} = true")
-        assert share.end_row is not None
-        within = f"{_ROW_NUMBER} BETWEEN {share.first_row} AND {share.end_row - 1}"
-        return f"(SELECT {chosen} FROM {call} WHERE {within})"
-
-    def _pins(self) -> list[str]:
-        """Arguments that make every share read the types that the whole was found to have."""
-        if self.scan.function == "read_parquet" or re.search(r"\b(columns|types|dtypes)\s*=", self.scan.options):
-            return []
-        pairs = ", ".join(f"{literal(column.name)}: {literal(column.type)}" for column in self.columns)
-        return [f"{'types' if self.scan.function == 'read_csv' else 'columns'} = {{{pairs}}}"]
-
-    def shares(self, size_bytes: int, *, at_least: int = 1, exactly: int | None = None) -> list[Share]:
-        """Shares of about `size_bytes`, in the order of the files; by whole files if `exactly` so many are wanted."""
-        if exactly is not None:
-            return self._groups_of_files(exactly)
-        size_bytes = max(1, min(size_bytes, self.size_bytes // at_least))
-        pieces = [piece for file in self.files for piece in self._pieces(file, size_bytes)]
-        shares: list[Share] = []
-        held: list[Share] = []
-        for piece in pieces:
-            if held and (
-                piece.first_row is not None
-                or held[0].first_row is not None
-                or sum(share.size_bytes for share in held) + piece.size_bytes // 2 > size_bytes
-            ):
-                shares.append(_together(held))
-                held = []
-            held.append(piece)
-        return [*shares, _together(held)] if held else [Share((), 0)]
-
-    def _groups_of_files(self, count: int) -> list[Share]:
-        """`count` shares of whole files, as even in bytes as first fit makes them; some may be empty."""
-        bins: list[list[File]] = [[] for _ in range(count)]
-        sizes = [0] * count
-        for file in sorted(self.files, key=lambda file: (-file.size_bytes, file.url)):
-            smallest = sizes.index(min(sizes))
-            bins[smallest].append(file)
-            sizes[smallest] += file.size_bytes
-        order = {file.url: position for position, file in enumerate(self.files)}
-        return [
-            Share(tuple(sorted((file.url for file in files), key=order.__getitem__)), size)
-            for files, size in zip(bins, sizes, strict=True)
+    def read(self, fields: Fields) -> Node:
+        name = self._expressions.function_name(fields)
+        returned = [
+            Column(name, self._types.type(type_))
+            for name, type_ in zip(fields.take("names"), fields.take("returned_types"), strict=True)
         ]
+        if name == "seq_scan":
+            data = Fields(fields.take("function_data"), "a scan")
+            table = data.take("table")
+            data.expect("is_index_scan", False)
+            data.expect("is_create_index", False)
+            data.expect("result_ids", [])
+            data.ignore("catalog", "schema", "qualified_name")
+            data.done()
+            self._expect_plain(fields)
+            node = self._columns(table, returned, fields.take("column_indexes"))
+        elif name in ("range", "generate_series"):
+            node = self._range(name, returned, fields)
+        else:
+            raise NotPlannable(f"the table function {name}")
+        return self._kept(self._filtered(node, fields), fields)
 
-    def _pieces(self, file: File, size_bytes: int) -> Iterator[Share]:
-        """The file, cut between row groups if it is larger than a share and may be cut."""
-        whole = Share((file.url,), file.size_bytes)
-        splittable = self.scan.function == "read_parquet" and len(file.groups) > 1
-        if not splittable or file.size_bytes <= size_bytes * 3 // 2 or _ROW_NUMBER in self.scan.options:
-            yield whole
-            return
-        pieces = min(len(file.groups), round(file.size_bytes / size_bytes))
-        start, position = 0, 0
-        for piece in range(pieces):
-            end_group = len(file.groups) * (piece + 1) // pieces
-            end = position + sum(file.groups[start:end_group])
-            yield Share((file.url,), file.size_bytes * (end - position) // max(1, file.rows), position, end)
-            start, position = end_group, end
+    def _expect_plain(self, fields: Fields) -> None:
+        """Nothing but what was read elsewhere."""
+        for name in ("parameters", "input_table_types", "input_table_names", "named_arguments", "projected_input"):
+            fields.expect(name, [])
+        fields.expect("named_parameters", [], {})
+        fields.expect("original_arguments", [])
+        fields.expect("scan_partition_indices", [])
+        fields.expect("arguments", [])
+        fields.expect("ordinality_idx", _NONE)
+        fields.expect("source_ordinality", "WITHOUT_ORDINALITY")
+        fields.expect("has_pushed_projection", False)
+        fields.ignore("table_index", "positional_arguments", "has_serialize", "estimated_cardinality")
+        extra = Fields(fields.take("extra_info", {}), "a scan")
+        extra.expect("file_filters", "")
+        extra.ignore("total_files", "filtered_files")
+        extra.done()
 
-
-def _together(shares: Sequence[Share]) -> Share:
-    if len(shares) == 1:
-        return shares[0]
-    return Share(tuple(file for share in shares for file in share.files), sum(share.size_bytes for share in shares))
-
-
-# ---- finding scans in a query's text
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    start: int
-    text: str
-    is_string: bool
-
-
-def find(text: str, prefix: str = "emberflow_scan_") -> tuple[str, dict[str, FileScan]]:
-    """The text with each scan replaced by a name, and the scans by their names. Equal scans share one."""
-    tokens = _tokens(text)
-    names: dict[FileScan, str] = {}
-    pieces: list[str] = []
-    end = index = 0
-    while index < len(tokens):
-        found = _call_at(tokens, index) or _file_at(tokens, index)
-        if found is None:
-            index += 1
-            continue
-        scan, after = found
-        name = names.setdefault(scan, f"{prefix}{len(names)}")
-        pieces += [text[end : tokens[index].start], name]
-        last = tokens[after - 1]
-        end = last.start + len(last.text)
-        index = after
-    return "".join([*pieces, text[end:]]), {name: scan for scan, name in names.items()}
-
-
-def _tokens(text: str) -> list[_Token]:
-    # DuckDB's tokenizer counts bytes, and gives starts only.
-    source = text.encode()
-    found = [(start, kind) for start, kind in duckdb.tokenize(text) if kind != duckdb.token_type.comment]
-    tokens = []
-    for (start, kind), (stop, _) in zip(found, [*found[1:], (len(source), None)], strict=True):
-        raw = source[start:stop].decode()
-        is_string = kind == duckdb.token_type.string_const
-        tokens.append(_Token(len(source[:start].decode()), _string_of(raw) if is_string else raw.rstrip(), is_string))
-    return [part for token in tokens for part in _split(token)]
-
-
-def _string_of(raw: str) -> str:
-    match = re.match(r"'(?:[^']|'')*'", raw)
-    return match[0] if match else raw.rstrip()
-
-
-def _split(token: _Token) -> Iterator[_Token]:
-    """Operators one character at a time: the tokenizer may give `([` as one."""
-    if token.is_string or re.match(r"[\w\"$]", token.text):
-        yield token if token.is_string else _Token(token.start, re.split(r"\s", token.text)[0], False)
-        return
-    for offset, character in enumerate(token.text):
-        if not character.isspace():
-            yield _Token(token.start + offset, character, False)
-
-
-def _call_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | None:
-    """A reader's call that begins at `index`, and where it ends."""
-    function = _READERS.get(tokens[index].text.lower())
-    if function is None or index + 2 >= len(tokens) or tokens[index + 1].text != "(":
-        return None
-    depth, close = 0, index + 1
-    while close < len(tokens):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(tokens[close].text, 0)
-        if depth == 0:
-            break
-        close += 1
-    else:
-        return None
-    paths, position = _paths_at(tokens, index + 2)
-    if not paths or tokens[position].text not in (",", ")"):
-        return None
-    options = " ".join(token.text for token in tokens[position:close])
-    return FileScan(function, paths, options), close + 1
-
-
-def _paths_at(tokens: Sequence[_Token], index: int) -> tuple[tuple[str, ...], int]:
-    """The literal path or list of paths at `index`, and what follows; no paths if it is something else."""
-    if tokens[index].is_string:
-        return (_unquoted(tokens[index].text),), index + 1
-    if tokens[index].text != "[":
-        return (), index
-    paths = []
-    for position in range(index + 1, len(tokens)):
-        token = tokens[position]
-        if token.is_string:
-            paths.append(_unquoted(token.text))
-        elif token.text == "]":
-            return tuple(paths), position + 1
-        elif token.text != ",":
-            break
-    return (), index
-
-
-def _file_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | None:
-    """`FROM 'file'` or `JOIN 'file'`, where the file's ending says how it is read."""
-    token = tokens[index]
-    if not token.is_string or index == 0 or tokens[index - 1].text.lower() not in ("from", "join"):
-        return None
-    path = _unquoted(token.text)
-    for suffix, function in _SUFFIXES:
-        if suffix.search(path):
-            return FileScan(function, (path,)), index + 1
-    return None
-
-
-def _unquoted(text: str) -> str:
-    return text[1:-1].replace("''", "'")
-
-
-# ---- resolving
-
-
-def resolve(scan: FileScan, connection: Any, options: StorageOptions) -> ResolvedScan:
-    """Lists the scan's files and asks DuckDB for its columns. Raises what DuckDB or the filesystem raises."""
-    files = list(_files(scan.paths, options))
-    if not files:
-        raise DatasetNotFound(f"no files match {', '.join(scan.paths)}")
-    described = connection.execute(f"DESCRIBE SELECT * FROM {scan.call(scan.paths)}").fetchall()
-    columns = tuple(Column(str(row[0]), str(row[1])) for row in described)
-    if scan.function == "read_parquet" and len(files) <= _FOOTERS_MAX:
-        files = list(_with_groups(files, connection))
-    return ResolvedScan(scan, columns, tuple(files))
-
-
-def _files(paths: Iterable[str], options: StorageOptions) -> Iterator[File]:
-    for path in paths:
-        filesystem, inner = open_url(path, options)
-        found = filesystem.glob(inner, detail=True) if _GLOB.search(inner) else {inner: filesystem.info(inner)}
-        for name in sorted(found):
-            info = found[name]
-            if info.get("type") == "directory" or f"/{STAGING_PREFIX}" in name:
+    def _columns(self, table: str, returned: list[Column], indexes: list[Json]) -> Node:
+        """The scan, and above it what is not a whole column of it."""
+        positions: list[int] = []
+        row: list[tuple[int | None, tuple[str, ...], str]] = []  # a place in positions, members below it, the type
+        for json in indexes:
+            index = Fields(json, "a scan's column")
+            number = index.take("index", 0)
+            index.expect("has_index", True)
+            index.expect("field", "")
+            if number == _ROWID:
+                row.append((None, (), _NO_COLUMN.type))
+                index.ignore("child_indexes", "index_type", "type")
+                index.done()
                 continue
-            version = [str(info[key]) for key in ("ETag", "etag", "mtime", "created", "ino", "version") if key in info]
-            yield File(url_of(filesystem, name), int(info["size"] or 0), ",".join(version))
+            if number >= len(returned):
+                raise NotPlannable("a virtual column of a table")
+            if number not in positions:
+                positions.append(number)
+            place = positions.index(number)
+            if index.take("index_type", "FULL_READ") == "PUSHDOWN_EXTRACT":
+                members, type_ = self._extracted(index.take("type"), index.take("child_indexes"))
+                row.append((place, members, type_))
+            else:
+                index.ignore("child_indexes", "type")  # which members are needed is a hint
+                row.append((place, (), returned[number].type))
+            index.done()
+        scan = Scan(table, tuple(positions), tuple(returned[i] for i in positions))
+        if [place for place, _, _ in row] == list(range(len(positions))) and not any(members for _, members, _ in row):
+            return scan
+        exprs, names = [], []
+        for place, members, type_ in row:
+            expr = Expr(("CAST(NULL AS BIGINT)",), type_) if place is None else column(place, type_)
+            for member in members:
+                expr = text(type_, "struct_extract(", expr, f", {string(member)})")
+            exprs.append(expr)
+            names.append(members[-1] if members else "rowid" if place is None else scan.columns[place].name)
+        return Project(scan, tuple(exprs), tuple(names))
 
+    def _extracted(self, type_: Json, path: list[Json]) -> tuple[tuple[str, ...], str]:
+        """The names on the way to a struct's member that is all a scan reads (2.0), and its type."""
+        members: list[str] = []
+        while path:
+            (step,) = path
+            member = type_["type_info"]["child_types"][step["index"]]
+            if type_["id"] != "STRUCT" or not member["first"]:
+                raise NotPlannable("a scan of a member that has no name")
+            members.append(member["first"])
+            type_, path = member["second"], step["child_indexes"]
+        return tuple(members), self._types.type(type_)
 
-def _with_groups(files: Sequence[File], connection: Any) -> Iterator[File]:
-    """The files with the rows of their row groups, from their footers."""
-    names = ", ".join(literal(file.url) for file in files)
-    rows = connection.execute(
-        "SELECT file_name, list(n ORDER BY g) FROM (SELECT DISTINCT file_name, row_group_id AS g, row_group_num_rows AS n"
-        f" FROM parquet_metadata([{names}])) GROUP BY file_name"
-    ).fetchall()
-    groups = dict(rows)
-    for file in files:
-        yield File(file.url, file.size_bytes, file.version, tuple(groups.get(file.url, ())))
+    def _range(self, name: str, returned: list[Column], fields: Fields) -> Node:
+        parameters = ", ".join(self._types.constant(value) for value in fields.take("parameters"))
+        self._expect_plain(fields)
+        if [index.get("index", 0) for index in fields.take("column_indexes")] != [0]:
+            return Fixed(f"SELECT NULL FROM {name}({parameters})", (_NO_COLUMN,))
+        return Fixed(f"SELECT * FROM {name}({parameters})", tuple(returned))
+
+    def _filtered(self, node: Node, fields: Fields) -> Node:
+        # 2.0 names a filter's column by its place among those read, 1.4 by its place in the table.
+        by_place = fields.take("table_filters_by_projection", False)
+        filters = Fields(fields.take("table_filters", {}), "a scan's filters")
+        conditions: list[Expr] = []
+        for entry in filters.take("filters", []):
+            place = entry["key"] if by_place else self._place(node, entry["key"])
+            target = Scope(node.columns).reference(place, node.columns[place].type)
+            condition = self._condition(entry["value"], target, node, [place])
+            conditions += [condition] if condition else []
+        for json in filters.take("multi_column_filters", []):
+            condition = self._condition(json, None, node, json["column_indexes"])
+            conditions += [condition] if condition else []
+        filters.done()
+        return Filter(node, tuple(conditions)) if conditions else node
+
+    def _place(self, node: Node, number: int) -> int:
+        """Where a column of the table stands in the node over its scan."""
+        if isinstance(node, Scan):
+            return node.positions.index(number)
+        if isinstance(node, Project) and isinstance(node.child, Scan):
+            place = node.child.positions.index(number)
+            return [expr.position for expr in node.exprs].index(place)
+        return number
+
+    def _condition(self, json: Json, target: Expr | None, node: Node, places: list[int]) -> Expr | None:
+        """None: the filter only helps."""
+        fields = Fields(json, "a scan's filter")
+        kind = fields.take("filter_type").removeprefix("LEGACY_")
+        fields.what = f"a scan's {kind}"
+        if kind == "OPTIONAL_FILTER":
+            return None
+        if kind == "EXPRESSION_FILTER":
+            fields.take("column_indexes", None)
+            scope = Scope(tuple(node.columns[place] for place in places))
+            read = self._expressions.read(fields.take("expr"), scope)
+            fields.done()
+            return read.moved(lambda position: places[position])
+        if target is None:
+            raise NotPlannable(f"a scan's {kind} over several columns")
+        condition = self._simple(kind, fields, target, node, places)
+        fields.done()
+        return condition
+
+    def _simple(self, kind: str, fields: Fields, target: Expr, node: Node, places: list[int]) -> Expr | None:
+        if kind == "CONSTANT_COMPARISON":
+            operator = COMPARISONS[fields.take("comparison_type")]
+            return comparison(target, operator, Expr((self._types.constant(fields.take("constant")),), target.type))
+        if kind in ("IS_NULL", "IS_NOT_NULL"):
+            return text("BOOLEAN", "(", target, f" {kind.replace('_', ' ')})")
+        if kind == "IN_FILTER":
+            values = ", ".join(self._types.constant(value) for value in fields.take("values"))
+            return text("BOOLEAN", "(", target, f" IN ({values}))")
+        if kind in ("CONJUNCTION_AND", "CONJUNCTION_OR"):
+            children = [self._condition(child, target, node, places) for child in fields.take("child_filters")]
+            known = [child for child in children if child is not None]
+            if kind == "CONJUNCTION_OR" and len(known) < len(children):
+                return None
+            return conjunction(known, kind.removeprefix("CONJUNCTION_")) if known else None
+        if kind == "STRUCT_EXTRACT":
+            fields.ignore("child_idx")
+            child = fields.take("child_filter")
+            member = text("", "struct_extract(", target, f", {string(fields.take('child_name'))})")
+            return self._condition(child, member, node, places)
+        raise NotPlannable(f"a scan's filter {kind}")
+
+    def _kept(self, node: Node, fields: Fields) -> Node:
+        kept = fields.take("projection_ids", [])
+        if not kept or kept == list(range(len(node.columns))):
+            return node
+        columns = [node.columns[i] for i in kept]
+        exprs = tuple(column(i, c.type) for i, c in zip(kept, columns, strict=True))
+        return Project(node, exprs, tuple(c.name for c in columns))
+
+    def unnest(self, fields: Fields, child: Node) -> Node:
+        """The table function unnest over a column of its input: the elements, then columns of the input."""
+        name = self._expressions.function_name(fields)
+        if name != "unnest":
+            raise NotPlannable(f"the table function {name} over columns")
+        fields.ignore("names")
+        (type_,) = (self._types.type(type_) for type_ in fields.take("returned_types"))
+        if [index.get("index", 0) for index in fields.take("column_indexes")] != [0]:
+            raise NotPlannable("an UNNEST whose elements are not read")
+        kept = fields.take("projected_input", [])
+        fields.expect("projection_ids", [], [0])
+        fields.expect("table_filters", {"filters": []}, {"filters": [], "multi_column_filters": []})
+        fields.ignore("table_filters_by_projection", "input_table_types", "input_table_names")
+        self._expect_plain(fields)
+        node = Unnest(child, (column(0, child.columns[0].type),), (type_,))
+        order = [len(child.columns), *kept]
+        exprs = tuple(column(i, node.columns[i].type) for i in order)
+        return Project(node, exprs, tuple(node.columns[i].name for i in order))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from .aggregates import distinct_first, split
+from .filescans import ResolvedScan
 from .frames import Computed
 from .nodes import (
     Aggregate,
@@ -51,7 +52,6 @@ from .pipes import (
     TableFeed,
     Whole,
 )
-from .scans import ResolvedScan
 
 Pipes = list[Pipe]
 

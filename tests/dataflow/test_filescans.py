@@ -1,0 +1,121 @@
+"""How scans are found in a query's text, and cut into the shares of tasks. Run: pytest tests/dataflow/test_filescans.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import emberflow
+import pytest
+from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, resolve
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "scans"),
+    [
+        ("from 'a.parquet'", "from S0", [FileScan("read_parquet", ("a.parquet",))]),
+        ("select * from 's3://b/*.csv.gz' t", "select * from S0 t", [FileScan("read_csv", ("s3://b/*.csv.gz",))]),
+        ("from read_parquet('a')", "from S0", [FileScan("read_parquet", ("a",))]),
+        ("from parquet_scan(['a', 'b'])", "from S0", [FileScan("read_parquet", ("a", "b"))]),
+        (
+            "from read_csv_auto('a', delim = '|', types={'x': 'INT'}) t where x = '('",
+            "from S0 t where x = '('",
+            [FileScan("read_csv", ("a",), ", delim = '|' , types = { 'x' : 'INT' }")],
+        ),
+        (
+            "from 'a.json' join 'b.jsonl' using (k)",
+            "from S0 join S1 using (k)",
+            [FileScan("read_json", ("a.json",)), FileScan("read_json", ("b.jsonl",))],
+        ),
+        (
+            "from 'a.parquet' x, read_parquet('a.parquet') y",
+            "from S0 x, S0 y",
+            [FileScan("read_parquet", ("a.parquet",))],
+        ),
+        (
+            "from 'it''s é.parquet' -- from 'no.csv'",
+            "from S0 -- from 'no.csv'",
+            [FileScan("read_parquet", ("it's é.parquet",))],
+        ),
+    ],
+)
+def test_a_scan_is_found_and_named(text: str, expected: str, scans: list[FileScan]) -> None:
+    found, named = find(text, prefix="S")
+    assert found == expected
+    assert list(named.values()) == scans
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "select 'from ''a.parquet''' from t",
+        "select extract(year from date '2020-01-01')",
+        "select substring('abc.parquet' from 2)",
+        "select x is distinct from 'abc'",
+        "from read_parquet($paths)",
+        "from read_parquet('a' || 'b')",
+        "from read_parquet([x for x in y])",
+        "select read_parquet from t",
+        "from range(10)",
+    ],
+)
+def test_what_is_no_scan_stays(text: str) -> None:
+    assert find(text) == (text, {})
+
+
+def scan_of(*files: File) -> ResolvedScan:
+    return ResolvedScan(FileScan("read_parquet", ("x",)), (), files)
+
+
+def test_shares_follow_bytes_and_keep_files_whole_and_in_order() -> None:
+    files = [File(f"f{i}", size, "") for i, size in enumerate([40, 40, 40, 100, 10, 10])]
+    shares = scan_of(*files).shares(100)
+    assert [share.files for share in shares] == [("f0", "f1", "f2"), ("f3",), ("f4", "f5")]
+    assert sum(share.size_bytes for share in shares) == 240
+
+
+def test_a_large_file_is_cut_between_row_groups() -> None:
+    shares = scan_of(File("f", 1000, "", (10, 20, 30, 40))).shares(250)
+    assert [(share.first_row, share.end_row) for share in shares] == [(0, 10), (10, 30), (30, 60), (60, 100)]
+    assert all(share.files == ("f",) for share in shares)
+
+
+def test_there_are_as_many_shares_as_asked_for_if_the_files_allow() -> None:
+    assert len(scan_of(*(File(f"f{i}", 10, "") for i in range(9))).shares(1_000_000, at_least=4)) >= 4
+    exactly = scan_of(*(File(f"f{i}", 10 + i, "") for i in range(5))).shares(0, exactly=3)
+    assert len(exactly) == 3
+    assert sorted(file for share in exactly for file in share.files) == ["f0", "f1", "f2", "f3", "f4"]
+    assert [share.files for share in scan_of(File("f", 1, "")).shares(0, exactly=2)] == [("f",), ()]
+
+
+def test_no_files_make_one_empty_share() -> None:
+    assert scan_of().shares(100) == [Share((), 0)]
+
+
+def test_the_shares_of_a_real_scan_are_its_rows(tmp_path: Path) -> None:
+    connection = duckdb.connect()
+    connection.execute(
+        f"copy (select i k, i % 7 h from range(50000) t(i)) to '{tmp_path}/a.parquet' (row_group_size 10000)"
+    )
+    connection.execute(f"copy (select i k, i % 7 h from range(50000, 50010) t(i)) to '{tmp_path}/b.parquet'")
+    scan = resolve(FileScan("read_parquet", (f"{tmp_path}/*.parquet",)), connection, {})
+    assert [column.type for column in scan.columns] == ["BIGINT", "BIGINT"]
+    assert scan.rows == 50010
+    shares = scan.shares(scan.size_bytes // 4)
+    assert len(shares) > 2
+    total = " UNION ALL ".join(f"FROM {scan.sql(share, ['k'])}" for share in shares)
+    assert connection.execute(f"SELECT count(*), sum(c0) FROM ({total})").fetchone() == (50010, sum(range(50010)))
+
+
+def test_csv_shares_have_the_types_of_the_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("k,v\n1,2\n")
+    (tmp_path / "b.csv").write_text("k,v\n3,x\n")
+    connection = duckdb.connect()
+    scan = resolve(FileScan("read_csv", (f"{tmp_path}/*.csv",)), connection, {})
+    rows = [connection.execute(f"FROM {scan.sql(share, ['v'])}").fetchall() for share in scan.shares(1)]
+    assert rows == [[("2",)], [("x",)]]
+
+
+def test_a_scan_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(emberflow.DatasetNotFound, match=r"\*\.parquet"):
+        resolve(FileScan("read_parquet", (f"{tmp_path}/*.parquet",)), duckdb.connect(), {})

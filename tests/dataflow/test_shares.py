@@ -1,0 +1,85 @@
+"""How a stage becomes tasks, by the bytes that its inputs turned out to have.
+
+Run: pytest tests/dataflow/test_shares.py.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from emberflow.exchange.format import Block, ExchangeIndex, pack_blocks
+from emberflow.job.shares import Exchanged, ShareConfig, specs
+from emberflow.job.steps import Output
+from emberflow.plan.nodes import Column, Input
+from emberflow.plan.pipes import Exchange, ExchangeFeed, Pipe, SqlSegment, Stage, Whole
+
+MIB = 1 << 20
+COLUMNS = (Column("k", "BIGINT"),)
+
+
+def output(*partition_bytes: int) -> Output:
+    """What a producer made, as far as shares look at it."""
+    offsets = np.cumsum([0, *partition_bytes])
+    blocks = [Block(p, 1, int(offsets[p]), size, 0) for p, size in enumerate(partition_bytes) if size]
+    index = ExchangeIndex(
+        schema=b"", columns=COLUMNS, num_partitions=len(partition_bytes), packed_blocks=pack_blocks(blocks)
+    )
+    data = msgspec.msgpack.encode(index)
+    return Output(attempt="a", rows=1, size_bytes=sum(partition_bytes), url="u", index=data)
+
+
+def stage_of(*exchanges: Exchange, by: str = "partition") -> Stage:
+    feeds = {i: ExchangeFeed(exchange, by) for i, exchange in enumerate(exchanges)}  # type: ignore[arg-type]
+    pipe = Pipe((SqlSegment(Input(0, COLUMNS)),), dict(feeds), 0, 0)
+    return Stage(0, pipe, Whole(), Exchange(99, COLUMNS, 1))
+
+
+def groups(stage: Stage, outputs: dict[int, list[Output]], config: ShareConfig | None = None) -> list[tuple[int, ...]]:
+    return [spec.exchanges[0].partitions for spec in specs(stage, outputs, config or ShareConfig())]
+
+
+def test_small_neighbours_share_a_task() -> None:
+    exchange = Exchange(7, COLUMNS, 6)
+    outputs = {7: [output(*[MIB] * 6), output(*[MIB] * 6)]}
+    assert groups(stage_of(exchange), outputs, ShareConfig(task_bytes=5 * MIB)) == [(0, 1), (2, 3), (4, 5)]
+    assert groups(stage_of(exchange), outputs) == [(0, 1, 2, 3, 4, 5)]
+    assert groups(stage_of(exchange), outputs, ShareConfig(coalesce=False)) == [(p,) for p in range(6)]
+
+
+def test_partitions_the_user_asked_for_stay_tasks() -> None:
+    exchange = Exchange(7, COLUMNS, 4, fixed=True)
+    assert groups(stage_of(exchange), {7: [output(1, 0, 0, 1)]}) == [(0,), (1,), (2,), (3,)]
+
+
+def test_a_much_larger_partition_is_cut_by_producer_where_that_is_right() -> None:
+    left = Exchange(1, COLUMNS, 4, splittable=True)
+    right = Exchange(2, COLUMNS, 4)
+    outputs = {
+        1: [output(MIB, 40 * MIB, MIB, MIB) for _ in range(4)],
+        2: [output(MIB, MIB, MIB, MIB)],
+    }
+    found = specs(stage_of(left, right), outputs, ShareConfig(task_bytes=MIB))
+    split = [spec.exchanges for spec in found if spec.exchanges[0].partitions == (1,)]
+    assert [exchanges[0].outputs for exchanges in split] == [(0,), (1,), (2,), (3,)]
+    assert all(exchanges[1] == Exchanged((1,)) for exchanges in split)
+    assert sorted(p for spec in found for p in spec.exchanges[0].partitions) == [0, 1, 1, 1, 1, 2, 3]
+
+
+def test_nothing_is_cut_where_equal_keys_must_stay_together() -> None:
+    exchange = Exchange(1, COLUMNS, 3)
+    outputs = {1: [output(MIB, 90 * MIB, MIB) for _ in range(4)]}
+    assert groups(stage_of(exchange), outputs, ShareConfig(task_bytes=MIB)) == [(0,), (1,), (2,)]
+
+
+def test_pieces_are_neighbours_up_to_a_tasks_bytes() -> None:
+    exchange = Exchange(1, COLUMNS, 1)
+    outputs = {1: [output(size * MIB) for size in (3, 3, 9, 1, 1)]}
+    found = specs(stage_of(exchange, by="piece"), outputs, ShareConfig(task_bytes=6 * MIB))
+    assert [spec.exchanges[0].outputs for spec in found] == [(0, 1), (2,), (3, 4)]
+
+
+def test_everything_for_one_task_needs_no_share() -> None:
+    pipe = Pipe((SqlSegment(Input(0, COLUMNS)),), {0: ExchangeFeed(Exchange(1, COLUMNS, 4), "all")}, None, 0)
+    stage = Stage(0, pipe, Whole(), Exchange(2, COLUMNS, 1))
+    (only,) = specs(stage, {1: [output(1, 1, 1, 1)]}, ShareConfig())
+    assert only.exchanges == {}

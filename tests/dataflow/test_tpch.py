@@ -1,0 +1,71 @@
+"""TPC-H's 22 queries over 8-way partitioned Parquet, with DuckDB's own answers. Run: pytest tests/dataflow/test_tpch.py.
+
+Once as the planner likes it and once with everything through exchanges: 8 partitions, nothing broadcast, no query as one
+task. The tables and texts are fetched from the package index when first asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+import emberflow
+import pytest
+
+from benchmarks import tpch
+
+SCALE_FACTOR = 0.1
+
+PLANS: dict[str, dict[str, Any]] = {
+    "auto": {"executor": "local"},
+    "inline": {"executor": "inline", "shuffle": "always", "partitions": 8, "broadcast_bytes": 0},
+    "local": {"executor": "local", "shuffle": "always", "partitions": 8, "broadcast_bytes": 0},
+    "ray": {"executor": "ray", "shuffle": "always", "partitions": 8, "broadcast_bytes": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, list[str]]:
+    return tpch.data(SCALE_FACTOR)
+
+
+@pytest.fixture(scope="module")
+def plain(tables: dict[str, list[str]]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB, with views of the tables."""
+    with duckdb.connect() as connection:
+        for name, files in tables.items():
+            connection.execute(f"CREATE VIEW {name} AS FROM read_parquet({files})")
+        yield connection
+
+
+@pytest.fixture(scope="module", params=list(PLANS))
+def session(request: pytest.FixtureRequest, tables: dict[str, list[str]]) -> Iterator[emberflow.Session]:
+    with emberflow.init(workers=2, memory_limit="4GB", **PLANS[request.param]) as session:
+        for name, files in tables.items():
+            session.view(name, session.read_parquet(files))
+        yield session
+
+
+@pytest.mark.parametrize("number", range(1, 23))
+def test_the_answer_is_duckdbs(session: emberflow.Session, plain: duckdb.DuckDBPyConnection, number: int) -> None:
+    text = tpch.queries()[number]
+    expected = plain.execute(text).fetchall()
+    frame = session.sql(text)
+    got = [tuple(row) for batch in frame.to_batches() for row in zip(*batch.to_pydict().values(), strict=True)]
+    if session.config.shuffle == "always":
+        assert "runs as one task" not in frame.explain()
+    assert len(got) == len(expected)
+    assert all(map(same_row, got, expected)), (got[:3], expected[:3])
+
+
+def same_row(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    return all(map(same_value, left, right))
+
+
+def same_value(left: Any, right: Any) -> bool:
+    if isinstance(left, float) and isinstance(right, float):
+        # Floats are added up in another order.
+        return math.isclose(left, right, rel_tol=1e-9)
+    return bool(left == right)
