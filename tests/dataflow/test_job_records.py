@@ -82,6 +82,14 @@ def test_how_a_job_ends(world: World, error: BaseException, state: str) -> None:
     assert info.error.startswith(type(error).__name__)
 
 
+def test_the_notes_of_an_error_say_where_it_was(world: World) -> None:
+    error = ValueError("no such column")
+    error.add_note("in scan 0.1 of 8, attempt 1")
+    with pytest.raises(ValueError), world.record():
+        raise error
+    assert show(world.root, "j").info.error == "ValueError: no such column\nin scan 0.1 of 8, attempt 1"
+
+
 def test_a_silent_driver_is_lost_and_its_job_can_be_gone_on_with(world: World) -> None:
     first = world.record()
     first.__enter__()

@@ -128,7 +128,8 @@ class Record:
             if error is not None:
                 ended = self._is_cancelled or isinstance(error, CallCancelled | KeyboardInterrupt)
                 self.info.state = "cancelled" if ended else "failed"
-                self.info.error = _cut(f"{type(error).__name__}: {error}", _TEXT_CHARS_MAX)
+                told = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+                self.info.error = _cut("\n".join(told), _TEXT_CHARS_MAX)
         self._flush()
         self._save()
 
