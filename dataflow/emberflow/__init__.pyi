@@ -1,0 +1,52 @@
+# What the package offers. `lazy.py` reads it when the package is imported, and type checkers do.
+
+from __future__ import annotations
+
+from .dataframe import DataFrame
+from .errors import (
+    CallCancelled,
+    CallOutOfMemory,
+    DatasetExists,
+    DatasetNotFound,
+    ExchangeCorrupt,
+    FlowError,
+    InvalidArgument,
+    OutOfMemory,
+    QueryError,
+    SessionClosed,
+    UnsupportedType,
+    UserCodeError,
+    WorkerDied,
+)
+from .functions.sqltypes import UDFAnyParameters, UDFListType, UDFMapType, UDFStructType, UDFType
+from .functions.udf import Udf, udf
+from .session import Session, SessionConfig, init
+from .writer import WriteReport
+
+__all__ = [
+    "CallCancelled",
+    "CallOutOfMemory",
+    "DataFrame",
+    "DatasetExists",
+    "DatasetNotFound",
+    "ExchangeCorrupt",
+    "FlowError",
+    "InvalidArgument",
+    "OutOfMemory",
+    "QueryError",
+    "Session",
+    "SessionClosed",
+    "SessionConfig",
+    "UDFAnyParameters",
+    "UDFListType",
+    "UDFMapType",
+    "UDFStructType",
+    "UDFType",
+    "Udf",
+    "UnsupportedType",
+    "UserCodeError",
+    "WorkerDied",
+    "WriteReport",
+    "init",
+    "udf",
+]
