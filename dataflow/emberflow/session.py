@@ -144,7 +144,9 @@ class Session:
         are asked for. `deterministic` runs one thread a task: float sums and ties come out the same each time.
         """
         named = {name: self._query_of(table) for name, table in tables.items()}
-        parsed = parse(query, params, {**self._views, **named})
+        lowered = query.lower()
+        views = {name: view for name, view in self._views.items() if name.lower() in lowered}
+        parsed = parse(query, params, {**views, **named})
         return DataFrame(self, replace(parsed, deterministic=True) if deterministic else parsed)
 
     def view(self, name: str, table: Table) -> DataFrame:
