@@ -368,7 +368,8 @@ class DataFrame:
         if self.session.needs_job(self.frame):
             from .plan.explain import explained
 
-            return explained(self.session.jobs.planner(self.frame).program(self.frame))
+            program = self.session.jobs.planner(self.frame).program(self.frame)
+            return explained(program, threads=self.session.jobs.threads_of(self.frame))
         with self.session.running(self.query) as cursor:
             rows = cursor.execute(f"EXPLAIN {self.query.text}", self.query.params).fetchall()
         return "in this process, by one DuckDB:\n" + "\n".join(str(row[-1]) for row in rows)

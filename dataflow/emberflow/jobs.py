@@ -77,7 +77,7 @@ class Jobs:
         """Whether the frame's rows are made by a job; else one DuckDB in this process makes them."""
         if not isinstance(frame, Query):
             return not isinstance(frame, Computed)
-        if self.config.shuffle == "always" or self.config.executor == "ray":
+        if self.config.shuffle == "always" or self.config.executor == "ray" or frame.deterministic:
             return True
         sources = [source for source in frame.tables.values() if not isinstance(source, pa.Table)]
         if any(not isinstance(source, Query) and not self.is_computed(source) for source in sources):
@@ -214,7 +214,7 @@ class Jobs:
             self.root,
             id=f"{self.config.job_id or uuid.uuid4().hex[:12]}-{self._count}",
             config=JobConfig(
-                cpus_per_task=self.config.threads or 1,
+                cpus_per_task=self.threads_of(frame),
                 timeout_s=self.config.timeout_s,
                 shares=ShareConfig(
                     scan_bytes=self.config.partition_bytes,
@@ -236,7 +236,7 @@ class Jobs:
         record = Record(
             self.root,
             info,
-            explain=explained(job.program),
+            explain=explained(job.program, threads=job.config.cpus_per_task),
             storage_options=self.config.storage_options,
             on_cancel=job.stop,
         )
@@ -249,6 +249,11 @@ class Jobs:
 
             job.watch, job.use = watch, record.use
             yield
+
+    def threads_of(self, frame: Frame) -> int:
+        """Threads of a task of the frame's job."""
+        deterministic = isinstance(frame, Query) and frame.deterministic
+        return 1 if deterministic else self.config.threads or 1
 
     @property
     def root(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import duckdb
@@ -36,11 +36,13 @@ class Query:
     text: str
     params: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Source] = field(default_factory=dict)
+    deterministic: bool = False
+    """Run with one thread a task, so that it gives the same bytes each time, ties and float sums included."""
 
     def wrapped(self, before: str, after: str = "") -> Query:
         """The query `before (text) after`, with the same parameters and tables."""
         # The line break ends a comment that `text` may end with.
-        return Query(text=f"{before} ({self.text}\n) {after}".rstrip(), params=self.params, tables=self.tables)
+        return replace(self, text=f"{before} ({self.text}\n) {after}".rstrip())
 
 
 def parse(text: str, params: Sequence[Any] | Mapping[str, Any] | None, tables: Mapping[str, Query]) -> Query:

@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args
 
 import duckdb
@@ -127,16 +127,25 @@ class Session:
             self._jobs = Jobs(self)
         return self._jobs
 
-    def sql(self, query: str, /, params: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Table) -> DataFrame:
+    def sql(
+        self,
+        query: str,
+        /,
+        params: Sequence[Any] | Mapping[str, Any] | None = None,
+        *,
+        deterministic: bool = False,
+        **tables: Table,
+    ) -> DataFrame:
         """The lazy result of one query over whole datasets: `select ... from 'ember://store/*.parquet'`.
 
         `params` fill the placeholders `?` (a list) or `$name` (a mapping). Each of `tables` is a name the query
         may use: a `DataFrame`, an Arrow table or reader, or a pandas frame; so are the session's views. Raises
         `QueryError` at once for text that is not one query; names, types and files are checked when rows or the schema
-        are asked for.
+        are asked for. `deterministic` runs one thread a task: float sums and ties come out the same each time.
         """
         named = {name: self._query_of(table) for name, table in tables.items()}
-        return DataFrame(self, parse(query, params, {**self._views, **named}))
+        parsed = parse(query, params, {**self._views, **named})
+        return DataFrame(self, replace(parsed, deterministic=True) if deterministic else parsed)
 
     def view(self, name: str, table: Table) -> DataFrame:
         """Gives rows a name that every later `sql` of this session may use. Naming it again replaces it."""
@@ -262,12 +271,15 @@ class Session:
 
     def needs_job(self, frame: Frame) -> bool:
         """Whether a job makes the frame's rows; else one DuckDB in this process does."""
-        if isinstance(frame, Query) and self.config.shuffle == "auto" and self.config.executor != "ray":
+        if isinstance(frame, Query) and self._may_run_here(frame):
             plain = all(isinstance(source, pa.Table) for source in frame.tables.values())
             # Of a few small local files nobody need think, nor import what does.
             if plain and small(frame.text):
                 return False
         return self.jobs.is_needed(frame)
+
+    def _may_run_here(self, query: Query) -> bool:
+        return self.config.shuffle == "auto" and self.config.executor != "ray" and not query.deterministic
 
     def _read(
         self,

@@ -1,4 +1,7 @@
-"""How scans are found in a query's text, and cut into the shares of tasks. Run: pytest tests/dataflow/test_filescans.py."""
+"""How scans are found in a query's text, and cut into the shares of tasks.
+
+Run: pytest tests/dataflow/test_filescans.py.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from ..functions.identity import identity_of
 from ..plan.filescans import ResolvedScan
+from ..plan.grade import is_volatile
 from ..plan.pipes import (
     ByRange,
     Exchange,
@@ -62,7 +63,7 @@ def stage_identity(stage: Stage, specs: Sequence[Spec], exchanges: Mapping[int, 
         parts.append(repr(how))
     for segment in stage.pipe.segments:
         if isinstance(segment, SqlSegment):
-            if has_volatile(segment):
+            if is_volatile(segment.tree):
                 raise Unknown("it calls a function that gives something else each time")
             parts.append(repr(segment.tree))
         elif isinstance(segment, TextSegment):
@@ -75,11 +76,6 @@ def stage_identity(stage: Stage, specs: Sequence[Spec], exchanges: Mapping[int, 
         parts += [feed_id, _feed(feed, exchanges)]
     parts.append(repr(list(specs)))
     return digest(*parts)
-
-
-def has_volatile(segment: SqlSegment) -> bool:
-    # `Expr` and `Fixed` say it in their text, whatever node holds them.
-    return "volatile=True" in repr(segment.tree)
 
 
 def function_identity(function: Callable[..., Any], version: str | None) -> str:

@@ -39,11 +39,12 @@ from ..files import FileSink
 from ..functions import shipping
 from ..functions.udf import Udf
 from ..plan.explain import stage_lines
-from ..plan.pipes import ByRange, Exchange, Program, Spread, SqlSegment, Stage
+from ..plan.grade import grade
+from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_url
 from .event import Event
-from .identity import Unknown, digest, exchange_identity, function_identity, has_volatile, stage_identity
-from .rendering import Rendering, Written, boundaries_of, text_of
+from .identity import Unknown, digest, exchange_identity, function_identity, stage_identity
+from .rendering import Rendering, SortKeyValue, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
 from .steps import Output, Place, new_attempt
 from .task import Task
@@ -221,7 +222,7 @@ class Job:
         found = specs(stage, outputs, self.config.shares)
         is_last = stage.exchange is self.program.result
         place, repeatable = self._place(stage, found, is_last)
-        boundaries: tuple[bytes, ...] = ()
+        boundaries: tuple[SortKeyValue, ...] = ()
         if isinstance(stage.partitioning, ByRange):
             boundaries = self._boundaries(stage.partitioning.sample, stage.exchange.partitions)
         written = Written(self.sink.format, self.program.columns) if is_last and self.sink is not None else None
@@ -249,7 +250,7 @@ class Job:
             rows=sum(output.rows for output in state.outputs),
             size_bytes=sum(output.size_bytes for output in state.outputs),
             inputs=sorted({producer.id for exchange in stage.inputs() for producer in exchange.producers}),
-            explain="\n".join(stage_lines(stage, self.program)),
+            explain="\n".join(stage_lines(stage, self.program, threads=self.config.cpus_per_task)),
         )
         self._pending.extend(task for task in state.tasks if task.output is None)
 
@@ -265,12 +266,11 @@ class Job:
         except Unknown:
             identity = digest("of a job", self.id, stage.id, repr(found), *exchanges.values())
         self._identities[stage.id] = identity
-        volatile = any(not isinstance(segment, SqlSegment) or has_volatile(segment) for segment in stage.pipe.segments)
-        repeatable = not volatile and not isinstance(stage.partitioning, Spread) and self.config.cpus_per_task == 1
+        repeatable = grade(stage, threads=self.config.cpus_per_task) != "unstable"
         return Place(f"{self.root}/steps/{identity}", self.storage_options), repeatable
 
-    def _boundaries(self, sample: Exchange, partitions: int) -> tuple[bytes, ...]:
-        keys: list[bytes] = []
+    def _boundaries(self, sample: Exchange, partitions: int) -> tuple[SortKeyValue, ...]:
+        keys: list[SortKeyValue] = []
         for output in self.outputs_of(sample):
             if output.rows:
                 filesystem, path = open_url(output.url, self.storage_options)

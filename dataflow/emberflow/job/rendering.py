@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
@@ -36,6 +36,9 @@ from .shares import Exchanged, Spec
 from .steps import Output
 from .task import ExchangeRows, ExchangeSink, Piece, Rows, Run, RunSql, TableRows
 
+SortKeyValue: TypeAlias = bytes | int
+"""What create_sort_key gives: bytes, or a number where eight of them are enough."""
+
 _PARTITION = "partition"
 _SAMPLE_ROWS = 2_000
 _PREVIOUS_NAME = "emberflow_previous"
@@ -57,7 +60,7 @@ class Rendering:
         stage: Stage,
         outputs: Mapping[int, Sequence[Output]],
         *,
-        boundaries: Sequence[bytes] = (),
+        boundaries: Sequence[SortKeyValue] = (),
         compression: str | None = None,
         written: Written | None = None,
     ) -> None:
@@ -193,18 +196,18 @@ def _table_rows(feed: TableFeed) -> TableRows:
     return TableRows(data=sink.getvalue().to_pybytes(), columns=feed.columns)
 
 
-def _range(key: int, boundaries: Sequence[bytes]) -> Expr:
+def _range(key: int, boundaries: Sequence[SortKeyValue]) -> Expr:
     """How many of the boundaries are not above the key: a search by halves, written out."""
 
     def search(low: int, high: int) -> list[str | int]:
         if low == high:
             return [str(low)]
         middle = (low + high) // 2
-        bound = "".join(f"\\x{byte:02X}" for byte in boundaries[middle])
+        bound = _literal(boundaries[middle])
         return [
             "CASE WHEN ",
             key,
-            f" < '{bound}'::BLOB THEN ",
+            f" < {bound} THEN ",
             *search(low, middle),
             " ELSE ",
             *search(middle + 1, high),
@@ -214,7 +217,13 @@ def _range(key: int, boundaries: Sequence[bytes]) -> Expr:
     return Expr(("CAST(", *search(0, len(boundaries)), " AS UINTEGER)"), "UINTEGER")
 
 
-def boundaries_of(keys: Iterable[bytes], partitions: int) -> tuple[bytes, ...]:
+def _literal(key: SortKeyValue) -> str:
+    if isinstance(key, int):
+        return f"CAST('{key}' AS BIGINT)"
+    return "'" + "".join(f"\\x{byte:02X}" for byte in key) + "'::BLOB"
+
+
+def boundaries_of(keys: Iterable[SortKeyValue], partitions: int) -> tuple[SortKeyValue, ...]:
     """Cuts between `partitions` ranges of about as many of `keys` each; fewer if many are equal."""
     ordered = sorted(keys)
     if not ordered:

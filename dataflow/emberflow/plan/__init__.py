@@ -1,1 +1,1 @@
-"""From SQL and frames to a program of stages: what is to be done, before anybody knows where."""
+"""SQL as a plan of relational operators, and back: `binder.bind`, `render.select`, `describe.describe`."""

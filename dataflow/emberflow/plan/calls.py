@@ -110,8 +110,9 @@ class CallReader:
         if order_by:
             over += ["ORDER BY ", *_keys(order_by), " "]
         frame, unit = self._frame(fields, orders, order_by, scope)
-        fields.expect("sql_range_order_type", {"id": "INVALID"}, "INVALID")
-        fields.expect("sql_range_order_casts", [])
+        # 2.0 keeps the bounds of a RANGE as they were written, and how it took them; the text is bound anew.
+        fields.ignore("sql_range_start", "sql_range_end", "sql_range_start_boundary", "sql_range_end_boundary")
+        fields.ignore("sql_range_order_type", "sql_range_order_casts")
         fields.done()
         called = "count" if name == "count_star" else self._expressions.called(name)
         type_ = self._expressions.types.type(return_type)
@@ -125,10 +126,9 @@ class CallReader:
             return self._function(fields, scope, return_type)
         if kind not in _WINDOWS:
             raise NotPlannable(f"the window function {kind}")
-        children = [*fields.take("children")]
-        for name in ("offset_expr", "default_expr"):  # 2.0 has them among the children
-            if name in fields:
-                children.append(fields.take(name))
+        # 2.0 has an offset and a default among the children.
+        apart = [fields.take(name, None) for name in ("offset_expr", "default_expr")]
+        children = [*fields.take("children"), *(json for json in apart if json)]
         return _WINDOWS[kind], [self._expressions.read(child, scope) for child in children]
 
     def _frame(
@@ -163,7 +163,10 @@ class CallReader:
         operator = "-" if (direction == "PRECEDING") != key.descending else "+"
         children = json.get("children", ())
         name = json.get("name") or json.get("qname", {}).get("path", [""])[-1]
-        if len(children) != 2 or name != operator or _bare(children[0]) != _bare(orders[0]["expression"]):
+        key_json = orders[0]["expression"]
+        # A DATE with an INTERVAL taken off is a TIMESTAMP, and then so is the key.
+        keys = [_bare(key_json), *(_bare(child) for child in key_json.get("children", [key_json.get("child")]))]
+        if len(children) != 2 or name != operator or _bare(children[0]) not in keys:
             raise NotPlannable("a RANGE frame whose bound DuckDB has rewritten")
         return children[1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .describe import describe
+from .grade import grade
 from .pipes import (
     ByExpression,
     ByRange,
@@ -20,19 +21,19 @@ from .pipes import (
 )
 
 
-def explained(program: Program) -> str:
-    """One paragraph per stage, in the order they run; then what was not understood."""
-    lines = [line for stage in program.stages for line in stage_lines(stage, program)]
+def explained(program: Program, *, threads: int) -> str:
+    """One paragraph per stage, in the order they run; then what was not understood. `threads` are those of a task."""
+    lines = [line for stage in program.stages for line in stage_lines(stage, program, threads=threads)]
     if program.notes:
         lines += ["", *program.notes]
     return "\n".join(lines)
 
 
-def stage_lines(stage: Stage, program: Program) -> Iterator[str]:
+def stage_lines(stage: Stage, program: Program, *, threads: int) -> Iterator[str]:
     """One stage's paragraph."""
     is_result = stage.exchange is program.result
     goes = "the result" if is_result else f"exchange {stage.exchange.id}"
-    yield f"stage {stage.id} ({stage.label}), {_tasks(stage)} -> {goes}{_how(stage)}"
+    yield f"stage {stage.id} ({stage.label}), {_tasks(stage)}, {grade(stage, threads=threads)} -> {goes}{_how(stage)}"
     for segment in stage.pipe.segments:
         if isinstance(segment, SqlSegment):
             yield from (f"    {line}" for line in describe(segment.tree).splitlines())

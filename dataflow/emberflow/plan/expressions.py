@@ -247,7 +247,9 @@ class ExpressionReader:
 
     def _written(self, name: str, args: Sequence[Expr], names: Sequence[str | None], type_: str) -> Expr:
         if name in INFIX and len(args) == 2:
-            return text(type_, "(", args[0], f" {name} ", args[1], ")")
+            infix = text(type_, "(", args[0], f" {name} ", args[1], ")")
+            # A literal has been widened to meet the other side, so the sum of the two would come out wider still.
+            return self._as_cast(infix, type_, False) if type_.startswith("DECIMAL") else infix
         sliced = open_slice(name, args)
         if sliced:
             return text(type_, *sliced)

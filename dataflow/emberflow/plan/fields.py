@@ -14,7 +14,7 @@ Json: TypeAlias = Any
 
 
 class NotPlannable(Exception):
-    """The query cannot be made a plan of ours; DuckDB runs it as one task. `reason` is for people: "a recursive CTE"."""
+    """The query has no plan of ours; DuckDB runs it as one task. `reason` is for people: "a recursive CTE"."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

@@ -36,10 +36,8 @@ LAMBDAS = frozenset(
 _ORDERS = {"ASCENDING": "ASC", "DESCENDING": "DESC"}
 
 # The value cannot depend on the order of rows or of additions, whatever the arguments.
-_STABLE = frozenset(
-    "count count_star countif count_if min max bool_and bool_or bit_and bit_or bit_xor bitstring_agg median mad "
-    "quantile quantile_cont quantile_disc histogram".split()
-)
+_STABLE = _QUANTILES | {"count", "count_star", "countif", "count_if", "min", "max", "bool_and", "bool_or"}
+_STABLE |= {"bit_and", "bit_or", "bit_xor", "bitstring_agg", "histogram"}
 # The same if what is added up is exact.
 _STABLE_IF_EXACT = frozenset(("sum", "avg", "mean"))
 _EXACT = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
@@ -91,6 +89,12 @@ def restore(name: str, args: list[Expr], data: Fields, types: TypeText, return_t
     if name in _JOINED:
         separator = string(data.take("separator"))
         return name, [args[0], Expr((f"CAST({separator} AS VARCHAR)",), "VARCHAR")]
+    if name == "bitstring_agg":
+        low, high = (types.constant(data.take(end)) for end in ("min", "max"))
+        return name, [args[0], Expr((low,), ""), Expr((high,), "")]
+    if name == "approx_quantile":
+        values = [f"CAST('{value!r}' AS FLOAT)" for value in data.take("quantiles")]
+        return name, _with_quantiles(args, values, return_type)
     if name in _QUANTILES:
         return name, _quantiles(name, args, data, types, return_type)
     return name, args
@@ -103,8 +107,12 @@ def _quantiles(name: str, args: list[Expr], data: Fields, types: TypeText, retur
     data.ignore("order")
     if name in ("median", "mad"):
         return args[:1]
-    listed = f"[{', '.join(values)}]" if len(values) != 1 or _is_listed(args, return_type) else values[0]
-    return [args[0], Expr((listed,), "")]
+    return _with_quantiles(args, values, return_type)
+
+
+def _with_quantiles(args: list[Expr], values: list[str], return_type: Json) -> list[Expr]:
+    listed = len(values) != 1 or _is_listed(args, return_type)
+    return [args[0], Expr((f"[{', '.join(values)}]" if listed else values[0],), "")]
 
 
 def _is_listed(args: list[Expr], return_type: Json) -> bool:
@@ -121,7 +129,7 @@ def open_slice(name: str, args: Sequence[Expr]) -> list[Expr | str] | None:
     if name not in _SLICES or not any(is_open):
         return None
     low, high = ("" if open_ else arg for arg, open_ in zip(args[1:3], is_open[1:3], strict=True))
-    step = [":", args[3]] if len(args) == 4 else []
+    step: list[Expr | str] = [":", args[3]] if len(args) == 4 else []
     return ["(", args[0], ")[", low, ":", high or ("-" if step else ""), *step, "]"]
 
 

@@ -7,6 +7,7 @@ else a join asks of a pair of rows is its residual.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .expressions import COMPARISONS, ExpressionReader, Scope, conjunction
 from .fields import Fields, Json, NotPlannable
@@ -16,7 +17,7 @@ _KINDS: dict[str, JoinKind] = {
     "INNER": "inner",
     "LEFT": "left",
     "RIGHT": "right",
-    "OUTER": "full",
+    "FULL": "full",
     "SEMI": "semi",
     "ANTI": "anti",
     "RIGHT_SEMI": "right_semi",
@@ -111,6 +112,26 @@ class JoinReader:
         columns = [node.columns[i] for i in kept]
         exprs = tuple(column(i, c.type) for i, c in zip(kept, columns, strict=True))
         return Project(node, exprs, tuple(c.name for c in columns))
+
+
+def as_semi(join: Node, conditions: Sequence[Expr]) -> tuple[Node, list[Expr]]:
+    """A filter on the mark of a mark join as a semi join, or an anti join where the mark is never NULL; with the
+    conditions that are left over. The mark's column stays, as the constant it has become."""
+    if not isinstance(join, Join) or join.kind != "mark":
+        return join, list(conditions)
+    mark = len(join.left.columns)
+    rest = [condition for condition in conditions if mark not in condition.columns]
+    asked = {condition.pieces for condition in conditions if mark in condition.columns}
+    is_null_safe = all(condition.comparison in _NULL_SAFE for condition in join.conditions)
+    if asked == {(mark,)}:
+        kind: JoinKind = "semi"
+    elif asked == {("(NOT ", mark, ")")} and is_null_safe:
+        kind = "anti"
+    else:
+        return join, list(conditions)
+    known = Expr(("TRUE" if kind == "semi" else "FALSE",), "BOOLEAN")
+    exprs = (*(column(i, c.type) for i, c in enumerate(join.left.columns)), known)
+    return Project(replace(join, kind=kind), exprs, tuple(c.name for c in join.columns)), rest
 
 
 def _check_mark(conditions: Sequence[Condition], residuals: Sequence[Expr], correlated: int) -> None:

@@ -174,6 +174,8 @@ class Exchange:
     size_bytes: float = 0
     splittable: bool = False
     """A partition may be cut into pieces by producer if it is much larger than the others."""
+    blank: bool = False
+    """Its rows have no columns; in the files they have one of no meaning."""
     made: tuple[Output, ...] | None = None
     """What an earlier job has put there; such an exchange has no producers."""
 

@@ -41,6 +41,9 @@ from .pipes import (
 from .prune import pruned
 from .stages import Builder, Pipes, StageConfig, feed_of, hashed
 
+# What a row takes, where nothing says how many there are.
+_ROW_BYTES = 64
+
 
 class Catalog(Protocol):
     """What a planner may ask of the world."""
@@ -161,10 +164,15 @@ class Planner:
         sources: dict[str, ResolvedScan | pa.Table] = {n: self.catalog.resolve(scan) for n, scan in scans.items()}
         sources.update(tables)
         shadows: dict[str, Sequence[Column]] = {name: columns for name, (_, columns) in frames.items()}
+        rows = {name: _rows_of(pipes) for name, (pipes, _) in frames.items()}
         for name, source in sources.items():
-            is_scan = isinstance(source, ResolvedScan)
-            shadows[name] = source.columns if is_scan else self.catalog.columns_of(source)
-        bound = bind(text, shadows, now=self.now, setup=self._set_up)
+            if isinstance(source, ResolvedScan):
+                shadows[name] = source.columns
+                rows[name] = source.rows or max(1, source.size_bytes // _ROW_BYTES)
+            else:
+                shadows[name] = self.catalog.columns_of(source)
+                rows[name] = source.num_rows
+        bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
         plan = pruned(bound.plan)
         scope: dict[object, Callable[[Node], Pipes]] = {}
         for name, source in sources.items():
@@ -297,6 +305,11 @@ class Planner:
                 return self.builder.reading(self.builder.exchange(pipes, Whole(), label="partition"), "all")
         exchange = self.builder.exchange(pipes, Whole(), label="partition", fixed=True)
         return self.builder.reading(exchange, "piece")
+
+
+def _rows_of(pipes: Pipes) -> int:
+    """A guess, for the order of joins."""
+    return int(sum(pipe.size_bytes for pipe in pipes)) // _ROW_BYTES + 1
 
 
 def _exchange_of(pipes: Pipes) -> Exchange | None:

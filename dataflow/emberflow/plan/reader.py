@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .calls import CallReader
-from .expressions import ExpressionReader, Scope, text
+from .expressions import ExpressionReader, Scope
 from .fields import Fields, Json, NotPlannable
-from .joins import JoinReader
+from .joins import JoinReader, as_semi
 from .nodes import (
     Aggregate,
     Column,
     Distinct,
-    Expr,
     Filter,
     Fixed,
     Input,
@@ -148,9 +147,10 @@ class Reader:
 
     def _filter(self, kind: str, fields: Fields) -> Node:
         child, scope = self._child(fields)
-        conditions = tuple(self._expressions.read(json, scope) for json in fields.take("expressions"))
+        read = [self._expressions.read(json, scope) for json in fields.take("expressions")]
+        child, conditions = as_semi(child, read)
         kept = fields.take("projection_map", [])
-        node = Filter(child, conditions) if conditions else child
+        node = Filter(child, tuple(conditions)) if conditions else child
         return pick(node, kept) if kept else node
 
     def _aggregate(self, kind: str, fields: Fields) -> Node:

@@ -92,27 +92,27 @@ class _Renderer:
                 return self._rows(node, aliases)
 
     def _rows(self, node: Node, aliases: Sequence[str]) -> str:
-        """A projection, a limit and an order, if they are there and in this order, in one SELECT."""
-        project = node if isinstance(node, Project) else None
-        below: Node = project.child if project else node
-        limit = below if isinstance(below, Limit) else None
-        below = limit.child if limit else below
-        sort = below if isinstance(below, Sort) else None
-        below = sort.child if sort else below
-        if limit and not sort and isinstance(below, Project) and not project:
-            # A projection may stand on either side of a limit.
-            return self._rows(below, aliases) + _limit(limit) if _is_unlimited(below) else self._nested(node, aliases)
-        if below is node and not isinstance(node, Scan | Fixed | Input | Filter | Join):
-            raise AssertionError(f"no text for {type(node).__name__}")
+        """A projection, a limit and an order, as far as they are there, in one SELECT."""
+        project = limit = sort = None
+        below = node
+        if isinstance(below, Project):
+            project, below = below, below.child
+        # What is computed above a limit is computed for its rows only; for the others it might fail.
+        if isinstance(below, Limit) and (project is None or all(expr.position is not None for expr in project.exprs)):
+            limit, below = below, below.child
+            if isinstance(below, Project) and project is None:
+                project, below = below, below.child
+        if isinstance(below, Sort):
+            sort, below = below, below.child
+        assert below is not node or isinstance(node, Scan | Fixed | Input | Filter | Join), type(node).__name__
         block = self._block(below, "t")
         exprs = [expr.sql(block.names) for expr in project.exprs] if project else block.names
-        keys = ", ".join(key.sql(block.names) for key in sort.keys) if sort else ""
-        order = f" ORDER BY {keys}" if keys else ""
-        return _list(exprs, aliases, block.text) + order + (_limit(limit) if limit else "")
-
-    def _nested(self, node: Limit, aliases: Sequence[str]) -> str:
-        block = self._subselect(node.child, "t")
-        return _list(block.names, aliases, block.text) + _limit(node)
+        text = _list(exprs, aliases, block.text)
+        if sort:
+            text += f" ORDER BY {', '.join(key.sql(block.names) for key in sort.keys)}"
+        if limit and limit.limit is not None:
+            text += f" LIMIT {limit.limit}"
+        return text + (f" OFFSET {limit.offset}" if limit and limit.offset else "")
 
     def _block(self, node: Node, alias: str) -> _Block:
         match node:
@@ -231,16 +231,6 @@ def _names(node: Node, alias: str) -> tuple[str, ...]:
 def _list(exprs: Sequence[str], aliases: Sequence[str], text: str, *, distinct: str = "") -> str:
     written = ", ".join(f"{expr} AS {alias}" for expr, alias in zip(exprs, aliases, strict=True))
     return f"SELECT {distinct}{written or 'NULL'} FROM {text}"
-
-
-def _limit(node: Limit) -> str:
-    return (f" LIMIT {node.limit}" if node.limit is not None else "") + (
-        f" OFFSET {node.offset}" if node.offset else ""
-    )
-
-
-def _is_unlimited(project: Project) -> bool:
-    return not isinstance(project.child, Limit)
 
 
 def _compared(condition: Condition, left: Sequence[str], right: Sequence[str]) -> str:

@@ -78,13 +78,14 @@ class ScanReader:
                 raise NotPlannable("a virtual column of a table")
             if number not in positions:
                 positions.append(number)
-            place = positions.index(number)
+            position = positions.index(number)
             if index.take("index_type", "FULL_READ") == "PUSHDOWN_EXTRACT":
                 members, type_ = self._extracted(index.take("type"), index.take("child_indexes"))
-                row.append((place, members, type_))
+                row.append((position, members, type_))
             else:
-                index.ignore("child_indexes", "type")  # which members are needed is a hint
-                row.append((place, (), returned[number].type))
+                index.ignore("child_indexes")  # which members are needed is a hint
+                index.expect("type", {"id": "INVALID"})
+                row.append((position, (), returned[number].type))
             index.done()
         scan = Scan(table, tuple(positions), tuple(returned[i] for i in positions))
         if [place for place, _, _ in row] == list(range(len(positions))) and not any(members for _, members, _ in row):
@@ -94,6 +95,8 @@ class ScanReader:
             expr = Expr(("CAST(NULL AS BIGINT)",), type_) if place is None else column(place, type_)
             for member in members:
                 expr = text(type_, "struct_extract(", expr, f", {string(member)})")
+            if members:
+                expr = text(type_, "CAST(", expr, f" AS {type_})")
             exprs.append(expr)
             names.append(members[-1] if members else "rowid" if place is None else scan.columns[place].name)
         return Project(scan, tuple(exprs), tuple(names))
@@ -107,11 +110,13 @@ class ScanReader:
             if type_["id"] != "STRUCT" or not member["first"]:
                 raise NotPlannable("a scan of a member that has no name")
             members.append(member["first"])
-            type_, path = member["second"], step["child_indexes"]
+            # The last step may be a cast as well: its type is the one that is wanted.
+            type_, path = member["second"] if step["child_indexes"] else step["type"], step["child_indexes"]
         return tuple(members), self._types.type(type_)
 
     def _range(self, name: str, returned: list[Column], fields: Fields) -> Node:
         parameters = ", ".join(self._types.constant(value) for value in fields.take("parameters"))
+        fields.ignore("input_table_types", "input_table_names", "arguments", "original_arguments")
         self._expect_plain(fields)
         if [index.get("index", 0) for index in fields.take("column_indexes")] != [0]:
             return Fixed(f"SELECT NULL FROM {name}({parameters})", (_NO_COLUMN,))
@@ -203,7 +208,7 @@ class ScanReader:
         kept = fields.take("projected_input", [])
         fields.expect("projection_ids", [], [0])
         fields.expect("table_filters", {"filters": []}, {"filters": [], "multi_column_filters": []})
-        fields.ignore("table_filters_by_projection", "input_table_types", "input_table_names")
+        fields.ignore("table_filters_by_projection", "input_table_types", "input_table_names", "arguments")
         self._expect_plain(fields)
         node = Unnest(child, (column(0, child.columns[0].type),), (type_,))
         order = [len(child.columns), *kept]

@@ -103,7 +103,12 @@ class Builder:
         fixed: bool = False,
     ) -> Exchange:
         """An exchange that all the pipes write to."""
-        exchange = Exchange(self._exchanges, pipes[0].known_columns, partitions, fixed=fixed)
+        blank = pipes[0].known_columns == ()
+        if blank:
+            # Rows have to have something to travel in.
+            one = (Expr(("1",), "INTEGER"),)
+            pipes = [pipe.then(Project(pipe.tree, one, ("one",))) for pipe in pipes]
+        exchange = Exchange(self._exchanges, pipes[0].known_columns, partitions, fixed=fixed, blank=blank)
         self._exchanges += 1
         for pipe in pipes:
             how = partitioning(pipe) if callable(partitioning) else partitioning
@@ -126,8 +131,9 @@ class Builder:
         assert exchange.columns is not None
         feed = self.new_feed()
         drive = None if by == "all" else feed
+        rows: Node = Input(feed, exchange.columns)
         pipe = Pipe(
-            (SqlSegment(Input(feed, exchange.columns)),),
+            (SqlSegment(Project(rows, (), ()) if exchange.blank else rows),),
             {feed: ExchangeFeed(exchange, by)},  # type: ignore[arg-type]
             drive,
             exchange.size_bytes,

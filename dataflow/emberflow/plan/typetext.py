@@ -15,10 +15,11 @@ import duckdb
 
 from .fields import Fields, Json, NotPlannable
 
-_SIMPLE = frozenset(
-    "BOOLEAN TINYINT SMALLINT INTEGER BIGINT HUGEINT UTINYINT USMALLINT UINTEGER UBIGINT UHUGEINT FLOAT DOUBLE DATE "
-    "TIME TIME_NS TIMESTAMP TIMESTAMP_S TIMESTAMP_MS TIMESTAMP_NS INTERVAL VARCHAR BLOB BIT UUID BIGNUM".split()
-) | {"TIME WITH TIME ZONE", "TIMESTAMP WITH TIME ZONE"}
+_SMALL_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
+_LARGE_INTEGERS = ("HUGEINT", "UHUGEINT")
+_TIMES = ("DATE", "TIME", "TIME WITH TIME ZONE", "TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS")
+_OTHERS = ("TIMESTAMP WITH TIME ZONE", "INTERVAL", "BOOLEAN", "FLOAT", "DOUBLE", "VARCHAR", "BLOB", "BIT", "UUID")
+_SIMPLE = frozenset((*_SMALL_INTEGERS, *_LARGE_INTEGERS, *_TIMES, *_OTHERS, "TIME_NS", "BIGNUM"))
 
 _EPOCH = datetime.datetime(1970, 1, 1)
 _DATE_INFINITY_DAYS = 2**31 - 1
@@ -123,13 +124,15 @@ class TypeText:
         members = info["child_types"]
         if type_["id"] == "UNION":
             member = members[values[0]["value"] + 1]
-            held = next(item for item in values[1:] if not item["is_null"] or len(values) == 2)
-            return f"CAST(union_value({quoted(member['first'])} := {self.constant(held, member['second'])}) AS {text})"
-        items = [self.constant(item, member["second"]) for item, member in zip(values, members, strict=True)]
+            chosen = next(item for item in values[1:] if not item["is_null"] or len(values) == 2)
+            return (
+                f"CAST(union_value({quoted(member['first'])} := {self.constant(chosen, member['second'])}) AS {text})"
+            )
+        held = [self.constant(item, member["second"]) for item, member in zip(values, members, strict=True)]
         if type_["id"] == "STRUCT" and all(member["first"] for member in members):
             names = [quoted(member["first"]) for member in members]
-            return "struct_pack(" + ", ".join(f"{n} := {i}" for n, i in zip(names, items, strict=True)) + ")"
-        return "row(" + ", ".join(items) + ")"
+            return "struct_pack(" + ", ".join(f"{n} := {i}" for n, i in zip(names, held, strict=True)) + ")"
+        return "row(" + ", ".join(held) + ")"
 
 
 def _integer(value: Json) -> int:
@@ -203,11 +206,8 @@ def _interval(value: Json, text: str) -> str:
 
 
 _SCALARS: dict[str, Callable[[Json, str], str]] = {
-    **dict.fromkeys(
-        "TINYINT SMALLINT INTEGER BIGINT UTINYINT USMALLINT UINTEGER UBIGINT".split(),
-        lambda value, text: f"CAST({value} AS {text})",
-    ),
-    **dict.fromkeys(("HUGEINT", "UHUGEINT"), lambda value, text: f"CAST('{_integer(value)}' AS {text})"),
+    **dict.fromkeys(_SMALL_INTEGERS, lambda value, text: f"CAST({value} AS {text})"),
+    **dict.fromkeys(_LARGE_INTEGERS, lambda value, text: f"CAST('{_integer(value)}' AS {text})"),
     **dict.fromkeys(("FLOAT", "DOUBLE"), _float),
     "BOOLEAN": lambda value, text: "TRUE" if value else "FALSE",
     "BLOB": lambda value, text: f"CAST({string(value)} AS BLOB)",

@@ -1,0 +1,75 @@
+"""Every statement of the corpus as a job with exchanges, with DuckDB's own answer.
+
+Run: pytest tests/dataflow/test_distributed_sql.py. The tables are frames of three partitions, so every type goes through
+an exchange, and each statement is cut into stages where it can be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+import emberflow
+import pytest
+
+from .corpus import STATEMENTS, TABLES, Statement
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[duckdb.DuckDBPyConnection]:
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        for name, text in TABLES.items():
+            connection.execute(f"CREATE TABLE {name} AS {text}")
+        yield connection
+
+
+@pytest.fixture(scope="module", params=["partitions", "broadcast"])
+def session(request: pytest.FixtureRequest) -> Iterator[emberflow.Session]:
+    broadcast_bytes = 0 if request.param == "partitions" else 1 << 30
+    with emberflow.init(executor="inline", shuffle="always", partitions=3, broadcast_bytes=broadcast_bytes) as session:
+        for name, text in TABLES.items():
+            session.view(name, session.sql(text).repartition(3, by_rows=True).compute())
+        yield session
+
+
+OF_TABLES = {
+    "refused2": "a positional join is of rows in the order of a table",
+    "refused7": "rowid is of tables",
+}
+"""Statements that mean nothing over frames, whose rows have no order and no numbers."""
+
+
+@pytest.mark.parametrize("statement", [s for s in STATEMENTS if s.name not in OF_TABLES], ids=lambda s: s.name)
+def test_the_answer_is_duckdbs(
+    session: emberflow.Session, plain: duckdb.DuckDBPyConnection, statement: Statement
+) -> None:
+    expected = plain.execute(statement.sql).fetchall()
+    types = [(row[0], row[1]) for row in plain.execute(f"DESCRIBE {statement.sql}").fetchall()]
+    frame = session.sql(statement.sql)
+    computed = session.jobs.compute(frame.query)
+    rows = session.jobs.rows_of(frame.query)
+    with session.running(rows) as cursor:
+        (name,) = rows.tables
+        got = cursor.execute(f"FROM {name}").fetchall()
+    assert [column.type for column in computed.columns] == [type_ for _, type_ in types]
+    if len({name for name, _ in types}) == len(types):
+        assert [column.name for column in computed.columns] == [name for name, _ in types]
+    if statement.unstable:
+        assert len(got) == len(expected)
+        return
+    if not statement.ordered:
+        # Zeros are equal whatever their sign; DuckDB gives back either.
+        got, expected = (sorted(rows, key=lambda row: repr(row).replace("-0.0,", "0.0,")) for rows in (got, expected))
+    assert len(got) == len(expected)
+    assert all(map(same, got, expected)), (got, expected)
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, float) and isinstance(right, float):
+        return math.isclose(left, right, rel_tol=1e-9) or (math.isnan(left) and math.isnan(right))
+    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
