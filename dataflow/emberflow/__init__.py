@@ -1,13 +1,52 @@
-"""SQL over datasets on any fsspec URL, `ember://` included. Start with `emberflow.init()`.
-
-Each name is loaded when it is first used: looking at jobs needs neither DuckDB nor Arrow. The names are in
-`__init__.pyi`.
-"""
+"""SQL over datasets on any fsspec URL, `ember://` included. Start with `emberflow.init()`."""
 
 from __future__ import annotations
 
-from .lazy import LazyNames
+from .dataframe import DataFrame
+from .errors import (
+    CallCancelled,
+    CallOutOfMemory,
+    DatasetExists,
+    DatasetNotFound,
+    ExchangeCorrupt,
+    FlowError,
+    InvalidArgument,
+    OutOfMemory,
+    QueryError,
+    SessionClosed,
+    UnsupportedType,
+    UserCodeError,
+    WorkerDied,
+)
+from .functions.sqltypes import UDFAnyParameters, UDFListType, UDFMapType, UDFStructType, UDFType
+from .functions.udf import Udf, udf
+from .session import Session, SessionConfig, init
+from .writer import WriteReport
 
-__getattr__ = LazyNames(__name__, __file__)
-__dir__ = __getattr__.names
-__all__ = __getattr__.names()
+__all__ = [
+    "CallCancelled",
+    "CallOutOfMemory",
+    "DataFrame",
+    "DatasetExists",
+    "DatasetNotFound",
+    "ExchangeCorrupt",
+    "FlowError",
+    "InvalidArgument",
+    "OutOfMemory",
+    "QueryError",
+    "Session",
+    "SessionClosed",
+    "SessionConfig",
+    "UDFAnyParameters",
+    "UDFListType",
+    "UDFMapType",
+    "UDFStructType",
+    "UDFType",
+    "Udf",
+    "UnsupportedType",
+    "UserCodeError",
+    "WorkerDied",
+    "WriteReport",
+    "init",
+    "udf",
+]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -133,14 +131,3 @@ def test_help_teaches() -> None:
     text = jobs(None, "--help").stdout
     for told in ("EMBERFLOW_ROOT", "emberline jobs gc --dry-run", "cancel", "report", "lost"):
         assert told in text
-
-
-def test_looking_loads_neither_duckdb_nor_arrow(tmp_path: Path) -> None:
-    code = (
-        "import sys; from click.testing import CliRunner; from emberline.cli import main\n"
-        f"result = CliRunner().invoke(main, ['jobs', 'ls', '--root', {str(tmp_path)!r}])\n"
-        "assert result.exit_code == 0, result.output\n"
-        "print(*{'duckdb', 'pyarrow', 'numpy'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == ""

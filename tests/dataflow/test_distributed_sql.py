@@ -1,7 +1,7 @@
 """Every statement of the corpus as a job with exchanges, with DuckDB's own answer.
 
-Run: pytest tests/dataflow/test_distributed_sql.py. The tables are frames of three partitions, so every type goes through
-an exchange, and each statement is cut into stages where it can be.
+Run: pytest tests/dataflow/test_distributed_sql.py. The tables are frames of three partitions, so every type goes
+through an exchange, and each statement is cut into stages where it can be.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """TPC-H's 22 queries over 8-way partitioned Parquet, with DuckDB's own answers.
 
 Run: pytest tests/dataflow/test_tpch.py. Once as the planner likes it and once with everything through exchanges: 8
-partitions, nothing broadcast, no query as one task. The tables and texts are fetched from the package index when first asked for.
+partitions, nothing broadcast, no query as one task. The tables and texts are fetched from the package index when first
+asked for.
 """
 
 from __future__ import annotations
