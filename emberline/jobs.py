@@ -1,6 +1,6 @@
 """`emberline jobs`: what is known of the jobs that keep their work under a root.
 
-Invariant: what is imported here loads neither DuckDB nor Arrow, and to list, show, print and cancel needs neither.
+Invariant: what is imported here loads neither DuckDB nor Arrow, so that `--help` does not wait for them.
 """
 
 from __future__ import annotations

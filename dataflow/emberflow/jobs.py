@@ -6,9 +6,11 @@ Does not know: how SQL is cut into stages (`plan`), or how tasks run (`job`, `ex
 from __future__ import annotations
 
 import datetime
+import posixpath
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -16,17 +18,23 @@ import pyarrow as pa
 from .errors import InvalidArgument, UnsupportedType
 from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
-from .files import FileSink
-from .job.job import Event, Job, JobConfig
+from .files import FileOutput, FileSink
+from .job.event import Event
+from .job.history import JobInfo
+from .job.job import Job, JobConfig
+from .job.record import Record
 from .job.shares import ShareConfig
 from .job.steps import Output
 from .job.task import nothing
+from .plan.explain import explained
 from .plan.filescans import FileScan, ResolvedScan, find, resolve
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
 from .plan.nodes import Column
 from .plan.pipes import Program
 from .plan.planner import Planner
 from .plan.stages import StageConfig
+from .progress import job_progress
+from .quantities import bytes_of
 from .query import Query, of_table, quoted
 from .sources import open_url
 
@@ -36,24 +44,7 @@ if TYPE_CHECKING:
 _INLINE_BYTES_MAX = 32 << 20
 # A query inside this process may read so much more than its memory: DuckDB spills, and most queries hold little.
 _IN_PROCESS_FACTOR = 1.0
-_UNITS = {"b": 1, "k": 10, "m": 20, "g": 30, "t": 40}
-
-
-def bytes_of(size: str) -> int:
-    """A size with its unit, as DuckDB reads it: 1 KB is 1000 bytes, 1 KiB 1024."""
-    text = size.strip().lower()
-    digits = text.rstrip("bkmgti ")
-    unit = text[len(digits) :].strip()
-    try:
-        number = float(digits)
-    except ValueError:
-        raise InvalidArgument(f"a size is a number and a unit, like 4GB or 512MiB, not {size!r}") from None
-    letter = unit[:1] or "b"
-    if letter not in _UNITS:
-        raise InvalidArgument(f"a size ends with B, KB, MB, GB, TB, or KiB to TiB, not {size!r}")
-    if letter == "b":
-        return int(number)
-    return int(number * (2 ** _UNITS[letter] if "i" in unit else 1000 ** (_UNITS[letter] // 10)))
+_NAME_CHARS = 80
 
 
 class Jobs:
@@ -149,7 +140,10 @@ class Jobs:
             if id(frame) in self._results:
                 return self._results[id(frame)][1]
             program = self.planner(frame).program(frame)
-            outputs = self._run(program, frame, None)
+            job = self._job(program, frame, None)
+            info = JobInfo(id=job.id, name=_name_of(frame), query=_text_of(frame))
+            with self._recorded(job, info, progress=None):
+                outputs = job.run()
             exchange = program.result
             columns = program.columns
             if columns is None:
@@ -178,11 +172,30 @@ class Jobs:
             self._results.pop(id(frame), None)
             self._anew[id(frame)] = frame, uuid.uuid4().hex
 
-    def write(self, frame: Frame, sink: FileSink, *, progress: bool | None) -> list[Output]:
-        """Runs the frame's job into files."""
+    def write(
+        self,
+        frame: Frame,
+        sink: FileSink,
+        *,
+        target: str,
+        publish: Callable[[Sequence[FileOutput]], None],
+        progress: bool | None,
+    ) -> list[FileOutput]:
+        """Runs the frame's job into files, and has them put in place while the job still counts as running."""
         with self._lock:
             program = self.planner(frame).program(frame, to_files=True, one=sink.one_file is not None)
-            return self._run(program, frame, sink)
+            job = self._job(program, frame, sink)
+            info = JobInfo(
+                id=job.id,
+                name=f"write {target}",
+                query=_text_of(frame),
+                staging=posixpath.dirname(sink.url),
+                target=target,
+            )
+            with self._recorded(job, info, progress=progress):
+                files = [file for output in job.run() for file in output.files]
+                publish(files)
+            return files
 
     def planner(self, frame: Frame) -> Planner:
         """What makes the frame's program."""
@@ -193,10 +206,9 @@ class Jobs:
         )
         return Planner(config, self, now=datetime.datetime.now(datetime.UTC), udfs=self.session.udfs)
 
-    def _run(self, program: Program, frame: Frame, sink: FileSink | None) -> list[Output]:
+    def _job(self, program: Program, frame: Frame, sink: FileSink | None) -> Job:
         self._count += 1
-        self.last = []
-        job = Job(
+        return Job(
             program,
             self.executor(frame),
             self.root,
@@ -215,9 +227,28 @@ class Jobs:
             sink=sink,
             salt=self._anew.get(id(frame), (frame, ""))[1],
             temp_directory=self.session.spill,
-            watch=self.last.append,
         )
-        return job.run()
+
+    @contextmanager
+    def _recorded(self, job: Job, info: JobInfo, *, progress: bool | None) -> Iterator[None]:
+        """The block runs the job: others can see it and end it meanwhile."""
+        self.last = last = []
+        record = Record(
+            self.root,
+            info,
+            explain=explained(job.program, threads=job.config.cpus_per_task),
+            storage_options=self.config.storage_options,
+            on_cancel=job.stop,
+        )
+        with record, job_progress(info.name, show=progress, stages=len(job.program.stages)) as shown:
+
+            def watch(event: Event) -> None:
+                last.append(event)
+                record.note(event)
+                shown(event)
+
+            job.watch, job.use = watch, record.use
+            yield
 
     def threads_of(self, frame: Frame) -> int:
         """Threads of a task of the frame's job."""
@@ -283,3 +314,15 @@ def _found_columns(outputs: Sequence[Output]) -> tuple[Column, ...]:
             first, second = (", ".join(f"{c.name} {c.type}" for c in columns) for columns in (made[0], other))
             raise InvalidArgument(f"a function made rows of ({first}) and of ({second}); give it a schema")
     return made[0]
+
+
+def _text_of(frame: Frame) -> str:
+    """The SQL of a frame, as far as it has any."""
+    if isinstance(frame, Query | PartialSql):
+        return frame.text
+    return _text_of(frame.child) if isinstance(frame, Repartition | Apply) else ""
+
+
+def _name_of(frame: Frame) -> str:
+    text = " ".join(_text_of(frame).split()) or "compute"
+    return text if len(text) <= _NAME_CHARS else f"{text[:_NAME_CHARS]}..."

@@ -71,9 +71,13 @@ def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     target.check()
     try:
         if frame.session.needs_job(frame.frame):
-            outputs = frame.session.jobs.write(frame.frame, target.sink(attempts=True), progress=options.progress)
-            files = [file for output in outputs for file in output.files]
-            target.publish(files)
+            files = frame.session.jobs.write(
+                frame.frame,
+                target.sink(attempts=True),
+                target=target.whole_url,
+                publish=target.publish,
+                progress=options.progress,
+            )
             return report(url, files)
         with row_progress(f"writing {target.name}", show=options.progress) as advance:
             reader = frame.batches_of(written(frame.query, frame.schema, options.format))
@@ -131,6 +135,11 @@ class Target:
             compression=self.options.compression,
             one_file=self.name if self.one_file else None,
         )
+
+    @property
+    def whole_url(self) -> str:
+        """Where the dataset goes, for others: whatever their working directory is."""
+        return url_of(self._fs, self._path)
 
     def check(self) -> None:
         """Refuses a target that the mode may not touch."""

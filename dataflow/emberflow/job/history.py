@@ -9,7 +9,7 @@
 A job whose heartbeat is older than the lease counts as lost. The lease is compared across machines, so their clocks
 must agree within seconds.
 
-Imports neither DuckDB nor Arrow, so that looking is quick. Does not know: how records are written (`record.py`).
+Does not know: how records are written (`record.py`).
 """
 
 from __future__ import annotations

@@ -13,11 +13,12 @@ that finds its tasks done. One loop, one thread: submit what can run, take the n
 
 from __future__ import annotations
 
+import posixpath
 import queue
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +38,11 @@ from ..executor.base import Call, Executor, Handle
 from ..files import FileSink
 from ..functions import shipping
 from ..functions.udf import Udf
+from ..plan.explain import stage_lines
 from ..plan.grade import grade
 from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_url
+from .event import Event
 from .identity import Unknown, digest, exchange_identity, function_identity, stage_identity
 from .rendering import Rendering, SortKeyValue, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
@@ -110,18 +113,6 @@ class StageState:
         return all(task.output is not None for task in self.tasks)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something a job tells whoever watches it."""
-
-    kind: str
-    """stage, task, retry, speculate, reuse, recompute, output, rows, done, failed"""
-    stage: int
-    task: int
-    at_s: float
-    data: Mapping[str, Any]
-
-
 class Job:
     """Runs one program. `root` is the directory that steps are kept under."""
 
@@ -139,6 +130,7 @@ class Job:
         salt: str = "",
         temp_directory: str | None = None,
         watch: Callable[[Event], None] = lambda event: None,
+        use: Callable[[str], None] = lambda identity: None,
     ) -> None:
         self.program = program
         self.executor = executor
@@ -152,10 +144,13 @@ class Job:
         """What makes the job's steps other ones than those of jobs before it."""
         self.temp_directory = temp_directory
         self.watch = watch
+        self.use = use
+        """Told of a step before anything in it is looked at, so that no sweep takes it away."""
         self.stages: dict[int, StageState] = {}
         self._identities: dict[int, str] = {}
-        self._events: queue.SimpleQueue[tuple[TaskState, Handle, str]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[TaskState, Handle, str] | None] = queue.SimpleQueue()
         self._pending: deque[TaskState] = deque()
+        self._is_stopped = False
         self._dropped: set[str] = set()
         """Damaged files whose makers have been told."""
         self._started_s = time.monotonic()
@@ -175,6 +170,11 @@ class Job:
             raise
         self._tell("done", -1, -1)
         return self.outputs_of(self.program.result)
+
+    def stop(self) -> None:
+        """Ends the job, from any thread: `run` raises `CallCancelled`."""
+        self._is_stopped = True
+        self._events.put(None)
 
     def cancel(self) -> None:
         """Cancels what runs, and waits until it has ended."""
@@ -199,6 +199,8 @@ class Job:
     def _next_event(self) -> tuple[TaskState, Handle, str] | None:
         if self._is_done():
             return None
+        if self._is_stopped:
+            raise CallCancelled("the job was cancelled")
         timeout_s = self.config.timeout_s
         if timeout_s is not None and time.monotonic() - self._started_s > timeout_s:
             raise CallCancelled(f"the job was cancelled: it ran longer than {timeout_s} s")
@@ -229,12 +231,27 @@ class Job:
         )
         state = self.stages[stage.id] = StageState(stage, place, rendering, repeatable)
         state.tasks = [TaskState(state, index, spec) for index, spec in enumerate(found)]
+        self.use(place.identity)
+        for exchange in stage.inputs():
+            for output in exchange.made or ():
+                self.use(Place(posixpath.dirname(output.url)).identity)
         place.prepare()
         for index, output in place.winners().items():
             if index < len(found) and self._still_counts(state.tasks[index], output):
                 state.tasks[index].output = output
                 state.reused += 1
-        self._tell("stage", stage.id, -1, label=stage.label, tasks=len(found), reused=state.reused)
+        self._tell(
+            "stage",
+            stage.id,
+            -1,
+            label=stage.label,
+            tasks=len(found),
+            reused=state.reused,
+            rows=sum(output.rows for output in state.outputs),
+            size_bytes=sum(output.size_bytes for output in state.outputs),
+            inputs=sorted({producer.id for exchange in stage.inputs() for producer in exchange.producers}),
+            explain="\n".join(stage_lines(stage, self.program, threads=self.config.cpus_per_task)),
+        )
         self._pending.extend(task for task in state.tasks if task.output is None)
 
     def _place(self, stage: Stage, found: list[Spec], is_last: bool) -> tuple[Place, bool]:

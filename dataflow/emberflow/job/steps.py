@@ -83,6 +83,11 @@ class Place:
     url: str
     storage_options: StorageOptions = field(default_factory=dict)
 
+    @property
+    def identity(self) -> str:
+        """The step's."""
+        return self.url.rsplit("/", 1)[-1]
+
     def data_url(self, index: int, attempt: str) -> str:
         return f"{self.url}/{index:05d}-{attempt}.exchange"
 

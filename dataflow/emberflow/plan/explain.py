@@ -23,13 +23,14 @@ from .pipes import (
 
 def explained(program: Program, *, threads: int) -> str:
     """One paragraph per stage, in the order they run; then what was not understood. `threads` are those of a task."""
-    lines = [line for stage in program.stages for line in _stage(stage, program, threads)]
+    lines = [line for stage in program.stages for line in stage_lines(stage, program, threads=threads)]
     if program.notes:
         lines += ["", *program.notes]
     return "\n".join(lines)
 
 
-def _stage(stage: Stage, program: Program, threads: int) -> Iterator[str]:
+def stage_lines(stage: Stage, program: Program, *, threads: int) -> Iterator[str]:
+    """One stage's paragraph."""
     is_result = stage.exchange is program.result
     goes = "the result" if is_result else f"exchange {stage.exchange.id}"
     yield f"stage {stage.id} ({stage.label}), {_tasks(stage)}, {grade(stage, threads=threads)} -> {goes}{_how(stage)}"
