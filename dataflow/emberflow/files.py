@@ -199,6 +199,8 @@ def columns_that_repeat(batch: pa.RecordBatch) -> list[str] | bool:
     for name, values in zip(names, head.columns, strict=True):
         if pa.types.is_nested(values.type):
             return True
+        if isinstance(values.type, pa.ExtensionType):
+            values = values.storage
         distinct = len(values.unique()) if not pa.types.is_dictionary(values.type) else 0
         if distinct <= head.num_rows * _DICTIONARY_DISTINCT_MAX:
             repeating.append(name)

@@ -60,6 +60,11 @@ def open_url(url: str, options: StorageOptions) -> tuple[Any, str]:
     return filesystem, path
 
 
+def open_kept(url: str, options: StorageOptions) -> tuple[Any, str]:
+    """`open_url` for what jobs keep: nobody wants it back, so a store's trash is passed by."""
+    return open_url(url, {**options, "ember": {**options.get("ember", {}), "trash": False}})
+
+
 def url_of(filesystem: Any, path: str) -> str:
     """What DuckDB is told to open: the bare path on a local disk, else the whole URL."""
     if protocol_of(filesystem) in _NATIVE_PROTOCOLS:

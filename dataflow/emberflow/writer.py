@@ -11,6 +11,7 @@ for ever (about one failure in fifteen), which a corrupt source must never do to
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
 import uuid
 from collections.abc import Iterator, Sequence
@@ -67,27 +68,43 @@ def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     """Runs the frame's query into files at `url`. Raises `DatasetExists`, or what the query or the store raises."""
     if missing := [column for column in options.partition_by if column not in frame.schema]:
         raise InvalidArgument(f"cannot partition by {', '.join(missing)}: the columns are {', '.join(frame.columns)}")
-    target = Target(url, options, frame.session.config.storage_options)
+    is_job = frame.session.needs_job(frame.frame)
+    target = Target(url, options, frame.session.config.storage_options, id=_kept_id(frame, url) if is_job else None)
     target.check()
     try:
-        if frame.session.needs_job(frame.frame):
-            files = frame.session.jobs.write(
-                frame.frame,
-                target.sink(attempts=True),
-                target=target.whole_url,
-                publish=target.publish,
-                progress=options.progress,
-            )
-            return report(url, files)
-        with row_progress(f"writing {target.name}", show=options.progress) as advance:
-            reader = frame.batches_of(written(frame.query, frame.schema, options.format))
-            files = target.sink().write(
-                _counted(reader, advance), reader.schema, stem=f"part-{target.id}", options=target.storage_options
-            )
-        target.publish(files)
-    finally:
-        target.discard()
+        files = _write_by_job(frame, target) if is_job else _write_here(frame, target)
+    except BaseException:
+        if not (is_job and frame.session.config.job_id):
+            target.discard()
+        raise
+    target.discard()
     return report(url, files)
+
+
+def _kept_id(frame: DataFrame, url: str) -> str | None:
+    """A job that has a name finds what an earlier one of that name has written of the same dataset."""
+    job_id = frame.session.config.job_id
+    return hashlib.sha256(f"{job_id} {url}".encode()).hexdigest()[:12] if job_id else None
+
+
+def _write_by_job(frame: DataFrame, target: Target) -> list[FileOutput]:
+    return frame.session.jobs.write(
+        frame.frame,
+        target.sink(attempts=True),
+        target=target.whole_url,
+        publish=target.publish,
+        progress=target.options.progress,
+    )
+
+
+def _write_here(frame: DataFrame, target: Target) -> list[FileOutput]:
+    with row_progress(f"writing {target.name}", show=target.options.progress) as advance:
+        reader = frame.batches_of(written(frame.query, frame.schema, target.options.format))
+        files = target.sink().write(
+            _counted(reader, advance), reader.schema, stem=f"part-{target.id}", options=target.storage_options
+        )
+    target.publish(files)
+    return files
 
 
 def report(url: str, files: Sequence[FileOutput]) -> WriteReport:
@@ -192,10 +209,12 @@ class Target:
         self._fs.makedirs(self._new, exist_ok=True)
         if all(self._inside(file.staged_url).startswith(f"{self._new}/") for file in files):
             return
+        # Appended files must never meet older ones.
+        unique = uuid.uuid4().hex[:12]
         for number, file in enumerate(files):
             folder, name = posixpath.split(file.path)
             suffix = name[name.index(".") :]
-            named = posixpath.join(self._new, folder, f"part-{self.id}-{number:05d}{suffix}")
+            named = posixpath.join(self._new, folder, f"part-{unique}-{number:05d}{suffix}")
             self._fs.makedirs(posixpath.dirname(named), exist_ok=True)
             self._fs.mv(self._inside(file.staged_url), named)
 

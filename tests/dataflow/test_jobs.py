@@ -192,3 +192,22 @@ def test_tables_in_memory_go_through_jobs_too(session: emberflow.Session) -> Non
     table = pa.table({"k": [1, 2, 3, None], "s": ["a", None, "ä", "\0"]})
     frame = session.from_arrow(table).repartition(2, by_rows=True).partial_sql("select * from {0}")
     assert sorted(frame.to_arrow().to_pylist(), key=str) == sorted(table.to_pylist(), key=str)
+
+
+def test_wide_integers_of_a_function_are_written(rows: emberflow.DataFrame, tmp_path: Path) -> None:
+    wide = rows.filter("k < 3").map(
+        lambda row: {"k": row["k"], "w": 2**70 + row["k"]}, schema={"k": "BIGINT", "w": "HUGEINT"}
+    )
+    wide.write_parquet(f"{tmp_path}/out")
+    written = rows.session.read_parquet(f"{tmp_path}/out").sort("k").take_all()
+    assert [int(row["w"]) for row in written] == [2**70, 2**70 + 1, 2**70 + 2]
+
+
+def test_a_write_of_a_named_job_goes_on_and_can_be_done_twice(files: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"executor": "inline", "data_root": f"{tmp_path}/root", "job_id": "nightly"}
+    with emberflow.init(**settings) as session:
+        for times in (1, 2):
+            parted = session.read_parquet(files).repartition(2, hash_by="h")
+            assert parted.write_parquet(f"{tmp_path}/out", mode="append").num_rows == 1000
+            assert session.read_parquet(f"{tmp_path}/out").count() == 1000 * times
+    assert sorted(os.listdir(tmp_path)) == ["out", "root"]

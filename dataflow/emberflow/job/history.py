@@ -27,7 +27,7 @@ import msgspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..errors import InvalidArgument
-from ..sources import StorageOptions, open_url
+from ..sources import StorageOptions, open_kept
 from .event import Event
 
 LEASE_S = 30.0
@@ -198,11 +198,6 @@ def names(filesystem: Any, path: str) -> list[str]:
 def jobs_at(root: str, options: StorageOptions) -> tuple[Any, str]:
     """Where the records under `root` are."""
     return open_kept(f"{root.rstrip('/')}/jobs", options)
-
-
-def open_kept(url: str, options: StorageOptions) -> tuple[Any, str]:
-    """`open_url` for what jobs keep: nobody wants it back, so a store's trash is passed by."""
-    return open_url(url, {**options, "ember": {**options.get("ember", {}), "trash": False}})
 
 
 def check_id(id: str) -> None:

@@ -41,7 +41,7 @@ from ..functions.udf import Udf
 from ..plan.explain import stage_lines
 from ..plan.grade import grade
 from ..plan.pipes import ByRange, Exchange, Program, Stage
-from ..sources import StorageOptions, open_url
+from ..sources import StorageOptions, open_kept, open_url
 from .event import Event
 from .identity import Unknown, digest, exchange_identity, function_identity, stage_identity
 from .rendering import Rendering, SortKeyValue, Written, boundaries_of, text_of
@@ -237,7 +237,11 @@ class Job:
                 self.use(Place(posixpath.dirname(output.url)).identity)
         place.prepare()
         for index, output in place.winners().items():
-            if index < len(found) and self._still_counts(state.tasks[index], output):
+            if index >= len(found):
+                continue
+            if not self._is_there(output):
+                place.drop(index)
+            elif self._still_counts(state.tasks[index], output):
                 state.tasks[index].output = output
                 state.reused += 1
         self._tell(
@@ -253,6 +257,11 @@ class Job:
             explain="\n".join(stage_lines(stage, self.program, threads=self.config.cpus_per_task)),
         )
         self._pending.extend(task for task in state.tasks if task.output is None)
+
+    def _is_there(self, output: Output) -> bool:
+        """Whether the files of a dataset are where they were left: a write that ended has taken them away."""
+        opened = (open_kept(file.staged_url, self.storage_options) for file in output.files)
+        return all(filesystem.exists(path) for filesystem, path in opened)
 
     def _place(self, stage: Stage, found: list[Spec], is_last: bool) -> tuple[Place, bool]:
         """Where the stage's outputs go: by its identity, or if it has none, by the job's."""

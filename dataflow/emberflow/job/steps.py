@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ..exchange import ExchangeIndex
 from ..files import FileOutput
-from ..sources import StorageOptions, open_url
+from ..sources import StorageOptions, open_kept
 
 _FORMAT = 1
 
@@ -92,10 +92,10 @@ class Place:
         return f"{self.url}/{index:05d}-{attempt}.exchange"
 
     def _won(self, index: int) -> tuple[Any, str]:
-        return open_url(f"{self.url}/{index:05d}.won", self.storage_options)
+        return open_kept(f"{self.url}/{index:05d}.won", self.storage_options)
 
     def prepare(self) -> None:
-        filesystem, path = open_url(self.url, self.storage_options)
+        filesystem, path = open_kept(self.url, self.storage_options)
         filesystem.makedirs(path, exist_ok=True)
 
     def winner(self, index: int) -> Output | None:
@@ -116,7 +116,7 @@ class Place:
 
     def winners(self) -> dict[int, Output]:
         """All that counts, by task: one listing, and one read for each."""
-        filesystem, path = open_url(self.url, self.storage_options)
+        filesystem, path = open_kept(self.url, self.storage_options)
         found: dict[int, Output] = {}
         for name in filesystem.ls(path, detail=False) if filesystem.isdir(path) else []:
             stem, _, suffix = name.rsplit("/", 1)[-1].partition(".")
@@ -149,7 +149,7 @@ class Place:
     def _remove(self, output: Output) -> None:
         for url in [output.url, *(file.staged_url for file in output.files)]:
             if url:
-                filesystem, path = open_url(url, self.storage_options)
+                filesystem, path = open_kept(url, self.storage_options)
                 try:
                     filesystem.rm_file(path)
                 except FileNotFoundError:

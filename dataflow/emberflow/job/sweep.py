@@ -26,8 +26,8 @@ from typing import Any
 import msgspec
 
 from ..errors import FlowError, InvalidArgument
-from ..sources import STAGING_PREFIX, StorageOptions
-from .history import LEASE_S, JobInfo, jobs, jobs_at, load, names, open_kept, remove_file, seen
+from ..sources import STAGING_PREFIX, StorageOptions, open_kept
+from .history import LEASE_S, JobInfo, jobs, jobs_at, load, names, remove_file, seen
 from .steps import Output
 
 RETENTION_S = 7 * 86_400.0

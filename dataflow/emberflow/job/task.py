@@ -31,8 +31,9 @@ from ..functions import shipping
 from ..functions.steps import PythonStep, apply
 from ..functions.udf import Udf
 from ..plan.nodes import Column
-from ..query import quoted
+from ..query import Query, quoted
 from ..sources import StorageOptions, open_url
+from ..text import written
 from .steps import Output, Place
 
 BATCH_ROWS = 122_880
@@ -195,8 +196,8 @@ class Attempt:
                 continue
             assert previous is not None
             previous = apply(step, previous[1], previous[0], interrupted=lambda: self.interrupted)
-            if is_last and isinstance(self.task.sink, ExchangeSink):
-                # DuckDB says what the types are, and gives them the form in which they travel.
+            if is_last:
+                # DuckDB says what the types are, and gives them the form in which they travel or are written.
                 previous = self._sql(_EVERYTHING, previous, stack, is_last=True)
         assert previous is not None
         return previous
@@ -219,7 +220,7 @@ class Attempt:
             reader = pa.RecordBatchReader.from_batches(*previous)
             own = tuple(reader.schema.names) if step is _EVERYTHING else step.names.get(step.previous)
             self._view(cursor, step.previous, reader, None, own)
-        text = step.text if to_files or not is_last else self._sent(step.text, cursor)
+        text = step.text if not is_last else self._sent(step.text, cursor)
         if self.interrupted:
             raise CallCancelled(f"{self.task.name} was cancelled")
         reader = arrow_reader(cursor, text, None, BATCH_ROWS)
@@ -229,10 +230,15 @@ class Attempt:
         return self.task.ordered or self.context.cpus == 1
 
     def _sent(self, text: str, cursor: Any) -> str:
-        """The query, with its columns in the form in which they travel."""
+        """The query, with its columns in the form in which they travel. Files' queries have theirs already, but for
+        what a function has made."""
+        if isinstance(self.task.sink, FileSink) and text != _EVERYTHING.text:
+            return text
         found = tuple(Column(str(row[0]), str(row[1])) for row in cursor.execute(f"DESCRIBE {text}").fetchall())
+        if isinstance(self.task.sink, FileSink):
+            schema = {column.name: column.type for column in found}
+            return written(Query(text=text), schema, self.task.sink.format).text
         names = [f"c{i}" for i in range(len(found))]
-        assert isinstance(self.task.sink, ExchangeSink)
         partition = [names.pop()] if self.task.sink.by == "column" else []
         columns = found[: len(names)]
         self.columns = self.task.columns or columns
