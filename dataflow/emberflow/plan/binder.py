@@ -47,12 +47,15 @@ _OPTIMIZERS = frozenset(
 # The largest table's rows in its shadow, if sizes are known.
 _HINT_ROWS_MAX = 2000
 _MOMENT = "getvariable('emberflow_now')"
+_TODAY = f"CAST({_MOMENT} AT TIME ZONE 'UTC' AS DATE)"
+# Macros that hide DuckDB's own functions, which read the clock.
 _CLOCKS = {
-    **dict.fromkeys(("now", "get_current_timestamp", "transaction_timestamp", "current_timestamp"), _MOMENT),
-    **dict.fromkeys(("current_date", "today"), f"CAST({_MOMENT} AT TIME ZONE 'UTC' AS DATE)"),
-    **dict.fromkeys(("get_current_time",), f"CAST({_MOMENT} AS TIMETZ)"),
-    **dict.fromkeys(("current_localtime",), f"CAST({_MOMENT} AT TIME ZONE 'UTC' AS TIME)"),
-    **dict.fromkeys(("current_localtimestamp",), f"{_MOMENT} AT TIME ZONE 'UTC'"),
+    **dict.fromkeys(("now", "get_current_timestamp", "transaction_timestamp", "current_timestamp"), f"() AS {_MOMENT}"),
+    **dict.fromkeys(("current_date", "today"), f"() AS {_TODAY}"),
+    "get_current_time": f"() AS CAST({_MOMENT} AS TIMETZ)",
+    "current_localtime": f"() AS CAST({_MOMENT} AT TIME ZONE 'UTC' AS TIME)",
+    "current_localtimestamp": f"() AS {_MOMENT} AT TIME ZONE 'UTC'",
+    "age": f"(x) AS system.main.age(CAST({_TODAY} AS TIMESTAMP), x), (x, y) AS system.main.age(x, y)",
 }
 _UNKNOWN = "a plan that DuckDB writes in a way we do not know"
 _SERIALIZE = (
@@ -82,7 +85,7 @@ def bind(
         query = statements[0].query
         columns = _user_columns(connection, query)
         volatile = _volatile_functions(connection) if setup else _shared_database().volatile
-        expressions = ExpressionReader(TypeText(connection), volatile=volatile, now=now)
+        expressions = ExpressionReader(TypeText(connection), volatile=volatile)
         bound = Bound(_read(expressions, _serialized(connection, query)), columns)
         _check(connection, bound)
         return bound
@@ -158,8 +161,8 @@ def _prepare(
     connection.execute("SET python_enable_replacements = false")
     moment = now.astimezone(datetime.UTC).isoformat(sep=" ")
     connection.execute(f"SET VARIABLE emberflow_now = CAST('{moment}' AS TIMESTAMPTZ)")
-    for name, value in _CLOCKS.items():
-        connection.execute(f"CREATE MACRO {quoted(name)}() AS {value}")
+    for name, definition in _CLOCKS.items():
+        connection.execute(f"CREATE MACRO {quoted(name)}{definition}")
     largest = max(rows.values(), default=0)
     for table, columns in shadows.items():
         written = ", ".join(f"{quoted(column.name)} {column.type}" for column in columns)
