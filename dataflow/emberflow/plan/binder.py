@@ -101,6 +101,8 @@ def _user_columns(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Co
 def _read(expressions: ExpressionReader, json_plan: Json) -> Node:
     try:
         return Reader(expressions).read(json_plan)
+    except RecursionError as error:
+        raise NotPlannable("an expression of very many parts") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise NotPlannable(f"{_UNKNOWN}: {error!r}") from error
 
@@ -128,7 +130,7 @@ def _opened() -> duckdb.DuckDBPyConnection:
 
 @contextmanager
 def _connection(setup: Callable[[duckdb.DuckDBPyConnection], None] | None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with an empty schema; what `setup` does is seen by no other query."""
+    """A connection to an empty database; what `setup` does is seen by no other query."""
     if setup:
         with _opened() as connection:
             setup(connection)
@@ -136,13 +138,11 @@ def _connection(setup: Callable[[duckdb.DuckDBPyConnection], None] | None) -> It
         return
     shared = _shared_database()
     with shared.lock, shared.connection.cursor() as connection:
-        connection.execute("CREATE SCHEMA binder")
+        connection.execute("BEGIN TRANSACTION")
         try:
-            connection.execute("USE binder")
             yield connection
         finally:
-            connection.execute("USE main")
-            connection.execute("DROP SCHEMA binder CASCADE")
+            connection.execute("ROLLBACK")
 
 
 def _volatile_functions(connection: duckdb.DuckDBPyConnection) -> frozenset[str]:
@@ -209,6 +209,8 @@ def _answer(connection: duckdb.DuckDBPyConnection, query: str) -> Json | None:
         return json.loads(re.sub(r'(?<="value":)-?nan(?=[,}])', "NaN", row[0], flags=re.IGNORECASE))
     except json.JSONDecodeError:
         return None
+    except RecursionError as error:
+        raise NotPlannable("an expression of very many parts") from error
 
 
 def _check(connection: duckdb.DuckDBPyConnection, bound: Bound) -> None:

@@ -69,10 +69,7 @@ class _Renderer:
         aliases = [quoted(name) for name in names] if names else [f"c{i}" for i in range(len(node.columns))]
         match node:
             case Shared():
-                name = f"shared{node.id}"
-                body = _Renderer(self._source, {**self._shared, node.id: name})
-                definition = self.select(node.definition)
-                return f"WITH {name} AS MATERIALIZED ({definition}) {body.select(node.body, names)}"
+                return self._shared_first(node, names)
             case SetOperation():
                 return self._set_operation(node, aliases)
             case Aggregate():
@@ -90,6 +87,17 @@ class _Renderer:
                 return _list([*block.names, *unnested], aliases, block.text)
             case _:
                 return self._rows(node, aliases)
+
+    def _shared_first(self, node: Shared, names: Sequence[str] | None) -> str:
+        definitions = []
+        renderer = self
+        body: Node = node
+        while isinstance(body, Shared):
+            name = f"shared{body.id}"
+            definitions.append(f"{name} AS MATERIALIZED ({renderer.select(body.definition)})")
+            renderer = _Renderer(self._source, {**renderer._shared, body.id: name})
+            body = body.body
+        return f"WITH {', '.join(definitions)} {renderer.select(body, names)}"
 
     def _rows(self, node: Node, aliases: Sequence[str]) -> str:
         """A projection, a limit and an order, as far as they are there, in one SELECT."""
