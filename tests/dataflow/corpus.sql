@@ -301,6 +301,7 @@ SELECT x FROM (SELECT a AS x, b FROM pairs ORDER BY b LIMIT 5) ORDER BY x
 SELECT 10 // x FROM (SELECT CASE WHEN a IS NULL THEN 0 ELSE a END AS x FROM pairs ORDER BY x DESC LIMIT 3)
 SELECT p.a, count(*) FROM pairs p LEFT JOIN things t ON p.a = t.id WHERE p.a NOT IN (SELECT k FROM nothing WHERE EXISTS (SELECT 1 FROM more m WHERE coalesce(m.c, 1) IS DISTINCT FROM (p.a + p.a))) GROUP BY ROLLUP (p.a)
 SELECT p.b, sum(0) FROM pairs p FULL JOIN more m ON p.b < m.a WHERE p.b <> ALL (SELECT k FROM nothing WHERE NOT EXISTS (SELECT 1 FROM nothing n WHERE m.c BETWEEN 1 AND 10)) GROUP BY ROLLUP (p.b)
+SELECT quantile_disc(tags, 0.5), quantile_disc(tags, [0.5]), quantile_cont(id, [0.5]), approx_quantile(id, [0.5]) FROM things
 
 -- clock
 SELECT now() > TIMESTAMPTZ '2000-01-01', current_date > DATE '2000-01-01', now() = current_timestamp, today() = current_date FROM pairs
