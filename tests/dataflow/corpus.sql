@@ -230,6 +230,79 @@ SELECT p.a, r.i FROM pairs p JOIN range(3) r(i) ON p.a = r.i
 SELECT count(*) FROM range(1000)
 SELECT x.a FROM (VALUES (1), (2)) x(a) JOIN pairs USING (a)
 
+-- mixed
+SELECT count(*) FROM nothing GROUP BY GROUPING SETS (())
+SELECT k, count(*) FROM nothing GROUP BY GROUPING SETS ((k), ())
+SELECT n, count(*) FROM events GROUP BY GROUPING SETS ((n), (n))
+SELECT n, kind, count(*) FROM events GROUP BY n, ROLLUP (kind)
+SELECT 1 AS one, n FROM events GROUP BY n, one
+SELECT a, (SELECT count(*) FROM more m WHERE m.a = p.a AND m.c > (SELECT min(b) FROM pairs q WHERE q.a = m.a)) FROM pairs p
+SELECT a FROM pairs p WHERE EXISTS (SELECT 1 FROM more m WHERE m.a = p.a AND EXISTS (SELECT 1 FROM things t WHERE t.id = m.a AND t.id < p.b))
+SELECT a FROM pairs p WHERE a IN (SELECT m.a FROM more m WHERE m.c IN (SELECT b FROM pairs q WHERE q.a = p.a))
+SELECT a FROM pairs p WHERE a NOT IN (SELECT m.a FROM more m WHERE m.c = p.b)
+SELECT a, (SELECT a FROM more m ORDER BY c LIMIT 1) FROM pairs
+SELECT a, (SELECT list(c ORDER BY c) FROM more m WHERE m.a <= p.a) FROM pairs p
+SELECT p.a, x.n FROM pairs p, LATERAL (SELECT count(*) AS n FROM events e WHERE e.n = p.a) x
+SELECT p.a, x.id FROM pairs p, LATERAL (SELECT id FROM events e WHERE e.n = p.a ORDER BY id DESC LIMIT 2) x
+SELECT * FROM (SELECT a, b, row_number() OVER (PARTITION BY a ORDER BY b, a) AS r FROM pairs) WHERE r = 1
+SELECT host, n FROM events WHERE (host, n) IN (SELECT host, max(n) FROM events GROUP BY host)
+SELECT CASE WHEN a IN (SELECT a FROM more) THEN 'in' WHEN b > (SELECT avg(c) FROM more) THEN 'above' ELSE 'no' END FROM pairs
+SELECT a FROM pairs WHERE (a IN (SELECT a FROM more)) = (b IN (SELECT c FROM more))
+SELECT a FROM pairs WHERE a IN (SELECT a FROM more) OR b = 30
+SELECT a FROM pairs WHERE NOT (a IN (SELECT a FROM more)) AND b > 0
+SELECT a FROM pairs WHERE (a IN (SELECT a FROM more WHERE a IS NOT NULL)) IS NULL
+SELECT max(a) FROM pairs HAVING max(a) > 100
+SELECT sum(x) FROM (SELECT a AS x FROM pairs UNION ALL SELECT c FROM more UNION ALL SELECT id FROM things) u
+SELECT * FROM (SELECT 1 AS x UNION ALL SELECT NULL) a FULL JOIN (SELECT 2 AS x UNION ALL SELECT NULL) b ON a.x IS NOT DISTINCT FROM b.x
+SELECT count(*) FROM events a, events b WHERE a.id < 5 AND b.id BETWEEN a.id AND a.id + 2
+SELECT e.id FROM events e WHERE e.host COLLATE NOCASE IN (SELECT upper(host) FROM hosts)
+SELECT h.host FROM hosts h JOIN events e ON h.host COLLATE NOCASE = e.host GROUP BY 1
+SELECT upper(host) COLLATE NOCASE AS h, count(*) FROM events GROUP BY h
+SELECT events.* FROM events, hosts WHERE events.host = hosts.host AND hosts.country = 'DE' AND events.n > 1
+SELECT (SELECT max(id) FROM events) - (SELECT min(id) FROM events)
+SELECT id, n FROM events WHERE n = (SELECT 1)
+SELECT first_value(id) OVER (ORDER BY id DESC) - id FROM events WHERE id < 4
+SELECT sum(sum(n)) OVER (ORDER BY kind), kind FROM events GROUP BY kind
+SELECT id FROM events WHERE day = DATE '2024-01-01' - 1 OR seen::DATE = '2024-02-29'
+SELECT id, price::DECIMAL(10,1), price::DOUBLE, price // 2, price % 3, price > 3.333, price = 2.5::DOUBLE FROM events
+SELECT sum(price * (1 - n * 0.1)), sum(price * 0.1 + 1), avg(price / 2), max(price - n) FROM events
+SELECT sum(1), count(NULL), min(NULL::INTEGER), sum(NULL::DECIMAL(5,2)) FROM events
+SELECT [x FOR x IN range(n)] FROM events WHERE n > 0
+SELECT string_agg(host, ', ' ORDER BY n DESC NULLS LAST, id) FROM events
+SELECT count(*), max(w) FROM (SELECT unnest(words) AS w FROM things)
+SELECT id, t.x FROM things, unnest([id, id + 1]) AS t(x) WHERE t.x > 2
+SELECT unnest(m) FROM (SELECT map_entries(m) AS m FROM things)
+SELECT unnest(st, recursive := true) FROM things
+SELECT greatest(day, DATE '2024-01-01'), least(seen, TIMESTAMP '2024-03-01') FROM events
+SELECT date_part('dow', day), extract(epoch FROM seen_tz), strftime(seen_tz, '%H:%M'), seen_tz - TIMESTAMPTZ '2024-01-01' FROM events
+SELECT INTERVAL 1 YEAR + INTERVAL 2 DAY, day + 3, seen + INTERVAL (n) DAY FROM events
+SELECT id::UTINYINT + 1::UTINYINT, id::BIT, (id / 7)::DECIMAL(9,4), (id / 7)::FLOAT FROM events
+SELECT NULL, NULL + 1, [NULL], {'a': NULL}, coalesce(NULL, NULL) FROM pairs
+SELECT 'a' || NULL, concat('a', NULL), NULL = NULL, NULL IS NULL, NOT NULL FROM pairs
+SELECT ((a)), "a" + "b" AS "sum of", a AS "SELECT" FROM pairs
+SELECT * FROM pairs WHERE a = ANY ([1, 3]) OR b IN (SELECT unnest([3, 30]))
+SELECT * FROM range(3) a, range(2) b
+SELECT min(i), max(i) FROM range(10, 0, -3) r(i)
+SELECT generate_subscripts([4, 5, 6], 1)
+SELECT a, b FROM pairs ORDER BY ALL
+FROM pairs UNPIVOT (v FOR k IN (a, b))
+SUMMARIZE pairs
+SELECT a FROM pairs GROUP BY a HAVING count(*) > (SELECT avg(a) FROM more)
+SELECT a, sum(b) OVER (PARTITION BY a) / (SELECT sum(b) FROM pairs) FROM pairs
+WITH a AS (SELECT 1 AS x), b AS (SELECT x + 1 AS x FROM a), c AS (SELECT x FROM a UNION ALL SELECT x FROM b) SELECT * FROM c, b
+SELECT id, lag(id, -1) OVER (ORDER BY id), nth_value(id, 3) OVER (ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) FROM events
+SELECT id, sum(n) OVER (ORDER BY price RANGE BETWEEN 2.5 PRECEDING AND 1 FOLLOWING) FROM events
+SELECT id, count(*) OVER (ORDER BY score RANGE BETWEEN 1 PRECEDING AND 1 FOLLOWING) FROM events
+SELECT id, count(*) OVER (ORDER BY id ROWS BETWEEN n PRECEDING AND CURRENT ROW) FROM events WHERE n >= 0
+SELECT id, row_number() OVER () > 0 FROM events
+SELECT a, b FROM pairs ORDER BY b NULLS FIRST, a NULLS FIRST LIMIT 4
+SELECT a + 1 AS x FROM pairs ORDER BY x DESC NULLS LAST, b NULLS LAST LIMIT 3 OFFSET 1
+SELECT x FROM (SELECT a AS x, b FROM pairs ORDER BY b LIMIT 5) ORDER BY x
+SELECT 10 // x FROM (SELECT CASE WHEN a IS NULL THEN 0 ELSE a END AS x FROM pairs ORDER BY x DESC LIMIT 3)
+SELECT p.a, count(*) FROM pairs p LEFT JOIN things t ON p.a = t.id WHERE p.a NOT IN (SELECT k FROM nothing WHERE EXISTS (SELECT 1 FROM more m WHERE coalesce(m.c, 1) IS DISTINCT FROM (p.a + p.a))) GROUP BY ROLLUP (p.a)
+SELECT p.b, sum(0) FROM pairs p FULL JOIN more m ON p.b < m.a WHERE p.b <> ALL (SELECT k FROM nothing WHERE NOT EXISTS (SELECT 1 FROM nothing n WHERE m.c BETWEEN 1 AND 10)) GROUP BY ROLLUP (p.b)
+SELECT quantile_disc(tags, 0.5), quantile_disc(tags, [0.5]), quantile_cont(id, [0.5]), approx_quantile(id, [0.5]) FROM things
+
 -- clock
 SELECT now() > TIMESTAMPTZ '2000-01-01', current_date > DATE '2000-01-01', now() = current_timestamp, today() = current_date FROM pairs
 SELECT id FROM events WHERE seen < now() AND day < current_date
@@ -276,3 +349,5 @@ SELECT kind, first(host), list(n), any_value(id) FROM events GROUP BY kind
 SELECT host, string_agg(kind, ',') FROM events GROUP BY host
 SELECT DISTINCT ON (kind) kind, id FROM events
 SELECT id, row_number() OVER (ORDER BY kind) FROM events
+SELECT DISTINCT host COLLATE NOCASE FROM (SELECT host FROM hosts UNION ALL SELECT lower(host) FROM hosts)
+SELECT list(x) FROM (SELECT unnest([3,1,2]) AS x ORDER BY x)

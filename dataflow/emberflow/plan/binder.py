@@ -47,12 +47,15 @@ _OPTIMIZERS = frozenset(
 # The largest table's rows in its shadow, if sizes are known.
 _HINT_ROWS_MAX = 2000
 _MOMENT = "getvariable('emberflow_now')"
+_TODAY = f"CAST({_MOMENT} AT TIME ZONE 'UTC' AS DATE)"
+# Macros that hide DuckDB's own functions, which read the clock.
 _CLOCKS = {
-    **dict.fromkeys(("now", "get_current_timestamp", "transaction_timestamp", "current_timestamp"), _MOMENT),
-    **dict.fromkeys(("current_date", "today"), f"CAST({_MOMENT} AT TIME ZONE 'UTC' AS DATE)"),
-    **dict.fromkeys(("get_current_time",), f"CAST({_MOMENT} AS TIMETZ)"),
-    **dict.fromkeys(("current_localtime",), f"CAST({_MOMENT} AT TIME ZONE 'UTC' AS TIME)"),
-    **dict.fromkeys(("current_localtimestamp",), f"{_MOMENT} AT TIME ZONE 'UTC'"),
+    **dict.fromkeys(("now", "get_current_timestamp", "transaction_timestamp", "current_timestamp"), f"() AS {_MOMENT}"),
+    **dict.fromkeys(("current_date", "today"), f"() AS {_TODAY}"),
+    "get_current_time": f"() AS CAST({_MOMENT} AS TIMETZ)",
+    "current_localtime": f"() AS CAST({_MOMENT} AT TIME ZONE 'UTC' AS TIME)",
+    "current_localtimestamp": f"() AS {_MOMENT} AT TIME ZONE 'UTC'",
+    "age": f"(x) AS system.main.age(CAST({_TODAY} AS TIMESTAMP), x), (x, y) AS system.main.age(x, y)",
 }
 _UNKNOWN = "a plan that DuckDB writes in a way we do not know"
 _SERIALIZE = (
@@ -82,7 +85,7 @@ def bind(
         query = statements[0].query
         columns = _user_columns(connection, query)
         volatile = _volatile_functions(connection) if setup else _shared_database().volatile
-        expressions = ExpressionReader(TypeText(connection), volatile=volatile, now=now)
+        expressions = ExpressionReader(TypeText(connection), volatile=volatile)
         bound = Bound(_read(expressions, _serialized(connection, query)), columns)
         _check(connection, bound)
         return bound
@@ -98,6 +101,8 @@ def _user_columns(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Co
 def _read(expressions: ExpressionReader, json_plan: Json) -> Node:
     try:
         return Reader(expressions).read(json_plan)
+    except RecursionError as error:
+        raise NotPlannable("an expression of very many parts") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise NotPlannable(f"{_UNKNOWN}: {error!r}") from error
 
@@ -125,7 +130,7 @@ def _opened() -> duckdb.DuckDBPyConnection:
 
 @contextmanager
 def _connection(setup: Callable[[duckdb.DuckDBPyConnection], None] | None) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with an empty schema; what `setup` does is seen by no other query."""
+    """A connection to an empty database; what `setup` does is seen by no other query."""
     if setup:
         with _opened() as connection:
             setup(connection)
@@ -133,13 +138,11 @@ def _connection(setup: Callable[[duckdb.DuckDBPyConnection], None] | None) -> It
         return
     shared = _shared_database()
     with shared.lock, shared.connection.cursor() as connection:
-        connection.execute("CREATE SCHEMA binder")
+        connection.execute("BEGIN TRANSACTION")
         try:
-            connection.execute("USE binder")
             yield connection
         finally:
-            connection.execute("USE main")
-            connection.execute("DROP SCHEMA binder CASCADE")
+            connection.execute("ROLLBACK")
 
 
 def _volatile_functions(connection: duckdb.DuckDBPyConnection) -> frozenset[str]:
@@ -158,8 +161,8 @@ def _prepare(
     connection.execute("SET python_enable_replacements = false")
     moment = now.astimezone(datetime.UTC).isoformat(sep=" ")
     connection.execute(f"SET VARIABLE emberflow_now = CAST('{moment}' AS TIMESTAMPTZ)")
-    for name, value in _CLOCKS.items():
-        connection.execute(f"CREATE MACRO {quoted(name)}() AS {value}")
+    for name, definition in _CLOCKS.items():
+        connection.execute(f"CREATE MACRO {quoted(name)}{definition}")
     largest = max(rows.values(), default=0)
     for table, columns in shadows.items():
         written = ", ".join(f"{quoted(column.name)} {column.type}" for column in columns)
@@ -206,6 +209,8 @@ def _answer(connection: duckdb.DuckDBPyConnection, query: str) -> Json | None:
         return json.loads(re.sub(r'(?<="value":)-?nan(?=[,}])', "NaN", row[0], flags=re.IGNORECASE))
     except json.JSONDecodeError:
         return None
+    except RecursionError as error:
+        raise NotPlannable("an expression of very many parts") from error
 
 
 def _check(connection: duckdb.DuckDBPyConnection, bound: Bound) -> None:
@@ -218,6 +223,7 @@ def _check(connection: duckdb.DuckDBPyConnection, bound: Bound) -> None:
     text = select(bound.plan, source=shadow, names=[column.name for column in bound.columns])
     try:
         columns = _described(connection, text)
+        connection.execute(f"EXPLAIN {text}")  # further than binding: some subqueries are refused by the optimizer
     except duckdb.Error as error:
         raise NotPlannable(f"an expression that we cannot write: {error}") from error
     if columns != bound.columns:

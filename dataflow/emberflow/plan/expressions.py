@@ -9,7 +9,6 @@ type, and a column is checked against the type DuckDB says it has.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -88,12 +87,11 @@ def conjunction(exprs: Sequence[Expr], operator: str = "AND") -> Expr:
 
 
 class ExpressionReader:
-    """`volatile`: the functions of which two evaluations may differ. `now`: what age(x) counts to."""
+    """`volatile`: the functions of which two evaluations may differ."""
 
-    def __init__(self, types: TypeText, *, volatile: frozenset[str], now: datetime.datetime) -> None:
+    def __init__(self, types: TypeText, *, volatile: frozenset[str]) -> None:
         self.types = types
         self._volatile = volatile
-        self._now = now
         self._readers = {
             "BOUND_REF": self._reference,
             "BOUND_COLUMN_REF": self._unresolved,
@@ -233,9 +231,6 @@ class ExpressionReader:
             return text(type_, "CASE WHEN ", not_null, " THEN ", args[0], " END")
         if name.startswith("__"):
             raise NotPlannable(f"the internal function {name}")
-        if name == "age" and len(args) == 1:
-            today = f"CAST(CAST('{self._now.date().isoformat()}' AS DATE) AS {args[0].type})"
-            return text(type_, f"age({today}, ", args[0], ")")
         if name in NAMED:
             data.ignore("variable_return_type", "stype")
         elif len(data):

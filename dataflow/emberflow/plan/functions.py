@@ -94,7 +94,7 @@ def restore(name: str, args: list[Expr], data: Fields, types: TypeText, return_t
         return name, [args[0], Expr((low,), ""), Expr((high,), "")]
     if name == "approx_quantile":
         values = [f"CAST('{value!r}' AS FLOAT)" for value in data.take("quantiles")]
-        return name, _with_quantiles(args, values, return_type)
+        return name, _with_quantiles(args, values, types.type(return_type))
     if name in _QUANTILES:
         return name, _quantiles(name, args, data, types, return_type)
     return name, args
@@ -107,26 +107,24 @@ def _quantiles(name: str, args: list[Expr], data: Fields, types: TypeText, retur
     data.ignore("order")
     if name in ("median", "mad"):
         return args[:1]
-    return _with_quantiles(args, values, return_type)
+    return _with_quantiles(args, values, types.type(return_type))
 
 
-def _with_quantiles(args: list[Expr], values: list[str], return_type: Json) -> list[Expr]:
-    listed = len(values) != 1 or _is_listed(args, return_type)
+def _with_quantiles(args: list[Expr], values: list[str], answer: str) -> list[Expr]:
+    """A list of quantiles, which may be of one, was asked for if the answer is a list of what was looked at."""
+    listed = _list_depth(answer) > _list_depth(args[0].type)
     return [args[0], Expr((f"[{', '.join(values)}]" if listed else values[0],), "")]
 
 
-def _is_listed(args: list[Expr], return_type: Json) -> bool:
-    """Whether a single quantile was given as a list of one: then the answer is a list, of what was looked at."""
-    if len(args) > 1:
-        return args[1].type.endswith("[]")
-    return bool(return_type["id"] == "LIST" and not args[0].type.endswith("[]"))
+def _list_depth(type_: str) -> int:
+    return (len(type_) - len(type_.rstrip("[]"))) // 2
 
 
 def open_slice(name: str, args: Sequence[Expr]) -> list[Expr | str] | None:
     """The parts of a slice that leaves a bound open (`x[:2]`): DuckDB writes an empty list for the bound, and 1.4 does
     not take one back in a call."""
     is_open = [str(arg.pieces[0]).startswith("CAST([] AS") for arg in args]
-    if name not in _SLICES or not any(is_open):
+    if name not in _SLICES or not any(is_open[1:3]):
         return None
     low, high = ("" if open_ else arg for arg, open_ in zip(args[1:3], is_open[1:3], strict=True))
     step: list[Expr | str] = [":", args[3]] if len(args) == 4 else []

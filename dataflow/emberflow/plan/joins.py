@@ -95,6 +95,8 @@ class JoinReader:
         if type_ not in _KINDS:
             raise NotPlannable(f"a join of the kind {type_}")
         kind = _KINDS[type_]
+        if any(condition.left.type != condition.right.type for condition in conditions):
+            raise NotPlannable("a join over keys of two types")
         if kind == "mark":
             _check_mark(conditions, residuals, correlated)
         residual = conjunction(residuals) if residuals else None

@@ -10,6 +10,7 @@ Does not know: where the JSON comes from (`binder.py`), expressions (`expression
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .calls import CallReader
 from .expressions import ExpressionReader, Scope
@@ -19,6 +20,7 @@ from .nodes import (
     Aggregate,
     Column,
     Distinct,
+    Expr,
     Filter,
     Fixed,
     Input,
@@ -143,7 +145,7 @@ class Reader:
         jsons = fields.take("expressions")
         exprs = tuple(self._expressions.read(json, scope) for json in jsons)
         names = tuple(json.get("alias") or f"c{i}" for i, json in enumerate(jsons))
-        return Project(child, exprs, names)
+        return Project(_one_row(child, exprs), exprs, names)
 
     def _filter(self, kind: str, fields: Fields) -> Node:
         child, scope = self._child(fields)
@@ -214,9 +216,11 @@ class Reader:
         type_ = fields.take("distinct_type")
         if type_ == "DISTINCT_ON":
             return Distinct(child, targets, order)
-        if type_ != "DISTINCT" or {target.position for target in targets} != set(range(len(child.columns))):
+        every = set(range(len(child.columns)))
+        if type_ != "DISTINCT" or order or {i for target in targets for i in target.columns} != every:
             raise NotPlannable("a DISTINCT over some of its columns")
-        return Distinct(child)
+        # Under a collation rows are the same if their columns are after it; any of them may stand for the others.
+        return Distinct(child, None if {target.position for target in targets} == every else targets)
 
     def _comparison_join(self, kind: str, fields: Fields) -> Node:
         fields.expect("duplicate_eliminated_columns", [])
@@ -292,6 +296,16 @@ class Reader:
                 return SetOperation("except", is_all, children, children[0].columns)
             case _:
                 return SetOperation("intersect", is_all, children, children[0].columns)
+
+
+def _one_row(node: Node, exprs: Sequence[Expr]) -> Node:
+    """The aggregate below a scalar subquery: a first() of rows that have to be one, or it is an error."""
+    if not isinstance(node, Aggregate) or [call.function for call in node.calls] != ["first", "count_star"]:
+        return node
+    if not any("error(" in expr.sql(str) for expr in exprs):
+        return node
+    first, count = node.calls
+    return replace(node, calls=(replace(first, unstable=False), count))
 
 
 _REFUSED = {

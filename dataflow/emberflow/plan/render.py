@@ -30,6 +30,7 @@ from .nodes import (
     Sort,
     Unnest,
     Window,
+    walk,
 )
 from .typetext import quoted
 
@@ -67,12 +68,10 @@ class _Renderer:
 
     def select(self, node: Node, names: Sequence[str] | None = None) -> str:
         aliases = [quoted(name) for name in names] if names else [f"c{i}" for i in range(len(node.columns))]
+        node = self._with_before(node)
         match node:
             case Shared():
-                name = f"shared{node.id}"
-                body = _Renderer(self._source, {**self._shared, node.id: name})
-                definition = self.select(node.definition)
-                return f"WITH {name} AS MATERIALIZED ({definition}) {body.select(node.body, names)}"
+                return self._shared_first(node, names)
             case SetOperation():
                 return self._set_operation(node, aliases)
             case Aggregate():
@@ -90,6 +89,26 @@ class _Renderer:
                 return _list([*block.names, *unnested], aliases, block.text)
             case _:
                 return self._rows(node, aliases)
+
+    def _shared_first(self, node: Shared, names: Sequence[str] | None) -> str:
+        definitions = []
+        renderer = self
+        body: Node = node
+        while isinstance(body, Shared):
+            name = f"shared{body.id}" if body.id >= 0 else f"before{-body.id}"
+            definitions.append(f"{name} AS MATERIALIZED ({renderer.select(body.definition)})")
+            renderer = _Renderer(self._source, {**renderer._shared, body.id: name})
+            body = renderer._with_before(body.body)
+        return f"WITH {', '.join(definitions)} {renderer.select(body, names)}"
+
+    def _with_before(self, node: Node) -> Node:
+        """DuckDB 1.4 cannot take apart a correlated subquery with a WITH in it, so the subquery's rows go before."""
+        if not isinstance(node, Join) or not (node.kind == "mark" or node.single):
+            return node
+        if not any(isinstance(each, Shared) for each in walk(node.right)):
+            return node
+        before = Input(-1 - len(self._shared), node.right.columns)
+        return Shared(before.id, node.right, replace(node, right=before))
 
     def _rows(self, node: Node, aliases: Sequence[str]) -> str:
         """A projection, a limit and an order, as far as they are there, in one SELECT."""

@@ -118,19 +118,34 @@ class ScanReader:
         parameters = ", ".join(self._types.constant(value) for value in fields.take("parameters"))
         fields.ignore("input_table_types", "input_table_names", "arguments", "original_arguments")
         self._expect_plain(fields)
-        if [index.get("index", 0) for index in fields.take("column_indexes")] != [0]:
+        if self._only_column(fields) == _ROWID:
             return Fixed(f"SELECT NULL FROM {name}({parameters})", (_NO_COLUMN,))
         return Fixed(f"SELECT * FROM {name}({parameters})", tuple(returned))
+
+    def _only_column(self, fields: Fields) -> int:
+        (json,) = fields.take("column_indexes")
+        index = Fields(json, "a scan's column")
+        number = index.take("index")
+        index.expect("has_index", True)
+        index.expect("field", "")
+        index.expect("index_type", "FULL_READ")
+        index.expect("type", {"id": "INVALID"})
+        index.expect("child_indexes", [])
+        index.done()
+        return int(number)
 
     def _filtered(self, node: Node, fields: Fields) -> Node:
         # 2.0 names a filter's column by its place among those read, 1.4 by its place in the table.
         by_place = fields.take("table_filters_by_projection", False)
         filters = Fields(fields.take("table_filters", {}), "a scan's filters")
         conditions: list[Expr] = []
-        for entry in filters.take("filters", []):
-            place = entry["key"] if by_place else self._place(node, entry["key"])
+        for json in filters.take("filters", []):
+            entry = Fields(json, "a scan's filter")
+            key = entry.take("key")
+            place = key if by_place else self._place(node, key)
             target = Scope(node.columns).reference(place, node.columns[place].type)
-            condition = self._condition(entry["value"], target, node, [place])
+            condition = self._condition(entry.take("value"), target, node, [place])
+            entry.done()
             conditions += [condition] if condition else []
         for json in filters.take("multi_column_filters", []):
             condition = self._condition(json, None, node, json["column_indexes"])
@@ -153,6 +168,8 @@ class ScanReader:
         kind = fields.take("filter_type").removeprefix("LEGACY_")
         fields.what = f"a scan's {kind}"
         if kind == "OPTIONAL_FILTER":
+            fields.ignore("child_filter", "final_filter")
+            fields.done()
             return None
         if kind == "EXPRESSION_FILTER":
             fields.take("column_indexes", None)
@@ -203,7 +220,7 @@ class ScanReader:
             raise NotPlannable(f"the table function {name} over columns")
         fields.ignore("names")
         (type_,) = (self._types.type(type_) for type_ in fields.take("returned_types"))
-        if [index.get("index", 0) for index in fields.take("column_indexes")] != [0]:
+        if self._only_column(fields) == _ROWID:
             raise NotPlannable("an UNNEST whose elements are not read")
         kept = fields.take("projected_input", [])
         fields.expect("projection_ids", [], [0])
