@@ -317,8 +317,9 @@ def _exchange_of(pipes: Pipes) -> Exchange | None:
     if len(pipes) != 1 or len(pipes[0].feeds) != 1 or len(pipes[0].segments) != 1:
         return None
     (feed,) = pipes[0].feeds.values()
-    bare = isinstance(feed, ExchangeFeed) and isinstance(pipes[0].tree, Input)
-    return feed.exchange if bare and isinstance(feed, ExchangeFeed) else None
+    (segment,) = pipes[0].segments
+    is_bare = isinstance(segment, SqlSegment) and isinstance(segment.tree, Input)
+    return feed.exchange if is_bare and isinstance(feed, ExchangeFeed) else None
 
 
 def _value(key: Expr) -> Expr:
