@@ -272,6 +272,8 @@ class DataFrame:
 
     def count(self) -> int:
         """Number of rows."""
+        if not isinstance(self.frame, Query) and (made := self.session.jobs.computed(self.frame)) is not None:
+            return sum(output.rows for output in made.outputs)
         counting = self.query.wrapped("SELECT count(*) AS n FROM")
         rows = list(DataFrame(self.session, counting).iter_rows())
         return int(rows[0]["n"])
@@ -304,7 +306,7 @@ class DataFrame:
     def to_batches(self, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """A reader of record batches of at most about `batch_rows` rows, filled as it is read. 128-bit integers
         come as decimal128(38, 0)."""
-        return self.batches_of(self.exportable(), batch_rows)
+        return self.batches_of(self.query, batch_rows, exported=True)
 
     def to_arrow(self) -> pa.Table:
         """All rows as an Arrow table."""
@@ -374,18 +376,15 @@ class DataFrame:
             rows = cursor.execute(f"EXPLAIN {self.query.text}", self.query.params).fetchall()
         return "in this process, by one DuckDB:\n" + "\n".join(str(row[-1]) for row in rows)
 
-    def batches_of(self, query: Query, batch_rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
-        """A reader of the batches of `query`, a form of this frame's, run in its session."""
+    def batches_of(self, query: Query, batch_rows: int = BATCH_ROWS, *, exported: bool = False) -> pa.RecordBatchReader:
+        """A reader of the batches of `query`, a form of this frame's, run in its session; `exported`: with 128-bit
+        integers as decimals."""
         if self.session.needs_job(query):
             query = self.session.jobs.rows_of(query)
-        stream = self._stream(query, batch_rows)
+        stream = self._stream(query, batch_rows, exported)
         schema = next(stream)
         assert isinstance(schema, pa.Schema)
         return pa.RecordBatchReader.from_batches(schema, stream)
-
-    def exportable(self) -> Query:
-        """The query with 128-bit integers cast to decimals, for formats that have none."""
-        return exportable(self.query, self.schema)
 
     def __repr__(self) -> str:
         shown = self.frame.text if isinstance(self.frame, Query) else type(self.frame).__name__
@@ -421,9 +420,10 @@ class DataFrame:
         for udf in udfs:
             self.session.create_function(udf)
 
-    def _stream(self, query: Query, batch_rows: int) -> Iterator[Any]:
+    def _stream(self, query: Query, batch_rows: int, exported: bool) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""
         with self.session.running(query) as cursor:
-            reader = arrow_reader(cursor, query.text, query.params, batch_rows)
+            export = (lambda types: exportable(query, types).text) if exported else None
+            reader = arrow_reader(cursor, query.text, query.params, batch_rows, exported=export)
             yield reader.schema
             yield from reader

@@ -10,7 +10,7 @@ Any number of threads may use one engine: every query works on a cursor of its o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -146,11 +146,28 @@ class Engine:
                 self._protocols.add(protocol)
 
 
-def arrow_reader(cursor: Any, text: str, values: Any, batch_rows: int) -> pa.RecordBatchReader:
-    """Starts a query whose batches are read as they come.
+def arrow_reader(
+    cursor: Any,
+    text: str,
+    values: Any,
+    batch_rows: int,
+    *,
+    exported: Callable[[dict[str, str]], str] | None = None,
+) -> pa.RecordBatchReader:
+    """Starts a query whose batches are read as they come. `exported` is told its columns and their types, and gives
+    the text to run in its place.
 
-    DuckDB 2.0 streams only from a relation; 1.4 holds the GIL while it binds one, and can hang.
+    DuckDB 2.0 streams only from a relation, which also knows its types: asking DESCRIBE would open all files twice.
+    1.4 holds the GIL while it binds a relation, and can hang.
     """
     if hasattr(cursor, "fetch_record_batch"):
+        if exported is not None:
+            rows = cursor.execute(f"DESCRIBE {text}", values).fetchall()
+            text = exported({str(row[0]): str(row[1]) for row in rows})
         return cursor.execute(text, values).fetch_record_batch(batch_rows)
-    return cursor.sql(text, params=values).to_arrow_reader(batch_rows)
+    relation = cursor.sql(text, params=values)
+    if exported is not None:
+        wanted = exported(dict(zip(relation.columns, map(str, relation.types), strict=True)))
+        if wanted != text:
+            relation = cursor.sql(wanted, params=values)
+    return relation.to_arrow_reader(batch_rows)

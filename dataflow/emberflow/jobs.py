@@ -27,7 +27,7 @@ from .job.shares import ShareConfig
 from .job.steps import Output
 from .job.task import nothing
 from .plan.explain import explained
-from .plan.filescans import FileScan, ResolvedScan, find, resolve
+from .plan.filescans import File, FileScan, ResolvedScan, find, listed, resolve
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
 from .plan.nodes import Column
 from .plan.pipes import Program
@@ -56,6 +56,7 @@ class Jobs:
         self._lock = threading.RLock()
         self._executors: dict[str, Executor] = {}
         self._results: dict[int, tuple[Frame, Computed, list[Output]]] = {}
+        self._scans: dict[FileScan, tuple[list[File], ResolvedScan]] = {}
         self._anew: dict[int, tuple[Frame, str]] = {}
         """Frames whose steps are not to be found, and what makes them others."""
         self._count = 0
@@ -92,7 +93,9 @@ class Jobs:
             return sum(self.size_bytes(child) for child in frame.inputs.values())
         if isinstance(frame, Computed):
             return int(frame.exchange.size_bytes)
-        own = sum(self.resolve(scan).size_bytes for scan in find(frame.text)[1].values())
+        options = self.config.storage_options
+        scans = find(frame.text)[1].values()
+        own = sum(file.size_bytes for scan in scans for file in listed(scan, options))
         tables = (s.nbytes if isinstance(s, pa.Table) else self.size_bytes(s) for s in frame.tables.values())
         return own + sum(tables)
 
@@ -105,9 +108,14 @@ class Jobs:
     # ---- the catalog that planning asks
 
     def resolve(self, scan: FileScan) -> ResolvedScan:
-        """The scan's files and columns, as they are now: one job sees one state of them."""
-        with self.session.engine.running(scan.call(scan.paths)) as cursor:
-            return resolve(scan, cursor, self.config.storage_options)
+        """The scan's files and columns, as they are now: one job sees one state of them. Files that are as they were
+        are not looked into again."""
+        files = listed(scan, self.config.storage_options)
+        known = self._scans.get(scan)
+        if known is None or known[0] != files:
+            with self.session.engine.running(scan.call(scan.paths)) as cursor:
+                known = self._scans[scan] = files, resolve(scan, files, cursor)
+        return known[1]
 
     def computed(self, frame: Frame) -> Computed | None:
         """The frame's rows, if an earlier job has made them."""

@@ -46,6 +46,8 @@ OF_TABLES = {
 def test_the_answer_is_duckdbs(
     session: emberflow.Session, plain: duckdb.DuckDBPyConnection, statement: Statement
 ) -> None:
+    if session.config.broadcast_bytes and "join" not in statement.sql.lower() and "in (" not in statement.sql.lower():
+        return  # Nothing in it could be broadcast: the other session has run the very same stages.
     expected = plain.execute(statement.sql).fetchall()
     types = [(row[0], row[1]) for row in plain.execute(f"DESCRIBE {statement.sql}").fetchall()]
     frame = session.sql(statement.sql)

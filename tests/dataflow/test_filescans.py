@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 import emberflow
 import pytest
-from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, resolve
+from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, listed, resolve
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,17 @@ def test_no_files_make_one_empty_share() -> None:
     assert scan_of().shares(100) == [Share((), 0)]
 
 
+def resolved(scan: FileScan, connection: duckdb.DuckDBPyConnection) -> ResolvedScan:
+    return resolve(scan, listed(scan, {}), connection)
+
+
 def test_the_shares_of_a_real_scan_are_its_rows(tmp_path: Path) -> None:
     connection = duckdb.connect()
     connection.execute(
         f"copy (select i k, i % 7 h from range(50000) t(i)) to '{tmp_path}/a.parquet' (row_group_size 10000)"
     )
     connection.execute(f"copy (select i k, i % 7 h from range(50000, 50010) t(i)) to '{tmp_path}/b.parquet'")
-    scan = resolve(FileScan("read_parquet", (f"{tmp_path}/*.parquet",)), connection, {})
+    scan = resolved(FileScan("read_parquet", (f"{tmp_path}/*.parquet",)), connection)
     assert [column.type for column in scan.columns] == ["BIGINT", "BIGINT"]
     assert scan.rows == 50010
     shares = scan.shares(scan.size_bytes // 4)
@@ -114,11 +118,11 @@ def test_csv_shares_have_the_types_of_the_whole(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("k,v\n1,2\n")
     (tmp_path / "b.csv").write_text("k,v\n3,x\n")
     connection = duckdb.connect()
-    scan = resolve(FileScan("read_csv", (f"{tmp_path}/*.csv",)), connection, {})
+    scan = resolved(FileScan("read_csv", (f"{tmp_path}/*.csv",)), connection)
     rows = [connection.execute(f"FROM {scan.sql(share, ['v'])}").fetchall() for share in scan.shares(1)]
     assert rows == [[("2",)], [("x",)]]
 
 
 def test_a_scan_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(emberflow.DatasetNotFound, match=r"\*\.parquet"):
-        resolve(FileScan("read_parquet", (f"{tmp_path}/*.parquet",)), duckdb.connect(), {})
+        listed(FileScan("read_parquet", (f"{tmp_path}/*.parquet",)), {})

@@ -20,7 +20,7 @@ from typing import Any
 import emberflow
 import pytest
 
-KILLS = int(os.environ.get("EMBERFLOW_KILLS", "4"))
+KILLS = int(os.environ.get("EMBERFLOW_KILLS", "2"))
 
 DRIVER = """
 import json, sys

@@ -21,7 +21,6 @@ SCALE_FACTOR = 0.1
 
 PLANS: dict[str, dict[str, Any]] = {
     "auto": {"executor": "local"},
-    "inline": {"executor": "inline", "shuffle": "always", "partitions": 8, "broadcast_bytes": 0},
     "local": {"executor": "local", "shuffle": "always", "partitions": 8, "broadcast_bytes": 0},
     "ray": {"executor": "ray", "shuffle": "always", "partitions": 8, "broadcast_bytes": 0},
 }

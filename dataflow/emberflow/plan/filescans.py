@@ -315,11 +315,16 @@ def _unquoted(text: str) -> str:
 # ---- resolving
 
 
-def resolve(scan: FileScan, connection: Any, options: StorageOptions) -> ResolvedScan:
-    """Lists the scan's files and asks DuckDB for its columns. Raises what DuckDB or the filesystem raises."""
+def listed(scan: FileScan, options: StorageOptions) -> list[File]:
+    """The scan's files. Raises `DatasetNotFound`, or what the filesystem raises."""
     files = list(_files(scan.paths, options))
     if not files:
         raise DatasetNotFound(f"no files match {', '.join(scan.paths)}")
+    return files
+
+
+def resolve(scan: FileScan, files: Sequence[File], connection: Any) -> ResolvedScan:
+    """Asks DuckDB for the scan's columns, and for the row groups of its files."""
     described = connection.execute(f"DESCRIBE SELECT * FROM {scan.call(scan.paths)}").fetchall()
     columns = tuple(Column(str(row[0]), str(row[1])) for row in described)
     if scan.function == "read_parquet" and len(files) <= _FOOTERS_MAX:
