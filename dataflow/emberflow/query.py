@@ -94,7 +94,8 @@ def value_literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
-        return str(value)
+        # In brackets: `x-?` must not become a comment.
+        return str(value) if value >= 0 else f"({value})"
     if isinstance(value, float):
         return f"CAST('{value!r}' AS DOUBLE)"
     if isinstance(value, str):

@@ -107,8 +107,14 @@ def _write_here(frame: DataFrame, target: Target) -> list[FileOutput]:
     return files
 
 
+def worth_keeping(files: Sequence[FileOutput]) -> Sequence[FileOutput]:
+    """The files with rows, or one for its columns: an empty one says nothing that another does not."""
+    return [file for file in files if file.rows] or files[:1]
+
+
 def report(url: str, files: Sequence[FileOutput]) -> WriteReport:
     """What was written, in sum."""
+    files = worth_keeping(files)
     rows = sum(file.rows for file in files)
     return WriteReport(url=url, num_rows=rows, num_files=len(files), size_bytes=sum(file.size_bytes for file in files))
 
@@ -183,6 +189,7 @@ class Target:
 
     def publish(self, files: Sequence[FileOutput]) -> None:
         """Puts the complete files in place. The old ones are kept aside until the new ones are there."""
+        files = worth_keeping(files)
         if self.one_file:
             assert len(files) == 1
             self._fs.mv(self._inside(files[0].staged_url), self._path)
@@ -197,6 +204,8 @@ class Target:
                 self._fs.mv(old, self._path, recursive=True)
                 raise
         elif self._fs.exists(self._path):
+            # Somebody may have been quicker since the job began.
+            self.check()
             for file in self._fs.find(self._new):
                 destination = self._path + file[len(self._new) :]
                 self._fs.makedirs(posixpath.dirname(destination), exist_ok=True)
@@ -206,9 +215,13 @@ class Target:
 
     def _arrange(self, files: Sequence[FileOutput]) -> None:
         """Gives the files of attempts the names they will have, in a directory of nothing else."""
-        self._fs.makedirs(self._new, exist_ok=True)
         if all(self._inside(file.staged_url).startswith(f"{self._new}/") for file in files):
+            self._fs.makedirs(self._new, exist_ok=True)
             return
+        if self._fs.exists(self._new):
+            # An earlier driver ended while it did this: what it had moved was made again.
+            self._fs.rm(self._new, recursive=True, **self._for_good())
+        self._fs.makedirs(self._new, exist_ok=True)
         # Appended files must never meet older ones.
         unique = uuid.uuid4().hex[:12]
         for number, file in enumerate(files):
@@ -225,6 +238,8 @@ class Target:
         """Removes the hidden directory and whatever is left in it."""
         if not self._fs.exists(self._stage):
             return
-        # Not into a store's trash: nobody wants half a dataset back.
-        options = {"trash": False} if protocol_of(self._fs) == "ember" else {}
-        self._fs.rm(self._stage, recursive=True, **options)
+        self._fs.rm(self._stage, recursive=True, **self._for_good())
+
+    def _for_good(self) -> dict[str, bool]:
+        """Not into a store's trash: nobody wants half a dataset back."""
+        return {"trash": False} if protocol_of(self._fs) == "ember" else {}

@@ -15,7 +15,9 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from ..functions import shipping
 from ..functions.identity import identity_of
+from ..functions.udf import Udf
 from ..plan.filescans import ResolvedScan
 from ..plan.grade import is_volatile
 from ..plan.pipes import (
@@ -53,42 +55,53 @@ class Unknown(Exception):
     """The step has no identity; the message says why."""
 
 
-def stage_identity(stage: Stage, specs: Sequence[Spec], exchanges: Mapping[int, str], *extra: object) -> str:
-    """The stage's identity. `exchanges` are the identities of what it reads. Raises `Unknown`."""
+def stage_identity(
+    stage: Stage, specs: Sequence[Spec], exchanges: Mapping[int, str], *extra: object, job: str | None = None
+) -> str:
+    """The stage's identity. `exchanges` are the identities of what it reads. Raises `Unknown`; with a `job`, what
+    cannot be known to be the same is taken to be so within that job."""
     how = stage.partitioning
-    parts: list[object] = [VERSION, duckdb_minor(), stage.label, stage.exchange.partitions, *extra]
+    parts: list[object] = [VERSION, duckdb_minor(), stage.label, stage.exchange.partitions, job, *extra]
     if isinstance(how, ByRange):
         parts += [repr(how.keys), exchanges[how.sample.id]]
     else:
         parts.append(repr(how))
     for segment in stage.pipe.segments:
         if isinstance(segment, SqlSegment):
-            if is_volatile(segment.tree):
+            if is_volatile(segment.tree) and job is None:
                 raise Unknown("it calls a function that gives something else each time")
             parts.append(repr(segment.tree))
         elif isinstance(segment, TextSegment):
-            if segment.reads is None:
+            if segment.reads is None and job is None:
                 raise Unknown("nobody can tell which files it reads")
-            parts += [segment.text, repr(segment.inputs), *(_scan(scan) for scan in segment.reads)]
+            parts += [segment.text, repr(segment.inputs), *(_scan(scan) for scan in segment.reads or ())]
         else:
-            parts.append(_function(segment))
+            parts.append(_function(segment, job))
     for feed_id, feed in sorted(stage.pipe.feeds.items()):
         parts += [feed_id, _feed(feed, exchanges)]
     parts.append(repr(list(specs)))
     return digest(*parts)
 
 
-def function_identity(function: Callable[..., Any], version: str | None) -> str:
-    """A function's meaning. Raises `Unknown`."""
+def function_identity(function: Callable[..., Any], version: str | None, job: str | None = None) -> str:
+    """A function's meaning. Raises `Unknown`; with a `job`, what it is made of stands for its meaning."""
     known = identity_of(function, version=version)
+    if known.digest is None and job is not None:
+        return digest("bytes", shipping.dumps(function))
     if known.digest is None:
         raise Unknown(f"its function is not known to be the same: {known.reason}")
     return known.digest
 
 
-def _function(segment: PythonSegment) -> str:
+def udf_identity(udf: Udf, job: str | None = None) -> str:
+    """What a function for SQL is, how it is called included. Raises `Unknown` as `function_identity` does."""
+    told = (udf.name, udf.parameters, udf.return_type, udf.vectorized, udf.null_handling, udf.deterministic)
+    return digest(function_identity(udf.function, udf.version, job), repr(told))
+
+
+def _function(segment: PythonSegment, job: str | None) -> str:
     step = segment.step
-    return digest(function_identity(step.function, step.version), step.kind, step.schema, step.batch_rows)
+    return digest(function_identity(step.function, step.version, job), step.kind, step.schema, step.batch_rows)
 
 
 def _scan(scan: ResolvedScan) -> str:

@@ -43,7 +43,7 @@ from ..plan.grade import grade
 from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_kept, open_url
 from .event import Event
-from .identity import Unknown, digest, exchange_identity, function_identity, stage_identity
+from .identity import Unknown, digest, exchange_identity, stage_identity, udf_identity
 from .rendering import Rendering, SortKeyValue, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
 from .steps import Output, Place, new_attempt
@@ -52,6 +52,8 @@ from .task import Task
 _RUN = "emberflow.job.task:run"
 _TICK_S = 0.5
 _STRAGGLER_DONE_MIN = 0.75
+# Times `attempts_max` that a task may end and not count, because what it read was made again meanwhile.
+_ATTEMPTS_BOUND = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +170,8 @@ class Job:
             self.cancel()
             self._tell("failed", -1, -1, error=f"{type(error).__name__}: {error}")
             raise
+        # A straggler's other run may go on; nothing of it must be left to do when the job is done.
+        self.cancel()
         self._tell("done", -1, -1)
         return self.outputs_of(self.program.result)
 
@@ -215,21 +219,25 @@ class Job:
     def _begin_stages(self) -> None:
         for stage in self.program.stages:
             if stage.id not in self.stages and all(self._is_complete(exchange) for exchange in stage.inputs()):
-                self._begin(stage)
+                try:
+                    self._begin(stage)
+                except ExchangeCorrupt as error:
+                    # The driver reads too: the sample of a sort.
+                    self._mend(error)
 
     def _begin(self, stage: Stage) -> None:
         outputs = {exchange.id: self.outputs_of(exchange) for exchange in stage.inputs()}
         found = specs(stage, outputs, self.config.shares)
         is_last = stage.exchange is self.program.result
-        place, repeatable = self._place(stage, found, is_last)
         boundaries: tuple[SortKeyValue, ...] = ()
         if isinstance(stage.partitioning, ByRange):
             boundaries = self._boundaries(stage.partitioning.sample, stage.exchange.partitions)
+        place = self._place(stage, found, boundaries, is_last)
         written = Written(self.sink.format, self.program.columns) if is_last and self.sink is not None else None
         rendering = Rendering(
             stage, outputs, boundaries=boundaries, compression=self.config.compression, written=written
         )
-        state = self.stages[stage.id] = StageState(stage, place, rendering, repeatable)
+        state = self.stages[stage.id] = StageState(stage, place, rendering, self._is_repeatable(stage))
         state.tasks = [TaskState(state, index, spec) for index, spec in enumerate(found)]
         self.use(place.identity)
         for exchange in stage.inputs():
@@ -263,20 +271,26 @@ class Job:
         opened = (open_kept(file.staged_url, self.storage_options) for file in output.files)
         return all(filesystem.exists(path) for filesystem, path in opened)
 
-    def _place(self, stage: Stage, found: list[Spec], is_last: bool) -> tuple[Place, bool]:
-        """Where the stage's outputs go: by its identity, or if it has none, by the job's."""
+    def _place(self, stage: Stage, found: list[Spec], boundaries: tuple[SortKeyValue, ...], is_last: bool) -> Place:
+        """Where the stage's outputs go: by its identity, or if it has none, by one that is the job's own."""
         exchanges = {exchange.id: exchange_identity(exchange, self._identities) for exchange in stage.inputs()}
-        extra: list[object] = [self.config.compression, self.salt]
+        extra: list[object] = [self.config.compression, self.salt, self.config.cpus_per_task == 1, repr(boundaries)]
         if is_last and self.sink is not None:
             extra.append(repr(self.sink))
         try:
-            extra += [function_identity(udf.function, udf.version) for udf in self.udfs]
-            identity = stage_identity(stage, found, exchanges, *extra)
+            udfs = [udf_identity(udf) for udf in self.udfs]
+            identity = stage_identity(stage, found, exchanges, *extra, *udfs)
         except Unknown:
-            identity = digest("of a job", self.id, stage.id, repr(found), *exchanges.values())
+            udfs = [udf_identity(udf, self.id) for udf in self.udfs]
+            identity = stage_identity(stage, found, exchanges, *extra, *udfs, stage.id, job=self.id)
         self._identities[stage.id] = identity
-        repeatable = grade(stage, threads=self.config.cpus_per_task) != "unstable"
-        return Place(f"{self.root}/steps/{identity}", self.storage_options), repeatable
+        return Place(f"{self.root}/steps/{identity}", self.storage_options)
+
+    def _is_repeatable(self, stage: Stage) -> bool:
+        """Whether any two runs of the stage, and of all it comes from, put the same rows into each partition."""
+        own = grade(stage, threads=self.config.cpus_per_task) != "unstable"
+        makers = (producer for exchange in stage.inputs() for producer in exchange.producers)
+        return own and all(self.stages[maker.id].repeatable for maker in makers)
 
     def _boundaries(self, sample: Exchange, partitions: int) -> tuple[SortKeyValue, ...]:
         keys: list[SortKeyValue] = []
@@ -288,24 +302,13 @@ class Job:
         return boundaries_of(keys, partitions)
 
     def _still_counts(self, task: TaskState, output: Output) -> bool:
-        """Whether what was made before this run may be used: it read what counts now, or what would read the same."""
-        unstable = {
-            o.attempt
-            for exchange in task.stage.stage.inputs()
-            for stage in exchange.producers
-            if not self.stages[stage.id].repeatable
-            for o in self.stages[stage.id].outputs
-        }
-        steady = {
-            o.attempt
-            for exchange in task.stage.stage.inputs()
-            for stage in exchange.producers
-            if self.stages[stage.id].repeatable
-            for o in self.stages[stage.id].outputs
-        }
-        if all(attempt in unstable or attempt in steady for attempt in output.inputs):
+        """Whether an output may be used: it read the attempts that count now, or others that hold the same rows."""
+        inputs = list(task.stage.stage.inputs())
+        makers = [self.stages[maker.id] for exchange in inputs for maker in exchange.producers]
+        if all(maker.repeatable for maker in makers):
             return True
-        if not unstable:
+        current = {output.attempt for exchange in inputs for output in self.outputs_of(exchange)}
+        if current.issuperset(output.inputs):
             return True
         task.stage.place.drop(task.index)
         return False
@@ -331,9 +334,8 @@ class Job:
         state = task.stage
         is_last = state.stage.exchange is self.program.result
         attempt = new_attempt()
-        if task.attempts:
-            # What it reads may have been made again since.
-            state.rendering.outputs = {e.id: self.outputs_of(e) for e in state.stage.inputs()}
+        # What it reads may have been made again since the stage began.
+        state.rendering.outputs = {e.id: self.outputs_of(e) for e in state.stage.inputs()}
         runs = state.rendering.runs(task.spec)
         sink = self.sink if is_last and self.sink is not None else state.rendering.sink(task.index)
         work = Task(
@@ -382,6 +384,8 @@ class Job:
 
     def _finish(self, task: TaskState, output: Output) -> None:
         if not self._still_counts(task, output):
+            if task.attempts >= _ATTEMPTS_BOUND * self.config.attempts_max:
+                raise WorkerDied(f"{task.name} read what was made again {task.attempts} times")
             self._pending.append(task)
             return
         task.output = output
@@ -430,23 +434,46 @@ class Job:
         return True
 
     def _recompute(self, task: TaskState, error: ExchangeCorrupt) -> None:
-        """Has the maker of a damaged file run again, and with it whoever read what may now be otherwise."""
+        """Has the maker of a damaged file run again before the task does. That is no fault of the task's."""
+        if self._mend(error):
+            task.attempts -= 1
+        self._pending.append(task)
+
+    def _mend(self, error: ExchangeCorrupt) -> bool:
+        """Has the maker of a damaged file run again, the makers of files that went with it, and all who read what may
+        come out otherwise; whether that was news. Raises the error if nobody here has made the file."""
         maker = next((t for t in self._tasks() if t.output is not None and self._path(t.output) == error.path), None)
         if maker is None:
             if error.path not in self._dropped:
                 raise error
             # Another has met the same damage before.
-            self._pending.append(task)
-            return
-        self._dropped.add(error.path)
-        self._tell("recompute", maker.stage.stage.id, maker.index, error=str(error))
-        self._again(maker)
+            return False
+        gone = [
+            t for t in maker.stage.tasks if t.output is not None and t is not maker and not self._has_file(t.output)
+        ]
+        for task in (maker, *gone):
+            assert task.output is not None
+            self._dropped.add(self._path(task.output))
+            self._tell("recompute", task.stage.stage.id, task.index, error=str(error))
+            self._again(task)
         if not maker.stage.repeatable:
-            for reader in list(self._tasks()):
-                reads = maker.stage.stage.exchange in set(reader.stage.stage.inputs())
-                if reads and reader.output is not None:
-                    self._again(reader)
-        self._pending.append(task)
+            self._again_after(maker.stage.stage)
+        return True
+
+    def _again_after(self, stage: Stage) -> None:
+        """Has everything run again that comes from a stage's rows, near or far."""
+        touched = {stage.exchange.id}
+        for state in self.stages.values():
+            if touched.isdisjoint(exchange.id for exchange in state.stage.inputs()):
+                continue
+            touched.add(state.stage.exchange.id)
+            for task in state.tasks:
+                if task.output is not None:
+                    self._again(task)
+
+    def _has_file(self, output: Output) -> bool:
+        filesystem, path = open_kept(output.url, self.storage_options)
+        return bool(filesystem.exists(path))
 
     def _path(self, output: Output) -> str:
         return open_url(output.url, self.storage_options)[1] if output.url else ""

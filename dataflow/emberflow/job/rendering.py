@@ -22,6 +22,7 @@ from ..plan.pipes import (
     Feed,
     FileFeed,
     PythonSegment,
+    Sample,
     Spread,
     SqlSegment,
     Stage,
@@ -104,7 +105,7 @@ class Rendering:
         if self.written is not None and self.written.columns is not None and isinstance(runs[-1], RunSql):
             schema = {c.name: c.type for c in self.written.columns}
             runs[-1] = replace(runs[-1], text=written(Query(text=runs[-1].text), schema, self.written.format).text)
-        if self.stage.label == "sample":
+        if isinstance(self.stage.partitioning, Sample):
             last = runs[-1]
             assert isinstance(last, RunSql)
             text = f"SELECT * FROM ({last.text}) USING SAMPLE reservoir({_SAMPLE_ROWS} ROWS) REPEATABLE (42)"
@@ -190,10 +191,15 @@ class Rendering:
 
 def _table_rows(feed: TableFeed) -> TableRows:
     chosen = feed.table.select(list(feed.positions))
+    columns = tuple(feed.columns)
+    if not columns:
+        # Rows have to have something to travel in.
+        chosen = pa.table({"blank": pa.nulls(feed.table.num_rows, pa.bool_())})
+        columns = (Column("blank", "BOOLEAN"),)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, chosen.schema) as stream:
         stream.write_table(chosen)
-    return TableRows(data=sink.getvalue().to_pybytes(), columns=feed.columns)
+    return TableRows(data=sink.getvalue().to_pybytes(), columns=columns)
 
 
 def _range(key: int, boundaries: Sequence[SortKeyValue]) -> Expr:

@@ -13,7 +13,7 @@ from .nodes import Aggregate, Call, Expr, Node, Project, column
 _INTEGERS = frozenset(
     {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT"}
 )
-_SAME = frozenset({"min", "max", "bool_and", "bool_or", "bit_and", "bit_or", "bit_xor", "any_value", "arbitrary"})
+_SAME = frozenset({"min", "max", "bool_and", "bool_or", "bit_and", "bit_or", "bit_xor", "any_value"})
 _SUMS = frozenset({"sum", "sum_no_overflow"})
 _COUNTS = frozenset({"count", "count_star"})
 _AVERAGES = frozenset({"avg", "mean"})

@@ -137,6 +137,11 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """Some rows of a task, the same ones each time, in one partition."""
+
+
+@dataclass(frozen=True, slots=True)
 class ByExpression:
     """The partition is an integer expression's value, of 0 to partitions - 1."""
 
@@ -158,7 +163,7 @@ class Spread:
     seed: int | None = None
 
 
-Partitioning: TypeAlias = Whole | ByExpression | ByRange | Spread
+Partitioning: TypeAlias = Whole | Sample | ByExpression | ByRange | Spread
 
 
 @dataclass(eq=False, slots=True)

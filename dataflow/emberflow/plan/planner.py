@@ -16,6 +16,7 @@ from typing import Protocol
 import duckdb
 import pyarrow as pa
 
+from ..errors import InvalidArgument
 from ..functions.udf import Udf
 from ..query import Query, inlined, of_table
 from .binder import NotPlannable, bind
@@ -81,7 +82,7 @@ class Planner:
         pipes, columns = self.pipes(frame)
         ordered = len(pipes) == 1 and pipes[0].ordered
         if one:
-            pipes = [self.builder.together(pipes, label="one file")]
+            pipes = [replace(self.builder.together(pipes, label="one file"), ordered=ordered)]
         result = None if to_files else _exchange_of(pipes)
         if result is None or not result.producers:
             result = self.builder.exchange(pipes, Whole(), label="result")
@@ -209,7 +210,7 @@ class Planner:
             below = pipes if kept is None else [self.builder.reading(kept, "piece")]
             exprs = tuple(column(p, c.type) for p, c in zip(node.positions, node.columns, strict=True))
             names = tuple(c.name for c in node.columns)
-            return [self.builder._row_by_row(Project(pipe.tree, exprs, names), pipe) for pipe in below]
+            return [self.builder.row_by_row(Project(pipe.tree, exprs, names), pipe) for pipe in below]
 
         return chosen
 
@@ -286,11 +287,15 @@ class Planner:
         inputs = []
         drive = None
         for name, (pipes, own) in sides.items():
-            pipe = self._aligned(pipes)
+            pipe = _of_one_partition(self._aligned(pipes))
             ((feed, source),) = pipe.feeds.items()
             feeds[feed] = source
             drive = drive if drive is not None else pipe.drive
             inputs.append((name, feed, own))
+        counts = {count for feed in feeds.values() if (count := _partitions_of(feed)) is not None}
+        if len(counts) > 1:
+            told = " and ".join(map(str, sorted(counts)))
+            raise InvalidArgument(f"partial_sql() takes frames of as many partitions, or of one, not of {told}")
         size = sum(pipe.size_bytes for pipes, _ in sides.values() for pipe in pipes)
         return [Pipe((TextSegment(frame.text, tuple(inputs), columns),), feeds, drive, size)], columns
 
@@ -310,6 +315,21 @@ class Planner:
 def _rows_of(pipes: Pipes) -> int:
     """A guess, for the order of joins."""
     return int(sum(pipe.size_bytes for pipe in pipes)) // _ROW_BYTES + 1
+
+
+def _of_one_partition(pipe: Pipe) -> Pipe:
+    """The pipe; if it reads an exchange of one partition, as one that every task reads whole."""
+    ((feed, source),) = pipe.feeds.items()
+    if isinstance(source, ExchangeFeed) and source.by == "partition" and source.exchange.partitions == 1:
+        return replace(pipe, feeds={feed: replace(source, by="all")}, drive=None)
+    return pipe
+
+
+def _partitions_of(feed: Feed) -> int | None:
+    """How many shares a feed is cut into, if that is known before anything runs."""
+    if isinstance(feed, FileFeed):
+        return feed.shares
+    return feed.exchange.partitions if isinstance(feed, ExchangeFeed) and feed.by == "partition" else None
 
 
 def _exchange_of(pipes: Pipes) -> Exchange | None:

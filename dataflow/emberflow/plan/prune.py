@@ -113,6 +113,9 @@ def _distinct(node: Distinct, keep: Sequence[int]) -> Node:
 def _aggregate(node: Aggregate, keep: Sequence[int]) -> Node:
     width = len(node.groups)
     wanted = [i for i, _ in enumerate(node.calls) if width + i in set(keep)]
+    if not node.groups and not wanted:
+        # Without groups and calls there would be no aggregate left, and with it no one row.
+        wanted = [0]
     calls = [node.calls[i] for i in wanted]
     needed = _sorted((), (*node.groups, *(expr for call in calls for expr in _call_exprs(call))))
     groupings = range(width + len(node.calls), len(node.columns))

@@ -20,6 +20,7 @@ from .frames import Computed
 from .nodes import (
     Aggregate,
     Column,
+    Condition,
     Distinct,
     Expr,
     Filter,
@@ -47,6 +48,7 @@ from .pipes import (
     FileFeed,
     Partitioning,
     Pipe,
+    Sample,
     SqlSegment,
     Stage,
     TableFeed,
@@ -168,7 +170,7 @@ class Builder:
         if isinstance(node, Fixed):
             return [Pipe((SqlSegment(node),), {}, None, _ROW_BYTES)]
         if isinstance(node, Filter | Project | Unnest):
-            return [self._row_by_row(node, pipe) for pipe in self.build(node.child, scope)]
+            return [self.row_by_row(node, pipe) for pipe in self.build(node.child, scope)]
         if isinstance(node, Shared):
             exchange = self.exchange(self.build(node.definition, scope), Whole(), label="shared")
             inner = {**scope, node.id: lambda leaf: [self.reading(exchange, "piece")]}
@@ -188,7 +190,7 @@ class Builder:
             return self._top(node, node.child, self.build(node.child.child, scope))
         return rule(node, self.build(node.children[0], scope))  # type: ignore[operator,no-any-return]
 
-    def _row_by_row(self, node: Filter | Project | Unnest, pipe: Pipe) -> Pipe:
+    def row_by_row(self, node: Filter | Project | Unnest, pipe: Pipe) -> Pipe:
         tree = replace(node, child=pipe.tree)
         if isinstance(node, Filter):
             return pipe.then(tree, size_bytes=pipe.size_bytes * _FILTER_SELECTIVITY)
@@ -199,7 +201,7 @@ class Builder:
 
     def _aggregate(self, node: Aggregate, pipes: Pipes) -> Pipes:
         if len(pipes) == 1 and (pipes[0].drive is None or (node.is_plain and covers(node.groups, pipes[0].hashed))):
-            pipe = pipes[0]
+            pipe = kept_whole(pipes[0])
             return [pipe.then(replace(node, child=pipe.tree), hashed=grouped_by(node, pipe.hashed), ordered=False)]
         if (phases := split(node)) is not None:
             first, second, last = phases
@@ -231,7 +233,7 @@ class Builder:
 
     def _meet_rows(self, pipes: Pipes, node: Aggregate) -> Pipe:
         """Where whole rows of one group come together."""
-        if not node.groups or not node.is_plain:
+        if not node.groups or not node.is_plain or any(group.volatile for group in node.groups):
             return self.together(pipes, label="aggregate")
         exchange = self.by_key(pipes, node.groups, label="aggregate")
         positions = tuple(p for group in node.groups if (p := group.position) is not None)
@@ -242,6 +244,9 @@ class Builder:
         if len(pipes) == 1 and pipes[0].drive is None:
             return [pipes[0].then(replace(node, child=pipes[0].tree))]
         keys = node.on if node.on is not None else all_columns(node)
+        if any(key.volatile for key in keys):
+            pipe = self.together(pipes, label="distinct")
+            return [pipe.then(replace(node, child=pipe.tree))]
         if node.on is None:
             pipes = [pipe.then(replace(node, child=pipe.tree), ordered=False) for pipe in pipes]
         pipe = self.reading(self.by_key(pipes, keys, label="distinct"), "partition")
@@ -252,8 +257,9 @@ class Builder:
     def _window(self, node: Window, pipes: Pipes) -> Pipes:
         common = [key for key in node.calls[0].partition_by if all(key in call.partition_by for call in node.calls)]
         if len(pipes) == 1 and (pipes[0].drive is None or (common and covers(common, pipes[0].hashed))):
-            return [pipes[0].then(replace(node, child=pipes[0].tree), ordered=False)]
-        if not common:
+            pipe = kept_whole(pipes[0])
+            return [pipe.then(replace(node, child=pipe.tree), ordered=False)]
+        if not common or any(key.volatile for key in common):
             pipe = self.together(pipes, label="window")
         else:
             positions = tuple(p for key in common if (p := key.position) is not None)
@@ -286,7 +292,7 @@ class Builder:
             return [pipe.then(replace(node, child=pipe.tree), ordered=True)]
         if any(not is_cheap(pipe) for pipe in pipes):
             pipes = [self.reading(self.exchange(pipes, Whole(), label="sort input"), "piece")]
-        sample = self.exchange([sampled(pipe, node.keys) for pipe in pipes], Whole(), label="sample")
+        sample = self.exchange([sampled(pipe, node.keys) for pipe in pipes], Sample(), label="sample")
         count = self.partitions_for(size)
         exchange = self.exchange(pipes, ByRange(node.keys, sample), count, label="sort")
         pipe = self.reading(exchange, "partition", ordered=True)
@@ -315,13 +321,14 @@ class Builder:
     # ---- joins
 
     def _join(self, node: Join, lefts: Pipes, rights: Pipes) -> Pipes:
-        equal = [condition for condition in node.conditions if condition.is_equality]
+        equal = [condition for condition in node.conditions if is_key(condition)]
         left_bytes = sum(pipe.size_bytes for pipe in lefts)
         right_bytes = sum(pipe.size_bytes for pipe in rights)
         right_may = node.kind in ("inner", "left", "semi", "anti", "mark")
         left_may = node.kind in ("inner", "right", "right_semi", "right_anti")
         if is_one(lefts) and is_one(rights):
-            return [self._joined(node, lefts[0], rights[0])]
+            right = rights[0] if is_simple(rights[0]) else self._for_all(rights)
+            return [self._joined(node, lefts[0], right)]
         must = not equal or node.kind == "mark"
         if right_may and (
             right_bytes <= self.config.broadcast_bytes or (must and not (left_may and left_bytes < right_bytes))
@@ -332,14 +339,14 @@ class Builder:
             left = self._for_all(lefts)
             return [self._joined(node, left, right, drive=right.drive) for right in rights]
         if must:
-            return [self._joined(node, self.together(lefts), self.together(rights))]
+            return [self._joined(node, self.together(lefts), self._for_all(rights))]
         return self._co_partitioned(node, lefts, rights, left_bytes + right_bytes)
 
     def _for_all(self, pipes: Pipes) -> Pipe:
         return self.reading(self.exchange(pipes, Whole(), label="broadcast"), "all")
 
     def _co_partitioned(self, node: Join, lefts: Pipes, rights: Pipes, size_bytes: float) -> Pipes:
-        equal = [condition for condition in node.conditions if condition.is_equality]
+        equal = [condition for condition in node.conditions if is_key(condition)]
         count = self.partitions_for(size_bytes)
         keeps_left = node.kind in ("left", "full", "anti")
         keeps_right = node.kind in ("right", "full", "right_anti")
@@ -379,17 +386,35 @@ class Builder:
 
 
 def merge(first: Pipe, *others: Pipe) -> Pipe:
-    """The first pipe, with the feeds of the others. All are one SQL segment: others read exchanges only."""
+    """The first pipe, with the feeds of the others. Only one of them may be more than one plan over its feeds."""
     feeds: dict[int, Feed] = dict(first.feeds)
     segments = first.segments
     drive = first.drive
     for other in others:
-        assert len(other.segments) == 1 or len(first.segments) == 1
-        if len(other.segments) > 1:
+        if not is_simple(other):
+            assert is_simple(first)
             segments = other.segments
         feeds.update(other.feeds)
         drive = drive if drive is not None else other.drive
     return replace(first, segments=segments, feeds=feeds, drive=drive)
+
+
+def is_simple(pipe: Pipe) -> bool:
+    """Whether the pipe is one plan over its feeds, which can stand inside another."""
+    return len(pipe.segments) == 1 and isinstance(pipe.segments[0], SqlSegment)
+
+
+def is_key(condition: Condition) -> bool:
+    """Whether rows that match are together if they are partitioned by the condition's sides."""
+    return condition.is_equality and not condition.left.volatile and not condition.right.volatile
+
+
+def kept_whole(pipe: Pipe) -> Pipe:
+    """The pipe, none of whose partitions may be cut: equal keys have to stay in one task."""
+    for feed in pipe.feeds.values():
+        if isinstance(feed, ExchangeFeed) and feed.by == "partition":
+            feed.exchange.splittable = False
+    return pipe
 
 
 def is_one(pipes: Pipes) -> bool:
