@@ -299,8 +299,10 @@ class DataFrame:
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """The rows one by one, as dictionaries; only a batch of them is in memory."""
+        reader = self.to_batches()
+        # After the rows: of a function without a schema they are what says the columns.
         wide = wide_columns(self.schema)
-        for batch in self.to_batches():
+        for batch in reader:
             for row in batch.to_pylist():
                 for name in wide:
                     row[name] = None if row[name] is None else int(row[name])

@@ -59,7 +59,9 @@ class Jobs:
         self.config = session.config
         # Of what is below, and held for moments only: jobs run side by side.
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._executors: dict[str, Executor] = {}
+        """Under a lock of their own: some take seconds to start."""
         self._results: weakref.WeakKeyDictionary[Frame, Computed] = weakref.WeakKeyDictionary()
         """Rows that the user keeps, for as long as anything refers to their frames."""
         self._making: weakref.WeakKeyDictionary[Frame, threading.RLock] = weakref.WeakKeyDictionary()
@@ -86,6 +88,7 @@ class Jobs:
             for job in self._running:
                 job.stop()
             self._has_ended.wait_for(lambda: not self._running)
+        with self._starting:
             executors, self._executors = list(self._executors.values()), {}
         for executor in executors:
             executor.close()
@@ -361,7 +364,7 @@ class Jobs:
         name: str = self.config.executor
         if name == "auto":
             name = "inline" if self.size_bytes(frame) <= _INLINE_BYTES_MAX else "local"
-        with self._lock:
+        with self._starting:
             if self._closed:
                 raise SessionClosed("the session is closed")
             if name not in self._executors:
