@@ -13,6 +13,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,16 +123,18 @@ class Session:
         )
         self.udfs: tuple[Udf, ...] = ()
         self._views: dict[str, Query] = {}
+        self._lock = threading.Lock()
         self._jobs: Jobs | None = None
 
     @property
     def jobs(self) -> Jobs:
         """What runs this session's jobs. Made when first needed: it costs imports that a small query does without."""
-        if self._jobs is None:
-            from .jobs import Jobs
+        with self._lock:
+            if self._jobs is None:
+                from .jobs import Jobs
 
-            self._jobs = Jobs(self)
-        return self._jobs
+                self._jobs = Jobs(self)
+            return self._jobs
 
     def sql(
         self,
