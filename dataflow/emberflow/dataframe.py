@@ -1,20 +1,19 @@
 """A lazy result: rows that are made each time they are asked for.
 
 Methods that return a `DataFrame` only say what is to be done. Everything else does it: in this process, streaming out
-of DuckDB in Arrow batches, or by a job whose rows are kept until the session ends (`compute`).
+of DuckDB in Arrow batches, or by a job. The rows of `compute` are kept; all others are made each time.
 """
 
 from __future__ import annotations
 
 import html
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import pyarrow as pa
 
 from .engine import arrow_reader
-from .errors import InvalidArgument
+from .errors import ExchangeCorrupt, InvalidArgument
 from .files import FILE_SIZE_BYTES
 from .query import Query, of_table, quoted
 from .text import exportable, wide_columns
@@ -66,20 +65,30 @@ class DataFrame:
         self.frame = frame
         self._schema: dict[str, str] | None = None
 
-    @cached_property
+    @property
     def query(self) -> Query:
-        """The rows as something that SQL can read."""
-        return self.frame if isinstance(self.frame, Query) else of_table(self.frame)
+        """The rows as something that SQL can read: those that were computed, if they were."""
+        if isinstance(self.frame, Query) and self.session.computed(self.frame) is None:
+            return self.frame
+        return of_table(self.frame)
 
     @property
     def schema(self) -> dict[str, str]:
-        """Columns and their DuckDB types, in order. Reads the metadata of the sources, once per frame; of a Python
-        function without a schema, it runs the job."""
+        """Columns and their DuckDB types, in order; looked up once per frame. Reads the metadata of the sources, and
+        plans; runs a job only where a Python function without a schema decides, and keeps its rows."""
         if self._schema is None:
-            with self.session.running(self.query) as cursor:
-                rows = cursor.execute(f"DESCRIBE {self.query.text}", self.query.params).fetchall()
-            self._schema = {str(row[0]): str(row[1]) for row in rows}
+            query = self.query
+            if all(isinstance(source, pa.Table) for source in query.tables.values()):
+                with self.session.running(query) as cursor:
+                    rows = cursor.execute(f"DESCRIBE {query.text}", query.params).fetchall()
+                self._schema = {str(row[0]): str(row[1]) for row in rows}
+            else:
+                self._schema = {column.name: column.type for column in self.session.jobs.columns(self.frame)}
         return self._schema
+
+    def _named(self, name: str) -> str | None:
+        """The column of this name, whatever its case, as DuckDB has it."""
+        return next((column for column in self.columns if column.lower() == name.lower()), None)
 
     @property
     def columns(self) -> list[str]:
@@ -105,7 +114,7 @@ class DataFrame:
 
     def with_column(self, name: str, expression: str) -> DataFrame:
         """All columns, and one more (or one replaced) by a SQL expression."""
-        if name in self.columns:
+        if self._named(name) is not None:
             return self._derived(f"SELECT * REPLACE (({expression}) AS {quoted(name)}) FROM")
         return self._derived(f"SELECT *, ({expression}) AS {quoted(name)} FROM")
 
@@ -151,7 +160,7 @@ class DataFrame:
             raise InvalidArgument("join() needs `on`, and a cross join has none")
         clause = ""
         if isinstance(on, str):
-            is_name = on in self.columns and on in other.columns
+            is_name = self._named(on) is not None and other._named(on) is not None
             clause = f"USING ({quoted(on)})" if is_name else f"ON ({on})"
         elif on is not None:
             clause = f"USING ({', '.join(map(quoted, on))})"
@@ -239,11 +248,12 @@ class DataFrame:
         return DataFrame(self.session, Repartition(self.frame, npartitions, "rows" if by_rows else "files"))
 
     def random_shuffle(self, *, partitions: int | None = None, seed: int = 0) -> DataFrame:
-        """All rows in an order that the seed decides, in as many partitions as they were, or in 8."""
+        """All rows in an order that the seed decides, in as many partitions as they were, or in 8. Seeds count modulo
+        2**64."""
         from .plan.frames import Repartition, partitions_of
 
         count = partitions or partitions_of(self.frame) or 8
-        return DataFrame(self.session, Repartition(self.frame, count, "random", seed=seed))
+        return DataFrame(self.session, Repartition(self.frame, count, "random", seed=seed % 2**64))
 
     def partial_sort(self, by: str | Sequence[str]) -> DataFrame:
         """The rows of each partition in order."""
@@ -257,7 +267,8 @@ class DataFrame:
     # ---- doing it
 
     def compute(self) -> DataFrame:
-        """Makes the rows now, by a job, and keeps them until the session ends; gives back the frame."""
+        """Makes the rows now, by a job, and keeps them as long as the frame is used, until the session ends; gives back
+        the frame. What is derived from it from then on reads these rows."""
         self.session.jobs.compute(self.frame)
         return self
 
@@ -272,7 +283,7 @@ class DataFrame:
 
     def count(self) -> int:
         """Number of rows."""
-        if not isinstance(self.frame, Query) and (made := self.session.jobs.computed(self.frame)) is not None:
+        if (made := self.session.computed(self.frame)) is not None:
             return sum(output.rows for output in made.outputs)
         counting = self.query.wrapped("SELECT count(*) AS n FROM")
         rows = list(DataFrame(self.session, counting).iter_rows())
@@ -288,8 +299,10 @@ class DataFrame:
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """The rows one by one, as dictionaries; only a batch of them is in memory."""
+        reader = self.to_batches()
+        # After the rows: of a function without a schema they are what says the columns.
         wide = wide_columns(self.schema)
-        for batch in self.to_batches():
+        for batch in reader:
             for row in batch.to_pylist():
                 for name in wide:
                     row[name] = None if row[name] is None else int(row[name])
@@ -379,9 +392,7 @@ class DataFrame:
     def batches_of(self, query: Query, batch_rows: int = BATCH_ROWS, *, exported: bool = False) -> pa.RecordBatchReader:
         """A reader of the batches of `query`, a form of this frame's, run in its session; `exported`: with 128-bit
         integers as decimals."""
-        if self.session.needs_job(query):
-            query = self.session.jobs.rows_of(query)
-        stream = self._stream(query, batch_rows, exported)
+        stream = self._mended(query, batch_rows, exported)
         schema = next(stream)
         assert isinstance(schema, pa.Schema)
         return pa.RecordBatchReader.from_batches(schema, stream)
@@ -419,6 +430,26 @@ class DataFrame:
             raise InvalidArgument(f"{', '.join(step)} is of Python functions; this is SQL")
         for udf in udfs:
             self.session.create_function(udf)
+
+    def _mended(self, query: Query, batch_rows: int, exported: bool) -> Iterator[Any]:
+        """The Arrow schema, then the batches. Rows of a job that turn out to be damaged are made again, once, unless
+        some were given out already."""
+        has_schema = has_rows = False
+        for is_last in (False, True):
+            rows = self.session.jobs.rows_of(query) if self.session.needs_job(query) else query
+            try:
+                stream = self._stream(rows, batch_rows, exported)
+                schema = next(stream)
+                if not has_schema:
+                    has_schema = True
+                    yield schema
+                for batch in stream:
+                    has_rows = True
+                    yield batch
+                return
+            except ExchangeCorrupt as error:
+                if not self.session.jobs.mend(error, rows) or has_rows or is_last:
+                    raise
 
     def _stream(self, query: Query, batch_rows: int, exported: bool) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""

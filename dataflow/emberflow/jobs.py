@@ -9,25 +9,27 @@ import datetime
 import posixpath
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
-from .errors import InvalidArgument, UnsupportedType
+from .catalog import SessionCatalog
+from .errors import ExchangeCorrupt, InvalidArgument, SessionClosed, UnsupportedType
 from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
 from .files import FileOutput, FileSink
 from .job.event import Event
-from .job.history import JobInfo
+from .job.history import JobInfo, check_id, jobs_at
 from .job.job import Job, JobConfig
 from .job.record import Record
 from .job.shares import ShareConfig
-from .job.steps import Output
+from .job.steps import Output, Place, create
 from .job.task import nothing
 from .plan.explain import explained
-from .plan.filescans import File, FileScan, ResolvedScan, find, listed, resolve
+from .plan.filescans import File, FileScan, ResolvedScan, find, listed
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
 from .plan.nodes import Column
 from .plan.pipes import Program
@@ -46,6 +48,8 @@ _INLINE_BYTES_MAX = 32 << 20
 _IN_PROCESS_FACTOR = 1.0
 _NAME_CHARS = 80
 
+Made = TypeVar("Made")
+
 
 class Jobs:
     """Runs what a session's own DuckDB does not. Safe to use from many threads."""
@@ -53,22 +57,39 @@ class Jobs:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.config = session.config
-        self._lock = threading.RLock()
+        # Of what is below, and held for moments only: jobs run side by side.
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
         self._executors: dict[str, Executor] = {}
-        self._results: dict[int, tuple[Frame, Computed, list[Output]]] = {}
-        self._scans: dict[FileScan, tuple[list[File], ResolvedScan]] = {}
-        self._anew: dict[int, tuple[Frame, str]] = {}
+        """Under a lock of their own: some take seconds to start."""
+        self._results: weakref.WeakKeyDictionary[Frame, Computed] = weakref.WeakKeyDictionary()
+        """Rows that the user keeps, for as long as anything refers to their frames."""
+        self._making: weakref.WeakKeyDictionary[Frame, threading.RLock] = weakref.WeakKeyDictionary()
+        """Held while a frame's rows are made, so that they are made once."""
+        self._anew: weakref.WeakKeyDictionary[Frame, str] = weakref.WeakKeyDictionary()
         """Frames whose steps are not to be found, and what makes them others."""
+        self._running: set[Job] = set()
+        self._has_ended = threading.Condition(self._lock)
+        """Told whenever a job leaves `_running`."""
         self._count = 0
+        self._now: datetime.datetime | None = None
+        self._mended: set[str] = set()
+        """Damaged files that no longer count: of several who meet the same damage one sees to it."""
         self._closed = False
+        self.scans: dict[FileScan, tuple[list[File], ResolvedScan]] = {}
+        """Files that were looked into, as they were then."""
         self.last: list[Event] = []
         """What the latest job told."""
 
     def close(self) -> None:
-        """Ends the executors, and what runs on them."""
+        """Cancels the jobs that run, waits for their end, and ends the executors."""
         with self._lock:
-            executors, self._executors = list(self._executors.values()), {}
             self._closed = True
+            for job in self._running:
+                job.stop()
+            self._has_ended.wait_for(lambda: not self._running)
+        with self._starting:
+            executors, self._executors = list(self._executors.values()), {}
         for executor in executors:
             executor.close()
 
@@ -76,8 +97,10 @@ class Jobs:
 
     def is_needed(self, frame: Frame) -> bool:
         """Whether the frame's rows are made by a job; else one DuckDB in this process makes them."""
+        if self.computed(frame) is not None:
+            return False
         if not isinstance(frame, Query):
-            return not isinstance(frame, Computed)
+            return True
         if self.config.shuffle == "always" or self.config.executor == "ray" or frame.deterministic:
             return True
         sources = [source for source in frame.tables.values() if not isinstance(source, pa.Table)]
@@ -105,80 +128,74 @@ class Jobs:
             return bytes_of(self.config.memory_limit)
         return int(machine_capacity().memory_bytes * 0.8)
 
-    # ---- the catalog that planning asks
-
-    def resolve(self, scan: FileScan) -> ResolvedScan:
-        """The scan's files and columns, as they are now: one job sees one state of them. Files that are as they were
-        are not looked into again."""
-        files = listed(scan, self.config.storage_options)
-        known = self._scans.get(scan)
-        if known is None or known[0] != files:
-            with self.session.engine.running(scan.call(scan.paths)) as cursor:
-                known = self._scans[scan] = files, resolve(scan, files, cursor)
-        return known[1]
+    # ---- rows that are kept
 
     def computed(self, frame: Frame) -> Computed | None:
-        """The frame's rows, if an earlier job has made them."""
-        found = self._results.get(id(frame))
-        return None if found is None else found[1]
+        """The frame's rows, if a job has made them, or those of the frame that it reads and does nothing else with."""
+        if isinstance(frame, Computed):
+            return frame
+        with self._lock:
+            found = self._results.get(frame)
+        source = frame.source if found is None and isinstance(frame, Query) else None
+        return found if source is None or isinstance(source, pa.Table) else self.computed(source)
 
-    def describe(self, text: str, shadows: Mapping[str, Sequence[Column]]) -> tuple[Column, ...]:
-        """The columns of a query over tables with these columns. Raises `QueryError` for one that DuckDB refuses."""
-        with self.session.engine.running(text) as cursor:
-            for name, columns in shadows.items():
-                listed = ", ".join(f"{quoted(column.name)} {column.type}" for column in columns)
-                cursor.execute(f"CREATE OR REPLACE TEMP TABLE {quoted(name)} ({listed})")
-            rows = cursor.execute(f"DESCRIBE {text}").fetchall()
-        return tuple(Column(str(row[0]), str(row[1])) for row in rows)
+    def is_computed(self, frame: Frame) -> bool:
+        """Whether the frame's rows are here."""
+        return self.computed(frame) is not None
 
-    def columns_of(self, table: pa.Table) -> tuple[Column, ...]:
-        """A table's columns, as DuckDB has them."""
-        with self.session.engine.running("") as cursor:
-            cursor.register("emberflow_shape", table.schema.empty_table())
-            rows = cursor.execute("DESCRIBE emberflow_shape").fetchall()
-        return tuple(Column(str(row[0]), str(row[1])) for row in rows)
+    def compute(self, frame: Frame, *, now: datetime.datetime | None = None) -> Computed:
+        """Runs the frame's job, unless its rows are here already, and keeps them as long as the frame is referred to.
+        `now` is what now() gives, if a larger whole says it."""
+        with self._alone(frame):
+            computed = self.computed(frame)
+            if computed is None:
+                computed = self._whole(lambda: self._computed(frame, now or self.now()))
+                with self._lock:
+                    self._results[frame] = computed
+            return computed
+
+    def forget(self, frame: Frame) -> None:
+        """The frame's rows will be made anew, every step of them."""
+        while isinstance(frame, Query) and isinstance(source := frame.source, Frame):
+            frame = source
+        with self._alone(frame), self._lock:
+            self._results.pop(frame, None)
+            self._anew[frame] = uuid.uuid4().hex
+
+    def _alone(self, frame: Frame) -> threading.RLock:
+        with self._lock:
+            return self._making.setdefault(frame, threading.RLock())
 
     # ---- running
 
-    def compute(self, frame: Frame) -> Computed:
-        """Runs the frame's job, unless its rows are here already."""
-        with self._lock:
-            if isinstance(frame, Computed):
-                return frame
-            if id(frame) in self._results:
-                return self._results[id(frame)][1]
-            program = self.planner(frame).program(frame)
-            job = self._job(program, frame, None)
-            info = JobInfo(id=job.id, name=_name_of(frame), query=_text_of(frame))
-            with self._recorded(job, info, progress=None):
-                outputs = job.run()
-            exchange = program.result
-            columns = program.columns
-            if columns is None:
-                columns = exchange.columns = _found_columns(outputs)
-            computed = Computed(exchange, columns, tuple(outputs))
-            self._results[id(frame)] = frame, computed, outputs
-            return computed
-
     def rows_of(self, query: Query) -> Query:
-        """A query that gives the same rows in this process: of what a job has made, or the very same, if they are of
-        a type that does not go through exchanges."""
+        """A query that gives the same rows in this process: of what a job has made, which nobody keeps, or the very
+        same, if they are of a type that does not go through exchanges."""
         try:
-            return of_table(self.compute(query))
+            computed = self.computed(query)
+            return of_table(computed or self._whole(lambda: self._computed(query, self.now())))
         except UnsupportedType:
             if any(not isinstance(source, pa.Table | Query) for source in query.tables.values()):
                 raise
             return query
 
-    def is_computed(self, frame: Frame) -> bool:
-        """Whether the frame's rows are here."""
-        return isinstance(frame, Computed) or id(frame) in self._results
+    def columns(self, frame: Frame) -> tuple[Column, ...]:
+        """The frame's columns, by planning; by running it, if a function without a schema decides."""
+        computed = self.computed(frame)
+        columns = self.planner(frame).pipes(frame)[1] if computed is None else computed.columns
+        return self.compute(frame).columns if columns is None else columns
 
-    def forget(self, frame: Frame) -> None:
-        """The frame's rows will be made anew, every step of them."""
-        with self._lock:
-            self._results.pop(id(frame), None)
-            self._anew[id(frame)] = frame, uuid.uuid4().hex
+    def _computed(self, frame: Frame, now: datetime.datetime) -> Computed:
+        program = self.planner(frame, now=now).program(frame)
+        job = self._job(program, frame, None)
+        info = JobInfo(id=job.id, name=_name_of(frame), query=_text_of(frame))
+        with self._recorded(job, info, progress=None):
+            outputs = job.run()
+        exchange = program.result
+        columns = program.columns
+        if columns is None:
+            columns = exchange.columns = _found_columns(outputs)
+        return Computed(exchange, columns, tuple(outputs))
 
     def write(
         self,
@@ -190,8 +207,10 @@ class Jobs:
         progress: bool | None,
     ) -> list[FileOutput]:
         """Runs the frame's job into files, and has them put in place while the job still counts as running."""
-        with self._lock:
-            program = self.planner(frame).program(frame, to_files=True, one=sink.one_file is not None)
+        now = self.now()
+
+        def written() -> list[FileOutput]:
+            program = self.planner(frame, now=now).program(frame, to_files=True, one=sink.one_file is not None)
             job = self._job(program, frame, sink)
             info = JobInfo(
                 id=job.id,
@@ -205,22 +224,79 @@ class Jobs:
                 publish(files)
             return files
 
-    def planner(self, frame: Frame) -> Planner:
+        return self._whole(written)
+
+    def _whole(self, run: Callable[[], Made]) -> Made:
+        """What `run` gives; it runs once more if rows that were kept turn out to be damaged, and are made again."""
+        try:
+            return run()
+        except ExchangeCorrupt as error:
+            if not self.mend(error):
+                raise
+        return run()
+
+    def mend(self, error: ExchangeCorrupt, query: Query | None = None) -> bool:
+        """Has the rows made again that a damaged file belongs to, or says that it is of none that are known: those
+        that are kept, and those that `query` reads."""
+        with self._lock:
+            kept = [(frame, made) for frame, made in self._results.items() if self._holds(made, error.path)]
+            for frame, _ in kept:
+                del self._results[frame]
+            is_known = error.path in self._mended
+            self._mended.add(error.path)
+        read = [] if query is None else [made for made in query.tables.values() if isinstance(made, Computed)]
+        damaged = [made for _, made in kept] + [made for made in read if self._holds(made, error.path)]
+        for made in damaged:
+            for output in made.outputs:
+                directory, name = posixpath.split(output.url)
+                Place(directory, self.config.storage_options).drop(int(name.partition("-")[0]))
+        for frame, _ in kept:
+            self.compute(frame)
+        return is_known or bool(damaged)
+
+    def _holds(self, made: Computed, path: str) -> bool:
+        return any(open_url(output.url, self.config.storage_options)[1] == path for output in made.outputs)
+
+    # ---- a job
+
+    def now(self) -> datetime.datetime:
+        """What now() gives in what begins now; for jobs that have a name, what it gave in the first of them."""
+        if self._closed:
+            raise SessionClosed("the session is closed")
+        if self.config.job_id is None:
+            return datetime.datetime.now(datetime.UTC)
+        if self._now is None:
+            check_id(self.config.job_id)
+            filesystem, directory = jobs_at(self.root, self.config.storage_options)
+            path = f"{directory}/{self.config.job_id}.now"
+            filesystem.makedirs(directory, exist_ok=True)
+            try:
+                create(filesystem, path, datetime.datetime.now(datetime.UTC).isoformat().encode())
+            except FileExistsError:
+                pass  # an earlier session's, or another's of the same name
+            self._now = datetime.datetime.fromisoformat(filesystem.cat_file(path).decode())
+        return self._now
+
+    def planner(self, frame: Frame, *, now: datetime.datetime | None = None) -> Planner:
         """What makes the frame's program."""
         config = StageConfig(
             partitions=self.config.partitions,
             partition_bytes=self.config.partition_bytes,
             broadcast_bytes=0 if self.config.shuffle == "always" else self.config.broadcast_bytes,
         )
-        return Planner(config, self, now=datetime.datetime.now(datetime.UTC), udfs=self.session.udfs)
+        now = now or self.now()
+        return Planner(config, SessionCatalog(self, now), now=now, udfs=self.session.udfs)
 
     def _job(self, program: Program, frame: Frame, sink: FileSink | None) -> Job:
-        self._count += 1
+        with self._lock:
+            self._count += 1
+            number = self._count
+            salt = self._anew.get(frame, "")
         return Job(
             program,
             self.executor(frame),
             self.root,
-            id=f"{self.config.job_id or uuid.uuid4().hex[:12]}-{self._count}",
+            id=f"{self.config.job_id or uuid.uuid4().hex[:12]}-{number}",
             config=JobConfig(
                 cpus_per_task=self.threads_of(frame),
                 timeout_s=self.config.timeout_s,
@@ -233,7 +309,7 @@ class Jobs:
             storage_options=self.config.storage_options,
             udfs=self.session.udfs,
             sink=sink,
-            salt=self._anew.get(id(frame), (frame, ""))[1],
+            salt=salt,
             temp_directory=self.session.spill,
         )
 
@@ -248,7 +324,8 @@ class Jobs:
             storage_options=self.config.storage_options,
             on_cancel=job.stop,
         )
-        with record, job_progress(info.name, show=progress, stages=len(job.program.stages)) as shown:
+        shows = job_progress(info.name, show=progress, stages=len(job.program.stages))
+        with self._under_way(job), record, shows as shown:
 
             def watch(event: Event) -> None:
                 last.append(event)
@@ -257,6 +334,20 @@ class Jobs:
 
             job.watch, job.use = watch, record.use
             yield
+
+    @contextmanager
+    def _under_way(self, job: Job) -> Iterator[None]:
+        """The block is something that closing the session cancels and waits for."""
+        with self._lock:
+            if self._closed:
+                raise SessionClosed("the session is closed")
+            self._running.add(job)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.remove(job)
+                self._has_ended.notify_all()
 
     def threads_of(self, frame: Frame) -> int:
         """Threads of a task of the frame's job."""
@@ -273,9 +364,12 @@ class Jobs:
         name: str = self.config.executor
         if name == "auto":
             name = "inline" if self.size_bytes(frame) <= _INLINE_BYTES_MAX else "local"
-        if name not in self._executors:
-            self._executors[name] = self._made(name)
-        return self._executors[name]
+        with self._starting:
+            if self._closed:
+                raise SessionClosed("the session is closed")
+            if name not in self._executors:
+                self._executors[name] = self._made(name)
+            return self._executors[name]
 
     def _made(self, name: str) -> Executor:
         machine = machine_capacity()
@@ -292,8 +386,9 @@ class Jobs:
 
     # ---- rows back
 
-    def register(self, cursor: Any, name: str, frame: Frame) -> None:
-        """Makes `name` a view of the frame's rows in a cursor of the session's own DuckDB."""
+    def register(self, cursor: Any, name: str, frame: Frame) -> ExchangeReader | None:
+        """Makes `name` a view of the frame's rows in a cursor of the session's own DuckDB. Gives what reads them, if
+        there are any. Raises `ExchangeCorrupt` if files are gone."""
         computed = self.compute(frame)
         columns = computed.exchange.columns
         assert columns is not None
@@ -301,16 +396,19 @@ class Jobs:
         if not outputs:
             names = [column.name for column in computed.columns]
             cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS {nothing(columns, names)}")
-            return
+            return None
         sources = []
         for output in outputs:
             filesystem, path = open_url(output.url, self.config.storage_options)
+            if not filesystem.exists(path):
+                raise ExchangeCorrupt(f"{path} is gone", path)
             sources.append(Source(filesystem, path, output.exchange()))
         reader = ExchangeReader(sources, range(computed.exchange.partitions))
         cursor.register(f"{name}_arrow", reader)
         exprs = restored(columns, reader.schema, cursor)
         listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
+        return reader
 
 
 def _found_columns(outputs: Sequence[Output]) -> tuple[Column, ...]:

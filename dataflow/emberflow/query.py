@@ -29,7 +29,7 @@ Source: TypeAlias = Union[pa.Table, "Frame"]
 """What a name in a query may stand for: a table in memory, or the rows of another frame."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, weakref_slot=True)
 class Query:
     """One SELECT. `text` has no trailing semicolon; `tables` are registered under their names before it runs."""
 
@@ -38,6 +38,14 @@ class Query:
     tables: Mapping[str, Source] = field(default_factory=dict)
     deterministic: bool = False
     """Run with one thread a task, so that it gives the same bytes each time, ties and float sums included."""
+
+    @property
+    def source(self) -> Source | None:
+        """The one table or frame that it reads, if that is all that it does (`of_table`)."""
+        if len(self.tables) != 1:
+            return None
+        ((name, source),) = self.tables.items()
+        return source if self.text == f"SELECT * FROM {name}" else None
 
     def wrapped(self, before: str, after: str = "") -> Query:
         """The query `before (text) after`, with the same parameters and tables."""

@@ -9,8 +9,11 @@ Any number of threads may use one session. Nothing is read before a `DataFrame` 
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +25,7 @@ import pyarrow as pa
 
 from .dataframe import DataFrame, LazyWrite
 from .engine import Engine, EngineConfig
-from .errors import InvalidArgument
+from .errors import ExchangeCorrupt, InvalidArgument
 from .plan.filescans import small
 from .query import Query, literal, of_table, parse, quoted
 from .sources import StorageOptions, expand_directories
@@ -30,9 +33,10 @@ from .sources import StorageOptions, expand_directories
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
+    from .exchange import ExchangeReader
     from .functions.udf import Udf
     from .jobs import Jobs
-    from .plan.frames import Frame
+    from .plan.frames import Computed, Frame
 
 Table: TypeAlias = Union[DataFrame, pa.Table, pa.RecordBatchReader, "pd.DataFrame"]
 """What `Session.sql` takes as a named table."""
@@ -51,7 +55,8 @@ class SessionConfig:
     """Memory for queries before they spill, with its unit: "4GB", "512MiB"; for a job, of all its workers together.
     By default 80 % of the machine's."""
     temp_directory: str | None = None
-    """Local directory that queries spill to. By default one under the system's, removed with the session."""
+    """Local directory in which the session makes its own, for what queries spill and jobs keep; that one goes when the
+    session is closed. By default the system's."""
     storage_options: StorageOptions = field(default_factory=dict)
     """Per protocol, what fsspec is given to open a filesystem: {"s3": {"endpoint_url": "..."}}."""
     executor: ExecutorName = "auto"
@@ -63,7 +68,9 @@ class SessionConfig:
     """A Ray cluster to join; by default Ray is started here."""
     data_root: str | None = None
     """Directory, on any filesystem that all workers reach, for what jobs keep between stages: a job that is cut short
-    goes on from there, and steps done once are not done again. By default a temporary one, removed with the session."""
+    goes on from there, and steps done once are not done again: those whose inputs and functions are known to be the
+    same, and with a `job_id` all others too. `emberflow.job.sweep` takes away what is old. By default a temporary one,
+    removed when the session is closed."""
     shuffle: Shuffle = "auto"
     """"always": every query is a job with exchanges, whatever its size."""
     partitions: int | None = None
@@ -75,8 +82,9 @@ class SessionConfig:
     timeout_s: float | None = None
     """A job is cancelled when it has run so long."""
     job_id: str | None = None
-    """Names the jobs of this session; a session with the same name and `data_root` goes on with their work, random
-    numbers and now() included."""
+    """Names one run: the jobs of this session, by the order in which they begin. A session with the same name and
+    `data_root` that asks for the same goes on with their work: random() gives the same numbers, and now() the moment at
+    which the first job of that name began. So a program that runs each night gives each night another name."""
 
     def __post_init__(self) -> None:
         for name in ("threads", "workers", "partitions"):
@@ -103,9 +111,8 @@ class Session:
 
     def __init__(self, config: SessionConfig | None = None) -> None:
         self.config = config or SessionConfig()
-        self.spill = self.config.temp_directory or tempfile.mkdtemp(prefix="emberflow-")
-        if self.config.temp_directory is None:
-            weakref.finalize(self, shutil.rmtree, self.spill, ignore_errors=True)
+        self.spill = _own_directory(self.config.temp_directory)
+        self._remove_spill = weakref.finalize(self, shutil.rmtree, self.spill, ignore_errors=True)
         self.engine = Engine(
             EngineConfig(
                 threads=self.config.threads,
@@ -116,16 +123,18 @@ class Session:
         )
         self.udfs: tuple[Udf, ...] = ()
         self._views: dict[str, Query] = {}
+        self._lock = threading.Lock()
         self._jobs: Jobs | None = None
 
     @property
     def jobs(self) -> Jobs:
         """What runs this session's jobs. Made when first needed: it costs imports that a small query does without."""
-        if self._jobs is None:
-            from .jobs import Jobs
+        with self._lock:
+            if self._jobs is None:
+                from .jobs import Jobs
 
-            self._jobs = Jobs(self)
-        return self._jobs
+                self._jobs = Jobs(self)
+            return self._jobs
 
     def sql(
         self,
@@ -144,8 +153,8 @@ class Session:
         are asked for. `deterministic` runs one thread a task: float sums and ties come out the same each time.
         """
         named = {name: self._query_of(table) for name, table in tables.items()}
-        lowered = query.lower()
-        views = {name: view for name, view in self._views.items() if name.lower() in lowered}
+        words = _words(query)
+        views = {name: view for name, view in self._views.items() if name.lower() in words}
         parsed = parse(query, params, {**views, **named})
         return DataFrame(self, replace(parsed, deterministic=True) if deterministic else parsed)
 
@@ -258,10 +267,12 @@ class Session:
             frame.compute()
 
     def close(self) -> None:
-        """Ends the session and its workers; frames made from it can no longer run. Closing twice is allowed."""
+        """Cancels the jobs that run and ends the session, its workers and its temporary files; frames made from it can
+        no longer run. From any thread; closing twice is allowed."""
         if self._jobs is not None:
             self._jobs.close()
         self.engine.close()
+        self._remove_spill()
 
     shutdown = close
 
@@ -279,6 +290,10 @@ class Session:
             if plain and small(frame.text):
                 return False
         return self.jobs.is_needed(frame)
+
+    def computed(self, frame: Frame) -> Computed | None:
+        """The frame's rows, if a job has made them and keeps them."""
+        return None if self._jobs is None else self._jobs.computed(frame)
 
     def _may_run_here(self, query: Query) -> bool:
         return self.config.shuffle == "auto" and self.config.executor != "ray" and not query.deterministic
@@ -320,14 +335,45 @@ class Session:
     @contextmanager
     def running(self, query: Query) -> Iterator[duckdb.DuckDBPyConnection]:
         """A cursor that can run `query` here: its filesystems and tables are registered, DuckDB's errors become ours.
-        Rows of frames that only a job can make are made first."""
+        Rows of frames that only a job can make are made first. Raises `ExchangeCorrupt` for rows that were made and
+        are damaged."""
+        readers: list[ExchangeReader] = []
         with self.engine.running(query.text, query.params.values()) as cursor:
             for name, table in query.tables.items():
                 if isinstance(table, pa.Table):
                     cursor.register(name, table)
-                else:
-                    self.jobs.register(cursor, name, table)
-            yield cursor
+                elif (reader := self.jobs.register(cursor, name, table)) is not None:
+                    readers.append(reader)
+            try:
+                yield cursor
+            except Exception as error:
+                # DuckDB makes text of what a reader below it raises.
+                damage = [reader.failure for reader in readers if isinstance(reader.failure, ExchangeCorrupt)]
+                if damage:
+                    raise damage[0] from error
+                raise
+
+
+def _words(query: str) -> set[str]:
+    """Whatever in a query may be a name, in lower case. Some keywords may."""
+    source = query.encode()
+    kinds = (duckdb.token_type.identifier, duckdb.token_type.keyword)
+    words = set()
+    for (start, kind), (end, _) in itertools.pairwise([*duckdb.tokenize(query), (len(source), None)]):
+        if kind in kinds:
+            word = source[start:end].decode().strip()
+            words.add(word.removeprefix('"').removesuffix('"').replace('""', '"').lower())
+    return words
+
+
+def _own_directory(parent: str | None) -> str:
+    """A directory that goes with the session, in `parent` or the system's own."""
+    try:
+        if parent is not None:
+            os.makedirs(parent, exist_ok=True)
+        return tempfile.mkdtemp(prefix="emberflow-", dir=parent)
+    except OSError as error:
+        raise InvalidArgument(f"the session has no place for temporary files: {error}") from error
 
 
 def _struct(schema: Mapping[str, str]) -> str:

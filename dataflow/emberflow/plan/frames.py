@@ -19,7 +19,7 @@ from .nodes import Column
 from .pipes import Exchange
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Repartition:
     """The child's rows in `partitions` partitions.
 
@@ -35,7 +35,7 @@ class Repartition:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PartialSql:
     """A query over one partition of each of its inputs at a time. All have as many partitions, or one for all."""
 
@@ -43,7 +43,7 @@ class PartialSql:
     inputs: Mapping[str, Frame]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Apply:
     """The user's Python function over the child's rows; partitions stay as they are."""
 
@@ -51,7 +51,7 @@ class Apply:
     step: PythonStep
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Computed:
     """Rows that a job has made already."""
 

@@ -264,7 +264,9 @@ class Planner:
             exchange = self._parted(frame, pipes, [column(p, columns[p].type) for p in positions])
             return [self.builder.reading(exchange, "partition", hashed=tuple(positions))], columns
         listed = ", ".join(f"({key}) AS emberflow_key{i}" for i, key in enumerate(frame.keys))
-        child = frame.child if isinstance(frame.child, Query) else of_table(frame.child)
+        child = frame.child
+        if not isinstance(child, Query) or self.catalog.computed(child) is not None:
+            child = of_table(child)
         pipes, columns = self.known(child.wrapped(f"SELECT *, {listed} FROM"))
         width = len(columns) - len(frame.keys)
         keys = [column(width + i, columns[width + i].type) for i in range(len(frame.keys))]
