@@ -18,7 +18,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import duckdb
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -207,7 +206,7 @@ class Attempt:
         to_files = is_last and isinstance(self.task.sink, FileSink)
         engine = engine_of(self.context, self.task, lossless=not to_files)
         engine.limit(
-            threads=self._threads(), memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
+            threads=self.context.cpus, memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
         )
         engine.create_functions(self.task.udfs)
         cursor = stack.enter_context(engine.running(step.text))
@@ -226,10 +225,6 @@ class Attempt:
             raise CallCancelled(f"{self.task.name} was cancelled")
         reader = arrow_reader(cursor, text, None, BATCH_ROWS)
         return reader.schema, _translated(engine, reader, step.text)
-
-    def _threads(self) -> int:
-        # DuckDB 1 gives the rows of an Arrow stream back in another order when several threads read it.
-        return 1 if self.task.ordered and duckdb.__version__.startswith("1.") else self.context.cpus
 
     def _keeps_order(self) -> bool:
         return self.task.ordered or self.context.cpus == 1
