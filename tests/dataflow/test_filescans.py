@@ -5,11 +5,14 @@ Run: pytest tests/dataflow/test_filescans.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import emberflow
 import pytest
+from emberflow.plan.doubt import doubt
 from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, listed, resolve
 
 
@@ -126,3 +129,74 @@ def test_csv_shares_have_the_types_of_the_whole(tmp_path: Path) -> None:
 def test_a_scan_of_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(emberflow.DatasetNotFound, match=r"\*\.parquet"):
         listed(FileScan("read_parquet", (f"{tmp_path}/*.parquet",)), {})
+
+
+# ---- texts that nobody planned
+
+
+@pytest.fixture
+def session() -> Iterator[emberflow.Session]:
+    with emberflow.init(
+        executor="inline", shuffle="always", partitions=3, partition_bytes=1, broadcast_bytes=0
+    ) as made:
+        yield made
+
+
+def rows(frame: emberflow.DataFrame) -> list[tuple[Any, ...]]:
+    return sorted((tuple(row.values()) for row in frame.take_all()), key=str)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "select now() from t",
+        "select CURRENT_DATE from t",
+        "select x from t where d > current_timestamp - interval 1 day",
+        "select age(d) from t",
+        "select random() from t",
+        "select uuid() from t",
+        "from t using sample 10%",
+        'from "f.parquet"',
+        "from 'f.unknown'",
+        "from query('from f')",
+        "from glob('*.csv')",
+        "from main.t",
+        "from t where x in (select y from other)",
+        "pivot t on x using sum(y)",
+        "show tables",
+    ],
+)
+def test_a_text_that_may_give_other_rows_is_in_doubt(text: str) -> None:
+    assert doubt(text, ["t"]) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "select sum(x) over (order by y), row_number() over () from T",
+        "with c as (select x, year(d) n from t) select n from c, range(3) r(i), unnest([1, 2])",
+        "select my_own_function(x), date_trunc('day', d), strftime(d, '%Y') from t",
+        "select now, today from t tablesample reservoir(3 rows) repeatable (5)",
+    ],
+)
+def test_an_ordinary_text_is_not_in_doubt(text: str) -> None:
+    assert doubt(text, ["t"]) is None
+
+
+@pytest.mark.parametrize("reading", ["'{}'", '"{}"', "query('from ''{}''')"])
+def test_a_text_sees_a_file_that_was_written_anew(session: emberflow.Session, tmp_path: Path, reading: str) -> None:
+    file = tmp_path / "f.parquet"
+    side = session.sql("select 1 as k").repartition(1, by_rows=True)
+    table = reading.format(file)
+    whole, part = f"select y from {table} using sample 100%", f"select y from {{0}} join {table} f using (k)"
+    for value in ("old", "new"):
+        duckdb.execute(f"copy (select 1 as k, '{value}' as y) to '{file}'")
+        assert rows(session.sql(whole)) == rows(session.partial_sql(part, side)) == [(value,)]
+
+
+@pytest.mark.parametrize("value", ["now()", "random()", "current_timestamp"])
+def test_a_text_reads_the_clock_each_time(session: emberflow.Session, value: str) -> None:
+    side = session.sql("select 1 as k").repartition(1, by_rows=True)
+    whole, part = f"select {value} from (values (1)) using sample 100%", f"select {value} from {{0}}"
+    assert rows(session.sql(whole)) != rows(session.sql(whole))
+    assert rows(session.partial_sql(part, side)) != rows(session.partial_sql(part, side))

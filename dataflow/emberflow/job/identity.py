@@ -68,7 +68,7 @@ def stage_identity(stage: Stage, specs: Sequence[Spec], exchanges: Mapping[int, 
             parts.append(repr(segment.tree))
         elif isinstance(segment, TextSegment):
             if segment.reads is None:
-                raise Unknown("nobody can tell which files it reads")
+                raise Unknown("nobody can tell what it reads, or it gives something else each time")
             parts += [segment.text, repr(segment.inputs), *(_scan(scan) for scan in segment.reads)]
         else:
             parts.append(_function(segment))

@@ -224,7 +224,8 @@ def may_read_files(text: str) -> bool:
     """Whether a text that `find` has done with may still read files."""
     words = {token.text.lower() for token in _tokens(text) if not token.is_string}
     tables = any(_file_named(token, before) for before, token in itertools.pairwise(_tokens(text)))
-    return tables or any(word.startswith(("read_", "parquet_", "glob", "sniff_")) for word in words)
+    tables |= any(word.startswith('"') and re.search(r"[./]", word) is not None for word in words)
+    return tables or any(word.startswith(("read_", "parquet_", "glob", "sniff_", "query")) for word in words)
 
 
 def _file_named(token: _Token, before: _Token) -> bool:
