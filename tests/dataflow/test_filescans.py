@@ -19,18 +19,18 @@ from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, 
 @pytest.mark.parametrize(
     ("text", "expected", "scans"),
     [
-        ("from 'a.parquet'", "from S0", [FileScan("read_parquet", ("a.parquet",))]),
+        ("from 'a.parquet'", 'from S0 AS "a"', [FileScan("read_parquet", ("a.parquet",))]),
         ("select * from 's3://b/*.csv.gz' t", "select * from S0 t", [FileScan("read_csv", ("s3://b/*.csv.gz",))]),
-        ("from read_parquet('a')", "from S0", [FileScan("read_parquet", ("a",))]),
-        ("from parquet_scan(['a', 'b'])", "from S0", [FileScan("read_parquet", ("a", "b"))]),
+        ("from read_parquet('a')", 'from S0 AS "read_parquet"', [FileScan("read_parquet", ("a",))]),
+        ("from parquet_scan(['a', 'b'])", 'from S0 AS "parquet_scan"', [FileScan("read_parquet", ("a", "b"))]),
         (
             "from read_csv_auto('a', delim = '|', types={'x': 'INT'}) t where x = '('",
             "from S0 t where x = '('",
-            [FileScan("read_csv", ("a",), ", delim = '|' , types = { 'x' : 'INT' }")],
+            [FileScan("read_csv", ("a",), ", delim = '|', types={'x': 'INT'}")],
         ),
         (
             "from 'a.json' join 'b.jsonl' using (k)",
-            "from S0 join S1 using (k)",
+            'from S0 AS "a" join S1 AS "b" using (k)',
             [FileScan("read_json", ("a.json",)), FileScan("read_json", ("b.jsonl",))],
         ),
         (
@@ -40,8 +40,14 @@ from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, 
         ),
         (
             "from 'it''s é.parquet' -- from 'no.csv'",
-            "from S0 -- from 'no.csv'",
+            "from S0 AS \"it's é\" -- from 'no.csv'",
             [FileScan("read_parquet", ("it's é.parquet",))],
+        ),
+        ("from 'd/*.csv' where x", 'from S0 AS "d/*.csv" where x', [FileScan("read_csv", ("d/*.csv",))]),
+        (
+            "from read_csv('a', header := true, -- the data :)\n /* ( */ names = ['a,b', \"c\"]) as x",
+            "from S0 as x",
+            [FileScan("read_csv", ("a",), ", header := true, names = ['a,b', \"c\"]")],
         ),
     ],
 )
@@ -57,7 +63,8 @@ def test_a_scan_is_found_and_named(text: str, expected: str, scans: list[FileSca
         "select 'from ''a.parquet''' from t",
         "select extract(year from date '2020-01-01')",
         "select substring('abc.parquet' from 2)",
-        "select x is distinct from 'abc'",
+        "select x is distinct from 'abc.csv', y is not distinct from 'd.csv'",
+        "from read_csv('a.csv', filename = true)",
         "from read_parquet($paths)",
         "from read_parquet('a' || 'b')",
         "from read_parquet([x for x in y])",
@@ -200,3 +207,35 @@ def test_a_text_reads_the_clock_each_time(session: emberflow.Session, value: str
     whole, part = f"select {value} from (values (1)) using sample 100%", f"select {value} from {{0}}"
     assert rows(session.sql(whole)) != rows(session.sql(whole))
     assert rows(session.partial_sql(part, side)) != rows(session.partial_sql(part, side))
+
+
+def same_as_duckdb(session: emberflow.Session, query: str) -> None:
+    assert rows(session.sql(query)) == sorted(duckdb.sql(query).fetchall(), key=str)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select a.x from '{}/a.csv'",
+        "select read_csv.x from read_csv('{}/a.csv', header := true, -- so :)\n delim = ',') where x > 0",
+        "select filename, count(*) from '{}/a.csv' group by all",
+        "select x from '{}/a.csv' where 'a' is distinct from 'report.csv'",
+    ],
+)
+def test_a_query_that_duckdb_understands_is_understood(session: emberflow.Session, tmp_path: Path, query: str) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n3,4\n")
+    same_as_duckdb(session, query.format(tmp_path))
+
+
+def test_names_of_files_are_as_relative_as_they_were_given(
+    session: emberflow.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n3,4\n")
+    monkeypatch.chdir(tmp_path)
+    same_as_duckdb(session, "select x, filename from read_csv('*.csv', filename = true)")
+
+
+def test_a_query_that_duckdb_refuses_is_the_users_error(session: emberflow.Session, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(emberflow.QueryError, match="nowhere"):
+        session.sql(f"select nowhere from '{tmp_path}/a.csv'").take_all()

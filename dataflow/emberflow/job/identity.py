@@ -92,6 +92,8 @@ def _function(segment: PythonSegment) -> str:
 
 
 def _scan(scan: ResolvedScan) -> str:
+    if any(not file.version for file in scan.files):
+        raise Unknown("a filesystem does not tell when its files change")
     files = [(file.url, file.size_bytes, file.version) for file in scan.files]
     return digest(scan.scan.function, scan.scan.options, repr(scan.columns), repr(files))
 

@@ -13,7 +13,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,12 @@ from ..query import literal, quoted
 from ..sources import STAGING_PREFIX, StorageOptions, open_url, url_of
 from .nodes import Column
 
+_DEPTHS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+_AFTER_A_TABLE = {
+    *("where", "group", "having", "window", "qualify", "order", "limit", "offset", "union", "intersect", "except"),
+    *("join", "inner", "left", "right", "full", "cross", "natural", "semi", "anti", "asof", "positional", "on"),
+    *("using", "tablesample", "pivot", "unpivot", "select"),
+}
 _READERS = {
     **dict.fromkeys(("read_parquet", "parquet_scan"), "read_parquet"),
     **dict.fromkeys(("read_csv", "read_csv_auto"), "read_csv"),
@@ -36,6 +42,9 @@ _SUFFIXES = (
     (re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?$"), "read_json"),
 )
 _GLOB = re.compile(r"[*?\[]")
+# What filesystems call what changes with a file. A time of creation alone tells nothing of later writes.
+_CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "md5", "version")
+_VERSIONS = (*_CHANGES, "created", "ino")
 _FOOTERS_MAX = 2_000
 _SMALL_BYTES = 64 << 20
 # A share is cut inside a file only where that gives whole row groups to both sides.
@@ -51,15 +60,22 @@ class FileScan:
     options: str = ""
     """The arguments after the paths, as written, with a leading comma; or nothing."""
 
-    def call(self, files: Sequence[str], *more: str) -> str:
-        """The call over other files, with further arguments."""
+    def arguments(self) -> dict[str, str]:
+        """The arguments after the paths by their names, as written."""
+        tokens = _tokens(self.options)
+        return {argument.split("=")[0].strip(' :"').lower(): argument for argument in _arguments(self.options, tokens)}
+
+    def call(self, files: Sequence[str], *more: str, without: Collection[str] = ()) -> str:
+        """The call over other files, with further arguments, or `without` some."""
         names = ", ".join(literal(file) for file in files)
-        return f"{self.function}([{names}]{self.options}{''.join(f', {argument}' for argument in more)})"
+        own = [argument for name, argument in self.arguments().items() if name not in without]
+        return f"{self.function}({', '.join([f'[{names}]', *own, *more])})"
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of a scan. `version` changes when its bytes do, as far as its filesystem can tell."""
+    """One file of a scan. `version` changes when its bytes do, as far as its filesystem can tell; "" if it tells
+    nothing."""
 
     url: str
     size_bytes: int
@@ -189,15 +205,15 @@ def find(text: str, prefix: str = "emberflow_scan_") -> tuple[str, dict[str, Fil
     pieces: list[str] = []
     end = index = 0
     while index < len(tokens):
-        found = _call_at(tokens, index) or _file_at(tokens, index)
+        found = _call_at(text, tokens, index) or _file_at(tokens, index)
         if found is None:
             index += 1
             continue
-        scan, after = found
+        scan, alias, after = found
         name = names.setdefault(scan, f"{prefix}{len(names)}")
-        pieces += [text[end : tokens[index].start], name]
-        last = tokens[after - 1]
-        end = last.start + len(last.text)
+        aliased = after < len(tokens) and _is_alias(tokens[after])
+        pieces += [text[end : tokens[index].start], name if aliased else f"{name} AS {quoted(alias)}"]
+        end = _end(tokens[after - 1])
         index = after
     return "".join([*pieces, text[end:]]), {name: scan for scan, name in names.items()}
 
@@ -235,13 +251,20 @@ def _file_named(token: _Token, before: _Token) -> bool:
 def _tokens(text: str) -> list[_Token]:
     # DuckDB's tokenizer counts bytes, and gives starts only.
     source = text.encode()
-    found = [(start, kind) for start, kind in duckdb.tokenize(text) if kind != duckdb.token_type.comment]
+    found = duckdb.tokenize(text)
     tokens = []
-    for (start, kind), (stop, _) in zip(found, [*found[1:], (len(source), None)], strict=True):
+    stops = [*(start for start, _ in found[1:]), len(source)]
+    for (start, kind), stop in zip(found, stops, strict=False):
+        if kind == duckdb.token_type.comment:
+            continue
         raw = source[start:stop].decode()
         is_string = kind == duckdb.token_type.string_const
         tokens.append(_Token(len(source[:start].decode()), _string_of(raw) if is_string else raw.rstrip(), is_string))
     return [part for token in tokens for part in _split(token)]
+
+
+def _end(token: _Token) -> int:
+    return token.start + len(token.text)
 
 
 def _string_of(raw: str) -> str:
@@ -251,22 +274,31 @@ def _string_of(raw: str) -> str:
 
 def _split(token: _Token) -> Iterator[_Token]:
     """Operators one character at a time: the tokenizer may give `([` as one."""
-    if token.is_string or re.match(r"[\w\"$]", token.text):
-        yield token if token.is_string else _Token(token.start, re.split(r"\s", token.text)[0], False)
+    if token.is_string:
+        yield token
         return
-    for offset, character in enumerate(token.text):
+    if word := re.match(r'"(?:[^"]|"")*"|[\w$]+', token.text):
+        yield _Token(token.start, word[0], False)
+        return
+    # 1.4 names no comments: they follow a token.
+    for offset, character in enumerate(re.split("--|/[*]", token.text)[0]):
         if not character.isspace():
             yield _Token(token.start + offset, character, False)
 
 
-def _call_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | None:
-    """A reader's call that begins at `index`, and where it ends."""
+def _is_alias(token: _Token) -> bool:
+    """Whether a token after a table is the table's other name, or leads to it."""
+    return token.is_string or (re.match(r'[\w"]', token.text) is not None and token.text.lower() not in _AFTER_A_TABLE)
+
+
+def _call_at(text: str, tokens: Sequence[_Token], index: int) -> tuple[FileScan, str, int] | None:
+    """A reader's call that begins at `index`, the name that it goes by, and where it ends."""
     function = _READERS.get(tokens[index].text.lower())
     if function is None or index + 2 >= len(tokens) or tokens[index + 1].text != "(":
         return None
     depth, close = 0, index + 1
     while close < len(tokens):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(tokens[close].text, 0)
+        depth += 0 if tokens[close].is_string else _DEPTHS.get(tokens[close].text, 0)
         if depth == 0:
             break
         close += 1
@@ -275,8 +307,25 @@ def _call_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | Non
     paths, position = _paths_at(tokens, index + 2)
     if not paths or tokens[position].text not in (",", ")"):
         return None
-    options = " ".join(token.text for token in tokens[position:close])
-    return FileScan(function, paths, options), close + 1
+    arguments = _arguments(text, tokens[position:close])
+    scan = FileScan(function, paths, "".join(f", {argument}" for argument in arguments))
+    # The names of files are then rows; the listing gives absolute ones.
+    if "filename" in scan.arguments() and any("://" not in path and not os.path.isabs(path) for path in paths):
+        return None
+    return scan, tokens[index].text, close + 1
+
+
+def _arguments(text: str, tokens: Sequence[_Token]) -> list[str]:
+    """Arguments as they are written, from the comma before each to the next."""
+    pieces: list[list[_Token]] = []
+    depth = 0
+    for token in tokens:
+        depth += 0 if token.is_string else _DEPTHS.get(token.text, 0)
+        if token.text == "," and depth == 0:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return [text[piece[0].start : _end(piece[-1])] for piece in pieces if piece]
 
 
 def _paths_at(tokens: Sequence[_Token], index: int) -> tuple[tuple[str, ...], int]:
@@ -297,15 +346,19 @@ def _paths_at(tokens: Sequence[_Token], index: int) -> tuple[tuple[str, ...], in
     return (), index
 
 
-def _file_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | None:
-    """`FROM 'file'` or `JOIN 'file'`, where the file's ending says how it is read."""
+def _file_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, str, int] | None:
+    """`FROM 'file'` or `JOIN 'file'`, where the file's ending says how it is read; the name that it goes by."""
     token = tokens[index]
     if not token.is_string or index == 0 or tokens[index - 1].text.lower() not in ("from", "join"):
+        return None
+    before = [token.text.lower() for token in tokens[max(0, index - 4) : index - 1]]
+    if before[-1:] == ["distinct"] and before[-2:-1] in (["is"], ["not"]):
         return None
     path = _unquoted(token.text)
     for suffix, function in _SUFFIXES:
         if suffix.search(path):
-            return FileScan(function, (path,)), index + 1
+            alias = path if _GLOB.search(path) else os.path.basename(path).split(".")[0]
+            return FileScan(function, (path,)), alias, index + 1
     return None
 
 
@@ -341,7 +394,7 @@ def _files(paths: Iterable[str], options: StorageOptions) -> Iterator[File]:
             info = found[name]
             if info.get("type") == "directory" or f"/{STAGING_PREFIX}" in name:
                 continue
-            version = [str(info[key]) for key in ("ETag", "etag", "mtime", "created", "ino", "version") if key in info]
+            version = [str(info[key]) for key in _VERSIONS if info.get(key) is not None]
             yield File(url_of(filesystem, name), int(info["size"] or 0), ",".join(version))
 
 

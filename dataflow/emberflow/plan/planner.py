@@ -173,7 +173,11 @@ class Planner:
             else:
                 shadows[name] = self.catalog.columns_of(source)
                 rows[name] = source.num_rows
-        bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
+        try:
+            bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
+        except duckdb.Error as error:
+            # It may have a meaning with the files themselves: of columns that only their readers have, of other names.
+            raise NotPlannable(f"an expression over tables in place of files: {error}") from error
         plan = pruned(bound.plan)
         scope: dict[object, Callable[[Node], Pipes]] = {}
         for name, source in sources.items():
