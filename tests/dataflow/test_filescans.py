@@ -239,3 +239,51 @@ def test_a_query_that_duckdb_refuses_is_the_users_error(session: emberflow.Sessi
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     with pytest.raises(emberflow.QueryError, match="nowhere"):
         session.sql(f"select nowhere from '{tmp_path}/a.csv'").take_all()
+
+
+# ---- files of one scan that differ
+
+
+def test_parquet_files_of_other_types_and_columns(session: emberflow.Session, tmp_path: Path) -> None:
+    for name, select in [
+        ("w/a", "1::INT x"),
+        ("w/b", "1::BIGINT x"),
+        ("u/a", "1 x"),
+        ("u/b", "2 x, 3 y"),
+        ("p=01/a", "1 x"),
+        ("p=z/a", "2 x"),
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        duckdb.execute(f"copy (select {select}) to '{tmp_path}/{name}.parquet'")
+    same_as_duckdb(session, f"select x, count(*) from '{tmp_path}/w/*.parquet' group by x")
+    union = f"read_parquet('{tmp_path}/u/*.parquet', union_by_name = true)"
+    same_as_duckdb(session, f"select y, count(*) from {union} group by y")
+    hive = f"read_parquet('{tmp_path}/p=*/*.parquet')"
+    same_as_duckdb(session, f"select p, count(*) from {hive} group by p")
+
+
+@pytest.mark.parametrize("reader", ["read_csv", "read_json"])
+def test_columns_that_are_in_no_file(session: emberflow.Session, tmp_path: Path, reader: str) -> None:
+    for part in (1, 2):
+        (tmp_path / f"k={part}").mkdir()
+        text = f"a,b\n{part},x\n" if reader == "read_csv" else f'{{"a": {part}, "b": "x"}}\n'
+        (tmp_path / f"k={part}" / "f").write_text(text)
+    same_as_duckdb(session, f"select * from {reader}('{tmp_path}/*/f', filename = true, hive_partitioning = true)")
+
+
+def test_csv_shares_have_the_dialect_of_the_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id;txt\n1;"a;b"\n2;c,d\n')
+    (tmp_path / "b.csv").write_text("id;txt\n3;e,f\n")
+    connection = duckdb.connect()
+    scan = resolved(FileScan("read_csv", (f"{tmp_path}/*.csv",)), connection)
+    parts = [connection.execute(f"FROM {scan.sql(share, ['id', 'txt'])}").fetchall() for share in scan.shares(1)]
+    assert parts == [[(1, "a;b"), (2, "c,d")], [(3, "e,f")]]
+
+
+def test_csv_files_of_several_dialects_are_one_share(session: emberflow.Session, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id;txt\n1;a\n2;c\n")
+    (tmp_path / "b.csv").write_text("id,txt\n3,e\n4,f\n")
+    scan = resolved(FileScan("read_csv", (f"{tmp_path}/*.csv",)), duckdb.connect())
+    assert [len(share.files) for share in scan.shares(1)] == [2]
+    assert [len(share.files) for share in scan.shares(1, exactly=2)] == [2, 0]
+    same_as_duckdb(session, f"select * from '{tmp_path}/*.csv'")

@@ -13,7 +13,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,21 @@ _GLOB = re.compile(r"[*?\[]")
 _CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "md5", "version")
 _VERSIONS = (*_CHANGES, "created", "ino")
 _FOOTERS_MAX = 2_000
+_SNIFFED_MAX = 100
+# Arguments that add columns of a reader's own, or say how these look.
+_ADDING = {"filename", "hive_partitioning", "hive_types", "hive_types_autocast", "union_by_name"}
+# What sniff_csv tells of a file, by the names of read_csv's arguments.
+_DIALECT = {
+    "delim": "Delimiter",
+    "quote": "Quote",
+    "escape": '"Escape"',
+    "comment": "Comment",
+    "header": "HasHeader",
+    "skip": "SkipRows",
+    "dateformat": "DateFormat",
+    "timestampformat": "TimestampFormat",
+}
+_SYNONYMS = {"delim": ("sep", "delimiter"), "dateformat": ("date_format",), "timestampformat": ("timestamp_format",)}
 _SMALL_BYTES = 64 << 20
 # A share is cut inside a file only where that gives whole row groups to both sides.
 _ROW_NUMBER = "file_row_number"
@@ -65,11 +80,11 @@ class FileScan:
         tokens = _tokens(self.options)
         return {argument.split("=")[0].strip(' :"').lower(): argument for argument in _arguments(self.options, tokens)}
 
-    def call(self, files: Sequence[str], *more: str, without: Collection[str] = ()) -> str:
-        """The call over other files, with further arguments, or `without` some."""
+    def call(self, files: Sequence[str], arguments: Mapping[str, str] | None = None) -> str:
+        """The call over other files, with its own arguments or others."""
         names = ", ".join(literal(file) for file in files)
-        own = [argument for name, argument in self.arguments().items() if name not in without]
-        return f"{self.function}({', '.join([f'[{names}]', *own, *more])})"
+        own = self.arguments() if arguments is None else arguments
+        return f"{self.function}({', '.join([f'[{names}]', *own.values()])})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +120,10 @@ class ResolvedScan:
     scan: FileScan
     columns: tuple[Column, ...]
     files: tuple[File, ...]
+    arguments: Mapping[str, str] | None = None
+    """With them each share is read as the whole was; None: with those of the scan."""
+    is_whole: bool = False
+    """The files are one share: by themselves some would be read in another way."""
 
     @property
     def size_bytes(self) -> int:
@@ -117,24 +136,22 @@ class ResolvedScan:
 
     def sql(self, share: Share, names: Sequence[str]) -> str:
         """A SELECT of the share's columns `names` as c0, c1, ..."""
-        chosen = ", ".join(f"{quoted(name)} AS c{i}" for i, name in enumerate(names)) or "1 AS c0"
-        call = self.scan.call(share.files, *self._pins())
+        # A file may have a column in another type than the whole.
+        types = {column.name: column.type for column in self.columns}
+        chosen = ", ".join(f"CAST({quoted(n)} AS {types[n]}) AS c{i}" for i, n in enumerate(names)) or "1 AS c0"
+        arguments = self.scan.arguments() if self.arguments is None else self.arguments
         if share.first_row is None:
-            return f"(SELECT {chosen} FROM {call})"
-        call = self.scan.call(share.files, *self._pins(), f"{_ROW_NUMBER} = true")
+            return f"(SELECT {chosen} FROM {self.scan.call(share.files, arguments)})"
+        call = self.scan.call(share.files, {**arguments, _ROW_NUMBER: f"{_ROW_NUMBER} = true"})
         assert share.end_row is not None
         within = f"{_ROW_NUMBER} BETWEEN {share.first_row} AND {share.end_row - 1}"
         return f"(SELECT {chosen} FROM {call} WHERE {within})"
 
-    def _pins(self) -> list[str]:
-        """Arguments that make every share read the types that the whole was found to have."""
-        if self.scan.function == "read_parquet" or re.search(r"\b(columns|types|dtypes)\s*=", self.scan.options):
-            return []
-        pairs = ", ".join(f"{literal(column.name)}: {literal(column.type)}" for column in self.columns)
-        return [f"{'types' if self.scan.function == 'read_csv' else 'columns'} = {{{pairs}}}"]
-
     def shares(self, size_bytes: int, *, at_least: int = 1, exactly: int | None = None) -> list[Share]:
         """Shares of about `size_bytes`, in the order of the files; by whole files if `exactly` so many are wanted."""
+        if self.is_whole:
+            everything = Share(tuple(file.url for file in self.files), self.size_bytes)
+            return [everything, *[Share((), 0)] * ((exactly or 1) - 1)]
         if exactly is not None:
             return self._groups_of_files(exactly)
         size_bytes = max(1, min(size_bytes, self.size_bytes // at_least))
@@ -379,11 +396,77 @@ def listed(scan: FileScan, options: StorageOptions) -> list[File]:
 
 def resolve(scan: FileScan, files: Sequence[File], connection: Any) -> ResolvedScan:
     """Asks DuckDB for the scan's columns, and for the row groups of its files."""
-    described = connection.execute(f"DESCRIBE SELECT * FROM {scan.call(scan.paths)}").fetchall()
-    columns = tuple(Column(str(row[0]), str(row[1])) for row in described)
+    columns = _described(scan.call(scan.paths), connection)
+    arguments = _pinned(scan, files, columns, connection)
     if scan.function == "read_parquet" and len(files) <= _FOOTERS_MAX:
         files = list(_with_groups(files, connection))
-    return ResolvedScan(scan, columns, tuple(files))
+    return ResolvedScan(scan, columns, tuple(files), arguments, arguments is None)
+
+
+def _described(call: str, connection: Any) -> tuple[Column, ...]:
+    rows = connection.execute(f"DESCRIBE SELECT * FROM {call}").fetchall()
+    return tuple(Column(str(row[0]), str(row[1])) for row in rows)
+
+
+def _pinned(scan: FileScan, files: Sequence[File], columns: Sequence[Column], connection: Any) -> dict[str, str] | None:
+    """Arguments with which any of the files are read as all of them are together; None if there are none such."""
+    given = scan.arguments()
+    if len(files) < 2:
+        return given
+    union = given.get("union_by_name", "= false")
+    if re.search(r"=\s*'?(false|0)", union, re.IGNORECASE) is None:
+        return None
+    keys = {key.lower() for file in files for key in re.findall(r"([^/=]+)=[^/]*/", file.url)}
+    own = tuple(columns)
+    if keys or "filename" in given:
+        bare = {name: argument for name, argument in given.items() if name not in _ADDING}
+        own = _described(scan.call(scan.paths, {**bare, "hive_partitioning": "hive_partitioning = false"}), connection)
+        if any(column.name.lower() in keys for column in own):
+            return None
+        parts = [column for column in columns if column.name.lower() in keys]
+        given["hive_partitioning"] = f"hive_partitioning = {'true' if parts else 'false'}"
+        if parts:
+            given.pop("hive_types_autocast", None)
+            given["hive_types"] = f"hive_types = {_types(parts)}"
+    if scan.function == "read_csv":
+        return _pinned_csv(scan, files, given, own, connection)
+    if scan.function != "read_parquet" and "columns" not in given:
+        # Of rows that are no objects, the one column has a name of DuckDB's.
+        return None if [column.name for column in own] == ["json"] else {**given, "columns": f"columns = {_types(own)}"}
+    return given
+
+
+def _types(columns: Sequence[Column]) -> str:
+    return f"{{{', '.join(f'{literal(column.name)}: {literal(column.type)}' for column in columns)}}}"
+
+
+def _pinned_csv(
+    scan: FileScan, files: Sequence[File], given: dict[str, str], own: Sequence[Column], connection: Any
+) -> dict[str, str] | None:
+    """`given` with the dialect and the types of the files, if they all have one."""
+    bare = [argument for name, argument in scan.arguments().items() if name not in _ADDING]
+    found: dict[str, set[Any]] = {name: set() for name in _DIALECT}
+    for file in files[:_SNIFFED_MAX]:
+        call = f"sniff_csv({', '.join([literal(file.url), *bare])})"
+        try:
+            row = connection.execute(f"SELECT Columns, {', '.join(_DIALECT.values())} FROM {call}").fetchone()
+        except duckdb.Error:
+            return None
+        if not {column.name for column in own} <= {column["name"] for column in row[0]}:
+            return None
+        for values, value in zip(found.values(), row[1:], strict=True):
+            values.add(value)
+    for name, values in found.items():
+        # A file without quotes, or without dates, does not say how it would write them.
+        values -= {None, "(empty)"}
+        if len(values) > 1:
+            return None
+        if values and not given.keys() & {name, *_SYNONYMS.get(name, ())}:
+            (value,) = values
+            given[name] = f"{name} = {literal(value) if isinstance(value, str) else value}"
+    if not given.keys() & {"columns", "types", "dtypes", "column_types", "all_varchar"}:
+        given["types"] = f"types = {_types(own)}"
+    return given
 
 
 def _files(paths: Iterable[str], options: StorageOptions) -> Iterator[File]:
