@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import duckdb
 import emberflow
+import fsspec
 import pytest
+from emberflow.job.identity import stores
 from emberflow.plan.doubt import doubt
 from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, listed, resolve
+from fsspec.implementations.memory import MemoryFileSystem
 
 
 @pytest.mark.parametrize(
@@ -239,6 +242,37 @@ def test_a_query_that_duckdb_refuses_is_the_users_error(session: emberflow.Sessi
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     with pytest.raises(emberflow.QueryError, match="nowhere"):
         session.sql(f"select nowhere from '{tmp_path}/a.csv'").take_all()
+
+
+class Forgetful(MemoryFileSystem):
+    """A filesystem that knows the names and sizes of its files, and nothing else."""
+
+    protocol = "forgetful"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("forgetful://")))
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        known = super().info(path, **kwargs)
+        return {key: known[key] for key in ("name", "size", "type")}
+
+
+def test_files_of_unknown_age_are_read_each_time(session: emberflow.Session) -> None:
+    fsspec.register_implementation("forgetful", Forgetful, clobber=True)
+    for value in ("a", "b"):
+        Forgetful().pipe_file("/f.csv", f"x\n{value}\n".encode())
+        assert rows(session.sql("select x from 'forgetful://f.csv' group by x")) == [(value,)]
+
+
+def test_a_store_is_told_by_its_endpoint_and_not_by_its_secrets() -> None:
+    def options(endpoint: str, secret: str) -> dict[str, Any]:
+        return {"s3": {"client_kwargs": {"endpoint_url": endpoint}, "secret": secret}}
+
+    assert stores(options("a", "x")) == stores(options("a", "y")) != stores(options("b", "x"))
 
 
 # ---- files of one scan that differ

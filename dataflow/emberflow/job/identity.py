@@ -9,6 +9,7 @@ step is the job's own.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..plan.pipes import (
 )
 from .shares import Spec
 
+_SECRET = re.compile(r"key|secret|token|password|credential|expir|(^|_)(auth|sas)", re.IGNORECASE)
 VERSION = 1
 """Of what steps mean: a change that makes old outputs wrong to use raises it."""
 
@@ -84,6 +86,15 @@ def function_identity(function: Callable[..., Any], version: str | None) -> str:
     if known.digest is None:
         raise Unknown(f"its function is not known to be the same: {known.reason}")
     return known.digest
+
+
+def stores(options: object) -> object:
+    """What of storage options says which store is meant: an endpoint, a project; not what is secret and changes."""
+    if isinstance(options, Mapping):
+        return sorted((str(key), stores(value)) for key, value in options.items() if not _SECRET.search(str(key)))
+    if isinstance(options, list | tuple):
+        return [stores(value) for value in options]
+    return options if isinstance(options, str | int | float | None) else type(options).__name__
 
 
 def _function(segment: PythonSegment) -> str:
