@@ -112,7 +112,7 @@ class Jobs:
         are not looked into again."""
         files = listed(scan, self.config.storage_options)
         known = self._scans.get(scan)
-        if known is None or known[0] != files:
+        if known is None or known[0] != files or not all(file.version for file in files):
             with self.session.engine.running(scan.call(scan.paths)) as cursor:
                 known = self._scans[scan] = files, resolve(scan, files, cursor)
         return known[1]
