@@ -36,7 +36,7 @@ class SessionCatalog:
         jobs = self.jobs
         files = listed(scan, jobs.config.storage_options)
         known = jobs.scans.get(scan)
-        if known is None or known[0] != files:
+        if known is None or known[0] != files or not all(file.version for file in files):
             with jobs.session.engine.running(scan.call(scan.paths)) as cursor:
                 known = jobs.scans[scan] = files, resolve(scan, files, cursor)
         return known[1]

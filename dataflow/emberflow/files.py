@@ -92,13 +92,20 @@ class FileSink:
     ) -> Iterator[FileOutput]:
         group = next(groups, None)
         dictionary: Any = True if group is None else columns_that_repeat(group)
+        statistics = columns_of_ordered(schema)
         for index in itertools.count():
             name = self._name(stem, index)
             path = posixpath.join(directory, name)
             rows = 0
             with (
                 filesystem.open(path, "wb") as file,
-                pq.ParquetWriter(file, schema, compression=self.compression, use_dictionary=dictionary) as writer,
+                pq.ParquetWriter(
+                    file,
+                    schema,
+                    compression=self.compression,
+                    use_dictionary=dictionary,
+                    write_statistics=statistics,
+                ) as writer,
             ):
                 while group is not None and self._goes_on(file):
                     writer.write_batch(group)
@@ -155,7 +162,9 @@ class FileSink:
             directory,
             filesystem=filesystem,
             format="parquet",
-            file_options=ds.ParquetFileFormat().make_write_options(compression=self.compression),
+            file_options=ds.ParquetFileFormat().make_write_options(
+                compression=self.compression, write_statistics=columns_of_ordered(schema)
+            ),
             partitioning=ds.partitioning(pa.schema([schema.field(name) for name in self.partition_by]), flavor="hive"),
             basename_template=f"{stem}-{{i}}.parquet",
             existing_data_behavior="overwrite_or_ignore",
@@ -187,6 +196,20 @@ def _combined(held: list[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Reco
         yield held[0]
         return
     yield from pa.Table.from_batches(held, schema=schema).combine_chunks().to_batches()
+
+
+def columns_of_ordered(schema: pa.Schema) -> list[str] | bool:
+    """The columns whose statistics may be kept: all but floats, of which pyarrow leaves NaN out, so that DuckDB would
+    skip rows that are greater than anything."""
+    if not any(_has_floats(field.type) for field in schema):
+        return True
+    return [field.name for field in schema if not _has_floats(field.type)]
+
+
+def _has_floats(type_: pa.DataType) -> bool:
+    if pa.types.is_floating(type_):
+        return True
+    return any(_has_floats(type_.field(i).type) for i in range(type_.num_fields))
 
 
 def columns_that_repeat(batch: pa.RecordBatch) -> list[str] | bool:

@@ -9,6 +9,7 @@ step is the job's own.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..plan.pipes import (
 )
 from .shares import Spec
 
+_SECRET = re.compile(r"key|secret|token|password|credential|expir|(^|_)(auth|sas)", re.IGNORECASE)
 VERSION = 1
 """Of what steps mean: a change that makes old outputs wrong to use raises it."""
 
@@ -73,12 +75,12 @@ def stage_identity(
             parts.append(repr(segment.tree))
         elif isinstance(segment, TextSegment):
             if segment.reads is None and job is None:
-                raise Unknown("nobody can tell which files it reads")
-            parts += [segment.text, repr(segment.inputs), *(_scan(scan) for scan in segment.reads or ())]
+                raise Unknown("nobody can tell what it reads, or it gives something else each time")
+            parts += [segment.text, repr(segment.inputs), *(_scan(scan, job) for scan in segment.reads or ())]
         else:
             parts.append(_function(segment, job))
     for feed_id, feed in sorted(stage.pipe.feeds.items()):
-        parts += [feed_id, _feed(feed, exchanges)]
+        parts += [feed_id, _feed(feed, exchanges, job)]
     parts.append(repr(list(specs)))
     return digest(*parts)
 
@@ -99,19 +101,30 @@ def udf_identity(udf: Udf, job: str | None = None) -> str:
     return digest(function_identity(udf.function, udf.version, job), repr(told))
 
 
+def stores(options: object) -> object:
+    """What of storage options says which store is meant: an endpoint, a project; not what is secret and changes."""
+    if isinstance(options, Mapping):
+        return sorted((str(key), stores(value)) for key, value in options.items() if not _SECRET.search(str(key)))
+    if isinstance(options, list | tuple):
+        return [stores(value) for value in options]
+    return options if isinstance(options, str | int | float | None) else type(options).__name__
+
+
 def _function(segment: PythonSegment, job: str | None) -> str:
     step = segment.step
     return digest(function_identity(step.function, step.version, job), step.kind, step.schema, step.batch_rows)
 
 
-def _scan(scan: ResolvedScan) -> str:
+def _scan(scan: ResolvedScan, job: str | None) -> str:
+    if job is None and any(not file.version for file in scan.files):
+        raise Unknown("a filesystem does not tell when its files change")
     files = [(file.url, file.size_bytes, file.version) for file in scan.files]
     return digest(scan.scan.function, scan.scan.options, repr(scan.columns), repr(files))
 
 
-def _feed(feed: Feed, exchanges: Mapping[int, str]) -> str:
+def _feed(feed: Feed, exchanges: Mapping[int, str], job: str | None) -> str:
     if isinstance(feed, FileFeed):
-        return digest(_scan(feed.scan), feed.names, feed.shares)
+        return digest(_scan(feed.scan, job), feed.names, feed.shares)
     if isinstance(feed, ExchangeFeed):
         return digest(exchanges[feed.exchange.id], feed.by)
     sink = pa.BufferOutputStream()

@@ -43,7 +43,7 @@ from ..plan.grade import grade
 from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_kept, open_url
 from .event import Event
-from .identity import Unknown, digest, exchange_identity, stage_identity, udf_identity
+from .identity import Unknown, digest, exchange_identity, stage_identity, stores, udf_identity
 from .rendering import Rendering, SortKeyValue, Written, boundaries_of, text_of
 from .shares import ShareConfig, Spec, specs
 from .steps import Output, Place, new_attempt
@@ -274,7 +274,8 @@ class Job:
     def _place(self, stage: Stage, found: list[Spec], boundaries: tuple[SortKeyValue, ...], is_last: bool) -> Place:
         """Where the stage's outputs go: by its identity, or if it has none, by one that is the job's own."""
         exchanges = {exchange.id: exchange_identity(exchange, self._identities) for exchange in stage.inputs()}
-        extra: list[object] = [self.config.compression, self.salt, self.config.cpus_per_task == 1, repr(boundaries)]
+        extra: list[object] = [self.config.compression, self.salt, self.config.cpus_per_task == 1]
+        extra += [repr(boundaries), stores(self.storage_options)]
         if is_last and self.sink is not None:
             extra.append(repr(self.sink))
         try:

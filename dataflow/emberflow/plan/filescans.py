@@ -13,7 +13,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,12 @@ from ..query import literal, quoted
 from ..sources import STAGING_PREFIX, StorageOptions, open_url, url_of
 from .nodes import Column
 
+_DEPTHS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+_AFTER_A_TABLE = {
+    *("where", "group", "having", "window", "qualify", "order", "limit", "offset", "union", "intersect", "except"),
+    *("join", "inner", "left", "right", "full", "cross", "natural", "semi", "anti", "asof", "positional", "on"),
+    *("using", "tablesample", "pivot", "unpivot", "select"),
+}
 _READERS = {
     **dict.fromkeys(("read_parquet", "parquet_scan"), "read_parquet"),
     **dict.fromkeys(("read_csv", "read_csv_auto"), "read_csv"),
@@ -36,7 +42,25 @@ _SUFFIXES = (
     (re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?$"), "read_json"),
 )
 _GLOB = re.compile(r"[*?\[]")
+# What filesystems call what changes with a file. A time of creation alone tells nothing of later writes.
+_CHANGES = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "modified", "md5", "version")
+_VERSIONS = (*_CHANGES, "created", "ino")
 _FOOTERS_MAX = 2_000
+_SNIFFED_MAX = 100
+# Arguments that add columns of a reader's own, or say how these look.
+_ADDING = {"filename", "hive_partitioning", "hive_types", "hive_types_autocast", "union_by_name"}
+# What sniff_csv tells of a file, by the names of read_csv's arguments.
+_DIALECT = {
+    "delim": "Delimiter",
+    "quote": "Quote",
+    "escape": '"Escape"',
+    "comment": "Comment",
+    "header": "HasHeader",
+    "skip": "SkipRows",
+    "dateformat": "DateFormat",
+    "timestampformat": "TimestampFormat",
+}
+_SYNONYMS = {"delim": ("sep", "delimiter"), "dateformat": ("date_format",), "timestampformat": ("timestamp_format",)}
 _SMALL_BYTES = 64 << 20
 # A share is cut inside a file only where that gives whole row groups to both sides.
 _ROW_NUMBER = "file_row_number"
@@ -51,15 +75,22 @@ class FileScan:
     options: str = ""
     """The arguments after the paths, as written, with a leading comma; or nothing."""
 
-    def call(self, files: Sequence[str], *more: str) -> str:
-        """The call over other files, with further arguments."""
+    def arguments(self) -> dict[str, str]:
+        """The arguments after the paths by their names, as written."""
+        tokens = _tokens(self.options)
+        return {argument.split("=")[0].strip(' :"').lower(): argument for argument in _arguments(self.options, tokens)}
+
+    def call(self, files: Sequence[str], arguments: Mapping[str, str] | None = None) -> str:
+        """The call over other files, with its own arguments or others."""
         names = ", ".join(literal(file) for file in files)
-        return f"{self.function}([{names}]{self.options}{''.join(f', {argument}' for argument in more)})"
+        own = self.arguments() if arguments is None else arguments
+        return f"{self.function}({', '.join([f'[{names}]', *own.values()])})"
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of a scan. `version` changes when its bytes do, as far as its filesystem can tell."""
+    """One file of a scan. `version` changes when its bytes do, as far as its filesystem can tell; "" if it tells
+    nothing."""
 
     url: str
     size_bytes: int
@@ -89,6 +120,10 @@ class ResolvedScan:
     scan: FileScan
     columns: tuple[Column, ...]
     files: tuple[File, ...]
+    arguments: Mapping[str, str] | None = None
+    """With them each share is read as the whole was; None: with those of the scan."""
+    is_whole: bool = False
+    """The files are one share: by themselves some would be read in another way."""
 
     @property
     def size_bytes(self) -> int:
@@ -101,24 +136,22 @@ class ResolvedScan:
 
     def sql(self, share: Share, names: Sequence[str]) -> str:
         """A SELECT of the share's columns `names` as c0, c1, ..."""
-        chosen = ", ".join(f"{quoted(name)} AS c{i}" for i, name in enumerate(names)) or "1 AS c0"
-        call = self.scan.call(share.files, *self._pins())
+        # A file may have a column in another type than the whole.
+        types = {column.name: column.type for column in self.columns}
+        chosen = ", ".join(f"CAST({quoted(n)} AS {types[n]}) AS c{i}" for i, n in enumerate(names)) or "1 AS c0"
+        arguments = self.scan.arguments() if self.arguments is None else self.arguments
         if share.first_row is None:
-            return f"(SELECT {chosen} FROM {call})"
-        call = self.scan.call(share.files, *self._pins(), f"{_ROW_NUMBER} = true")
+            return f"(SELECT {chosen} FROM {self.scan.call(share.files, arguments)})"
+        call = self.scan.call(share.files, {**arguments, _ROW_NUMBER: f"{_ROW_NUMBER} = true"})
         assert share.end_row is not None
         within = f"{_ROW_NUMBER} BETWEEN {share.first_row} AND {share.end_row - 1}"
         return f"(SELECT {chosen} FROM {call} WHERE {within})"
 
-    def _pins(self) -> list[str]:
-        """Arguments that make every share read the types that the whole was found to have."""
-        if self.scan.function == "read_parquet" or re.search(r"\b(columns|types|dtypes)\s*=", self.scan.options):
-            return []
-        pairs = ", ".join(f"{literal(column.name)}: {literal(column.type)}" for column in self.columns)
-        return [f"{'types' if self.scan.function == 'read_csv' else 'columns'} = {{{pairs}}}"]
-
     def shares(self, size_bytes: int, *, at_least: int = 1, exactly: int | None = None) -> list[Share]:
         """Shares of about `size_bytes`, in the order of the files; by whole files if `exactly` so many are wanted."""
+        if self.is_whole:
+            everything = Share(tuple(file.url for file in self.files), self.size_bytes)
+            return [everything, *[Share((), 0)] * ((exactly or 1) - 1)]
         if exactly is not None:
             return self._groups_of_files(exactly)
         size_bytes = max(1, min(size_bytes, self.size_bytes // at_least))
@@ -189,15 +222,15 @@ def find(text: str, prefix: str = "emberflow_scan_") -> tuple[str, dict[str, Fil
     pieces: list[str] = []
     end = index = 0
     while index < len(tokens):
-        found = _call_at(tokens, index) or _file_at(tokens, index)
+        found = _call_at(text, tokens, index) or _file_at(tokens, index)
         if found is None:
             index += 1
             continue
-        scan, after = found
+        scan, alias, after = found
         name = names.setdefault(scan, f"{prefix}{len(names)}")
-        pieces += [text[end : tokens[index].start], name]
-        last = tokens[after - 1]
-        end = last.start + len(last.text)
+        aliased = after < len(tokens) and _is_alias(tokens[after])
+        pieces += [text[end : tokens[index].start], name if aliased else f"{name} AS {quoted(alias)}"]
+        end = _end(tokens[after - 1])
         index = after
     return "".join([*pieces, text[end:]]), {name: scan for scan, name in names.items()}
 
@@ -224,7 +257,8 @@ def may_read_files(text: str) -> bool:
     """Whether a text that `find` has done with may still read files."""
     words = {token.text.lower() for token in _tokens(text) if not token.is_string}
     tables = any(_file_named(token, before) for before, token in itertools.pairwise(_tokens(text)))
-    return tables or any(word.startswith(("read_", "parquet_", "glob", "sniff_")) for word in words)
+    tables |= any(word.startswith('"') and re.search(r"[./]", word) is not None for word in words)
+    return tables or any(word.startswith(("read_", "parquet_", "glob", "sniff_", "query")) for word in words)
 
 
 def _file_named(token: _Token, before: _Token) -> bool:
@@ -234,13 +268,20 @@ def _file_named(token: _Token, before: _Token) -> bool:
 def _tokens(text: str) -> list[_Token]:
     # DuckDB's tokenizer counts bytes, and gives starts only.
     source = text.encode()
-    found = [(start, kind) for start, kind in duckdb.tokenize(text) if kind != duckdb.token_type.comment]
+    found = duckdb.tokenize(text)
     tokens = []
-    for (start, kind), (stop, _) in zip(found, [*found[1:], (len(source), None)], strict=True):
+    stops = [*(start for start, _ in found[1:]), len(source)]
+    for (start, kind), stop in zip(found, stops, strict=False):
+        if kind == duckdb.token_type.comment:
+            continue
         raw = source[start:stop].decode()
         is_string = kind == duckdb.token_type.string_const
         tokens.append(_Token(len(source[:start].decode()), _string_of(raw) if is_string else raw.rstrip(), is_string))
     return [part for token in tokens for part in _split(token)]
+
+
+def _end(token: _Token) -> int:
+    return token.start + len(token.text)
 
 
 def _string_of(raw: str) -> str:
@@ -250,22 +291,31 @@ def _string_of(raw: str) -> str:
 
 def _split(token: _Token) -> Iterator[_Token]:
     """Operators one character at a time: the tokenizer may give `([` as one."""
-    if token.is_string or re.match(r"[\w\"$]", token.text):
-        yield token if token.is_string else _Token(token.start, re.split(r"\s", token.text)[0], False)
+    if token.is_string:
+        yield token
         return
-    for offset, character in enumerate(token.text):
+    if word := re.match(r'"(?:[^"]|"")*"|[\w$]+', token.text):
+        yield _Token(token.start, word[0], False)
+        return
+    # 1.4 names no comments: they follow a token.
+    for offset, character in enumerate(re.split("--|/[*]", token.text)[0]):
         if not character.isspace():
             yield _Token(token.start + offset, character, False)
 
 
-def _call_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | None:
-    """A reader's call that begins at `index`, and where it ends."""
+def _is_alias(token: _Token) -> bool:
+    """Whether a token after a table is the table's other name, or leads to it."""
+    return token.is_string or (re.match(r'[\w"]', token.text) is not None and token.text.lower() not in _AFTER_A_TABLE)
+
+
+def _call_at(text: str, tokens: Sequence[_Token], index: int) -> tuple[FileScan, str, int] | None:
+    """A reader's call that begins at `index`, the name that it goes by, and where it ends."""
     function = _READERS.get(tokens[index].text.lower())
     if function is None or index + 2 >= len(tokens) or tokens[index + 1].text != "(":
         return None
     depth, close = 0, index + 1
     while close < len(tokens):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(tokens[close].text, 0)
+        depth += 0 if tokens[close].is_string else _DEPTHS.get(tokens[close].text, 0)
         if depth == 0:
             break
         close += 1
@@ -274,8 +324,25 @@ def _call_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | Non
     paths, position = _paths_at(tokens, index + 2)
     if not paths or tokens[position].text not in (",", ")"):
         return None
-    options = " ".join(token.text for token in tokens[position:close])
-    return FileScan(function, paths, options), close + 1
+    arguments = _arguments(text, tokens[position:close])
+    scan = FileScan(function, paths, "".join(f", {argument}" for argument in arguments))
+    # The names of files are then rows; the listing gives absolute ones.
+    if "filename" in scan.arguments() and any("://" not in path and not os.path.isabs(path) for path in paths):
+        return None
+    return scan, tokens[index].text, close + 1
+
+
+def _arguments(text: str, tokens: Sequence[_Token]) -> list[str]:
+    """Arguments as they are written, from the comma before each to the next."""
+    pieces: list[list[_Token]] = []
+    depth = 0
+    for token in tokens:
+        depth += 0 if token.is_string else _DEPTHS.get(token.text, 0)
+        if token.text == "," and depth == 0:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return [text[piece[0].start : _end(piece[-1])] for piece in pieces if piece]
 
 
 def _paths_at(tokens: Sequence[_Token], index: int) -> tuple[tuple[str, ...], int]:
@@ -296,15 +363,19 @@ def _paths_at(tokens: Sequence[_Token], index: int) -> tuple[tuple[str, ...], in
     return (), index
 
 
-def _file_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, int] | None:
-    """`FROM 'file'` or `JOIN 'file'`, where the file's ending says how it is read."""
+def _file_at(tokens: Sequence[_Token], index: int) -> tuple[FileScan, str, int] | None:
+    """`FROM 'file'` or `JOIN 'file'`, where the file's ending says how it is read; the name that it goes by."""
     token = tokens[index]
     if not token.is_string or index == 0 or tokens[index - 1].text.lower() not in ("from", "join"):
+        return None
+    before = [token.text.lower() for token in tokens[max(0, index - 4) : index - 1]]
+    if before[-1:] == ["distinct"] and before[-2:-1] in (["is"], ["not"]):
         return None
     path = _unquoted(token.text)
     for suffix, function in _SUFFIXES:
         if suffix.search(path):
-            return FileScan(function, (path,)), index + 1
+            alias = path if _GLOB.search(path) else os.path.basename(path).split(".")[0]
+            return FileScan(function, (path,)), alias, index + 1
     return None
 
 
@@ -325,11 +396,77 @@ def listed(scan: FileScan, options: StorageOptions) -> list[File]:
 
 def resolve(scan: FileScan, files: Sequence[File], connection: Any) -> ResolvedScan:
     """Asks DuckDB for the scan's columns, and for the row groups of its files."""
-    described = connection.execute(f"DESCRIBE SELECT * FROM {scan.call(scan.paths)}").fetchall()
-    columns = tuple(Column(str(row[0]), str(row[1])) for row in described)
+    columns = _described(scan.call(scan.paths), connection)
+    arguments = _pinned(scan, files, columns, connection)
     if scan.function == "read_parquet" and len(files) <= _FOOTERS_MAX:
         files = list(_with_groups(files, connection))
-    return ResolvedScan(scan, columns, tuple(files))
+    return ResolvedScan(scan, columns, tuple(files), arguments, arguments is None)
+
+
+def _described(call: str, connection: Any) -> tuple[Column, ...]:
+    rows = connection.execute(f"DESCRIBE SELECT * FROM {call}").fetchall()
+    return tuple(Column(str(row[0]), str(row[1])) for row in rows)
+
+
+def _pinned(scan: FileScan, files: Sequence[File], columns: Sequence[Column], connection: Any) -> dict[str, str] | None:
+    """Arguments with which any of the files are read as all of them are together; None if there are none such."""
+    given = scan.arguments()
+    if len(files) < 2:
+        return given
+    union = given.get("union_by_name", "= false")
+    if re.search(r"=\s*'?(false|0)", union, re.IGNORECASE) is None:
+        return None
+    keys = {key.lower() for file in files for key in re.findall(r"([^/=]+)=[^/]*/", file.url)}
+    own = tuple(columns)
+    if keys or "filename" in given:
+        bare = {name: argument for name, argument in given.items() if name not in _ADDING}
+        own = _described(scan.call(scan.paths, {**bare, "hive_partitioning": "hive_partitioning = false"}), connection)
+        if any(column.name.lower() in keys for column in own):
+            return None
+        parts = [column for column in columns if column.name.lower() in keys]
+        given["hive_partitioning"] = f"hive_partitioning = {'true' if parts else 'false'}"
+        if parts:
+            given.pop("hive_types_autocast", None)
+            given["hive_types"] = f"hive_types = {_types(parts)}"
+    if scan.function == "read_csv":
+        return _pinned_csv(scan, files, given, own, connection)
+    if scan.function != "read_parquet" and "columns" not in given:
+        # Of rows that are no objects, the one column has a name of DuckDB's.
+        return None if [column.name for column in own] == ["json"] else {**given, "columns": f"columns = {_types(own)}"}
+    return given
+
+
+def _types(columns: Sequence[Column]) -> str:
+    return f"{{{', '.join(f'{literal(column.name)}: {literal(column.type)}' for column in columns)}}}"
+
+
+def _pinned_csv(
+    scan: FileScan, files: Sequence[File], given: dict[str, str], own: Sequence[Column], connection: Any
+) -> dict[str, str] | None:
+    """`given` with the dialect and the types of the files, if they all have one."""
+    bare = [argument for name, argument in scan.arguments().items() if name not in _ADDING]
+    found: dict[str, set[Any]] = {name: set() for name in _DIALECT}
+    for file in files[:_SNIFFED_MAX]:
+        call = f"sniff_csv({', '.join([literal(file.url), *bare])})"
+        try:
+            row = connection.execute(f"SELECT Columns, {', '.join(_DIALECT.values())} FROM {call}").fetchone()
+        except duckdb.Error:
+            return None
+        if not {column.name for column in own} <= {column["name"] for column in row[0]}:
+            return None
+        for values, value in zip(found.values(), row[1:], strict=True):
+            values.add(value)
+    for name, values in found.items():
+        # A file without quotes, or without dates, does not say how it would write them.
+        values -= {None, "(empty)"}
+        if len(values) > 1:
+            return None
+        if values and not given.keys() & {name, *_SYNONYMS.get(name, ())}:
+            (value,) = values
+            given[name] = f"{name} = {literal(value) if isinstance(value, str) else value}"
+    if not given.keys() & {"columns", "types", "dtypes", "column_types", "all_varchar"}:
+        given["types"] = f"types = {_types(own)}"
+    return given
 
 
 def _files(paths: Iterable[str], options: StorageOptions) -> Iterator[File]:
@@ -340,7 +477,7 @@ def _files(paths: Iterable[str], options: StorageOptions) -> Iterator[File]:
             info = found[name]
             if info.get("type") == "directory" or f"/{STAGING_PREFIX}" in name:
                 continue
-            version = [str(info[key]) for key in ("ETag", "etag", "mtime", "created", "ino", "version") if key in info]
+            version = [str(info[key]) for key in _VERSIONS if info.get(key) is not None]
             yield File(url_of(filesystem, name), int(info["size"] or 0), ",".join(version))
 
 

@@ -68,8 +68,8 @@ class TextSegment:
     inputs: tuple[tuple[str, int, tuple[Column, ...]], ...]
     """(name in the text, feed or PREVIOUS, its columns)"""
     columns: tuple[Column, ...]
-    reads: tuple[ResolvedScan, ...] | None = ()
-    """The files that the text itself reads; None if nobody can tell."""
+    reads: tuple[ResolvedScan, ...] | None = None
+    """The files that the text itself reads; None if nobody can tell, or if it may give other rows next time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

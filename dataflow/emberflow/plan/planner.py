@@ -20,7 +20,8 @@ from ..errors import InvalidArgument
 from ..functions.udf import Udf
 from ..query import Query, inlined, of_table
 from .binder import NotPlannable, bind
-from .filescans import FileScan, ResolvedScan, find, may_read_files
+from .doubt import doubt
+from .filescans import FileScan, ResolvedScan, find
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
 from .pipes import (
@@ -173,7 +174,11 @@ class Planner:
             else:
                 shadows[name] = self.catalog.columns_of(source)
                 rows[name] = source.num_rows
-        bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
+        try:
+            bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
+        except duckdb.Error as error:
+            # It may have a meaning with the files themselves: of columns that only their readers have, of other names.
+            raise NotPlannable(f"an expression over tables in place of files: {error}") from error
         plan = pruned(bound.plan)
         scope: dict[object, Callable[[Node], Pipes]] = {}
         for name, source in sources.items():
@@ -233,14 +238,19 @@ class Planner:
             feeds[feed] = TableFeed(table, columns, tuple(range(len(columns))))
             inputs.append((name, feed, columns))
         text = inlined(query)
-        rest, scans = find(text)
-        resolved = tuple(self.catalog.resolve(scan) for scan in scans.values())
         columns = self.catalog.describe(text, {name: columns for name, _, columns in inputs})
         size = sum(feed.exchange.size_bytes for feed in feeds.values() if isinstance(feed, ExchangeFeed))
-        size += sum(scan.size_bytes for scan in resolved)
-        reads = None if may_read_files(rest) else resolved
+        size += sum(self.catalog.resolve(scan).size_bytes for scan in find(text)[1].values())
+        reads = self._reads(text, [*frames, *tables])
         pipe = Pipe((TextSegment(text, tuple(inputs), columns, reads),), feeds, None, size or 1, ordered=True)
         return [pipe], columns
+
+    def _reads(self, text: str, names: Sequence[str]) -> tuple[ResolvedScan, ...] | None:
+        """The files that a text reads, if with them and its inputs `names` it gives the same rows each time."""
+        rest, scans = find(text)
+        if doubt(rest, [*names, *scans]) is not None:
+            return None
+        return tuple(self.catalog.resolve(scan) for scan in scans.values())
 
     # ---- partitions
 
@@ -281,9 +291,10 @@ class Planner:
     def _partial_sql(self, frame: PartialSql) -> tuple[Pipes, tuple[Column, ...]]:
         sides = {name: self.known(child) for name, child in frame.inputs.items()}
         columns = self.catalog.describe(frame.text, {name: columns for name, (_, columns) in sides.items()})
+        reads = self._reads(frame.text, list(sides))
         if len(sides) == 1:
             ((name, (pipes, own)),) = sides.items()
-            segment = TextSegment(frame.text, ((name, PREVIOUS, own),), columns)
+            segment = TextSegment(frame.text, ((name, PREVIOUS, own),), columns, reads)
             return [pipe.after(segment, hashed=(), ordered=False) for pipe in pipes], columns
         feeds: dict[int, Feed] = {}
         inputs = []
@@ -299,7 +310,7 @@ class Planner:
             told = " and ".join(map(str, sorted(counts)))
             raise InvalidArgument(f"partial_sql() takes frames of as many partitions, or of one, not of {told}")
         size = sum(pipe.size_bytes for pipes, _ in sides.values() for pipe in pipes)
-        return [Pipe((TextSegment(frame.text, tuple(inputs), columns),), feeds, drive, size)], columns
+        return [Pipe((TextSegment(frame.text, tuple(inputs), columns, reads),), feeds, drive, size)], columns
 
     def _aligned(self, pipes: Pipes) -> Pipe:
         """A pipe that is one feed and nothing else, whose shares are the partitions of `pipes`."""
@@ -366,4 +377,4 @@ def _shuffled(pipe: Pipe, seed: int) -> Pipe:
     listed = ", ".join(f"c{i}" for i in range(len(columns)))
     numbered = f"SELECT {listed}, row_number() OVER () AS emberflow_row FROM emberflow_rows"
     text = f"SELECT {listed} FROM ({numbered}) ORDER BY hash(emberflow_row, {seed}), emberflow_row"
-    return pipe.after(TextSegment(text, (("emberflow_rows", PREVIOUS, columns),), columns))
+    return pipe.after(TextSegment(text, (("emberflow_rows", PREVIOUS, columns),), columns, reads=()))
