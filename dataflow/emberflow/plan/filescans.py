@@ -390,7 +390,7 @@ def listed(scan: FileScan, options: StorageOptions) -> list[File]:
     """The scan's files. Raises `DatasetNotFound`, or what the filesystem raises."""
     files = list(_files(scan.paths, options))
     if not files:
-        raise DatasetNotFound(f"no files match {', '.join(scan.paths)}")
+        raise DatasetNotFound(f"No files found that match {', '.join(scan.paths)}")
     return files
 
 
