@@ -190,6 +190,6 @@ def test_csv_and_json_of_types_they_have_no_form_for(session: Session, root: str
     assert (row["l"], row["s"], row["t"], row["n"]) == ([1, 2], {"a": 1, "b": "x"}, 'q"q,', None)
 
 
-def test_rows_with_nan_are_found_again(session: emberflow.Session, tmp_path: Path) -> None:
+def test_rows_with_nan_are_found_again(session: Session, tmp_path: Path) -> None:
     session.sql("select 0.5 v union all select 'nan'::double").write_parquet(f"{tmp_path}/out")
     assert session.read_parquet(f"{tmp_path}/out").filter("v > 1").count() == 1
