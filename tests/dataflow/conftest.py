@@ -7,8 +7,17 @@ from pathlib import Path
 import emberflow
 import fsspec
 import pytest
+from emberfs.filesystem import EmberFileSystem
 
 from benchmarks import tpch
+
+
+@pytest.fixture(autouse=True)
+def stores_are_let_go() -> Iterator[None]:
+    """An open store takes a TiB of addresses, and a process has 128."""
+    yield
+    for filesystem in list(EmberFileSystem._cache.values()):
+        filesystem.close()
 
 
 @pytest.fixture
@@ -28,10 +37,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             memory.rm(name, recursive=True)
         return
     if request.param == "ember":
-        url = f"ember://{tmp_path}/store/!/root"
-        yield url
-        # An open store takes a TiB of addresses, and a process has 128.
-        fsspec.url_to_fs(url)[0].close()
+        yield f"ember://{tmp_path}/store/!/root"
         return
     yield str(tmp_path) if request.param == "path" else f"file://{tmp_path}"
 
