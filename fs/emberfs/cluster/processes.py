@@ -60,8 +60,9 @@ class ServerProcess:
         config = self.directory / "config.toml"
         with open(self.log, "ab") as log, open(self.directory / "ready.json", "wb") as ready:
             self._log_begin_bytes = log.tell()
+            server = [sys.executable, "-m", "emberline", "server", "--config", str(config)]
             process = subprocess.Popen(
-                [sys.executable, "-m", "emberline", "server", "--config", str(config)],
+                ["/bin/sh", "-c", _NOTE_AND_EXEC, str(self.directory / "pid.json"), *server],
                 stdin=subprocess.DEVNULL,
                 stdout=ready,
                 stderr=log,
@@ -71,7 +72,9 @@ class ServerProcess:
         _children[process.pid] = process
         try:
             known = {"pid": process.pid, "started": _start_time(process.pid)}
-            (self.directory / "pid.json").write_text(json.dumps(known))
+            note = self.directory / "pid.json.known"
+            note.write_text(json.dumps(known))
+            note.replace(self.directory / "pid.json")
         except BaseException:
             process.kill()  # Nobody would find it again.
             raise
@@ -130,6 +133,14 @@ def _message(line: str) -> str:
     except (ValueError, KeyError, TypeError):
         return line.strip().removeprefix("Error: ")
 
+
+# The server notes its own process before it becomes one: whoever starts it may be killed right after the fork, and a
+# process that nobody finds again would keep its port. Field 22 is the time it was started; the name of sh has no space.
+_NOTE_AND_EXEC = """
+started=$(cut -d ' ' -f 22 "/proc/$$/stat" 2>/dev/null) &&
+    printf '{"pid": %s, "started": %s}' "$$" "$started" >"$0.own" && mv "$0.own" "$0"
+exec "$@"
+"""
 
 _children: dict[int, subprocess.Popen[bytes]] = {}
 """Started by this very process, which has to collect them when they end."""
