@@ -197,6 +197,10 @@ def cancel(id: str, root: str | None) -> None:
     """Ask job ID to end. What it has done stays, and a later run goes on from there.
 
     Its driver sees the request with its next heartbeat, within some seconds.
+
+    \b
+    Example:
+      emberline jobs cancel 3f2a9c41d07b-1
     """
     from emberflow.job import history
 

@@ -48,6 +48,8 @@ START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 10.0
 HOPELESS_TIMEOUT_S = 2.0
 """For an answer that hardly comes: what is needed for it does not run, unless somebody started it by hand."""
+LOCK_TIMEOUT_S = 1.0
+"""A command that was killed may leave the lock to a server on its way from fork to exec, which then lets it go."""
 HOST = "127.0.0.1"
 PORTS = range(10000, 32768)
 """Servers are there again after a `down`: not from 32768 on, where the kernel takes those of outgoing connections."""
@@ -199,8 +201,8 @@ class LocalCluster:
         descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                wait_until(lambda: (_take_lock(descriptor), ""), say=lambda _: None, timeout_s=LOCK_TIMEOUT_S)
+            except Unavailable:
                 what = "another `emberline cluster` command is at work on this cluster; wait for it, or end it"
                 raise StoreBusy(what, str(self.directory)) from None
             yield
@@ -430,6 +432,14 @@ class LocalCluster:
 def role_of(name: str) -> Role:
     """Of a server of such a cluster, by its name."""
     return Role(name.rpartition("-")[0])
+
+
+def _take_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _free_ports() -> Iterator[int]:
