@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
@@ -558,3 +560,28 @@ def test_a_socket_that_nobody_listens_on_is_replaced(make_network: MakeNetwork, 
     assert run(make_network().connection(listener.address).call(Usage())) == Usage()
     with pytest.raises(OSError, match="in use"):
         run(make_network().serve(f"unix:{tmp_path}/s", Echo()))
+
+
+def test_at_the_end_of_a_process_a_call_is_refused_and_does_not_wait_for_ever() -> None:
+    program = """
+import atexit
+from emberfs.errors import Unreachable
+from emberfs.messages import Usage
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.transport import TcpNetwork
+
+runtime = AsyncioRuntime("late")
+portal, network = Portal(runtime), TcpNetwork(runtime)
+
+def call():
+    try:
+        portal.run_last(network.connection("localhost:1").call(Usage()))
+    except Unreachable as error:
+        print(error)
+
+atexit.register(call)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert "localhost:1: cannot schedule new futures after" in done.stdout
+    assert done.stderr == ""

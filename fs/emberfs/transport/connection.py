@@ -232,7 +232,8 @@ class TcpConnection:
                 await self._runtime.sleep(pause_s)
             async with asyncio.timeout(self._config.connect_timeout_s * self._patience):
                 self._link = await self._open()
-        except (EmberError, OSError) as error:  # TimeoutError is one, and so are those of ssl.
+        # TimeoutError is an OSError, and so are those of ssl. RuntimeError: the interpreter ends, and starts no thread.
+        except (EmberError, OSError, RuntimeError) as error:
             self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_S_MIN), self._config.backoff_s_max)
             self._not_before_s = self._runtime.now_s() + self._backoff_s
             if isinstance(error, TimeoutError):
