@@ -21,9 +21,10 @@ from .errors import ExchangeCorrupt, InvalidArgument, SessionClosed, Unsupported
 from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
 from .files import FileOutput, FileSink
+from .job.config import JobConfig
 from .job.event import Event
 from .job.history import JobInfo, check_id, jobs_at
-from .job.job import Job, JobConfig
+from .job.job import Job
 from .job.record import Record
 from .job.shares import ShareConfig
 from .job.steps import Output, Place, create

@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 import emberflow
 import pytest
+from emberflow.job import shares
 
 from .corpus import STATEMENTS, TABLES, Statement
 
@@ -26,9 +27,18 @@ def plain() -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
-@pytest.fixture(scope="module", params=["partitions", "broadcast"])
+@pytest.fixture(scope="module", params=["partitions", "broadcast", "large partitions"])
 def session(request: pytest.FixtureRequest) -> Iterator[emberflow.Session]:
-    broadcast_bytes = 0 if request.param == "partitions" else 1 << 30
+    broadcast_bytes = 1 << 30 if request.param == "broadcast" else 0
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "large partitions":
+            # All that are larger than the usual one count as large, whatever their bytes: they are cut.
+            patch.setattr(shares, "SKEW", 1)
+            patch.setattr(shares, "_SKEW_BYTES_MIN", 0)
+        yield from opened(broadcast_bytes)
+
+
+def opened(broadcast_bytes: int) -> Iterator[emberflow.Session]:
     with emberflow.init(executor="inline", shuffle="always", partitions=3, broadcast_bytes=broadcast_bytes) as session:
         for name, text in TABLES.items():
             session.view(name, session.sql(text).repartition(3, by_rows=True).compute())

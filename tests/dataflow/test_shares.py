@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 from emberflow.exchange.format import Block, ExchangeIndex, pack_blocks
-from emberflow.job.shares import Exchanged, ShareConfig, specs
+from emberflow.job.shares import Exchanged, ShareConfig, cut
 from emberflow.job.steps import Output
 from emberflow.plan.nodes import Column, Input
 from emberflow.plan.pipes import Exchange, ExchangeFeed, Pipe, SqlSegment, Stage, Whole
@@ -35,7 +35,7 @@ def stage_of(*exchanges: Exchange, by: str = "partition") -> Stage:
 
 
 def groups(stage: Stage, outputs: dict[int, list[Output]], config: ShareConfig | None = None) -> list[tuple[int, ...]]:
-    return [spec.exchanges[0].partitions for spec in specs(stage, outputs, config or ShareConfig())]
+    return [spec.exchanges[0].partitions for spec in cut(stage, outputs, config or ShareConfig()).specs]
 
 
 def test_small_neighbours_share_a_task() -> None:
@@ -58,7 +58,7 @@ def test_a_much_larger_partition_is_cut_by_producer_where_that_is_right() -> Non
         1: [output(MIB, 40 * MIB, MIB, MIB) for _ in range(4)],
         2: [output(MIB, MIB, MIB, MIB)],
     }
-    found = specs(stage_of(left, right), outputs, ShareConfig(task_bytes=MIB))
+    found = cut(stage_of(left, right), outputs, ShareConfig(task_bytes=MIB)).specs
     split = [spec.exchanges for spec in found if spec.exchanges[0].partitions == (1,)]
     assert [exchanges[0].outputs for exchanges in split] == [(0,), (1,), (2,), (3,)]
     assert all(exchanges[1] == Exchanged((1,)) for exchanges in split)
@@ -74,12 +74,12 @@ def test_nothing_is_cut_where_equal_keys_must_stay_together() -> None:
 def test_pieces_are_neighbours_up_to_a_tasks_bytes() -> None:
     exchange = Exchange(1, COLUMNS, 1)
     outputs = {1: [output(size * MIB) for size in (3, 3, 9, 1, 1)]}
-    found = specs(stage_of(exchange, by="piece"), outputs, ShareConfig(task_bytes=6 * MIB))
+    found = cut(stage_of(exchange, by="piece"), outputs, ShareConfig(task_bytes=6 * MIB)).specs
     assert [spec.exchanges[0].outputs for spec in found] == [(0, 1), (2,), (3, 4)]
 
 
 def test_everything_for_one_task_needs_no_share() -> None:
     pipe = Pipe((SqlSegment(Input(0, COLUMNS)),), {0: ExchangeFeed(Exchange(1, COLUMNS, 4), "all")}, None, 0)
     stage = Stage(0, pipe, Whole(), Exchange(2, COLUMNS, 1))
-    (only,) = specs(stage, {1: [output(1, 1, 1, 1)]}, ShareConfig())
+    (only,) = cut(stage, {1: [output(1, 1, 1, 1)]}, ShareConfig()).specs
     assert only.exchanges == {}

@@ -75,13 +75,13 @@ def _layers(stages: Mapping[int, StageTally]) -> list[list[_Spot]]:
             if id in readers:
                 readers[id].append(stage.id)
     depths: dict[int, int] = {}
-    # Stages are numbered so that each comes after what it reads.
-    for id in sorted(stages, reverse=True):
+    # They are in the order in which they began: each comes after what it reads.
+    for id in reversed(list(stages)):
         depths[id] = 1 + max((depths[reader] for reader in readers[id] if reader in depths), default=-1)
     last = max(depths.values())
     layers: list[list[_Spot]] = [[] for _ in range(last + 1)]
     spots: dict[int, _Spot] = {}
-    for id in sorted(stages):
+    for id in stages:
         spots[id] = spot = _Spot(stages[id], last - depths[id], [])
         layers[spot.layer].append(spot)
         for input in dict.fromkeys(stages[id].inputs):

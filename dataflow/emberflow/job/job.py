@@ -18,8 +18,7 @@ import queue
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -42,10 +41,13 @@ from ..plan.explain import stage_lines
 from ..plan.grade import grade
 from ..plan.pipes import ByRange, Exchange, Program, Stage
 from ..sources import StorageOptions, open_kept, open_url
+from .config import JobConfig
 from .event import Event
 from .identity import Unknown, digest, exchange_identity, stage_identity, stores, udf_identity
 from .rendering import Rendering, SortKeyValue, Written, boundaries_of, text_of
-from .shares import ShareConfig, Spec, specs
+from .repair import Repair
+from .shares import Spec, cut
+from .states import Stages, StageState, TaskState
 from .steps import Output, Place, new_attempt
 from .task import Task
 
@@ -54,65 +56,6 @@ _TICK_S = 0.5
 _STRAGGLER_DONE_MIN = 0.75
 # Times `attempts_max` that a task may end and not count, because what it read was made again meanwhile.
 _ATTEMPTS_BOUND = 10
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
-    """How a job deals with trouble."""
-
-    attempts_max: int = 4
-    """Times a task is run before its failure is the job's."""
-    cpus_per_task: int = 1
-    """DuckDB threads of a task. With one, a task's output is the same bytes each time."""
-    straggler_factor: float = 3.0
-    """A task that runs so many times as long as half of its stage's did is run a second time beside itself."""
-    straggler_s: float = 30.0
-    """But never before this."""
-    timeout_s: float | None = None
-    """The job is cancelled when it has run so long."""
-    compression: str | None = None
-    """Of exchanges: "lz4" or none."""
-    shares: ShareConfig = field(default_factory=ShareConfig)
-
-
-@dataclass(eq=False, slots=True)
-class TaskState:
-    """A task, and how it goes."""
-
-    stage: StageState
-    index: int
-    spec: Spec
-    output: Output | None = None
-    attempts: int = 0
-    memory_bytes: int = 0
-    handles: list[Handle] = field(default_factory=list)
-    waits: bool = False
-    """For something that it reads to be made again."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.stage.stage.label} {self.stage.stage.id}.{self.index}"
-
-
-@dataclass(eq=False, slots=True)
-class StageState:
-    """A stage whose inputs are complete, and its tasks."""
-
-    stage: Stage
-    place: Place
-    rendering: Rendering
-    repeatable: bool
-    """Any two attempts put the same rows into each partition."""
-    tasks: list[TaskState] = field(default_factory=list)
-    reused: int = 0
-
-    @property
-    def outputs(self) -> list[Output]:
-        return [task.output for task in self.tasks if task.output is not None]
-
-    @property
-    def is_done(self) -> bool:
-        return all(task.output is not None for task in self.tasks)
 
 
 class Job:
@@ -148,13 +91,17 @@ class Job:
         self.watch = watch
         self.use = use
         """Told of a step before anything in it is looked at, so that no sweep takes it away."""
-        self.stages: dict[int, StageState] = {}
+        self.stages = Stages(program)
         self._identities: dict[int, str] = {}
         self._events: queue.SimpleQueue[tuple[TaskState, Handle, str] | None] = queue.SimpleQueue()
         self._pending: deque[TaskState] = deque()
         self._is_stopped = False
-        self._dropped: set[str] = set()
-        """Damaged files whose makers have been told."""
+        self._repair = Repair(
+            self.stages,
+            self.storage_options,
+            again=self._again,
+            tell=lambda task, error: self._tell("recompute", task.stage.stage.id, task.index, error=error),
+        )
         self._started_s = time.monotonic()
 
     # ---- the loop
@@ -162,7 +109,7 @@ class Job:
     def run(self) -> list[Output]:
         """Runs to the end and gives the outputs of the last exchange, in order. Raises the first task's failure."""
         try:
-            while not self._is_done():
+            while not self.stages.is_done:
                 self._begin_stages()
                 self._submit()
                 self._take(self._next_event())
@@ -173,7 +120,7 @@ class Job:
         # A straggler's other run may go on; nothing of it must be left to do when the job is done.
         self.cancel()
         self._tell("done", -1, -1)
-        return self.outputs_of(self.program.result)
+        return self.stages.outputs_of(self.program.result)
 
     def stop(self) -> None:
         """Ends the job, from any thread: `run` raises `CallCancelled`."""
@@ -182,26 +129,14 @@ class Job:
 
     def cancel(self) -> None:
         """Cancels what runs, and waits until it has ended."""
-        handles = [handle for state in self.stages.values() for task in state.tasks for handle in task.handles]
+        handles = [handle for task in self.stages.tasks() for handle in task.handles]
         for handle in handles:
             handle.cancel()
         for handle in handles:
             handle.future.exception()
 
-    def outputs_of(self, exchange: Exchange) -> list[Output]:
-        """What the tasks of an exchange's producers have made, in order."""
-        if exchange.made is not None:
-            return list(exchange.made)
-        return [output for stage in exchange.producers for output in self.stages[stage.id].outputs]
-
-    def _is_done(self) -> bool:
-        return all(stage.id in self.stages and self.stages[stage.id].is_done for stage in self.program.stages)
-
-    def _is_complete(self, exchange: Exchange) -> bool:
-        return all(stage.id in self.stages and self.stages[stage.id].is_done for stage in exchange.producers)
-
     def _next_event(self) -> tuple[TaskState, Handle, str] | None:
-        if self._is_done():
+        if self.stages.is_done:
             return None
         if self._is_stopped:
             raise CallCancelled("the job was cancelled")
@@ -217,17 +152,19 @@ class Job:
     # ---- stages
 
     def _begin_stages(self) -> None:
-        for stage in self.program.stages:
-            if stage.id not in self.stages and all(self._is_complete(exchange) for exchange in stage.inputs()):
-                try:
-                    self._begin(stage)
-                except ExchangeCorrupt as error:
-                    # The driver reads too: the sample of a sort.
-                    self._mend(error)
+        for stage in self.stages.ready():
+            try:
+                self._begin(stage)
+            except ExchangeCorrupt as error:
+                # The driver reads too: the sample of a sort.
+                self._repair.mend(error)
 
     def _begin(self, stage: Stage) -> None:
-        outputs = {exchange.id: self.outputs_of(exchange) for exchange in stage.inputs()}
-        found = specs(stage, outputs, self.config.shares)
+        outputs = {exchange.id: self.stages.outputs_of(exchange) for exchange in stage.inputs()}
+        pieces: list[Spec] = []
+        if (found := self.stages.given.get(stage.id)) is None:
+            shares = cut(stage, outputs, self.config.shares)
+            found, pieces = shares.specs, shares.pieces
         is_last = stage.exchange is self.program.result
         boundaries: tuple[SortKeyValue, ...] = ()
         if isinstance(stage.partitioning, ByRange):
@@ -237,7 +174,10 @@ class Job:
         rendering = Rendering(
             stage, outputs, boundaries=boundaries, compression=self.config.compression, written=written
         )
-        state = self.stages[stage.id] = StageState(stage, place, rendering, self._is_repeatable(stage))
+        state = StageState(stage, place, rendering, self._is_repeatable(stage))
+        self.stages.begin(state)
+        if pieces:
+            self.stages.add_pieces(stage, pieces)
         state.tasks = [TaskState(state, index, spec) for index, spec in enumerate(found)]
         self.use(place.identity)
         for exchange in stage.inputs():
@@ -290,12 +230,11 @@ class Job:
     def _is_repeatable(self, stage: Stage) -> bool:
         """Whether any two runs of the stage, and of all it comes from, put the same rows into each partition."""
         own = grade(stage, threads=self.config.cpus_per_task) != "unstable"
-        makers = (producer for exchange in stage.inputs() for producer in exchange.producers)
-        return own and all(self.stages[maker.id].repeatable for maker in makers)
+        return own and all(maker.repeatable for maker in self.stages.makers_of(stage))
 
     def _boundaries(self, sample: Exchange, partitions: int) -> tuple[SortKeyValue, ...]:
         keys: list[SortKeyValue] = []
-        for output in self.outputs_of(sample):
+        for output in self.stages.outputs_of(sample):
             if output.rows:
                 filesystem, path = open_url(output.url, self.storage_options)
                 for batch in read(filesystem, path, output.exchange(), (0,)):
@@ -304,11 +243,10 @@ class Job:
 
     def _still_counts(self, task: TaskState, output: Output) -> bool:
         """Whether an output may be used: it read the attempts that count now, or others that hold the same rows."""
-        inputs = list(task.stage.stage.inputs())
-        makers = [self.stages[maker.id] for exchange in inputs for maker in exchange.producers]
-        if all(maker.repeatable for maker in makers):
+        stage = task.stage.stage
+        if all(maker.repeatable for maker in self.stages.makers_of(stage)):
             return True
-        current = {output.attempt for exchange in inputs for output in self.outputs_of(exchange)}
+        current = {output.attempt for exchange in stage.inputs() for output in self.stages.outputs_of(exchange)}
         if current.issuperset(output.inputs):
             return True
         task.stage.place.drop(task.index)
@@ -317,14 +255,14 @@ class Job:
     # ---- tasks
 
     def _submit(self) -> None:
-        running = sum(len(task.handles) for state in self.stages.values() for task in state.tasks)
+        running = sum(len(task.handles) for task in self.stages.tasks())
         room = 3 * self.executor.capacity.cpus + 2 - running
         waiting: list[TaskState] = []
         while self._pending and room > 0:
             task = self._pending.popleft()
             if task.output is not None:
                 continue
-            if not all(self._is_complete(exchange) for exchange in task.stage.stage.inputs()):
+            if not all(self.stages.is_complete(exchange) for exchange in task.stage.stage.inputs()):
                 waiting.append(task)
                 continue
             self._start(task)
@@ -336,7 +274,7 @@ class Job:
         is_last = state.stage.exchange is self.program.result
         attempt = new_attempt()
         # What it reads may have been made again since the stage began.
-        state.rendering.outputs = {e.id: self.outputs_of(e) for e in state.stage.inputs()}
+        state.rendering.outputs = {e.id: self.stages.outputs_of(e) for e in state.stage.inputs()}
         runs = state.rendering.runs(task.spec)
         sink = self.sink if is_last and self.sink is not None else state.rendering.sink(task.index)
         work = Task(
@@ -361,7 +299,6 @@ class Job:
             memory_bytes=task.memory_bytes,
         )
         task.attempts += 1
-        task.waits = False
         handle = self.executor.submit(
             call,
             on_report=lambda note: self._tell("rows", state.stage.id, task.index, rows=msgspec.msgpack.decode(note)),
@@ -436,63 +373,20 @@ class Job:
 
     def _recompute(self, task: TaskState, error: ExchangeCorrupt) -> None:
         """Has the maker of a damaged file run again before the task does. That is no fault of the task's."""
-        if self._mend(error):
+        if self._repair.mend(error):
             task.attempts -= 1
         self._pending.append(task)
-
-    def _mend(self, error: ExchangeCorrupt) -> bool:
-        """Has the maker of a damaged file run again, the makers of files that went with it, and all who read what may
-        come out otherwise; whether that was news. Raises the error if nobody here has made the file."""
-        maker = next((t for t in self._tasks() if t.output is not None and self._path(t.output) == error.path), None)
-        if maker is None:
-            if error.path not in self._dropped:
-                raise error
-            # Another has met the same damage before.
-            return False
-        gone = [
-            t for t in maker.stage.tasks if t.output is not None and t is not maker and not self._has_file(t.output)
-        ]
-        for task in (maker, *gone):
-            assert task.output is not None
-            self._dropped.add(self._path(task.output))
-            self._tell("recompute", task.stage.stage.id, task.index, error=str(error))
-            self._again(task)
-        if not maker.stage.repeatable:
-            self._again_after(maker.stage.stage)
-        return True
-
-    def _again_after(self, stage: Stage) -> None:
-        """Has everything run again that comes from a stage's rows, near or far."""
-        touched = {stage.exchange.id}
-        for state in self.stages.values():
-            if touched.isdisjoint(exchange.id for exchange in state.stage.inputs()):
-                continue
-            touched.add(state.stage.exchange.id)
-            for task in state.tasks:
-                if task.output is not None:
-                    self._again(task)
-
-    def _has_file(self, output: Output) -> bool:
-        filesystem, path = open_kept(output.url, self.storage_options)
-        return bool(filesystem.exists(path))
-
-    def _path(self, output: Output) -> str:
-        return open_url(output.url, self.storage_options)[1] if output.url else ""
 
     def _again(self, task: TaskState) -> None:
         task.output = None
         task.stage.place.drop(task.index)
         self._pending.appendleft(task)
 
-    def _tasks(self) -> Iterator[TaskState]:
-        for state in self.stages.values():
-            yield from state.tasks
-
     def _speculate(self) -> None:
         """Runs a straggler a second time, when most of its stage is done and nothing else waits."""
         if self._pending:
             return
-        for state in self.stages.values():
+        for state in self.stages:
             done = state.outputs
             if not done or len(done) < _STRAGGLER_DONE_MIN * len(state.tasks):
                 continue

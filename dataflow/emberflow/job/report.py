@@ -15,6 +15,7 @@ from html import escape
 from ..quantities import bytes_text, count_text, plural, seconds_text
 from .drawing import COLOURS, colour_of, plan, timeline
 from .history import JobInfo, JobRecord
+from .shares import SKEW
 from .tally import StageTally, Tally
 
 _OUTPUT_CHARS_MAX = 200_000
@@ -166,9 +167,8 @@ def _known(value: float | None, text: Callable[[float], str]) -> str:
 def _skew(skew: float | None) -> str:
     if skew is None:
         return ""
-    # What the exchange takes for skewed, and splits.
     text = f"{skew:.1f}x"
-    return f'<span class="warn">{text}</span>' if skew > 4 else text
+    return f'<span class="warn">{text}</span>' if skew > SKEW else text
 
 
 def _troubles(tally: Tally) -> str:

@@ -2,7 +2,8 @@
 
 Shares follow bytes, never the number of workers, so a job that goes on with other workers finds its tasks again. Small
 neighbouring partitions share a task; one that is much larger than the others is cut by producer, where the plan says
-that is right (one side of a join, the other side read whole by every piece).
+that is right: one side of a join, the other side read whole by every piece; or, if what the pieces give has to meet
+again (`plan/pieces.py`), in a stage of their own.
 
 Does not know: SQL, executors.
 """
@@ -17,7 +18,8 @@ from ..plan.filescans import Share
 from ..plan.pipes import Exchange, ExchangeFeed, FileFeed, Stage
 from .steps import Output
 
-_SKEW = 4
+SKEW = 4
+"""A partition is large at more than so many times the usual one."""
 _SKEW_BYTES_MIN = 8 << 20
 _SKEW_PIECES_MAX = 16
 
@@ -54,37 +56,49 @@ class Spec:
     exchanges: Mapping[int, Exchanged] = field(default_factory=dict)
 
 
-def specs(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareConfig) -> list[Spec]:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a stage becomes."""
+
+    specs: list[Spec]
+    """Its tasks."""
+    pieces: list[Spec] = field(default_factory=list)
+    """Of the partitions that are left to stages of their own, the tasks of the first of those."""
+
+
+def cut(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareConfig) -> Cut:
     """The tasks of a stage. `outputs` are those of every exchange it reads, by the exchange's id."""
     pipe = stage.pipe
-    cut = {
+    shared = {
         feed_id: feed
         for feed_id, feed in pipe.feeds.items()
         if (isinstance(feed, FileFeed) and (feed_id == pipe.drive or feed.shares))
         or (isinstance(feed, ExchangeFeed) and feed.by != "all")
     }
-    if pipe.drive is None or not cut:
-        return [Spec()]
+    if pipe.drive is None or not shared:
+        return Cut([Spec()])
     files: dict[int, list[Share]] = {
-        i: _file_shares(feed, config) for i, feed in cut.items() if isinstance(feed, FileFeed)
+        i: _file_shares(feed, config) for i, feed in shared.items() if isinstance(feed, FileFeed)
     }
-    exchanged = {i: feed for i, feed in cut.items() if isinstance(feed, ExchangeFeed)}
+    exchanged = {i: feed for i, feed in shared.items() if isinstance(feed, ExchangeFeed)}
     pieces: dict[int, list[Exchanged]] = {
         i: _pieces(feed.exchange, outputs, config) for i, feed in exchanged.items() if feed.by == "piece"
     }
     partitioned = {i: feed.exchange for i, feed in exchanged.items() if feed.by == "partition"}
-    counts = {len(shares) for shares in files.values()} | {len(groups) for groups in pieces.values()}
     if partitioned and not files and not pieces:
-        return _partition_specs(partitioned, outputs, config)
+        return _partitions(stage, partitioned, outputs, config)
+    counts = {len(shares) for shares in files.values()} | {len(groups) for groups in pieces.values()}
     counts |= {exchange.partitions for exchange in partitioned.values()}
     assert len(counts) == 1, f"feeds that are cut together have {counts} shares"
-    return [
-        Spec(
-            {i: shares[n] for i, shares in files.items()},
-            {i: groups[n] for i, groups in pieces.items()} | {i: Exchanged((n,)) for i in partitioned},
-        )
-        for n in range(counts.pop())
-    ]
+    return Cut(
+        [
+            Spec(
+                {i: shares[n] for i, shares in files.items()},
+                {i: groups[n] for i, groups in pieces.items()} | {i: Exchanged((n,)) for i in partitioned},
+            )
+            for n in range(counts.pop())
+        ]
+    )
 
 
 def _file_shares(feed: FileFeed, config: ShareConfig) -> list[Share]:
@@ -108,9 +122,9 @@ def _pieces(exchange: Exchange, outputs: Mapping[int, Sequence[Output]], config:
     return [Exchanged(everything, tuple(group)) for group in groups]
 
 
-def _partition_specs(
-    exchanges: Mapping[int, Exchange], outputs: Mapping[int, Sequence[Output]], config: ShareConfig
-) -> list[Spec]:
+def _partitions(
+    stage: Stage, exchanges: Mapping[int, Exchange], outputs: Mapping[int, Sequence[Output]], config: ShareConfig
+) -> Cut:
     count = {exchange.partitions for exchange in exchanges.values()}
     assert len(count) == 1, f"exchanges that are read together have {count} partitions"
     partitions = range(count.pop())
@@ -120,21 +134,29 @@ def _partition_specs(
     }
     totals = [sum(of_feed[p] for of_feed in sizes.values()) for p in partitions]
     fixed = any(exchange.fixed for exchange in exchanges.values()) or not config.coalesce
-    usual = statistics.median(totals)
-    found: list[Spec] = []
+    # The lower of two in the middle: of two partitions, too, one can be large.
+    usual = statistics.median_low(totals)
+    found = Cut([])
     group: list[int] = []
     for p in partitions:
+        split: list[Spec] = []
         splitting = [feed for feed, exchange in exchanges.items() if exchange.splittable]
-        if splitting and totals[p] > max(_SKEW * usual, _SKEW_BYTES_MIN) and sizes[splitting[0]][p] > totals[p] // 2:
-            found += _together(group, exchanges)
-            group = []
-            found += _split(p, splitting[0], exchanges, outputs, max(usual, _SKEW_BYTES_MIN))
+        if splitting and totals[p] > max(SKEW * usual, _SKEW_BYTES_MIN):
+            largest = max(splitting, key=lambda feed: sizes[feed][p])
+            if sizes[largest][p] > totals[p] // 2:
+                split = _split(p, largest, exchanges, outputs, max(usual, _SKEW_BYTES_MIN))
+        if len(split) > 1 and stage.pipe.pieces is not None:
+            found.pieces.extend(split)
             continue
-        if group and (fixed or sum(totals[g] for g in group) + totals[p] > config.task_bytes):
-            found += _together(group, exchanges)
+        if len(split) > 1 or (group and (fixed or sum(totals[g] for g in group) + totals[p] > config.task_bytes)):
+            found.specs.extend(_together(group, exchanges))
             group = []
+        if len(split) > 1:
+            found.specs.extend(split)
+            continue
         group.append(p)
-    return found + _together(group, exchanges)
+    found.specs.extend(_together(group, exchanges))
+    return found
 
 
 def _together(group: Sequence[int], exchanges: Mapping[int, Exchange]) -> list[Spec]:

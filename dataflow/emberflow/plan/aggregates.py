@@ -97,6 +97,12 @@ def split(node: Aggregate) -> tuple[Aggregate, Aggregate, Project] | None:
     return first, second, Project(second, tuple(finals), tuple(c.name for c in node.columns))
 
 
+def again(first: Aggregate, second: Aggregate) -> Project:
+    """Partial rows from partial rows, in the same columns: `second`, over some of them, as `first` would give it."""
+    exprs = tuple(Expr(("CAST(", i, f" AS {c.type})"), c.type) for i, c in enumerate(first.columns))
+    return Project(second, exprs, tuple(c.name for c in first.columns))
+
+
 def distinct_first(node: Aggregate) -> tuple[Node, Aggregate] | None:
     """(rows made distinct, the aggregate over those) where every call is DISTINCT over the same one argument."""
     args = {call.args for call in node.calls}

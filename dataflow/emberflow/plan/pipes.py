@@ -88,6 +88,21 @@ PREVIOUS = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """A partition's rows aggregated piece by piece, and what that gives put together: `pieces.py`."""
+
+    whole: Node
+    """The node of the pipe's plan that needs all rows with equal keys."""
+    piece: Node
+    """What is computed over some of its rows."""
+    keys: tuple[Expr, ...]
+    """Over what `piece` gives: equal ones have to meet again."""
+    merged: Node
+    """What gives the rows of `whole`, over those of all pieces, which it reads as the input `feed`."""
+    feed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Pipe:
     """Segments run one after the other in each task; the first reads the feeds."""
 
@@ -101,6 +116,8 @@ class Pipe:
     """Output columns whose equal values are all in one task; () if none are known."""
     ordered: bool = False
     """The tasks' outputs one after the other are in the order that was asked for."""
+    pieces: Pieces | None = None
+    """How a partition that is much larger than the others is aggregated; None: by one task, like all of them."""
 
     @property
     def known_columns(self) -> tuple[Column, ...] | None:
@@ -178,7 +195,8 @@ class Exchange:
     producers: list[Stage] = field(default_factory=list)
     size_bytes: float = 0
     splittable: bool = False
-    """A partition may be cut into pieces by producer if it is much larger than the others."""
+    """A partition may be cut into pieces by producer if it is much larger than the others: where the rows of a piece
+    stay (one side of a join), or by the `Pieces` of the pipe that reads it."""
     blank: bool = False
     """Its rows have no columns; in the files they have one of no meaning."""
     made: tuple[Output, ...] | None = None

@@ -39,6 +39,7 @@ from .nodes import (
     Window,
     column,
 )
+from .pieces import of_distinct, of_partials, of_rows
 from .pipes import (
     ByExpression,
     ByRange,
@@ -47,6 +48,7 @@ from .pipes import (
     Feed,
     FileFeed,
     Partitioning,
+    Pieces,
     Pipe,
     Sample,
     SqlSegment,
@@ -200,13 +202,18 @@ class Builder:
         return pipe.then(tree)
 
     def _aggregate(self, node: Aggregate, pipes: Pipes) -> Pipes:
+        phases = split(node)
         if len(pipes) == 1 and (pipes[0].drive is None or (node.is_plain and covers(node.groups, pipes[0].hashed))):
-            pipe = kept_whole(pipes[0])
-            return [pipe.then(replace(node, child=pipe.tree), hashed=grouped_by(node, pipe.hashed), ordered=False)]
-        if (phases := split(node)) is not None:
+            pipe = pipes[0]
+            whole = replace(node, child=pipe.tree)
+            together = grouped_by(node, pipe.hashed)
+            if phases is not None and is_cut(pipe):
+                pipe = replace(pipe, pieces=of_rows(whole, phases, together, self.new_feed()))
+            return [kept_whole(pipe).then(whole, hashed=together, ordered=False)]
+        if phases is not None:
             first, second, last = phases
             partial = [self._partial(first, pipe) for pipe in pipes]
-            return [self._over(self._meet(partial, first.groups, node), second, last)]
+            return [self._over(self._meet(partial, first.groups, node), first, second, last)]
         if (steps := distinct_first(node)) is not None:
             rows, after = steps
             assert isinstance(rows, Aggregate)
@@ -227,9 +234,18 @@ class Builder:
         exchange = self.by_key(partial, keys, label="aggregate")
         return self.reading(exchange, "partition", hashed=tuple(range(len(groups))))
 
-    def _over(self, pipe: Pipe, second: Aggregate, last: Project) -> Pipe:
-        tree = replace(last, child=replace(second, child=pipe.tree))
-        return pipe.then(tree, size_bytes=pipe.size_bytes)
+    def _over(self, pipe: Pipe, first: Aggregate, second: Aggregate, last: Project) -> Pipe:
+        second = replace(second, child=pipe.tree)
+        if pipe.drive is not None:
+            pipe = self._in_pieces(pipe, of_partials(first, second, self.new_feed()))
+        return pipe.then(replace(last, child=second))
+
+    def _in_pieces(self, pipe: Pipe, pieces: Pieces) -> Pipe:
+        """The pipe, which reads one exchange by its partitions, the large ones in pieces."""
+        for feed in pipe.feeds.values():
+            assert isinstance(feed, ExchangeFeed)
+            feed.exchange.splittable = True
+        return replace(pipe, pieces=pieces)
 
     def _meet_rows(self, pipes: Pipes, node: Aggregate) -> Pipe:
         """Where whole rows of one group come together."""
@@ -252,7 +268,10 @@ class Builder:
         pipe = self.reading(self.by_key(pipes, keys, label="distinct"), "partition")
         positions = tuple(p for key in keys if (p := key.position) is not None)
         known = positions if len(positions) == len(keys) else ()
-        return [pipe.then(replace(node, child=pipe.tree), hashed=known)]
+        node = replace(node, child=pipe.tree)
+        if node.on is None:
+            pipe = self._in_pieces(pipe, of_distinct(node, self.new_feed()))
+        return [pipe.then(node, hashed=known)]
 
     def _window(self, node: Window, pipes: Pipes) -> Pipes:
         common = [key for key in node.calls[0].partition_by if all(key in call.partition_by for call in node.calls)]
@@ -356,10 +375,9 @@ class Builder:
         known: tuple[int, ...] = ()
         if node.kind in ("inner", "semi") and all(c.left.position is not None for c in equal):
             known = tuple(c.left.position for c in equal if c.left.position is not None)
-        for exchange, splits in ((left, node.kind in ("inner", "left", "semi", "anti")), (right, node.kind == "right")):
-            exchange.splittable = splits
-        if node.kind == "inner" and right.size_bytes > left.size_bytes:
-            left.splittable, right.splittable = False, True
+        # Of a partition one side at most is cut: each of its rows meets the whole other side once.
+        left.splittable = node.kind in ("inner", "left", "semi", "anti")
+        right.splittable = node.kind in ("inner", "right", "right_semi", "right_anti")
         return [self._joined(node, self.reading(left, "partition"), self.reading(right, "partition"), hashed=known)]
 
     def _side(self, pipes: Pipes, keys: list[Expr], drops: list[bool], keeps: bool, count: int) -> Exchange:
@@ -396,7 +414,9 @@ def merge(first: Pipe, *others: Pipe) -> Pipe:
             segments = other.segments
         feeds.update(other.feeds)
         drive = drive if drive is not None else other.drive
-    return replace(first, segments=segments, feeds=feeds, drive=drive)
+    cut = [pipe.pieces for pipe in (first, *others) if pipe.pieces is not None]
+    assert len(cut) <= 1, "of pipes that are put together one at most is driven by partitions that meet again"
+    return replace(first, segments=segments, feeds=feeds, drive=drive, pieces=cut[0] if cut else None)
 
 
 def is_simple(pipe: Pipe) -> bool:
@@ -409,8 +429,17 @@ def is_key(condition: Condition) -> bool:
     return condition.is_equality and not condition.left.volatile and not condition.right.volatile
 
 
+def is_cut(pipe: Pipe) -> bool:
+    """Whether a large partition of what the pipe reads may go to several tasks, each of which gives rows of its own."""
+    feeds = [feed for feed in pipe.feeds.values() if isinstance(feed, ExchangeFeed) and feed.by == "partition"]
+    return pipe.pieces is None and is_simple(pipe) and any(feed.exchange.splittable for feed in feeds)
+
+
 def kept_whole(pipe: Pipe) -> Pipe:
-    """The pipe, none of whose partitions may be cut: equal keys have to stay in one task."""
+    """The pipe, where equal keys have to stay in one task: none of its partitions may be cut, other than in `Pieces`,
+    whose rows meet again below what is to come."""
+    if pipe.pieces is not None:
+        return pipe
     for feed in pipe.feeds.values():
         if isinstance(feed, ExchangeFeed) and feed.by == "partition":
             feed.exchange.splittable = False
