@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import emberflow
 import pytest
+from click.testing import CliRunner
 from emberflow.errors import CallCancelled, QueryError
 from emberflow.job.event import Event
 from emberflow.job.history import jobs, show
 from emberflow.job.report import report
 from emberflow.job.tally import Tally
+
+from emberline.cli import main
 
 
 @pytest.fixture
@@ -40,6 +44,21 @@ def test_a_write_leaves_a_record(session: emberflow.Session, tmp_path: Path) -> 
     assert all(stage.explain and stage.is_done for stage in tally.stages.values())
     assert record.explain
     assert "write" in report(record)
+
+
+def test_what_a_task_spills_is_in_the_record(tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    with emberflow.init(executor="inline", workers=1, data_root=root, job_id="j", memory_limit="128MB") as session:
+        rows = session.sql("select md5(range::varchar) m from range(3_000_000)").repartition(1, by_rows=True)
+        rows.partial_sql("select * from {0} order by m").compute()
+    record = show(root, "j-1")
+    spread, ordered = Tally(record.events).stages.values()
+    assert spread.spilled_bytes == 0
+    assert (ordered.spilled_bytes or 0) > 32 << 20
+    assert "<dt>spilled</dt>" in report(record)
+    result = CliRunner().invoke(main, ["jobs", "show", "j-1", "--json"], env={"EMBERFLOW_ROOT": root})
+    told = [stage["spilled_bytes"] for stage in json.loads(result.output)["stages"]]
+    assert told == [0, ordered.spilled_bytes]
 
 
 def test_a_failed_write_is_known_to_have_failed(session: emberflow.Session, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 | task | an attempt is submitted | attempt, sql |
 | rows | a running attempt has come so far | rows |
 | output | a task printed | text, in pieces |
-| finished | a task's output counts | rows, size_bytes, seconds, cpu_s, worker; spilled_bytes if known |
+| finished | a task's output counts | rows, size_bytes, seconds, cpu_s, spilled_bytes, worker |
 | retry | an attempt failed and another follows | error |
 | speculate | a straggler is run a second time | |
 | recompute | a task's output was damaged and is made again | error |

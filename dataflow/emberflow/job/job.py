@@ -337,6 +337,7 @@ class Job:
             size_bytes=output.size_bytes,
             seconds=output.seconds,
             cpu_s=output.cpu_s,
+            spilled_bytes=output.spilled_bytes,
             worker=output.worker,
         )
 

@@ -42,6 +42,8 @@ class Output(msgspec.Struct, kw_only=True):
     """The attempts that it read."""
     seconds: float = 0.0
     cpu_s: float = 0.0
+    spilled_bytes: int = 0
+    """The most that lay in temporary files at a moment."""
     worker: str = ""
     format: int = _FORMAT
 

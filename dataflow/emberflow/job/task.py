@@ -34,6 +34,7 @@ from ..plan.nodes import Column
 from ..query import Query, quoted
 from ..sources import StorageOptions, open_url
 from ..text import written
+from .spill import SpillWatch
 from .steps import Output, Place
 
 BATCH_ROWS = 122_880
@@ -143,7 +144,7 @@ class Attempt:
         self.rows_out = 0
         self._readers: list[ExchangeReader] = []
         self._cursors: list[Any] = []
-        self._connections: list[Any] = []
+        self._spill = SpillWatch()
 
     def run(self) -> Output:
         if (winner := self.task.place.winner(self.task.index)) is not None:
@@ -151,7 +152,7 @@ class Attempt:
         started_s, cpu_s = time.monotonic(), time.process_time()
         self.context.on_interrupt(self._interrupt)
         try:
-            with ExitStack() as stack:
+            with self._spill, ExitStack() as stack:
                 schema, batches = self._rows(stack)
                 output = self._write(schema, self._counted(batches))
         except BaseException as error:
@@ -162,6 +163,7 @@ class Attempt:
         output.seconds = time.monotonic() - started_s
         output.cpu_s = time.process_time() - cpu_s
         output.worker = self.context.worker
+        output.spilled_bytes = self._spill.most_bytes
         output.inputs = sorted(
             {piece.attempt for rows in self._exchange_inputs() for piece in rows.pieces if piece.attempt}
         )
@@ -208,6 +210,7 @@ class Attempt:
         engine.limit(
             threads=self.context.cpus, memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
         )
+        self._spill.add(engine.config.temp_directory)
         engine.create_functions(self.task.udfs)
         cursor = stack.enter_context(engine.running(step.text))
         self._cursors.append(cursor)
@@ -280,6 +283,7 @@ class Attempt:
         for batch in batches:
             if self.interrupted:
                 raise CallCancelled(f"{self.task.name} was cancelled")
+            self._spill.look()
             self.rows_out += batch.num_rows
             if self.rows_out - reported >= _REPORT_ROWS:
                 reported = self.rows_out
