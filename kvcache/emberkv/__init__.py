@@ -1,1 +1,28 @@
-"""Prefix-keyed KV pages on the store, for inference nodes. No public API yet."""
+"""emberkv: KV pages of prompts on the store, for inference nodes.
+
+    with emberkv.connect("127.0.0.1:7400", namespace) as cache:
+        keys = cache.keys(tokens)
+        hit = cache.match(keys)
+        pages = cache.get(hit)
+
+The map of the package is `kvcache/README.md`.
+"""
+
+from .client import KVCache
+from .connect import connect
+from .errors import InvalidNamespace, KvError, NamespaceMismatch, SeatGone, StaleOwner
+from .hit import Hit
+from .namespace import Kind, Namespace
+
+__all__ = [
+    "Hit",
+    "InvalidNamespace",
+    "KVCache",
+    "Kind",
+    "KvError",
+    "Namespace",
+    "NamespaceMismatch",
+    "SeatGone",
+    "StaleOwner",
+    "connect",
+]

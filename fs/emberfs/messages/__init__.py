@@ -8,6 +8,7 @@ Does not know: who serves a message, or how it travels.
 
 from .base import *
 from .chunks import *
+from .foreign import *
 from .kv import *
 from .manager import *
 from .names import *

@@ -1,0 +1,343 @@
+"""`KVCache`: the blocking door to a KV-cache service, and to the pages themselves.
+
+The service says where pages lie; their bytes are read from and written to the storage servers directly, into and out of
+the caller's memory. Safe to use from many threads. A service that went and came back is found again; several addresses
+are tried in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import emberfs
+from emberfs import Client, StoreClosed
+from emberfs.client.buffers import flat_view, writable_view
+from emberfs.errors import DeadlineExceeded, EmberError, LimitExceeded, Unavailable
+from emberfs.messages import Foreign
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.transport import TcpConfig, TcpNetwork
+
+from . import messages
+from .errors import SeatGone
+from .hit import Hit
+from .keys import opaque_keys, page_keys
+from .namespace import Namespace
+from .page import PLACE, ROOT, Place
+from .pool import STORED
+from .reading import PageReader
+from .writing import PageWriter
+
+A = TypeVar("A", bound=messages.Answer)
+STATES = ("stored", "known", "pending", "refused")
+NO_PLACE = bytes(PLACE.size)
+PUT_PAGES_MAX = 1024
+"""In one request."""
+
+
+class KVCache:
+    """A namespace of a service, as one tenant. Get one from `emberkv.connect`."""
+
+    def __init__(
+        self, address: str, namespace: Namespace, *, tenant: str, salt: bytes, token: str, timeout_s: float,
+        store: str | None, tcp: TcpConfig, store_settings: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.namespace, self.tenant, self.salt = namespace, tenant, salt
+        self._token, self._timeout_s = token, timeout_s
+        self._addresses = [each.strip() for each in address.split(",") if each.strip()]
+        self._kinds = {kind.name: number for number, kind in enumerate(namespace.kinds)}
+        self._runtime = AsyncioRuntime("emberkv")
+        self._portal = Portal(self._runtime)
+        self._network = TcpNetwork(self._runtime, tcp)
+        self._lock = threading.Lock()
+        self._seat: messages.Opened | None = None
+        self._store: Client | None = None
+        self._readers: list[PageReader] = []
+        self._writer: PageWriter | None = None
+        self._writing = threading.Lock()
+        """Pages of one writer follow each other."""
+        self._is_closed = False
+        try:
+            seat = self._seated()
+            self._store = emberfs.connect(store or seat.store, **store_settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<emberkv.KVCache {self.namespace.name} at {','.join(self._addresses)}>"
+
+    # --- keys ------------------------------------------------------------------------------------------------------
+
+    def keys(self, tokens: Any, *, parent: bytes | None = None) -> list[bytes]:
+        """The keys of the whole pages of `tokens`, 32 bytes each; `parent` is the key of the page before them."""
+        return page_keys(self.namespace, tokens, tenant=self.tenant, salt=self.salt, parent=parent or ROOT)
+
+    def opaque_keys(self, engine_keys: Sequence[bytes]) -> list[bytes]:
+        """Keys for an engine's own keys, which say all there is to say about a page."""
+        return opaque_keys(self.namespace, engine_keys, tenant=self.tenant, salt=self.salt)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def match(self, keys: Sequence[bytes], *, lease_s: float = 30.0) -> Hit:
+        """The longest usable prefix of a chain, with a lease on it: its pages stay for `lease_s` at least.
+
+        Raises Unavailable, DeadlineExceeded.
+        """
+        return self.match_many([keys], lease_s=lease_s)[0]
+
+    def match_many(self, chains: Sequence[Sequence[bytes]], *, lease_s: float = 30.0) -> list[Hit]:
+        """`match` of several chains in one round trip."""
+        blobs = [b"".join(chain) for chain in chains]
+        answer = self._ask(lambda seat: messages.Match(seat, blobs, lease_s), messages.Matched)
+        hits, begin, tenant = [], 0, self._seated().number
+        for blob, pages, reason, lease in zip(blobs, answer.pages, answer.reasons, answer.leases, strict=True):
+            end = begin + pages * PLACE.size
+            places = tuple(column[begin:end] for column in answer.places)
+            hits.append(Hit(pages, pages * self.namespace.page_tokens, reason, lease, blob, places, tenant))
+            begin = end
+        return hits
+
+    def lookup(self, keys: Sequence[bytes], *, kind: str | None = None, lease_s: float = 30.0) -> list[Hit | None]:
+        """Each key for itself, whatever lies before it: a hit of one page, or None. One lease is on all of them."""
+        number, blob = self._kind(kind), b"".join(keys)
+        answer = self._ask(lambda seat: messages.Lookup(seat, number, blob, lease_s), messages.LookedUp)
+        hits: list[Hit | None] = []
+        tenant, page_tokens = self._seated().number, self.namespace.page_tokens
+        for key, place in zip(keys, _split(answer.places), strict=True):
+            places = tuple(place if each == number else NO_PLACE for each in range(len(self._kinds)))
+            there = Hit(1, page_tokens, "whole", answer.lease, bytes(key), places, tenant)
+            hits.append(None if place == NO_PLACE else there)
+        return hits
+
+    def exists(self, keys: Sequence[bytes], *, kind: str | None = None) -> list[bool]:
+        """Which of the pages are there, each for itself, without a lease."""
+        number, blob = self._kind(kind), b"".join(keys)
+        answer = self._ask(lambda seat: messages.Lookup(seat, number, blob, 0.0), messages.LookedUp)
+        return [place != NO_PLACE for place in _split(answer.places)]
+
+    def buffer(self, size: int) -> memoryview:
+        """Memory that storage servers of this host fill in place: the quickest to read into."""
+        return self._files().buffer(size)
+
+    def get_into(
+        self, hit: Hit, buffers: Sequence[Any], *, kind: str | None = None, first: int = 0, begin: int = 0
+    ) -> list[bool]:
+        """Read the pages of a hit, from page `first` on, one into each buffer; which of them are there and right.
+
+        A buffer of the payload's size gets all of it. A shorter one gets the bytes from `begin` on: a layer, or some
+        heads. Never raises for a page that was evicted or damaged: that is False, and a damaged one is reported.
+        """
+        number = self._kind(kind)
+        views = [writable_view(buffer) for buffer in buffers]
+        if first + len(views) > hit.pages:
+            raise LimitExceeded(f"the hit has {hit.pages} pages: not {len(views)} from {first} on")
+        keys = hit.keys[first : first + len(views)]
+        places = hit.places[number][first * PLACE.size : (first + len(views)) * PLACE.size]
+        with self._reader() as reader:
+            done = reader.read(keys, places, views, kind=number, tenant=hit.tenant, begin=begin)
+        if not all(done):
+            self._report(number, [key for key, good in zip(keys, done, strict=True) if not good])
+        return done
+
+    def get(self, hit: Hit, *, kind: str | None = None) -> list[bytes | None]:
+        """The pages of a hit; None for one that cannot be had any more."""
+        lengths = [length for _, _, length, _ in PLACE.iter_unpack(hit.places[self._kind(kind)])]
+        buffers = [bytearray(length) for length in lengths]
+        done = self.get_into(hit, buffers, kind=kind) if buffers else []
+        return [bytes(buffer) if good else None for buffer, good in zip(buffers, done, strict=True)]
+
+    def release(self, *hits: Hit) -> None:
+        """End the leases. Not needed: they end by themselves."""
+        leases = [hit.lease for hit in hits if hit.lease]
+        if leases:
+            self._ask(lambda seat: messages.Release(seat, leases), messages.Okay)
+
+    def extend(self, hit: Hit, *, lease_s: float = 30.0) -> bool:
+        """Let a lease last for `lease_s` from now. False: it was over."""
+        return bool(self._ask(lambda seat: messages.Extend(seat, hit.lease, lease_s), messages.Okay).count)
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    def put(
+        self, keys: Sequence[bytes], payloads: Sequence[Any], *, parent: bytes | None = None, kind: str | None = None,
+        durable: str = "buffered", chained: bool = True,
+    ) -> list[str]:  # fmt: skip
+        """Store pages: "stored", "known" (there already), "pending" (another writer is at it), "refused" (no room).
+
+        keys[i] comes after keys[i-1], and the first after `parent`; not `chained`, each stands for itself. "committed"
+        returns when the index has them durably too; "buffered" before that, and a crash of the service within the
+        next 50 ms may lose them. The same put again is harmless. Raises Unavailable, DeadlineExceeded.
+        """
+        if durable not in ("buffered", "committed"):
+            raise ValueError(f"durable is 'buffered' or 'committed', not {durable!r}")
+        if len(keys) != len(payloads):
+            raise ValueError(f"{len(keys)} keys need as many payloads, not {len(payloads)}")
+        number = self._kind(kind)
+        views = [flat_view(payload) for payload in payloads]
+        parents = [parent or ROOT, *keys[:-1]] if chained else [ROOT] * len(keys)
+        states: list[str] = []
+        for begin in range(0, len(keys), PUT_PAGES_MAX):
+            part = slice(begin, begin + PUT_PAGES_MAX)
+            with self._writing:
+                states += self._put(number, keys[part], parents[part], views[part], durable == "committed")
+        return states
+
+    def _put(
+        self, kind: int, keys: Sequence[bytes], parents: Sequence[bytes], views: Sequence[memoryview], durable: bool
+    ) -> list[str]:
+        blob, above, lengths = b"".join(keys), b"".join(parents), [len(view) for view in views]
+        answer = self._ask(lambda seat: messages.Reserve(seat, kind, blob, above, lengths), messages.Reserved)
+        wanted = [index for index, state in enumerate(answer.states) if state == STORED]
+        if wanted:
+            seat = self._seated()
+            places = [Place(*each) for each in PLACE.iter_unpack(answer.places)]
+            try:
+                crcs = self._page_writer().write(
+                    [keys[index] for index in wanted], [parents[index] for index in wanted], places,
+                    [views[index] for index in wanted], kind=kind, tenant=seat.number,
+                )  # fmt: skip
+            except BaseException:
+                with contextlib.suppress(EmberError):
+                    self._ask(lambda seat: messages.GiveUp(seat, answer.reservation), messages.Okay)
+                raise
+            self._ask(lambda seat: messages.Commit(seat, answer.reservation, crcs, durable), messages.Okay)
+        return [STATES[state] for state in answer.states]
+
+    def flush(self) -> None:
+        """What was put before is committed when this returns."""
+        self._ask(messages.Flush, messages.Okay)
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Take pages out, with all that come after them. How many of the keys were there."""
+        blob = b"".join(keys)
+        return self._ask(lambda seat: messages.Remove(seat, blob), messages.Okay).count
+
+    def pin(self, keys: Sequence[bytes], for_s: float) -> int:
+        """Keep pages, and those before them, for so long. How many of the keys were there."""
+        blob = b"".join(keys)
+        return self._ask(lambda seat: messages.Pin(seat, blob, for_s), messages.Okay).count
+
+    def stat(self) -> dict[str, Any]:
+        """Numbers of the service, as far as the token may see them."""
+        return numbers(self._call(messages.Stat(self._token, self.tenant), messages.Numbers))
+
+    # --- the service -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End it. Leases and reservations end by themselves."""
+        self._is_closed = True
+        held: list[PageReader | PageWriter] = [*self._readers]
+        if self._writer is not None:
+            held.append(self._writer)
+        for each in held:
+            with contextlib.suppress(EmberError):
+                each.close()
+        if self._store is not None:
+            self._store.close()
+        self._portal.drain()
+        try:
+            self._portal.run_last(self._network.close())
+        finally:
+            self._runtime.stop()
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _seated(self) -> messages.Opened:
+        with self._lock:
+            if self._is_closed:
+                raise StoreClosed("this KVCache was closed")
+            if self._seat is None:
+                self._seat = self._call(messages.Open(self.namespace, self.tenant, self._token), messages.Opened)
+            return self._seat
+
+    def _ask(self, make: Any, answer: type[A]) -> A:
+        """One request of our seat; once more if the service has forgotten it."""
+        for attempt in (1, 2):
+            seat = self._seated()
+            try:
+                return self._call(make(seat.seat), answer)
+            except SeatGone:
+                with self._lock:
+                    if self._seat is seat:
+                        self._seat = None
+                if attempt == 2:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _call(self, ask: messages.Ask, answer: type[A]) -> A:
+        """One request, of whichever address serves it."""
+        ends_s = self._runtime.now_s() + self._timeout_s
+        error: EmberError | None = None
+        while (left_s := ends_s - self._runtime.now_s()) > 0:
+            call = self._network.connection(self._addresses[0]).call
+            try:
+                reply = self._portal.run(_reply(call, messages.encode_ask(ask), left_s))
+                said = messages.decode_answer(reply)
+                assert isinstance(said, answer)
+                return said
+            except Unavailable as refused:
+                error = refused
+                self._addresses = [*self._addresses[1:], self._addresses[0]]
+                self._portal.run(self._runtime.sleep(min(0.05, max(left_s, 0.0))))
+        raise DeadlineExceeded(f"no answer within {self._timeout_s:g} s: {error}") from error
+
+    def _files(self) -> Client:
+        if self._store is None or self._is_closed:
+            raise StoreClosed("this KVCache was closed")
+        return self._store
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[PageReader]:
+        with self._lock:
+            reader = self._readers.pop() if self._readers else None
+        if reader is None:
+            reader = PageReader(self._files(), self._seated().segments)
+        try:
+            yield reader
+        finally:
+            with self._lock:
+                self._readers.append(reader)
+
+    def _page_writer(self) -> PageWriter:
+        if self._writer is None:
+            self._writer = PageWriter(self._files(), self._seated().segments)
+        return self._writer
+
+    def _report(self, kind: int, keys: Sequence[bytes]) -> None:
+        blob = b"".join(keys)
+        with contextlib.suppress(EmberError):  # It is only told: the pages are misses either way.
+            self._ask(lambda seat: messages.Report(seat, kind, blob), messages.Okay)
+
+    def _kind(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self._kinds:
+            raise LimitExceeded(f"no kind {name!r} in this namespace: there are {', '.join(self._kinds)}")
+        return self._kinds[name]
+
+
+async def _reply(call: Any, message: Foreign, timeout_s: float) -> Foreign:
+    reply = await call(message, timeout_s=timeout_s)
+    assert isinstance(reply, Foreign)
+    return reply
+
+
+def numbers(answer: messages.Numbers) -> dict[str, Any]:
+    """What a service counts."""
+    import json
+
+    found: dict[str, Any] = json.loads(answer.json)
+    return found
+
+
+def _split(places: bytes) -> list[bytes]:
+    return [places[begin : begin + PLACE.size] for begin in range(0, len(places), PLACE.size)]

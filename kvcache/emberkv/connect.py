@@ -1,0 +1,55 @@
+"""`connect`: from an address to a `KVCache`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from emberfs.transport import TcpConfig, TlsFiles
+
+from .client import KVCache
+from .namespace import Namespace
+
+
+def connect(
+    address: str,
+    namespace: Namespace,
+    *,
+    tenant: str = "default",
+    salt: bytes = b"",
+    token: str = "",
+    timeout_s: float = 10.0,
+    store: str | None = None,
+    tls: str | Path | None = None,
+    shares_memory: bool = True,
+    **store_settings: Any,
+) -> KVCache:
+    """Open a namespace of the service at `address`: `host:port`, `unix:/path`, or several with commas.
+
+        tenant         whose pages; the token must be one of its own
+        salt           more that keys depend on, so that nobody guesses them
+        timeout_s      seconds after which a request fails, beside those of the store
+        store          URL of the store, if it is another one than the service says
+        tls            directory with ca.pem, and cert.pem and key.pem if the service asks for them
+        shares_memory  storage servers of this host fill our buffers in place
+
+    Other settings are those of `emberfs.connect`. The namespace is made if it is new. Raises Unavailable,
+    DeadlineExceeded, AccessDenied, NamespaceMismatch.
+    """
+    files = None
+    if tls is not None:
+        directory = Path(tls)
+        cert, key = directory / "cert.pem", directory / "key.pem"
+        has_cert = cert.exists()
+        files = TlsFiles(ca=directory / "ca.pem", cert=cert if has_cert else None, key=key if has_cert else None)
+    return KVCache(
+        address,
+        namespace,
+        tenant=tenant,
+        salt=salt,
+        token=token,
+        timeout_s=timeout_s,
+        store=store,
+        tcp=TcpConfig(tls=files, shares_memory=shares_memory),
+        store_settings={**store_settings, **({} if shares_memory else {"shares_memory": False})},
+    )

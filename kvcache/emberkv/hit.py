@@ -1,0 +1,42 @@
+"""What a match found: how many pages, where they lie, and the lease on them.
+
+It may be sent to another process, which reads under it: see `Hit.encode`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .page import KEY_BYTES
+
+
+class Hit(msgspec.Struct, frozen=True, array_like=True):
+    """The longest usable prefix of a chain of keys."""
+
+    pages: int
+    """How many of the keys, from the first on."""
+    tokens: int
+    reason: str
+    """Why it is no longer: "whole", "miss", "damaged", "no state", "kind N missing"."""
+    lease: int
+    """0: there is none."""
+    chain: bytes
+    """The keys asked for, one after the other."""
+    places: tuple[bytes, ...]
+    """Of each kind the places of the pages, 16 bytes each; zeros where the kind has none."""
+    tenant: int
+    """Its number, as page headers have it."""
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Of the pages that were found."""
+        return [self.chain[begin : begin + KEY_BYTES] for begin in range(0, self.pages * KEY_BYTES, KEY_BYTES)]
+
+    def encode(self) -> bytes:
+        """As bytes, for another process of the tenant."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Hit:
+        """Opposite of `encode`. Raises ValueError."""
+        return msgspec.msgpack.decode(data, type=cls)

@@ -1,0 +1,125 @@
+"""What a namespace holds: pages, segments, tenants, as one value that changes by journal entries only.
+
+Whoever changes it makes an entry, applies it here and writes it to the journal; recovery applies the same entries
+again. So what a restart finds is what there was.
+
+Does not know: leases and reservations, which end with the process; files; time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from . import journal
+from .journal import AnyEntry, split
+from .page import KEY_BYTES, PLACE, Place
+from .segments import Segments
+from .table import PageTable
+
+
+class Index:
+    """See the module. `trailing` as in `PageTable`."""
+
+    def __init__(self, trailing: Sequence[int | None], *, segment_bytes: int) -> None:
+        self.table = PageTable(trailing)
+        self.segments = Segments(segment_bytes=segment_bytes)
+        self.tenants: list[str] = []
+        self.quotas: list[int] = []
+        """Tenant -> bytes that it may hold; 0: as much as there is."""
+
+    def tenant(self, name: str) -> int | None:
+        """Its number."""
+        return self.tenants.index(name) if name in self.tenants else None
+
+    def apply(self, entry: AnyEntry) -> None:
+        """Change as the entry says."""
+        _APPLY[type(entry)](self, entry)
+
+    def replay(self, entries: Iterable[AnyEntry]) -> None:
+        """Change as entries of an earlier process say: writers of that time are gone."""
+        for entry in entries:
+            self.apply(entry)
+
+    def seal_all(self) -> None:
+        """Nobody goes on writing to what an earlier process had open."""
+        for segment in self.segments:
+            self.segments.seal(segment)
+
+    def _tenant_added(self, entry: journal.TenantAdded) -> None:
+        self.tenants.append(entry.name)
+        self.quotas.append(0)
+        self.table.add_tenant()
+
+    def _put(self, entry: journal.Put) -> None:
+        parents = split(entry.parents, KEY_BYTES)
+        for key, parent, place in zip(split(entry.keys, KEY_BYTES), parents, places_of(entry.places), strict=True):
+            self._bury(self.table.any_slot(entry.tenant, key), entry.kind)
+            self.table.put(entry.tenant, key, parent, entry.kind, place, now_s=entry.used_s)
+            self.segments.revive(place)
+
+    def _moved(self, entry: journal.Moved) -> None:
+        for key, place in zip(split(entry.keys, KEY_BYTES), places_of(entry.places), strict=True):
+            slot = self.table.any_slot(entry.tenant, key)
+            assert slot is not None
+            self._bury(slot, entry.kind)
+            self.table.replace(slot, entry.kind, place)
+            self.segments.revive(place)
+
+    def _bury(self, slot: int | None, kind: int) -> None:
+        """The page that a slot has of a kind, if it has one, is dead."""
+        old = None if slot is None else self.table.unplace(slot, kind)
+        if old is not None:
+            self.segments.bury(old)
+
+    def _evicted(self, entry: journal.Evicted) -> None:
+        for key in split(entry.keys, KEY_BYTES):
+            slot = self.table.any_slot(entry.tenant, key)
+            assert slot is not None
+            for place in self.table.remove(slot):
+                self.segments.bury(place)
+
+    def _unplaced(self, entry: journal.Unplaced) -> None:
+        for key in split(entry.keys, KEY_BYTES):
+            self._bury(self.table.any_slot(entry.tenant, key), entry.kind)
+
+    def _segment_added(self, entry: journal.SegmentAdded) -> None:
+        self.segments.next_id = entry.id
+        self.segments.add(entry.writer, entry.size_bytes)
+
+    def _segment_sealed(self, entry: journal.SegmentSealed) -> None:
+        segment = self.segments.by_id[entry.id]
+        segment.end = max(segment.end, entry.end)
+        self.segments.seal(segment)
+
+    def _segment_retired(self, entry: journal.SegmentRetired) -> None:
+        segment = self.segments.by_id[entry.id]
+        self.segments.retire(segment, gone_after_s=0.0)
+
+    def _pinned(self, entry: journal.Pinned) -> None:
+        for key in split(entry.keys, KEY_BYTES):
+            slot = self.table.slot(entry.tenant, key)
+            if slot is not None:
+                self.table.pinned_s[slot] = entry.until_s
+
+    def _quota_set(self, entry: journal.QuotaSet) -> None:
+        self.quotas[entry.tenant] = entry.limit_bytes
+
+
+_APPLY: dict[type, Callable[[Index, Any], None]] = {
+    journal.TenantAdded: Index._tenant_added,
+    journal.Put: Index._put,
+    journal.Moved: Index._moved,
+    journal.Evicted: Index._evicted,
+    journal.Unplaced: Index._unplaced,
+    journal.SegmentAdded: Index._segment_added,
+    journal.SegmentSealed: Index._segment_sealed,
+    journal.SegmentRetired: Index._segment_retired,
+    journal.Pinned: Index._pinned,
+    journal.QuotaSet: Index._quota_set,
+}
+
+
+def places_of(blob: bytes) -> list[Place]:
+    """Packed places, one by one."""
+    return [Place(*each) for each in PLACE.iter_unpack(blob)]

@@ -1,0 +1,73 @@
+"""Leases on pages: whoever matched a prefix may count on its pages for a while.
+
+A lease is a duration on the clock of the service, held by the request that took it, and ends by itself. It is no
+promise that readers rely on to be right: a page read too late is found out by its header and checksum.
+
+Does not know: pages. A lease holds slots, which the table protects while they are held.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+
+LEASE_S_MAX = 3600.0
+
+
+class Leases:
+    """Who holds what, until when. Times are seconds of one monotonic clock."""
+
+    def __init__(self, hold: Callable[[int], None], let_go: Callable[[int], None]) -> None:
+        self._hold, self._let_go = hold, let_go
+        self._held: dict[int, tuple[float, tuple[int, ...]]] = {}
+        """Lease -> (end, slots)."""
+        self._ends: list[tuple[float, int]] = []
+        """A heap. Of a lease that was extended or let go an entry stays until its time."""
+        self._next = 1
+        self.latest_end_s = 0.0
+        """No lease that was ever taken reaches beyond this."""
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def take(self, slots: Sequence[int], *, duration_s: float, now_s: float) -> int:
+        """A new lease on `slots`. Its number."""
+        lease, self._next = self._next, self._next + 1
+        end_s = now_s + min(duration_s, LEASE_S_MAX)
+        self._held[lease] = (end_s, tuple(slots))
+        heapq.heappush(self._ends, (end_s, lease))
+        self.latest_end_s = max(self.latest_end_s, end_s)
+        for slot in slots:
+            self._hold(slot)
+        return lease
+
+    def extend(self, lease: int, *, duration_s: float, now_s: float) -> bool:
+        """Let it last for `duration_s` from now. False: it is over."""
+        self.expire(now_s)
+        held = self._held.get(lease)
+        if held is None:
+            return False
+        end_s = max(held[0], now_s + min(duration_s, LEASE_S_MAX))
+        self._held[lease] = (end_s, held[1])
+        heapq.heappush(self._ends, (end_s, lease))
+        self.latest_end_s = max(self.latest_end_s, end_s)
+        return True
+
+    def release(self, leases: Iterable[int]) -> int:
+        """End some now. How many of them there were."""
+        count = 0
+        for lease in leases:
+            held = self._held.pop(lease, None)
+            if held is not None:
+                count += 1
+                for slot in held[1]:
+                    self._let_go(slot)
+        return count
+
+    def expire(self, now_s: float) -> None:
+        """End those whose time is over."""
+        while self._ends and self._ends[0][0] <= now_s:
+            _, lease = heapq.heappop(self._ends)
+            held = self._held.get(lease)
+            if held is not None and held[0] <= now_s:
+                self.release([lease])

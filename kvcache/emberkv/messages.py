@@ -1,0 +1,254 @@
+"""What clients and the service say to each other, packed into the store's `Foreign` message.
+
+Pages travel as columns: keys 32 bytes each, places 16 bytes each, one after the other. A `seat` is what `Open` gave: a
+namespace, a tenant and a writer.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from emberfs import errors as store_errors
+from emberfs.errors import EmberError, ProtocolError
+from emberfs.messages import Foreign
+
+from . import errors
+from .namespace import Namespace
+
+
+class Ask(msgspec.Struct, array_like=True, tag=True, frozen=True):
+    """Base of requests. Fields are added at the end with a default."""
+
+
+class Open(Ask, frozen=True):
+    """Be seated at a namespace, made if it is new. -> Opened"""
+
+    namespace: Namespace
+    tenant: str
+    token: str = ""
+
+
+class Match(Ask, frozen=True):
+    """The longest usable prefix of each chain. -> Matched"""
+
+    seat: int
+    chains: list[bytes]
+    lease_s: float
+
+
+class Lookup(Ask, frozen=True):
+    """Each key for itself. -> LookedUp"""
+
+    seat: int
+    kind: int
+    keys: bytes
+    lease_s: float
+
+
+class Reserve(Ask, frozen=True):
+    """Places for pages. -> Reserved"""
+
+    seat: int
+    kind: int
+    keys: bytes
+    parents: bytes
+    lengths: list[int]
+
+
+class Commit(Ask, frozen=True):
+    """They are written. -> Okay"""
+
+    seat: int
+    reservation: int
+    crcs: list[int]
+    durable: bool
+
+
+class GiveUp(Ask, frozen=True):
+    """They will not be. -> Okay"""
+
+    seat: int
+    reservation: int
+
+
+class Release(Ask, frozen=True):
+    """Leases end. -> Okay, with how many there were."""
+
+    seat: int
+    leases: list[int]
+
+
+class Extend(Ask, frozen=True):
+    """A lease goes on. -> Okay, 0 if it is over."""
+
+    seat: int
+    lease: int
+    lease_s: float
+
+
+class Report(Ask, frozen=True):
+    """A reader could not use these. -> Okay, with how many were indeed damaged."""
+
+    seat: int
+    kind: int
+    keys: bytes
+
+
+class Remove(Ask, frozen=True):
+    """Pages go, with what hangs below them. -> Okay"""
+
+    seat: int
+    keys: bytes
+
+
+class Pin(Ask, frozen=True):
+    """Pages stay for so long. -> Okay"""
+
+    seat: int
+    keys: bytes
+    for_s: float
+
+
+class Flush(Ask, frozen=True):
+    """What was committed is to be durable. -> Okay"""
+
+    seat: int
+
+
+class Stat(Ask, frozen=True):
+    """Numbers of everything that the token may see. -> Numbers"""
+
+    token: str = ""
+    tenant: str = ""
+
+
+class Erase(Ask, frozen=True):
+    """All that a tenant has goes, in one namespace or ("") in all. -> Numbers"""
+
+    tenant: str
+    token: str = ""
+    namespace: str = ""
+
+
+class Drop(Ask, frozen=True):
+    """A whole namespace goes: a revision that nobody serves any more. Operators only. -> Numbers"""
+
+    namespace: str
+    token: str = ""
+
+
+class Quota(Ask, frozen=True):
+    """What a tenant may hold in a namespace; 0: as much as there is. Operators only. -> Okay"""
+
+    namespace: str
+    tenant: str
+    limit_bytes: int
+    token: str = ""
+
+
+class Collect(Ask, frozen=True):
+    """Give back what is dead now, and compact where it pays. Operators only. -> Numbers"""
+
+    namespace: str
+    token: str = ""
+
+
+AnyAsk = (
+    Open | Match | Lookup | Reserve | Commit | GiveUp | Release | Extend | Report | Remove | Pin | Flush | Stat | Erase
+    | Drop | Quota | Collect
+)  # fmt: skip
+
+
+class Answer(msgspec.Struct, array_like=True, tag=True, frozen=True):
+    """Base of replies."""
+
+
+class Opened(Answer, frozen=True):
+    seat: int
+    number: int
+    """Of the tenant, as page headers have it."""
+    store: str
+    """URL of the store that holds the pages."""
+    segments: str
+    """The directory of the segments."""
+
+
+class Matched(Answer, frozen=True):
+    pages: list[int]
+    """Of each chain, how many."""
+    reasons: list[str]
+    leases: list[int]
+    places: list[bytes]
+    """Of each kind: the places of all pages of all chains, zeros where the kind has none."""
+
+
+class LookedUp(Answer, frozen=True):
+    places: bytes
+    lease: int
+
+
+class Reserved(Answer, frozen=True):
+    reservation: int
+    states: bytes
+    """One each: see `pool.STORED` and so on."""
+    places: bytes
+    """Of the pages that are to be written only."""
+
+
+class Okay(Answer, frozen=True):
+    count: int = 0
+
+
+class Numbers(Answer, frozen=True):
+    json: str
+
+
+class Failed(Answer, frozen=True):
+    name: str
+    """Of the class."""
+    text: str
+
+
+AnyAnswer = Opened | Matched | LookedUp | Reserved | Okay | Numbers | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_asks = msgspec.msgpack.Decoder(AnyAsk)
+_answers = msgspec.msgpack.Decoder(AnyAnswer)
+
+
+def encode_ask(ask: Ask) -> Foreign:
+    """A request on its way."""
+    return Foreign(_encoder.encode(ask))
+
+
+def decode_ask(message: Foreign) -> AnyAsk:
+    """Raises ProtocolError."""
+    try:
+        ask: AnyAsk = _asks.decode(message.body)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ProtocolError(f"not a request that this service knows: {error}") from error
+    return ask
+
+
+def encode_answer(answer: Answer) -> Foreign:
+    """A reply on its way."""
+    return Foreign(_encoder.encode(answer))
+
+
+def encode_error(error: EmberError) -> Foreign:
+    """An error on its way."""
+    text = getattr(error, "message", None) or str(error)
+    return Foreign(_encoder.encode(Failed(type(error).__name__, text)))
+
+
+def decode_answer(message: Foreign) -> AnyAnswer:
+    """Raises what the service raised, ProtocolError."""
+    try:
+        answer: AnyAnswer = _answers.decode(message.body)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ProtocolError(f"not a reply that this program knows: {error}") from error
+    if isinstance(answer, Failed):
+        kind = getattr(errors, answer.name, None) or getattr(store_errors, answer.name, None)
+        if not (isinstance(kind, type) and issubclass(kind, EmberError)):
+            kind = EmberError
+        raise kind(answer.text)
+    return answer

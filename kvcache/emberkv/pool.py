@@ -1,0 +1,344 @@
+"""A namespace as it is served: matches with leases, and puts in two steps.
+
+A put is `reserve` (which pages are wanted, and where they go), then the writer writes them to their segment
+itself, then `commit` with their checksums. A writer that dies in between leaves a reservation that runs out and a
+segment that is sealed. Two writers of one key: the second is told that it is pending.
+
+Does not know: messages, or who is asking beyond the number of its tenant.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from emberfs.errors import EmberError, NotFound
+from emberfs.runtime import Runtime
+
+from .errors import StaleOwner
+from .files import Files
+from .index import Index
+from .journal import Pinned, Put, QuotaSet, TenantAdded, Unplaced
+from .leases import Leases
+from .namespace import Namespace
+from .ownership import Ownership
+from .page import HEADER_BYTES, PLACE, Place
+from .segments import SEGMENT_BYTES_DEFAULT
+from .space import Space, SpaceConfig, is_page
+from .wal import Wal
+
+RESERVATION_S = 60.0
+"""So long a writer has between `reserve` and `commit`."""
+UPKEEP_S = 1.0
+SEGMENTS_PER_CAPACITY_MIN = 64
+NO_PLACE = bytes(PLACE.size)
+
+STORED, KNOWN, PENDING, REFUSED = range(4)
+"""What becomes of a page: to be written, there already, being written by somebody else, no room for it."""
+
+
+@dataclass(slots=True)
+class Reservation:
+    """Places for pages, until they are committed or the time is over."""
+
+    writer: int
+    tenant: int
+    kind: int
+    ends_s: float
+    keys: list[bytes]
+    parents: list[bytes]
+    places: list[Place]
+
+
+@dataclass(slots=True)
+class PoolCounts:
+    """Since the start."""
+
+    matches: int = 0
+    matched_pages: int = 0
+    asked_pages: int = 0
+    stops: Counter[str] = field(default_factory=Counter)
+    """Why a match was no longer, by reason."""
+    puts: Counter[str] = field(default_factory=Counter)
+    """Pages by what became of them."""
+    put_bytes: int = 0
+    damaged_pages: int = 0
+
+
+class Pool:
+    """See the module. Only made by `open`."""
+
+    def __init__(
+        self, files: Files, runtime: Runtime, directory: str, namespace: Namespace, ownership: Ownership, wal: Wal,
+        config: SpaceConfig,
+    ) -> None:  # fmt: skip
+        self.namespace = namespace
+        self.directory = directory
+        self.counts = PoolCounts()
+        self.index = wal.index
+        self.table = self.index.table
+        self.leases = Leases(self.table.hold, self.table.let_go)
+        self.ownership = ownership
+        self.space = Space(files, runtime, f"{directory}/segments", wal, self.leases, config)
+        self.events: list[Callable[[str, int, list[bytes]], object]] = []
+        """Told of ("stored" | "removed", tenant, keys)."""
+        self._files, self._runtime, self._wal = files, runtime, wal
+        self._reservations: dict[int, Reservation] = {}
+        self._pending: set[tuple[int, int, bytes]] = set()
+        """(tenant, kind, key) that somebody is writing."""
+        self._next = 1
+        self._making_room = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def open(
+        cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, *, config: SpaceConfig, address: str,
+        on_wait: Callable[[str], object] = lambda _: None,
+    ) -> Pool:  # fmt: skip
+        """Take the namespace over, read its index, and serve it."""
+        ownership = await Ownership.take(files, runtime, f"{directory}/owner", address=address, on_wait=on_wait)
+        segment_bytes = min(SEGMENT_BYTES_DEFAULT, config.capacity_bytes // SEGMENTS_PER_CAPACITY_MIN)
+        trailing = [kind.trailing for kind in namespace.kinds]
+
+        def make() -> Index:
+            return Index(trailing, segment_bytes=segment_bytes)
+
+        wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, make)
+        pool = cls(files, runtime, directory, namespace, ownership, wal, config)
+        pool._tasks = [
+            runtime.spawn(pool._keep_owning(), "kv-owner"),
+            runtime.spawn(pool._keep_up(), "kv-upkeep"),
+        ]
+        return pool
+
+    @property
+    def is_lost(self) -> bool:
+        """Somebody else serves it by now."""
+        return self._wal.is_lost or self.ownership.is_over
+
+    async def close(self) -> None:
+        """Write what is left, and let the next owner in."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        with contextlib.suppress(EmberError):
+            await self._wal.close()
+            if not self.is_lost:
+                await self.ownership.beat(released=True)
+
+    # --- tenants ---------------------------------------------------------------------------------------------------
+
+    def tenant(self, name: str) -> int:
+        """The number of a tenant, made if it is new."""
+        number = self.index.tenant(name)
+        if number is None:
+            self._wal.note(TenantAdded(name))
+            number = len(self.index.tenants) - 1
+        return number
+
+    def set_quota(self, tenant: int, limit_bytes: int) -> None:
+        """What a tenant may hold; 0: as much as there is room for."""
+        self._wal.note(QuotaSet(tenant, limit_bytes))
+        self.space.make_live_room(0, tenant)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def match(self, tenant: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[int], str, int]:
+        """(slots of the longest usable prefix, why it is no longer, a lease; 0 if there is nothing to lease)."""
+        slots, reason = self.table.match(tenant, keys)
+        counts = self.counts
+        counts.matches += 1
+        counts.asked_pages += len(keys)
+        counts.matched_pages += len(slots)
+        counts.stops[reason] += 1
+        if not slots:
+            return slots, reason, 0
+        last = slots[-1]
+        self.table.touch(last, self.space.stamp_s())
+        lease = 0
+        if lease_s > 0:
+            lease = self.leases.take((last,), duration_s=lease_s, now_s=self._runtime.now_s())
+        return slots, reason, lease
+
+    def lookup(self, tenant: int, kind: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[bytes], int]:
+        """(of each key its place, zeros if it is not there; one lease on all that are)."""
+        places, held = [], []
+        now_s = self.space.stamp_s()
+        for key in keys:
+            slot = self.table.slot(tenant, key)
+            place = None if slot is None else self.table.place(slot, kind)
+            places.append(NO_PLACE if place is None else PLACE.pack(*place))
+            if slot is not None and place is not None:
+                held.append(slot)
+                self.table.touch(slot, now_s)
+        lease = 0
+        if held and lease_s > 0:
+            lease = self.leases.take(held, duration_s=lease_s, now_s=self._runtime.now_s())
+        return places, lease
+
+    async def report(self, tenant: int, kind: int, keys: Sequence[bytes]) -> int:
+        """A reader found these damaged. They are read again, and those that are go. How many went."""
+        gone = 0
+        for key in keys:
+            slot = self.table.slot(tenant, key)
+            place = None if slot is None else self.table.place(slot, kind)
+            if slot is None or place is None:
+                continue
+            size = place.end - place.offset
+            (page,) = await self._files.read(self.space.path(place.segment), [(place.offset, size)])
+            is_same = self.table.slot(tenant, key) == slot and self.table.place(slot, kind) == place
+            if is_same and (page is None or not is_page(page, place, key)):
+                self._wal.note(Unplaced(tenant, kind, key))
+                gone += 1
+        self.counts.damaged_pages += gone
+        return gone
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    async def reserve(
+        self,
+        writer: int,
+        tenant: int,
+        kind: int,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        lengths: Sequence[int],
+    ) -> tuple[int, list[int], list[Place | None]]:
+        """(a reservation, what becomes of each page, where those go that are to be written)."""
+        states: list[int] = []
+        places: list[Place | None] = []
+        held = Reservation(writer, tenant, kind, self._runtime.now_s() + RESERVATION_S, [], [], [])
+        number, self._next = self._next, self._next + 1
+        self._reservations[number] = held
+        for key, parent, length in zip(keys, parents, lengths, strict=True):
+            state, place = await self._reserve_one(writer, tenant, kind, key, length)
+            states.append(state)
+            places.append(place)
+            if place is not None:
+                held.keys.append(key)
+                held.parents.append(parent)
+                held.places.append(place)
+        if not held.keys:
+            del self._reservations[number]
+            number = 0
+        self.counts.puts.update(("stored", "known", "pending", "refused")[state] for state in states)
+        return number, states, places
+
+    async def _reserve_one(
+        self, writer: int, tenant: int, kind: int, key: bytes, length: int
+    ) -> tuple[int, Place | None]:
+        if (tenant, kind, key) in self._pending:
+            return PENDING, None
+        slot = self.table.any_slot(tenant, key)
+        if slot is not None and self.table.place(slot, kind) is not None:
+            self.table.touch(slot, self.space.stamp_s())
+            return KNOWN, None
+        self._pending.add((tenant, kind, key))
+        try:
+            segments = self.index.segments
+            segment = None
+            if self.space.make_live_room(HEADER_BYTES + length, tenant):
+                segment = segments.open_for(writer, length)
+                if segment is None:
+                    async with self._making_room:
+                        segment = await self.space.new_segment(writer, length)
+            if segment is None:
+                self._pending.discard((tenant, kind, key))
+                return REFUSED, None
+            return STORED, segments.hand_out(segment, length)
+        except BaseException:
+            self._pending.discard((tenant, kind, key))
+            raise
+
+    async def commit(self, number: int, writer: int, crcs: Sequence[int], *, durable: bool) -> None:
+        """The pages of a reservation are written. Raises NotFound: it has run out, or is not this writer's."""
+        held = self._reservations.get(number)
+        if held is None or held.writer != writer:
+            raise NotFound(f"reservation {number} has run out: put the pages again")
+        del self._reservations[number]
+        places = [place._replace(crc=crc) for place, crc in zip(held.places, crcs, strict=True)]
+        self._settle(held)
+        blob = b"".join(PLACE.pack(*place) for place in places)
+        keys, parents = b"".join(held.keys), b"".join(held.parents)
+        self._wal.note(Put(held.tenant, held.kind, keys, parents, blob, self.space.stamp_s()))
+        self.counts.put_bytes += sum(place.length for place in places)
+        for tell in self.events:
+            tell("stored", held.tenant, held.keys)
+        if durable:
+            await self._wal.flush()
+
+    def give_up(self, number: int, writer: int) -> None:
+        """The pages of a reservation will not come."""
+        held = self._reservations.get(number)
+        if held is not None and held.writer == writer:
+            del self._reservations[number]
+            self._settle(held)
+
+    def _settle(self, held: Reservation) -> None:
+        for key, place in zip(held.keys, held.places, strict=True):
+            self.index.segments.settle(place)
+            self._pending.discard((held.tenant, held.kind, key))
+
+    async def flush(self) -> None:
+        """All that was committed is durable."""
+        await self._wal.flush()
+
+    def end_writer(self, writer: int) -> None:
+        """It is gone: what it reserved is given up, and its segment sealed."""
+        for number, held in list(self._reservations.items()):
+            if held.writer == writer:
+                self.give_up(number, writer)
+        self.index.segments.seal_of(writer)
+
+    # --- removing --------------------------------------------------------------------------------------------------
+
+    def remove(self, tenant: int, keys: Sequence[bytes]) -> int:
+        """Take pages out, with all that hang below them. How many keys there were."""
+        slots = [slot for key in keys if (slot := self.table.any_slot(tenant, key)) is not None]
+        self.space.cut(slots)
+        return len(slots)
+
+    def erase(self, tenant: int) -> tuple[int, int]:
+        """Take out all that a tenant has. (pages, bytes) that it had."""
+        had = len(self.table.of_tenant(tenant)), self.table.tenant_bytes[tenant]
+        self.space.cut(self.table.of_tenant(tenant))
+        return had
+
+    def pin(self, tenant: int, keys: Sequence[bytes], for_s: float) -> int:
+        """Keep pages, and what is above them, for so long, whatever happens. How many of them there are."""
+        there = [key for key in keys if self.table.slot(tenant, key) is not None]
+        if there:
+            self._wal.note(Pinned(tenant, b"".join(there), self.space.stamp_s() + for_s))
+        return len(there)
+
+    # --- upkeep ----------------------------------------------------------------------------------------------------
+
+    async def _keep_owning(self) -> None:
+        try:
+            await self.ownership.keep()
+        except StaleOwner:
+            self._wal.is_lost = True
+
+    async def _keep_up(self) -> None:
+        with contextlib.suppress(StaleOwner):
+            await self.space.remove_strangers()
+            while True:
+                await self._runtime.sleep(UPKEEP_S)
+                with contextlib.suppress(OSError):  # The store does not answer: the next round tries again.
+                    await self.keep_up()
+
+    async def keep_up(self) -> None:
+        """One round: what is over ends, what is dead goes."""
+        now_s = self._runtime.now_s()
+        self.leases.expire(now_s)
+        for number, held in list(self._reservations.items()):
+            if held.ends_s <= now_s:
+                self.give_up(number, held.writer)
+                self.end_writer(held.writer)
+        self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
+        async with self._making_room:
+            await self.space.collect()

@@ -1,0 +1,115 @@
+"""Pages out of segments into the caller's memory, each checked for what it is.
+
+A read is two ranges a page: the header into scratch memory, the payload where it shall be. The header must be that of
+the key, at this very place, with this checksum, and the payload must have it: whatever happened since the match, a page
+that is not the one asked for is a miss.
+
+Source: DESIGN.md, section 4. Does not know: the service.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from emberfs import Client, File
+from emberfs.checksum import crc32c
+from emberfs.errors import EmberError
+
+from .page import HEADER_BYTES, MAGIC, PLACE, VERSION
+
+OPEN_MAX = 512
+"""Segments that are kept open."""
+BATCH_PAGES = 256
+_FRONT = struct.Struct("<4sHHIIII32s")
+_TENANT = struct.Struct("<I")
+_TENANT_AT = 88
+
+
+class PageReader:
+    """Reads pages of a namespace. Not thread-safe: each thread borrows one."""
+
+    def __init__(self, client: Client, segments: str) -> None:
+        self._client, self._segments = client, segments
+        self._files: dict[int, File] = {}
+        self._scratch = client.buffer(BATCH_PAGES * HEADER_BYTES)
+        self._heads = [self._scratch[i * HEADER_BYTES : (i + 1) * HEADER_BYTES] for i in range(BATCH_PAGES)]
+
+    def read(
+        self,
+        keys: Sequence[bytes],
+        places: bytes,
+        views: Sequence[memoryview],
+        *,
+        kind: int,
+        tenant: int,
+        begin: int = 0,
+    ) -> list[bool]:
+        """Read page i of `places` into `views[i]`; whether it is there and right.
+
+        A view as long as the payload gets all of it, and its checksum is compared. A shorter one gets what of it
+        is from `begin` on: the header is compared, and the store has verified the bytes.
+        """
+        done: list[bool] = []
+        for first in range(0, len(views), BATCH_PAGES):
+            last = min(first + BATCH_PAGES, len(views))
+            part = list(PLACE.iter_unpack(places[first * PLACE.size : last * PLACE.size]))
+            done += self._read_batch(keys[first:last], part, views[first:last], kind, tenant, begin)
+        return done
+
+    def _read_batch(
+        self, keys: Sequence[bytes], places: Sequence[tuple[int, int, int, int]], views: Sequence[memoryview],
+        kind: int, tenant: int, begin: int,
+    ) -> list[bool]:  # fmt: skip
+        items: list[Any] = []
+        into: list[memoryview] = []
+        asked: list[int] = []
+        for index, (segment, offset, length, _) in enumerate(places):
+            view = views[index]
+            if not segment or begin + len(view) > length:
+                continue
+            file = self._file(segment)
+            if file is None:
+                continue
+            asked.append(index)
+            items.append((file, offset, HEADER_BYTES))
+            into.append(self._heads[index])
+            items.append((file, offset + HEADER_BYTES + begin, len(view)))
+            into.append(view)
+        done = [False] * len(places)
+        if not items:
+            return done
+        try:
+            counts = self._client.batch_read(items, into, raise_errors=False)
+        except EmberError:
+            return done  # Nobody serves them now: a miss.
+        tail = _TENANT.pack(tenant)
+        for at, index in enumerate(asked):
+            segment, offset, length, crc = places[index]
+            head, view = self._heads[index], views[index]
+            if counts[2 * at] != HEADER_BYTES or counts[2 * at + 1] != len(view):
+                continue
+            front = _FRONT.pack(MAGIC, VERSION, kind, segment, offset, length, crc, keys[index])
+            if head[: _FRONT.size] == front and head[_TENANT_AT : _TENANT_AT + 4] == tail:
+                done[index] = len(view) < length or crc32c(view) == crc
+        return done
+
+    def close(self) -> None:
+        """Let its files go."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _file(self, segment: int) -> File | None:
+        file = self._files.get(segment)
+        if file is None:
+            try:
+                file = self._client.open(f"{self._segments}/{segment:08x}", "rb")
+            except EmberError:
+                return None  # It was removed with all its pages.
+            if len(self._files) >= OPEN_MAX:
+                oldest = next(iter(self._files))
+                self._files.pop(oldest).close()
+            self._files[segment] = file
+        return file

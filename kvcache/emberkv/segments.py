@@ -1,0 +1,169 @@
+"""Segments: append-only files that pages are written to. What of each is alive, and who may write to it.
+
+    open      one writer appends to it; places are handed out in order and never twice
+    sealed    nobody writes to it any more
+    retired   nothing in it is alive and the journal says so; its file goes when no lease can reach it
+
+A place that was handed out is used or lost; it never comes back, so (segment, offset) names one page for ever.
+
+Does not know: what the pages are, or how files are kept.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .page import HEADER_BYTES, PAGE_BYTES_MAX, Place
+
+SEGMENT_BYTES_DEFAULT = 64 << 20
+SEGMENT_BYTES_MAX = 2 << 30
+PAGES_PER_SEGMENT_MIN = 4
+"""Of large pages a segment has room for so many, so that its last piece is a small part of it."""
+
+
+class State(enum.IntEnum):
+    """Of a segment."""
+
+    OPEN = 1
+    SEALED = 2
+    RETIRED = 3
+
+
+@dataclass(slots=True)
+class Segment:
+    """One segment."""
+
+    id: int
+    size_bytes: int
+    state: State = State.OPEN
+    writer: int = 0
+    """Who appends to it: a session; 0 for the service's own compaction."""
+    end: int = 0
+    """Places before it were handed out."""
+    live_bytes: int = 0
+    """Pages with headers that the index names."""
+    pending_bytes: int = 0
+    """Places that were handed out, and are neither committed nor given up."""
+    gone_after_s: float = 0.0
+    """Of a retired one: the last lease that may reach it ends then."""
+
+    @property
+    def is_retired(self) -> bool:
+        """Only its file is left."""
+        return self.state is State.RETIRED
+
+    @property
+    def room(self) -> int:
+        """Bytes that can still be handed out."""
+        return self.size_bytes - self.end if self.state is State.OPEN else 0
+
+
+class Segments:
+    """All segments of a namespace."""
+
+    def __init__(self, *, segment_bytes: int = SEGMENT_BYTES_DEFAULT) -> None:
+        self.segment_bytes = segment_bytes
+        self.by_id: dict[int, Segment] = {}
+        self.next_id = 1
+        self.pending_bytes = 0
+        """Of all segments."""
+        self._open: dict[int, Segment] = {}
+        """Writer -> the segment that it appends to."""
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.by_id.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the files take: places that were handed out, also of what is dead by now."""
+        return sum(segment.end for segment in self)
+
+    @property
+    def promised_bytes(self) -> int:
+        """The same, with the room that open segments still have."""
+        return sum(segment.end + segment.room for segment in self)
+
+    def open_for(self, writer: int, payload_bytes: int) -> Segment | None:
+        """The segment of a writer, if a page fits into it. None: it needs a new one."""
+        segment = self._open.get(writer)
+        if segment is not None and segment.room < HEADER_BYTES + payload_bytes:
+            self.seal(segment)
+            segment = None
+        return segment
+
+    def size_for(self, payload_bytes: int) -> int:
+        """How large a new segment has to be."""
+        assert payload_bytes <= PAGE_BYTES_MAX
+        return max(self.segment_bytes, PAGES_PER_SEGMENT_MIN * (HEADER_BYTES + payload_bytes))
+
+    def add(self, writer: int, size_bytes: int) -> Segment:
+        """A new open segment."""
+        segment = Segment(self.next_id, size_bytes, writer=writer)
+        self.next_id += 1
+        self.by_id[segment.id] = segment
+        self._open[writer] = segment
+        return segment
+
+    def hand_out(self, segment: Segment, payload_bytes: int) -> Place:
+        """A place for one page. Its checksum is not known yet: 0."""
+        place = Place(segment.id, segment.end, payload_bytes, 0)
+        assert segment.state is State.OPEN and HEADER_BYTES + payload_bytes <= segment.room
+        segment.end = place.end
+        segment.pending_bytes += place.end - place.offset
+        self.pending_bytes += place.end - place.offset
+        return place
+
+    def settle(self, place: Place) -> None:
+        """Of a place that was handed out it is known now whether it holds a page."""
+        segment = self.by_id[place.segment]
+        segment.pending_bytes -= place.end - place.offset
+        self.pending_bytes -= place.end - place.offset
+        assert segment.pending_bytes >= 0
+
+    def revive(self, place: Place) -> None:
+        """The index names a page at `place`."""
+        segment = self.by_id[place.segment]
+        segment.end = max(segment.end, place.end)  # In a replay nothing was handed out.
+        segment.live_bytes += place.end - place.offset
+
+    def bury(self, place: Place) -> None:
+        """The index does not name the page at `place` any more."""
+        segment = self.by_id[place.segment]
+        segment.live_bytes -= place.end - place.offset
+        assert segment.live_bytes >= 0
+
+    def seal(self, segment: Segment) -> None:
+        """Nothing is handed out of it any more."""
+        if segment.state is State.OPEN:
+            segment.state = State.SEALED
+            if self._open.get(segment.writer) is segment:
+                del self._open[segment.writer]
+
+    def seal_of(self, writer: int) -> None:
+        """The writer is gone."""
+        if (segment := self._open.get(writer)) is not None:
+            self.seal(segment)
+
+    def retire(self, segment: Segment, *, gone_after_s: float) -> None:
+        """Nothing in it is alive. Its file may go after that time."""
+        assert not segment.live_bytes and not segment.pending_bytes
+        self.seal(segment)
+        segment.state = State.RETIRED
+        segment.gone_after_s = gone_after_s
+
+    def drop(self, segment: Segment) -> None:
+        """Its file is gone."""
+        assert segment.state is State.RETIRED
+        del self.by_id[segment.id]
+
+    def dead(self) -> list[Segment]:
+        """Sealed ones in which nothing is alive."""
+        return [each for each in self if each.state is State.SEALED and not each.live_bytes and not each.pending_bytes]
+
+    def emptiest(self) -> Segment | None:
+        """The sealed one of which the least share is alive: the cheapest to compact. None: no gain anywhere."""
+        sealed = [each for each in self if each.state is State.SEALED and each.end and not each.pending_bytes]
+        best = min(sealed, key=lambda each: (each.live_bytes / each.end, each.id), default=None)
+        return best if best is not None and best.live_bytes < best.end else None

@@ -1,0 +1,96 @@
+"""A KV-cache server process: the service, its network, and how it starts and stops.
+
+    SIGTERM, SIGINT   let the namespaces go, so that the next server need not wait; exit 0
+
+It says `ready` on one line of its standard output, as JSON with its address, once it serves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import emberfs
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.transport import TcpConfig, TcpNetwork, TlsFiles
+
+from .files import StoreFiles
+from .service import KvService
+from .space import SpaceConfig
+from .tenants import EVERYBODY, read_tenants
+
+log = logging.getLogger("emberline.kv")
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """A server."""
+
+    store: str
+    """URL of the store; clients reach the pages by it too."""
+    root: str = "/kv"
+    """A directory of the store: each namespace is one in it."""
+    listen: str = "127.0.0.1:7400"
+    """host:port, of which :0 lets the system choose, or unix:/path."""
+    space: SpaceConfig = field(default_factory=lambda: SpaceConfig(capacity_bytes=10 << 30))
+    """Of each namespace."""
+    tenants: Path | None = None
+    """A file of tokens; None: whoever reaches the port may do everything."""
+    tls: Path | None = None
+    """Directory with ca.pem, cert.pem and key.pem."""
+
+
+def run_server(config: ServerConfig) -> None:
+    """Serve until told to stop. Raises what the store or the address raises."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    runtime = AsyncioRuntime("emberkv")
+    portal = Portal(runtime)
+    tls = None
+    if config.tls is not None:
+        tls = TlsFiles(ca=config.tls / "ca.pem", cert=config.tls / "cert.pem", key=config.tls / "key.pem")
+    network = TcpNetwork(runtime, TcpConfig(tls=tls))
+    client = emberfs.connect_async(config.store)
+    service = KvService(
+        StoreFiles(client),
+        runtime,
+        root=config.root,
+        store=config.store,
+        config=config.space,
+        tenants=EVERYBODY if config.tenants is None else read_tenants(config.tenants),
+    )
+    try:
+        listener = portal.run(network.serve(config.listen, service))
+        service.address = listener.address
+        portal.run(_in_loop(runtime, _opened(service)))
+        sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")
+        sys.stdout.flush()
+        while not stop.wait(LOOK_S):
+            pass
+    finally:
+        portal.run(_in_loop(runtime, service.close()))
+        portal.run(network.close())
+        portal.run(_in_loop(runtime, client.close()))
+        runtime.stop()
+
+
+async def _in_loop(runtime: AsyncioRuntime, work: Coroutine[Any, Any, None]) -> None:
+    """The store's client is for programs with an event loop: this one's is the runtime's."""
+    await runtime.enter_loop()
+    await work
+
+
+async def _opened(service: KvService) -> None:
+    service.start()
+    await service.open_all()

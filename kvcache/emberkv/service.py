@@ -1,0 +1,330 @@
+"""The KV-cache service: requests onto namespaces, for those who may.
+
+A namespace is a directory under the root, opened when the first client asks for it. A *seat* is a client in it: it
+names the tenant, whom every look-up is scoped to, and the writer of a segment. Seats that were not heard of end.
+
+Invariants: page bytes never pass through here. What a tenant asks is looked up among its own pages only.
+
+Does not know: sockets, or where the files are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+from emberfs import NotFound
+from emberfs.errors import EmberError, LimitExceeded, ProtocolError, Unavailable
+from emberfs.messages import Foreign, Message
+from emberfs.runtime import Runtime
+
+from . import messages
+from .errors import NamespaceMismatch, SeatGone, StaleOwner
+from .files import Files
+from .journal import split
+from .namespace import Namespace
+from .page import KEY_BYTES, PAGE_BYTES_MAX, PLACE
+from .pool import Pool
+from .space import SpaceConfig
+from .tenants import EVERYBODY, Tenants
+
+SEAT_S = 600.0
+"""A seat that nothing was heard of for so long ends."""
+CHAINS_MAX = 1024
+KEYS_MAX = 65_536
+"""In one request."""
+
+
+@dataclass(slots=True)
+class _Seat:
+    pool: Pool
+    tenant: int
+    number: int
+    heard_s: float
+
+
+class KvService:
+    """See the module. `address` is where others reach it, `store` the URL that its clients read pages from."""
+
+    def __init__(
+        self, files: Files, runtime: Runtime, *, root: str, store: str, config: SpaceConfig, address: str = "",
+        tenants: Tenants = EVERYBODY,
+    ) -> None:  # fmt: skip
+        self.address = address
+        self.pools: dict[str, Pool] = {}
+        self._files, self._runtime = files, runtime
+        self._root, self._store, self._config, self._tenants = root.rstrip("/"), store, config, tenants
+        self._seats: dict[int, _Seat] = {}
+        self._next = 1
+        self._opening = asyncio.Lock()
+        self._upkeep: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to look after seats."""
+        self._upkeep = self._runtime.spawn(self._keep_up(), "kv-seats")
+
+    async def close(self) -> None:
+        """Let every namespace go."""
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+            await asyncio.wait([self._upkeep])
+        for pool in self.pools.values():
+            await pool.close()
+        self.pools.clear()
+
+    async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
+        """Serve one request."""
+        if not isinstance(request, Foreign):
+            raise ProtocolError("this is a KV-cache service; a store is at another address")
+        try:
+            ask = messages.decode_ask(request)
+            work = _HANDLERS[type(ask)](self, ask)
+            return messages.encode_answer(work if isinstance(work, messages.Answer) else await work)
+        except EmberError as error:
+            return messages.encode_error(error)
+
+    # --- seats -----------------------------------------------------------------------------------------------------
+
+    def _seat(self, number: int) -> _Seat:
+        seat = self._seats.get(number)
+        if seat is None:
+            raise SeatGone(f"seat {number} is not taken: open the namespace again")
+        if seat.pool.is_lost:
+            raise Unavailable("another server has taken this namespace over; ask that one")
+        seat.heard_s = self._runtime.now_s()
+        return seat
+
+    async def _open(self, ask: messages.Open) -> messages.Answer:
+        self._tenants.check(ask.tenant, ask.token)
+        pool = await self._pool(ask.namespace)
+        number, self._next = self._next, self._next + 1
+        tenant = pool.tenant(ask.tenant)
+        self._seats[number] = _Seat(pool, tenant, number, self._runtime.now_s())
+        return messages.Opened(number, tenant, self._store, f"{pool.directory}/segments")
+
+    async def _pool(self, namespace: Namespace) -> Pool:
+        async with self._opening:
+            pool = self.pools.get(namespace.name)
+            if pool is not None and pool.is_lost:
+                await pool.close()
+                pool = None
+            if pool is None:
+                directory = f"{self._root}/{namespace.name}"
+                await self._describe(directory, namespace)
+                pool = await Pool.open(
+                    self._files, self._runtime, directory, namespace, config=self._config, address=self.address
+                )
+                self.pools[namespace.name] = pool
+            if pool.namespace != namespace:
+                raise NamespaceMismatch(f"{namespace.name} is another namespace here")
+            return pool
+
+    async def _describe(self, directory: str, namespace: Namespace) -> None:
+        path = f"{directory}/namespace.json"
+        try:
+            there = msgspec.json.decode(await self._files.get(path), type=Namespace)
+        except NotFound:
+            await self._files.put(path, msgspec.json.encode(namespace))
+            return
+        if there != namespace:
+            raise NamespaceMismatch(f"{namespace.name} is another namespace here")
+
+    async def open_all(self) -> list[str]:
+        """Open every namespace that is there. Their names."""
+        names = []
+        for name in await self._files.names(self._root):
+            with contextlib.suppress(NotFound):
+                data = await self._files.get(f"{self._root}/{name}/namespace.json")
+                await self._pool(msgspec.json.decode(data, type=Namespace))
+                names.append(name)
+        return names
+
+    async def _keep_up(self) -> None:
+        while True:
+            await self._runtime.sleep(SEAT_S / 10)
+            limit_s = self._runtime.now_s() - SEAT_S
+            for number, seat in list(self._seats.items()):
+                if seat.heard_s < limit_s:
+                    del self._seats[number]
+                    with contextlib.suppress(StaleOwner):
+                        seat.pool.end_writer(number)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def _match(self, ask: messages.Match) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        if len(ask.chains) > CHAINS_MAX:
+            raise LimitExceeded(f"{len(ask.chains)} chains in one request: at most {CHAINS_MAX}")
+        pool, tenant = seat.pool, seat.tenant
+        counts, reasons, leases, every = [], [], [], []
+        for chain in ask.chains:
+            slots, reason, lease = pool.match(tenant, _keys(chain), ask.lease_s)
+            counts.append(len(slots))
+            reasons.append(reason)
+            leases.append(lease)
+            every += slots
+        places = [column[every].tobytes() for column in pool.table.places]
+        return messages.Matched(counts, reasons, leases, places)
+
+    def _lookup(self, ask: messages.Lookup) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        places, lease = seat.pool.lookup(seat.tenant, _kind(seat, ask.kind), _keys(ask.keys), ask.lease_s)
+        return messages.LookedUp(b"".join(places), lease)
+
+    def _release(self, ask: messages.Release) -> messages.Answer:
+        return messages.Okay(self._seat(ask.seat).pool.leases.release(ask.leases))
+
+    def _extend(self, ask: messages.Extend) -> messages.Answer:
+        leases = self._seat(ask.seat).pool.leases
+        return messages.Okay(int(leases.extend(ask.lease, duration_s=ask.lease_s, now_s=self._runtime.now_s())))
+
+    async def _report(self, ask: messages.Report) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        return messages.Okay(await seat.pool.report(seat.tenant, _kind(seat, ask.kind), _keys(ask.keys)))
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+
+    async def _reserve(self, ask: messages.Reserve) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        keys, parents = _keys(ask.keys), _keys(ask.parents)
+        if not len(keys) == len(parents) == len(ask.lengths):
+            raise ProtocolError("keys, parents and lengths are of as many pages")
+        for length in ask.lengths:
+            if not 0 < length <= min(PAGE_BYTES_MAX, self._config.capacity_bytes // 64):
+                raise LimitExceeded(f"a page of {length} bytes: at most {PAGE_BYTES_MAX}, and 1/64 of the capacity")
+        number, states, places = await seat.pool.reserve(
+            seat.number, seat.tenant, _kind(seat, ask.kind), keys, parents, ask.lengths
+        )
+        blob = b"".join(PLACE.pack(*place) for place in places if place is not None)
+        return messages.Reserved(number, bytes(states), blob)
+
+    async def _commit(self, ask: messages.Commit) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        await seat.pool.commit(ask.reservation, seat.number, ask.crcs, durable=ask.durable)
+        return messages.Okay(len(ask.crcs))
+
+    def _give_up(self, ask: messages.GiveUp) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        seat.pool.give_up(ask.reservation, seat.number)
+        return messages.Okay()
+
+    async def _flush(self, ask: messages.Flush) -> messages.Answer:
+        await self._seat(ask.seat).pool.flush()
+        return messages.Okay()
+
+    def _remove(self, ask: messages.Remove) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        return messages.Okay(seat.pool.remove(seat.tenant, _keys(ask.keys)))
+
+    def _pin(self, ask: messages.Pin) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        return messages.Okay(seat.pool.pin(seat.tenant, _keys(ask.keys), ask.for_s))
+
+    # --- operating -------------------------------------------------------------------------------------------------
+
+    def _stat(self, ask: messages.Stat) -> messages.Answer:
+        if not self._tenants.is_operator(ask.token):
+            self._tenants.check(ask.tenant, ask.token)
+        only = None if self._tenants.is_operator(ask.token) else ask.tenant
+        return _numbers({"address": self.address, "namespaces": {n: stat_of(p, only) for n, p in self.pools.items()}})
+
+    async def _erase(self, ask: messages.Erase) -> messages.Answer:
+        self._tenants.check(ask.tenant, ask.token)
+        report = {}
+        for name, pool in self.pools.items():
+            number = pool.index.tenant(ask.tenant)
+            if number is not None and ask.namespace in ("", name):
+                pages, size = pool.erase(number)
+                await pool.flush()
+                report[name] = {"pages": pages, "bytes": size}
+        return _numbers(report)
+
+    async def _drop(self, ask: messages.Drop) -> messages.Answer:
+        self._tenants.check_operator(ask.token)
+        pool = self._named(ask.namespace)
+        report = {name: pool.erase(number) for number, name in enumerate(pool.index.tenants)}
+        await pool.flush()
+        return _numbers({name: {"pages": pages, "bytes": size} for name, (pages, size) in report.items()})
+
+    def _quota(self, ask: messages.Quota) -> messages.Answer:
+        self._tenants.check_operator(ask.token)
+        pool = self._named(ask.namespace)
+        pool.set_quota(pool.tenant(ask.tenant), ask.limit_bytes)
+        return messages.Okay()
+
+    async def _collect(self, ask: messages.Collect) -> messages.Answer:
+        self._tenants.check_operator(ask.token)
+        pool = self._named(ask.namespace)
+        await pool.keep_up()
+        return _numbers(asdict(pool.space.counts))
+
+    def _named(self, name: str) -> Pool:
+        if name not in self.pools:
+            raise NotFound(f"no namespace {name!r} is open here; there are {', '.join(self.pools) or 'none'}")
+        return self.pools[name]
+
+
+_HANDLERS: dict[type, Callable[[KvService, Any], messages.Answer | Awaitable[messages.Answer]]] = {
+    messages.Open: KvService._open,
+    messages.Match: KvService._match,
+    messages.Lookup: KvService._lookup,
+    messages.Reserve: KvService._reserve,
+    messages.Commit: KvService._commit,
+    messages.GiveUp: KvService._give_up,
+    messages.Release: KvService._release,
+    messages.Extend: KvService._extend,
+    messages.Report: KvService._report,
+    messages.Remove: KvService._remove,
+    messages.Pin: KvService._pin,
+    messages.Flush: KvService._flush,
+    messages.Stat: KvService._stat,
+    messages.Erase: KvService._erase,
+    messages.Drop: KvService._drop,
+    messages.Quota: KvService._quota,
+    messages.Collect: KvService._collect,
+}
+
+
+def _keys(blob: bytes) -> list[bytes]:
+    if len(blob) % KEY_BYTES or len(blob) > KEYS_MAX * KEY_BYTES:
+        raise ProtocolError(f"keys are {KEY_BYTES} bytes each, at most {KEYS_MAX} of them: not {len(blob)} bytes")
+    return split(blob, KEY_BYTES)
+
+
+def _kind(seat: _Seat, kind: int) -> int:
+    if not 0 <= kind < len(seat.pool.namespace.kinds):
+        raise ProtocolError(f"no kind {kind} in this namespace")
+    return kind
+
+
+def _numbers(report: dict[str, Any]) -> messages.Numbers:
+    return messages.Numbers(json.dumps(report))
+
+
+def stat_of(pool: Pool, only: str | None = None) -> dict[str, Any]:
+    """The numbers of a namespace; `only`: as far as they are of one tenant."""
+    index, space = pool.index, pool.space
+    tenants = {
+        name: {"bytes": index.table.tenant_bytes[number], "quota_bytes": index.quotas[number]}
+        for number, name in enumerate(index.tenants)
+        if only in (None, name)
+    }
+    if only is not None:
+        return {"tenants": tenants}
+    return {
+        "namespace": msgspec.to_builtins(pool.namespace),
+        "epoch": pool.ownership.epoch,
+        "pages": index.table.count,
+        "live_bytes": index.table.live_bytes,
+        "disk_bytes": index.segments.disk_bytes,
+        "capacity_bytes": space.config.capacity_bytes,
+        "segments": len(index.segments.by_id),
+        "leases": len(pool.leases),
+        "tenants": tenants,
+        "counts": {**msgspec.to_builtins(pool.counts), **asdict(space.counts)},
+    }

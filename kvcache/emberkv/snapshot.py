@@ -1,0 +1,150 @@
+"""A snapshot of an index: frames of a head and of its columns, and the index that they make.
+
+A million pages are some 100 MB, written and read by columns: a page is never touched alone, or a restart would take the
+time of as many puts.
+
+Does not know: files.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from .index import Index
+from .journal import FORMAT, encode_frame, frames, split
+from .page import HEADER_BYTES, KEY_BYTES
+from .segments import Segment, State
+from .table import ORPHAN, PLACES
+
+_BLOCK_BYTES = 64 << 20
+
+
+class _Head(msgspec.Struct):
+    format: int
+    count: int
+    """Slots."""
+    tenants: list[str]
+    quotas: list[int]
+    trailing: list[int | None]
+    segments: list[tuple[int, int, int, int]]
+    """(id, size, state, end)"""
+    next_segment: int
+    orphans: list[tuple[int, bytes]]
+    """(which slot, the parent that is not there)"""
+
+
+def encode_snapshot(index: Index) -> bytes:
+    """All that `index` holds."""
+    table = index.table
+    slots = table.slots()
+    number = np.full(len(table.keys) + 1, -1, np.int32)
+    number[slots] = np.arange(len(slots), dtype=np.int32)
+    parent = np.asarray(table.parent, np.int32)[slots]
+    parent = np.where(parent >= 0, number[parent], parent).astype("<i4")
+    head = _Head(
+        format=FORMAT,
+        count=len(slots),
+        tenants=index.tenants,
+        quotas=index.quotas,
+        trailing=list(table.trailing),
+        segments=[(each.id, each.size_bytes, int(each.state), each.end) for each in index.segments],
+        next_segment=index.segments.next_id,
+        orphans=[(int(number[slot]), key) for key, waiting in table.waiting() for slot in waiting],
+    )
+    columns = [
+        b"".join([table.keys[slot] for slot in slots]),
+        parent.tobytes(),
+        np.asarray(table.used_s)[slots].astype("<f8").tobytes(),
+        np.asarray(table.pinned_s)[slots].astype("<f8").tobytes(),
+        np.asarray(table.tenant)[slots].astype("<u2").tobytes(),
+        *(places[slots].tobytes() for places in table.places),
+    ]
+    blocks = [column[begin : begin + _BLOCK_BYTES] for column in columns for begin in _begins(column)]
+    return b"".join([encode_frame(msgspec.msgpack.encode(head)), *map(encode_frame, blocks)])
+
+
+def _begins(column: bytes) -> Sequence[int]:
+    return range(0, max(len(column), 1), _BLOCK_BYTES)
+
+
+def decode_snapshot(data: bytes, *, segment_bytes: int) -> Index:
+    """Opposite of `encode_snapshot`. Raises ValueError for what is no whole snapshot."""
+    parts = frames(data)
+    try:
+        head = msgspec.msgpack.decode(next(parts), type=_Head)
+    except (StopIteration, msgspec.MsgspecError) as error:
+        raise ValueError("not a snapshot of an index") from error
+    if head.format != FORMAT:
+        raise ValueError(f"a snapshot of format {head.format}: this program reads {FORMAT}")
+    rest = b"".join(parts)
+    index = Index(head.trailing, segment_bytes=segment_bytes)
+    index.tenants, index.quotas = head.tenants, head.quotas
+    for _ in head.tenants:
+        index.table.add_tenant()
+    _fill_table(index, head, memoryview(rest))
+    _fill_segments(index, head)
+    return index
+
+
+def _fill_table(index: Index, head: _Head, rest: memoryview) -> None:
+    table, count, begin = index.table, head.count, 0
+
+    def column(dtype: Any) -> Any:
+        nonlocal begin
+        size = count * np.dtype(dtype).itemsize
+        if begin + size > len(rest):
+            raise ValueError("a snapshot that was cut")
+        begin += size
+        return np.frombuffer(rest[begin - size : begin], dtype)
+
+    keys = split(column(f"S{KEY_BYTES}").tobytes(), KEY_BYTES)
+    parent, used_s, pinned_s, tenant = column("<i4"), column("<f8"), column("<f8"), column("<u2")
+    table.keys, table.count = keys, count
+    children = np.bincount(parent[parent >= 0], minlength=count).astype(np.uint32)
+    table.parent, table.children = array("i", parent.tobytes()), array("I", children.tobytes())
+    table.used_s, table.pinned_s = array("d", used_s.tobytes()), array("d", pinned_s.tobytes())
+    table.tenant, table.held = array("H", tenant.tobytes()), array("I", bytes(4 * count))
+    table.places = [np.concatenate([column(PLACES), np.zeros(max(count, 1024), PLACES)]) for _ in head.trailing]
+    _count(index)
+    for number in range(len(head.tenants)):
+        mine = np.flatnonzero(tenant == number)
+        table.adopt(number, {keys[slot]: slot for slot in mine.tolist()})
+        leaves = mine[children[mine] == 0].tolist()
+        heap = [(table.used_s[slot], slot, keys[slot]) for slot in leaves]
+        heapq.heapify(heap)
+        table.adopt_leaves(number, heap)
+    for slot, key in head.orphans:
+        assert table.parent[slot] == ORPHAN
+        table.await_parent(slot, key)
+
+
+def _count(index: Index) -> None:
+    """Live bytes, from the places."""
+    table = index.table
+    tenant = np.asarray(table.tenant)
+    for places in table.places:
+        there = places[: table.count]
+        sizes = np.where(there["segment"] != 0, there["length"].astype(np.int64) + HEADER_BYTES, 0)
+        table.live_bytes += int(sizes.sum())
+        for number in range(len(table.tenant_bytes)):
+            table.tenant_bytes[number] += int(sizes[tenant == number].sum())
+
+
+def _fill_segments(index: Index, head: _Head) -> None:
+    segments, table = index.segments, index.table
+    for id, size_bytes, state, end in head.segments:
+        segments.by_id[id] = Segment(id, size_bytes, state=State(state), end=end)
+    segments.next_id = head.next_segment
+    for places in table.places:
+        there = places[: table.count]
+        there = there[there["segment"] != 0]
+        ids, where = np.unique(there["segment"], return_inverse=True)
+        sums = np.bincount(where, weights=there["length"].astype(np.float64) + HEADER_BYTES)
+        for id, live_bytes in zip(ids.tolist(), sums.tolist(), strict=True):
+            segments.by_id[id].live_bytes += int(live_bytes)

@@ -1,0 +1,229 @@
+"""A service and its clients on a real store: what is put is found, read, evicted, and found again after a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import emberfs
+import emberkv
+import pytest
+from emberfs.errors import AccessDenied
+from emberkv import messages
+from emberkv.hit import Hit
+
+PAGE = 20_000
+MIB = 1 << 20
+NAMESPACE = emberkv.Namespace(
+    model="test", dtype="bf16", layout="mla", page_tokens=4,
+    kinds=(emberkv.Kind("kv"), emberkv.Kind("state", policy="trailing:1")),
+)  # fmt: skip
+PLAIN = emberkv.Namespace(model="plain", dtype="bf16", layout="mla", page_tokens=4, kinds=(emberkv.Kind("kv"),))
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from emberkv.server import ServerConfig, run_server
+from emberkv.space import SpaceConfig
+
+store, capacity, tenants = sys.argv[1:]
+run_server(ServerConfig(
+    store=store, listen="127.0.0.1:0", space=SpaceConfig(capacity_bytes=int(capacity)),
+    tenants=Path(tenants) if tenants else None,
+))
+"""
+
+
+Serve = Callable[..., "Server"]
+
+
+class Server:
+    """A server process of this test."""
+
+    def __init__(self, store: str, capacity_bytes: int = 64 * MIB, tenants: str = "") -> None:
+        command = [sys.executable, "-c", PROGRAM, store, str(capacity_bytes), tenants]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        self.address: str = json.loads(self.process.stdout.readline())["address"]
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+        self.process.communicate(timeout=60)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return f"ember://{tmp_path}/store"
+
+
+@pytest.fixture
+def serve(store: str) -> Iterator[Serve]:
+    servers: list[Server] = []
+
+    def start(capacity_bytes: int = 64 * MIB, tenants: str = "") -> Server:
+        servers.append(Server(store, capacity_bytes, tenants))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.end()
+
+
+def page(seed: int, size: int = PAGE) -> bytes:
+    return bytes([seed % 251]) * size
+
+
+def tokens(prompt: int, pages: int) -> list[int]:
+    return [prompt * 1000 + each for each in range(4 * pages)]
+
+
+def test_what_was_put_is_matched_and_read(serve: Serve) -> None:
+    with emberkv.connect(serve().address, PLAIN) as cache:
+        keys = cache.keys(tokens(1, 40))
+        pages = [page(each) for each in range(40)]
+        assert cache.put(keys[:30], pages[:30]) == ["stored"] * 30
+        assert cache.put(keys[28:], pages[28:], parent=keys[27]) == ["known"] * 2 + ["stored"] * 10
+        hit = cache.match(keys)
+        assert (hit.pages, hit.tokens, hit.reason) == (40, 160, "whole")
+        assert cache.get(hit) == pages
+        assert cache.get(Hit.decode(hit.encode())) == pages
+        shorter = cache.match([*keys[:5], *cache.keys(tokens(2, 3))])
+        assert (shorter.pages, shorter.reason) == (5, "miss")
+        buffers = [bytearray(PAGE), bytearray(100)]
+        assert cache.get_into(hit, buffers, first=7) == [True, True]
+        assert bytes(buffers[0]) == pages[7] and bytes(buffers[1]) == pages[8][:100]
+        assert cache.exists([keys[3], cache.keys(tokens(9, 1))[0]]) == [True, False]
+        assert cache.extend(hit) and cache.extend(shorter)
+        cache.release(hit, shorter)
+        assert not cache.extend(hit)
+
+
+def test_opaque_keys_stand_for_themselves(serve: Serve) -> None:
+    with emberkv.connect(serve().address, PLAIN) as cache:
+        keys = cache.opaque_keys([b"one", b"two", b"three"])
+        cache.put(keys[:2], [page(1), page(2)], chained=False)
+        hits = cache.lookup(keys)
+        assert hits[2] is None
+        assert [cache.get(hit) for hit in hits if hit is not None] == [[page(1)], [page(2)]]
+        assert cache.remove(keys[:1]) == 1
+        assert cache.exists(keys) == [False, True, False]
+
+
+def test_a_state_decides_how_much_of_a_prefix_is_usable(serve: Serve) -> None:
+    with emberkv.connect(serve().address, NAMESPACE) as cache:
+        keys = cache.keys(tokens(1, 8))
+        cache.put(keys, [page(each) for each in range(8)])
+        assert cache.match(keys).reason == "no state"
+        cache.put(keys[5:6], [page(99, 300)], parent=keys[4], kind="state")
+        hit = cache.match(keys)
+        assert hit.pages == 6
+        buffer = bytearray(300)
+        assert cache.get_into(hit, [buffer], kind="state", first=5) == [True]
+        assert bytes(buffer) == page(99, 300)
+
+
+def test_an_index_survives_the_service(serve: Serve, store: str) -> None:
+    keys: list[bytes] = []
+    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        server = serve()
+        with emberkv.connect(server.address, PLAIN) as cache:
+            fresh = cache.keys(tokens(1, len(keys) + 5))
+            hit = cache.match(fresh)
+            assert hit.pages == len(keys)
+            assert cache.get(hit) == [page(each) for each in range(len(keys))]
+            added = range(len(keys), len(fresh))
+            cache.put(fresh[len(keys) :], [page(each) for each in added], parent=keys[-1] if keys else None,
+                      durable="committed")  # fmt: skip
+            keys = fresh
+        server.end(end)
+    with emberfs.connect(store) as client:
+        segments = [name for name, _ in client.list(f"/kv/{PLAIN.name}/segments")]
+        assert len(segments) == 3  # One per writer; what a killed server left is taken over.
+
+
+def test_a_client_finds_a_service_that_came_back(serve: Serve) -> None:
+    first = serve()
+    cache = emberkv.connect(first.address, PLAIN, timeout_s=30)
+    with contextlib.closing(cache):
+        keys = cache.keys(tokens(1, 3))
+        cache.put(keys, [page(1)] * 3, durable="committed")
+        first.end()
+        second = serve()
+        cache._addresses = [first.address, second.address]
+        assert cache.match(keys).pages == 3
+        assert cache.put(keys, [page(1)] * 3) == ["known"] * 3
+
+
+def test_a_full_cache_evicts_the_coldest_and_gives_the_space_back(serve: Serve, store: str) -> None:
+    with emberkv.connect(serve(16 * MIB).address, PLAIN) as cache:
+        prompts = [cache.keys(tokens(prompt, 10)) for prompt in range(1, 200)]
+        for number, keys in enumerate(prompts):
+            cache.match(prompts[0], lease_s=0)  # It stays warm.
+            states = cache.put(keys, [page(number)] * 10)
+            assert set(states) <= {"stored"}
+        assert cache.match(prompts[0], lease_s=0).pages == 10
+        assert cache.get(cache.match(prompts[0])) == [page(0)] * 10
+        assert cache.match(prompts[5], lease_s=0).pages == 0
+        last = cache.match(prompts[-1])
+        assert cache.get(last) == [page(len(prompts) - 1)] * 10
+        numbers = cache.stat()["namespaces"][PLAIN.name]
+        assert numbers["disk_bytes"] <= 16 * MIB and numbers["live_bytes"] <= 0.9 * 16 * MIB
+        assert numbers["counts"]["evicted_pages"] > 1000
+
+
+def test_damage_is_a_miss_and_is_told(serve: Serve, store: str) -> None:
+    with emberkv.connect(serve().address, PLAIN) as cache:
+        keys = cache.keys(tokens(1, 6))
+        pages = [page(each) for each in range(6)]
+        cache.put(keys, pages)
+        hit = cache.match(keys)
+        with emberfs.connect(store) as client:
+            directory = f"/kv/{PLAIN.name}/segments"
+            (name,) = [each for each, _ in client.list(directory)]
+            with client.open(f"{directory}/{name}", "r+b") as file:
+                file.seek(2 * (PAGE + 96) + 5000)
+                file.write(b"damage")
+        assert cache.get(hit) == [*pages[:2], None, *pages[3:]]
+        again = cache.match(keys)
+        assert (again.pages, again.reason) == (2, "damaged")
+        assert cache.put(keys, pages) == ["known"] * 2 + ["stored"] + ["known"] * 3
+        assert cache.get(cache.match(keys)) == pages
+
+
+def test_tenants_need_their_token_and_see_only_their_own(serve: Serve, tmp_path: Path) -> None:
+    digests = {name: [hashlib.sha256(f"{name}-token".encode()).hexdigest()] for name in ("acme", "umbrella")}
+    file = tmp_path / "tenants.json"
+    file.write_text(json.dumps({"tenants": digests, "operators": []}))
+    address = serve(tenants=str(file)).address
+    with pytest.raises(AccessDenied):
+        emberkv.connect(address, PLAIN, tenant="acme", token="umbrella-token")
+    with (
+        emberkv.connect(address, PLAIN, tenant="acme", token="acme-token") as acme,
+        emberkv.connect(address, PLAIN, tenant="umbrella", token="umbrella-token") as umbrella,
+    ):
+        keys = acme.keys(tokens(1, 3))
+        acme.put(keys, [page(1)] * 3)
+        assert umbrella.keys(tokens(1, 3)) != keys
+        assert umbrella.match(keys).pages == 0
+        assert list(umbrella.stat()["namespaces"][PLAIN.name]["tenants"]) == ["umbrella"]
+
+
+def test_a_writer_that_dies_leaves_nothing_pending(serve: Serve) -> None:
+    address = serve().address
+    with emberkv.connect(address, PLAIN) as one, emberkv.connect(address, PLAIN) as two:
+        keys = one.keys(tokens(1, 2))
+        parents = bytes(32) + keys[0]
+        answer = one._ask(
+            lambda seat: messages.Reserve(seat, 0, b"".join(keys), parents, [PAGE, PAGE]), messages.Reserved
+        )
+        assert two.put(keys, [page(1)] * 2) == ["pending"] * 2
+        one._ask(lambda seat: messages.GiveUp(seat, answer.reservation), messages.Okay)
+        assert two.put(keys, [page(1)] * 2) == ["stored"] * 2
+        assert one.get(one.match(keys)) == [page(1)] * 2

@@ -1,0 +1,260 @@
+"""The index in memory: what is found, what goes first, and that a replay and a snapshot give the same again."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import pytest
+from emberkv.index import Index
+from emberkv.journal import Evicted, Moved, Put, QuotaSet, SegmentAdded, TenantAdded, Unplaced, batches, encode_batch
+from emberkv.leases import Leases
+from emberkv.page import HEADER_BYTES, PLACE, ROOT, Place, decode_header, encode_header
+from emberkv.snapshot import decode_snapshot, encode_snapshot
+from emberkv.table import PageTable
+
+LENGTH = 1000
+
+
+def key(*names: object) -> bytes:
+    return hashlib.sha256(repr(names).encode()).digest()
+
+
+class Chains:
+    """A table of one tenant whose pages lie one after the other."""
+
+    def __init__(self, trailing: list[int | None] | None = None) -> None:
+        self.table = PageTable(trailing or [None])
+        self.tenant = self.table.add_tenant()
+        self._end = 0
+
+    def place(self) -> Place:
+        self._end += HEADER_BYTES + LENGTH
+        return Place(1, self._end - HEADER_BYTES - LENGTH, LENGTH, 7)
+
+    def put(self, keys: list[bytes], *, now_s: float = 1.0, kind: int = 0, parent: bytes = ROOT) -> None:
+        for each in keys:
+            self.table.put(self.tenant, each, parent, kind, self.place(), now_s=now_s)
+            parent = each
+
+    def pages(self, keys: list[bytes]) -> int:
+        return len(self.table.match(self.tenant, keys).slots)
+
+
+A, B, C, D = (key(name) for name in "ABCD")
+
+
+def test_the_longest_prefix_is_found() -> None:
+    chains = Chains()
+    chains.put([A, B, C])
+    assert chains.table.match(0, [A, B, C]).reason == "whole"
+    assert chains.pages([A, B, D, C]) == 2
+    assert chains.table.match(0, [D, A]) == ([], "miss")
+    assert chains.pages([]) == 0
+    assert chains.table.live_bytes == 3 * (HEADER_BYTES + LENGTH)
+
+
+def test_tenants_do_not_see_each_other() -> None:
+    chains = Chains()
+    other = chains.table.add_tenant()
+    chains.put([A])
+    assert chains.table.match(other, [A]).slots == []
+
+
+def test_a_damaged_page_hides_what_comes_after_it_until_it_is_put_again() -> None:
+    chains = Chains()
+    chains.put([A, B, C])
+    slot = chains.table.slot(0, B)
+    assert slot is not None
+    chains.table.unplace(slot, 0)
+    assert chains.table.match(0, [A, B, C]).reason == "damaged"
+    assert chains.pages([A, B, C]) == 1
+    chains.put([B], parent=A)
+    assert chains.pages([A, B, C]) == 3
+
+
+def test_an_orphan_is_seen_when_its_parent_comes() -> None:
+    chains = Chains()
+    chains.put([C], parent=B)
+    assert chains.table.slot(0, C) is None
+    assert chains.pages([C]) == 0
+    chains.put([A, B])
+    assert chains.pages([A, B, C]) == 3
+
+
+@pytest.mark.parametrize(
+    ("with_state", "usable"), [([], 0), ([1], 2), ([0, 2], 3), ([3], 4), ([0], 1)]
+)  # fmt: skip
+def test_a_trailing_kind_is_needed_on_the_last_pages_only(with_state: list[int], usable: int) -> None:
+    chains = Chains([None, 1])
+    keys = [A, B, C, D]
+    chains.put(keys)
+    for index in with_state:
+        chains.put([keys[index]], kind=1)
+    found = chains.table.match(0, keys)
+    assert len(found.slots) == usable
+    assert found.reason == ("whole" if usable == 4 else "no state")
+
+
+def test_a_leaf_goes_before_its_prefix_and_the_longest_unused_first() -> None:
+    chains = Chains()
+    table = chains.table
+    chains.put([A, B], now_s=1)
+    chains.put([C], parent=A, now_s=2)
+    slot_b, slot_c = table.slot(0, B), table.slot(0, C)
+    assert slot_b is not None and slot_c is not None
+    table.touch(slot_b, 3)
+    order = []
+    while (slot := table.coldest(0, 10)) is not None:
+        order.append(table.keys[slot])
+        table.remove(slot)
+    assert order == [C, B, A]
+    assert table.count == 0 and table.live_bytes == 0
+
+
+def test_what_is_leased_or_pinned_stays() -> None:
+    chains = Chains()
+    table = chains.table
+    chains.put([A, B])
+    chains.put([C], now_s=5)
+    slot = table.slot(0, B)
+    assert slot is not None
+    leases = Leases(table.hold, table.let_go)
+    lease = leases.take([slot], duration_s=10, now_s=100)
+    assert table.coldest(0, 6) == table.slot(0, C)
+    leases.expire(109)
+    assert len(leases) == 1
+    assert leases.extend(lease, duration_s=10, now_s=109)
+    leases.expire(115)
+    assert table.coldest(0, 6) == table.slot(0, C)
+    leases.expire(119)
+    assert not leases.extend(lease, duration_s=10, now_s=119)
+    assert table.coldest(0, 6) == slot
+    table.pinned_s[slot] = 50
+    assert table.coldest(0, 49) == table.slot(0, C)
+    assert table.coldest(0, 51) == slot
+
+
+def test_recency_is_that_of_whole_prefixes() -> None:
+    """Pages go in the order of an LRU list in which every match moves all its pages, the last page first."""
+    rng = random.Random(7)
+    chains = Chains()
+    table = chains.table
+    listed: dict[bytes, None] = {}
+    for now_s in range(1, 400):
+        path = [key(rng.randrange(2))]
+        for step in range(rng.randrange(1, 6)):
+            path.append(key(path[-1], rng.randrange(3), step))
+        parent = ROOT
+        for each in path:
+            if table.slot(0, each) is None:
+                chains.put([each], parent=parent, now_s=now_s)
+            parent = each
+        slot = table.slot(0, path[-1])
+        assert slot is not None
+        table.touch(slot, now_s)
+        for each in reversed(path):
+            listed.pop(each, None)
+            listed[each] = None
+        while table.count > 40:
+            slot = table.coldest(0, 1e9)
+            assert slot is not None
+            oldest = next(iter(listed))
+            assert table.keys[slot] == oldest
+            table.remove(slot)
+            del listed[oldest]
+
+
+def filled() -> tuple[Index, list[bytes]]:
+    """An index with two tenants, and the log that makes it."""
+    log: list[bytes] = []
+    index = Index([None, 2], segment_bytes=1 << 20)
+
+    def note(*entries: object) -> None:
+        log.append(encode_batch(entries))  # type: ignore[arg-type]
+        for entry in entries:
+            index.apply(entry)  # type: ignore[arg-type]
+
+    note(TenantAdded("a"), TenantAdded("b"), QuotaSet(1, 500), SegmentAdded(1, 1 << 20, 5), SegmentAdded(2, 1 << 20, 6))
+    end = 0
+    for tenant in (0, 1):
+        parent = ROOT
+        for step in range(20):
+            place = Place(1, end, LENGTH, step)
+            end = place.end
+            note(Put(tenant, 0, key(tenant, step), parent, PLACE.pack(*place), 10.0 + step))
+            parent = key(tenant, step)
+    note(Moved(0, 0, key(0, 19), PLACE.pack(2, 0, LENGTH, 19)))
+    note(Put(0, 1, key(0, 19), key(0, 18), PLACE.pack(2, 5000, 50, 1), 40.0))
+    note(Evicted(1, key(1, 19)), Evicted(1, key(1, 18)), Unplaced(1, 0, key(1, 5)))
+    note(Put(1, 0, key("orphan"), key("nobody"), PLACE.pack(2, 9000, 10, 1), 41.0))
+    return index, log
+
+
+def same(one: Index, other: Index) -> None:
+    for tenant in (0, 1):
+        chain = [key(tenant, step) for step in range(20)]
+        found = [index.table.match(tenant, chain) for index in (one, other)]
+        assert len(found[0].slots) == len(found[1].slots) and found[0].reason == found[1].reason
+        places = [
+            [index.table.place(slot, 0) for slot in each.slots] for index, each in zip((one, other), found, strict=True)
+        ]
+        assert places[0] == places[1]
+    for field in ("count", "live_bytes", "tenant_bytes"):
+        assert getattr(one.table, field) == getattr(other.table, field)
+    assert one.tenants == other.tenants and one.quotas == other.quotas
+    segments = [[(s.id, s.end, s.live_bytes) for s in index.segments] for index in (one, other)]
+    assert segments[0] == segments[1]
+    order: list[list[bytes]] = []
+    for index in (one, other):
+        order.append([])
+        while (slot := index.table.coldest(0, 1e9)) is not None:
+            order[-1].append(index.table.keys[slot])
+            index.table.remove(slot)
+    assert order[0] == order[1]
+
+
+def test_a_replay_gives_the_same_index() -> None:
+    index, log = filled()
+    again = Index([None, 2], segment_bytes=1 << 20)
+    for batch in batches(b"".join(log)):
+        again.replay(batch)
+    same(index, again)
+
+
+def test_a_snapshot_gives_the_same_index() -> None:
+    index, _ = filled()
+    again = decode_snapshot(encode_snapshot(index), segment_bytes=1 << 20)
+    again.table.put(1, key("nobody"), ROOT, 0, Place(2, 12000, 10, 1), now_s=50)
+    index.table.put(1, key("nobody"), ROOT, 0, Place(2, 12000, 10, 1), now_s=50)
+    assert again.table.slot(1, key("orphan")) is not None
+    same(index, again)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100])
+def test_a_log_that_was_cut_ends_before_the_cut(cut: int) -> None:
+    _, log = filled()
+    whole = list(batches(b"".join(log)))
+    assert list(batches(b"".join(log)[:-cut])) == whole[:-1]
+    damaged = bytearray(b"".join(log))
+    damaged[-cut] ^= 1
+    assert list(batches(damaged)) == whole[:-1]
+
+
+def test_a_snapshot_that_was_cut_is_none() -> None:
+    index, _ = filled()
+    with pytest.raises(ValueError):
+        decode_snapshot(encode_snapshot(index)[:-1], segment_bytes=1 << 20)
+
+
+def test_a_header_is_read_as_it_was_written_and_damage_is_seen() -> None:
+    place = Place(3, 4096, 70_000, 12345)
+    head = encode_header(place, key=A, parent=B, kind=2, tenant=9)
+    assert len(head) == HEADER_BYTES
+    found = decode_header(head)
+    assert found is not None
+    assert (found.place, found.key, found.parent, found.kind, found.tenant) == (place, A, B, 2, 9)
+    for index in range(HEADER_BYTES):
+        damaged = bytearray(head)
+        damaged[index] ^= 0x40
+        assert decode_header(damaged) is None
