@@ -13,6 +13,7 @@ from .connect import connect
 from .errors import InvalidNamespace, KvError, NamespaceMismatch, SeatGone, StaleOwner
 from .hit import Hit
 from .namespace import Kind, Namespace
+from .operator import Operator
 
 __all__ = [
     "Hit",
@@ -22,6 +23,7 @@ __all__ = [
     "KvError",
     "Namespace",
     "NamespaceMismatch",
+    "Operator",
     "SeatGone",
     "StaleOwner",
     "connect",

@@ -8,6 +8,7 @@ are tried in turn.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -224,7 +225,8 @@ class KVCache:
 
     def stat(self) -> dict[str, Any]:
         """Numbers of the service, as far as the token may see them."""
-        return numbers(self._call(messages.Stat(self._token, self.tenant), messages.Numbers))
+        found: dict[str, Any] = json.loads(self._call(messages.Stat(self._token, self.tenant), messages.Numbers).json)
+        return found
 
     # --- the service -----------------------------------------------------------------------------------------------
 
@@ -329,14 +331,6 @@ async def _reply(call: Any, message: Foreign, timeout_s: float) -> Foreign:
     reply = await call(message, timeout_s=timeout_s)
     assert isinstance(reply, Foreign)
     return reply
-
-
-def numbers(answer: messages.Numbers) -> dict[str, Any]:
-    """What a service counts."""
-    import json
-
-    found: dict[str, Any] = json.loads(answer.json)
-    return found
 
 
 def _split(places: bytes) -> list[bytes]:

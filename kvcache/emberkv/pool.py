@@ -249,6 +249,7 @@ class Pool:
             if segment is None:
                 self._pending.discard((tenant, kind, key))
                 return REFUSED, None
+            self.space.pending_bytes[tenant] += HEADER_BYTES + length
             return STORED, segments.hand_out(segment, length)
         except BaseException:
             self._pending.discard((tenant, kind, key))
@@ -281,6 +282,7 @@ class Pool:
     def _settle(self, held: Reservation) -> None:
         for key, place in zip(held.keys, held.places, strict=True):
             self.index.segments.settle(place)
+            self.space.pending_bytes[held.tenant] -= place.end - place.offset
             self._pending.discard((held.tenant, held.kind, key))
 
     async def flush(self) -> None:

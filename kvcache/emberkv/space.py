@@ -12,6 +12,7 @@ Does not know: clients.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,8 @@ class Space:
     ) -> None:
         self.config = config
         self.counts = SpaceCounts()
+        self.pending_bytes: Counter[int] = Counter()
+        """Tenant -> places that it reserved, and has not committed or given up."""
         self._files, self._runtime, self._directory = files, runtime, directory
         self._wal, self._leases = wal, leases
         self._index = wal.index
@@ -102,7 +105,7 @@ class Space:
     def make_live_room(self, size: int, tenant: int) -> bool:
         """Evict until `size` more bytes of `tenant` fit. False: not even without what nobody holds."""
         table, quota = self._index.table, self._index.quotas[tenant]
-        while quota and table.tenant_bytes[tenant] + size > quota:
+        while quota and table.tenant_bytes[tenant] + self.pending_bytes[tenant] + size > quota:
             if not self._evict_coldest([tenant]):
                 return False
         while table.live_bytes + self._index.segments.pending_bytes + size > self.live_bytes_max(size):

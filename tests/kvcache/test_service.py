@@ -18,6 +18,8 @@ from emberfs.errors import AccessDenied
 from emberkv import messages
 from emberkv.hit import Hit
 
+from tests.fs.cli_run import emberline
+
 PAGE = 20_000
 MIB = 1 << 20
 NAMESPACE = emberkv.Namespace(
@@ -26,20 +28,6 @@ NAMESPACE = emberkv.Namespace(
 )  # fmt: skip
 PLAIN = emberkv.Namespace(model="plain", dtype="bf16", layout="mla", page_tokens=4, kinds=(emberkv.Kind("kv"),))
 
-PROGRAM = """
-import sys
-from pathlib import Path
-from emberkv.server import ServerConfig, run_server
-from emberkv.space import SpaceConfig
-
-store, capacity, tenants = sys.argv[1:]
-run_server(ServerConfig(
-    store=store, listen="127.0.0.1:0", space=SpaceConfig(capacity_bytes=int(capacity)),
-    tenants=Path(tenants) if tenants else None,
-))
-"""
-
-
 Serve = Callable[..., "Server"]
 
 
@@ -47,7 +35,8 @@ class Server:
     """A server process of this test."""
 
     def __init__(self, store: str, capacity_bytes: int = 64 * MIB, tenants: str = "") -> None:
-        command = [sys.executable, "-c", PROGRAM, store, str(capacity_bytes), tenants]
+        command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", store, "--listen", "127.0.0.1:0"]
+        command += ["--capacity", str(capacity_bytes), *(["--tenants", tenants] if tenants else [])]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         self.address: str = json.loads(self.process.stdout.readline())["address"]
@@ -227,3 +216,39 @@ def test_a_writer_that_dies_leaves_nothing_pending(serve: Serve) -> None:
         one._ask(lambda seat: messages.GiveUp(seat, answer.reservation), messages.Okay)
         assert two.put(keys, [page(1)] * 2) == ["stored"] * 2
         assert one.get(one.match(keys)) == [page(1)] * 2
+
+
+def test_an_operator_sees_limits_and_takes_away(serve: Serve) -> None:
+    address = serve().address
+    with emberkv.connect(address, PLAIN) as cache, emberkv.Operator(address) as operator:
+        prompts = [cache.keys(tokens(prompt, 10)) for prompt in range(1, 6)]
+        for keys in prompts:
+            cache.put(keys, [page(1)] * 10)
+        operator.set_quota(PLAIN.name, "default", 25 * (PAGE + 96))
+        numbers = operator.stat()["namespaces"][PLAIN.name]
+        assert numbers["pages"] == 25
+        assert numbers["tenants"]["default"]["bytes"] == 25 * (PAGE + 96)
+        assert cache.match(prompts[0]).pages == 0 and cache.match(prompts[4], lease_s=0).pages == 10
+        assert cache.put(cache.keys(tokens(7, 10)), [page(2)] * 10) == ["stored"] * 10
+        assert operator.stat()["namespaces"][PLAIN.name]["pages"] == 25
+        assert operator.erase("default") == {PLAIN.name: {"pages": 25, "bytes": 25 * (PAGE + 96)}}
+        assert cache.match(cache.keys(tokens(7, 10))).pages == 0
+        assert operator.drop(PLAIN.name) == {"default": {"pages": 0, "bytes": 0}}
+        operator.collect(PLAIN.name)
+
+
+def test_the_command_line_tells_what_a_service_holds(serve: Serve) -> None:
+    address = serve().address
+    with emberkv.connect(address, PLAIN) as cache:
+        keys = cache.keys(tokens(1, 4))
+        cache.put(keys, [page(1)] * 4)
+        cache.match(keys)
+        said = emberline("kv", "stat", "--address", address).stdout
+        assert PLAIN.name in said and "matches ended by whole 1" in said
+        numbers = json.loads(emberline("kv", "stat", "--address", address, "--json").stdout)
+        assert numbers["namespaces"][PLAIN.name]["pages"] == 4
+        report = json.loads(emberline("kv", "erase", "default", "--address", address, "--json").stdout)
+        assert report[PLAIN.name]["pages"] == 4
+        assert "evicted_pages" in emberline("kv", "gc", PLAIN.name, "--address", address).stdout
+        emberline("kv", "quota", PLAIN.name, "default", "1MiB", "--address", address)
+        assert "no namespace 'nobody'" in emberline("kv", "drop", "nobody", "--address", address, code=1).stderr

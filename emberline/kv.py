@@ -1,0 +1,332 @@
+"""`emberline kv`: the KV cache of inference nodes: how large one has to be, what it would hit, and the service.
+
+Invariant: what is imported here loads neither the service nor NumPy, so that `--help` does not wait for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import click
+from emberfs.cli.output import human_bytes, json_option, note, print_columns, print_fields, print_json, print_line
+
+from . import kvservice
+
+if TYPE_CHECKING:
+    from emberkv.models import Model
+    from emberkv.simulate import Outcome
+    from emberkv.trace import Trace
+    from emberkv.units import UnitRule
+
+HELP = """KV pages of prompts on the store, for inference nodes.
+
+\b
+Examples:
+  emberline kv serve --store ember:///srv/store --capacity 2TiB
+  emberline kv stat --address 127.0.0.1:7400
+  emberline kv size deepseek-v3 --capacity 100TiB --tokens-per-s 1e6
+  emberline kv simulate conversation_trace.jsonl --policy lru --policy s3fifo --plot curve.svg
+"""
+
+_dtype_option = click.option("--dtype", type=click.Choice(["bf16", "fp8"]), help="Of the KV; else what is usual.")
+_active_option = click.option(
+    "--active-params",
+    type=float,
+    metavar="N",
+    help="Parameters that compute each token, as in 37e9, for a config.json.",
+)
+
+
+@click.group(
+    help=HELP, short_help="KV cache of inference nodes: serve it, size one, simulate one.", no_args_is_help=True
+)
+def kv() -> None:
+    pass
+
+
+for _command in (kvservice.serve, kvservice.stat, kvservice.gc, kvservice.quota, kvservice.erase, kvservice.drop):
+    kv.add_command(_command)
+
+
+def _size_bytes(text: str) -> float:
+    from emberfs.cli.find import size_bytes
+
+    return size_bytes(text)
+
+
+def _model(name: str, dtype: str | None, active_params: float | None) -> Model:
+    """By its name, or by the path of its config.json or of the directory that holds it."""
+    import msgspec
+    from emberkv.models import known_model, model_from_config
+
+    path = Path(name)
+    if not path.exists():
+        return known_model(name, dtype=dtype)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=dict)
+    except msgspec.DecodeError as error:
+        raise click.ClickException(f"{path} is no config of a model: {error}") from error
+    label = path.parent.name if path.name == "config.json" else path.stem
+    return model_from_config(config, name=label, dtype=dtype or "bf16", active_params=active_params)
+
+
+# ---- size
+
+
+@kv.command()
+@click.argument("model")
+@_dtype_option
+@click.option("--page-tokens", type=click.IntRange(1, 65_536), default=64, show_default=True, metavar="N")
+@click.option("--capacity", metavar="SIZE", help='Of the cache, as in "100TiB".')
+@click.option("--tokens-per-s", type=click.FloatRange(min=0, min_open=True), metavar="N",
+              help="New tokens a second: prompts that missed, and what was generated.")  # fmt: skip
+@click.option("--interval", type=click.IntRange(min=1), default=8192, show_default=True, metavar="TOKENS",
+              help="Window states are kept every so many tokens.")  # fmt: skip
+@json_option
+def size(
+    model: str, dtype: str | None, page_tokens: int, capacity: str | None, tokens_per_s: float | None, interval: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Tell how large the KV of MODEL is, and how long a cache of some capacity keeps it.
+
+    MODEL is a name (deepseek-v3, deepseek-v3.2, deepseek-v4-flash, deepseek-v4-pro, deepseek-v4.1-flash, kimi-k2,
+    llama-3.1-8b, llama-3.1-70b, qwen3-32b, qwen3-235b-a22b) or the path of a config.json. Each byte is counted once:
+    ranks that hold the same share it, and replicas of the store are apart.
+
+    \b
+    Examples:
+      emberline kv size deepseek-v4-flash
+      emberline kv size deepseek-v3 --dtype fp8 --capacity 100TiB --tokens-per-s 1e6
+      emberline kv size ./Qwen3-8B/config.json --json
+    """
+    known = _model(model, dtype, None)
+    states = known.state_bytes / interval
+    per_token = known.bytes_per_token + states
+    fields: dict[str, object] = {
+        "model": known.name,
+        "dtype": known.dtype,
+        "bytes_per_token": known.bytes_per_token,
+        "parts": {part.name: part.bytes_per_token for part in known.parts},
+        "page_tokens": page_tokens,
+        "page_bytes": known.page_bytes(page_tokens),
+        "state_bytes": known.state_bytes,
+        "state_bytes_per_token": states,
+    }
+    told = [
+        ("model", f"{known.name}, KV in {known.dtype}"),
+        ("a token", f"{known.bytes_per_token:,.0f} bytes: {_parts_text(known)}"),
+        ("a page", f"{human_bytes(known.page_bytes(page_tokens))}, {page_tokens} tokens"),
+    ]
+    if known.state_bytes:
+        told.append(("window states", f"{human_bytes(known.state_bytes)} at each place they are kept; "
+                                      f"{states:,.0f} bytes a token, every {interval:,}"))  # fmt: skip
+    if capacity is not None:
+        tokens = _size_bytes(capacity) / per_token
+        fields |= {"capacity_bytes": int(_size_bytes(capacity)), "capacity_tokens": int(tokens)}
+        told.append(("fits", f"{_count_text(tokens)} tokens in {capacity}"))
+        if tokens_per_s is not None:
+            hours = tokens / tokens_per_s / 3600
+            fields |= {"tokens_per_s": tokens_per_s, "kept_hours": hours}
+            told.append(("is kept", f"{hours:,.1f} hours at {tokens_per_s:,.0f} new tokens a second "
+                                    f"({human_bytes(tokens_per_s * per_token)}/s to write)"))  # fmt: skip
+    elif tokens_per_s is not None:
+        day_bytes = tokens_per_s * per_token * 86_400
+        fields |= {"tokens_per_s": tokens_per_s, "day_bytes": day_bytes}
+        told.append(("a day", f"{human_bytes(day_bytes)} at {tokens_per_s:,.0f} new tokens a second"))
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(told)
+
+
+def _parts_text(model: Model) -> str:
+    return ", ".join(f"{part.name} {part.bytes_per_token:,.0f}" for part in model.parts)
+
+
+def _count_text(count: float) -> str:
+    """1.2e9 -> "1.2 G"."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f}"
+
+
+# ---- simulate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Worth:
+    """What a hit is worth."""
+
+    model: Model | None
+    """Of which the FLOPs are known."""
+    price_miss: float | None
+    price_hit: float
+
+    def run(self, trace: Trace, policy: str, capacity: int | None) -> tuple[Outcome, dict[str, float]]:
+        """An outcome, and what it saved."""
+        from emberkv.simulate import simulate as run
+
+        hits: list[int] = []
+        outcome = run(trace, policy, capacity, on_hit=hits.append)
+        saved: dict[str, float] = {}
+        if self.model is not None:
+            saved["saved_flops"] = sum(self.model.prefill_flops(hit) for hit in hits)
+            saved["saved_flops_share"] = saved["saved_flops"] / sum(
+                self.model.prefill_flops(request.input_tokens) for request in trace.requests
+            )
+        if self.price_miss is not None:
+            saved["saved_money"] = outcome.hit_tokens / 1e6 * (self.price_miss - self.price_hit)
+        return outcome, saved
+
+
+@kv.command()
+@click.argument("trace", type=click.File("rb"))
+@click.option("--page-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
+              help="Tokens of a page of the trace.")  # fmt: skip
+@click.option("--policy", "policies", multiple=True, type=click.Choice(["lru", "fifo", "s3fifo"]), default=["lru"],
+              show_default=True, help="May be given several times. lru is the service's.")  # fmt: skip
+@click.option("--capacity", "capacities", multiple=True, metavar="N|SIZE",
+              help='Pages, or with --model a size as in "10TiB". May be repeated; else a curve.')  # fmt: skip
+@click.option("--model", metavar="MODEL", help="A name or config.json, as for `kv size`: for bytes and FLOPs.")
+@_dtype_option
+@_active_option
+@click.option("--units", is_flag=True, help="Also with window states at ends, intervals and common prefixes only.")
+@click.option("--interval", type=click.IntRange(min=1), default=8192, show_default=True, metavar="TOKENS",
+              help="With --units: every so many tokens.")  # fmt: skip
+@click.option("--no-common", is_flag=True, help="With --units: not where requests part.")
+@click.option("--replay", is_flag=True, help="Also with no window states: the last window of a hit is computed again.")
+@click.option("--price-miss", type=click.FloatRange(min=0), metavar="P", help="Of a million tokens that missed.")
+@click.option("--price-hit", type=click.FloatRange(min=0), default=0.0, metavar="P", help="Of a million that hit.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Write the curve as FILE.svg, or with its numbers as FILE.html.")  # fmt: skip
+@json_option
+def simulate(
+    trace: BinaryIO, page_tokens: int, policies: tuple[str, ...], capacities: tuple[str, ...], model: str | None,
+    dtype: str | None, active_params: float | None, units: bool, interval: int, no_common: bool, replay: bool,
+    price_miss: float | None, price_hit: float, plot: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Tell what caches of some capacities and policies would hit on TRACE.
+
+    TRACE is a file in Mooncake's format (JSON Lines of timestamp, input_length, output_length, hash_ids), or - for
+    the standard input. Each hash_id is a page, the short last one too. A cache without end is always told.
+
+    \b
+    Examples:
+      emberline kv simulate conversation_trace.jsonl
+      emberline kv simulate conversation_trace.jsonl --capacity 10000 --capacity 50000 --policy lru --policy fifo
+      emberline kv simulate conversation_trace.jsonl --model deepseek-v4-flash --units --price-miss 0.15
+      emberline kv simulate conversation_trace.jsonl --plot curve.html --json
+    """
+    from emberkv.simulate import capacities_for
+    from emberkv.trace import read_trace
+    from emberkv.units import UnitRule
+
+    if plot is not None and plot.suffix not in (".svg", ".html"):
+        raise click.UsageError(f"--plot writes .svg or .html, not {plot.name}")
+    known = None if model is None else _model(model, dtype, active_params)
+    requests = read_trace(trace, page_tokens=page_tokens)
+    page_bytes = known.page_bytes(page_tokens) if known else None
+    pages = [_pages(text, page_bytes) for text in capacities] or capacities_for(requests)
+    has_flops = known is not None and known.active_params is not None
+    worth = _Worth(model=known if has_flops else None, price_miss=price_miss, price_hit=price_hit)
+    whole = worth.run(requests, "lru", None)
+    found = [worth.run(requests, policy, count) for policy in dict.fromkeys(policies) for count in sorted(set(pages))]
+    rules = {}
+    if units:
+        rules["units"] = UnitRule(page_tokens=page_tokens, interval_tokens=interval, sees_common=not no_common)
+    if replay:
+        rules["replay"] = UnitRule(page_tokens=page_tokens, replays=True)
+    if as_json:
+        print_json(_simulated_fields(requests, known, whole, found, rules))
+    else:
+        _print_simulated(requests, known, whole, found, rules)
+    if plot is not None:
+        _draw(plot, trace.name, [outcome for outcome, _ in found], whole[0])
+
+
+def _pages(text: str, page_bytes: int | None) -> int:
+    """Of a capacity, as the user gave it."""
+    if text.replace("_", "").replace(",", "").isdigit():
+        return int(text.replace(",", ""))
+    if page_bytes is None:
+        raise click.UsageError(f"--capacity {text} is in bytes: say of which --model")
+    return int(_size_bytes(text) // page_bytes)
+
+
+_Found = tuple["Outcome", dict[str, float]]
+
+
+def _simulated_fields(
+    trace: Trace, model: Model | None, whole: _Found, found: list[_Found], rules: dict[str, UnitRule]
+) -> dict[str, object]:
+    from emberkv.simulate import simulate_units
+
+    names = ("page_tokens", "pages", "unique_pages", "input_tokens", "output_tokens", "span_s")
+    page_bytes = {"page_bytes": model.page_bytes(trace.page_tokens)} if model else {}
+    return {
+        "trace": {"requests": len(trace.requests), **{name: getattr(trace, name) for name in names}, **page_bytes},
+        "infinite": {**whole[0].fields(), **whole[1]},
+        "curve": [{**outcome.fields(), **saved} for outcome, saved in found],
+        **{name: simulate_units(trace, rule).fields() for name, rule in rules.items()},
+    }
+
+
+def _print_simulated(
+    trace: Trace, model: Model | None, whole: _Found, found: list[_Found], rules: dict[str, UnitRule]
+) -> None:
+    from emberkv.simulate import simulate_units
+
+    outcome, saved = whole
+    told = [
+        ("trace", f"{len(trace.requests):,} requests in {trace.span_s / 60:,.0f} minutes: {trace.pages:,} pages of "
+                  f"{trace.page_tokens} tokens, {trace.unique_pages:,} of them different"),
+        ("without end", f"{outcome.page_rate:.2%} of pages and {outcome.token_rate:.2%} of tokens hit; "
+                        f"{outcome.hit_requests / outcome.requests:.2%} of requests hit something"),
+    ]  # fmt: skip
+    if saved:
+        told.append(("it saves", ", ".join(_saved_texts(saved))))
+    if model is not None:
+        per_page = model.page_bytes(trace.page_tokens)
+        told.append(("it holds", f"{human_bytes(per_page * outcome.stored)}, {human_bytes(per_page)} a page"))
+    for name, rule in rules.items():
+        unit = simulate_units(trace, rule)
+        text = f"{unit.unit_rate:.2%} of pages hit, of {unit.page_rate:.2%} with states at every whole page"
+        if rule.replays:
+            text += f"; {unit.recomputed_tokens / unit.hit_tokens if unit.hit_tokens else 0:.2%} of hit tokens computed"
+        else:
+            text += f"; states of {unit.states:,} of {unit.stored_pages:,} pages"
+            text += f", {human_bytes(unit.states * model.state_bytes)}" if model and model.state_bytes else ""
+        told.append((name, text))
+    print_fields(told)
+    print_line("")
+    size_heads = ("size",) if model else ()
+    rows = [("policy", "pages", *size_heads, "page hits", "token hits", "evicted", *saved)]
+    for outcome, saved in found:
+        assert outcome.capacity is not None
+        sizes = (human_bytes(outcome.capacity * model.page_bytes(trace.page_tokens)),) if model else ()
+        rates = (f"{outcome.page_rate:.2%}", f"{outcome.token_rate:.2%}", f"{outcome.evicted:,}")
+        rows.append((outcome.policy, f"{outcome.capacity:,}", *sizes, *rates, *_saved_texts(saved, bare=True)))
+    heads = [name.replace("_", " ") for name in rows[0]]
+    print_columns([heads, *rows[1:]], right=range(1, len(heads)))
+
+
+def _saved_texts(saved: dict[str, float], *, bare: bool = False) -> list[str]:
+    """Each as it is told alone, or `bare` under its name."""
+    forms = {
+        "saved_flops": ("{:.2e}", "{:.2e} prefill FLOPs"),
+        "saved_flops_share": ("{:.2%}", "{:.2%} of all"),
+        "saved_money": ("{:,.2f}", "{:,.2f} in money"),
+    }
+    return [forms[name][0 if bare else 1].format(value) for name, value in saved.items()]
+
+
+def _draw(path: Path, name: str, outcomes: list[Outcome], whole: Outcome) -> None:
+    from emberkv.drawing import curve_page, curve_svg
+
+    draw = curve_svg if path.suffix == ".svg" else curve_page
+    path.write_text(draw(f"Pages that hit: {Path(name).name}", outcomes, whole), encoding="utf-8")
+    note(f"wrote {path}")

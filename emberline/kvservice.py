@@ -1,0 +1,198 @@
+"""`emberline kv serve` and what an operator asks of a service: numbers, quotas, and taking away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from emberfs.cli.output import human_bytes, json_option, note, print_columns, print_json, print_line
+
+if TYPE_CHECKING:
+    from emberkv.operator import Operator
+
+_address_option = click.option(
+    "--address", envvar="EMBERLINE_KV", required=True, metavar="HOST:PORT",
+    help="Of the service, or unix:/path. Or set EMBERLINE_KV.",
+)  # fmt: skip
+_token_option = click.option(
+    "--token", envvar="EMBERLINE_KV_TOKEN", default="", help="Of an operator. Or set EMBERLINE_KV_TOKEN."
+)
+_tls_option = click.option("--tls", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+                           help="With ca.pem, cert.pem and key.pem.")  # fmt: skip
+
+
+def _size_bytes(text: str) -> int:
+    from emberfs.cli.find import size_bytes
+
+    return int(size_bytes(text))
+
+
+@click.command()
+@click.option(
+    "--store",
+    envvar="EMBERLINE_URL",
+    required=True,
+    metavar="URL",
+    help="The store that holds the pages. Or set EMBERLINE_URL.",
+)
+@click.option("--root", default="/kv", show_default=True, metavar="PATH", help="A directory of the store for them.")
+@click.option(
+    "--listen", default="127.0.0.1:7400", show_default=True, metavar="HOST:PORT", help="Or unix:/path; port 0: any."
+)
+@click.option(
+    "--capacity", default="10GiB", show_default=True, metavar="SIZE", help="Of each namespace, on disk; replicas apart."
+)
+@click.option("--ttl-hours", type=click.FloatRange(min=0, min_open=True), default=72.0, show_default=True, metavar="N",
+              help="A page that nobody asked for in so long goes.")  # fmt: skip
+@click.option("--tenants", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE",
+              help="Whose tokens the service takes. Without it whoever reaches the port may do all.")  # fmt: skip
+@_tls_option
+def serve(
+    store: str, root: str, listen: str, capacity: str, ttl_hours: float, tenants: Path | None, tls: Path | None
+) -> None:
+    """Serve KV pages that lie in a store, until SIGTERM or Ctrl-C.
+
+    It says where they are, takes leases and makes room; the bytes go between clients and the storage servers. A second
+    one on the same root waits until the first is silent for two seconds, and takes over. The first line of its output
+    is JSON with its address.
+
+    The file of tenants holds digests, not tokens: {"operators": [SHA256, ...], "tenants": {"acme": [SHA256, ...]}},
+    each of them of: printf %s TOKEN | sha256sum.
+
+    \b
+    Examples:
+      emberline kv serve --store ember:///srv/store --capacity 2TiB
+      emberline kv serve --store ember://10.0.0.1:7300 --listen 0.0.0.0:7400 --tls /etc/kv --tenants tenants.json
+    """
+    from emberkv.server import ServerConfig, run_server
+    from emberkv.space import SpaceConfig
+
+    space = SpaceConfig(capacity_bytes=_size_bytes(capacity), ttl_s=3600 * ttl_hours)
+    run_server(ServerConfig(store=store, root=root, listen=listen, space=space, tenants=tenants, tls=tls))
+
+
+def _operator(address: str, token: str, tls: Path | None) -> Operator:
+    from emberfs.transport import TcpConfig, TlsFiles
+    from emberkv.operator import Operator
+
+    files = None if tls is None else TlsFiles(ca=tls / "ca.pem", cert=tls / "cert.pem", key=tls / "key.pem")
+    return Operator(address, token=token, tcp=TcpConfig(tls=files))
+
+
+@click.command()
+@_address_option
+@_token_option
+@_tls_option
+@json_option
+def stat(address: str, token: str, tls: Path | None, as_json: bool) -> None:
+    """Tell what a service holds and what it did: hits, reasons of misses, evictions, by namespace.
+
+    \b
+    Examples:
+      emberline kv stat --address 127.0.0.1:7400
+      EMBERLINE_KV=127.0.0.1:7400 emberline kv stat --json
+    """
+    with _operator(address, token, tls) as operator:
+        numbers = operator.stat()
+    if as_json:
+        print_json(numbers)
+        return
+    rows: list[list[str]] = [["namespace", "pages", "live", "on disk", "of", "asked", "hit", "evicted"]]
+    for name, each in numbers["namespaces"].items():
+        counts = each["counts"]
+        rate = counts["matched_pages"] / counts["asked_pages"] if counts["asked_pages"] else 0.0
+        sizes = [human_bytes(each[field]) for field in ("live_bytes", "disk_bytes", "capacity_bytes")]
+        rows.append([name, f"{each['pages']:,}", *sizes, f"{counts['asked_pages']:,}", f"{rate:.1%}",
+                     f"{counts['evicted_pages'] + counts['expired_pages']:,}"])  # fmt: skip
+    print_columns(rows, right=range(1, 8))
+    for name, each in numbers["namespaces"].items():
+        stops = ", ".join(f"{reason} {count:,}" for reason, count in sorted(each["counts"]["stops"].items()))
+        print_line(f"{name}: matches ended by {stops or 'nothing yet'}")
+
+
+@click.command()
+@click.argument("namespace")
+@_address_option
+@_token_option
+@_tls_option
+@json_option
+def gc(namespace: str, address: str, token: str, tls: Path | None, as_json: bool) -> None:
+    """Let NAMESPACE give back now what is dead, and tell what was done for room since the service started.
+
+    \b
+    Example:
+      emberline kv gc deepseek-v3-0123456789abcdef --address 127.0.0.1:7400
+    """
+    with _operator(address, token, tls) as operator:
+        counts = operator.collect(namespace)
+    _told(counts, as_json)
+
+
+@click.command()
+@click.argument("namespace")
+@click.argument("tenant")
+@click.argument("limit")
+@_address_option
+@_token_option
+@_tls_option
+def quota(namespace: str, tenant: str, limit: str, address: str, token: str, tls: Path | None) -> None:
+    """Let TENANT hold at most LIMIT in NAMESPACE; 0: as much as there is room for. What is over it is evicted.
+
+    \b
+    Example:
+      emberline kv quota deepseek-v3-0123456789abcdef acme 500GiB --address 127.0.0.1:7400
+    """
+    with _operator(address, token, tls) as operator:
+        operator.set_quota(namespace, tenant, _size_bytes(limit))
+    note(f"{tenant} may hold {limit} in {namespace}")
+
+
+@click.command()
+@click.argument("tenant")
+@click.option("--namespace", default="", metavar="NAME", help="Only in this one.")
+@_address_option
+@_token_option
+@_tls_option
+@json_option
+def erase(tenant: str, namespace: str, address: str, token: str, tls: Path | None, as_json: bool) -> None:
+    """Take out every page of TENANT, and report what it had. The tombstones are durable when this ends.
+
+    \b
+    Example:
+      emberline kv erase acme --address 127.0.0.1:7400 --json
+    """
+    with _operator(address, token, tls) as operator:
+        report = operator.erase(tenant, namespace=namespace)
+    _told(report, as_json)
+
+
+@click.command()
+@click.argument("namespace")
+@_address_option
+@_token_option
+@_tls_option
+@json_option
+def drop(namespace: str, address: str, token: str, tls: Path | None, as_json: bool) -> None:
+    """Take out every page of NAMESPACE: a model or a revision that nobody serves any more.
+
+    \b
+    Example:
+      emberline kv drop deepseek-v3-0123456789abcdef --address 127.0.0.1:7400
+    """
+    with _operator(address, token, tls) as operator:
+        report = operator.drop(namespace)
+    _told(report, as_json)
+
+
+def _told(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+        return
+    for name, value in report.items():
+        told = (
+            ", ".join(f"{count:,} {what}" for what, count in value.items()) if isinstance(value, dict) else f"{value:,}"
+        )
+        print_line(f"{name}: {told}")
+    if not report:
+        print_line("there was nothing")

@@ -1,0 +1,74 @@
+"""`Operator`: what an operator asks of a KV-cache service: numbers, quotas, and taking away what nobody needs."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import Any, TypeVar
+
+from emberfs.messages import Foreign
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.transport import TcpConfig, TcpNetwork
+
+from . import messages
+
+A = TypeVar("A", bound=messages.Answer)
+
+
+class Operator:
+    """A service, as its operator sees it. Every call raises AccessDenied, NotFound, Unreachable, Unanswered."""
+
+    def __init__(self, address: str, *, token: str = "", tcp: TcpConfig | None = None, timeout_s: float = 30.0) -> None:
+        self._address, self._token, self._timeout_s = address, token, timeout_s
+        self._runtime = AsyncioRuntime("emberkv-operator")
+        self._portal = Portal(self._runtime)
+        self._network = TcpNetwork(self._runtime, tcp or TcpConfig())
+
+    def stat(self) -> dict[str, Any]:
+        """Numbers of every open namespace."""
+        return self._numbers(messages.Stat(self._token))
+
+    def collect(self, namespace: str) -> dict[str, Any]:
+        """Give back what is dead now. What was done for room since the start."""
+        return self._numbers(messages.Collect(namespace, self._token))
+
+    def erase(self, tenant: str, *, namespace: str = "") -> dict[str, Any]:
+        """Take out all that a tenant has, in one namespace or in all. What it had, by namespace."""
+        return self._numbers(messages.Erase(tenant, self._token, namespace))
+
+    def drop(self, namespace: str) -> dict[str, Any]:
+        """Take out all pages of a namespace. What there was, by tenant."""
+        return self._numbers(messages.Drop(namespace, self._token))
+
+    def set_quota(self, namespace: str, tenant: str, limit_bytes: int) -> None:
+        """What a tenant may hold; 0: as much as there is."""
+        self._ask(messages.Quota(namespace, tenant, limit_bytes, self._token), messages.Okay)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._portal.drain()
+        try:
+            self._portal.run_last(self._network.close())
+        finally:
+            self._runtime.stop()
+
+    def __enter__(self) -> Operator:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _numbers(self, ask: messages.Ask) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._ask(ask, messages.Numbers).json)
+        return found
+
+    def _ask(self, ask: messages.Ask, answer: type[A]) -> A:
+        said = messages.decode_answer(self._portal.run(self._call(messages.encode_ask(ask))))
+        assert isinstance(said, answer)
+        return said
+
+    async def _call(self, message: Foreign) -> Foreign:
+        reply = await self._network.connection(self._address).call(message, timeout_s=self._timeout_s)
+        assert isinstance(reply, Foreign)
+        return reply
