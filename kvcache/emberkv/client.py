@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import emberfs
-from emberfs import Client, StoreClosed
+from emberfs import Client, NotFound, StoreClosed
 from emberfs.client.buffers import flat_view, writable_view
 from emberfs.errors import DeadlineExceeded, EmberError, LimitExceeded, Unavailable
 from emberfs.messages import Foreign
@@ -36,6 +36,8 @@ from .writing import PageWriter
 A = TypeVar("A", bound=messages.Answer)
 STATES = ("stored", "known", "pending", "refused")
 NO_PLACE = bytes(PLACE.size)
+TURN_S = 2.0
+"""Of several addresses one is given so long before the next has its turn."""
 PUT_PAGES_MAX = 1024
 """In one request."""
 
@@ -185,7 +187,10 @@ class KVCache:
         for begin in range(0, len(keys), PUT_PAGES_MAX):
             part = slice(begin, begin + PUT_PAGES_MAX)
             with self._writing:
-                states += self._put(number, keys[part], parents[part], views[part], durable == "committed")
+                try:
+                    states += self._put(number, keys[part], parents[part], views[part], durable == "committed")
+                except NotFound:  # The service, or a segment, is another one by now.
+                    states += self._put(number, keys[part], parents[part], views[part], durable == "committed")
         return states
 
     def _put(
@@ -282,7 +287,8 @@ class KVCache:
         while (left_s := ends_s - self._runtime.now_s()) > 0:
             call = self._network.connection(self._addresses[0]).call
             try:
-                reply = self._portal.run(_reply(call, messages.encode_ask(ask), left_s))
+                wait_s = left_s if len(self._addresses) == 1 else min(left_s, TURN_S)
+                reply = self._portal.run(_reply(call, messages.encode_ask(ask), wait_s))
                 said = messages.decode_answer(reply)
                 assert isinstance(said, answer)
                 return said

@@ -262,8 +262,9 @@ class Space:
 
     async def remove_strangers(self) -> int:
         """Files in the directory of segments that the index does not name: an earlier owner's. How many."""
-        known = {self.path(each.id).rpartition("/")[2] for each in self._index.segments}
-        strangers = [name for name in await self._files.names(self._directory) if name not in known]
+        names = await self._files.names(self._directory)
+        known = {self.path(each.id).rpartition("/")[2] for each in self._index.segments}  # Noted before they are made.
+        strangers = [name for name in names if name not in known]
         for name in strangers:
             await self._files.remove(f"{self._directory}/{name}")
         return len(strangers)

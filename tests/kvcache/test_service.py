@@ -34,12 +34,21 @@ Serve = Callable[..., "Server"]
 class Server:
     """A server process of this test."""
 
-    def __init__(self, store: str, capacity_bytes: int = 64 * MIB, tenants: str = "") -> None:
-        command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", store, "--listen", "127.0.0.1:0"]
+    def __init__(
+        self, store: str, capacity_bytes: int = 64 * MIB, tenants: str = "", listen: str = "127.0.0.1:0"
+    ) -> None:
+        command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", store, "--listen", listen]
+        self._address: str | None = None
         command += ["--capacity", str(capacity_bytes), *(["--tenants", tenants] if tenants else [])]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert self.process.stdout is not None
-        self.address: str = json.loads(self.process.stdout.readline())["address"]
+
+    @property
+    def address(self) -> str:
+        """Once it serves."""
+        if self._address is None:
+            assert self.process.stdout is not None
+            self._address = json.loads(self.process.stdout.readline())["address"]
+        return self._address
 
     def end(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -55,8 +64,8 @@ def store(tmp_path: Path) -> str:
 def serve(store: str) -> Iterator[Serve]:
     servers: list[Server] = []
 
-    def start(capacity_bytes: int = 64 * MIB, tenants: str = "") -> Server:
-        servers.append(Server(store, capacity_bytes, tenants))
+    def start(capacity_bytes: int = 64 * MIB, tenants: str = "", listen: str = "127.0.0.1:0") -> Server:
+        servers.append(Server(store, capacity_bytes, tenants, listen))
         return servers[-1]
 
     yield start
@@ -148,6 +157,20 @@ def test_a_client_finds_a_service_that_came_back(serve: Serve) -> None:
         cache._addresses = [first.address, second.address]
         assert cache.match(keys).pages == 3
         assert cache.put(keys, [page(1)] * 3) == ["known"] * 3
+
+
+def test_a_standby_takes_over(serve: Serve, tmp_path: Path) -> None:
+    first = serve(listen=f"unix:{tmp_path}/first")
+    address = first.address
+    with emberkv.connect(f"{address},unix:{tmp_path}/second", PLAIN, timeout_s=60) as cache:
+        keys = cache.keys(tokens(1, 3))
+        cache.put(keys, [page(1)] * 3, durable="committed")
+        serve(listen=f"unix:{tmp_path}/second")
+        first.end(signal.SIGKILL)
+        hit = cache.match(keys)
+        assert cache.get(hit) == [page(1)] * 3
+        assert cache.stat()["namespaces"][PLAIN.name]["epoch"] == 2
+        assert cache.put(cache.keys(tokens(2, 3)), [page(2)] * 3, durable="committed") == ["stored"] * 3
 
 
 def test_a_full_cache_evicts_the_coldest_and_gives_the_space_back(serve: Serve, store: str) -> None:
