@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from .plan.filescans import FileScan, ResolvedScan, listed, resolve
+from .plan.filescans import ResolvedScan
 from .plan.frames import Computed, Frame
-from .plan.nodes import Column
+from .plan.nodes import Column, Expr
+from .plan.resolving import listed, resolve
+from .plan.scantext import FileScan
+from .plan.skipping import narrowed
 from .query import quoted
 
 if TYPE_CHECKING:
     from .jobs import Jobs
+
+_NARROWED_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,18 @@ class SessionCatalog:
             with jobs.session.engine.running(scan.call(scan.paths)) as cursor:
                 known = jobs.scans[scan] = files, resolve(scan, files, cursor)
         return known[1]
+
+    def narrowed(self, scan: ResolvedScan, conditions: tuple[Expr, ...]) -> ResolvedScan:
+        """The scan of the files that may hold rows which meet the conditions; the latest answers are kept."""
+        key = scan.scan, scan.files, conditions
+        known = self.jobs.narrowed
+        found = known.get(key)
+        if found is None or not all(file.version for file in scan.files):
+            with self.jobs.session.engine.running(scan.scan.call(scan.scan.paths)) as cursor:
+                found = known[key] = narrowed(scan, conditions, cursor)
+            for oldest in list(known)[:-_NARROWED_MAX]:
+                known.pop(oldest, None)
+        return found
 
     def computed(self, frame: Frame) -> Computed | None:
         """The frame's rows, if an earlier job has made them."""

@@ -30,11 +30,13 @@ from .job.shares import ShareConfig
 from .job.steps import Output, Place, create
 from .job.task import nothing
 from .plan.explain import explained
-from .plan.filescans import File, FileScan, ResolvedScan, find, listed
+from .plan.filescans import File, ResolvedScan
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
-from .plan.nodes import Column
+from .plan.nodes import Column, Expr
 from .plan.pipes import Program
 from .plan.planner import Planner
+from .plan.resolving import listed
+from .plan.scantext import FileScan, find
 from .plan.stages import StageConfig
 from .progress import job_progress
 from .quantities import bytes_of
@@ -79,6 +81,8 @@ class Jobs:
         self._closed = False
         self.scans: dict[FileScan, tuple[list[File], ResolvedScan]] = {}
         """Files that were looked into, as they were then."""
+        self.narrowed: dict[tuple[FileScan, tuple[File, ...], tuple[Expr, ...]], ResolvedScan] = {}
+        """Which of them hold what was asked for."""
         self.last: list[Event] = []
         """What the latest job told."""
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 from .dataframe import DataFrame, LazyWrite
 from .engine import Engine, EngineConfig
 from .errors import ExchangeCorrupt, InvalidArgument
-from .plan.filescans import small
+from .plan.scantext import small
 from .query import Query, literal, of_table, parse, quoted
 from .sources import StorageOptions, expand_directories
 

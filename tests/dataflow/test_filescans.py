@@ -15,7 +15,9 @@ import fsspec
 import pytest
 from emberflow.job.identity import stores
 from emberflow.plan.doubt import doubt
-from emberflow.plan.filescans import File, FileScan, ResolvedScan, Share, find, listed, resolve
+from emberflow.plan.filescans import File, ResolvedScan, Share
+from emberflow.plan.resolving import listed, resolve
+from emberflow.plan.scantext import FileScan, find
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -46,6 +48,11 @@ from fsspec.implementations.memory import MemoryFileSystem
             "from S0 AS \"it's é\" -- from 'no.csv'",
             [FileScan("read_parquet", ("it's é.parquet",))],
         ),
+        (
+            "select trim((select t from 'a.csv')), extract(year from d) from 'a.csv'",
+            'select trim((select t from S0 AS "a")), extract(year from d) from S0 AS "a"',
+            [FileScan("read_csv", ("a.csv",))],
+        ),
         ("from 'd/*.csv' where x", 'from S0 AS "d/*.csv" where x', [FileScan("read_csv", ("d/*.csv",))]),
         (
             "from read_csv('a', header := true, -- the data :)\n /* ( */ names = ['a,b', \"c\"]) as x",
@@ -66,6 +73,7 @@ def test_a_scan_is_found_and_named(text: str, expected: str, scans: list[FileSca
         "select 'from ''a.parquet''' from t",
         "select extract(year from date '2020-01-01')",
         "select substring('abc.parquet' from 2)",
+        "select extract(year from 'x.csv'), trim(both 'v' from 'x.csv'), trim(from 'y.parquet')",
         "select x is distinct from 'abc.csv', y is not distinct from 'd.csv'",
         "from read_csv('a.csv', filename = true)",
         "from read_parquet($paths)",

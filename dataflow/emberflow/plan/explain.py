@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .describe import describe
+from .filescans import ResolvedScan
 from .grade import grade
 from .pipes import (
     ByExpression,
@@ -70,10 +71,14 @@ def _how(stage: Stage) -> str:
 
 def _feed(feed: Feed) -> str:
     if isinstance(feed, FileFeed):
-        return (
-            f"{len(feed.scan.files)} files, {feed.scan.size_bytes:,} bytes, columns {', '.join(feed.names) or 'none'}"
-        )
+        return f"{_files(feed.scan)}, columns {', '.join(feed.names) or 'none'}"
     if isinstance(feed, ExchangeFeed):
         whole = {"all": "whole", "partition": "a partition", "piece": "a piece"}[feed.by]
         return f"exchange {feed.exchange.id}, {whole}"
     return f"a table of {feed.table.num_rows:,} rows"
+
+
+def _files(scan: ResolvedScan) -> str:
+    if not scan.all_files:
+        return f"{len(scan.files)} files, {scan.size_bytes:,} bytes"
+    return f"{len(scan.files)} of {scan.all_files} files, {scan.size_bytes:,} of {scan.all_bytes:,} bytes"

@@ -21,7 +21,7 @@ from ..functions.udf import Udf
 from ..query import Query, inlined, of_table
 from .binder import NotPlannable, bind
 from .doubt import doubt
-from .filescans import FileScan, ResolvedScan, find
+from .filescans import ResolvedScan
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
 from .pipes import (
@@ -41,6 +41,8 @@ from .pipes import (
     Whole,
 )
 from .prune import pruned
+from .scantext import FileScan, find
+from .skipping import with_conditions
 from .stages import Builder, Pipes, StageConfig, feed_of, hashed
 
 # What a row takes, where nothing says how many there are.
@@ -52,6 +54,9 @@ class Catalog(Protocol):
 
     def resolve(self, scan: FileScan) -> ResolvedScan:
         """The scan's files and columns."""
+
+    def narrowed(self, scan: ResolvedScan, conditions: tuple[Expr, ...]) -> ResolvedScan:
+        """The scan of the files that may hold rows which meet the conditions, which are over the scan's columns."""
 
     def describe(self, text: str, shadows: Mapping[str, Sequence[Column]]) -> tuple[Column, ...]:
         """The columns of a query over tables with these columns."""
@@ -179,10 +184,21 @@ class Planner:
         except duckdb.Error as error:
             # It may have a meaning with the files themselves: of columns that only their readers have, of other names.
             raise NotPlannable(f"an expression over tables in place of files: {error}") from error
-        plan = pruned(bound.plan)
         scope: dict[object, Callable[[Node], Pipes]] = {}
-        for name, source in sources.items():
+
+        def scanned(node: Scan, conditions: tuple[Expr, ...]) -> Scan:
+            """Each scan of files is of its own files: those that its conditions leave."""
+            source = sources.get(node.table)
+            if source is None:
+                return node
+            name = f"{node.table} {len(scope)}"
+            if isinstance(source, ResolvedScan):
+                over = tuple(condition.moved(node.positions.__getitem__) for condition in conditions)
+                source = self.catalog.narrowed(source, over)
             scope[name] = self._scanning(source)
+            return replace(node, table=name)
+
+        plan = with_conditions(pruned(bound.plan), scanned)
         for name, (pipes, _) in frames.items():
             uses = sum(isinstance(node, Scan) and node.table == name for node in walk(plan))
             scope[name] = self._reading(pipes, uses)
