@@ -19,8 +19,8 @@ class Leases:
 
     def __init__(self, hold: Callable[[int], None], let_go: Callable[[int], None]) -> None:
         self._hold, self._let_go = hold, let_go
-        self._held: dict[int, tuple[float, tuple[int, ...]]] = {}
-        """Lease -> (end, slots)."""
+        self._held: dict[int, tuple[float, tuple[int, ...], int]] = {}
+        """Lease -> (end, slots, owner)."""
         self._ends: list[tuple[float, int]] = []
         """A heap. Of a lease that was extended or let go an entry stays until its time."""
         self._next = 1
@@ -30,39 +30,39 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
-    def take(self, slots: Sequence[int], *, duration_s: float, now_s: float) -> int:
-        """A new lease on `slots`. Its number."""
+    def take(self, slots: Sequence[int], *, owner: int, duration_s: float, now_s: float) -> int:
+        """A new lease on `slots`. Its number, which means nothing to other owners."""
         lease, self._next = self._next, self._next + 1
         end_s = now_s + min(duration_s, LEASE_S_MAX)
-        self._held[lease] = (end_s, tuple(slots))
+        self._held[lease] = (end_s, tuple(slots), owner)
         heapq.heappush(self._ends, (end_s, lease))
         self.latest_end_s = max(self.latest_end_s, end_s)
         for slot in slots:
             self._hold(slot)
         return lease
 
-    def extend(self, lease: int, *, duration_s: float, now_s: float) -> bool:
-        """Let it last for `duration_s` from now. False: it is over."""
+    def extend(self, lease: int, *, owner: int, duration_s: float, now_s: float) -> bool:
+        """Let it last for `duration_s` from now. False: it is over, or another owner's."""
         self.expire(now_s)
         held = self._held.get(lease)
-        if held is None:
+        if held is None or held[2] != owner:
             return False
         end_s = max(held[0], now_s + min(duration_s, LEASE_S_MAX))
-        self._held[lease] = (end_s, held[1])
+        self._held[lease] = (end_s, held[1], owner)
         heapq.heappush(self._ends, (end_s, lease))
         self.latest_end_s = max(self.latest_end_s, end_s)
         return True
 
-    def release(self, leases: Iterable[int]) -> int:
+    def release(self, leases: Iterable[int], *, owner: int) -> int:
         """End some now. How many of them there were."""
-        count = 0
-        for lease in leases:
-            held = self._held.pop(lease, None)
-            if held is not None:
-                count += 1
-                for slot in held[1]:
-                    self._let_go(slot)
-        return count
+        mine = [lease for lease in leases if lease in self._held and self._held[lease][2] == owner]
+        for lease in mine:
+            self._end(lease)
+        return len(mine)
+
+    def _end(self, lease: int) -> None:
+        for slot in self._held.pop(lease)[1]:
+            self._let_go(slot)
 
     def expire(self, now_s: float) -> None:
         """End those whose time is over."""
@@ -70,4 +70,4 @@ class Leases:
             _, lease = heapq.heappop(self._ends)
             held = self._held.get(lease)
             if held is not None and held[0] <= now_s:
-                self.release([lease])
+                self._end(lease)

@@ -161,7 +161,7 @@ class Pool:
         self.table.touch(last, self.space.stamp_s())
         lease = 0
         if lease_s > 0:
-            lease = self.leases.take((last,), duration_s=lease_s, now_s=self._runtime.now_s())
+            lease = self.leases.take((last,), owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
         return slots, reason, lease
 
     def lookup(self, tenant: int, kind: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[bytes], int]:
@@ -177,7 +177,7 @@ class Pool:
                 self.table.touch(slot, now_s)
         lease = 0
         if held and lease_s > 0:
-            lease = self.leases.take(held, duration_s=lease_s, now_s=self._runtime.now_s())
+            lease = self.leases.take(held, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
         return places, lease
 
     async def report(self, tenant: int, kind: int, keys: Sequence[bytes]) -> int:

@@ -177,11 +177,13 @@ class KvService:
         return messages.LookedUp(b"".join(places), lease)
 
     def _release(self, ask: messages.Release) -> messages.Answer:
-        return messages.Okay(self._seat(ask.seat).pool.leases.release(ask.leases))
+        seat = self._seat(ask.seat)
+        return messages.Okay(seat.pool.leases.release(set(ask.leases), owner=seat.tenant))
 
     def _extend(self, ask: messages.Extend) -> messages.Answer:
-        leases = self._seat(ask.seat).pool.leases
-        return messages.Okay(int(leases.extend(ask.lease, duration_s=ask.lease_s, now_s=self._runtime.now_s())))
+        seat, now_s = self._seat(ask.seat), self._runtime.now_s()
+        goes_on = seat.pool.leases.extend(ask.lease, owner=seat.tenant, duration_s=ask.lease_s, now_s=now_s)
+        return messages.Okay(int(goes_on))
 
     async def _report(self, ask: messages.Report) -> messages.Answer:
         seat = self._seat(ask.seat)

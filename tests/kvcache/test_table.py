@@ -120,15 +120,17 @@ def test_what_is_leased_or_pinned_stays() -> None:
     slot = table.slot(0, B)
     assert slot is not None
     leases = Leases(table.hold, table.let_go)
-    lease = leases.take([slot], duration_s=10, now_s=100)
+    lease = leases.take([slot], owner=1, duration_s=10, now_s=100)
     assert table.coldest(0, 6) == table.slot(0, C)
     leases.expire(109)
     assert len(leases) == 1
-    assert leases.extend(lease, duration_s=10, now_s=109)
+    assert leases.release([lease], owner=2) == 0
+    assert not leases.extend(lease, owner=2, duration_s=10, now_s=109)
+    assert leases.extend(lease, owner=1, duration_s=10, now_s=109)
     leases.expire(115)
     assert table.coldest(0, 6) == table.slot(0, C)
     leases.expire(119)
-    assert not leases.extend(lease, duration_s=10, now_s=119)
+    assert not leases.extend(lease, owner=1, duration_s=10, now_s=119)
     assert table.coldest(0, 6) == slot
     table.pinned_s[slot] = 50
     assert table.coldest(0, 49) == table.slot(0, C)
