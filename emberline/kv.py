@@ -1,6 +1,6 @@
 """`emberline kv`: the KV cache of inference nodes: how large one has to be, what it would hit, and the service.
 
-Invariant: what is imported here loads neither the service nor NumPy, so that `--help` does not wait for them.
+Invariant: what is imported here does not load the package itself, so that `--help` does not wait for them.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class _Worth:
 @click.option("--policy", "policies", multiple=True, type=click.Choice(["lru", "fifo", "s3fifo"]), default=["lru"],
               show_default=True, help="May be given several times. lru is the service's.")  # fmt: skip
 @click.option("--capacity", "capacities", multiple=True, metavar="N|SIZE",
-              help='Pages, or with --model a size as in "10TiB". May be repeated; else a curve.')  # fmt: skip
+              help='Pages, or with --model a size as in "10TiB". May be given several times.')  # fmt: skip
 @click.option("--model", metavar="MODEL", help="A name or config.json, as for `kv size`: for bytes and FLOPs.")
 @_dtype_option
 @_active_option
@@ -212,13 +212,15 @@ def simulate(
     """Tell what caches of some capacities and policies would hit on TRACE.
 
     TRACE is a file in Mooncake's format (JSON Lines of timestamp, input_length, output_length, hash_ids), or - for
-    the standard input. Each hash_id is a page, the short last one too. A cache without end is always told.
+    the standard input. Each hash_id is a page, the short last one too. A cache without end is always told; without
+    --capacity there is a curve.
 
     \b
     Examples:
       emberline kv simulate conversation_trace.jsonl
       emberline kv simulate conversation_trace.jsonl --capacity 10000 --capacity 50000 --policy lru --policy fifo
-      emberline kv simulate conversation_trace.jsonl --model deepseek-v4-flash --units --price-miss 0.15
+      emberline kv simulate conversation_trace.jsonl --model deepseek-v4-flash --units --replay
+      emberline kv simulate conversation_trace.jsonl --price-miss 0.15 --price-hit 0.003
       emberline kv simulate conversation_trace.jsonl --plot curve.html --json
     """
     from emberkv.simulate import capacities_for

@@ -42,10 +42,10 @@ def curve_svg(title: str, outcomes: Sequence[Outcome], without_end: Outcome) -> 
     for tenth in range(round(top_rate * 10) + 1):
         parts.append(f'<path class="rule" d="M{_LEFT} {y(tenth / 10):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(_text(_LEFT - 8, y(tenth / 10) + 4, f"{tenth * 10} %", "tick", anchor="end"))
-    parts.extend(
+    parts += [
         _text(x(capacity), _HEIGHT - _BOTTOM + 18, _short(capacity), "tick", anchor="middle")
         for capacity in sorted(set(capacities))
-    )
+    ]
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, "pages that fit", "tick", anchor="middle"))
     end_y = y(without_end.page_rate)
     parts.append(f'<path class="end" d="M{_LEFT} {end_y:.1f}H{_WIDTH - _RIGHT}"/>')

@@ -42,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attention:
-    """The attention of some layers: a token looks at one key for each `stride` tokens before it, `keys_max` at most."""
+    """The attention of some layers: a token looks at one key for `stride` tokens before it, `keys_max` at most."""
 
     layers: int
     flops_per_key: float
