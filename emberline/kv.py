@@ -1,6 +1,6 @@
 """`emberline kv`: the KV cache of inference nodes: how large one has to be, what it would hit, and the service.
 
-Invariant: what is imported here does not load the package itself, so that `--help` does not wait for them.
+Invariant: what is imported here does not load `emberkv`, so that `--help` does not wait for it.
 """
 
 from __future__ import annotations
