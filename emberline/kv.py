@@ -50,12 +50,6 @@ for _command in (kvservice.serve, kvservice.stat, kvservice.gc, kvservice.quota,
     kv.add_command(_command)
 
 
-def _size_bytes(text: str) -> float:
-    from emberfs.cli.find import size_bytes
-
-    return size_bytes(text)
-
-
 def _model(name: str, dtype: str | None, active_params: float | None) -> Model:
     """By its name, or by the path of its config.json or of the directory that holds it."""
     import msgspec
@@ -124,8 +118,8 @@ def size(
         told.append(("window states", f"{human_bytes(known.state_bytes)} at each place they are kept; "
                                       f"{states:,.0f} bytes a token, every {interval:,}"))  # fmt: skip
     if capacity is not None:
-        tokens = _size_bytes(capacity) / per_token
-        fields |= {"capacity_bytes": int(_size_bytes(capacity)), "capacity_tokens": int(tokens)}
+        tokens = kvservice.size_bytes_of(capacity) / per_token
+        fields |= {"capacity_bytes": int(kvservice.size_bytes_of(capacity)), "capacity_tokens": int(tokens)}
         told.append(("fits", f"{_count_text(tokens)} tokens in {capacity}"))
         if tokens_per_s is not None:
             hours = tokens / tokens_per_s / 3600
@@ -256,7 +250,7 @@ def _pages(text: str, page_bytes: int | None) -> int:
         return int(text.replace(",", ""))
     if page_bytes is None:
         raise click.UsageError(f"--capacity {text} is in bytes: say of which --model")
-    return int(_size_bytes(text) // page_bytes)
+    return int(kvservice.size_bytes_of(text) // page_bytes)
 
 
 _Found = tuple["Outcome", dict[str, float]]

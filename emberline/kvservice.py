@@ -22,7 +22,7 @@ _tls_option = click.option("--tls", type=click.Path(file_okay=False, path_type=P
                            help="With ca.pem, cert.pem and key.pem.")  # fmt: skip
 
 
-def _size_bytes(text: str) -> int:
+def size_bytes_of(text: str) -> int:
     from emberfs.cli.find import size_bytes
 
     return int(size_bytes(text))
@@ -68,16 +68,16 @@ def serve(
     from emberkv.server import ServerConfig, run_server
     from emberkv.space import SpaceConfig
 
-    space = SpaceConfig(capacity_bytes=_size_bytes(capacity), ttl_s=3600 * ttl_hours)
+    space = SpaceConfig(capacity_bytes=size_bytes_of(capacity), ttl_s=3600 * ttl_hours)
     run_server(ServerConfig(store=store, root=root, listen=listen, space=space, tenants=tenants, tls=tls))
 
 
 def _operator(address: str, token: str, tls: Path | None) -> Operator:
-    from emberfs.transport import TcpConfig, TlsFiles
+    from emberfs.cluster.store import tls_files
+    from emberfs.transport import TcpConfig
     from emberkv.operator import Operator
 
-    files = None if tls is None else TlsFiles(ca=tls / "ca.pem", cert=tls / "cert.pem", key=tls / "key.pem")
-    return Operator(address, token=token, tcp=TcpConfig(tls=files))
+    return Operator(address, token=token, tcp=TcpConfig(tls=tls_files(tls)))
 
 
 @click.command()
@@ -144,7 +144,7 @@ def quota(namespace: str, tenant: str, limit: str, address: str, token: str, tls
       emberline kv quota deepseek-v3-0123456789abcdef acme 500GiB --address 127.0.0.1:7400
     """
     with _operator(address, token, tls) as operator:
-        operator.set_quota(namespace, tenant, _size_bytes(limit))
+        operator.set_quota(namespace, tenant, size_bytes_of(limit))
     note(f"{tenant} may hold {limit} in {namespace}")
 
 

@@ -12,13 +12,12 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import emberfs
 from emberfs import Client, NotFound, StoreClosed
 from emberfs.client.buffers import flat_view, writable_view
 from emberfs.errors import DeadlineExceeded, EmberError, LimitExceeded, Unavailable
-from emberfs.messages import Foreign
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.transport import TcpConfig, TcpNetwork
@@ -26,16 +25,16 @@ from emberfs.transport import TcpConfig, TcpNetwork
 from . import messages
 from .errors import SeatGone
 from .hit import Hit
-from .keys import opaque_keys, page_keys
+from .journal import split
+from .keys import ROOT, opaque_keys, page_keys
+from .messages import A
 from .namespace import Namespace
-from .page import PLACE, ROOT, Place
-from .pool import STORED
+from .page import NO_PLACE, PLACE, places_of
+from .pool import STATES, STORED
 from .reading import PageReader
 from .writing import PageWriter
 
-A = TypeVar("A", bound=messages.Answer)
-STATES = ("stored", "known", "pending", "refused")
-NO_PLACE = bytes(PLACE.size)
+RETRY_S = 0.05
 TURN_S = 2.0
 """Of several addresses one is given so long before the next has its turn."""
 PUT_PAGES_MAX = 1024
@@ -111,7 +110,7 @@ class KVCache:
         answer = self._ask(lambda seat: messages.Lookup(seat, number, blob, lease_s), messages.LookedUp)
         hits: list[Hit | None] = []
         tenant, page_tokens = self._seated().number, self.namespace.page_tokens
-        for key, place in zip(keys, _split(answer.places), strict=True):
+        for key, place in zip(keys, split(answer.places, PLACE.size), strict=True):
             places = tuple(place if each == number else NO_PLACE for each in range(len(self._kinds)))
             there = Hit(1, page_tokens, "whole", answer.lease, bytes(key), places, tenant)
             hits.append(None if place == NO_PLACE else there)
@@ -121,7 +120,7 @@ class KVCache:
         """Which of the pages are there, each for itself, without a lease."""
         number, blob = self._kind(kind), b"".join(keys)
         answer = self._ask(lambda seat: messages.Lookup(seat, number, blob, 0.0), messages.LookedUp)
-        return [place != NO_PLACE for place in _split(answer.places)]
+        return [place != NO_PLACE for place in split(answer.places, PLACE.size)]
 
     def buffer(self, size: int) -> memoryview:
         """Memory that storage servers of this host fill in place: the quickest to read into."""
@@ -134,13 +133,17 @@ class KVCache:
 
         A buffer of the payload's size gets all of it. A shorter one gets the bytes from `begin` on: a layer, or some
         heads. Never raises for a page that was evicted or damaged: that is False, and a damaged one is reported.
+        Raises LimitExceeded for pages that the hit has not, and for more bytes than a page has.
         """
         number = self._kind(kind)
         views = [writable_view(buffer) for buffer in buffers]
         if first + len(views) > hit.pages:
             raise LimitExceeded(f"the hit has {hit.pages} pages: not {len(views)} from {first} on")
-        keys = hit.keys[first : first + len(views)]
+        keys = hit.keys_of(first, len(views))
         places = hit.places[number][first * PLACE.size : (first + len(views)) * PLACE.size]
+        for view, (segment, _, length, _) in zip(views, PLACE.iter_unpack(places), strict=True):
+            if segment and begin + len(view) > length:
+                raise LimitExceeded(f"the page has {length} bytes: not {len(view)} from {begin} on")
         with self._reader() as reader:
             done = reader.read(keys, places, views, kind=number, tenant=hit.tenant, begin=begin)
         if not all(done):
@@ -149,7 +152,7 @@ class KVCache:
 
     def get(self, hit: Hit, *, kind: str | None = None) -> list[bytes | None]:
         """The pages of a hit; None for one that cannot be had any more."""
-        lengths = [length for _, _, length, _ in PLACE.iter_unpack(hit.places[self._kind(kind)])]
+        lengths = [place.length for place in places_of(hit.places[self._kind(kind)])]
         buffers = [bytearray(length) for length in lengths]
         done = self.get_into(hit, buffers, kind=kind) if buffers else []
         return [bytes(buffer) if good else None for buffer, good in zip(buffers, done, strict=True)]
@@ -201,7 +204,7 @@ class KVCache:
         wanted = [index for index, state in enumerate(answer.states) if state == STORED]
         if wanted:
             seat = self._seated()
-            places = [Place(*each) for each in PLACE.iter_unpack(answer.places)]
+            places = places_of(answer.places)
             try:
                 crcs = self._page_writer().write(
                     [keys[index] for index in wanted], [parents[index] for index in wanted], places,
@@ -268,17 +271,14 @@ class KVCache:
 
     def _ask(self, make: Any, answer: type[A]) -> A:
         """One request of our seat; once more if the service has forgotten it."""
-        for attempt in (1, 2):
-            seat = self._seated()
-            try:
-                return self._call(make(seat.seat), answer)
-            except SeatGone:
-                with self._lock:
-                    if self._seat is seat:
-                        self._seat = None
-                if attempt == 2:
-                    raise
-        raise AssertionError("unreachable")
+        seat = self._seated()
+        try:
+            return self._call(make(seat.seat), answer)
+        except SeatGone:
+            with self._lock:
+                if self._seat is seat:
+                    self._seat = None
+        return self._call(make(self._seated().seat), answer)
 
     def _call(self, ask: messages.Ask, answer: type[A]) -> A:
         """One request, of whichever address serves it."""
@@ -288,14 +288,11 @@ class KVCache:
             call = self._network.connection(self._addresses[0]).call
             try:
                 wait_s = left_s if len(self._addresses) == 1 else min(left_s, TURN_S)
-                reply = self._portal.run(_reply(call, messages.encode_ask(ask), wait_s))
-                said = messages.decode_answer(reply)
-                assert isinstance(said, answer)
-                return said
+                return self._portal.run(messages.send(call, ask, answer, timeout_s=wait_s))
             except Unavailable as refused:
                 error = refused
                 self._addresses = [*self._addresses[1:], self._addresses[0]]
-                self._portal.run(self._runtime.sleep(min(0.05, max(left_s, 0.0))))
+                self._portal.run(self._runtime.sleep(min(RETRY_S, left_s)))
         raise DeadlineExceeded(f"no answer within {self._timeout_s:g} s: {error}") from error
 
     def _files(self) -> Client:
@@ -331,13 +328,3 @@ class KVCache:
         if name not in self._kinds:
             raise LimitExceeded(f"no kind {name!r} in this namespace: there are {', '.join(self._kinds)}")
         return self._kinds[name]
-
-
-async def _reply(call: Any, message: Foreign, timeout_s: float) -> Foreign:
-    reply = await call(message, timeout_s=timeout_s)
-    assert isinstance(reply, Foreign)
-    return reply
-
-
-def _split(places: bytes) -> list[bytes]:
-    return [places[begin : begin + PLACE.size] for begin in range(0, len(places), PLACE.size)]

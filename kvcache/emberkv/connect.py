@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emberfs.transport import TcpConfig, TlsFiles
+from emberfs.cluster.store import tls_files
+from emberfs.transport import TcpConfig
 
 from .client import KVCache
 from .namespace import Namespace
@@ -30,18 +31,12 @@ def connect(
         salt           more that keys depend on, so that nobody guesses them
         timeout_s      seconds after which a request fails, beside those of the store
         store          URL of the store, if it is another one than the service says
-        tls            directory with ca.pem, and cert.pem and key.pem if the service asks for them
+        tls            directory with ca.pem, cert.pem and key.pem
         shares_memory  storage servers of this host fill our buffers in place
 
     Other settings are those of `emberfs.connect`. The namespace is made if it is new. Raises Unavailable,
     DeadlineExceeded, AccessDenied, NamespaceMismatch.
     """
-    files = None
-    if tls is not None:
-        directory = Path(tls)
-        cert, key = directory / "cert.pem", directory / "key.pem"
-        has_cert = cert.exists()
-        files = TlsFiles(ca=directory / "ca.pem", cert=cert if has_cert else None, key=key if has_cert else None)
     return KVCache(
         address,
         namespace,
@@ -50,6 +45,6 @@ def connect(
         token=token,
         timeout_s=timeout_s,
         store=store,
-        tcp=TcpConfig(tls=files, shares_memory=shares_memory),
+        tcp=TcpConfig(tls=tls_files(None if tls is None else Path(tls)), shares_memory=shares_memory),
         store_settings={**store_settings, **({} if shares_memory else {"shares_memory": False})},
     )

@@ -7,7 +7,6 @@ DeadlineExceeded, AccessDenied, LimitExceeded, ...): whoever handles those handl
     └── KvError
         ├── InvalidNamespace (ValueError)    fields that make no namespace
         ├── NamespaceMismatch (ValueError)   the service has another namespace under this name
-        ├── NotEnoughSpace (OSError ENOSPC)  a put found no room, even after eviction; nothing was stored
         ├── StaleOwner (OSError ESTALE)      another server has taken the namespace over; nothing happened
         ├── SeatGone (OSError ESTALE)        the service has forgotten this client; open the namespace again
         ├── UnknownModel (ValueError)        no size is known for a model, or its config says none
@@ -47,12 +46,6 @@ class InvalidNamespace(KvError, ValueError):
 
 class NamespaceMismatch(KvError, ValueError):
     """The service has another namespace under this name."""
-
-
-class NotEnoughSpace(_OSKvError):
-    """A put found no room, even after eviction: what is there is pinned, leased or another tenant's."""
-
-    errno_default = errno.ENOSPC
 
 
 class StaleOwner(_OSKvError):

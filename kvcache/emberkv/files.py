@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from emberfs import AsyncClient, AsyncFile, NotFound
-from emberfs.errors import EmberError
+from emberfs import AsyncClient, AsyncFile, Corruption, NotFound
+from emberfs.errors import DataLost, EmberError
 
 
 class Log(Protocol):
@@ -53,7 +53,7 @@ class Files(Protocol):
         """A new file of zeros that takes no space yet. Raises AlreadyExists."""
 
     async def read(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        """Pieces (offset, length); None for one that cannot be had."""
+        """Pieces (offset, length); None for one that is damaged or gone. Raises if nobody can say now."""
 
     async def write(self, path: str, offset: int, data: bytes) -> None:
         """Into a file that `create` made."""
@@ -69,12 +69,17 @@ class StoreFiles:
         return await self._client.get(path)
 
     async def put(self, path: str, data: bytes) -> None:
-        await self._make_directory(path)
-        await self._client.put(path, data)
+        await self._put(path, data, overwrite=True)
 
     async def claim(self, path: str, data: bytes) -> None:
-        await self._make_directory(path)
-        await self._client.put(path, data, overwrite=False)
+        await self._put(path, data, overwrite=False)
+
+    async def _put(self, path: str, data: bytes, *, overwrite: bool) -> None:
+        try:
+            await self._client.put(path, data, overwrite=overwrite)
+        except NotFound:  # Its directory: made at the first file.
+            await self._client.mkdir(path.rpartition("/")[0], parents=True, exist_ok=True)
+            await self._client.put(path, data, overwrite=overwrite)
 
     async def exists(self, path: str) -> bool:
         return await self._client.exists(path)
@@ -102,13 +107,13 @@ class StoreFiles:
         buffers = [bytearray(length) for _, length in ranges]
         items: list[Any] = [(path, offset, length) for offset, length in ranges]
         counts = await self._client.batch_read(items, buffers, raise_errors=False)
+        for count in counts:
+            if isinstance(count, Exception) and not isinstance(count, NotFound | Corruption | DataLost):
+                raise count  # The page may be as good as ever.
         return [bytes(buffer) if count == len(buffer) else None for buffer, count in zip(buffers, counts, strict=True)]
 
     async def write(self, path: str, offset: int, data: bytes) -> None:
         await self._client.batch_write([(path, offset, data)])
-
-    async def _make_directory(self, path: str) -> None:
-        await self._client.mkdir(path.rpartition("/")[0] or "/", parents=True, exist_ok=True)
 
 
 class _StoreLog:

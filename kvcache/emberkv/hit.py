@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
-from .page import KEY_BYTES
+from .journal import split
+from .keys import KEY_BYTES
 
 
 class Hit(msgspec.Struct, frozen=True, array_like=True):
@@ -30,7 +31,11 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     @property
     def keys(self) -> list[bytes]:
         """Of the pages that were found."""
-        return [self.chain[begin : begin + KEY_BYTES] for begin in range(0, self.pages * KEY_BYTES, KEY_BYTES)]
+        return self.keys_of(0, self.pages)
+
+    def keys_of(self, first: int, count: int) -> list[bytes]:
+        """Of `count` pages from page `first` on."""
+        return split(self.chain[first * KEY_BYTES : (first + count) * KEY_BYTES], KEY_BYTES)
 
     def encode(self) -> bytes:
         """As bytes, for another process of the tenant."""
@@ -39,4 +44,7 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def decode(cls, data: bytes) -> Hit:
         """Opposite of `encode`. Raises ValueError."""
-        return msgspec.msgpack.decode(data, type=cls)
+        try:
+            return msgspec.msgpack.decode(data, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"not a hit: {error}") from error

@@ -8,12 +8,13 @@ Does not know: leases and reservations, which end with the process; files; time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import journal
 from .journal import AnyEntry, split
-from .page import KEY_BYTES, PLACE, Place
+from .keys import KEY_BYTES
+from .page import places_of
 from .segments import Segments
 from .table import PageTable
 
@@ -35,11 +36,6 @@ class Index:
     def apply(self, entry: AnyEntry) -> None:
         """Change as the entry says."""
         _APPLY[type(entry)](self, entry)
-
-    def replay(self, entries: Iterable[AnyEntry]) -> None:
-        """Change as entries of an earlier process say: writers of that time are gone."""
-        for entry in entries:
-            self.apply(entry)
 
     def seal_all(self) -> None:
         """Nobody goes on writing to what an earlier process had open."""
@@ -94,7 +90,7 @@ class Index:
 
     def _segment_retired(self, entry: journal.SegmentRetired) -> None:
         segment = self.segments.by_id[entry.id]
-        self.segments.retire(segment, gone_after_s=0.0)
+        self.segments.retire(segment)
 
     def _pinned(self, entry: journal.Pinned) -> None:
         for key in split(entry.keys, KEY_BYTES):
@@ -118,8 +114,3 @@ _APPLY: dict[type, Callable[[Index, Any], None]] = {
     journal.Pinned: Index._pinned,
     journal.QuotaSet: Index._quota_set,
 }
-
-
-def places_of(blob: bytes) -> list[Place]:
-    """Packed places, one by one."""
-    return [Place(*each) for each in PLACE.iter_unpack(blob)]

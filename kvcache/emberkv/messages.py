@@ -6,13 +6,18 @@ namespace, a tenant and a writer.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
-from emberfs import errors as store_errors
-from emberfs.errors import EmberError, ProtocolError
+from emberfs.errors import ProtocolError
 from emberfs.messages import Foreign
+from emberfs.transport.types import RemoteCall
 
 from . import errors
+from .errors import KvError
 from .namespace import Namespace
+
+A = TypeVar("A", bound="Answer")
 
 
 class Ask(msgspec.Struct, array_like=True, tag=True, frozen=True):
@@ -234,21 +239,21 @@ def encode_answer(answer: Answer) -> Foreign:
     return Foreign(_encoder.encode(answer))
 
 
-def encode_error(error: EmberError) -> Foreign:
-    """An error on its way."""
-    text = getattr(error, "message", None) or str(error)
-    return Foreign(_encoder.encode(Failed(type(error).__name__, text)))
+def encode_error(error: KvError) -> Foreign:
+    """An error of ours on its way; those of the store the transport carries by itself."""
+    return Foreign(_encoder.encode(Failed(type(error).__name__, str(error))))
 
 
-def decode_answer(message: Foreign) -> AnyAnswer:
-    """Raises what the service raised, ProtocolError."""
+async def send(call: RemoteCall, ask: Ask, answer: type[A], *, timeout_s: float) -> A:
+    """Ask, and return the answer. Raises what the service raised, ProtocolError, Unavailable."""
+    reply = await call(encode_ask(ask), timeout_s=timeout_s)
     try:
-        answer: AnyAnswer = _answers.decode(message.body)
+        said = _answers.decode(reply.body) if isinstance(reply, Foreign) else None
     except (msgspec.MsgspecError, ValueError) as error:
         raise ProtocolError(f"not a reply that this program knows: {error}") from error
-    if isinstance(answer, Failed):
-        kind = getattr(errors, answer.name, None) or getattr(store_errors, answer.name, None)
-        if not (isinstance(kind, type) and issubclass(kind, EmberError)):
-            kind = EmberError
-        raise kind(answer.text)
-    return answer
+    if isinstance(said, Failed):
+        kind = getattr(errors, said.name, None)
+        raise kind(said.text) if isinstance(kind, type) and issubclass(kind, KvError) else KvError(said.text)
+    if not isinstance(said, answer):
+        raise ProtocolError(f"{type(said).__name__} is no answer to {type(ask).__name__}")
+    return said

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-from emberfs.messages import Foreign
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.transport import TcpConfig, TcpNetwork
 
 from . import messages
-
-A = TypeVar("A", bound=messages.Answer)
+from .messages import A
 
 
 class Operator:
@@ -64,11 +62,5 @@ class Operator:
         return found
 
     def _ask(self, ask: messages.Ask, answer: type[A]) -> A:
-        said = messages.decode_answer(self._portal.run(self._call(messages.encode_ask(ask))))
-        assert isinstance(said, answer)
-        return said
-
-    async def _call(self, message: Foreign) -> Foreign:
-        reply = await self._network.connection(self._address).call(message, timeout_s=self._timeout_s)
-        assert isinstance(reply, Foreign)
-        return reply
+        call = self._network.connection(self._address).call
+        return self._portal.run(messages.send(call, ask, answer, timeout_s=self._timeout_s))

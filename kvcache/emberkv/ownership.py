@@ -12,7 +12,7 @@ Source: leases with fencing by epoch, as in DESIGN.md, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 import msgspec
 from emberfs import AlreadyExists, NotFound
@@ -21,6 +21,8 @@ from emberfs.runtime import Runtime
 
 from .errors import StaleOwner
 from .files import Files
+
+log = logging.getLogger("emberline.kv")
 
 LEASE_S = 2.0
 """An owner whose beat does not change for so long, by the clock of who watches, is taken for dead."""
@@ -53,13 +55,12 @@ class Ownership:
         directory: str,
         *,
         address: str,
-        on_wait: Callable[[str], object] = lambda _: None,
     ) -> Ownership:
-        """Wait until nobody serves the namespace, and take it. `on_wait` is told the address of who does."""
+        """Wait until nobody serves the namespace, and take it."""
         while True:
             epoch = await _last_epoch(files, directory)
             if epoch:
-                await _wait_for_silence(files, runtime, directory, epoch, on_wait)
+                await _wait_for_silence(files, runtime, directory, epoch)
             mine = cls(files, runtime, directory, epoch=epoch + 1, address=address)
             try:
                 await files.claim(mine._path(epoch + 1), address.encode())
@@ -101,9 +102,7 @@ async def _last_epoch(files: Files, directory: str) -> int:
     return max((int(name) for name in await files.names(directory) if name.isdigit()), default=0)
 
 
-async def _wait_for_silence(
-    files: Files, runtime: Runtime, directory: str, epoch: int, on_wait: Callable[[str], object]
-) -> None:
+async def _wait_for_silence(files: Files, runtime: Runtime, directory: str, epoch: int) -> None:
     """Return when the beat has not changed for `LEASE_S`, or the owner of `epoch` has let go."""
     seen, since_s = None, runtime.now_s()
     while True:
@@ -115,9 +114,9 @@ async def _wait_for_silence(
             return
         mark = None if beat is None else (beat.epoch, beat.count)
         if mark != seen:
+            if seen is None and beat is not None:
+                log.info("%s is served at %s: waiting until that one ends", directory, beat.address)
             seen, since_s = mark, runtime.now_s()
-            if beat is not None:
-                on_wait(beat.address)
         elif runtime.now_s() - since_s >= LEASE_S:
             return
         await runtime.sleep(BEAT_S / 2)

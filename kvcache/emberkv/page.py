@@ -28,9 +28,6 @@ from emberfs.checksum import crc32c
 MAGIC = b"EKVP"
 VERSION = 1
 HEADER_BYTES = 96
-KEY_BYTES = 32
-ROOT = bytes(KEY_BYTES)
-"""The parent of a first page."""
 PAGE_BYTES_MAX = (64 << 20) - HEADER_BYTES
 
 _HEAD = struct.Struct("<4sHHIIII32s32sI")
@@ -56,6 +53,13 @@ class Place(NamedTuple):
 
 PLACE = struct.Struct("<IIII")
 """A `Place` on the wire and in the index."""
+NO_PLACE = bytes(PLACE.size)
+"""Of a page that is not there: no segment has the number 0."""
+
+
+def places_of(blob: bytes) -> list[Place]:
+    """Packed places, one by one."""
+    return [Place(*each) for each in PLACE.iter_unpack(blob)]
 
 
 def encode_header(place: Place, *, key: bytes, parent: bytes, kind: int, tenant: int) -> bytes:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from emberfs.errors import EmberError, NotFound
+from emberfs.errors import EmberError, LimitExceeded, NotFound
 from emberfs.runtime import Runtime
 
 from .errors import StaleOwner
@@ -25,19 +25,23 @@ from .journal import Pinned, Put, QuotaSet, TenantAdded, Unplaced
 from .leases import Leases
 from .namespace import Namespace
 from .ownership import Ownership
-from .page import HEADER_BYTES, PLACE, Place
+from .page import HEADER_BYTES, NO_PLACE, PLACE, Place
 from .segments import SEGMENT_BYTES_DEFAULT
-from .space import Space, SpaceConfig, is_page
+from .space import Space, SpaceConfig, page_header
 from .wal import Wal
 
 RESERVATION_S = 60.0
 """So long a writer has between `reserve` and `commit`."""
 UPKEEP_S = 1.0
 SEGMENTS_PER_CAPACITY_MIN = 64
-NO_PLACE = bytes(PLACE.size)
+SNAPSHOT_S = 3600.0
+"""The journal does not say what was used when: a service that is killed forgets so much of it."""
+TENANTS_MAX = 1 << 16
 
 STORED, KNOWN, PENDING, REFUSED = range(4)
 """What becomes of a page: to be written, there already, being written by somebody else, no room for it."""
+STATES = ("stored", "known", "pending", "refused")
+"""What each is called."""
 
 
 @dataclass(slots=True)
@@ -83,23 +87,21 @@ class Pool:
         self.leases = Leases(self.table.hold, self.table.let_go)
         self.ownership = ownership
         self.space = Space(files, runtime, f"{directory}/segments", wal, self.leases, config)
-        self.events: list[Callable[[str, int, list[bytes]], object]] = []
-        """Told of ("stored" | "removed", tenant, keys)."""
         self._files, self._runtime, self._wal = files, runtime, wal
         self._reservations: dict[int, Reservation] = {}
         self._pending: set[tuple[int, int, bytes]] = set()
         """(tenant, kind, key) that somebody is writing."""
         self._next = 1
+        self._next_snapshot_s = runtime.now_s() + SNAPSHOT_S
         self._making_room = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
     async def open(
         cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, *, config: SpaceConfig, address: str,
-        on_wait: Callable[[str], object] = lambda _: None,
     ) -> Pool:  # fmt: skip
         """Take the namespace over, read its index, and serve it."""
-        ownership = await Ownership.take(files, runtime, f"{directory}/owner", address=address, on_wait=on_wait)
+        ownership = await Ownership.take(files, runtime, f"{directory}/owner", address=address)
         segment_bytes = min(SEGMENT_BYTES_DEFAULT, config.capacity_bytes // SEGMENTS_PER_CAPACITY_MIN)
         trailing = [kind.trailing for kind in namespace.kinds]
 
@@ -136,6 +138,8 @@ class Pool:
         """The number of a tenant, made if it is new."""
         number = self.index.tenant(name)
         if number is None:
+            if len(self.index.tenants) >= TENANTS_MAX:
+                raise LimitExceeded(f"a namespace has at most {TENANTS_MAX:,} tenants")
             self._wal.note(TenantAdded(name))
             number = len(self.index.tenants) - 1
         return number
@@ -191,7 +195,7 @@ class Pool:
             size = place.end - place.offset
             (page,) = await self._files.read(self.space.path(place.segment), [(place.offset, size)])
             is_same = self.table.slot(tenant, key) == slot and self.table.place(slot, kind) == place
-            if is_same and (page is None or not is_page(page, place, key)):
+            if is_same and (page is None or page_header(page, place, key) is None):
                 self._wal.note(Unplaced(tenant, kind, key))
                 gone += 1
         self.counts.damaged_pages += gone
@@ -214,18 +218,22 @@ class Pool:
         held = Reservation(writer, tenant, kind, self._runtime.now_s() + RESERVATION_S, [], [], [])
         number, self._next = self._next, self._next + 1
         self._reservations[number] = held
-        for key, parent, length in zip(keys, parents, lengths, strict=True):
-            state, place = await self._reserve_one(writer, tenant, kind, key, length)
-            states.append(state)
-            places.append(place)
-            if place is not None:
-                held.keys.append(key)
-                held.parents.append(parent)
-                held.places.append(place)
+        try:
+            for key, parent, length in zip(keys, parents, lengths, strict=True):
+                state, place = await self._reserve_one(writer, tenant, kind, key, length)
+                states.append(state)
+                places.append(place)
+                if place is not None:
+                    held.keys.append(key)
+                    held.parents.append(parent)
+                    held.places.append(place)
+        except BaseException:
+            self.give_up(number, writer)
+            raise
         if not held.keys:
             del self._reservations[number]
             number = 0
-        self.counts.puts.update(("stored", "known", "pending", "refused")[state] for state in states)
+        self.counts.puts.update(STATES[state] for state in states)
         return number, states, places
 
     async def _reserve_one(
@@ -267,8 +275,6 @@ class Pool:
         keys, parents = b"".join(held.keys), b"".join(held.parents)
         self._wal.note(Put(held.tenant, held.kind, keys, parents, blob, self.space.stamp_s()))
         self.counts.put_bytes += sum(place.length for place in places)
-        for tell in self.events:
-            tell("stored", held.tenant, held.keys)
         if durable:
             await self._wal.flush()
 
@@ -337,10 +343,12 @@ class Pool:
         """One round: what is over ends, what is dead goes."""
         now_s = self._runtime.now_s()
         self.leases.expire(now_s)
-        for number, held in list(self._reservations.items()):
+        for held in list(self._reservations.values()):
             if held.ends_s <= now_s:
-                self.give_up(number, held.writer)
                 self.end_writer(held.writer)
+        if now_s >= self._next_snapshot_s:
+            self._next_snapshot_s = now_s + SNAPSHOT_S
+            self._wal.want_snapshot()
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
         async with self._making_room:
             await self.space.collect()

@@ -65,9 +65,9 @@ class PageReader:
         items: list[Any] = []
         into: list[memoryview] = []
         asked: list[int] = []
-        for index, (segment, offset, length, _) in enumerate(places):
+        for index, (segment, offset, _, _) in enumerate(places):
             view = views[index]
-            if not segment or begin + len(view) > length:
+            if not segment:
                 continue
             file = self._file(segment)
             if file is None:
@@ -102,14 +102,14 @@ class PageReader:
         self._files.clear()
 
     def _file(self, segment: int) -> File | None:
-        file = self._files.get(segment)
+        file = self._files.pop(segment, None)  # And in again: what is in use is not the oldest.
         if file is None:
             try:
                 file = self._client.open(f"{self._segments}/{segment:08x}", "rb")
             except EmberError:
-                return None  # It was removed with all its pages.
+                return None  # It was removed with all its pages, or nobody can say: a miss.
             if len(self._files) >= OPEN_MAX:
                 oldest = next(iter(self._files))
                 self._files.pop(oldest).close()
-            self._files[segment] = file
+        self._files[segment] = file
         return file

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from .page import HEADER_BYTES, PAGE_BYTES_MAX, Place
 
 SEGMENT_BYTES_DEFAULT = 64 << 20
-SEGMENT_BYTES_MAX = 2 << 30
 PAGES_PER_SEGMENT_MIN = 4
 """Of large pages a segment has room for so many, so that its last piece is a small part of it."""
 
@@ -47,7 +46,7 @@ class Segment:
     pending_bytes: int = 0
     """Places that were handed out, and are neither committed nor given up."""
     gone_after_s: float = 0.0
-    """Of a retired one: the last lease that may reach it ends then."""
+    """Leases that may reach a page of it that is dead by now end then. An evicted page has none; a moved one may."""
 
     @property
     def is_retired(self) -> bool:
@@ -79,6 +78,11 @@ class Segments:
     def disk_bytes(self) -> int:
         """What the files take: places that were handed out, also of what is dead by now."""
         return sum(segment.end for segment in self)
+
+    @property
+    def leaving_bytes(self) -> int:
+        """What retired ones still take, until the last lease on them ends."""
+        return sum(segment.end for segment in self if segment.is_retired)
 
     @property
     def promised_bytes(self) -> int:
@@ -146,12 +150,11 @@ class Segments:
         if (segment := self._open.get(writer)) is not None:
             self.seal(segment)
 
-    def retire(self, segment: Segment, *, gone_after_s: float) -> None:
-        """Nothing in it is alive. Its file may go after that time."""
+    def retire(self, segment: Segment) -> None:
+        """Nothing in it is alive. Its file may go after the last lease."""
         assert not segment.live_bytes and not segment.pending_bytes
         self.seal(segment)
         segment.state = State.RETIRED
-        segment.gone_after_s = gone_after_s
 
     def drop(self, segment: Segment) -> None:
         """Its file is gone."""

@@ -8,7 +8,6 @@ It says `ready` on one line of its standard output, as JSON with its address, on
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -19,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import emberfs
+from emberfs.cluster.store import tls_files
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
-from emberfs.transport import TcpConfig, TcpNetwork, TlsFiles
+from emberfs.transport import TcpConfig, TcpNetwork
+from emberfs.transport.address import named
 
 from .files import StoreFiles
 from .service import KvService
 from .space import SpaceConfig
 from .tenants import EVERYBODY, read_tenants
-
-log = logging.getLogger("emberline.kv")
-LOOK_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,10 +55,7 @@ def run_server(config: ServerConfig) -> None:
         signal.signal(number, lambda *_: stop.set())
     runtime = AsyncioRuntime("emberkv")
     portal = Portal(runtime)
-    tls = None
-    if config.tls is not None:
-        tls = TlsFiles(ca=config.tls / "ca.pem", cert=config.tls / "cert.pem", key=config.tls / "key.pem")
-    network = TcpNetwork(runtime, TcpConfig(tls=tls))
+    network = TcpNetwork(runtime, TcpConfig(tls=tls_files(config.tls)))
     client = emberfs.connect_async(config.store)
     service = KvService(
         StoreFiles(client),
@@ -71,13 +66,13 @@ def run_server(config: ServerConfig) -> None:
         tenants=EVERYBODY if config.tenants is None else read_tenants(config.tenants),
     )
     try:
-        listener = portal.run(network.serve(config.listen, service))
+        with named(config.listen):
+            listener = portal.run(network.serve(config.listen, service))
         service.address = listener.address
         portal.run(_in_loop(runtime, _opened(service)))
         sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")
         sys.stdout.flush()
-        while not stop.wait(LOOK_S):
-            pass
+        stop.wait()
     finally:
         portal.run(_in_loop(runtime, service.close()))
         portal.run(network.close())

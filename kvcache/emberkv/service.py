@@ -19,16 +19,17 @@ from typing import Any
 
 import msgspec
 from emberfs import NotFound
-from emberfs.errors import EmberError, LimitExceeded, ProtocolError, Unavailable
+from emberfs.errors import LimitExceeded, ProtocolError
 from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
 
 from . import messages
-from .errors import NamespaceMismatch, SeatGone, StaleOwner
+from .errors import KvError, NamespaceMismatch, SeatGone, StaleOwner
 from .files import Files
 from .journal import split
+from .keys import KEY_BYTES
 from .namespace import Namespace
-from .page import KEY_BYTES, PAGE_BYTES_MAX, PLACE
+from .page import PAGE_BYTES_MAX, PLACE
 from .pool import Pool
 from .space import SpaceConfig
 from .tenants import EVERYBODY, Tenants
@@ -60,8 +61,8 @@ class KvService:
         self._files, self._runtime = files, runtime
         self._root, self._store, self._config, self._tenants = root.rstrip("/"), store, config, tenants
         self._seats: dict[int, _Seat] = {}
-        self._next = 1
-        self._opening = asyncio.Lock()
+        self._opening: dict[str, asyncio.Task[Pool]] = {}
+        """Namespaces that are being taken over: that goes on when who asked for it is tired of waiting."""
         self._upkeep: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -73,6 +74,10 @@ class KvService:
         if self._upkeep is not None:
             self._upkeep.cancel()
             await asyncio.wait([self._upkeep])
+        for opening in self._opening.values():
+            opening.cancel()
+        if self._opening:
+            await asyncio.wait(self._opening.values())
         for pool in self.pools.values():
             await pool.close()
         self.pools.clear()
@@ -85,7 +90,9 @@ class KvService:
             ask = messages.decode_ask(request)
             work = _HANDLERS[type(ask)](self, ask)
             return messages.encode_answer(work if isinstance(work, messages.Answer) else await work)
-        except EmberError as error:
+        except StaleOwner as error:
+            return messages.encode_error(SeatGone(str(error)))  # Whoever serves it now gives a new one.
+        except KvError as error:
             return messages.encode_error(error)
 
     # --- seats -----------------------------------------------------------------------------------------------------
@@ -95,34 +102,44 @@ class KvService:
         if seat is None:
             raise SeatGone(f"seat {number} is not taken: open the namespace again")
         if seat.pool.is_lost:
-            raise Unavailable("another server has taken this namespace over; ask that one")
+            raise SeatGone("another server has taken this namespace over")
         seat.heard_s = self._runtime.now_s()
         return seat
 
     async def _open(self, ask: messages.Open) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
         pool = await self._pool(ask.namespace)
-        number, self._next = self._next, self._next + 1
         tenant = pool.tenant(ask.tenant)
+        # A seat is what a client shows with each request: nobody may guess another one's.
+        number = int.from_bytes(self._runtime.random_bytes(8)) >> 1
         self._seats[number] = _Seat(pool, tenant, number, self._runtime.now_s())
         return messages.Opened(number, tenant, self._store, f"{pool.directory}/segments")
 
     async def _pool(self, namespace: Namespace) -> Pool:
-        async with self._opening:
-            pool = self.pools.get(namespace.name)
-            if pool is not None and pool.is_lost:
-                await pool.close()
-                pool = None
-            if pool is None:
-                directory = f"{self._root}/{namespace.name}"
-                await self._describe(directory, namespace)
-                pool = await Pool.open(
-                    self._files, self._runtime, directory, namespace, config=self._config, address=self.address
-                )
-                self.pools[namespace.name] = pool
-            if pool.namespace != namespace:
-                raise NamespaceMismatch(f"{namespace.name} is another namespace here")
+        name = namespace.name
+        pool = self.pools.get(name)
+        if pool is None or pool.is_lost:
+            opening = self._opening.get(name)
+            if opening is None:
+                opening = self._opening[name] = self._runtime.spawn(self._take_over(namespace), f"kv-open-{name}")
+            pool = await asyncio.shield(opening)
+        if pool.namespace != namespace:
+            raise NamespaceMismatch(f"{name} is another namespace here")
+        return pool
+
+    async def _take_over(self, namespace: Namespace) -> Pool:
+        name = namespace.name
+        directory = f"{self._root}/{name}"
+        try:
+            if (lost := self.pools.pop(name, None)) is not None:
+                await lost.close()
+            await self._describe(directory, namespace)
+            self.pools[name] = pool = await Pool.open(
+                self._files, self._runtime, directory, namespace, config=self._config, address=self.address
+            )
             return pool
+        finally:
+            del self._opening[name]
 
     async def _describe(self, directory: str, namespace: Namespace) -> None:
         path = f"{directory}/namespace.json"
@@ -196,12 +213,14 @@ class KvService:
         keys, parents = _keys(ask.keys), _keys(ask.parents)
         if not len(keys) == len(parents) == len(ask.lengths):
             raise ProtocolError("keys, parents and lengths are of as many pages")
+        kind = _kind(seat, ask.kind)
+        fixed = seat.pool.namespace.kinds[kind].payload_bytes
         for length in ask.lengths:
             if not 0 < length <= min(PAGE_BYTES_MAX, self._config.capacity_bytes // 64):
                 raise LimitExceeded(f"a page of {length} bytes: at most {PAGE_BYTES_MAX}, and 1/64 of the capacity")
-        number, states, places = await seat.pool.reserve(
-            seat.number, seat.tenant, _kind(seat, ask.kind), keys, parents, ask.lengths
-        )
+            if fixed not in (0, length):
+                raise LimitExceeded(f"a page of {length} bytes: this kind has pages of {fixed}")
+        number, states, places = await seat.pool.reserve(seat.number, seat.tenant, kind, keys, parents, ask.lengths)
         blob = b"".join(PLACE.pack(*place) for place in places if place is not None)
         return messages.Reserved(number, bytes(states), blob)
 

@@ -9,7 +9,7 @@ Does not know: bytes, models, time. Capacities are in pages.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -30,13 +30,11 @@ class Policy(Protocol):
         """How many of the first `pages` are there; afterwards all are that may be."""
 
 
-class Lru:
-    """Leaf first, the one with the oldest use: what the service does. The recency of a page is the newest of any page
-    that continues it.
+class Fifo:
+    """The page that came first goes first, whatever continues it."""
 
-    A request uses all its pages at once. They go to the young end in the order last to first, so that no page ever lies
-    before one that continues it: the old end is always a leaf.
-    """
+    _renews = False
+    """A page that was used goes to the young end."""
 
     def __init__(self, capacity: int | None) -> None:
         self.stored = self.evicted = 0
@@ -48,7 +46,8 @@ class Lru:
         hits = _leading(pages, there)
         for page in reversed(pages):
             there[page] = None
-            there.move_to_end(page)
+            if self._renews:
+                there.move_to_end(page)
         self.stored += len(there) - known
         if self._capacity is not None:
             while len(there) > self._capacity:
@@ -57,25 +56,15 @@ class Lru:
         return hits
 
 
-class Fifo:
-    """The page that came first goes first, whatever continues it."""
+class Lru(Fifo):
+    """Leaf first, the one with the oldest use: what the service does. The recency of a page is the newest of any page
+    that continues it.
 
-    def __init__(self, capacity: int | None) -> None:
-        self.stored = self.evicted = 0
-        self._capacity = capacity
-        self._pages: OrderedDict[int, None] = OrderedDict()
+    A request uses all its pages at once. They go to the young end in the order last to first, so that no page ever lies
+    before one that continues it: the old end is always a leaf.
+    """
 
-    def request(self, pages: Sequence[int]) -> int:
-        there, known = self._pages, len(self._pages)
-        hits = _leading(pages, there)
-        for page in reversed(pages):
-            there.setdefault(page)
-        self.stored += len(there) - known
-        if self._capacity is not None:
-            while len(there) > self._capacity:
-                there.popitem(last=False)
-                self.evicted += 1
-        return hits
+    _renews = True
 
 
 class S3Fifo:
@@ -226,12 +215,6 @@ def capacities_for(trace: Trace, *, points: int = 9) -> list[int]:
     steps = [base * 10**power for power in range(2, 12) for base in (1, 2, 5)]
     last = next(index for index, step in enumerate(steps) if step >= trace.unique_pages)
     return steps[max(0, last + 1 - points) : last + 1]
-
-
-def curve(trace: Trace, policies: Iterable[str], capacities: Iterable[int]) -> list[Outcome]:
-    """Every policy at every capacity."""
-    capacities = sorted(set(capacities))
-    return [simulate(trace, policy, capacity) for policy in policies for capacity in capacities]
 
 
 # ---- units

@@ -1,6 +1,6 @@
 """A snapshot of an index: frames of a head and of its columns, and the index that they make.
 
-A million pages are some 100 MB, written and read by columns: a page is never touched alone, or a restart would take the
+A million pages are some 70 MB, written and read by columns: a page is never touched alone, or a restart would take the
 time of as many puts.
 
 Does not know: files.
@@ -18,7 +18,8 @@ import numpy as np
 
 from .index import Index
 from .journal import FORMAT, encode_frame, frames, split
-from .page import HEADER_BYTES, KEY_BYTES
+from .keys import KEY_BYTES
+from .page import HEADER_BYTES
 from .segments import Segment, State
 from .table import ORPHAN, PLACES
 

@@ -4,8 +4,11 @@
     segments     <= capacity                      else the emptiest segment is compacted: its live pages move
     dead ones    retired by the journal, then removed once no lease can reach them
 
-Order of an eviction, each durable before the next: the tombstone, then the retirement of the segment, then its file
-goes after the last lease. A crash between any two leaves a file that the next owner removes.
+An evicted page was held by nobody, nor was anything below it: no lease reaches it. A moved one may still be read under
+a lease where it was, so a segment that was compacted stays until the leases of that moment have ended.
+
+Order of an eviction, each durable before the next: the tombstone and the retirement of the segment, then its file goes.
+A crash between them leaves a file that the next owner removes.
 
 Does not know: clients.
 """
@@ -13,19 +16,20 @@ Does not know: clients.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 from emberfs.checksum import crc32c
-from emberfs.errors import EmberError, LimitExceeded
+from emberfs.errors import LimitExceeded
 from emberfs.runtime import Runtime
 
 from .files import Files
 from .journal import Evicted, Moved, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
 from .leases import Leases
-from .page import HEADER_BYTES, PLACE, Place, decode_header, encode_header
+from .page import HEADER_BYTES, PLACE, Header, Place, decode_header, encode_header
 from .segments import Segment
-from .table import NO_PARENT, ORPHAN
 from .wal import Wal
 
 COMPACTION = 0
@@ -148,52 +152,57 @@ class Space:
     def cut(self, slots: Sequence[int]) -> int:
         """Take slots out with all below them; of what is held only the pages, it goes later. How many went."""
         table = self._index.table
-        doomed = table.below_first(table.below(slots))
         count = 0
-        for slot in doomed:
-            for kind in range(len(table.places)):
-                if table.place(slot, kind) is not None:
-                    self._wal.note(Unplaced(table.tenant[slot], kind, table.keys[slot]))
+        for slot in table.below_first(table.below(slots)):
             if not table.held[slot] and not table.children[slot]:
                 self.evict([slot])
                 count += 1
+                continue
+            for kind in range(len(table.places)):
+                place = table.place(slot, kind)
+                if place is not None:
+                    self._index.segments.by_id[place.segment].gone_after_s = self._leases.latest_end_s
+                    self._wal.note(Unplaced(table.tenant[slot], kind, table.keys[slot]))
         return count
 
     # --- segments --------------------------------------------------------------------------------------------------
 
     async def new_segment(self, writer: int, payload_bytes: int) -> Segment | None:
         """An open segment for a writer. None: there is no room for one now."""
-        segments = self._index.segments
-        size_bytes = segments.size_for(payload_bytes)
+        size_bytes = self._index.segments.size_for(payload_bytes)
         if not await self._make_disk_room(size_bytes):
             return None
+        return await self._add_segment(writer, size_bytes)
+
+    async def _add_segment(self, writer: int, size_bytes: int) -> Segment:
+        segments = self._index.segments
         self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
         segment = segments.by_id[segments.next_id - 1]
-        await self._files.create(self.path(segment.id), size_bytes)
+        try:
+            await self._files.create(self.path(segment.id), size_bytes)
+        except BaseException:
+            self._wal.note(SegmentSealed(segment.id, 0))  # Nothing is handed out of what has no file.
+            raise
         return segment
 
     async def _make_disk_room(self, size_bytes: int) -> bool:
         segments = self._index.segments
-        capacity = self.config.capacity_bytes - size_bytes  # One more, which compaction may need to give any back.
+        capacity = self.config.capacity_bytes - size_bytes  # One more, which compaction needs to give any back.
         while segments.promised_bytes + size_bytes > capacity:
             if await self.collect():
                 continue
             victim = segments.emptiest()
-            if victim is None or victim.live_bytes + size_bytes > capacity:
-                return False
-            if not await self.compact(victim):
+            # What leases still hold comes back by itself: to move more pages would take room, not give it.
+            if victim is None or segments.leaving_bytes >= size_bytes or not await self.compact(victim):
                 return False
         return True
 
     async def collect(self) -> int:
         """Retire what is dead, and remove the files that no lease can reach any more. How many files went."""
         segments = self._index.segments
-        dead = segments.dead()
-        if dead:
+        if dead := segments.dead():
             self._wal.note(*(SegmentRetired(each.id) for each in dead))
             await self._wal.flush()
-            for each in dead:
-                each.gone_after_s = self._leases.latest_end_s
         gone = [each for each in segments if each.is_retired and each.gone_after_s <= self._runtime.now_s()]
         for segment in gone:
             await self._files.remove(self.path(segment.id))
@@ -203,62 +212,72 @@ class Space:
         return len(gone)
 
     async def compact(self, victim: Segment) -> bool:
-        """Move what is alive in a segment elsewhere. False: there was no room for it."""
-        table = self._index.table
-        pages = table.in_segment(victim.id)
+        """Move what is alive in a segment elsewhere. False: there was no room for all of it."""
+        pages = self._index.table.in_segment(victim.id)
         while pages:
-            batch, size = [], 0
-            while pages and size < COMPACT_BYTES:
-                slot, kind = pages.pop(0)
-                place = table.place(slot, kind)
-                if place is not None and place.segment == victim.id:
-                    batch.append((slot, kind, table.keys[slot], place))
-                    size += place.end - place.offset
+            batch: list[_Page] = []
+            while pages and sum(each.place.end - each.place.offset for each in batch) < COMPACT_BYTES:
+                slot, kind = pages.pop()
+                place = self._index.table.place(slot, kind)
+                if place is not None and place.segment == victim.id:  # Else it went meanwhile.
+                    batch.append(_Page(slot, kind, self._index.table.keys[slot], place))
             if batch and not await self._move(batch):
                 return False
         return True
 
-    async def _move(self, batch: Sequence[tuple[int, int, bytes, Place]]) -> bool:
-        segments, table = self._index.segments, self._index.table
-        source = self.path(batch[0][3].segment)
-        data = await self._files.read(source, [(each.offset, each.end - each.offset) for _, _, _, each in batch])
-        for entry, page in zip(batch, data, strict=True):
-            slot, kind, key, old = entry
-            if table.keys[slot] != key or table.place(slot, kind) != old:
-                continue  # It went, or was put again, meanwhile.
-            if page is None or not is_page(page, old, key):
-                self._wal.note(Unplaced(table.tenant[slot], kind, key))
+    async def _move(self, batch: Sequence[_Page]) -> bool:
+        """Move pages of one segment: runs that lie side by side in one write."""
+        segments = self._index.segments
+        source = batch[0].place.segment
+        ranges = [(each.place.offset, each.place.end - each.place.offset) for each in batch]
+        data = await self._files.read(self.path(source), ranges)
+        moved: list[tuple[_Page, Place, bytes]] = []
+        try:
+            has_room = await self._place_anew(zip(batch, data, strict=True), moved)
+            for segment, run in groupby(moved, key=lambda each: each[1].segment):
+                pieces = list(run)
+                await self._files.write(self.path(segment), pieces[0][1].offset, b"".join(each[2] for each in pieces))
+        finally:
+            for _, place, _ in moved:
+                segments.settle(place)
+        for page, place, _ in moved:
+            if self._is_there(page):
+                self._wal.note(Moved(self._index.table.tenant[page.slot], page.kind, page.key, PLACE.pack(*place)))
+                self.counts.moved_bytes += place.end - place.offset
+        segments.by_id[source].gone_after_s = self._leases.latest_end_s
+        return has_room
+
+    async def _place_anew(
+        self, pages: Iterable[tuple[_Page, bytes | None]], moved: list[tuple[_Page, Place, bytes]]
+    ) -> bool:
+        """Add to `moved` where each page goes, and its bytes there. False: there was no room for all."""
+        segments = self._index.segments
+        for page, data in pages:
+            if not self._is_there(page):
                 continue
-            segment = segments.open_for(COMPACTION, old.length) or await self._reserve_segment(old.length)
+            header = None if data is None else page_header(data, page.place, page.key)
+            if data is None or header is None:
+                self._wal.note(Unplaced(self._index.table.tenant[page.slot], page.kind, page.key))
+                continue
+            segment = segments.open_for(COMPACTION, page.place.length) or await self._new_for_compaction(page.place)
             if segment is None:
                 return False
-            place = segments.hand_out(segment, old.length)._replace(crc=old.crc)
-            head = encode_header(place, key=key, parent=self._parent(slot), kind=kind, tenant=table.tenant[slot])
-            try:
-                await self._files.write(self.path(segment.id), place.offset, head + page[HEADER_BYTES:])
-            finally:
-                segments.settle(place)
-            if table.keys[slot] == key and table.place(slot, kind) == old:
-                self._wal.note(Moved(table.tenant[slot], kind, key, PLACE.pack(*place)))
-                self.counts.moved_bytes += place.end - place.offset
+            place = segments.hand_out(segment, page.place.length)._replace(crc=page.place.crc)
+            head = encode_header(place, key=page.key, parent=header.parent, kind=header.kind, tenant=header.tenant)
+            moved.append((page, place, head + data[HEADER_BYTES:]))
         return True
 
-    async def _reserve_segment(self, payload_bytes: int) -> Segment | None:
-        """For compaction, which may use the last room there is: it gives back more than it takes."""
-        segments = self._index.segments
-        size_bytes = segments.size_for(payload_bytes)
-        self._wal.note(SegmentAdded(segments.next_id, size_bytes, COMPACTION))
-        segment = segments.by_id[segments.next_id - 1]
-        try:
-            await self._files.create(self.path(segment.id), size_bytes)
-        except EmberError:
-            self._wal.note(SegmentSealed(segment.id, 0))
-            return None
-        return segment
+    def _is_there(self, page: _Page) -> bool:
+        """It did not go, and was not put again, since it was looked at."""
+        table = self._index.table
+        return table.keys[page.slot] == page.key and table.place(page.slot, page.kind) == page.place
 
-    def _parent(self, slot: int) -> bytes:
-        above = self._index.table.parent[slot]
-        return bytes(32) if above in (NO_PARENT, ORPHAN) else self._index.table.keys[above]
+    async def _new_for_compaction(self, place: Place) -> Segment | None:
+        segments = self._index.segments
+        size_bytes = segments.size_for(place.length)
+        if segments.promised_bytes + size_bytes > self.config.capacity_bytes:
+            return None
+        return await self._add_segment(COMPACTION, size_bytes)
 
     async def remove_strangers(self) -> int:
         """Files in the directory of segments that the index does not name: an earlier owner's. How many."""
@@ -270,12 +289,18 @@ class Space:
         return len(strangers)
 
 
-def is_page(page: bytes, place: Place, key: bytes) -> bool:
-    """It is the page of `key` that was written to `place`."""
+class _Page(NamedTuple):
+    """A page that is being moved."""
+
+    slot: int
+    kind: int
+    key: bytes
+    place: Place
+
+
+def page_header(page: bytes, place: Place, key: bytes) -> Header | None:
+    """Of the page of `key` that was written to `place`; None: it is not that, or damaged."""
     header = decode_header(page)
-    return (
-        header is not None
-        and header.key == key
-        and header.place == place
-        and crc32c(memoryview(page)[HEADER_BYTES:]) == place.crc
-    )
+    if header is None or header.key != key or header.place != place:
+        return None
+    return header if crc32c(memoryview(page)[HEADER_BYTES:]) == place.crc else None

@@ -1,7 +1,7 @@
 """The index of a namespace in memory: which pages there are, what hangs on what, and which goes first.
 
 A *slot* is one key of one tenant: a node of the prefix tree, with one place per kind. Its columns are arrays, so that a
-page costs some 200 bytes.
+page costs some 300 bytes.
 
 Invariants:
   - Only a leaf that nobody holds is evicted: no prefix is ever cut in its middle to make room.
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .page import HEADER_BYTES, ROOT, Place
+from .keys import ROOT
+from .page import HEADER_BYTES, Place
 
 NO_PARENT = -1
 ORPHAN = -2
@@ -38,7 +39,7 @@ class Found(NamedTuple):
 
     slots: list[int]
     reason: str
-    """Why it is no longer: "whole", "miss" (never put, or evicted), "damaged", "KIND missing"."""
+    """Why it is no longer: "whole", "miss" (never put, or evicted), "damaged", "kind N missing", "no state"."""
 
 
 class PageTable:
@@ -126,14 +127,6 @@ class PageTable:
         row = self.places[kind][slot]
         return Place(*(int(each) for each in row)) if row["segment"] else None
 
-    def prefix(self, slot: int) -> list[int]:
-        """The slots from the root down to `slot`, or from below an orphan."""
-        chain = []
-        while slot >= 0:
-            chain.append(slot)
-            slot = self.parent[slot]
-        return chain[::-1]
-
     # --- changing --------------------------------------------------------------------------------------------------
 
     def put(self, tenant: int, key: bytes, parent: bytes, kind: int, place: Place, *, now_s: float) -> int:
@@ -141,8 +134,8 @@ class PageTable:
         slot = self._slots[tenant].get(key)
         if slot is None:
             slot = self._add(tenant, key, parent, now_s)
-        elif now_s > self.used_s[slot]:
-            self.used_s[slot] = now_s
+        else:
+            self.touch(slot, now_s)
         self.unplace(slot, kind)
         self.replace(slot, kind, place)
         return slot

@@ -1,14 +1,14 @@
 """The index of a namespace on the store: its log and snapshots as files, written by the owner, read by the next one.
 
-    index/head-EPOCH            what makes the index: a snapshot, logs of which a known part counts, the log of now
-    index/EPOCH-N.log           journal batches
+    index/head-EPOCH            which snapshot and which log make the index
     index/EPOCH-N.snapshot      the index when log N was begun
+    index/EPOCH-N.log           journal batches since
 
 Invariants:
   - An entry is applied to the index first and written soon; `flush` returns when all that was noted before is durable
     and nobody had taken over by then. So what was acknowledged as committed is what the next owner reads.
-  - An owner writes only files of its own epoch. Of the log of the one before it counts what it has read, and says so in
-    its head: a late append there is nobody's.
+  - An owner writes and removes only files of epochs up to its own, and begins with a snapshot of its own: what one that
+    is over still does touches nothing that a later one goes by.
 
 Does not know: what entries mean.
 """
@@ -37,11 +37,8 @@ LOG_BYTES_MAX = 16 << 20
 
 
 class _Head(msgspec.Struct):
+    snapshot: str
     log: str
-    """The log of now."""
-    snapshot: str = ""
-    logs: list[tuple[str, int]] = []
-    """(an earlier log, how many bytes of it count), after the snapshot."""
 
 
 class Wal:
@@ -54,13 +51,16 @@ class Wal:
         self.log_bytes_max = LOG_BYTES_MAX
         self._files, self._runtime = files, runtime
         self._directory, self._ownership = directory, ownership
-        self._head = _Head("")
         self._log: Log | None = None
         self._log_bytes = 0
         self._number = 0
+        self._wants_snapshot = False
         self._noted: list[AnyEntry] = []
         self._waiting: list[asyncio.Future[None]] = []
-        self._wake: asyncio.Future[None] | None = None
+        self._begun: asyncio.Future[None] | None = None
+        """The writer sleeps until something is noted, or somebody waits."""
+        self._due: asyncio.Future[None] | None = None
+        """It lets what was noted wait for more, until somebody waits."""
         self._work: asyncio.Task[None] | None = None
 
     @classmethod
@@ -71,10 +71,10 @@ class Wal:
 
         Raises ValueError for an index that a newer program wrote, Corruption for one that cannot be read.
         """
-        head, index = await _read(files, directory, ownership.epoch, make)
+        index = await _read(files, directory, ownership.epoch, make)
         index.seal_all()
         wal = cls(files, runtime, directory, ownership, index)
-        await wal._begin_log(head)
+        await wal._snapshot()
         wal._work = runtime.spawn(wal._keep_writing(), "kv-wal")
         return wal
 
@@ -85,7 +85,7 @@ class Wal:
         for entry in entries:
             self.index.apply(entry)
         self._noted.extend(entries)
-        self._rouse(soon=False)
+        _wake(self._begun)
 
     async def flush(self) -> None:
         """All that was noted is durable. Raises StaleOwner."""
@@ -93,8 +93,14 @@ class Wal:
             raise StaleOwner("another server has taken this namespace over")
         future = self._runtime.future()
         self._waiting.append(future)
-        self._rouse(soon=True)
+        _wake(self._begun)
+        _wake(self._due)
         await future
+
+    def want_snapshot(self) -> None:
+        """Write one soon: it has the stamps of use, which the log has not."""
+        self._wants_snapshot = True
+        _wake(self._begun)
 
     async def close(self) -> None:
         """Write what is left, and stop."""
@@ -110,64 +116,65 @@ class Wal:
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
-    def _rouse(self, *, soon: bool) -> None:
-        if soon and self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+    async def _until_due(self) -> None:
+        """Return when somebody waits, or something was noted `FLUSH_S` ago."""
+        if not self._noted and not self._waiting:
+            self._begun = self._runtime.future()
+            await self._begun
+        if not self._waiting:
+            self._due, timer = self._runtime.future(), self._runtime.timer(FLUSH_S)
+            await asyncio.wait([self._due, timer], return_when=asyncio.FIRST_COMPLETED)
+            timer.cancel()
 
     async def _keep_writing(self) -> None:
         while True:
-            if not self._waiting:
-                self._wake = self._runtime.future()
-                timer = self._runtime.timer(FLUSH_S)
-                await asyncio.wait([self._wake, timer], return_when=asyncio.FIRST_COMPLETED)
-                timer.cancel()
-            entries, self._noted = self._noted, []
+            await self._until_due()
             waiting, self._waiting = self._waiting, []
             try:
-                await self._write(entries)
-                if waiting or entries:
+                await self._append()
+                if self._wants_snapshot or self._log_bytes > self.log_bytes_max:
+                    await self._snapshot()
+                if waiting:
                     await self._ownership.check()
-            except (EmberError, OSError) as error:
+            except Exception as error:
                 # What is in the index may not be in the log: from here on nobody can be promised anything.
                 self.is_lost = True
                 _fail([*waiting, *self._waiting], error)
-                return
+                if isinstance(error, EmberError | OSError):
+                    return
+                raise
             _finish(waiting)
 
-    async def _write(self, entries: Sequence[AnyEntry]) -> None:
+    async def _append(self) -> None:
+        """Write what was noted to the log."""
+        entries, self._noted = self._noted, []
         if entries:
             assert self._log is not None
             data = encode_batch(entries)
             await self._log.append(data)
             self._log_bytes += len(data)
-        if self._log_bytes > self.log_bytes_max and not self._noted:
-            await self._snapshot()  # Nothing is in the index now that is not in the log.
 
     async def _snapshot(self) -> None:
-        """Write what the index is now, and go on in a new log."""
-        old = self._head
+        """Write what the index is now, go on in a new log, and remove what was before them."""
+        self._wants_snapshot = False
         data = encode_snapshot(self.index)
-        await self._begin_log(_Head(old.log, old.snapshot, [*old.logs, (old.log, self._log_bytes)]))
-        name = f"{self._ownership.epoch:08d}-{self._number}.snapshot"
-        await self._files.put(f"{self._directory}/{name}", data)
-        await self._put_head(_Head(self._head.log, name))
-        for gone in [old.snapshot, *(log for log, _ in [*old.logs, (old.log, 0)])]:
-            if gone:
-                await self._files.remove(f"{self._directory}/{gone}")
-
-    async def _begin_log(self, before: _Head) -> None:
-        """A new log after what `before` says."""
         if self._log is not None:
+            await self._append()  # It is in the snapshot; until that counts, the old log needs it.
             await self._log.close()
         self._number += 1
-        name = f"{self._ownership.epoch:08d}-{self._number}.log"
-        self._log = await self._files.open_log(f"{self._directory}/{name}")
-        self._log_bytes = 0
-        await self._put_head(_Head(name, before.snapshot, before.logs))
-
-    async def _put_head(self, head: _Head) -> None:
-        self._head = head
+        stem = f"{self._ownership.epoch:08d}-{self._number:08d}"
+        head = _Head(f"{stem}.snapshot", f"{stem}.log")
+        await self._files.put(f"{self._directory}/{head.snapshot}", data)
+        self._log, self._log_bytes = await self._files.open_log(f"{self._directory}/{head.log}"), 0
         await self._files.put(f"{self._directory}/head-{self._ownership.epoch:08d}", msgspec.json.encode(head))
+        for name in await self._files.names(self._directory):
+            if _is_before(name, stem):
+                await self._files.remove(f"{self._directory}/{name}")
+
+
+def _wake(future: asyncio.Future[None] | None) -> None:
+    if future is not None and not future.done():
+        future.set_result(None)
 
 
 def _finish(waiting: Sequence[asyncio.Future[None]]) -> None:
@@ -182,30 +189,34 @@ def _fail(waiting: Sequence[asyncio.Future[None]], error: Exception) -> None:
             future.set_exception(error)
 
 
-# ---- reading
+# ---- files
 
 
-async def _read(files: Files, directory: str, epoch: int, make: Callable[[], Index]) -> tuple[_Head, Index]:
-    """What counts, as the head of the next owner names it, and the index that it makes."""
-    heads = [name for name in await files.names(directory) if name.startswith("head-") and int(name[5:]) < epoch]
-    if not heads:
-        return _Head(""), make()
-    head = msgspec.json.decode(await files.get(f"{directory}/{max(heads)}"), type=_Head)
-    index = make()
-    if head.snapshot:
-        data = await files.get(f"{directory}/{head.snapshot}")
-        index = decode_snapshot(data, segment_bytes=index.segments.segment_bytes)
-    logs = list(head.logs)
-    for name, length in logs:
-        _replay(index, (await files.get(f"{directory}/{name}"))[:length])
-    try:
-        data = await files.get(f"{directory}/{head.log}")
-    except NotFound:
-        data = b""
-    _replay(index, data)
-    return _Head(head.log, head.snapshot, [*logs, (head.log, len(data))]), index
+def _is_before(name: str, stem: str) -> bool:
+    """A head of an earlier epoch, or a log or snapshot before those of `stem`."""
+    if name.startswith("head-"):
+        return name[5:] < stem.partition("-")[0]
+    return name.partition(".")[0] < stem
 
 
-def _replay(index: Index, data: bytes) -> None:
-    for batch in batches(data):
-        index.replay(batch)
+async def _read(files: Files, directory: str, epoch: int, make: Callable[[], Index]) -> Index:
+    """What the last owner before `epoch` left."""
+    before = None
+    while True:
+        heads = [name for name in await files.names(directory) if name.startswith("head-") and int(name[5:]) < epoch]
+        if not heads:
+            return make()
+        head = msgspec.json.decode(await files.get(f"{directory}/{max(heads)}"), type=_Head)
+        try:
+            data = await files.get(f"{directory}/{head.snapshot}")
+            log = await files.get(f"{directory}/{head.log}")
+        except NotFound:
+            if head == before:
+                raise
+            before = head
+            continue  # An owner that is over was just at it: its head names others by now.
+        index = decode_snapshot(data, segment_bytes=make().segments.segment_bytes)
+        for batch in batches(log):
+            for entry in batch:
+                index.apply(entry)
+        return index

@@ -14,8 +14,9 @@ from pathlib import Path
 import emberfs
 import emberkv
 import pytest
-from emberfs.errors import AccessDenied
+from emberfs.errors import AccessDenied, LimitExceeded
 from emberkv import messages
+from emberkv.errors import SeatGone
 from emberkv.hit import Hit
 
 from tests.fs.cli_run import emberline
@@ -98,9 +99,38 @@ def test_what_was_put_is_matched_and_read(serve: Serve) -> None:
         assert cache.get_into(hit, buffers, first=7) == [True, True]
         assert bytes(buffers[0]) == pages[7] and bytes(buffers[1]) == pages[8][:100]
         assert cache.exists([keys[3], cache.keys(tokens(9, 1))[0]]) == [True, False]
+        with pytest.raises(LimitExceeded, match="20000 bytes: not 20001"):
+            cache.get_into(hit, [bytearray(PAGE + 1)])
+        with pytest.raises(LimitExceeded, match="40 pages: not 2 from 39"):
+            cache.get_into(hit, [bytearray(PAGE)] * 2, first=39)
+        with pytest.raises(ValueError, match="not a hit"):
+            Hit.decode(b"something else")
         assert cache.extend(hit) and cache.extend(shorter)
         cache.release(hit, shorter)
         assert not cache.extend(hit)
+
+
+def test_a_kind_of_a_fixed_size_takes_no_other(serve: Serve) -> None:
+    kinds = (emberkv.Kind("kv", payload_bytes=PAGE),)
+    namespace = emberkv.Namespace(model="fixed", dtype="bf16", layout="mla", page_tokens=4, kinds=kinds)
+    with emberkv.connect(serve().address, namespace) as cache:
+        keys = cache.keys(tokens(1, 2))
+        with pytest.raises(LimitExceeded, match="this kind has pages of 20000"):
+            cache.put(keys, [page(1), page(2, PAGE - 1)])
+        assert cache.put(keys, [page(1), page(2)]) == ["stored"] * 2
+        plain = emberkv.connect(cache._addresses[0], PLAIN)
+        with plain, pytest.raises(LimitExceeded, match="1/64 of the capacity"):
+            plain.put(keys[:1], [page(1, 2 * MIB)])
+
+
+def test_a_seat_is_nobody_elses(serve: Serve) -> None:
+    address = serve().address
+    with emberkv.connect(address, PLAIN, tenant="a") as one, emberkv.connect(address, PLAIN, tenant="b") as two:
+        keys = one.keys(tokens(1, 2))
+        one.put(keys, [page(1)] * 2)
+        assert abs(one._seated().seat - two._seated().seat) > 1 << 20
+        with pytest.raises(SeatGone):
+            two._call(messages.Match(one._seated().seat + 1, [b"".join(keys)], 0.0), messages.Matched)
 
 
 def test_opaque_keys_stand_for_themselves(serve: Serve) -> None:
@@ -227,7 +257,7 @@ def test_tenants_need_their_token_and_see_only_their_own(serve: Serve, tmp_path:
         assert list(umbrella.stat()["namespaces"][PLAIN.name]["tenants"]) == ["umbrella"]
 
 
-def test_a_writer_that_dies_leaves_nothing_pending(serve: Serve) -> None:
+def test_a_page_that_one_writes_is_pending_for_others_until_it_gives_up(serve: Serve) -> None:
     address = serve().address
     with emberkv.connect(address, PLAIN) as one, emberkv.connect(address, PLAIN) as two:
         keys = one.keys(tokens(1, 2))
@@ -258,6 +288,14 @@ def test_an_operator_sees_limits_and_takes_away(serve: Serve) -> None:
         assert cache.match(cache.keys(tokens(7, 10))).pages == 0
         assert operator.drop(PLAIN.name) == {"default": {"pages": 0, "bytes": 0}}
         operator.collect(PLAIN.name)
+
+
+def test_an_address_that_is_taken_is_named(serve: Serve, store: str) -> None:
+    address = serve().address
+    command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", store, "--listen", address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"Error: Address already in use: {address}\n"
 
 
 def test_the_command_line_tells_what_a_service_holds(serve: Serve) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from emberfs.errors import LimitExceeded
-from emberkv.simulate import POLICIES, Lru, S3Fifo, capacities_for, curve, simulate
+from emberkv.simulate import POLICIES, Lru, S3Fifo, capacities_for, simulate
 from emberkv.trace import Request, Trace
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,7 +102,7 @@ def test_each_hit_is_told() -> None:
 
 def test_more_capacity_never_hits_less_by_lru() -> None:
     trace = chat_trace(seed=2)
-    rates = [outcome.page_rate for outcome in curve(trace, ["lru"], capacities_for(trace))]
+    rates = [simulate(trace, "lru", capacity).page_rate for capacity in capacities_for(trace)]
     assert rates == sorted(rates)
     assert rates[-1] == simulate(trace).page_rate
     assert 0.3 < rates[-1] < 0.9

@@ -8,8 +8,9 @@ import random
 import pytest
 from emberkv.index import Index
 from emberkv.journal import Evicted, Moved, Put, QuotaSet, SegmentAdded, TenantAdded, Unplaced, batches, encode_batch
+from emberkv.keys import ROOT
 from emberkv.leases import Leases
-from emberkv.page import HEADER_BYTES, PLACE, ROOT, Place, decode_header, encode_header
+from emberkv.page import HEADER_BYTES, PLACE, Place, decode_header, encode_header
 from emberkv.snapshot import decode_snapshot, encode_snapshot
 from emberkv.table import PageTable
 
@@ -220,7 +221,8 @@ def test_a_replay_gives_the_same_index() -> None:
     index, log = filled()
     again = Index([None, 2], segment_bytes=1 << 20)
     for batch in batches(b"".join(log)):
-        again.replay(batch)
+        for entry in batch:
+            again.apply(entry)
     same(index, again)
 
 

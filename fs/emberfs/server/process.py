@@ -15,11 +15,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from ..errors import EmberError, Unavailable
+from ..errors import Unavailable
 from ..lane import native
 from ..lane.server import LaneServer
 from ..messages import Message
@@ -27,6 +26,7 @@ from ..portal import Portal
 from ..routing import Role
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
+from ..transport.address import named
 from ..transport.types import Listener, Service
 from .config import ServerConfig
 from .metrics import Metered, serve_metrics
@@ -54,13 +54,13 @@ def run_server(config: ServerConfig) -> None:
     end_metrics: Callable[[], None] | None = None
     try:
         # The address first: who cannot have it is a second one of us, and leaves the disk alone.
-        with _named(config.listen):
+        with named(config.listen):
             listener = portal.run(network.serve(config.listen, Metered(door, network.meter)))
         role = portal.run(open_role(config, runtime, network, lanes=lanes))
         door.service = role.service
         portal.run(role.start())
         if config.metrics:
-            with _named(config.metrics):
+            with named(config.metrics):
                 end_metrics = serve_metrics(network.meter, role.gauges, config.metrics)
         _serve(config, role, listener, stop)
         portal.run(role.retire())
@@ -105,19 +105,6 @@ class _Door:
         if self.service is None:
             raise Unavailable("the server is starting")
         return self.service.handle(request, buffers)
-
-
-@contextmanager
-def _named(address: str) -> Iterator[None]:
-    """Errors of the operating system say which address they are about, unless it is a file (of TLS)."""
-    try:
-        yield
-    except EmberError:
-        raise
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, address) from error
 
 
 def tcp_config(config: ServerConfig) -> TcpConfig:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from ..errors import InvalidPath
+from ..errors import EmberError, InvalidPath
 
 UNIX = "unix:"
 
@@ -42,3 +44,16 @@ def parse_address(text: str) -> Address:
 def is_loopback(host: str) -> bool:
     """True for a numeric address that no other machine can reach."""
     return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+@contextmanager
+def named(address: str) -> Iterator[None]:
+    """Errors of the operating system say which address they are about, unless it is a file (of TLS)."""
+    try:
+        yield
+    except EmberError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, address) from error
