@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from .plan.conditions import conditions_of
 from .plan.filescans import ResolvedScan
 from .plan.frames import Computed, Frame
 from .plan.nodes import Column, Expr
@@ -43,19 +44,24 @@ class SessionCatalog:
         known = jobs.scans.get(scan)
         if known is None or known[0] != files or not all(file.version for file in files):
             with jobs.session.engine.running(scan.call(scan.paths)) as cursor:
-                known = jobs.scans[scan] = files, resolve(scan, files, cursor)
+                known = jobs.scans[scan] = files, resolve(scan, files, jobs.footers, cursor)
         return known[1]
 
-    def narrowed(self, scan: ResolvedScan, conditions: tuple[Expr, ...]) -> ResolvedScan:
-        """The scan of the files that may hold rows which meet the conditions; the latest answers are kept."""
+    def narrowed(self, scan: ResolvedScan, exprs: tuple[Expr, ...]) -> ResolvedScan:
+        """The scan of the files that may hold rows for which all of `exprs`, over its columns, are true; the answers
+        that were used last are kept."""
+        if scan.is_whole:
+            return scan
+        conditions = tuple(condition for expr in exprs for condition in conditions_of(expr, scan.columns))
         key = scan.scan, scan.files, conditions
         known = self.jobs.narrowed
-        found = known.get(key)
+        found = known.pop(key, None)
         if found is None or not all(file.version for file in scan.files):
             with self.jobs.session.engine.running(scan.scan.call(scan.scan.paths)) as cursor:
-                found = known[key] = narrowed(scan, conditions, cursor)
-            for oldest in list(known)[:-_NARROWED_MAX]:
-                known.pop(oldest, None)
+                found = narrowed(scan, conditions, self.jobs.footers, cursor)
+        known[key] = found
+        for oldest in list(known)[:-_NARROWED_MAX]:
+            known.pop(oldest, None)
         return found
 
     def computed(self, frame: Frame) -> Computed | None:

@@ -29,10 +29,12 @@ from .job.record import Record
 from .job.shares import ShareConfig
 from .job.steps import Output, Place, create
 from .job.task import nothing
+from .plan.conditions import Condition
 from .plan.explain import explained
 from .plan.filescans import File, ResolvedScan
+from .plan.footers import Footers
 from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
-from .plan.nodes import Column, Expr
+from .plan.nodes import Column
 from .plan.pipes import Program
 from .plan.planner import Planner
 from .plan.resolving import listed
@@ -81,7 +83,8 @@ class Jobs:
         self._closed = False
         self.scans: dict[FileScan, tuple[list[File], ResolvedScan]] = {}
         """Files that were looked into, as they were then."""
-        self.narrowed: dict[tuple[FileScan, tuple[File, ...], tuple[Expr, ...]], ResolvedScan] = {}
+        self.footers = Footers()
+        self.narrowed: dict[tuple[FileScan, tuple[File, ...], tuple[Condition, ...]], ResolvedScan] = {}
         """Which of them hold what was asked for."""
         self.last: list[Event] = []
         """What the latest job told."""

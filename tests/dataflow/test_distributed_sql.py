@@ -12,6 +12,7 @@ from typing import Any
 
 import duckdb
 import emberflow
+import pyarrow as pa
 import pytest
 from emberflow.job import shares
 
@@ -85,3 +86,15 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, tuple | list) and isinstance(right, tuple | list):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
+
+
+def test_large_partitions_are_cut(session: emberflow.Session) -> None:
+    """Or the statements of the third session would be those of the first one over again."""
+    was_large = shares.SKEW == 1
+    left = session.from_arrow(pa.table({"k": [1] * 3000 + list(range(300)), "v": range(3300)}))
+    right = session.from_arrow(pa.table({"k": range(300), "name": [f"n{i % 7}" for i in range(300)]}))
+    text = "SELECT DISTINCT l.k, name FROM l JOIN r ON l.k = r.k"
+    frame = session.sql(text, l=left.repartition(3, by_rows=True), r=right.repartition(3, by_rows=True))
+    assert len(frame.take_all()) == 300
+    labels = [event.data["label"] for event in session.jobs.last if event.kind == "stage"]
+    assert any("in pieces" in label for label in labels) == (was_large and not session.config.broadcast_bytes)

@@ -16,6 +16,7 @@ import pytest
 from emberflow.job.identity import stores
 from emberflow.plan.doubt import doubt
 from emberflow.plan.filescans import File, ResolvedScan, Share
+from emberflow.plan.footers import Footers
 from emberflow.plan.resolving import listed, resolve
 from emberflow.plan.scantext import FileScan, find
 from fsspec.implementations.memory import MemoryFileSystem
@@ -117,7 +118,7 @@ def test_no_files_make_one_empty_share() -> None:
 
 
 def resolved(scan: FileScan, connection: duckdb.DuckDBPyConnection) -> ResolvedScan:
-    return resolve(scan, listed(scan, {}), connection)
+    return resolve(scan, listed(scan, {}), Footers(), connection)
 
 
 def test_the_shares_of_a_real_scan_are_its_rows(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Run: pytest tests/dataflow/test_skew.py. The exchanges here hold some tens of Mi
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -149,3 +150,32 @@ def test_aggregates_of_one_table_never_get_that_far(session: emberflow.Session, 
 def test_what_cannot_be_put_together_stays_whole(session: emberflow.Session, facts: Facts) -> None:
     check(session, facts, "SELECT k, median(v) m, count(*) n FROM facts GROUP BY k")
     assert tasks(session)["result"] == 6
+
+
+def test_pieces_that_are_lost_or_damaged_are_made_again(facts: Facts, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each step of the job in turn: its files are damaged, and what comes after it is not known any more."""
+    root = tmp_path_factory.mktemp("root")
+    text = f"SELECT f.k, {AGGREGATES} FROM facts f JOIN names n ON f.k IS NOT DISTINCT FROM n.k GROUP BY f.k"
+
+    def run() -> list[str]:
+        with emberflow.init(
+            executor="inline", shuffle="always", partitions=6, broadcast_bytes=0, data_root=str(root)
+        ) as session:
+            check(session, facts, text)
+            assert "result in pieces" in tasks(session)
+            return [event.kind for event in session.jobs.last]
+
+    run()
+    damaged = 0
+    for step in sorted((root / "steps").iterdir()):
+        for file in step.glob("*.exchange"):
+            data = bytearray(file.read_bytes())
+            if len(data) > 1000:
+                data[len(data) // 2] ^= 255
+                file.write_bytes(data)
+                damaged += 1
+        for other in (root / "steps").iterdir():
+            if other != step and other.stat().st_mtime_ns >= step.stat().st_mtime_ns:
+                shutil.rmtree(other)
+        run()
+    assert damaged >= 3

@@ -17,6 +17,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from emberflow.plan import footers
 from emberflow.plan.conditions import Check, Several, conditions_of
 from emberflow.plan.nodes import Column, Expr
 from fsspec.implementations.memory import MemoryFileSystem
@@ -285,6 +286,45 @@ def test_text_that_was_cut_in_statistics(session: emberflow.Session, tmp_path: P
         checked(session, f"select s, count(*) from {table} where {where} group by all")
 
 
+def test_a_member_is_not_taken_for_the_column_of_that_name(session: emberflow.Session, tmp_path: Path) -> None:
+    for i in range(2):
+        members = pa.array([{"b": 100}, {"b": 200}])
+        pq.write_table(pa.table({"a": members, "a, b": pa.array([i, i + 1])}), tmp_path / f"{i}.parquet")
+    assert checked(session, f"""SELECT "a, b", count(*) FROM '{tmp_path}/*.parquet' WHERE "a, b" = 1 GROUP BY ALL""")
+
+
+def test_a_file_that_is_left_out_has_its_say_in_the_dialect(tmp_path: Path) -> None:
+    """What another run has made of the files that are left counts only if they were read in the same way."""
+    for k in (1, 2):
+        (tmp_path / f"k={k}").mkdir()
+    (tmp_path / "k=1" / "f.csv").write_text("a,s\n1,x#y\n2,z\n")
+    text = f"SELECT a, s, count(*) FROM read_csv('{tmp_path}/*/*.csv', hive_partitioning=true) WHERE k = 1 GROUP BY ALL"
+    found = []
+    for other in ("a,s\n#hello\n1,z\n2,w\n", "a,s\n1,z\n2,w\n"):
+        (tmp_path / "k=2" / "f.csv").write_text(other)
+        for root in ("steps", f"new steps {len(found)}"):
+            with emberflow.init(
+                executor="inline", shuffle="always", partitions=2, data_root=str(tmp_path / root)
+            ) as session:
+                found.append(rows(session.sql(text)))
+    with_comments, _, without, anew = found
+    assert without == anew == sorted(duckdb.sql(text).fetchall(), key=str)
+    assert with_comments != without
+
+
+def test_with_too_much_to_know_nothing_is_left_out(
+    session: emberflow.Session, ranges: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"SELECT n, count(*) FROM {ranges} WHERE n = 5 GROUP BY n"
+    (few,) = checked(session, text)
+    for limit in ("FOOTERS_MAX", "_STATISTICS_MAX"):
+        with monkeypatch.context() as patch:
+            patch.setattr(footers, limit, 1)
+            with emberflow.init(executor="inline", shuffle="always", partitions=2, partition_bytes=1) as other:
+                (all_of_them,) = checked(other, text)
+        assert all_of_them > few
+
+
 # ---- what is opened
 
 
@@ -321,3 +361,20 @@ def test_files_that_are_left_out_are_not_opened(session: emberflow.Session, tmp_
     # The first file says the columns; a few more, how many rows there may be.
     assert len(Counting.reads) <= 12
     assert {"/t/k=41/f.parquet", "/t/k=42/f.parquet"} <= Counting.reads.keys()
+
+
+@pytest.mark.parametrize("pattern", ["counting://hive/*/*.parquet", "counting://plain/*/*.parquet"])
+def test_footers_are_read_once(session: emberflow.Session, tmp_path: Path, pattern: str) -> None:
+    fsspec.register_implementation("counting", Counting, clobber=True)
+    for k in range(30):
+        duckdb.execute(f"COPY (SELECT range + {100 * k} n FROM range(100)) TO '{tmp_path}/f.parquet'")
+        data = (tmp_path / "f.parquet").read_bytes()
+        Counting().pipe_file(f"/hive/k={k}/f.parquet", data)
+        Counting().pipe_file(f"/plain/{k}/f.parquet", data)
+    wheres = ["n = 501", "n = 702", "n % 2 = 0", "n % 3 = 0", "n > 903", "true"]
+    session.sql(f"SELECT n, count(*) FROM read_parquet('{pattern}') WHERE n = 1104 GROUP BY n").explain()
+    Counting.reads.clear()
+    for where in wheres:
+        session.sql(f"SELECT n, count(*) FROM read_parquet('{pattern}') WHERE {where} GROUP BY n").explain()
+    # Types are looked up of what is to be left out for the first time.
+    assert sum(Counting.reads.values()) <= 4

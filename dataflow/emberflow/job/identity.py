@@ -119,7 +119,9 @@ def _scan(scan: ResolvedScan, job: str | None) -> str:
     if job is None and any(not file.version for file in scan.files):
         raise Unknown("a filesystem does not tell when its files change")
     files = [(file.url, file.size_bytes, file.version) for file in scan.files]
-    return digest(scan.scan.function, scan.scan.options, repr(scan.columns), repr(files))
+    # Files that are left out have had their say in how the others are read.
+    read = sorted(scan.arguments.items()) if scan.arguments is not None else None, scan.is_whole
+    return digest(scan.scan.function, scan.scan.options, repr(scan.columns), repr(files), repr(read))
 
 
 def _feed(feed: Feed, exchanges: Mapping[int, str], job: str | None) -> str:

@@ -8,6 +8,7 @@ Does not know: what is spilled, or why.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from types import TracebackType
@@ -49,10 +50,9 @@ class SpillWatch:
 
 def _held_bytes(directory: str) -> int:
     held = 0
-    try:
-        with os.scandir(directory) as files:
-            for file in files:
+    # DuckDB makes it when it first spills, and files go while we look. No task fails over what it is only told.
+    with contextlib.suppress(OSError), os.scandir(directory) as files:
+        for file in files:
+            with contextlib.suppress(OSError):
                 held += file.stat().st_size
-    except FileNotFoundError:  # DuckDB makes it when it first spills, and files go while we look.
-        pass
     return held

@@ -16,7 +16,6 @@ from typing import TypeAlias
 
 from .nodes import Column, Expr
 
-COMPARISONS = ("=", "<>", "<", ">", "<=", ">=")
 _FLIPPED = {"=": "=", "<>": "<>", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _TYPE = r"[A-Z][A-Z_]*(?:\ [A-Z]+)*(?:\(\d+,\ ?\d+\))?"
 _TOKEN = re.compile(
@@ -128,7 +127,7 @@ class _Reading:
             return self.compared(column, "IS NULL", [])
         if word == "IN":
             return self.compared(column, word, list(self.listed()))
-        if word not in COMPARISONS:
+        if word not in _FLIPPED:
             raise _OfAnotherForm
         return self.compared(column, word, [self.next()])
 
@@ -164,6 +163,6 @@ class _Reading:
 
     def comparison(self) -> str:
         word = self.next()["word"]
-        if word not in COMPARISONS:
+        if word not in _FLIPPED:
             raise _OfAnotherForm
         return word

@@ -10,9 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import pyarrow as pa
+from dataclasses import dataclass
 
 from ..query import quoted
 from .nodes import Column
@@ -75,8 +73,6 @@ class ResolvedScan:
     """The files are one share: by themselves some would be read in another way."""
     keys: frozenset[str] = frozenset()
     """Columns, in lower case, that are in the files' paths and in no file."""
-    statistics: pa.Table | None = field(default=None, compare=False, repr=False)
-    """What `footers.py` has read; None: nothing yet."""
     all_files: int = 0
     all_bytes: int = 0
     """What there was before some files and row groups were left out; 0: nothing was."""

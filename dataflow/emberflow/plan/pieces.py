@@ -28,6 +28,7 @@ from .pipes import (
     SqlSegment,
     Stage,
     TextSegment,
+    hashed,
     inputs_of,
 )
 
@@ -72,7 +73,9 @@ def stages_in_pieces(stage: Stage, *, id: int, exchange: int, pieces: int) -> tu
     feeds = stage.pipe.feeds
     own = {feed: feeds[feed] for feed in inputs_of(how.piece) if feed in feeds}
     piece = replace(stage.pipe, segments=(SqlSegment(how.piece),), feeds=own, pieces=None)
-    first = Stage(id, piece, ByExpression(_by(how.keys, partitions)), between, f"{stage.label} in pieces".strip())
+    first = Stage(
+        id, piece, ByExpression(hashed((_anew(how.keys),), partitions)), between, f"{stage.label} in pieces".strip()
+    )
     between.producers.append(first)
     between.size_bytes = int(piece.size_bytes)
     merged = _merging(stage.pipe, how, ExchangeFeed(between, "partition"))
@@ -104,9 +107,9 @@ def _replaced(tree: Node, old: Node, new: Node) -> Node:
     return replace(tree, **below)  # type: ignore[arg-type]
 
 
-def _by(keys: Sequence[Expr], partitions: int) -> Expr:
-    """The partition of a row between the two stages. Its hash has decided where it is now: that says nothing more."""
+def _anew(keys: Sequence[Expr]) -> Expr:
+    """A hash to be hashed: that of the keys has decided where a row is now, and says nothing more."""
     pieces: list[str | int] = []
     for key in keys:
         pieces += [*([", "] if pieces else []), *key.pieces]
-    return Expr(("CAST(hash(hash(", *pieces, f")) % {partitions} AS UINTEGER)"), "UINTEGER")
+    return Expr(("hash(", *pieces, ")"), "UBIGINT")

@@ -9,7 +9,7 @@ Does not know: how to run, where files are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -238,3 +238,13 @@ class Program:
 def inputs_of(tree: Node) -> set[int]:
     """The ids of the inputs a plan reads."""
     return {node.id for node in walk(tree) if isinstance(node, Input)}
+
+
+def hashed(keys: Sequence[Expr], partitions: int) -> Expr:
+    """The partition of a row by its keys' hash."""
+    pieces: list[str | int] = []
+    for key in keys:
+        pieces += [*([", "] if pieces else []), *key.pieces]
+    if not pieces:
+        return Expr(("CAST(0 AS UINTEGER)",), "UINTEGER")
+    return Expr(("CAST(hash(", *pieces, f") % {partitions} AS UINTEGER)"), "UINTEGER")

@@ -39,11 +39,12 @@ from .pipes import (
     TableFeed,
     TextSegment,
     Whole,
+    hashed,
 )
 from .prune import pruned
 from .scantext import FileScan, find
 from .skipping import with_conditions
-from .stages import Builder, Pipes, StageConfig, feed_of, hashed
+from .stages import Builder, Pipes, StageConfig, feed_of
 
 # What a row takes, where nothing says how many there are.
 _ROW_BYTES = 64
@@ -55,7 +56,7 @@ class Catalog(Protocol):
     def resolve(self, scan: FileScan) -> ResolvedScan:
         """The scan's files and columns."""
 
-    def narrowed(self, scan: ResolvedScan, conditions: tuple[Expr, ...]) -> ResolvedScan:
+    def narrowed(self, scan: ResolvedScan, exprs: tuple[Expr, ...]) -> ResolvedScan:
         """The scan of the files that may hold rows which meet the conditions, which are over the scan's columns."""
 
     def describe(self, text: str, shadows: Mapping[str, Sequence[Column]]) -> tuple[Column, ...]:

@@ -16,7 +16,7 @@ from ..errors import DatasetNotFound
 from ..query import literal
 from ..sources import STAGING_PREFIX, StorageOptions, open_url, url_of
 from .filescans import File, ResolvedScan, path_values
-from .footers import with_footers
+from .footers import Footers
 from .nodes import Column
 from .scantext import GLOB, FileScan
 
@@ -49,7 +49,7 @@ def listed(scan: FileScan, options: StorageOptions) -> list[File]:
     return files
 
 
-def resolve(scan: FileScan, files: Sequence[File], connection: Any) -> ResolvedScan:
+def resolve(scan: FileScan, files: Sequence[File], footers: Footers, connection: Any) -> ResolvedScan:
     """Asks DuckDB for the scan's columns, and what footers tell; of partitioned files those of a few, since a query may
     leave most of them out."""
     columns = _described(scan.call(scan.paths), connection)
@@ -58,9 +58,9 @@ def resolve(scan: FileScan, files: Sequence[File], connection: Any) -> ResolvedS
     keys = parts if len(files) > 1 and arguments is not None else frozenset()
     resolved = ResolvedScan(scan, columns, tuple(files), arguments, arguments is None, keys)
     if not keys or len(files) <= _SAMPLED_MAX:
-        return with_footers(resolved, connection)
+        return footers.looked_up(resolved, connection)
     some = replace(resolved, files=tuple(files[len(files) * i // _SAMPLED_MAX] for i in range(_SAMPLED_MAX)))
-    known = {file.url: file for file in with_footers(some, connection).files}
+    known = {file.url: file for file in footers.looked_up(some, connection).files}
     return replace(resolved, files=tuple(known.get(file.url, file) for file in files))
 
 

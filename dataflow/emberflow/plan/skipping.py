@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 
 from ..query import literal
-from .conditions import Check, Condition, checks_of, conditions_of
+from .conditions import Check, Condition, checks_of
 from .filescans import ResolvedScan, path_values
-from .footers import with_footers
+from .footers import Footers
 from .nodes import Column, Expr, Filter, Fixed, Input, Join, Node, Project, Scan, SetOperation, Shared
 
 # Values in paths that mean what is written; "%20" and names of NULL do not.
@@ -55,16 +55,10 @@ def _with_conditions(node: Node, scan: Callable[[Scan, tuple[Expr, ...]], Scan],
     return replace(node, child=with_conditions(node.child, scan))
 
 
-def narrowed(scan: ResolvedScan, exprs: Iterable[Expr], connection: Any) -> ResolvedScan:
-    """The scan of the files that may hold rows for which all of `exprs`, over the scan's columns, are true; with what
-    their footers tell."""
-    if scan.is_whole:
-        return scan
-    conditions = [condition for expr in exprs for condition in conditions_of(expr, scan.columns)]
-    kept = _by_paths(scan, conditions, connection)
-    if kept.statistics is None:
-        kept = with_footers(kept, connection)
-    kept = _by_statistics(kept, conditions, connection)
+def narrowed(scan: ResolvedScan, conditions: Sequence[Condition], footers: Footers, connection: Any) -> ResolvedScan:
+    """The scan of the files that may hold rows which meet all of the conditions; with the row groups that they do."""
+    kept = footers.looked_up(_by_paths(scan, conditions, connection), connection)
+    kept = _by_statistics(kept, conditions, footers, connection)
     if kept.size_bytes == scan.size_bytes and len(kept.files) == len(scan.files):
         return kept
     return replace(kept, all_files=len(scan.files), all_bytes=scan.size_bytes)
@@ -118,15 +112,21 @@ def _exact(check: Check, value: str) -> str:
 # ---- statistics
 
 
-def _by_statistics(scan: ResolvedScan, conditions: Sequence[Condition], connection: Any) -> ResolvedScan:
-    if not conditions or not scan.statistics or not scan.scan.arguments().keys() <= _BY_NAME:
+def _by_statistics(
+    scan: ResolvedScan, conditions: Sequence[Condition], footers: Footers, connection: Any
+) -> ResolvedScan:
+    if not conditions or not scan.scan.arguments().keys() <= _BY_NAME:
+        return scan
+    statistics = footers.statistics(scan, connection)
+    if not statistics:
         return scan
     in_paths = {name.lower() for file in scan.files for name, _ in path_values(file.url)}
     used = {
         position: scan.columns[position]
         for condition in conditions
         for position in _positions(condition)
-        if scan.columns[position].name.lower() not in in_paths
+        # The names of a column's members are joined like this.
+        if scan.columns[position].name.lower() not in in_paths and ", " not in scan.columns[position].name
     }
     excluded = [f"NOT {_sql(condition, lambda check: _possible(check, used))}" for condition in conditions]
     summed = ", ".join(part for position, column in sorted(used.items()) for part in _told(position, column))
@@ -134,14 +134,14 @@ def _by_statistics(scan: ResolvedScan, conditions: Sequence[Condition], connecti
         return scan
     found = _rows(
         connection,
-        scan.statistics,
+        statistics,
         f"SELECT file, row_group FROM (SELECT file, row_group, any_value(row_count) AS row_count, {summed} "
         f"FROM emberflow_told GROUP BY file, row_group) WHERE {' OR '.join(excluded)}",
     )
     skipped: dict[str, set[int]] = {}
     for file, group in found:
         skipped.setdefault(file, set()).add(group)
-    for url in _of_other_types(list(skipped), list(used.values()), connection):
+    for url in _of_other_types(skipped, scan, used.values(), footers, connection):
         del skipped[url]
     files = [replace(file, skipped=frozenset(skipped.get(file.url, ()))) for file in scan.files]
     return replace(scan, files=tuple(file for file in files if file.kept or not file.groups))
@@ -179,28 +179,14 @@ def _possible(check: Check, used: Mapping[int, Column]) -> str:
     return f"({has_values} AND coalesce({possible}, true))"
 
 
-def _of_other_types(urls: Sequence[str], columns: Sequence[Column], connection: Any) -> list[str]:
+def _of_other_types(
+    urls: Iterable[str], scan: ResolvedScan, columns: Iterable[Column], footers: Footers, connection: Any
+) -> list[str]:
     """Those of the files in which one of the columns is of another type, or not to be told from another."""
-    if not urls:
-        return []
-    rows = connection.execute(
-        "SELECT file_name, name, duckdb_type, coalesce(num_children, 0) "
-        f"FROM parquet_schema([{', '.join(literal(url) for url in urls)}])"
-    ).fetchall()
-    types: dict[str, list[tuple[str, str]]] = {}
-    open_groups: dict[str, list[int]] = {}
-    for url, name, type_, children in rows:
-        # From the root down, each before its members.
-        groups = open_groups.setdefault(url, [])
-        if len(groups) == 1:
-            types.setdefault(url, []).append((name.lower(), type_))
-        groups.append(children)
-        while groups and groups[-1] == 0:
-            groups.pop()
-            if groups:
-                groups[-1] -= 1
+    doubtful = set(urls)
+    types = footers.types([file for file in scan.files if file.url in doubtful], connection)
     wanted = {column.name.lower(): column.type for column in columns}
-    return [url for url in urls if sorted(t for t in types.get(url, []) if t[0] in wanted) != sorted(wanted.items())]
+    return [url for url, told in types.items() if sorted(t for t in told if t[0] in wanted) != sorted(wanted.items())]
 
 
 # ---- SQL

@@ -55,6 +55,7 @@ from .pipes import (
     Stage,
     TableFeed,
     Whole,
+    hashed,
 )
 
 Pipes = list[Pipe]
@@ -478,16 +479,6 @@ def sort_key(keys: Sequence[SortKey]) -> Expr:
         direction = f"'{'DESC' if key.descending else 'ASC'} NULLS {'FIRST' if key.nulls_first else 'LAST'}'"
         pieces += [*([", "] if i else []), *key.expr.pieces, f", {direction}"]
     return Expr((*pieces, ")"), "BLOB")
-
-
-def hashed(keys: Sequence[Expr], partitions: int) -> Expr:
-    """The partition of a row by its keys' hash."""
-    pieces: list[str | int] = []
-    for key in keys:
-        pieces += [*([", "] if pieces else []), *key.pieces]
-    if not pieces:
-        return Expr(("CAST(0 AS UINTEGER)",), "UINTEGER")
-    return Expr(("CAST(hash(", *pieces, f") % {partitions} AS UINTEGER)"), "UINTEGER")
 
 
 def covers(groups: Sequence[Expr], columns: Sequence[int]) -> bool:
