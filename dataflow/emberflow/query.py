@@ -125,8 +125,9 @@ def quoted(identifier: str) -> str:
 
 
 def literal(value: str) -> str:
-    """A string as SQL writes it."""
-    return "'" + value.replace("'", "''") + "'"
+    """A string as SQL writes it; a NUL, which SQL text cannot hold, is spliced in by chr(0)."""
+    pieces = ["'" + piece.replace("'", "''") + "'" for piece in value.split("\0")]
+    return pieces[0] if len(pieces) == 1 else "(" + " || chr(0) || ".join(pieces) + ")"
 
 
 def _returns_rows(text: str) -> bool:

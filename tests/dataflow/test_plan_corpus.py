@@ -15,7 +15,7 @@ import pytest
 from emberflow.plan.binder import NotPlannable, bind
 from emberflow.plan.nodes import Bound, Column, Input, Node, Scan, walk
 from emberflow.plan.render import select
-from emberflow.plan.typetext import quoted
+from emberflow.query import quoted
 
 from benchmarks import tpch
 

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 
 import duckdb
 
+from ..query import quoted
 from .expressions import ExpressionReader
 from .fields import Json, NotPlannable
 from .nodes import Bound, Column, Input, Node, Scan
 from .reader import Reader
 from .render import select
-from .typetext import TypeText, quoted
+from .typetext import TypeText
 
 __all__ = ["NotPlannable", "bind"]
 

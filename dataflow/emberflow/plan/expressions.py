@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..query import quoted
 from .fields import Fields, Json, NotPlannable
 from .functions import INFIX, LAMBDAS, NAMED, NEVER_VOLATILE, named_arguments, open_slice, restore
 from .nodes import Column, Comparison, Expr
-from .typetext import TypeText, quoted
+from .typetext import TypeText
 
 COMPARISONS: dict[str, Comparison] = {
     "COMPARE_EQUAL": "=",

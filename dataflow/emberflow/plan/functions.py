@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..query import literal, quoted
 from .fields import Fields, Json, NotPlannable
 from .nodes import Expr, SortKey
-from .typetext import TypeText, quoted, string
+from .typetext import TypeText
 
 # Called with names for their arguments.
 NAMED = frozenset(("struct_pack", "struct_insert", "union_value"))
@@ -67,7 +68,7 @@ def restore(name: str, args: list[Expr], data: Fields, types: TypeText, return_t
         name = "list_grade_up" if data.take("is_grade_up") else "list_sort"
         data.expect("default_collation", "")
         data.ignore("return_type", "child_type", "sort_key")
-        return name, [args[0], Expr((string(order),), "VARCHAR"), Expr((string(nulls),), "VARCHAR")]
+        return name, [args[0], Expr((literal(order),), "VARCHAR"), Expr((literal(nulls),), "VARCHAR")]
     if name in _OF_LISTS:
         bind = Fields(data.take("bind_data"), name)
         bind.ignore("stype")
@@ -84,10 +85,10 @@ def restore(name: str, args: list[Expr], data: Fields, types: TypeText, return_t
     if name in _PARTS:
         data.ignore("stype", "part_codes")
         members = return_type["type_info"]["child_types"]
-        parts = ", ".join(string(member["first"]) for member in members)
+        parts = ", ".join(literal(member["first"]) for member in members)
         return name, [Expr((f"[{parts}]",), "VARCHAR[]"), args[-1]]
     if name in _JOINED:
-        separator = string(data.take("separator"))
+        separator = literal(data.take("separator"))
         return name, [args[0], Expr((f"CAST({separator} AS VARCHAR)",), "VARCHAR")]
     if name == "bitstring_agg":
         low, high = (types.constant(data.take(end)) for end in ("min", "max"))

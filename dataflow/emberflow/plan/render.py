@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from ..query import quoted
 from .nodes import (
     Aggregate,
     Call,
@@ -32,7 +33,6 @@ from .nodes import (
     Window,
     walk,
 )
-from .typetext import quoted
 
 Source: TypeAlias = Callable[[Scan | Input], str]
 

@@ -5,10 +5,10 @@ Filters that only help (`OPTIONAL_FILTER`) are dropped; all others are condition
 
 from __future__ import annotations
 
+from ..query import literal
 from .expressions import COMPARISONS, ExpressionReader, Scope, comparison, conjunction, text
 from .fields import Fields, Json, NotPlannable
 from .nodes import Column, Expr, Filter, Fixed, Node, Project, Scan, Unnest, column
-from .typetext import string
 
 _NONE = 2**64 - 1
 # The row's number: what DuckDB reads when a query needs only the number of rows. No expression may refer to it.
@@ -94,7 +94,7 @@ class ScanReader:
         for place, members, type_ in row:
             expr = Expr(("CAST(NULL AS BIGINT)",), type_) if place is None else column(place, type_)
             for member in members:
-                expr = text(type_, "struct_extract(", expr, f", {string(member)})")
+                expr = text(type_, "struct_extract(", expr, f", {literal(member)})")
             if members:
                 expr = text(type_, "CAST(", expr, f" AS {type_})")
             exprs.append(expr)
@@ -201,7 +201,7 @@ class ScanReader:
         if kind == "STRUCT_EXTRACT":
             fields.ignore("child_idx")
             child = fields.take("child_filter")
-            member = text("", "struct_extract(", target, f", {string(fields.take('child_name'))})")
+            member = text("", "struct_extract(", target, f", {literal(fields.take('child_name'))})")
             return self._condition(child, member, node, places)
         raise NotPlannable(f"a scan's filter {kind}")
 

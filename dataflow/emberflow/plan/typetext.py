@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import duckdb
 
+from ..query import literal, quoted
 from .fields import Fields, Json, NotPlannable
 
 _SMALL_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT")
@@ -25,17 +26,6 @@ _EPOCH = datetime.datetime(1970, 1, 1)
 _DATE_INFINITY_DAYS = 2**31 - 1
 _TIMESTAMP_INFINITY = 2**63 - 1
 _TIMETZ_OFFSET_MAX_S = 16 * 3600 - 1
-
-
-def quoted(name: str) -> str:
-    """An identifier, always quoted."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def string(text: str) -> str:
-    """A string literal; a NUL, which SQL text cannot hold, is spliced in by chr(0)."""
-    pieces = ["'" + piece.replace("'", "''") + "'" for piece in text.split("\0")]
-    return pieces[0] if len(pieces) == 1 else "(" + " || chr(0) || ".join(pieces) + ")"
 
 
 class TypeText:
@@ -72,7 +62,7 @@ class TypeText:
             return f"DECIMAL({info.take('width')},{info.take('scale')})"
         if id_ == "ENUM":
             info.ignore("values_count")
-            return "ENUM(" + ", ".join(string(value) for value in info.take("values")) + ")"
+            return "ENUM(" + ", ".join(literal(value) for value in info.take("values")) + ")"
         if id_ == "LIST":
             return self.type(info.take("child_type")) + "[]"
         if id_ == "ARRAY":
@@ -98,7 +88,7 @@ class TypeText:
         if is_null:
             return "NULL" if text == '"NULL"' else f"CAST(NULL AS {text})"
         if text == "VARCHAR":
-            return f"CAST({string(value)} AS VARCHAR)"
+            return f"CAST({literal(value)} AS VARCHAR)"
         if type_["id"] in _SCALARS:
             return _SCALARS[type_["id"]](value, text)
         return self._nested_constant(type_, text, value)
@@ -106,11 +96,11 @@ class TypeText:
     def _nested_constant(self, type_: Json, text: str, value: Json) -> str:
         info = type_.get("type_info", {})
         if type_["id"] == "DECIMAL":
-            return f"CAST({string(_decimal(_integer(value), info['scale']))} AS {text})"
+            return f"CAST({literal(_decimal(_integer(value), info['scale']))} AS {text})"
         if type_["id"] == "ENUM":
-            return f"CAST({string(info['values'][value])} AS {text})"
+            return f"CAST({literal(info['values'][value])} AS {text})"
         if text == "JSON":
-            return f"CAST({string(value)} AS JSON)"
+            return f"CAST({literal(value)} AS JSON)"
         values = value["children"]
         if type_["id"] in ("LIST", "ARRAY"):
             items = ", ".join(self.constant(item, info["child_type"]) for item in values)
@@ -210,7 +200,7 @@ _SCALARS: dict[str, Callable[[Json, str], str]] = {
     **dict.fromkeys(_LARGE_INTEGERS, lambda value, text: f"CAST('{_integer(value)}' AS {text})"),
     **dict.fromkeys(("FLOAT", "DOUBLE"), _float),
     "BOOLEAN": lambda value, text: "TRUE" if value else "FALSE",
-    "BLOB": lambda value, text: f"CAST({string(value)} AS BLOB)",
+    "BLOB": lambda value, text: f"CAST({literal(value)} AS BLOB)",
     "DATE": _date,
     "TIME": lambda value, text: f"CAST('{_clock(value)}' AS TIME)",
     "TIME WITH TIME ZONE": _timetz,
