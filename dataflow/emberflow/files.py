@@ -46,6 +46,8 @@ class FileOutput(msgspec.Struct, array_like=True):
     staged_url: str
     rows: int
     size_bytes: int
+    partition: int | None = None
+    """Which one its rows are, of a dataset that is partitioned by our hash."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class FileSink:
     """The directory they are written to."""
     format: Format
     file_size_bytes: int = FILE_SIZE_BYTES
-    """A file that has reached this is closed and another begun."""
+    """A file that has rows and has reached this is closed and another begun."""
     partition_by: tuple[str, ...] = ()
     """Columns whose values name the directories, as Hive does; Parquet only."""
     compression: str = "zstd"
@@ -107,7 +109,7 @@ class FileSink:
                     write_statistics=statistics,
                 ) as writer,
             ):
-                while group is not None and self._goes_on(file):
+                while group is not None and (not rows or self._goes_on(file)):
                     writer.write_batch(group)
                     rows += group.num_rows
                     group = next(groups, None)
@@ -132,7 +134,7 @@ class FileSink:
             with filesystem.open(path, "wb") as file:
                 sink = compressed(file, path)
                 writer = writer_of(sink, schema)
-                while batch is not None and self._goes_on(file):
+                while batch is not None and (not rows or self._goes_on(file)):
                     writer.write_batch(batch)
                     rows += batch.num_rows
                     batch = next(batches, None)

@@ -8,6 +8,7 @@ import fsspec
 import pyarrow.dataset as ds
 import pytest
 from emberflow import DataFrame, DatasetExists, InvalidArgument, QueryError, Session
+from emberflow.files import FileSink, Format
 from fsspec.core import url_to_fs
 
 
@@ -193,3 +194,14 @@ def test_csv_and_json_of_types_they_have_no_form_for(session: Session, root: str
 def test_rows_with_nan_are_found_again(session: Session, tmp_path: Path) -> None:
     session.sql("select 0.5 v union all select 'nan'::double").write_parquet(f"{tmp_path}/out")
     assert session.read_parquet(f"{tmp_path}/out").filter("v > 1").count() == 1
+
+
+@pytest.mark.parametrize("format_", ["parquet", "csv"])
+def test_a_file_has_rows_however_small_it_should_be(
+    session: Session, numbers: DataFrame, tmp_path: Path, format_: Format
+) -> None:
+    sink = FileSink(url=f"{tmp_path}/d", format=format_, file_size_bytes=1)
+    reader = numbers.to_batches(100)
+    files = sink.write(iter(reader), reader.schema, stem="f", options={})
+    assert sum(file.rows for file in files) == 1000
+    assert all(file.rows for file in files)
