@@ -18,7 +18,7 @@ from .plan.conditions import conditions_of
 from .plan.filescans import ResolvedScan
 from .plan.frames import Computed, Frame
 from .plan.nodes import Column, Expr
-from .plan.resolving import listed, resolve
+from .plan.resolving import listed, resolve, with_partitions
 from .plan.scantext import FileScan
 from .plan.skipping import narrowed
 from .query import quoted
@@ -44,7 +44,8 @@ class SessionCatalog:
         known = jobs.scans.get(scan)
         if known is None or known[0] != files or not all(file.version for file in files):
             with jobs.session.engine.running(scan.call(scan.paths)) as cursor:
-                known = jobs.scans[scan] = files, resolve(scan, files, jobs.footers, cursor)
+                resolved = resolve(scan, files, jobs.footers, cursor)
+                known = jobs.scans[scan] = files, with_partitions(resolved, jobs.config.storage_options)
         return known[1]
 
     def narrowed(self, scan: ResolvedScan, exprs: tuple[Expr, ...]) -> ResolvedScan:

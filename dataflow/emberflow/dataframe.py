@@ -233,7 +233,8 @@ class DataFrame:
     ) -> DataFrame:
         """The rows in so many partitions: by whole files, `by_rows` evenly, by the hash of columns, or `by` the value
         of an integer column; both may be SQL expressions. What works on a partition at a time (`partial_sql`,
-        functions) keeps the partitions."""
+        functions) keeps the partitions. If they are by columns, and written to a directory of Parquet right after,
+        later readers are told: a join or a group on these columns then moves no rows (docs/formats.md)."""
         from .plan.frames import Repartition
 
         if npartitions < 1:

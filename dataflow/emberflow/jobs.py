@@ -29,6 +29,7 @@ from .job.record import Record
 from .job.shares import ShareConfig
 from .job.steps import Output, Place, create
 from .job.task import nothing
+from .partitioned import PartitionKeys
 from .plan.conditions import Condition
 from .plan.explain import explained
 from .plan.filescans import File, ResolvedScan
@@ -103,10 +104,11 @@ class Jobs:
 
     # ---- what needs a job
 
-    def is_needed(self, frame: Frame) -> bool:
-        """Whether the frame's rows are made by a job; else one DuckDB in this process makes them."""
+    def is_needed(self, frame: Frame, *, to_files: bool = False) -> bool:
+        """Whether the frame's rows are made by a job; else one DuckDB in this process makes them. Files that are
+        partitioned are made by one even of rows that are here."""
         if self.computed(frame) is not None:
-            return False
+            return to_files and isinstance(frame, Repartition) and frame.by == "hash"
         if not isinstance(frame, Query):
             return True
         if self.config.shuffle == "always" or self.config.executor == "ray" or frame.deterministic:
@@ -211,7 +213,7 @@ class Jobs:
         sink: FileSink,
         *,
         target: str,
-        publish: Callable[[Sequence[FileOutput]], None],
+        publish: Callable[[Sequence[FileOutput], PartitionKeys | None], None],
         progress: bool | None,
     ) -> list[FileOutput]:
         """Runs the frame's job into files, and has them put in place while the job still counts as running."""
@@ -228,8 +230,14 @@ class Jobs:
                 target=target,
             )
             with self._recorded(job, info, progress=progress):
-                files = [file for output in job.run() for file in output.files]
-                publish(files)
+                outputs = job.run()
+                if program.partitioned is not None:
+                    assert len(outputs) == program.partitioned.count
+                    for partition, output in enumerate(outputs):
+                        for file in output.files:
+                            file.partition = partition
+                files = [file for output in outputs for file in output.files]
+                publish(files, program.partitioned)
             return files
 
         return self._whole(written)

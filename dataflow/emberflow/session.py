@@ -282,14 +282,14 @@ class Session:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def needs_job(self, frame: Frame) -> bool:
-        """Whether a job makes the frame's rows; else one DuckDB in this process does."""
+    def needs_job(self, frame: Frame, *, to_files: bool = False) -> bool:
+        """Whether a job makes the frame's rows, or the files of them; else one DuckDB in this process does."""
         if isinstance(frame, Query) and self._may_run_here(frame):
             plain = all(isinstance(source, pa.Table) for source in frame.tables.values())
             # Of a few small local files nobody need think, nor import what does.
             if plain and small(frame.text):
                 return False
-        return self.jobs.is_needed(frame)
+        return self.jobs.is_needed(frame, to_files=to_files)
 
     def computed(self, frame: Frame) -> Computed | None:
         """The frame's rows, if a job has made them and keeps them."""

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from .errors import DatasetExists, InvalidArgument
 from .files import FILE_SIZE_BYTES, SUFFIXES, FileOutput, FileSink, Format
+from .partitioned import PartitionFile, PartitionKeys, file_name, write_manifest
 from .progress import row_progress
 from .sources import STAGING_PREFIX, StorageOptions, open_url, protocol_of, url_of
 from .text import written
@@ -68,7 +69,7 @@ def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     """Runs the frame's query into files at `url`. Raises `DatasetExists`, or what the query or the store raises."""
     if missing := [column for column in options.partition_by if column not in frame.schema]:
         raise InvalidArgument(f"cannot partition by {', '.join(missing)}: the columns are {', '.join(frame.columns)}")
-    is_job = frame.session.needs_job(frame.frame)
+    is_job = frame.session.needs_job(frame.frame, to_files=True)
     target = Target(url, options, frame.session.config.storage_options, id=_kept_id(frame, url) if is_job else None)
     target.check()
     try:
@@ -187,14 +188,15 @@ class Target:
     def _belongs(self, file: str) -> bool:
         return file.endswith(self._suffixes) or posixpath.basename(file).startswith(("_", "."))
 
-    def publish(self, files: Sequence[FileOutput]) -> None:
-        """Puts the complete files in place. The old ones are kept aside until the new ones are there."""
+    def publish(self, files: Sequence[FileOutput], keys: PartitionKeys | None = None) -> None:
+        """Puts the complete files in place. The old ones are kept aside until the new ones are there. `keys`: by what
+        the files are partitioned."""
         files = worth_keeping(files)
         if self.one_file:
             assert len(files) == 1
             self._fs.mv(self._inside(files[0].staged_url), self._path)
             return
-        self._arrange(files)
+        self._arrange(files, keys)
         if self.options.mode == "overwrite" and self._fs.exists(self._path):
             old = posixpath.join(self._stage, "old")
             self._fs.mv(self._path, old, recursive=True)
@@ -213,8 +215,9 @@ class Target:
         else:
             self._fs.mv(self._new, self._path, recursive=True)
 
-    def _arrange(self, files: Sequence[FileOutput]) -> None:
-        """Gives the files of attempts the names they will have, in a directory of nothing else."""
+    def _arrange(self, files: Sequence[FileOutput], keys: PartitionKeys | None) -> None:
+        """Gives the files of attempts the names they will have, in a directory of nothing else but what says how they
+        are partitioned."""
         if all(self._inside(file.staged_url).startswith(f"{self._new}/") for file in files):
             self._fs.makedirs(self._new, exist_ok=True)
             return
@@ -224,12 +227,21 @@ class Target:
         self._fs.makedirs(self._new, exist_ok=True)
         # Appended files must never meet older ones.
         unique = uuid.uuid4().hex[:12]
+        # Files that are added to others are not all there is.
+        is_partitioned = keys is not None and self.options.mode != "append" and not self.options.partition_by
+        parts: list[PartitionFile] = []
         for number, file in enumerate(files):
             folder, name = posixpath.split(file.path)
-            suffix = name[name.index(".") :]
-            named = posixpath.join(self._new, folder, f"part-{unique}-{number:05d}{suffix}")
-            self._fs.makedirs(posixpath.dirname(named), exist_ok=True)
-            self._fs.mv(self._inside(file.staged_url), named)
+            named = f"part-{unique}-{number:05d}{name[name.index('.') :]}"
+            if is_partitioned and file.partition is not None:
+                named = file_name(unique, file.partition, number)
+                parts.append(PartitionFile(named, file.partition, file.rows, file.size_bytes))
+            path = posixpath.join(self._new, folder, named)
+            self._fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            self._fs.mv(self._inside(file.staged_url), path)
+        if is_partitioned:
+            assert keys is not None
+            write_manifest(self._fs, self._new, keys, parts)
 
     def _inside(self, url: str) -> str:
         return open_url(url, self.storage_options)[1]

@@ -126,7 +126,7 @@ def _scan(scan: ResolvedScan, job: str | None) -> str:
 
 def _feed(feed: Feed, exchanges: Mapping[int, str], job: str | None) -> str:
     if isinstance(feed, FileFeed):
-        return digest(_scan(feed.scan, job), feed.names, feed.shares)
+        return digest(_scan(feed.scan, job), feed.names, feed.shares, feed.by_partition)
     if isinstance(feed, ExchangeFeed):
         return digest(exchanges[feed.exchange.id], feed.by)
     sink = pa.BufferOutputStream()

@@ -17,6 +17,7 @@ from ..plan.nodes import Column, Expr, Input, Node, Project, Scan, column
 from ..plan.pipes import (
     PREVIOUS,
     ByExpression,
+    ByHash,
     ByRange,
     ExchangeFeed,
     Feed,
@@ -78,6 +79,8 @@ class Rendering:
         count = self.stage.exchange.partitions
         if isinstance(how, ByExpression | ByRange):
             return ExchangeSink(by="column", partitions=count, compression=self.compression)
+        if isinstance(how, ByHash):
+            return ExchangeSink(by="hash", partitions=count, keys=how.positions, compression=self.compression)
         if isinstance(how, Spread):
             by = "spread" if how.seed is None else "random"
             return ExchangeSink(by=by, partitions=count, start=index, seed=how.seed or 0, compression=self.compression)

@@ -72,7 +72,7 @@ def cut(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareConf
     shared = {
         feed_id: feed
         for feed_id, feed in pipe.feeds.items()
-        if (isinstance(feed, FileFeed) and (feed_id == pipe.drive or feed.shares))
+        if (isinstance(feed, FileFeed) and (feed_id == pipe.drive or feed.shares or feed.by_partition))
         or (isinstance(feed, ExchangeFeed) and feed.by != "all")
     }
     if pipe.drive is None or not shared:
@@ -102,6 +102,8 @@ def cut(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareConf
 
 
 def _file_shares(feed: FileFeed, config: ShareConfig) -> list[Share]:
+    if feed.by_partition:
+        return feed.scan.partitions()
     if feed.shares is not None:
         return feed.scan.shares(0, exactly=feed.shares)
     at_least = config.shares_min if feed.scan.size_bytes > config.scan_small_bytes else 1

@@ -24,7 +24,17 @@ import pyarrow as pa
 
 from ..engine import Engine, EngineConfig, arrow_reader
 from ..errors import CallCancelled, FlowError
-from ..exchange import SETTINGS, ExchangeIndex, ExchangeReader, ExchangeWriter, Source, restored, sent
+from ..exchange import (
+    SETTINGS,
+    ExchangeIndex,
+    ExchangeReader,
+    ExchangeWriter,
+    Source,
+    hash_columns,
+    partition_of,
+    restored,
+    sent,
+)
 from ..executor.base import Context
 from ..files import FileOutput, FileSink
 from ..functions import shipping
@@ -92,13 +102,14 @@ _EVERYTHING = RunSql(text="SELECT * FROM emberflow_produced", previous="emberflo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExchangeSink:
-    """Rows to partitions. `by` says how: "column": the last column is the partition; "spread": in turn, from
-    `start` on; "random": by `seed`; "whole": all in the first."""
+    """Rows to partitions. `by` says how: "column": the last column is the partition; "hash": by our own hash of the
+    columns `keys`; "spread": in turn, from `start` on; "random": by `seed`; "whole": all in the first."""
 
     by: str
     partitions: int
     start: int = 0
     seed: int = 0
+    keys: tuple[int, ...] = ()
     compression: str | None = None
 
 
@@ -327,26 +338,28 @@ class Attempt:
         )
         partitions_of = self._partitions_of(sink)
         for batch in batches:
-            where = batch.column(batch.num_columns - 1) if has_partition else partitions_of(batch.num_rows)
+            where = batch.column(batch.num_columns - 1) if has_partition else partitions_of(batch)
             rows = batch.select(range(batch.num_columns - 1)) if has_partition else batch
             writer.write(rows, where)
         return writer.close()
 
-    def _partitions_of(self, sink: ExchangeSink) -> Callable[[int], np.ndarray[Any, Any] | None]:
+    def _partitions_of(self, sink: ExchangeSink) -> Callable[[pa.RecordBatch], np.ndarray[Any, Any] | None]:
+        if sink.by == "hash":
+            return lambda batch: partition_of(hash_columns([batch.column(key) for key in sink.keys]), sink.partitions)
         if sink.by == "random":
             generator = np.random.Generator(np.random.PCG64([sink.seed, self.task.index]))
-            return lambda rows: generator.integers(0, sink.partitions, rows, dtype=np.uint32)
+            return lambda batch: generator.integers(0, sink.partitions, batch.num_rows, dtype=np.uint32)
         if sink.by == "spread":
             position = sink.start
 
-            def spread(rows: int) -> np.ndarray[Any, Any]:
+            def spread(batch: pa.RecordBatch) -> np.ndarray[Any, Any]:
                 nonlocal position
-                where = (np.arange(position, position + rows) % sink.partitions).astype(np.uint32)
-                position += rows
+                where = (np.arange(position, position + batch.num_rows) % sink.partitions).astype(np.uint32)
+                position += batch.num_rows
                 return where
 
             return spread
-        return lambda rows: None
+        return lambda batch: None
 
 
 def nothing(columns: Sequence[Column], names: Sequence[str] | None = None) -> str:

@@ -9,6 +9,7 @@ from .filescans import ResolvedScan
 from .grade import grade
 from .pipes import (
     ByExpression,
+    ByHash,
     ByRange,
     ExchangeFeed,
     Feed,
@@ -52,7 +53,7 @@ def _tasks(stage: Stage) -> str:
         return "one task"
     feed = stage.pipe.feeds[stage.pipe.drive]
     if isinstance(feed, FileFeed):
-        return "a task per share of files"
+        return "a task per partition of files" if feed.by_partition else "a task per share of files"
     assert isinstance(feed, ExchangeFeed)
     return "a task per partition" if feed.by == "partition" else "a task per piece"
 
@@ -62,6 +63,8 @@ def _how(stage: Stage) -> str:
     count = stage.exchange.partitions
     if isinstance(how, ByExpression):
         return f", {count} partitions by key"
+    if isinstance(how, ByHash):
+        return f", {count} partitions by a hash that lasts"
     if isinstance(how, ByRange):
         return f", {count} ranges"
     if isinstance(how, Spread):

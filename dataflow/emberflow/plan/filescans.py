@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..partitioned import PartitionKeys
 from ..query import quoted
 from .nodes import Column
 from .scantext import FileScan
@@ -32,6 +33,8 @@ class File:
     """Rows of its row groups, if they are known."""
     skipped: frozenset[int] = frozenset()
     """Row groups that hold nothing of what is asked for."""
+    partition: int | None = None
+    """Of the scan's partitions the one that all its rows are of."""
 
     @property
     def rows(self) -> int:
@@ -73,6 +76,8 @@ class ResolvedScan:
     """The files are one share: by themselves some would be read in another way."""
     keys: frozenset[str] = frozenset()
     """Columns, in lower case, that are in the files' paths and in no file."""
+    partitioned: PartitionKeys | None = None
+    """By what its files are partitioned, if that is known."""
     all_files: int = 0
     all_bytes: int = 0
     """What there was before some files and row groups were left out; 0: nothing was."""
@@ -125,6 +130,15 @@ class ResolvedScan:
                 held = []
             held.append(piece)
         return [*shares, _together(held)] if held else [Share((), 0)]
+
+    def partitions(self) -> list[Share]:
+        """A share for each partition, in their order; some may be empty."""
+        assert self.partitioned is not None
+        found: list[list[File]] = [[] for _ in range(self.partitioned.count)]
+        for file in self.files:
+            assert file.partition is not None
+            found[file.partition].append(file)
+        return [Share(tuple(f.url for f in files), sum(f.read_bytes for f in files)) for files in found]
 
     def _groups_of_files(self, count: int) -> list[Share]:
         """`count` shares of whole files, as even in bytes as first fit makes them; some may be empty."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from ..functions.steps import PythonStep
 from ..job.steps import Output
+from ..partitioned import PartitionKeys
 from .filescans import ResolvedScan
 from .nodes import Column, Expr, Input, Node, SortKey, walk
 
@@ -29,6 +30,8 @@ class FileFeed:
     names: tuple[str, ...]
     shares: int | None = None
     """How many shares there must be, by whole files; None: as many as the bytes ask for."""
+    by_partition: bool = False
+    """A share is a partition of the files, which are partitioned."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,6 +169,13 @@ class ByExpression:
 
 
 @dataclass(frozen=True, slots=True)
+class ByHash:
+    """The partition is that of our own hash of some columns, which outlives the job."""
+
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ByRange:
     """Partitions that follow each other in the order of `keys`, cut at quantiles of what `sample` holds."""
 
@@ -180,7 +190,7 @@ class Spread:
     seed: int | None = None
 
 
-Partitioning: TypeAlias = Whole | Sample | ByExpression | ByRange | Spread
+Partitioning: TypeAlias = Whole | Sample | ByExpression | ByHash | ByRange | Spread
 
 
 @dataclass(eq=False, slots=True)
@@ -233,6 +243,8 @@ class Program:
     ordered: bool
     notes: tuple[str, ...] = ()
     """What was not understood, and why: for explain()."""
+    partitioned: PartitionKeys | None = None
+    """By what the result's tasks are partitions, where that may be told to later readers of its files."""
 
 
 def inputs_of(tree: Node) -> set[int]:

@@ -18,15 +18,18 @@ import pyarrow as pa
 
 from ..errors import InvalidArgument
 from ..functions.udf import Udf
+from ..partitioned import PartitionKeys
 from ..query import Query, inlined, of_table
 from .binder import NotPlannable, bind
 from .doubt import doubt
 from .filescans import ResolvedScan
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
+from .partitions import file_positions, lasting_keys, of_files, of_one_partition, partitions_of, shuffled, value
 from .pipes import (
     PREVIOUS,
     ByExpression,
+    ByHash,
     Exchange,
     ExchangeFeed,
     Feed,
@@ -86,14 +89,15 @@ class Planner:
 
     def program(self, frame: Frame, *, to_files: bool = False, one: bool = False) -> Program:
         """The program that makes the frame's rows; `to_files`: for a dataset, of `one` file or many."""
-        pipes, columns = self.pipes(frame)
+        keys = self._lasting(frame) if to_files and not one else None
+        pipes, columns = self.pipes(frame) if keys is None else self._by_lasting(frame, keys)
         ordered = len(pipes) == 1 and pipes[0].ordered
         if one:
             pipes = [replace(self.builder.together(pipes, label="one file"), ordered=ordered)]
         result = None if to_files else _exchange_of(pipes)
         if result is None or not result.producers:
             result = self.builder.exchange(pipes, Whole(), label="result")
-        return Program(tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes))
+        return Program(tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes), keys)
 
     def pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
         """The pipes of a frame, and its columns as the user named them."""
@@ -217,7 +221,8 @@ class Planner:
             if isinstance(source, pa.Table):
                 return [Pipe((segment,), {feed: feed_of(source, node)}, None, source.nbytes)]
             share = len(node.columns) / max(1, len(source.columns))
-            return [Pipe((segment,), {feed: feed_of(source, node)}, feed, source.size_bytes * share)]
+            files = feed_of(source, node)
+            return [Pipe((segment,), {feed: files}, feed, source.size_bytes * share, hashed=file_positions(files))]
 
         return pipes
 
@@ -275,12 +280,12 @@ class Planner:
         if frame.keys:
             return self._by_keys(frame)
         pipes, columns = self.known(frame.child)
-        if frame.by == "files" and (pipe := _of_files(pipes, frame.partitions)) is not None:
+        if frame.by == "files" and (pipe := of_files(pipes, frame.partitions)) is not None:
             return [pipe], columns
         how = Spread(frame.seed if frame.by == "random" else None)
         exchange = self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
         pipe = self.builder.reading(exchange, "partition")
-        return [_shuffled(pipe, frame.seed) if frame.by == "random" else pipe], columns
+        return [shuffled(pipe, frame.seed) if frame.by == "random" else pipe], columns
 
     def _by_keys(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
         """By columns; or by expressions, which travel behind the columns and end there."""
@@ -301,8 +306,24 @@ class Planner:
         own = tuple(column(i, c.type) for i, c in enumerate(columns[:width]))
         return [pipe.then(Project(pipe.tree, own, tuple(c.name for c in columns[:width])))], columns[:width]
 
+    def _lasting(self, frame: Frame) -> PartitionKeys | None:
+        """By what the frame's rows are partitioned, if it may be told to those who read its files."""
+        if not isinstance(frame, Repartition):
+            return None
+        computed = self.catalog.computed(frame)
+        return lasting_keys(frame, computed.columns if computed else self.known(frame.child)[1])
+
+    def _by_lasting(self, frame: Frame, keys: PartitionKeys) -> tuple[Pipes, tuple[Column, ...]]:
+        """The rows in partitions by the hash that lasts; rows that were computed are taken as they are."""
+        assert isinstance(frame, Repartition)
+        pipes, columns = self.known(self.catalog.computed(frame) or frame.child)
+        names = [column.name for column in columns]
+        positions = tuple(names.index(name) for name in keys.columns)
+        exchange = self.builder.exchange(pipes, ByHash(positions), keys.count, label="repartition by hash", fixed=True)
+        return [self.builder.reading(exchange, "partition", hashed=positions)], columns
+
     def _parted(self, frame: Repartition, pipes: Pipes, keys: Sequence[Expr]) -> Exchange:
-        how = ByExpression(hashed(keys, frame.partitions) if frame.by == "hash" else _value(keys[0]))
+        how = ByExpression(hashed(keys, frame.partitions) if frame.by == "hash" else value(keys[0]))
         return self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
 
     def _partial_sql(self, frame: PartialSql) -> tuple[Pipes, tuple[Column, ...]]:
@@ -317,12 +338,12 @@ class Planner:
         inputs = []
         drive = None
         for name, (pipes, own) in sides.items():
-            pipe = _of_one_partition(self._aligned(pipes))
+            pipe = of_one_partition(self._aligned(pipes))
             ((feed, source),) = pipe.feeds.items()
             feeds[feed] = source
             drive = drive if drive is not None else pipe.drive
             inputs.append((name, feed, own))
-        counts = {count for feed in feeds.values() if (count := _partitions_of(feed)) is not None}
+        counts = {count for feed in feeds.values() if (count := partitions_of(feed)) is not None}
         if len(counts) > 1:
             told = " and ".join(map(str, sorted(counts)))
             raise InvalidArgument(f"partial_sql() takes frames of as many partitions, or of one, not of {told}")
@@ -347,21 +368,6 @@ def _rows_of(pipes: Pipes) -> int:
     return int(sum(pipe.size_bytes for pipe in pipes)) // _ROW_BYTES + 1
 
 
-def _of_one_partition(pipe: Pipe) -> Pipe:
-    """The pipe; if it reads an exchange of one partition, as one that every task reads whole."""
-    ((feed, source),) = pipe.feeds.items()
-    if isinstance(source, ExchangeFeed) and source.by == "partition" and source.exchange.partitions == 1:
-        return replace(pipe, feeds={feed: replace(source, by="all")}, drive=None)
-    return pipe
-
-
-def _partitions_of(feed: Feed) -> int | None:
-    """How many shares a feed is cut into, if that is known before anything runs."""
-    if isinstance(feed, FileFeed):
-        return feed.shares
-    return feed.exchange.partitions if isinstance(feed, ExchangeFeed) and feed.by == "partition" else None
-
-
 def _exchange_of(pipes: Pipes) -> Exchange | None:
     """The exchange whose rows are those of the pipes, if they do nothing but read one whole."""
     if len(pipes) != 1 or len(pipes[0].feeds) != 1 or len(pipes[0].segments) != 1:
@@ -370,28 +376,3 @@ def _exchange_of(pipes: Pipes) -> Exchange | None:
     (segment,) = pipes[0].segments
     is_bare = isinstance(segment, SqlSegment) and isinstance(segment.tree, Input)
     return feed.exchange if is_bare and isinstance(feed, ExchangeFeed) else None
-
-
-def _value(key: Expr) -> Expr:
-    """A partition as the user gives it; one that is not a number is none."""
-    pieces = ("CAST(coalesce(", *key.pieces, ", error('a row has no partition: the key is NULL')) AS UINTEGER)")
-    return Expr(pieces, "UINTEGER")
-
-
-def _of_files(pipes: Pipes, count: int) -> Pipe | None:
-    """The pipe with its files in `count` shares, if it reads files and nothing else."""
-    if len(pipes) != 1 or len(pipes[0].feeds) != 1:
-        return None
-    ((feed, source),) = pipes[0].feeds.items()
-    if not isinstance(source, FileFeed):
-        return None
-    return replace(pipes[0], feeds={feed: replace(source, shares=count)})
-
-
-def _shuffled(pipe: Pipe, seed: int) -> Pipe:
-    """Each partition's rows in an order that the seed decides."""
-    columns = tuple(Column(f"c{i}", c.type) for i, c in enumerate(pipe.columns))
-    listed = ", ".join(f"c{i}" for i in range(len(columns)))
-    numbered = f"SELECT {listed}, row_number() OVER () AS emberflow_row FROM emberflow_rows"
-    text = f"SELECT {listed} FROM ({numbered}) ORDER BY hash(emberflow_row, {seed}), emberflow_row"
-    return pipe.after(TextSegment(text, (("emberflow_rows", PREVIOUS, columns),), columns, reads=()))

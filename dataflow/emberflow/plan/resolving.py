@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 
 from ..errors import DatasetNotFound
+from ..partitioned import read_manifest
 from ..query import literal
 from ..sources import STAGING_PREFIX, StorageOptions, open_url, url_of
 from .filescans import File, ResolvedScan, path_values
@@ -62,6 +63,25 @@ def resolve(scan: FileScan, files: Sequence[File], footers: Footers, connection:
     some = replace(resolved, files=tuple(files[len(files) * i // _SAMPLED_MAX] for i in range(_SAMPLED_MAX)))
     known = {file.url: file for file in footers.looked_up(some, connection).files}
     return replace(resolved, files=tuple(known.get(file.url, file) for file in files))
+
+
+def with_partitions(scan: ResolvedScan, options: StorageOptions) -> ResolvedScan:
+    """The scan, and how its files are partitioned, if they say so and it is so for those who read them by this scan."""
+    if scan.scan.function != "read_parquet" or scan.is_whole or not scan.files or not scan.scan.is_by_name:
+        return scan
+    opened = [open_url(file.url, options) for file in scan.files]
+    manifest = read_manifest(opened[0][0], [path for _, path in opened])
+    if manifest is None:
+        return scan
+    keys = manifest.keys
+    types = {column.name: column.type for column in scan.columns if column.name.lower() not in _keys(scan.files)}
+    named = {(file.name, file.size_bytes): file.partition for file in manifest.files}
+    parts = [named.get((file.url.rpartition("/")[2], file.size_bytes), -1) for file in scan.files]
+    is_so = all(types.get(name) == type_ for name, type_ in zip(keys.columns, keys.types, strict=True))
+    if not is_so or not all(0 <= part < keys.count for part in parts):
+        return scan
+    files = tuple(replace(file, partition=part) for file, part in zip(scan.files, parts, strict=True))
+    return replace(scan, files=files, partitioned=keys)
 
 
 def _keys(files: Sequence[File]) -> frozenset[str]:

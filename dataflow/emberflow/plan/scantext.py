@@ -39,6 +39,8 @@ _SUFFIXES = (
     (re.compile(r"\.(csv|tsv)(\.gz|\.zst)?$"), "read_csv"),
     (re.compile(r"\.(json|jsonl|ndjson)(\.gz|\.zst)?$"), "read_json"),
 )
+# Arguments with which a column of a scan is the column of that name in its files.
+_BY_NAME = {"hive_partitioning", "hive_types", "hive_types_autocast", "filename", "file_row_number", "binary_as_string"}
 # Functions with a FROM of their own: extract(year FROM x).
 _WITH_FROM = {"extract", "trim", "substring", "overlay"}
 _SMALL_BYTES = 64 << 20
@@ -57,6 +59,11 @@ class FileScan:
         """The arguments after the paths by their names, as written."""
         tokens = _tokens(self.options)
         return {argument.split("=")[0].strip(' :"').lower(): argument for argument in _arguments(self.options, tokens)}
+
+    @property
+    def is_by_name(self) -> bool:
+        """Whether its columns are the columns of those names in its files, as far as its arguments say."""
+        return self.arguments().keys() <= _BY_NAME
 
     def call(self, files: Sequence[str], arguments: Mapping[str, str] | None = None) -> str:
         """The call over other files, with its own arguments or others."""

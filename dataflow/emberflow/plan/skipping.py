@@ -26,8 +26,6 @@ from .nodes import Column, Expr, Filter, Fixed, Input, Join, Node, Project, Scan
 # Values in paths that mean what is written; "%20" and names of NULL do not.
 _PLAIN_VALUE = re.compile(r"(?!null$|__hive_default_partition__$)[a-z0-9_.:-]+", re.IGNORECASE)
 _ORDERED = re.compile(r"U?(TINYINT|SMALLINT|INTEGER|BIGINT)|DATE|TIMESTAMP( WITH TIME ZONE)?|BOOLEAN|VARCHAR|DECIMAL.*")
-# Arguments with which a column of the scan is the column of that name in its files.
-_BY_NAME = {"hive_partitioning", "hive_types", "hive_types_autocast", "filename", "file_row_number", "binary_as_string"}
 
 
 def with_conditions(node: Node, scan: Callable[[Scan, tuple[Expr, ...]], Scan]) -> Node:
@@ -115,7 +113,7 @@ def _exact(check: Check, value: str) -> str:
 def _by_statistics(
     scan: ResolvedScan, conditions: Sequence[Condition], footers: Footers, connection: Any
 ) -> ResolvedScan:
-    if not conditions or not scan.scan.arguments().keys() <= _BY_NAME:
+    if not conditions or not scan.scan.is_by_name:
         return scan
     statistics = footers.statistics(scan, connection)
     if not statistics:

@@ -20,7 +20,6 @@ from .frames import Computed
 from .nodes import (
     Aggregate,
     Column,
-    Condition,
     Distinct,
     Expr,
     Filter,
@@ -39,6 +38,7 @@ from .nodes import (
     Window,
     column,
 )
+from .partitions import are_aligned, covers, grouped_by, is_key, kept_whole, moved
 from .pieces import of_distinct, of_partials, of_rows
 from .pipes import (
     ByExpression,
@@ -344,6 +344,10 @@ class Builder:
         equal = [condition for condition in node.conditions if is_key(condition)]
         left_bytes = sum(pipe.size_bytes for pipe in lefts)
         right_bytes = sum(pipe.size_bytes for pipe in rights)
+        if len(lefts) == len(rights) == 1 and are_aligned(node, lefts[0], rights[0]):
+            left, right = kept_whole(lefts[0]), kept_whole(rights[0])
+            known = left.hashed if node.kind in ("inner", "left", "semi", "anti") else ()
+            return [self._joined(node, left, right, hashed=known)]
         right_may = node.kind in ("inner", "left", "semi", "anti", "mark")
         left_may = node.kind in ("inner", "right", "right_semi", "right_anti")
         if is_one(lefts) and is_one(rights):
@@ -425,26 +429,10 @@ def is_simple(pipe: Pipe) -> bool:
     return len(pipe.segments) == 1 and isinstance(pipe.segments[0], SqlSegment)
 
 
-def is_key(condition: Condition) -> bool:
-    """Whether rows that match are together if they are partitioned by the condition's sides."""
-    return condition.is_equality and not condition.left.volatile and not condition.right.volatile
-
-
 def is_cut(pipe: Pipe) -> bool:
     """Whether a large partition of what the pipe reads may go to several tasks, each of which gives rows of its own."""
     feeds = [feed for feed in pipe.feeds.values() if isinstance(feed, ExchangeFeed) and feed.by == "partition"]
     return pipe.pieces is None and is_simple(pipe) and any(feed.exchange.splittable for feed in feeds)
-
-
-def kept_whole(pipe: Pipe) -> Pipe:
-    """The pipe, where equal keys have to stay in one task: none of its partitions may be cut, other than in `Pieces`,
-    whose rows meet again below what is to come."""
-    if pipe.pieces is not None:
-        return pipe
-    for feed in pipe.feeds.values():
-        if isinstance(feed, ExchangeFeed) and feed.by == "partition":
-            feed.exchange.splittable = False
-    return pipe
 
 
 def is_one(pipes: Pipes) -> bool:
@@ -479,24 +467,6 @@ def sort_key(keys: Sequence[SortKey]) -> Expr:
         direction = f"'{'DESC' if key.descending else 'ASC'} NULLS {'FIRST' if key.nulls_first else 'LAST'}'"
         pieces += [*([", "] if i else []), *key.expr.pieces, f", {direction}"]
     return Expr((*pieces, ")"), "BLOB")
-
-
-def covers(groups: Sequence[Expr], columns: Sequence[int]) -> bool:
-    """Whether equal groups have equal values in `columns`, of which there are some."""
-    positions = {group.position for group in groups}
-    return bool(columns) and all(position in positions for position in columns)
-
-
-def grouped_by(node: Aggregate, columns: Sequence[int]) -> tuple[int, ...]:
-    """Where `columns` of an aggregate's child stand in its output."""
-    positions = {group.position: i for i, group in enumerate(node.groups)}
-    return tuple(positions[c] for c in columns) if all(c in positions for c in columns) else ()
-
-
-def moved(columns: Sequence[int], node: Project) -> tuple[int, ...]:
-    """Where `columns` stand after a projection; () if one is gone."""
-    positions = {expr.position: i for i, expr in reversed(list(enumerate(node.exprs)))}
-    return tuple(positions[c] for c in columns) if all(c in positions for c in columns) else ()
 
 
 def all_columns(node: Node) -> tuple[Expr, ...]:

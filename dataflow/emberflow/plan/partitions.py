@@ -1,0 +1,133 @@
+"""Partitions of a pipe's rows: which rows are together, and pipes whose tasks are partitions.
+
+A pipe over files that are partitioned by our own hash (`partitioned.py`) is cut by their partitions only where that
+saves an exchange; else by bytes, as any other.
+
+Does not know: how SQL becomes pipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..partitioned import PartitionKeys, may_last
+from .frames import Repartition
+from .nodes import Aggregate, Column, Condition, Expr, Join, Project
+from .pipes import PREVIOUS, ExchangeFeed, Feed, FileFeed, Pipe, TextSegment
+
+
+def kept_whole(pipe: Pipe) -> Pipe:
+    """The pipe, where equal keys have to stay in one task: none of its partitions may be cut, other than in `Pieces`,
+    whose rows meet again below what is to come."""
+    if pipe.pieces is not None:
+        return pipe
+    for feed in pipe.feeds.values():
+        if isinstance(feed, ExchangeFeed) and feed.by == "partition":
+            feed.exchange.splittable = False
+    driving = None if pipe.drive is None else pipe.feeds[pipe.drive]
+    if pipe.drive is None or not isinstance(driving, FileFeed) or not pipe.hashed:
+        return pipe
+    return replace(pipe, feeds={**pipe.feeds, pipe.drive: replace(driving, by_partition=True)})
+
+
+def are_aligned(node: Join, left: Pipe, right: Pipe) -> bool:
+    """Whether rows of both sides that match are in the same partition of files: they are partitioned alike, by what
+    the join compares."""
+    keys, others = file_keys(left), file_keys(right)
+    if node.kind == "mark" or keys is None or others is None:
+        return False
+    alike = (keys.types, keys.count, keys.hash_version) == (others.types, others.count, others.hash_version)
+    compared = {(c.left.position, c.right.position) for c in node.conditions if is_key(c)}
+    return alike and compared.issuperset(zip(left.hashed, right.hashed, strict=True))
+
+
+def file_keys(pipe: Pipe) -> PartitionKeys | None:
+    """By what a pipe's rows, which come from files, are partitioned; None if that is not known."""
+    if pipe.drive is None or not pipe.hashed:
+        return None
+    feed = pipe.feeds[pipe.drive]
+    return feed.scan.partitioned if isinstance(feed, FileFeed) else None
+
+
+def file_positions(feed: Feed) -> tuple[int, ...]:
+    """Where the keys by which files are partitioned stand in what is read of them; () if one is not read, or none is
+    known."""
+    if not isinstance(feed, FileFeed) or feed.scan.partitioned is None:
+        return ()
+    keys = feed.scan.partitioned.columns
+    return tuple(feed.names.index(key) for key in keys) if set(keys) <= set(feed.names) else ()
+
+
+def lasting_keys(frame: Repartition, columns: Sequence[Column]) -> PartitionKeys | None:
+    """What may be told of a frame's partitions to those who read its files: by its columns, if it is by columns whose
+    values are the same for all readers."""
+    found = {column.name.lower(): column for column in columns}
+    keys = [found[key.lower()] for key in frame.keys if key.lower() in found]
+    types = tuple(key.type for key in keys)
+    if frame.by != "hash" or len(keys) != len(frame.keys) or len(found) != len(columns) or not may_last(types):
+        return None
+    return PartitionKeys(tuple(key.name for key in keys), types, frame.partitions)
+
+
+def is_key(condition: Condition) -> bool:
+    """Whether rows that match are together if they are partitioned by the condition's sides."""
+    return condition.is_equality and not condition.left.volatile and not condition.right.volatile
+
+
+def covers(groups: Sequence[Expr], columns: Sequence[int]) -> bool:
+    """Whether equal groups have equal values in `columns`, of which there are some."""
+    positions = {group.position for group in groups}
+    return bool(columns) and all(position in positions for position in columns)
+
+
+def grouped_by(node: Aggregate, columns: Sequence[int]) -> tuple[int, ...]:
+    """Where `columns` of an aggregate's child stand in its output."""
+    positions = {group.position: i for i, group in enumerate(node.groups)}
+    return tuple(positions[c] for c in columns) if all(c in positions for c in columns) else ()
+
+
+def moved(columns: Sequence[int], node: Project) -> tuple[int, ...]:
+    """Where `columns` stand after a projection; () if one is gone."""
+    positions = {expr.position: i for i, expr in reversed(list(enumerate(node.exprs)))}
+    return tuple(positions[c] for c in columns) if all(c in positions for c in columns) else ()
+
+
+def of_one_partition(pipe: Pipe) -> Pipe:
+    """The pipe; if it reads an exchange of one partition, as one that every task reads whole."""
+    ((feed, source),) = pipe.feeds.items()
+    if isinstance(source, ExchangeFeed) and source.by == "partition" and source.exchange.partitions == 1:
+        return replace(pipe, feeds={feed: replace(source, by="all")}, drive=None)
+    return pipe
+
+
+def partitions_of(feed: Feed) -> int | None:
+    """How many shares a feed is cut into, if that is known before anything runs."""
+    if isinstance(feed, FileFeed):
+        return feed.shares
+    return feed.exchange.partitions if isinstance(feed, ExchangeFeed) and feed.by == "partition" else None
+
+
+def value(key: Expr) -> Expr:
+    """A partition as the user gives it; one that is not a number is none."""
+    pieces = ("CAST(coalesce(", *key.pieces, ", error('a row has no partition: the key is NULL')) AS UINTEGER)")
+    return Expr(pieces, "UINTEGER")
+
+
+def of_files(pipes: Sequence[Pipe], count: int) -> Pipe | None:
+    """The pipe with its files in `count` shares, if it reads files and nothing else."""
+    if len(pipes) != 1 or len(pipes[0].feeds) != 1:
+        return None
+    ((feed, source),) = pipes[0].feeds.items()
+    if not isinstance(source, FileFeed) or source.by_partition:
+        return None
+    return replace(pipes[0], feeds={feed: replace(source, shares=count)}, hashed=())
+
+
+def shuffled(pipe: Pipe, seed: int) -> Pipe:
+    """Each partition's rows in an order that the seed decides."""
+    columns = tuple(Column(f"c{i}", c.type) for i, c in enumerate(pipe.columns))
+    listed = ", ".join(f"c{i}" for i in range(len(columns)))
+    numbered = f"SELECT {listed}, row_number() OVER () AS emberflow_row FROM emberflow_rows"
+    text = f"SELECT {listed} FROM ({numbered}) ORDER BY hash(emberflow_row, {seed}), emberflow_row"
+    return pipe.after(TextSegment(text, (("emberflow_rows", PREVIOUS, columns),), columns, reads=()))
