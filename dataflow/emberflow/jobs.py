@@ -20,6 +20,7 @@ from .catalog import SessionCatalog
 from .errors import ExchangeCorrupt, InvalidArgument, SessionClosed, UnsupportedType
 from .exchange import ExchangeReader, Source, restored
 from .executor import Capacity, Executor, InlineExecutor, LocalExecutor, machine_capacity
+from .executor.machine import this_machine
 from .files import FileOutput, FileSink
 from .job.config import JobConfig
 from .job.event import Event
@@ -395,7 +396,9 @@ class Jobs:
         if name == "inline":
             return InlineExecutor(capacity)
         if name == "local":
-            return LocalExecutor(workers=workers, cpus=capacity.cpus, memory_bytes=capacity.memory_bytes)
+            return LocalExecutor(
+                workers=workers, cpus=capacity.cpus, memory_bytes=capacity.memory_bytes, machine=this_machine()
+            )
         from .executor.ray import RayExecutor
 
         return RayExecutor(address=self.config.ray_address, cpus=capacity.cpus, memory_bytes=capacity.memory_bytes)

@@ -20,6 +20,14 @@ def stores_are_let_go() -> Iterator[None]:
         filesystem.close()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """These tests' jobs wait for each other, not for what else runs on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        yield
+
+
 @pytest.fixture
 def session() -> Iterator[emberflow.Session]:
     with emberflow.init(threads=2) as session:

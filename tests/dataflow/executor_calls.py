@@ -201,3 +201,17 @@ def keep_memory(payload: bytes, context: Context) -> bytes:
 def place(payload: bytes, context: Context) -> bytes:
     """Where it runs and what it can import."""
     return json.dumps([os.getcwd(), sys.path]).encode()
+
+
+def environment(payload: bytes, context: Context) -> bytes:
+    """The value of a variable of the environment."""
+    return os.environ[payload.decode()].encode()
+
+
+def noted(payload: bytes, context: Context) -> bytes:
+    """Notes its name in a log, and ends when the gate is open."""
+    log, name, gate = json.loads(payload)
+    with open(log, "a") as file:
+        print(name, file=file)
+    wait_for(Path(gate))
+    return b""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from ..errors import InvalidArgument
 from .base import Call, Capacity
+from .machine import Machine
 from .place import Place
 from .slots import Slots
 from .submission import Submission
@@ -21,13 +23,22 @@ class LocalExecutor:
     """Up to `workers` processes, which share `cpus` and `memory_bytes`."""
 
     def __init__(
-        self, *, workers: int, cpus: int, memory_bytes: int, grace_s: float = 2.0, name: str = "local"
+        self,
+        *,
+        workers: int,
+        cpus: int,
+        memory_bytes: int,
+        machine: Machine | None = None,
+        grace_s: float = 2.0,
+        name: str = "local",
     ) -> None:
-        """A cancelled call has `grace_s` to end before its worker is killed. `name` is the first part of the
-        workers' names."""
+        """Calls wait for their share of `machine`; None: this executor may use all it is given, whoever else runs. A
+        cancelled call has `grace_s` to end before its worker is killed. `name` is the first part of the workers'
+        names."""
         if min(workers, cpus, memory_bytes) < 1:
             raise InvalidArgument("an executor has at least one worker, one CPU and one byte of memory")
         self.capacity = Capacity(cpus=cpus, memory_bytes=memory_bytes)
+        self._machine = machine
         self._name = name
         self._grace_s = grace_s
         # A worker may keep what is warm, and still leaves the next call half of its share.
@@ -69,10 +80,21 @@ class LocalExecutor:
             f"{self._name}-{next(self._numbers)}",
             grace_s=self._grace_s,
             keep_bytes=self._keep_bytes,
+            turn=self._turn,
             ended=self._ended,
         )
         self._places.append(place)
         return place
+
+    def _turn(self, submission: Submission) -> AbstractContextManager[bool]:
+        if self._machine is None:
+            return nullcontext(True)
+        return self._machine.share(
+            submission.call.cpus,
+            submission.memory_bytes,
+            largest=self.capacity,
+            is_cancelled=lambda: submission.cancelled_s is not None,
+        )
 
     def _ended(self, place: Place, submission: Submission, outcome: bytes | BaseException) -> None:
         with self._lock:

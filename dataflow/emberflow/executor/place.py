@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -37,13 +38,16 @@ class Place:
         *,
         grace_s: float,
         keep_bytes: int,
+        turn: Callable[[Submission], AbstractContextManager[bool]],
         ended: Callable[[Place, Submission, bytes | BaseException], None],
     ) -> None:
-        """A process that holds more than `keep_bytes` after a call is replaced. `ended` is told of each call's end,
+        """A process that holds more than `keep_bytes` after a call is replaced. A call runs within its `turn`, if that
+        says so. `ended` is told of each call's end,
         when the place is free for the next."""
         self._name = name
         self._grace_s = grace_s
         self._keep_bytes = keep_bytes
+        self._turn = turn
         self._ended = ended
         self._calls: queue.SimpleQueue[Submission | None] = queue.SimpleQueue()
         self._process: WorkerProcess | None = None
@@ -67,7 +71,8 @@ class Place:
 
     def _mind(self) -> None:
         while (submission := self._calls.get()) is not None:
-            outcome = self._outcome(submission)
+            with self._turn(submission) as has_come:
+                outcome = self._outcome(submission) if has_come else CallCancelled(submission.call.name)
             process = self._process
             is_bloated = process is not None and held_bytes(process.pid) > self._keep_bytes
             if is_bloated:

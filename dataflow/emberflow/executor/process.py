@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .frames import Bye, Channel, Interrupt, Message
+from .machine import INSIDE
 from .surroundings import surroundings
 
 LAST_OUTPUT_CHARS = 8000
@@ -48,6 +49,7 @@ class WorkerProcess:
                 stderr=their_output,
                 pass_fds=[theirs.fileno()],
                 cwd=here.directory,
+                env={**os.environ, INSIDE: "1"},
                 start_new_session=True,
             )
         except BaseException:
