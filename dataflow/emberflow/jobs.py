@@ -282,7 +282,7 @@ class Jobs:
             raise SessionClosed("the session is closed")
         if self.config.job_id is None:
             return datetime.datetime.now(datetime.UTC)
-        if self._now is None:
+        while self._now is None:
             check_id(self.config.job_id)
             filesystem, directory = jobs_at(self.root, self.config.storage_options)
             path = f"{directory}/{self.config.job_id}.now"
@@ -291,7 +291,10 @@ class Jobs:
                 create(filesystem, path, datetime.datetime.now(datetime.UTC).isoformat().encode())
             except FileExistsError:
                 pass  # an earlier session's, or another's of the same name
-            self._now = datetime.datetime.fromisoformat(filesystem.cat_file(path).decode())
+            try:
+                self._now = datetime.datetime.fromisoformat(filesystem.cat_file(path).decode())
+            except FileNotFoundError:
+                pass  # it was old, and a sweep has taken it just now
         return self._now
 
     def planner(self, frame: Frame, *, now: datetime.datetime | None = None) -> Planner:

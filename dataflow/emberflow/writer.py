@@ -2,7 +2,8 @@
 
 Invariants: until every new file is complete the target is untouched; on failure what was written is removed; a
 process killed while writing leaves only a `.emberflow-<id>/` directory, which holds nothing a reader needs, or,
-killed between the two renames of an overwrite, the old files too. Where the filesystem renames directories in one
+killed between the two renames of an overwrite, the old files too, or, killed while it appended, some of the new files
+in the target and the list of them in that directory. Where the filesystem renames directories in one
 step (a local disk, an ember store) so does the last step; elsewhere the files are copied one after the other.
 
 Everything is written from DuckDB's stream and nothing by its COPY: on DuckDB 2.0 a COPY whose query fails can hang
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyarrow as pa
 
+from .appending import append, take_back
 from .errors import DatasetExists, InvalidArgument
 from .files import FILE_SIZE_BYTES, SUFFIXES, FileOutput, FileSink, Format
 from .partitioned import PartitionFile, PartitionKeys, file_name, write_manifest
@@ -191,6 +193,8 @@ class Target:
     def publish(self, files: Sequence[FileOutput], keys: PartitionKeys | None = None) -> None:
         """Puts the complete files in place. The old ones are kept aside until the new ones are there. `keys`: by what
         the files are partitioned."""
+        # An earlier driver may have ended while it appended: all it had moved was made again.
+        take_back(self._fs, self._stage, self._path)
         files = worth_keeping(files)
         if self.one_file:
             assert len(files) == 1
@@ -208,10 +212,7 @@ class Target:
         elif self._fs.exists(self._path):
             # Somebody may have been quicker since the job began.
             self.check()
-            for file in self._fs.find(self._new):
-                destination = self._path + file[len(self._new) :]
-                self._fs.makedirs(posixpath.dirname(destination), exist_ok=True)
-                self._fs.mv(file, destination)
+            append(self._fs, self._stage, self._path)
         else:
             self._fs.mv(self._new, self._path, recursive=True)
 

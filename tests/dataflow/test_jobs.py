@@ -15,6 +15,9 @@ from typing import Any
 import emberflow
 import pyarrow as pa
 import pytest
+from emberflow.errors import FlowError
+from emberflow.job.task import Attempt
+from emberflow.writer import Target, WriteOptions, _kept_id
 
 
 @pytest.fixture(params=["inline", "local"], scope="module")
@@ -211,3 +214,34 @@ def test_a_write_of_a_named_job_goes_on_and_can_be_done_twice(files: str, tmp_pa
             assert parted.write_parquet(f"{tmp_path}/out", mode="append").num_rows == 1000
             assert session.read_parquet(f"{tmp_path}/out").count() == 1000 * times
     assert sorted(os.listdir(tmp_path)) == ["out", "root"]
+
+
+def test_an_append_that_was_killed_half_way_is_made_once(files: str, tmp_path: Path) -> None:
+    out = f"{tmp_path}/out"
+    settings: dict[str, Any] = {"data_root": f"{tmp_path}/root", "job_id": "nightly", "executor": "inline"}
+    with emberflow.init(**settings) as session:
+        frame = session.read_parquet(files).repartition(3, hash_by="k")
+        frame.write_parquet(out)
+        count = session.read_parquet(out).count()
+        # As a driver leaves it that is killed after the first of its moves.
+        stage = Target(out, WriteOptions(format="parquet"), {}, id=_kept_id(frame, out))._stage
+        Path(stage, "new").mkdir(parents=True)
+        for path in (f"{out}/part-x-00000.parquet", f"{stage}/new/part-x-00001.parquet"):
+            session.read_parquet(out).limit(5).write_parquet(path)
+        Path(stage, "appending.json").write_text('["part-x-00000.parquet", "part-x-00001.parquet"]')
+        assert session.read_parquet(out).count() == count + 5
+        frame.write_parquet(out, mode="append")
+        assert session.read_parquet(out).count() == 2 * count
+
+
+def test_a_bug_of_ours_is_told_as_one(files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise AssertionError("two and two")
+
+    monkeypatch.setattr(Attempt, "_write", broken)
+    with emberflow.init(executor="inline") as session:
+        rows = session.read_parquet(files).repartition(2, by_rows=True)
+        with pytest.raises(FlowError, match=r"a bug in emberflow.* in repartition by rows 0\.0: two and two") as caught:
+            rows.compute()
+    assert not isinstance(caught.value, AssertionError)
+    assert isinstance(caught.value.__cause__, AssertionError)

@@ -200,6 +200,37 @@ def test_a_whole_overwrite_is_left_as_it_is(keep: Keep) -> None:
     assert not keep.fs.exists(writing.staging)
 
 
+def test_half_an_append_is_taken_back(keep: Keep) -> None:
+    writing = Writing(keep)
+    for file in ("hosts/old.parquet", "hosts/a/new1.parquet", ".emberflow-w/new/a/new2.parquet"):
+        writing.put(f"{keep.path}/lake/{file}")
+    keep.fs.pipe_file(f"{writing.staging}/appending.json", b'["a/new1.parquet", "a/new2.parquet"]')
+    assert keep.sweep().stagings == [], "its driver might only be slow, and about to move more"
+    assert len(keep.sweep(2 * HOUR_S).stagings) == 1
+    assert keep.fs.find(writing.target) == [f"{writing.target}/old.parquet"]
+    assert not keep.fs.exists(writing.staging)
+
+
+def test_a_whole_append_is_left_as_it_is(keep: Keep) -> None:
+    writing = Writing(keep)
+    writing.put(f"{writing.target}/new.parquet")
+    keep.fs.pipe_file(f"{writing.staging}/appending.json", b'["new.parquet"]')
+    assert len(keep.sweep(2 * HOUR_S).stagings) == 1
+    assert keep.fs.find(writing.target) == [f"{writing.target}/new.parquet"]
+
+
+def test_the_moments_of_names_that_no_job_has_go(keep: Keep) -> None:
+    keep.job("kept-1", silent_s=-2 * RETENTION_S, state="done")
+    keep.job("gone-12", state="done")
+    for name in ("kept.now", "gone.now", "gone-more.now", ".new-abc"):
+        keep.fs.pipe_file(f"{keep.path}/jobs/{name}", b"")
+    assert keep.sweep(60.0).records == []
+    dry = keep.sweep(RETENTION_S + 60, dry_run=True)
+    assert keep.sweep(RETENTION_S + 60) == dry
+    left = {path.rsplit("/", 1)[-1] for path in keep.fs.ls(f"{keep.path}/jobs", detail=False)}
+    assert {name for name in left if name.endswith(".now") or name.startswith(".new")} == {"kept.now"}
+
+
 @pytest.mark.parametrize("name", ["hosts2", ".emberflow"])
 def test_only_hidden_directories_of_writes_are_removed(keep: Keep, name: str) -> None:
     writing = Writing(keep, name=name)

@@ -116,6 +116,31 @@ def test_a_failed_move_puts_the_old_files_back(
     assert session.read_parquet(f"{tmp_path}/out").count() == 1000
 
 
+def test_an_append_that_fails_half_way_adds_nothing(
+    session: Session, numbers: DataFrame, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers.write_parquet(f"{root}/out", partition_by="k")
+    before = files(root)
+    filesystem = type(fsspec.core.url_to_fs(root)[0])
+    move = filesystem.mv
+    moved = []
+
+    def refuse_the_second(self: object, source: str, target: str, **kwargs: object) -> None:
+        if moved:
+            raise OSError(28, "No space left on device")
+        moved.append(target)
+        move(self, source, target, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "mv", refuse_the_second)
+        with pytest.raises(OSError, match="No space"):
+            numbers.write_parquet(f"{root}/out", partition_by="k", mode="append")
+    assert moved
+    assert files(root) == before
+    numbers.write_parquet(f"{root}/out", partition_by="k", mode="append")
+    assert session.read_parquet(f"{root}/out").count() == 2000
+
+
 def test_overwrite_keeps_its_hands_off_other_files(session: Session, numbers: DataFrame, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")

@@ -5,7 +5,7 @@ In this order, under one root:
 - steps that nobody has used for as long as they are kept; then, the longest unused first, as many as it takes to come
   under a size;
 - hidden directories of datasets that lost jobs were writing;
-- records of jobs as old.
+- records of jobs as old, and what is kept for jobs by their names, when none of that name is known.
 
 Invariants: nothing that a running job names is touched. A step loses its `.won` files before its data, so whoever looks
 meanwhile sees a step of which less is done; whoever looked a moment before finds data missing, which a job makes again.
@@ -25,6 +25,7 @@ from typing import Any
 
 import msgspec
 
+from ..appending import is_partly_done, take_back
 from ..errors import FlowError, InvalidArgument
 from ..sources import STAGING_PREFIX, StorageOptions, open_kept
 from .history import LEASE_S, JobInfo, jobs, jobs_at, load, names, remove_file, seen
@@ -81,7 +82,13 @@ def sweep(
         if info.state == "lost" and info.staging is not None:
             sweeping.staging(info, info.staging)
     sweeping.records(retention_s)
+    sweeping.moments(retention_s)
     return sweeping.swept
+
+
+def _is_of(id: str, name: str) -> bool:
+    """Whether a job is one of those called `name`: they are `name-1`, `name-2`; `name-1-3f2a` beside a running one."""
+    return re.fullmatch(re.escape(name) + r"-\d+(-[0-9a-f]{4})?", id) is not None
 
 
 @dataclass(slots=True)
@@ -208,19 +215,24 @@ class _Sweep:
 
     def staging(self, info: JobInfo, url: str) -> None:
         """Removes the hidden directory of a dataset that a lost job was writing. If the job died between the two
-        renames of an overwrite, the old files go back first, once nobody can be about to do the second."""
+        renames of an overwrite, the old files go back first, once nobody can be about to do the second; if it died
+        while it appended, what it had added goes, once nobody can be about to add more."""
         filesystem, path = open_kept(url, self._options)
         path = path.rstrip("/")
         if not posixpath.basename(path).startswith(STAGING_PREFIX) or not filesystem.exists(path):
             return
         old, back = f"{path}/old", ""
-        if filesystem.exists(old):
-            if info.target is None or self._now() - info.last_s < _GRACE_S:
+        is_half = is_partly_done(filesystem, path)
+        target = "" if info.target is None else open_kept(info.target, self._options)[1].rstrip("/")
+        if filesystem.exists(old) or is_half:
+            if not target or self._now() - info.last_s < _GRACE_S:
                 return
-            back = open_kept(info.target, self._options)[1].rstrip("/")
+            back = "" if is_half else target
 
         def remove() -> None:
             self._forget_files(info, path)
+            if is_half:
+                take_back(filesystem, path, target)
             if back and not filesystem.exists(back):
                 filesystem.mv(old, back, recursive=True)
             filesystem.rm(path, recursive=True)
@@ -247,6 +259,17 @@ class _Sweep:
             if info is None or known.state == "running" or info.last_s >= oldest_s:
                 continue
             self._remove(path, self.swept.records, partial(self._remove_record, path))
+
+    def moments(self, retention_s: float) -> None:
+        """Removes the `<name>.now` of names that no job has any more, and what was to become one."""
+        left = [id for id in names(self._fs, self._jobs) if f"{self._jobs}/{id}" not in self.swept.records]
+        for name, file in self._files(self._jobs).items():
+            age_s = self._now() - self._time(file)
+            stem = name.removesuffix(".now")
+            is_old = stem != name and age_s > retention_s and not any(_is_of(id, stem) for id in left)
+            if is_old or (_TEMPORARY.fullmatch(name) and age_s > _GRACE_S):
+                path = f"{self._jobs}/{name}"
+                self._remove(path, self.swept.records, partial(remove_file, self._fs, path))
 
     def _remove_record(self, path: str) -> None:
         # The name of the job last: without it nobody would find the rest.

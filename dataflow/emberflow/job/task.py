@@ -197,6 +197,13 @@ class Attempt:
         for reader in self._readers:
             if reader.failure is not None and reader.failure is not error:
                 raise reader.failure from None
+        if isinstance(error, AssertionError):
+            # The user's functions raise `UserCodeError`, whatever was raised in them.
+            raise FlowError(
+                f"a bug in emberflow, not in your query: an assertion failed in {self.task.name}"
+                + (f": {error}" if str(error) else "")
+                + "\nPlease report it with the lines that follow."
+            ) from error
 
     # ---- rows through the segments
 
