@@ -135,7 +135,8 @@ def _partitions(
         for feed, exchange in exchanges.items()
     }
     totals = [sum(of_feed[p] for of_feed in sizes.values()) for p in partitions]
-    fixed = any(exchange.fixed for exchange in exchanges.values()) or not config.coalesce
+    of_pieces = all(exchange.of_pieces for exchange in exchanges.values())
+    fixed = any(exchange.fixed for exchange in exchanges.values()) or not (config.coalesce or of_pieces)
     # The lower of two in the middle: of two partitions, too, one can be large.
     usual = statistics.median_low(totals)
     found = Cut([])

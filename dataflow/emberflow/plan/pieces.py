@@ -69,7 +69,7 @@ def stages_in_pieces(stage: Stage, *, id: int, exchange: int, pieces: int) -> tu
     how = stage.pipe.pieces
     assert how is not None
     partitions = min(pieces, _PARTITIONS_MAX)
-    between = Exchange(exchange, how.piece.columns, partitions)
+    between = Exchange(exchange, how.piece.columns, partitions, of_pieces=True)
     feeds = stage.pipe.feeds
     own = {feed: feeds[feed] for feed in inputs_of(how.piece) if feed in feeds}
     piece = replace(stage.pipe, segments=(SqlSegment(how.piece),), feeds=own, pieces=None)

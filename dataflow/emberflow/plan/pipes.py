@@ -209,6 +209,8 @@ class Exchange:
     stay (one side of a join), or by the `Pieces` of the pipe that reads it."""
     blank: bool = False
     """Its rows have no columns; in the files they have one of no meaning."""
+    of_pieces: bool = False
+    """What `Pieces` give: as few tasks as its bytes ask for read it, whatever is asked of other exchanges."""
     made: tuple[Output, ...] | None = None
     """What an earlier job has put there; such an exchange has no producers."""
 
