@@ -24,6 +24,8 @@ class Size:
     """For the workers' memory in sum."""
     scale_factor: float
     """Of TPC-H."""
+    queries: range
+    """Of TPC-H, by their numbers."""
     rounds: int
     startup_rounds: int
     has_goals: bool
@@ -35,6 +37,7 @@ FULL = Size(
     budgeted_bytes=4 * GB,
     budget_bytes=1 << 30,
     scale_factor=1,
+    queries=range(1, 23),
     rounds=3,
     startup_rounds=9,
     has_goals=True,
@@ -44,6 +47,7 @@ QUICK = Size(
     budgeted_bytes=GB // 10,
     budget_bytes=1 << 29,
     scale_factor=0.01,
+    queries=range(1, 23, 4),
     rounds=1,
     startup_rounds=3,
     has_goals=False,

@@ -57,6 +57,7 @@ class Engine:
         self._failures = Failures()
         self._protocols: set[str] = set()
         self._udfs: dict[str, Udf] = {}
+        self._limits: tuple[int, int] | None = None
         self._closed = False
         self._connection = self._connect()
 
@@ -95,8 +96,10 @@ class Engine:
 
     def limit(self, *, threads: int, memory_bytes: int) -> None:
         """New limits, for what runs from now on."""
-        self._connection.execute(f"SET GLOBAL threads = {threads}")
-        self._connection.execute(f"SET GLOBAL memory_limit = '{memory_bytes}B'")
+        if (threads, memory_bytes) != self._limits:
+            self._connection.execute(f"SET GLOBAL threads = {threads}")
+            self._connection.execute(f"SET GLOBAL memory_limit = '{memory_bytes}B'")
+            self._limits = threads, memory_bytes
 
     def interrupt(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Stops what the cursor runs; from any thread."""

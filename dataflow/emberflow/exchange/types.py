@@ -40,6 +40,8 @@ connections. And the time zone is UTC, as in every session of ours."""
 _SUBSTITUTES = {"enum": "VARCHAR", "interval": "VARCHAR"}
 _SUBSTITUTES_INSIDE = {**_SUBSTITUTES, "boolean": "UTINYINT"}
 _MENTIONS = ("ENUM", "INTERVAL", "BOOLEAN", "UNION")
+_ARRIVED: dict[pa.Schema, list[str]] = {}
+_ARRIVED_MAX = 1000
 _SURE = frozenset(
     {
         *("BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT"),
@@ -64,13 +66,23 @@ def sent(columns: Sequence[Column], names: Sequence[str], connection: duckdb.Duc
 
 def restored(columns: Sequence[Column], schema: pa.Schema, connection: duckdb.DuckDBPyConnection) -> list[str]:
     """An expression for each column of a registered reader with this schema that gives it its DuckDB type again."""
-    cursor = connection.cursor()
-    cursor.register("emberflow_types", pa.Table.from_batches([], schema))
-    arrived = _described("FROM emberflow_types", cursor)
     return [
         _restored(column.type, name, type_, connection)
-        for column, name, type_ in zip(columns, schema.names, arrived, strict=True)
+        for column, name, type_ in zip(columns, schema.names, _arrived(schema, connection), strict=True)
     ]
+
+
+def _arrived(schema: pa.Schema, connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """As what types DuckDB sees the columns of a reader; the tasks of a stage ask for the same ones."""
+    known = _ARRIVED.get(schema)
+    if known is None:
+        cursor = connection.cursor()
+        cursor.register("emberflow_types", pa.Table.from_batches([], schema))
+        known = _described("FROM emberflow_types", cursor)
+        if len(_ARRIVED) >= _ARRIVED_MAX:
+            _ARRIVED.clear()
+        _ARRIVED[schema] = known
+    return known
 
 
 def _sent(type_: str, name: str, connection: duckdb.DuckDBPyConnection) -> str:
