@@ -324,7 +324,11 @@ class DataFrame:
 
     def to_arrow(self) -> pa.Table:
         """All rows as an Arrow table."""
-        return self.to_batches().read_all()
+        try:
+            return self.to_batches().read_all()
+        except ExchangeCorrupt:
+            # Made again already; but a stream cannot take back the rows that it gave before it met the damage.
+            return self.to_batches().read_all()
 
     def to_pandas(self) -> pd.DataFrame:
         """All rows as a pandas frame. 128-bit integers, which sums are, become int64, or float64 if they do not fit."""
