@@ -45,16 +45,19 @@ def size_bytes_of(text: str) -> int:
 )
 @click.option("--ttl-hours", type=click.FloatRange(min=0, min_open=True), default=72.0, show_default=True, metavar="N",
               help="A page that nobody asked for in so long goes.")  # fmt: skip
+@click.option("--namespaces", type=click.IntRange(min=1), default=64, show_default=True, metavar="N",
+              help="So many at most, each of that capacity.")  # fmt: skip
 @click.option("--tenants", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE",
               help="Whose tokens the service takes. Without it whoever reaches the port may do all.")  # fmt: skip
 @_tls_option
 def serve(
-    store: str, root: str, listen: str, capacity: str, ttl_hours: float, tenants: Path | None, tls: Path | None
-) -> None:
+    store: str, root: str, listen: str, capacity: str, ttl_hours: float, namespaces: int, tenants: Path | None,
+    tls: Path | None,
+) -> None:  # fmt: skip
     """Serve KV pages that lie in a store, until SIGTERM or Ctrl-C.
 
     It says where they are, takes leases and makes room; the bytes go between clients and the storage servers. A second
-    one on the same root waits until the first is silent for two seconds, and takes over. The first line of its output
+    one on the same root waits until the first is silent for three seconds, and takes over. The first line of its output
     is JSON with its address.
 
     The file of tenants holds digests, not tokens: {"operators": [SHA256, ...], "tenants": {"acme": [SHA256, ...]}},
@@ -69,7 +72,11 @@ def serve(
     from emberkv.space import SpaceConfig
 
     space = SpaceConfig(capacity_bytes=size_bytes_of(capacity), ttl_s=3600 * ttl_hours)
-    run_server(ServerConfig(store=store, root=root, listen=listen, space=space, tenants=tenants, tls=tls))
+    run_server(
+        ServerConfig(
+            store=store, root=root, listen=listen, space=space, namespaces_max=namespaces, tenants=tenants, tls=tls
+        )
+    )
 
 
 def _operator(address: str, token: str, tls: Path | None) -> Operator:

@@ -66,6 +66,7 @@ REACHES_OUT = {
     "fs/emberfs/testing/": "runs in other people's tests",
     "kvcache/emberkv/client.py": "is a face: the caller's threads share a cache",
     "kvcache/emberkv/server.py": "wires a server together: signals, runtime, network, store",
+    "kvcache/emberkv/writing.py": "is the face's: threads of the caller's process write what it put",
 }
 """File or folder/ -> why it may reach past the seams. A row that is not needed is a failure too."""
 

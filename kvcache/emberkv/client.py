@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -29,16 +30,20 @@ from .journal import split
 from .keys import ROOT, opaque_keys, page_keys
 from .messages import A
 from .namespace import Namespace
-from .page import NO_PLACE, PLACE, places_of
+from .page import HEADER_BYTES, NO_PLACE, PLACE, places_of
 from .pool import STATES, STORED
 from .reading import PageReader
-from .writing import PageWriter
+from .writing import SLAB_BYTES, Copied, PageWriter, Part, Ticket
 
 RETRY_S = 0.05
+CLOSE_S = 1.0
+"""So long the service is given to hear that we end."""
+REPORTED_MAX = 64
 TURN_S = 2.0
 """Of several addresses one is given so long before the next has its turn."""
 PUT_PAGES_MAX = 1024
-"""In one request."""
+PUT_BYTES_MAX = SLAB_BYTES
+"""In one request: so many pages, or so many bytes, or one page that is larger."""
 
 
 class KVCache:
@@ -55,16 +60,21 @@ class KVCache:
         self._runtime = AsyncioRuntime("emberkv")
         self._portal = Portal(self._runtime)
         self._network = TcpNetwork(self._runtime, tcp)
+        self._pid = os.getpid()
         self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        """Of who asks for a seat."""
+        self._is_reporting = False
         self._seat: messages.Opened | None = None
         self._store: Client | None = None
         self._readers: list[PageReader] = []
         self._writer: PageWriter | None = None
-        self._writing = threading.Lock()
+        self._putting = threading.Lock()
         """Pages of one writer follow each other."""
         self._is_closed = False
         try:
             seat = self._seated()
+            self._segments = seat.segments
             self._store = emberfs.connect(store or seat.store, **store_settings)
         except BaseException:
             self.close()
@@ -137,8 +147,10 @@ class KVCache:
         """
         number = self._kind(kind)
         views = [writable_view(buffer) for buffer in buffers]
-        if first + len(views) > hit.pages:
+        if first < 0 or first + len(views) > hit.pages:
             raise LimitExceeded(f"the hit has {hit.pages} pages: not {len(views)} from {first} on")
+        if begin < 0:
+            raise LimitExceeded(f"a page has no byte {begin}")
         keys = hit.keys_of(first, len(views))
         places = hit.places[number][first * PLACE.size : (first + len(views)) * PLACE.size]
         for view, (segment, _, length, _) in zip(views, PLACE.iter_unpack(places), strict=True):
@@ -176,8 +188,9 @@ class KVCache:
         """Store pages: "stored", "known" (there already), "pending" (another writer is at it), "refused" (no room).
 
         keys[i] comes after keys[i-1], and the first after `parent`; not `chained`, each stands for itself. "committed"
-        returns when the index has them durably too; "buffered" before that, and a crash of the service within the
-        next 50 ms may lose them. The same put again is harmless. Raises Unavailable, DeadlineExceeded.
+        returns when pages and index are durable. "buffered" returns when the pages are copied: they are written behind
+        the caller's back, some tens of MiB at most, and found a few milliseconds later; `flush` waits for that, and
+        says if it failed. The same put again is harmless. Raises Unavailable, DeadlineExceeded.
         """
         if durable not in ("buffered", "committed"):
             raise ValueError(f"durable is 'buffered' or 'committed', not {durable!r}")
@@ -187,38 +200,74 @@ class KVCache:
         views = [flat_view(payload) for payload in payloads]
         parents = [parent or ROOT, *keys[:-1]] if chained else [ROOT] * len(keys)
         states: list[str] = []
-        for begin in range(0, len(keys), PUT_PAGES_MAX):
-            part = slice(begin, begin + PUT_PAGES_MAX)
-            with self._writing:
-                try:
-                    states += self._put(number, keys[part], parents[part], views[part], durable == "committed")
-                except NotFound:  # The service, or a segment, is another one by now.
-                    states += self._put(number, keys[part], parents[part], views[part], durable == "committed")
+        for part in _parts(views):
+            given = number, keys[part], parents[part], views[part], durable == "committed"
+            try:
+                states += self._put(*given)
+            except (NotFound, SeatGone):  # The service, or a segment, is another one by now.
+                states += self._put(*given)
         return states
 
     def _put(
         self, kind: int, keys: Sequence[bytes], parents: Sequence[bytes], views: Sequence[memoryview], durable: bool
     ) -> list[str]:
         blob, above, lengths = b"".join(keys), b"".join(parents), [len(view) for view in views]
-        answer = self._ask(lambda seat: messages.Reserve(seat, kind, blob, above, lengths), messages.Reserved)
-        wanted = [index for index, state in enumerate(answer.states) if state == STORED]
-        if wanted:
-            seat = self._seated()
-            places = places_of(answer.places)
-            try:
-                crcs = self._page_writer().write(
-                    [keys[index] for index in wanted], [parents[index] for index in wanted], places,
-                    [views[index] for index in wanted], kind=kind, tenant=seat.number,
-                )  # fmt: skip
-            except BaseException:
-                with contextlib.suppress(EmberError):
-                    self._ask(lambda seat: messages.GiveUp(seat, answer.reservation), messages.Okay)
-                raise
-            self._ask(lambda seat: messages.Commit(seat, answer.reservation, crcs, durable), messages.Okay)
+        if not self._putting.acquire(timeout=self._timeout_s):
+            raise DeadlineExceeded(f"other threads' puts took more than {self._timeout_s:g} s")
+        try:
+            answer = self._ask(lambda seat: messages.Reserve(seat, kind, blob, above, lengths), messages.Reserved)
+            ticket = self._add(answer, kind, keys, parents, views, durable)
+        finally:
+            self._putting.release()
+        if durable:
+            # What is known may have come a moment ago.
+            self._ask(messages.Flush, messages.Okay) if ticket is None else ticket.wait(self._timeout_s)
         return [STATES[state] for state in answer.states]
 
+    def _add(
+        self, answer: messages.Reserved, kind: int, keys: Sequence[bytes], parents: Sequence[bytes],
+        views: Sequence[memoryview], durable: bool,
+    ) -> Ticket | None:  # fmt: skip
+        """Have the pages written that the service wants. None: there are none."""
+        wanted = [index for index, state in enumerate(answer.states) if state == STORED]
+        if not wanted:
+            return None
+        seat = self._seated()
+
+        def pick(column: Sequence[Any]) -> list[Any]:
+            return [column[index] for index in wanted]
+
+        part = Part(
+            reservation=answer.reservation, seat=seat.seat, keys=pick(keys), parents=pick(parents),
+            places=places_of(answer.places), payloads=pick(views), kind=kind, tenant=seat.number, is_durable=durable,
+        )  # fmt: skip
+        try:
+            return self._page_writer().add(part, timeout_s=self._timeout_s)
+        except BaseException:
+            with contextlib.suppress(EmberError):
+                self._call(messages.GiveUp(seat.seat, answer.reservation), messages.Okay)
+            raise
+
+    def _commit(self, parts: Sequence[Copied]) -> None:
+        """Called by the writer's threads."""
+        for seat in dict.fromkeys(part.seat for part in parts):
+            mine = [part for part in parts if part.seat == seat]
+            is_durable = any(part.is_durable for part in mine)
+            numbers, crcs = [part.reservation for part in mine], [part.crcs for part in mine]
+            try:
+                done = self._call(messages.Commit(seat, numbers, crcs, is_durable), messages.Committed)
+            except (EmberError, OSError) as error:
+                for part in mine:
+                    part.ticket.settle(error)
+                continue
+            for part in mine:
+                is_gone = part.reservation in done.gone
+                part.ticket.settle(NotFound("pages came too late: put them again") if is_gone else None)
+
     def flush(self) -> None:
-        """What was put before is committed when this returns."""
+        """What was put before is committed when this returns. Raises what befell it, if it is not."""
+        if self._writer is not None:
+            self._writer.flush(self._timeout_s)
         self._ask(messages.Flush, messages.Okay)
 
     def remove(self, keys: Sequence[bytes]) -> int:
@@ -239,14 +288,22 @@ class KVCache:
     # --- the service -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End it. Leases and reservations end by themselves."""
-        self._is_closed = True
-        held: list[PageReader | PageWriter] = [*self._readers]
-        if self._writer is not None:
-            held.append(self._writer)
-        for each in held:
+        """Write what was put, and end. Leases end by themselves. Closing twice is allowed."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            readers, self._readers = self._readers, []
+        with contextlib.suppress(EmberError):
+            if self._writer is not None:
+                self._writer.close(self._timeout_s)
+            if self._seat is not None:
+                ask = messages.Close(self._seat.seat)
+                call = self._connection(self._addresses[0]).call
+                self._portal.run(messages.send(call, ask, messages.Okay, timeout_s=CLOSE_S))
+        for reader in readers:
             with contextlib.suppress(EmberError):
-                each.close()
+                reader.close()
         if self._store is not None:
             self._store.close()
         self._portal.drain()
@@ -262,12 +319,19 @@ class KVCache:
         self.close()
 
     def _seated(self) -> messages.Opened:
-        with self._lock:
+        """Our seat, asked for if there is none."""
+        if (seat := self._seat) is not None and not self._is_closed:
+            return seat
+        if not self._opening.acquire(timeout=self._timeout_s):
+            raise DeadlineExceeded(f"no seat within {self._timeout_s:g} s: another thread asks for one")
+        try:
             if self._is_closed:
                 raise StoreClosed("this KVCache was closed")
             if self._seat is None:
                 self._seat = self._call(messages.Open(self.namespace, self.tenant, self._token), messages.Opened)
             return self._seat
+        finally:
+            self._opening.release()
 
     def _ask(self, make: Any, answer: type[A]) -> A:
         """One request of our seat; once more if the service has forgotten it."""
@@ -285,19 +349,28 @@ class KVCache:
         ends_s = self._runtime.now_s() + self._timeout_s
         error: EmberError | None = None
         while (left_s := ends_s - self._runtime.now_s()) > 0:
-            call = self._network.connection(self._addresses[0]).call
+            address = self._addresses[0]
             try:
                 wait_s = left_s if len(self._addresses) == 1 else min(left_s, TURN_S)
-                return self._portal.run(messages.send(call, ask, answer, timeout_s=wait_s))
+                return self._portal.run(messages.send(self._connection(address).call, ask, answer, timeout_s=wait_s))
             except Unavailable as refused:
                 error = refused
-                self._addresses = [*self._addresses[1:], self._addresses[0]]
+                with self._lock:
+                    if self._addresses[0] == address:  # Else another thread has gone on to the next.
+                        self._addresses = [*self._addresses[1:], address]
                 self._portal.run(self._runtime.sleep(min(RETRY_S, left_s)))
         raise DeadlineExceeded(f"no answer within {self._timeout_s:g} s: {error}") from error
+
+    def _connection(self, address: str) -> Any:
+        if os.getpid() != self._pid:
+            raise StoreClosed("this KVCache belongs to the process that made it: connect again after a fork")
+        return self._network.connection(address)
 
     def _files(self) -> Client:
         if self._store is None or self._is_closed:
             raise StoreClosed("this KVCache was closed")
+        if os.getpid() != self._pid:
+            raise StoreClosed("this KVCache belongs to the process that made it: connect again after a fork")
         return self._store
 
     @contextlib.contextmanager
@@ -305,7 +378,7 @@ class KVCache:
         with self._lock:
             reader = self._readers.pop() if self._readers else None
         if reader is None:
-            reader = PageReader(self._files(), self._seated().segments)
+            reader = PageReader(self._files(), self._segments)
         try:
             yield reader
         finally:
@@ -314,13 +387,24 @@ class KVCache:
 
     def _page_writer(self) -> PageWriter:
         if self._writer is None:
-            self._writer = PageWriter(self._files(), self._seated().segments)
+            self._writer = PageWriter(self._files(), self._segments, self._commit)
         return self._writer
 
     def _report(self, kind: int, keys: Sequence[bytes]) -> None:
-        blob = b"".join(keys)
-        with contextlib.suppress(EmberError):  # It is only told: the pages are misses either way.
-            self._ask(lambda seat: messages.Report(seat, kind, blob), messages.Okay)
+        """Tell the service, behind the caller's back: the pages are misses either way."""
+        seat, connection = self._seat, self._connection(self._addresses[0])
+        if seat is None or self._is_reporting:
+            return
+        self._is_reporting = True
+
+        async def tell() -> None:
+            try:
+                ask = messages.Report(seat.seat, kind, b"".join(keys[:REPORTED_MAX]))
+                await messages.send(connection.call, ask, messages.Okay, timeout_s=self._timeout_s)
+            finally:
+                self._is_reporting = False
+
+        self._portal.post(tell())
 
     def _kind(self, name: str | None) -> int:
         if name is None:
@@ -328,3 +412,15 @@ class KVCache:
         if name not in self._kinds:
             raise LimitExceeded(f"no kind {name!r} in this namespace: there are {', '.join(self._kinds)}")
         return self._kinds[name]
+
+
+def _parts(views: Sequence[memoryview]) -> Iterator[slice]:
+    """Slices of pages that go in one request each."""
+    begin, size = 0, 0
+    for index, view in enumerate(views):
+        size += HEADER_BYTES + len(view)
+        if index > begin and (size > PUT_BYTES_MAX or index - begin == PUT_PAGES_MAX):
+            yield slice(begin, index)
+            begin, size = index, HEADER_BYTES + len(view)
+    if begin < len(views):
+        yield slice(begin, len(views))

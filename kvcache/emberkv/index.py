@@ -15,7 +15,7 @@ from . import journal
 from .journal import AnyEntry, split
 from .keys import KEY_BYTES
 from .page import places_of
-from .segments import Segments
+from .segments import Segments, State
 from .table import PageTable
 
 
@@ -38,9 +38,12 @@ class Index:
         _APPLY[type(entry)](self, entry)
 
     def seal_all(self) -> None:
-        """Nobody goes on writing to what an earlier process had open."""
+        """Nobody goes on writing to what an earlier process had open. How much of it was handed out it told nobody:
+        all of it may have been."""
         for segment in self.segments:
-            self.segments.seal(segment)
+            if segment.state is State.OPEN:
+                segment.end = segment.size_bytes
+                self.segments.seal(segment)
 
     def _tenant_added(self, entry: journal.TenantAdded) -> None:
         self.tenants.append(entry.name)
@@ -96,7 +99,7 @@ class Index:
         for key in split(entry.keys, KEY_BYTES):
             slot = self.table.slot(entry.tenant, key)
             if slot is not None:
-                self.table.pinned_s[slot] = entry.until_s
+                self.table.pin(slot, entry.until_s)
 
     def _quota_set(self, entry: journal.QuotaSet) -> None:
         self.quotas[entry.tenant] = entry.limit_bytes

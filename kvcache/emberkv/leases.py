@@ -12,6 +12,8 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 
 LEASE_S_MAX = 3600.0
+_STALE_MAX = 1000
+"""Entries of the heap that mean nothing any more; with more of them it is made anew."""
 
 
 class Leases:
@@ -24,8 +26,6 @@ class Leases:
         self._ends: list[tuple[float, int]] = []
         """A heap. Of a lease that was extended or let go an entry stays until its time."""
         self._next = 1
-        self.latest_end_s = 0.0
-        """No lease that was ever taken reaches beyond this."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -35,8 +35,7 @@ class Leases:
         lease, self._next = self._next, self._next + 1
         end_s = now_s + min(duration_s, LEASE_S_MAX)
         self._held[lease] = (end_s, tuple(slots), owner)
-        heapq.heappush(self._ends, (end_s, lease))
-        self.latest_end_s = max(self.latest_end_s, end_s)
+        self._push(end_s, lease)
         for slot in slots:
             self._hold(slot)
         return lease
@@ -49,9 +48,18 @@ class Leases:
             return False
         end_s = max(held[0], now_s + min(duration_s, LEASE_S_MAX))
         self._held[lease] = (end_s, held[1], owner)
-        heapq.heappush(self._ends, (end_s, lease))
-        self.latest_end_s = max(self.latest_end_s, end_s)
+        self._push(end_s, lease)
         return True
+
+    def latest_end_s(self) -> float:
+        """No lease that there is reaches beyond this."""
+        return max((held[0] for held in self._held.values()), default=0.0)
+
+    def _push(self, end_s: float, lease: int) -> None:
+        heapq.heappush(self._ends, (end_s, lease))
+        if len(self._ends) > 2 * len(self._held) + _STALE_MAX:
+            self._ends = [(held[0], number) for number, held in self._held.items()]
+            heapq.heapify(self._ends)
 
     def release(self, leases: Iterable[int], *, owner: int) -> int:
         """End some now. How many of them there were."""

@@ -60,11 +60,12 @@ class Reserve(Ask, frozen=True):
 
 
 class Commit(Ask, frozen=True):
-    """They are written. -> Okay"""
+    """They are written. -> Committed"""
 
     seat: int
-    reservation: int
-    crcs: list[int]
+    reservations: list[int]
+    crcs: list[list[int]]
+    """Of each."""
     durable: bool
 
 
@@ -113,6 +114,12 @@ class Pin(Ask, frozen=True):
     for_s: float
 
 
+class Close(Ask, frozen=True):
+    """The client ends: what it reserved and has not committed will not come. -> Okay"""
+
+    seat: int
+
+
 class Flush(Ask, frozen=True):
     """What was committed is to be durable. -> Okay"""
 
@@ -158,8 +165,8 @@ class Collect(Ask, frozen=True):
 
 
 AnyAsk = (
-    Open | Match | Lookup | Reserve | Commit | GiveUp | Release | Extend | Report | Remove | Pin | Flush | Stat | Erase
-    | Drop | Quota | Collect
+    Open | Match | Lookup | Reserve | Commit | GiveUp | Release | Extend | Report | Remove | Pin | Close | Flush | Stat
+    | Erase | Drop | Quota | Collect
 )  # fmt: skip
 
 
@@ -199,6 +206,11 @@ class Reserved(Answer, frozen=True):
     """Of the pages that are to be written only."""
 
 
+class Committed(Answer, frozen=True):
+    gone: list[int]
+    """Reservations that had run out: their pages are not there."""
+
+
 class Okay(Answer, frozen=True):
     count: int = 0
 
@@ -213,7 +225,7 @@ class Failed(Answer, frozen=True):
     text: str
 
 
-AnyAnswer = Opened | Matched | LookedUp | Reserved | Okay | Numbers | Failed
+AnyAnswer = Opened | Matched | LookedUp | Reserved | Committed | Okay | Numbers | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _asks = msgspec.msgpack.Decoder(AnyAsk)

@@ -24,8 +24,9 @@ from .files import Files
 
 log = logging.getLogger("emberline.kv")
 
-LEASE_S = 2.0
-"""An owner whose beat does not change for so long, by the clock of who watches, is taken for dead."""
+LEASE_S = 3.0
+"""An owner whose beat does not change for so long, by the clock of who watches, is taken for dead. It may do something
+that takes a second or two, as a snapshot of some million pages, and a takeover takes no more than five."""
 BEAT_S = 0.4
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from emberfs.errors import EmberError, LimitExceeded, NotFound
+from emberfs.errors import EmberError, LimitExceeded, NotFound, ProtocolError
 from emberfs.runtime import Runtime
 
 from .errors import StaleOwner
@@ -26,13 +27,18 @@ from .leases import Leases
 from .namespace import Namespace
 from .ownership import Ownership
 from .page import HEADER_BYTES, NO_PLACE, PLACE, Place
-from .segments import SEGMENT_BYTES_DEFAULT
-from .space import Space, SpaceConfig, page_header
-from .wal import Wal
+from .segments import SEGMENT_BYTES_DEFAULT, Segment
+from .space import Space, SpaceConfig, find_strangers, page_header
+from .wal import Wal, read_index
+
+log = logging.getLogger("emberline.kv")
 
 RESERVATION_S = 60.0
 """So long a writer has between `reserve` and `commit`."""
 UPKEEP_S = 1.0
+RECHECK_S = 60.0
+"""A page that was reported and is as it should be is not looked at again for so long."""
+CHECKED_MAX = 10_000
 SEGMENTS_PER_CAPACITY_MIN = 64
 SNAPSHOT_S = 3600.0
 """The journal does not say what was used when: a service that is killed forgets so much of it."""
@@ -77,7 +83,7 @@ class Pool:
 
     def __init__(
         self, files: Files, runtime: Runtime, directory: str, namespace: Namespace, ownership: Ownership, wal: Wal,
-        config: SpaceConfig,
+        config: SpaceConfig, strangers: Sequence[str],
     ) -> None:  # fmt: skip
         self.namespace = namespace
         self.directory = directory
@@ -86,7 +92,7 @@ class Pool:
         self.table = self.index.table
         self.leases = Leases(self.table.hold, self.table.let_go)
         self.ownership = ownership
-        self.space = Space(files, runtime, f"{directory}/segments", wal, self.leases, config)
+        self.space = Space(files, runtime, f"{directory}/segments", wal, self.leases, config, strangers)
         self._files, self._runtime, self._wal = files, runtime, wal
         self._reservations: dict[int, Reservation] = {}
         self._pending: set[tuple[int, int, bytes]] = set()
@@ -94,6 +100,9 @@ class Pool:
         self._next = 1
         self._next_snapshot_s = runtime.now_s() + SNAPSHOT_S
         self._making_room = asyncio.Lock()
+        self._checking = asyncio.Lock()
+        self._checked_s: dict[Place, float] = {}
+        """Pages that were reported, and that nothing was wrong with, and when."""
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -102,19 +111,39 @@ class Pool:
     ) -> Pool:  # fmt: skip
         """Take the namespace over, read its index, and serve it."""
         ownership = await Ownership.take(files, runtime, f"{directory}/owner", address=address)
+        # From now on: who waits for silence would take over while we read.
+        owning = runtime.spawn(ownership.keep(), "kv-owner")
+        try:
+            return await cls._opened(files, runtime, directory, namespace, config, ownership, owning)
+        except BaseException:
+            owning.cancel()
+            raise
+
+    @classmethod
+    async def _opened(
+        cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, config: SpaceConfig,
+        ownership: Ownership, owning: asyncio.Task[None],
+    ) -> Pool:  # fmt: skip
         segment_bytes = min(SEGMENT_BYTES_DEFAULT, config.capacity_bytes // SEGMENTS_PER_CAPACITY_MIN)
         trailing = [kind.trailing for kind in namespace.kinds]
 
         def make() -> Index:
             return Index(trailing, segment_bytes=segment_bytes)
 
-        wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, make)
-        pool = cls(files, runtime, directory, namespace, ownership, wal, config)
-        pool._tasks = [
-            runtime.spawn(pool._keep_owning(), "kv-owner"),
-            runtime.spawn(pool._keep_up(), "kv-upkeep"),
-        ]
+        index = await read_index(files, runtime, f"{directory}/index", ownership.epoch, make)
+        strangers = await find_strangers(files, f"{directory}/segments", index)
+        # Had somebody taken over before we looked, files of theirs would be among the strangers.
+        await ownership.check()
+        wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, index)
+        pool = cls(files, runtime, directory, namespace, ownership, wal, config, strangers)
+        owning.add_done_callback(pool._lose)
+        pool._tasks = [owning, runtime.spawn(pool._keep_up(), "kv-upkeep")]
         return pool
+
+    def _lose(self, owning: asyncio.Task[None]) -> None:
+        self._wal.is_lost = True
+        if not owning.cancelled():
+            owning.exception()  # StaleOwner: it is said to whoever asks for something.
 
     @property
     def is_lost(self) -> bool:
@@ -123,14 +152,19 @@ class Pool:
 
     async def close(self) -> None:
         """Write what is left, and let the next owner in."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        with contextlib.suppress(EmberError):
-            await self._wal.close()
-            if not self.is_lost:
+        owning, upkeep = self._tasks
+        upkeep.cancel()
+        await asyncio.wait([upkeep])
+        try:
+            with contextlib.suppress(EmberError):
+                await self._wal.close()
+                await self.ownership.check()
+                owning.cancel()  # No beat comes after the last one.
+                await asyncio.wait([owning])
                 await self.ownership.beat(released=True)
+        finally:
+            owning.cancel()
+            await asyncio.wait([owning])
 
     # --- tenants ---------------------------------------------------------------------------------------------------
 
@@ -145,15 +179,14 @@ class Pool:
         return number
 
     def set_quota(self, tenant: int, limit_bytes: int) -> None:
-        """What a tenant may hold; 0: as much as there is room for."""
+        """What a tenant may hold; 0: as much as there is room for. What it has beyond it goes with the next rounds."""
         self._wal.note(QuotaSet(tenant, limit_bytes))
-        self.space.make_live_room(0, tenant)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def match(self, tenant: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[int], str, int]:
         """(slots of the longest usable prefix, why it is no longer, a lease; 0 if there is nothing to lease)."""
-        slots, reason = self.table.match(tenant, keys)
+        slots, ends, reason = self.table.match(tenant, keys)
         counts = self.counts
         counts.matches += 1
         counts.asked_pages += len(keys)
@@ -161,11 +194,12 @@ class Pool:
         counts.stops[reason] += 1
         if not slots:
             return slots, reason, 0
-        last = slots[-1]
-        self.table.touch(last, self.space.stamp_s())
+        stamp_s = self.space.stamp_s()
+        for slot in ends:
+            self.table.touch(slot, stamp_s)
         lease = 0
         if lease_s > 0:
-            lease = self.leases.take((last,), owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
+            lease = self.leases.take(ends, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
         return slots, reason, lease
 
     def lookup(self, tenant: int, kind: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[bytes], int]:
@@ -185,21 +219,37 @@ class Pool:
         return places, lease
 
     async def report(self, tenant: int, kind: int, keys: Sequence[bytes]) -> int:
-        """A reader found these damaged. They are read again, and those that are go. How many went."""
-        gone = 0
-        for key in keys:
-            slot = self.table.slot(tenant, key)
-            place = None if slot is None else self.table.place(slot, kind)
-            if slot is None or place is None:
-                continue
-            size = place.end - place.offset
-            (page,) = await self._files.read(self.space.path(place.segment), [(place.offset, size)])
-            is_same = self.table.slot(tenant, key) == slot and self.table.place(slot, kind) == place
-            if is_same and (page is None or page_header(page, place, key) is None):
-                self._wal.note(Unplaced(tenant, kind, key))
-                gone += 1
+        """A reader found these damaged. They are read again, and those that are go. How many went.
+
+        One reader at a time, and a page once in a while: whoever reports does not make the service read for nothing.
+        Those that are not looked at are reported again, if they are damaged.
+        """
+        if self._checking.locked():
+            return 0
+        async with self._checking:
+            gone = 0
+            for key in keys:
+                gone += await self._check_page(tenant, kind, key)
         self.counts.damaged_pages += gone
         return gone
+
+    async def _check_page(self, tenant: int, kind: int, key: bytes) -> bool:
+        """Whether a page was damaged, and went."""
+        slot = self.table.slot(tenant, key)
+        place = None if slot is None else self.table.place(slot, kind)
+        now_s = self._runtime.now_s()
+        if slot is None or place is None or self._checked_s.get(place, -RECHECK_S) + RECHECK_S > now_s:
+            return False
+        size = place.end - place.offset
+        (page,) = await self._files.read(self.space.path(place.segment), [(place.offset, size)])
+        is_same = self.table.slot(tenant, key) == slot and self.table.place(slot, kind) == place
+        if is_same and (page is None or page_header(page, place, key) is None):
+            self._wal.note(Unplaced(tenant, kind, key))
+            return True
+        if len(self._checked_s) >= CHECKED_MAX:
+            self._checked_s.clear()
+        self._checked_s[place] = now_s
+        return False
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -227,8 +277,13 @@ class Pool:
                     held.keys.append(key)
                     held.parents.append(parent)
                     held.places.append(place)
+                # To make room takes as long as it takes.
+                held.ends_s = self._runtime.now_s() + RESERVATION_S
+                if number not in self._reservations:
+                    raise NotFound("its seat ended while places were looked for: put the pages again")
         except BaseException:
-            self.give_up(number, writer)
+            self._reservations.pop(number, None)
+            self._settle(held)
             raise
         if not held.keys:
             del self._reservations[number]
@@ -243,40 +298,57 @@ class Pool:
             return PENDING, None
         slot = self.table.any_slot(tenant, key)
         if slot is not None and self.table.place(slot, kind) is not None:
-            self.table.touch(slot, self.space.stamp_s())
+            if self.table.slot(tenant, key) is not None:  # An orphan is not renewed: it may wait for what never comes.
+                self.table.touch(slot, self.space.stamp_s())
             return KNOWN, None
+        size = HEADER_BYTES + length
+        if not self.space.make_live_room(size, tenant):
+            return REFUSED, None
+        place = None
         self._pending.add((tenant, kind, key))
+        self.space.promise(tenant, size)
         try:
-            segments = self.index.segments
-            segment = None
-            if self.space.make_live_room(HEADER_BYTES + length, tenant):
-                segment = segments.open_for(writer, length)
-                if segment is None:
-                    async with self._making_room:
-                        segment = await self.space.new_segment(writer, length)
-            if segment is None:
+            segment = await self._segment_for(writer, length)
+            if segment is not None:
+                place = self.index.segments.hand_out(segment, length)
+        finally:
+            if place is None:
                 self._pending.discard((tenant, kind, key))
-                return REFUSED, None
-            self.space.pending_bytes[tenant] += HEADER_BYTES + length
-            return STORED, segments.hand_out(segment, length)
-        except BaseException:
-            self._pending.discard((tenant, kind, key))
-            raise
+                self.space.redeem(tenant, size)
+        return (REFUSED, None) if place is None else (STORED, place)
 
-    async def commit(self, number: int, writer: int, crcs: Sequence[int], *, durable: bool) -> None:
+    async def _segment_for(self, writer: int, length: int) -> Segment | None:
+        segment = self.index.segments.open_for(writer, length)
+        if segment is None:
+            async with self._making_room:
+                # Another request of the same writer may have made one meanwhile.
+                segment = self.index.segments.open_for(writer, length)
+                if segment is None:
+                    segment = await self.space.new_segment(writer, length)
+        return segment
+
+    def commit(self, number: int, writer: int, crcs: Sequence[int]) -> None:
         """The pages of a reservation are written. Raises NotFound: it has run out, or is not this writer's."""
         held = self._reservations.get(number)
         if held is None or held.writer != writer:
             raise NotFound(f"reservation {number} has run out: put the pages again")
+        if len(crcs) != len(held.places) or not all(0 <= crc < 1 << 32 for crc in crcs):
+            raise ProtocolError(f"a commit of {len(held.places)} pages has as many checksums, of 32 bits: not {crcs}")
         del self._reservations[number]
         places = [place._replace(crc=crc) for place, crc in zip(held.places, crcs, strict=True)]
-        self._settle(held)
         blob = b"".join(PLACE.pack(*place) for place in places)
         keys, parents = b"".join(held.keys), b"".join(held.parents)
+        self._settle(held)
         self._wal.note(Put(held.tenant, held.kind, keys, parents, blob, self.space.stamp_s()))
         self.counts.put_bytes += sum(place.length for place in places)
-        if durable:
-            await self._wal.flush()
+
+    def _end_reservation(self, overdue: Reservation) -> None:
+        """Its writer may be dead. If it has nothing else that it may be at, its segment is sealed."""
+        for number, held in list(self._reservations.items()):
+            if held is overdue:
+                self.give_up(number, held.writer)
+        if not any(held.writer == overdue.writer for held in self._reservations.values()):
+            self.space.end_segment(overdue.writer)
 
     def give_up(self, number: int, writer: int) -> None:
         """The pages of a reservation will not come."""
@@ -288,8 +360,10 @@ class Pool:
     def _settle(self, held: Reservation) -> None:
         for key, place in zip(held.keys, held.places, strict=True):
             self.index.segments.settle(place)
-            self.space.pending_bytes[held.tenant] -= place.end - place.offset
+            self.space.redeem(held.tenant, place.end - place.offset)
             self._pending.discard((held.tenant, held.kind, key))
+        for each in (held.keys, held.parents, held.places):
+            each.clear()
 
     async def flush(self) -> None:
         """All that was committed is durable."""
@@ -300,20 +374,23 @@ class Pool:
         for number, held in list(self._reservations.items()):
             if held.writer == writer:
                 self.give_up(number, writer)
-        self.index.segments.seal_of(writer)
+        self.space.end_segment(writer)
 
     # --- removing --------------------------------------------------------------------------------------------------
 
-    def remove(self, tenant: int, keys: Sequence[bytes]) -> int:
+    async def remove(self, tenant: int, keys: Sequence[bytes]) -> int:
         """Take pages out, with all that hang below them. How many keys there were."""
         slots = [slot for key in keys if (slot := self.table.any_slot(tenant, key)) is not None]
-        self.space.cut(slots)
+        await self.space.cut(slots)
         return len(slots)
 
-    def erase(self, tenant: int) -> tuple[int, int]:
-        """Take out all that a tenant has. (pages, bytes) that it had."""
+    async def erase(self, tenant: int) -> tuple[int, int]:
+        """Take out all that a tenant has, and what it is about to write. (pages, bytes) that it had."""
+        for number, held in list(self._reservations.items()):
+            if held.tenant == tenant:
+                self.give_up(number, held.writer)
         had = len(self.table.of_tenant(tenant)), self.table.tenant_bytes[tenant]
-        self.space.cut(self.table.of_tenant(tenant))
+        await self.space.cut(self.table.of_tenant(tenant))
         return had
 
     def pin(self, tenant: int, keys: Sequence[bytes], for_s: float) -> int:
@@ -325,19 +402,15 @@ class Pool:
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
-    async def _keep_owning(self) -> None:
-        try:
-            await self.ownership.keep()
-        except StaleOwner:
-            self._wal.is_lost = True
-
     async def _keep_up(self) -> None:
-        with contextlib.suppress(StaleOwner):
-            await self.space.remove_strangers()
-            while True:
-                await self._runtime.sleep(UPKEEP_S)
-                with contextlib.suppress(OSError):  # The store does not answer: the next round tries again.
-                    await self.keep_up()
+        while not self.is_lost:
+            await self._runtime.sleep(UPKEEP_S)
+            try:
+                await self.keep_up()
+            except StaleOwner:
+                return
+            except (EmberError, OSError) as error:
+                log.warning("%s: a round of upkeep failed, the next one tries again: %s", self.directory, error)
 
     async def keep_up(self) -> None:
         """One round: what is over ends, what is dead goes."""
@@ -345,10 +418,11 @@ class Pool:
         self.leases.expire(now_s)
         for held in list(self._reservations.values()):
             if held.ends_s <= now_s:
-                self.end_writer(held.writer)
+                self._end_reservation(held)
         if now_s >= self._next_snapshot_s:
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
         async with self._making_room:
+            await self.space.remove_strangers()
             await self.space.collect()

@@ -4,7 +4,8 @@
     sealed    nobody writes to it any more
     retired   nothing in it is alive and the journal says so; its file goes when no lease can reach it
 
-A place that was handed out is used or lost; it never comes back, so (segment, offset) names one page for ever.
+A place that was handed out is used or lost; it never comes back, and numbers of segments do not either, so
+(segment, offset) names one page for ever.
 
 Does not know: what the pages are, or how files are kept.
 """
@@ -66,8 +67,6 @@ class Segments:
         self.segment_bytes = segment_bytes
         self.by_id: dict[int, Segment] = {}
         self.next_id = 1
-        self.pending_bytes = 0
-        """Of all segments."""
         self._open: dict[int, Segment] = {}
         """Writer -> the segment that it appends to."""
 
@@ -92,10 +91,15 @@ class Segments:
     def open_for(self, writer: int, payload_bytes: int) -> Segment | None:
         """The segment of a writer, if a page fits into it. None: it needs a new one."""
         segment = self._open.get(writer)
-        if segment is not None and segment.room < HEADER_BYTES + payload_bytes:
-            self.seal(segment)
-            segment = None
-        return segment
+        return None if segment is None or segment.room < HEADER_BYTES + payload_bytes else segment
+
+    def of_writer(self, writer: int) -> Segment | None:
+        """The open segment of a writer."""
+        return self._open.get(writer)
+
+    def idle(self) -> Segment | None:
+        """The open segment that was begun first, of those whose writer is not at it now."""
+        return next((each for each in self._open.values() if not each.pending_bytes), None)
 
     def size_for(self, payload_bytes: int) -> int:
         """How large a new segment has to be."""
@@ -107,6 +111,7 @@ class Segments:
         segment = Segment(self.next_id, size_bytes, writer=writer)
         self.next_id += 1
         self.by_id[segment.id] = segment
+        assert writer not in self._open, "a writer's segment is sealed before its next one"
         self._open[writer] = segment
         return segment
 
@@ -116,14 +121,12 @@ class Segments:
         assert segment.state is State.OPEN and HEADER_BYTES + payload_bytes <= segment.room
         segment.end = place.end
         segment.pending_bytes += place.end - place.offset
-        self.pending_bytes += place.end - place.offset
         return place
 
     def settle(self, place: Place) -> None:
         """Of a place that was handed out it is known now whether it holds a page."""
         segment = self.by_id[place.segment]
         segment.pending_bytes -= place.end - place.offset
-        self.pending_bytes -= place.end - place.offset
         assert segment.pending_bytes >= 0
 
     def revive(self, place: Place) -> None:
@@ -144,11 +147,6 @@ class Segments:
             segment.state = State.SEALED
             if self._open.get(segment.writer) is segment:
                 del self._open[segment.writer]
-
-    def seal_of(self, writer: int) -> None:
-        """The writer is gone."""
-        if (segment := self._open.get(writer)) is not None:
-            self.seal(segment)
 
     def retire(self, segment: Segment) -> None:
         """Nothing in it is alive. Its file may go after the last lease."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -25,9 +26,11 @@ from emberfs.transport import TcpConfig, TcpNetwork
 from emberfs.transport.address import named
 
 from .files import StoreFiles
-from .service import KvService
+from .service import NAMESPACES_MAX, KvService
 from .space import SpaceConfig
 from .tenants import EVERYBODY, read_tenants
+
+LOOK_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,7 @@ class ServerConfig:
     """host:port, of which :0 lets the system choose, or unix:/path."""
     space: SpaceConfig = field(default_factory=lambda: SpaceConfig(capacity_bytes=10 << 30))
     """Of each namespace."""
+    namespaces_max: int = NAMESPACES_MAX
     tenants: Path | None = None
     """A file of tokens; None: whoever reaches the port may do everything."""
     tls: Path | None = None
@@ -63,21 +67,34 @@ def run_server(config: ServerConfig) -> None:
         root=config.root,
         store=config.store,
         config=config.space,
+        namespaces_max=config.namespaces_max,
         tenants=EVERYBODY if config.tenants is None else read_tenants(config.tenants),
     )
     try:
         with named(config.listen):
             listener = portal.run(network.serve(config.listen, service))
         service.address = listener.address
-        portal.run(_in_loop(runtime, _opened(service)))
-        sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")
-        sys.stdout.flush()
-        stop.wait()
+        opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        # A standby is there until the owner ends, and may be told to stop before that.
+        portal.begin(_in_loop(runtime, _opened(service)), lambda _, error: opened.put(error))
+        _wait_for_end(stop, opened, listener.address)
     finally:
         portal.run(_in_loop(runtime, service.close()))
         portal.run(network.close())
         portal.run(_in_loop(runtime, client.close()))
         runtime.stop()
+
+
+def _wait_for_end(stop: threading.Event, opened: queue.SimpleQueue[Exception | None], address: str) -> None:
+    """Say that we are ready once we are. Raises why the namespaces could not be opened."""
+    # By turns, and never for ever: only the main thread sees a signal, and another one may have been woken by it.
+    while not stop.wait(LOOK_S):
+        if opened.empty():
+            continue
+        if (error := opened.get()) is not None:
+            raise error
+        sys.stdout.write(json.dumps({"ready": True, "address": address, "pid": os.getpid()}) + "\n")
+        sys.stdout.flush()
 
 
 async def _in_loop(runtime: AsyncioRuntime, work: Coroutine[Any, Any, None]) -> None:

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
-from emberfs import NotFound
-from emberfs.errors import LimitExceeded, ProtocolError
+from emberfs import Corruption, NotFound
+from emberfs.errors import LimitExceeded, ProtocolError, Unavailable
 from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
 
@@ -28,17 +28,26 @@ from .errors import KvError, NamespaceMismatch, SeatGone, StaleOwner
 from .files import Files
 from .journal import split
 from .keys import KEY_BYTES
+from .leases import LEASE_S_MAX
 from .namespace import Namespace
 from .page import PAGE_BYTES_MAX, PLACE
 from .pool import Pool
 from .space import SpaceConfig
 from .tenants import EVERYBODY, Tenants
 
+NAMESPACES_MAX = 64
+"""Each has a capacity of its own: with more of them than was thought of the store is full."""
 SEAT_S = 600.0
 """A seat that nothing was heard of for so long ends."""
+SEATS_MAX = 4096
+"""Of one tenant in one namespace."""
 CHAINS_MAX = 1024
 KEYS_MAX = 65_536
+REPORTED_MAX = 64
 """In one request."""
+PIN_S_MAX = 30 * 86_400.0
+AGAIN_S = 5.0
+"""A namespace that cannot be opened is tried again after so long."""
 
 
 @dataclass(slots=True)
@@ -54,15 +63,19 @@ class KvService:
 
     def __init__(
         self, files: Files, runtime: Runtime, *, root: str, store: str, config: SpaceConfig, address: str = "",
-        tenants: Tenants = EVERYBODY,
+        tenants: Tenants = EVERYBODY, namespaces_max: int = NAMESPACES_MAX,
     ) -> None:  # fmt: skip
         self.address = address
         self.pools: dict[str, Pool] = {}
         self._files, self._runtime = files, runtime
         self._root, self._store, self._config, self._tenants = root.rstrip("/"), store, config, tenants
+        self._namespaces_max = namespaces_max
         self._seats: dict[int, _Seat] = {}
         self._opening: dict[str, asyncio.Task[Pool]] = {}
         """Namespaces that are being taken over: that goes on when who asked for it is tired of waiting."""
+        self._failed: dict[str, tuple[float, Exception]] = {}
+        """Namespaces that could not be opened: until when they are not tried again, and why."""
+        self._is_closing = False
         self._upkeep: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -71,6 +84,7 @@ class KvService:
 
     async def close(self) -> None:
         """Let every namespace go."""
+        self._is_closing = True
         if self._upkeep is not None:
             self._upkeep.cancel()
             await asyncio.wait([self._upkeep])
@@ -78,9 +92,9 @@ class KvService:
             opening.cancel()
         if self._opening:
             await asyncio.wait(self._opening.values())
-        for pool in self.pools.values():
+        while self.pools:
+            _, pool = self.pools.popitem()
             await pool.close()
-        self.pools.clear()
 
     async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
         """Serve one request."""
@@ -110,6 +124,8 @@ class KvService:
         self._tenants.check(ask.tenant, ask.token)
         pool = await self._pool(ask.namespace)
         tenant = pool.tenant(ask.tenant)
+        if sum(each.pool is pool and each.tenant == tenant for each in self._seats.values()) >= SEATS_MAX:
+            raise LimitExceeded(f"a tenant has at most {SEATS_MAX} clients in a namespace: close some")
         # A seat is what a client shows with each request: nobody may guess another one's.
         number = int.from_bytes(self._runtime.random_bytes(8)) >> 1
         self._seats[number] = _Seat(pool, tenant, number, self._runtime.now_s())
@@ -118,7 +134,12 @@ class KvService:
     async def _pool(self, namespace: Namespace) -> Pool:
         name = namespace.name
         pool = self.pools.get(name)
+        if self._is_closing:
+            raise Unavailable("this server ends: another one takes over")
         if pool is None or pool.is_lost:
+            again_s, error = self._failed.get(name, (0.0, None))
+            if error is not None and self._runtime.now_s() < again_s:
+                raise error
             opening = self._opening.get(name)
             if opening is None:
                 opening = self._opening[name] = self._runtime.spawn(self._take_over(namespace), f"kv-open-{name}")
@@ -137,7 +158,12 @@ class KvService:
             self.pools[name] = pool = await Pool.open(
                 self._files, self._runtime, directory, namespace, config=self._config, address=self.address
             )
+            self._failed.pop(name, None)
             return pool
+        except Exception as error:
+            failure = Corruption(f"the index of {name}: {error}") if isinstance(error, ValueError) else error
+            self._failed[name] = self._runtime.now_s() + AGAIN_S, failure
+            raise failure from error
         finally:
             del self._opening[name]
 
@@ -146,6 +172,11 @@ class KvService:
         try:
             there = msgspec.json.decode(await self._files.get(path), type=Namespace)
         except NotFound:
+            if len(await self._files.names(self._root)) >= self._namespaces_max:
+                raise LimitExceeded(
+                    f"{namespace.name} is new, and there are {self._namespaces_max} namespaces: remove one's directory "
+                    "under the service's root, or serve with more"
+                ) from None
             await self._files.put(path, msgspec.json.encode(namespace))
             return
         if there != namespace:
@@ -177,10 +208,12 @@ class KvService:
         seat = self._seat(ask.seat)
         if len(ask.chains) > CHAINS_MAX:
             raise LimitExceeded(f"{len(ask.chains)} chains in one request: at most {CHAINS_MAX}")
-        pool, tenant = seat.pool, seat.tenant
+        pool, tenant, lease_s = seat.pool, seat.tenant, _seconds(ask.lease_s, LEASE_S_MAX)
+        if sum(map(len, ask.chains)) > KEYS_MAX * KEY_BYTES:
+            raise LimitExceeded(f"more than {KEYS_MAX} keys in one request")
         counts, reasons, leases, every = [], [], [], []
         for chain in ask.chains:
-            slots, reason, lease = pool.match(tenant, _keys(chain), ask.lease_s)
+            slots, reason, lease = pool.match(tenant, _keys(chain), lease_s)
             counts.append(len(slots))
             reasons.append(reason)
             leases.append(lease)
@@ -189,8 +222,8 @@ class KvService:
         return messages.Matched(counts, reasons, leases, places)
 
     def _lookup(self, ask: messages.Lookup) -> messages.Answer:
-        seat = self._seat(ask.seat)
-        places, lease = seat.pool.lookup(seat.tenant, _kind(seat, ask.kind), _keys(ask.keys), ask.lease_s)
+        seat, lease_s = self._seat(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)
+        places, lease = seat.pool.lookup(seat.tenant, _kind(seat, ask.kind), _keys(ask.keys), lease_s)
         return messages.LookedUp(b"".join(places), lease)
 
     def _release(self, ask: messages.Release) -> messages.Answer:
@@ -198,13 +231,14 @@ class KvService:
         return messages.Okay(seat.pool.leases.release(set(ask.leases), owner=seat.tenant))
 
     def _extend(self, ask: messages.Extend) -> messages.Answer:
-        seat, now_s = self._seat(ask.seat), self._runtime.now_s()
-        goes_on = seat.pool.leases.extend(ask.lease, owner=seat.tenant, duration_s=ask.lease_s, now_s=now_s)
+        seat, lease_s, now_s = self._seat(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX), self._runtime.now_s()
+        goes_on = seat.pool.leases.extend(ask.lease, owner=seat.tenant, duration_s=lease_s, now_s=now_s)
         return messages.Okay(int(goes_on))
 
     async def _report(self, ask: messages.Report) -> messages.Answer:
         seat = self._seat(ask.seat)
-        return messages.Okay(await seat.pool.report(seat.tenant, _kind(seat, ask.kind), _keys(ask.keys)))
+        keys = _keys(ask.keys)[:REPORTED_MAX]
+        return messages.Okay(await seat.pool.report(seat.tenant, _kind(seat, ask.kind), keys))
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -226,8 +260,17 @@ class KvService:
 
     async def _commit(self, ask: messages.Commit) -> messages.Answer:
         seat = self._seat(ask.seat)
-        await seat.pool.commit(ask.reservation, seat.number, ask.crcs, durable=ask.durable)
-        return messages.Okay(len(ask.crcs))
+        if len(ask.reservations) != len(ask.crcs):
+            raise ProtocolError("each reservation has its checksums")
+        gone = []
+        for number, crcs in zip(ask.reservations, ask.crcs, strict=True):
+            try:
+                seat.pool.commit(number, seat.number, crcs)
+            except NotFound:
+                gone.append(number)
+        if ask.durable:
+            await seat.pool.flush()
+        return messages.Committed(gone)
 
     def _give_up(self, ask: messages.GiveUp) -> messages.Answer:
         seat = self._seat(ask.seat)
@@ -238,13 +281,21 @@ class KvService:
         await self._seat(ask.seat).pool.flush()
         return messages.Okay()
 
-    def _remove(self, ask: messages.Remove) -> messages.Answer:
+    async def _remove(self, ask: messages.Remove) -> messages.Answer:
         seat = self._seat(ask.seat)
-        return messages.Okay(seat.pool.remove(seat.tenant, _keys(ask.keys)))
+        return messages.Okay(await seat.pool.remove(seat.tenant, _keys(ask.keys)))
 
     def _pin(self, ask: messages.Pin) -> messages.Answer:
         seat = self._seat(ask.seat)
+        if not 0 <= ask.for_s <= PIN_S_MAX:
+            raise LimitExceeded(f"pages are pinned for at most {PIN_S_MAX:g} s at a time: not {ask.for_s}")
         return messages.Okay(seat.pool.pin(seat.tenant, _keys(ask.keys), ask.for_s))
+
+    def _close(self, ask: messages.Close) -> messages.Answer:
+        seat = self._seat(ask.seat)
+        del self._seats[seat.number]
+        seat.pool.end_writer(seat.number)
+        return messages.Okay()
 
     # --- operating -------------------------------------------------------------------------------------------------
 
@@ -252,15 +303,16 @@ class KvService:
         if not self._tenants.is_operator(ask.token):
             self._tenants.check(ask.tenant, ask.token)
         only = None if self._tenants.is_operator(ask.token) else ask.tenant
-        return _numbers({"address": self.address, "namespaces": {n: stat_of(p, only) for n, p in self.pools.items()}})
+        seen = {n: p for n, p in self.pools.items() if only is None or p.index.tenant(only) is not None}
+        return _numbers({"address": self.address, "namespaces": {n: stat_of(p, only) for n, p in seen.items()}})
 
     async def _erase(self, ask: messages.Erase) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
         report = {}
-        for name, pool in self.pools.items():
+        for name, pool in list(self.pools.items()):
             number = pool.index.tenant(ask.tenant)
             if number is not None and ask.namespace in ("", name):
-                pages, size = pool.erase(number)
+                pages, size = await pool.erase(number)
                 await pool.flush()
                 report[name] = {"pages": pages, "bytes": size}
         return _numbers(report)
@@ -268,7 +320,7 @@ class KvService:
     async def _drop(self, ask: messages.Drop) -> messages.Answer:
         self._tenants.check_operator(ask.token)
         pool = self._named(ask.namespace)
-        report = {name: pool.erase(number) for number, name in enumerate(pool.index.tenants)}
+        report = {name: await pool.erase(number) for number, name in enumerate(pool.index.tenants)}
         await pool.flush()
         return _numbers({name: {"pages": pages, "bytes": size} for name, (pages, size) in report.items()})
 
@@ -302,6 +354,7 @@ _HANDLERS: dict[type, Callable[[KvService, Any], messages.Answer | Awaitable[mes
     messages.Report: KvService._report,
     messages.Remove: KvService._remove,
     messages.Pin: KvService._pin,
+    messages.Close: KvService._close,
     messages.Flush: KvService._flush,
     messages.Stat: KvService._stat,
     messages.Erase: KvService._erase,
@@ -315,6 +368,12 @@ def _keys(blob: bytes) -> list[bytes]:
     if len(blob) % KEY_BYTES or len(blob) > KEYS_MAX * KEY_BYTES:
         raise ProtocolError(f"keys are {KEY_BYTES} bytes each, at most {KEYS_MAX} of them: not {len(blob)} bytes")
     return split(blob, KEY_BYTES)
+
+
+def _seconds(value: float, limit: float) -> float:
+    if not value >= 0:  # No number is not either.
+        raise ProtocolError(f"{value} seconds")
+    return min(value, limit)
 
 
 def _kind(seat: _Seat, kind: int) -> int:

@@ -109,6 +109,7 @@ def _fill_table(index: Index, head: _Head, rest: memoryview) -> None:
     table.keys, table.count = keys, count
     children = np.bincount(parent[parent >= 0], minlength=count).astype(np.uint32)
     table.parent, table.children = array("i", parent.tobytes()), array("I", children.tobytes())
+    table.first, table.next, table.before = _siblings(parent)
     table.used_s, table.pinned_s = array("d", used_s.tobytes()), array("d", pinned_s.tobytes())
     table.tenant, table.held = array("H", tenant.tobytes()), array("I", bytes(4 * count))
     table.places = [np.concatenate([column(PLACES), np.zeros(max(count, 1024), PLACES)]) for _ in head.trailing]
@@ -123,6 +124,20 @@ def _fill_table(index: Index, head: _Head, rest: memoryview) -> None:
     for slot, key in head.orphans:
         assert table.parent[slot] == ORPHAN
         table.await_parent(slot, key)
+
+
+def _siblings(parent: Any) -> tuple[array[int], array[int], array[int]]:
+    """Of a column of parents the columns `first`, `next` and `before`."""
+    first, after, before = (np.full(len(parent), -1, "<i4") for _ in range(3))
+    order = np.argsort(parent, kind="stable")
+    order = order[parent[order] >= 0]
+    above = parent[order]
+    is_same = above[1:] == above[:-1]
+    after[order[:-1][is_same]] = order[1:][is_same]
+    before[order[1:][is_same]] = order[:-1][is_same]
+    begins = np.concatenate([[True], ~is_same]) if len(order) else np.zeros(0, bool)
+    first[above[begins]] = order[begins]
+    return array("i", first.tobytes()), array("i", after.tobytes()), array("i", before.tobytes())
 
 
 def _count(index: Index) -> None:

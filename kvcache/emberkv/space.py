@@ -1,6 +1,7 @@
 """Room in a namespace: what is evicted, what is compacted, and which files go.
 
-    live pages   <= live_share x capacity        else the coldest leaves are evicted, of tenants over their quota first
+    live pages   <= live_share x capacity        else the coldest leaves are evicted, whosoever they are
+    of a tenant  <= its quota                    else its own
     segments     <= capacity                      else the emptiest segment is compacted: its live pages move
     dead ones    retired by the journal, then removed once no lease can reach them
 
@@ -21,11 +22,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from emberfs import AlreadyExists
 from emberfs.checksum import crc32c
 from emberfs.errors import LimitExceeded
 from emberfs.runtime import Runtime
 
 from .files import Files
+from .index import Index
 from .journal import Evicted, Moved, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
 from .leases import Leases
 from .page import HEADER_BYTES, PLACE, Header, Place, decode_header, encode_header
@@ -38,6 +41,8 @@ WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
 COMPACT_BYTES = 8 << 20
 """So much of a segment is moved at a time."""
+CUT_PAGES = 1000
+"""After so many that went, others have their turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +85,16 @@ class Space:
     """See the module."""
 
     def __init__(
-        self, files: Files, runtime: Runtime, directory: str, wal: Wal, leases: Leases, config: SpaceConfig
-    ) -> None:
+        self, files: Files, runtime: Runtime, directory: str, wal: Wal, leases: Leases, config: SpaceConfig,
+        strangers: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.config = config
+        self._strangers = list(strangers)
         self.counts = SpaceCounts()
         self.pending_bytes: Counter[int] = Counter()
-        """Tenant -> places that it reserved, and has not committed or given up."""
+        """Tenant -> what it was promised, and has not committed or given up."""
+        self._promised_bytes = 0
+        """The same of all of them."""
         self._files, self._runtime, self._directory = files, runtime, directory
         self._wal, self._leases = wal, leases
         self._index = wal.index
@@ -108,14 +117,27 @@ class Space:
 
     def make_live_room(self, size: int, tenant: int) -> bool:
         """Evict until `size` more bytes of `tenant` fit. False: not even without what nobody holds."""
-        table, quota = self._index.table, self._index.quotas[tenant]
+        table, quota, limit = self._index.table, self._index.quotas[tenant], self.live_bytes_max(size)
+        # What will not fit whatever goes has nothing evicted for it.
+        if (quota and self.pending_bytes[tenant] + size > quota) or self._promised_bytes + size > limit:
+            return False
         while quota and table.tenant_bytes[tenant] + self.pending_bytes[tenant] + size > quota:
             if not self._evict_coldest([tenant]):
                 return False
-        while table.live_bytes + self._index.segments.pending_bytes + size > self.live_bytes_max(size):
+        while table.live_bytes + self._promised_bytes + size > limit:
             if not self._evict_coldest(range(len(self._index.tenants))):
                 return False
         return True
+
+    def promise(self, tenant: int, size: int) -> None:
+        """So many bytes of a tenant are to come."""
+        self.pending_bytes[tenant] += size
+        self._promised_bytes += size
+
+    def redeem(self, tenant: int, size: int) -> None:
+        """They came, or will not."""
+        self.pending_bytes[tenant] -= size
+        self._promised_bytes -= size
 
     def _evict_coldest(self, tenants: Sequence[int]) -> bool:
         table, now_s = self._index.table, self.stamp_s()
@@ -133,37 +155,49 @@ class Space:
             self._wal.note(Evicted(table.tenant[slot], table.keys[slot]))
 
     def expire(self, count_max: int) -> int:
-        """Evict what was not used for `ttl_s`, and orphans: at most so many. How many."""
+        """Evict what was not used for `ttl_s`, what is above a quota that was lowered, and orphans: at most so many.
+        How many."""
         table, now_s = self._index.table, self.stamp_s()
         count = 0
-        for tenant in range(len(self._index.tenants)):
+        for tenant, quota in enumerate(self._index.quotas):
             while count < count_max:
                 slot = table.coldest(tenant, now_s)
-                if slot is None or table.used_s[slot] + self.config.ttl_s > now_s:
+                is_over = quota and table.tenant_bytes[tenant] > quota
+                if slot is None or (not is_over and table.used_s[slot] + self.config.ttl_s > now_s):
                     break
                 self.evict([slot])
                 count += 1
+        # Nobody finds an orphan, or what is below it, so no lease is on them.
         for slot in [slot for _, slots in table.waiting() for slot in slots]:
             if table.used_s[slot] + self.config.orphan_s <= now_s and count < count_max:
-                count += self.cut([slot])
+                count += sum(self._cut_one(each, 0.0) for each in table.below([slot]))
         self.counts.expired_pages += count
         return count
 
-    def cut(self, slots: Sequence[int]) -> int:
+    async def cut(self, slots: Sequence[int]) -> int:
         """Take slots out with all below them; of what is held only the pages, it goes later. How many went."""
         table = self._index.table
+        cut = [(slot, table.keys[slot]) for slot in table.below(slots)]
         count = 0
-        for slot in table.below_first(table.below(slots)):
-            if not table.held[slot] and not table.children[slot]:
-                self.evict([slot])
-                count += 1
-                continue
-            for kind in range(len(table.places)):
-                place = table.place(slot, kind)
-                if place is not None:
-                    self._index.segments.by_id[place.segment].gone_after_s = self._leases.latest_end_s
-                    self._wal.note(Unplaced(table.tenant[slot], kind, table.keys[slot]))
+        for begin in range(0, len(cut), CUT_PAGES):
+            reachable_until_s = self._leases.latest_end_s()
+            for slot, key in cut[begin : begin + CUT_PAGES]:
+                if table.keys[slot] == key:  # Else it went meanwhile.
+                    count += self._cut_one(slot, reachable_until_s)
+            await self._runtime.sleep(0)
         return count
+
+    def _cut_one(self, slot: int, reachable_until_s: float) -> bool:
+        table = self._index.table
+        if not table.held[slot] and not table.children[slot]:
+            self.evict([slot])
+            return True
+        for kind in range(len(table.places)):
+            place = table.place(slot, kind)
+            if place is not None:
+                self._index.segments.by_id[place.segment].gone_after_s = reachable_until_s
+                self._wal.note(Unplaced(table.tenant[slot], kind, table.keys[slot]))
+        return False
 
     # --- segments --------------------------------------------------------------------------------------------------
 
@@ -176,20 +210,37 @@ class Space:
 
     async def _add_segment(self, writer: int, size_bytes: int) -> Segment:
         segments = self._index.segments
-        self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
-        segment = segments.by_id[segments.next_id - 1]
-        try:
-            await self._files.create(self.path(segment.id), size_bytes)
-        except BaseException:
-            self._wal.note(SegmentSealed(segment.id, 0))  # Nothing is handed out of what has no file.
-            raise
-        return segment
+        self.end_segment(writer)
+        while True:
+            self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
+            segment = segments.by_id[segments.next_id - 1]
+            try:
+                await self._files.create(self.path(segment.id), size_bytes)
+            except AlreadyExists:
+                self.seal(segment)  # Of an owner that is over and does not know it: that number is its own.
+            except BaseException:
+                self.seal(segment)  # Nothing is handed out of what has no file.
+                raise
+            else:
+                return segment
+
+    def seal(self, segment: Segment) -> None:
+        """Nothing is handed out of it any more."""
+        self._wal.note(SegmentSealed(segment.id, segment.end))
+
+    def end_segment(self, writer: int) -> None:
+        """The same for what a writer has open."""
+        if (segment := self._index.segments.of_writer(writer)) is not None:
+            self.seal(segment)
 
     async def _make_disk_room(self, size_bytes: int) -> bool:
         segments = self._index.segments
         capacity = self.config.capacity_bytes - size_bytes  # One more, which compaction needs to give any back.
         while segments.promised_bytes + size_bytes > capacity:
             if await self.collect():
+                continue
+            if (idle := segments.idle()) is not None:
+                self.seal(idle)
                 continue
             victim = segments.emptiest()
             # What leases still hold comes back by itself: to move more pages would take room, not give it.
@@ -202,8 +253,10 @@ class Space:
         segments = self._index.segments
         if dead := segments.dead():
             self._wal.note(*(SegmentRetired(each.id) for each in dead))
-            await self._wal.flush()
         gone = [each for each in segments if each.is_retired and each.gone_after_s <= self._runtime.now_s()]
+        if gone:
+            # Whoever retired them: only now it is known that it is durable, and that the namespace is still ours.
+            await self._wal.flush()
         for segment in gone:
             await self._files.remove(self.path(segment.id))
             segments.drop(segment)
@@ -244,7 +297,7 @@ class Space:
             if self._is_there(page):
                 self._wal.note(Moved(self._index.table.tenant[page.slot], page.kind, page.key, PLACE.pack(*place)))
                 self.counts.moved_bytes += place.end - place.offset
-        segments.by_id[source].gone_after_s = self._leases.latest_end_s
+        segments.by_id[source].gone_after_s = self._leases.latest_end_s()
         return has_room
 
     async def _place_anew(
@@ -279,14 +332,19 @@ class Space:
             return None
         return await self._add_segment(COMPACTION, size_bytes)
 
-    async def remove_strangers(self) -> int:
-        """Files in the directory of segments that the index does not name: an earlier owner's. How many."""
-        names = await self._files.names(self._directory)
-        known = {self.path(each.id).rpartition("/")[2] for each in self._index.segments}  # Noted before they are made.
-        strangers = [name for name in names if name not in known]
-        for name in strangers:
-            await self._files.remove(f"{self._directory}/{name}")
-        return len(strangers)
+    async def remove_strangers(self) -> None:
+        """Remove the files that the index did not name when it was read: an earlier owner's."""
+        while self._strangers:
+            await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
+            self._strangers.pop()
+
+
+async def find_strangers(files: Files, directory: str, index: Index) -> list[str]:
+    """Files of segments that an index, which was just read, does not name; their numbers are not used again."""
+    names = await files.names(directory)
+    segments = index.segments
+    segments.next_id = max([segments.next_id, *(int(name, 16) + 1 for name in names)])
+    return [name for name in names if int(name, 16) not in segments.by_id]
 
 
 class _Page(NamedTuple):

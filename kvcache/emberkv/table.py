@@ -7,7 +7,8 @@ Invariants:
   - Only a leaf that nobody holds is evicted: no prefix is ever cut in its middle to make room.
   - A slot is as recent as the most recent slot below it. Only the slot that was asked for is stamped; a leaf that goes
     leaves its stamp to its parent. So a match costs one stamp, and the order is that of LRU over whole prefixes.
-  - A slot whose parent is not there yet is an orphan, and nobody finds it.
+  - A slot whose parent is not there yet is an orphan, and nobody finds it. Parents form no rings: a slot that would be
+    above itself stays an orphan.
 
 Does not know: time (it is told), files, or who asks.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,8 @@ class Found(NamedTuple):
     """The longest usable prefix."""
 
     slots: list[int]
+    ends: list[int]
+    """The slots that no other of them hangs below: whoever keeps these keeps all. Of a chain that is the last."""
     reason: str
     """Why it is no longer: "whole", "miss" (never put, or evicted), "damaged", "kind N missing", "no state"."""
 
@@ -51,6 +54,11 @@ class PageTable:
         self.keys: list[bytes] = []
         self.parent = array("i")
         self.children = array("I")
+        self.first = array("i")
+        """The first of its children; -1: it has none."""
+        self.next = array("i")
+        self.before = array("i")
+        """The child of the same parent after it, and before it; -1: there is none."""
         self.used_s = array("d")
         self.held = array("I")
         """Leases on it."""
@@ -66,9 +74,15 @@ class PageTable:
         """Tenant -> key -> slot."""
         self._leaves: list[list[tuple[float, int, bytes]]] = []
         """Tenant -> a heap of (stamp when it was pushed, slot, key). Looked at again when it comes up."""
+        self._parked: set[int] = set()
+        """Leaves that came up while they were held: they are in no heap until they are let go."""
+        self._pins: list[list[tuple[float, int, bytes]]] = []
+        """Tenant -> the same for pinned ones: a heap of (until when, slot, key)."""
         self._free: list[int] = []
-        self._waiting: dict[tuple[int, bytes], list[int]] = {}
+        self._waiting: dict[tuple[int, bytes], dict[int, None]] = {}
         """(tenant, key that is not there) -> the orphans."""
+        self._awaited: dict[int, bytes] = {}
+        """Orphan -> the key that it waits for."""
 
     # --- finding ---------------------------------------------------------------------------------------------------
 
@@ -76,6 +90,7 @@ class PageTable:
         """The number of a new tenant, from 0."""
         self._slots.append({})
         self._leaves.append([])
+        self._pins.append([])
         self.tenant_bytes.append(0)
         return len(self._slots) - 1
 
@@ -96,8 +111,10 @@ class PageTable:
             del found[found.index(None) :]
             reason = "miss"
         slots: list[int] = found  # type: ignore[assignment]  # No None is left.
-        if slots and self.parent[slots[0]] == ORPHAN:
-            return Found([], "miss")
+        parents = [self.parent[slot] for slot in slots]
+        if ORPHAN in parents:
+            del slots[parents.index(ORPHAN) :]
+            reason = "miss"
         for kind, last in enumerate(self.trailing):
             if last is None and slots:
                 there = self.places[kind]["segment"][slots] != 0
@@ -109,7 +126,10 @@ class PageTable:
             if usable < len(slots):
                 del slots[usable:]
                 reason = "no state"
-        return Found(slots, reason)
+        parents = parents[1 : len(slots)]
+        if parents == slots[:-1]:
+            return Found(slots, slots[-1:], reason)
+        return Found(slots, [*(a for a, b in zip(slots, parents, strict=False) if a != b), slots[-1]], reason)
 
     def _usable(self, slots: list[int]) -> int:
         """How many pages, so that each trailing kind is there on as many of the last as it has to be."""
@@ -154,27 +174,41 @@ class PageTable:
         self.used_s[slot] = now_s
         self.children[slot] = self.held[slot] = 0
         self.pinned_s[slot] = 0.0
-        self._slots[tenant][key] = slot
+        self.first[slot] = self.next[slot] = self.before[slot] = -1
         self.count += 1
         if parent == ROOT:
             self.parent[slot] = NO_PARENT
+        elif (above := self._slots[tenant].get(parent)) is not None:
+            self._hang(slot, above)
         else:
-            above = self._slots[tenant].get(parent)
-            if above is None:
-                self.parent[slot] = ORPHAN
-                self._waiting.setdefault((tenant, parent), []).append(slot)
-            else:
-                self._hang(slot, above)
-        for child in self._waiting.pop((tenant, key), ()):
-            self._hang(child, slot)
+            self.await_parent(slot, parent)
+        self._slots[tenant][key] = slot
+        orphans = self._waiting.get((tenant, key))
+        if orphans:
+            top = self._top(slot)
+            for orphan in list(orphans):
+                if orphan != top:  # Else it is above this very slot.
+                    self._adopt_orphan(orphan, slot)
         if not self.children[slot]:
             heapq.heappush(self._leaves[tenant], (now_s, slot, key))
         return slot
 
+    def _top(self, slot: int) -> int:
+        while self.parent[slot] >= 0:
+            slot = self.parent[slot]
+        return slot
+
+    def _adopt_orphan(self, slot: int, above: int) -> None:
+        self._forget_orphan(slot)
+        self._hang(slot, above)
+
     def _grow(self) -> int:
         slot = len(self.keys)
         self.keys.append(b"")
-        for column in (self.parent, self.children, self.used_s, self.held, self.pinned_s, self.tenant):
+        for column in (
+            *(self.parent, self.children, self.first, self.next, self.before),
+            *(self.used_s, self.held, self.pinned_s, self.tenant),
+        ):
             column.append(0)
         if slot >= len(self.places[0]):
             self.places = [np.concatenate([each, np.zeros(len(each), PLACES)]) for each in self.places]
@@ -183,6 +217,21 @@ class PageTable:
     def _hang(self, slot: int, above: int) -> None:
         self.parent[slot] = above
         self.children[above] += 1
+        after = self.first[above]
+        self.next[slot], self.before[slot] = after, -1
+        if after >= 0:
+            self.before[after] = slot
+        self.first[above] = slot
+
+    def _unhang(self, slot: int, above: int) -> None:
+        before, after = self.before[slot], self.next[slot]
+        if before >= 0:
+            self.next[before] = after
+        else:
+            self.first[above] = after
+        if after >= 0:
+            self.before[after] = before
+        self.children[above] -= 1
 
     def touch(self, slot: int, now_s: float) -> None:
         """It was asked for."""
@@ -197,6 +246,20 @@ class PageTable:
         """Opposite of `hold`."""
         assert self.held[slot] > 0
         self.held[slot] -= 1
+        if not self.held[slot] and slot in self._parked:
+            self._parked.remove(slot)
+            self._push_leaf(slot)
+
+    def pin(self, slot: int, until_s: float) -> None:
+        """Keep it, and with it all above it, until then."""
+        is_sooner = until_s < self.pinned_s[slot]
+        self.pinned_s[slot] = until_s
+        if is_sooner:
+            self._push_leaf(slot)
+
+    def _push_leaf(self, slot: int) -> None:
+        if not self.children[slot]:
+            heapq.heappush(self._leaves[self.tenant[slot]], (self.used_s[slot], slot, self.keys[slot]))
 
     def unplace(self, slot: int, kind: int) -> Place | None:
         """Its page is not there any more: what lies below is out of reach until it is put again. What was there."""
@@ -215,56 +278,58 @@ class PageTable:
         gone = [place for kind in range(len(self.places)) if (place := self.unplace(slot, kind)) is not None]
         del self._slots[tenant][key]
         if above == ORPHAN:
-            self._forget_orphan(tenant, slot)
+            self._forget_orphan(slot)
         elif above >= 0:
-            self.children[above] -= 1
+            self._unhang(slot, above)
             self.touch(above, self.used_s[slot])
-            if not self.children[above]:
-                heapq.heappush(self._leaves[tenant], (self.used_s[above], above, self.keys[above]))
+            self._push_leaf(above)
         self.keys[slot] = b""
         self.parent[slot] = FREE
         self._free.append(slot)
         self.count -= 1
         return gone
 
-    def _forget_orphan(self, tenant: int, slot: int) -> None:
-        for where, orphans in self._waiting.items():
-            if where[0] == tenant and slot in orphans:
-                orphans.remove(slot)
-                if not orphans:
-                    del self._waiting[where]
-                return
+    def _forget_orphan(self, slot: int) -> None:
+        where = self.tenant[slot], self._awaited.pop(slot)
+        orphans = self._waiting[where]
+        del orphans[slot]
+        if not orphans:
+            del self._waiting[where]
 
     # --- what goes first -------------------------------------------------------------------------------------------
 
     def coldest(self, tenant: int, now_s: float) -> int | None:
         """The leaf of a tenant that was not used for longest, of those that nobody holds or has pinned."""
-        heap, kept = self._leaves[tenant], []
-        found = None
-        while heap:
-            stamp, slot, key = heapq.heappop(heap)
-            if (
-                self.parent[slot] == FREE
-                or self.keys[slot] != key
-                or self.tenant[slot] != tenant
-                or self.children[slot]
-            ):
-                continue  # It went, or has pages below it by now. It comes again when they are gone.
-            if self.used_s[slot] > stamp:
+        heap, pins = self._leaves[tenant], self._pins[tenant]
+        while pins and pins[0][0] <= now_s:
+            _, slot, key = heapq.heappop(pins)
+            if self._is_leaf(tenant, slot, key):
                 heapq.heappush(heap, (self.used_s[slot], slot, key))
-                continue
-            kept.append((stamp, slot, key))
-            if not self.held[slot] and self.pinned_s[slot] <= now_s:
-                found = slot
-                break
-        for entry in kept:
-            heapq.heappush(heap, entry)
-        return found
+        while heap:
+            stamp, slot, key = heap[0]
+            if not self._is_leaf(tenant, slot, key):
+                heapq.heappop(heap)  # It went, or has pages below it by now. It comes again when they are gone.
+            elif self.used_s[slot] > stamp:
+                heapq.heapreplace(heap, (self.used_s[slot], slot, key))
+            elif self.held[slot]:
+                heapq.heappop(heap)
+                self._parked.add(slot)
+            elif self.pinned_s[slot] > now_s:
+                heapq.heappop(heap)
+                heapq.heappush(pins, (self.pinned_s[slot], slot, key))
+            else:
+                return slot
+        return None
+
+    def _is_leaf(self, tenant: int, slot: int, key: bytes) -> bool:
+        """Whether an entry of a heap still means a leaf."""
+        is_same = self.parent[slot] != FREE and self.keys[slot] == key and self.tenant[slot] == tenant
+        return is_same and not self.children[slot]
 
     def waiting(self) -> Iterator[tuple[bytes, list[int]]]:
         """(a key that is not there, the orphans that wait for it)."""
         for (_, key), slots in self._waiting.items():
-            yield key, slots
+            yield key, list(slots)
 
     # --- what a snapshot knows ---------------------------------------------------------------------------------------
 
@@ -277,8 +342,10 @@ class PageTable:
         self._leaves[tenant] = heap
 
     def await_parent(self, slot: int, parent: bytes) -> None:
-        """The same for an orphan."""
-        self._waiting.setdefault((self.tenant[slot], parent), []).append(slot)
+        """A slot is an orphan."""
+        self.parent[slot] = ORPHAN
+        self._awaited[slot] = parent
+        self._waiting.setdefault((self.tenant[slot], parent), {})[slot] = None
 
     # --- all of it ---------------------------------------------------------------------------------------------------
 
@@ -290,31 +357,23 @@ class PageTable:
         """Its slots."""
         return list(self._slots[tenant].values())
 
-    def below(self, slots: Sequence[int]) -> list[int]:
-        """`slots`, and all that hang below them."""
-        found = list(dict.fromkeys(slots))
-        level = [slot for slot in found if self.children[slot]]
-        known = set(found)
-        while level:
-            hung = np.flatnonzero(np.isin(np.asarray(self.parent, np.int32), level)).tolist()
-            fresh = [slot for slot in hung if slot not in known]
-            known.update(fresh)
-            found += fresh
-            level = [slot for slot in fresh if self.children[slot]]
-        return found
-
-    def below_first(self, slots: Sequence[int]) -> list[int]:
-        """`slots`, each behind all of them that hang below it."""
-        depth: dict[int, int] = {}
-        for slot in slots:
-            path = []
-            while slot >= 0 and slot not in depth:
-                path.append(slot)
-                slot = self.parent[slot]
-            base = depth[slot] if slot >= 0 else -1
-            for step, each in enumerate(reversed(path), 1):
-                depth[each] = base + step
-        return sorted(slots, key=lambda slot: -depth[slot])
+    def below(self, slots: Iterable[int]) -> list[int]:
+        """`slots`, and all that hang below them; each behind all that hang below it."""
+        found: dict[int, None] = {}
+        for top in slots:
+            if top in found:
+                continue
+            begin, stack = [], [top]
+            while stack:
+                slot = stack.pop()
+                begin.append(slot)
+                child = self.first[slot]
+                while child >= 0:
+                    if child not in found:
+                        stack.append(child)
+                    child = self.next[child]
+            found.update(dict.fromkeys(reversed(begin)))
+        return list(found)
 
     def in_segment(self, segment: int) -> list[tuple[int, int]]:
         """(slot, kind) of each page that lies in a segment, in the order in which they lie."""

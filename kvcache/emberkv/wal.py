@@ -32,6 +32,8 @@ from .snapshot import decode_snapshot, encode_snapshot
 
 FLUSH_S = 0.05
 """How long an entry that nobody waits for may wait."""
+BATCH_ENTRIES_MAX = 4096
+"""In one frame, which has a largest size: an entry is at most of the keys of one request."""
 LOG_BYTES_MAX = 16 << 20
 """Then a snapshot is written: so much is read again at a start, entry by entry."""
 
@@ -47,7 +49,7 @@ class Wal:
     def __init__(self, files: Files, runtime: Runtime, directory: str, ownership: Ownership, index: Index) -> None:
         self.index = index
         self.is_lost = False
-        """Somebody else serves the namespace, or the store refused a write: nothing is acknowledged any more."""
+        """Somebody else serves the namespace, the store refused a write, or it is closed: nothing is acknowledged."""
         self.log_bytes_max = LOG_BYTES_MAX
         self._files, self._runtime = files, runtime
         self._directory, self._ownership = directory, ownership
@@ -64,14 +66,8 @@ class Wal:
         self._work: asyncio.Task[None] | None = None
 
     @classmethod
-    async def recover(
-        cls, files: Files, runtime: Runtime, directory: str, ownership: Ownership, make: Callable[[], Index]
-    ) -> Wal:
-        """Read what the owner before left, and go on in files of our own. `make`: an empty index.
-
-        Raises ValueError for an index that a newer program wrote, Corruption for one that cannot be read.
-        """
-        index = await _read(files, directory, ownership.epoch, make)
+    async def recover(cls, files: Files, runtime: Runtime, directory: str, ownership: Ownership, index: Index) -> Wal:
+        """Go on with `index`, which `read_index` gave, in files of our own."""
         index.seal_all()
         wal = cls(files, runtime, directory, ownership, index)
         await wal._snapshot()
@@ -111,6 +107,8 @@ class Wal:
             if self._work is not None:
                 self._work.cancel()
                 await asyncio.wait([self._work])
+            self.is_lost = True  # Nobody writes any more.
+            _fail(self._waiting, StaleOwner("the service ends"))
             if self._log is not None:
                 await self._log.close()
 
@@ -143,6 +141,9 @@ class Wal:
                 if isinstance(error, EmberError | OSError):
                     return
                 raise
+            except asyncio.CancelledError:
+                _fail(waiting, StaleOwner("the service ends"))
+                raise
             _finish(waiting)
 
     async def _append(self) -> None:
@@ -150,9 +151,10 @@ class Wal:
         entries, self._noted = self._noted, []
         if entries:
             assert self._log is not None
-            data = encode_batch(entries)
-            await self._log.append(data)
-            self._log_bytes += len(data)
+            for begin in range(0, len(entries), BATCH_ENTRIES_MAX):
+                data = encode_batch(entries[begin : begin + BATCH_ENTRIES_MAX])
+                await self._log.append(data)
+                self._log_bytes += len(data)
 
     async def _snapshot(self) -> None:
         """Write what the index is now, go on in a new log, and remove what was before them."""
@@ -199,8 +201,11 @@ def _is_before(name: str, stem: str) -> bool:
     return name.partition(".")[0] < stem
 
 
-async def _read(files: Files, directory: str, epoch: int, make: Callable[[], Index]) -> Index:
-    """What the last owner before `epoch` left."""
+async def read_index(files: Files, runtime: Runtime, directory: str, epoch: int, make: Callable[[], Index]) -> Index:
+    """What the last owner before `epoch` left. `make`: an empty index.
+
+    Raises ValueError for an index that a newer program wrote, Corruption for one that cannot be read.
+    """
     before = None
     while True:
         heads = [name for name in await files.names(directory) if name.startswith("head-") and int(name[5:]) < epoch]
@@ -215,8 +220,13 @@ async def _read(files: Files, directory: str, epoch: int, make: Callable[[], Ind
                 raise
             before = head
             continue  # An owner that is over was just at it: its head names others by now.
-        index = decode_snapshot(data, segment_bytes=make().segments.segment_bytes)
-        for batch in batches(log):
-            for entry in batch:
-                index.apply(entry)
-        return index
+        # In a thread: the loop goes on to say that we live.
+        return await runtime.offload(_replayed, data, log, make().segments.segment_bytes)
+
+
+def _replayed(snapshot: bytes, log: bytes, segment_bytes: int) -> Index:
+    index = decode_snapshot(snapshot, segment_bytes=segment_bytes)
+    for batch in batches(log):
+        for entry in batch:
+            index.apply(entry)
+    return index

@@ -1,76 +1,274 @@
-"""Pages into a segment: each with its header, runs that lie side by side in one write.
+"""Pages on their way into segments, by a few threads behind the caller's back.
 
-Does not know: the service.
+    put        copies pages, with their headers, into a *slab* of memory that the servers of this host share
+    a thread   writes a slab: what lies side by side in one write; then commits the parts that it holds
+
+While slabs are being written the next one fills, so small puts go to disk in large writes. Memory is bounded: who puts
+faster than the store takes waits for a slab.
+
+A *part* is what one reservation is for; its `Ticket` tells when it is committed, or why it is not.
+
+Does not know: how places are reserved, or what a commit is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from emberfs import Client, File
+from emberfs import Client, File, StoreClosed
 from emberfs.checksum import crc32c
+from emberfs.errors import DeadlineExceeded, EmberError
 
 from .page import HEADER_BYTES, Place, encode_header
 
-RUN_BYTES_MAX = 16 << 20
-"""Of one write: so much is gathered in memory that the servers share."""
+SLAB_BYTES = 16 << 20
+SLABS_MAX = 4
+THREADS = 2
+"""One writes while the other commits."""
+
+
+class Ticket:
+    """What becomes of a part."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self._done = threading.Event()
+
+    def settle(self, error: Exception | None) -> None:
+        """It is committed, or it failed."""
+        self.error = error
+        self._done.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when it is committed. Raises why it is not, DeadlineExceeded."""
+        if not self._done.wait(timeout_s):
+            raise DeadlineExceeded(f"pages were not written within {timeout_s:g} s: they may come yet")
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The pages of one reservation."""
+
+    reservation: int
+    seat: int
+    keys: Sequence[bytes]
+    parents: Sequence[bytes]
+    places: Sequence[Place]
+    payloads: Sequence[memoryview]
+    kind: int
+    tenant: int
+    is_durable: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """With headers."""
+        return sum(place.end - place.offset for place in self.places)
+
+
+@dataclass(slots=True)
+class Copied:
+    """A part in a slab."""
+
+    reservation: int
+    seat: int
+    crcs: list[int]
+    is_durable: bool
+    ticket: Ticket
+
+
+@dataclass(slots=True)
+class _Slab:
+    memory: memoryview
+    used: int = 0
+    parts: list[Copied] = field(default_factory=list)
+    runs: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(segment, offset there, begin and end here)"""
+
+    def room_for(self, part: Part) -> bool:
+        return self.used + part.size_bytes <= len(self.memory)
+
+    def copy(self, part: Part) -> Ticket:
+        crcs = []
+        for key, parent, place, payload in zip(part.keys, part.parents, part.places, part.payloads, strict=True):
+            crcs.append(crc32c(payload))
+            head = encode_header(
+                place._replace(crc=crcs[-1]), key=key, parent=parent, kind=part.kind, tenant=part.tenant
+            )
+            begin, end = self.used, self.used + HEADER_BYTES + place.length
+            self.memory[begin : begin + HEADER_BYTES] = head
+            self.memory[begin + HEADER_BYTES : end] = payload
+            self._add_run(place, begin, end)
+            self.used = end
+        self.parts.append(Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket()))
+        return self.parts[-1].ticket
+
+    def _add_run(self, place: Place, begin: int, end: int) -> None:
+        if self.runs:
+            segment, offset, first, last = self.runs[-1]
+            if segment == place.segment and offset + last - first == place.offset and last == begin:
+                self.runs[-1] = (segment, offset, first, end)
+                return
+        self.runs.append((place.segment, place.offset, begin, end))
+
+    def empty(self) -> None:
+        self.used = 0
+        self.parts, self.runs = [], []
 
 
 class PageWriter:
-    """Writes pages of a namespace. Not thread-safe: each thread borrows one."""
+    """Writes pages of a namespace. `commit` is given the parts of a slab that is written, and settles their tickets.
 
-    def __init__(self, client: Client, segments: str) -> None:
-        self._client, self._segments = client, segments
+    One thread may `add` at a time; the rest is safe from any.
+    """
+
+    def __init__(self, client: Client, segments: str, commit: Callable[[Sequence[Copied]], None]) -> None:
+        self.failed_pages = 0
+        """That were put and then not written, since the start."""
+        self._client, self._segments, self._commit = client, segments, commit
+        self._changed = threading.Condition()
+        self._slabs: list[_Slab] = []
+        """All there are but those of a single large part."""
+        self._free: list[_Slab] = []
+        self._filling: _Slab | None = None
+        self._is_copying = False
+        self._full: deque[_Slab] = deque()
+        self._writing = 0
+        self._error: Exception | None = None
+        """The first since the last `flush`."""
+        self._is_closed = False
+        self._threads: list[threading.Thread] = []
+
+    def add(self, part: Part, *, timeout_s: float) -> Ticket:
+        """Copy a part, which is written soon. Raises DeadlineExceeded: the store does not take what came before."""
+        with self._changed:
+            self._start()
+            if self._filling is not None and not self._filling.room_for(part):
+                self._full.append(self._filling)
+                self._filling = None
+                self._changed.notify_all()
+            slab = self._filling = self._filling or self._new_slab(part, timeout_s)
+            self._is_copying = True  # No thread takes it now.
+        try:
+            return slab.copy(part)
+        finally:
+            with self._changed:
+                self._is_copying = False
+                self._changed.notify_all()
+
+    def _new_slab(self, part: Part, timeout_s: float) -> _Slab:
+        """One with room for a part. Called with the lock."""
+        if part.size_bytes > SLAB_BYTES:
+            self._wait(lambda: not self._writing and not self._full, timeout_s)
+            return _Slab(self._client.buffer(part.size_bytes))
+        self._wait(lambda: bool(self._free) or len(self._slabs) < SLABS_MAX, timeout_s)
+        if self._free:
+            return self._free.pop()
+        self._slabs.append(_Slab(self._client.buffer(SLAB_BYTES)))
+        return self._slabs[-1]
+
+    def _wait(self, is_so: Callable[[], bool], timeout_s: float) -> None:
+        if not self._changed.wait_for(lambda: is_so() or self._is_closed, timeout_s):
+            raise DeadlineExceeded(f"the store did not take what was put before within {timeout_s:g} s")
+        if self._is_closed:
+            raise StoreClosed("this KVCache was closed")
+
+    def flush(self, timeout_s: float) -> None:
+        """All that was added is committed. Raises why something was not, DeadlineExceeded."""
+        with self._changed:
+            self._wait(lambda: not (self._full or self._filling or self._writing), timeout_s)
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self, timeout_s: float) -> None:
+        """Write what was added, as far as the time goes, and end."""
+        try:
+            self.flush(timeout_s)
+        finally:
+            with self._changed:
+                self._is_closed = True
+                self._changed.notify_all()
+            for thread in self._threads:
+                thread.join(timeout_s)
+
+    # --- the threads -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._is_closed:
+            raise StoreClosed("this KVCache was closed")
+        if not self._threads:
+            self._threads = [
+                threading.Thread(target=self._run, name=f"emberkv-put-{number}", daemon=True)
+                for number in range(THREADS)
+            ]
+            for thread in self._threads:
+                thread.start()
+
+    def _run(self) -> None:
+        file = _Segment(self._client, self._segments)
+        try:
+            while (slab := self._next()) is not None:
+                self._write(slab, file)
+                with self._changed:
+                    self._writing -= 1
+                    slab.empty()
+                    if slab in self._slabs:
+                        self._free.append(slab)
+                    self._changed.notify_all()
+        finally:
+            file.close()
+
+    def _next(self) -> _Slab | None:
+        """A slab that is full, or what there is if nothing is on its way; None: it is the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._full or self._may_take_what_fills())
+            if self._full:
+                slab = self._full.popleft()
+            elif self._filling is not None and not self._is_closed:
+                slab, self._filling = self._filling, None
+            else:
+                return None
+            self._writing += 1
+            return slab
+
+    def _may_take_what_fills(self) -> bool:
+        return self._filling is not None and not self._is_copying and not self._writing
+
+    def _write(self, slab: _Slab, file: _Segment) -> None:
+        try:
+            for segment, offset, begin, end in slab.runs:
+                items: list[Any] = [(file.open(segment), offset, slab.memory[begin:end])]
+                self._client.batch_write(items)
+            self._commit(slab.parts)
+        except (EmberError, OSError) as error:
+            for part in slab.parts:
+                part.ticket.settle(error)
+        for part in slab.parts:
+            if part.ticket.error is not None:
+                self.failed_pages += len(part.crcs)
+                self._error = self._error or part.ticket.error
+
+
+class _Segment:
+    """The file of the segment that a thread wrote to last."""
+
+    def __init__(self, client: Client, directory: str) -> None:
+        self._client, self._directory = client, directory
         self._file: tuple[int, File] | None = None
-        """The segment written to last."""
-        self._run = memoryview(b"")
-        """Memory that a write is gathered in. Made at the first."""
 
-    def write(
-        self, keys: Sequence[bytes], parents: Sequence[bytes], places: Sequence[Place], payloads: Sequence[memoryview],
-        *, kind: int, tenant: int,
-    ) -> list[int]:  # fmt: skip
-        """Write the pages, durably. Their checksums. Raises what the store raises."""
-        crcs = [crc32c(payload) for payload in payloads]
-        begin = 0
-        while begin < len(places):
-            end, size = begin, 0
-            while end < len(places) and _adjoins(places, begin, end) and (end == begin or size < RUN_BYTES_MAX):
-                size += places[end].end - places[end].offset
-                end += 1
-            run = self._room(size)
-            at = 0
-            for index in range(begin, end):
-                place = places[index]._replace(crc=crcs[index])
-                head = encode_header(place, key=keys[index], parent=parents[index], kind=kind, tenant=tenant)
-                run[at : at + HEADER_BYTES] = head
-                run[at + HEADER_BYTES : at + HEADER_BYTES + place.length] = payloads[index]
-                at += HEADER_BYTES + place.length
-            items: list[Any] = [(self._open(places[begin].segment), places[begin].offset, run[:size])]
-            self._client.batch_write(items)
-            begin = end
-        return crcs
+    def open(self, number: int) -> File:
+        if self._file is None or self._file[0] != number:
+            self.close()
+            self._file = (number, self._client.open(f"{self._directory}/{number:08x}", "r+b"))
+        return self._file[1]
 
     def close(self) -> None:
-        """Let its file go."""
         if self._file is not None:
             self._file[1].close()
             self._file = None
-
-    def _room(self, size: int) -> memoryview:
-        if len(self._run) < size:
-            self._run = self._client.buffer(max(size, 1 << 20))
-        return self._run
-
-    def _open(self, segment: int) -> File:
-        if self._file is None or self._file[0] != segment:
-            self.close()
-            self._file = (segment, self._client.open(f"{self._segments}/{segment:08x}", "r+b"))
-        return self._file[1]
-
-
-def _adjoins(places: Sequence[Place], begin: int, index: int) -> bool:
-    if index == begin:
-        return True
-    return places[index].segment == places[index - 1].segment and places[index].offset == places[index - 1].end

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import emberfs
 import emberkv
 import pytest
-from emberfs.errors import AccessDenied, LimitExceeded
+from emberfs import StoreClosed
+from emberfs.errors import AccessDenied, EmberError, LimitExceeded
 from emberkv import messages
 from emberkv.errors import SeatGone
 from emberkv.hit import Hit
@@ -88,7 +93,9 @@ def test_what_was_put_is_matched_and_read(serve: Serve) -> None:
         keys = cache.keys(tokens(1, 40))
         pages = [page(each) for each in range(40)]
         assert cache.put(keys[:30], pages[:30]) == ["stored"] * 30
+        cache.flush()
         assert cache.put(keys[28:], pages[28:], parent=keys[27]) == ["known"] * 2 + ["stored"] * 10
+        cache.flush()
         hit = cache.match(keys)
         assert (hit.pages, hit.tokens, hit.reason) == (40, 160, "whole")
         assert cache.get(hit) == pages
@@ -128,6 +135,7 @@ def test_a_seat_is_nobody_elses(serve: Serve) -> None:
     with emberkv.connect(address, PLAIN, tenant="a") as one, emberkv.connect(address, PLAIN, tenant="b") as two:
         keys = one.keys(tokens(1, 2))
         one.put(keys, [page(1)] * 2)
+        one.flush()
         assert abs(one._seated().seat - two._seated().seat) > 1 << 20
         with pytest.raises(SeatGone):
             two._call(messages.Match(one._seated().seat + 1, [b"".join(keys)], 0.0), messages.Matched)
@@ -137,6 +145,7 @@ def test_opaque_keys_stand_for_themselves(serve: Serve) -> None:
     with emberkv.connect(serve().address, PLAIN) as cache:
         keys = cache.opaque_keys([b"one", b"two", b"three"])
         cache.put(keys[:2], [page(1), page(2)], chained=False)
+        cache.flush()
         hits = cache.lookup(keys)
         assert hits[2] is None
         assert [cache.get(hit) for hit in hits if hit is not None] == [[page(1)], [page(2)]]
@@ -148,8 +157,10 @@ def test_a_state_decides_how_much_of_a_prefix_is_usable(serve: Serve) -> None:
     with emberkv.connect(serve().address, NAMESPACE) as cache:
         keys = cache.keys(tokens(1, 8))
         cache.put(keys, [page(each) for each in range(8)])
+        cache.flush()
         assert cache.match(keys).reason == "no state"
         cache.put(keys[5:6], [page(99, 300)], parent=keys[4], kind="state")
+        cache.flush()
         hit = cache.match(keys)
         assert hit.pages == 6
         buffer = bytearray(300)
@@ -209,6 +220,7 @@ def test_a_full_cache_evicts_the_coldest_and_gives_the_space_back(serve: Serve, 
         for number, keys in enumerate(prompts):
             cache.match(prompts[0], lease_s=0)  # It stays warm.
             states = cache.put(keys, [page(number)] * 10)
+            cache.flush()
             assert set(states) <= {"stored"}
         assert cache.match(prompts[0], lease_s=0).pages == 10
         assert cache.get(cache.match(prompts[0])) == [page(0)] * 10
@@ -225,6 +237,7 @@ def test_damage_is_a_miss_and_is_told(serve: Serve, store: str) -> None:
         keys = cache.keys(tokens(1, 6))
         pages = [page(each) for each in range(6)]
         cache.put(keys, pages)
+        cache.flush()
         hit = cache.match(keys)
         with emberfs.connect(store) as client:
             directory = f"/kv/{PLAIN.name}/segments"
@@ -233,9 +246,12 @@ def test_damage_is_a_miss_and_is_told(serve: Serve, store: str) -> None:
                 file.seek(2 * (PAGE + 96) + 5000)
                 file.write(b"damage")
         assert cache.get(hit) == [*pages[:2], None, *pages[3:]]
-        again = cache.match(keys)
+        soon = time.monotonic() + 10
+        while (again := cache.match(keys)).reason == "whole" and time.monotonic() < soon:
+            time.sleep(0.01)
         assert (again.pages, again.reason) == (2, "damaged")
         assert cache.put(keys, pages) == ["known"] * 2 + ["stored"] + ["known"] * 3
+        cache.flush()
         assert cache.get(cache.match(keys)) == pages
 
 
@@ -268,6 +284,7 @@ def test_a_page_that_one_writes_is_pending_for_others_until_it_gives_up(serve: S
         assert two.put(keys, [page(1)] * 2) == ["pending"] * 2
         one._ask(lambda seat: messages.GiveUp(seat, answer.reservation), messages.Okay)
         assert two.put(keys, [page(1)] * 2) == ["stored"] * 2
+        two.flush()
         assert one.get(one.match(keys)) == [page(1)] * 2
 
 
@@ -277,12 +294,15 @@ def test_an_operator_sees_limits_and_takes_away(serve: Serve) -> None:
         prompts = [cache.keys(tokens(prompt, 10)) for prompt in range(1, 6)]
         for keys in prompts:
             cache.put(keys, [page(1)] * 10)
+            cache.flush()
         operator.set_quota(PLAIN.name, "default", 25 * (PAGE + 96))
+        operator.collect(PLAIN.name)
         numbers = operator.stat()["namespaces"][PLAIN.name]
         assert numbers["pages"] == 25
         assert numbers["tenants"]["default"]["bytes"] == 25 * (PAGE + 96)
         assert cache.match(prompts[0]).pages == 0 and cache.match(prompts[4], lease_s=0).pages == 10
         assert cache.put(cache.keys(tokens(7, 10)), [page(2)] * 10) == ["stored"] * 10
+        cache.flush()
         assert operator.stat()["namespaces"][PLAIN.name]["pages"] == 25
         assert operator.erase("default") == {PLAIN.name: {"pages": 25, "bytes": 25 * (PAGE + 96)}}
         assert cache.match(cache.keys(tokens(7, 10))).pages == 0
@@ -303,6 +323,7 @@ def test_the_command_line_tells_what_a_service_holds(serve: Serve) -> None:
     with emberkv.connect(address, PLAIN) as cache:
         keys = cache.keys(tokens(1, 4))
         cache.put(keys, [page(1)] * 4)
+        cache.flush()
         cache.match(keys)
         said = emberline("kv", "stat", "--address", address).stdout
         assert PLAIN.name in said and "matches ended by whole 1" in said
@@ -313,3 +334,78 @@ def test_the_command_line_tells_what_a_service_holds(serve: Serve) -> None:
         assert "evicted_pages" in emberline("kv", "gc", PLAIN.name, "--address", address).stdout
         emberline("kv", "quota", PLAIN.name, "default", "1MiB", "--address", address)
         assert "no namespace 'nobody'" in emberline("kv", "drop", "nobody", "--address", address, code=1).stderr
+
+
+def test_of_several_addresses_threads_find_the_one_that_serves(serve: Serve) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{nobody.getsockname()[1]}"  # Bound, and nobody listens.
+        with emberkv.connect(f"{dead},{serve().address}", PLAIN, timeout_s=10) as cache:
+            keys = cache.keys(tokens(1, 3))
+            cache.put(keys, [page(1)] * 3, durable="committed")
+            for threads in (1, 2, 4, 8):
+                cache._addresses = [dead, *(each for each in cache._addresses if each != dead)]
+                with ThreadPoolExecutor(threads) as pool:
+                    hits = list(pool.map(lambda _: cache.match(keys).pages, range(threads)))
+                assert hits == [3] * threads
+
+
+def test_a_put_that_is_buffered_is_written_behind_the_callers_back(serve: Serve) -> None:
+    with emberkv.connect(serve(256 * MIB).address, PLAIN) as cache:
+        chains = [cache.keys(tokens(prompt, 8)) for prompt in range(1, 40)]
+        for prompt, keys in enumerate(chains):
+            assert cache.put(keys, [page(prompt, 100_000 + each) for each in range(8)]) == ["stored"] * 8
+        cache.flush()
+        for prompt, keys in enumerate(chains):
+            assert cache.get(cache.match(keys)) == [page(prompt, 100_000 + each) for each in range(8)]
+        large = cache.keys(tokens(99, 2))
+        assert cache.put(large, [page(7, 3 * MIB)] * 2) == ["stored"] * 2
+
+
+def test_what_a_service_lost_of_buffered_puts_is_told_by_flush(serve: Serve) -> None:
+    service = serve()
+    with emberkv.connect(service.address, PLAIN, timeout_s=3) as cache:
+        keys = cache.keys(tokens(1, 2))
+        cache.put(keys, [page(1)] * 2, durable="committed")
+        service.process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(EmberError):
+                cache.put(cache.keys(tokens(2, 2)), [page(1)] * 2)
+                cache.flush()
+        finally:
+            service.process.send_signal(signal.SIGCONT)
+        cache.flush()
+        assert cache.match(keys).pages == 2
+
+
+def test_a_cache_is_closed_twice_and_belongs_to_one_process(serve: Serve) -> None:
+    cache = emberkv.connect(serve().address, PLAIN)
+    keys = cache.keys(tokens(1, 1))
+    cache.put(keys, [page(1)], durable="committed")
+    hit = cache.match(keys)
+    with pytest.raises(LimitExceeded):
+        cache.get_into(hit, [bytearray(10)], begin=-1)
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            cache.match(keys)
+        except StoreClosed as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert b"after a fork" in os.read(read, 1000)
+    assert cache.get(hit) == [page(1)]
+    cache.close()
+    cache.close()
+    with pytest.raises(StoreClosed):
+        cache.match(keys)
+
+
+def test_a_standby_ends_when_it_is_told(serve: Serve, tmp_path: Path) -> None:
+    emberkv.connect(serve().address, PLAIN).close()
+    waiting = serve(listen=f"unix:{tmp_path}/standby")
+    soon = time.monotonic() + 30
+    while not (tmp_path / "standby").exists() and time.monotonic() < soon:
+        time.sleep(0.01)
+    waiting.end()
+    assert waiting.process.returncode == 0

@@ -50,7 +50,7 @@ def test_the_longest_prefix_is_found() -> None:
     chains.put([A, B, C])
     assert chains.table.match(0, [A, B, C]).reason == "whole"
     assert chains.pages([A, B, D, C]) == 2
-    assert chains.table.match(0, [D, A]) == ([], "miss")
+    assert chains.table.match(0, [D, A]) == ([], [], "miss")
     assert chains.pages([]) == 0
     assert chains.table.live_bytes == 3 * (HEADER_BYTES + LENGTH)
 
@@ -262,3 +262,62 @@ def test_a_header_is_read_as_it_was_written_and_damage_is_seen() -> None:
         damaged = bytearray(head)
         damaged[index] ^= 0x40
         assert decode_header(damaged) is None
+
+
+def test_what_is_held_or_pinned_is_looked_at_once() -> None:
+    """Old leaves that may not go do not slow the search for one that may, and come up again in their order."""
+    chains = Chains()
+    table = chains.table
+    for number in range(1000):
+        chains.put([key(number)], now_s=number)
+    slots = [table.slot(0, key(number)) or 0 for number in range(1000)]
+    for slot in slots[:300]:
+        table.hold(slot)
+    for slot in slots[300:600]:
+        table.pin(slot, 5000)
+    assert table.coldest(0, 1000) == slots[600]
+    assert len(table._leaves[0]) == 400 and len(table._pins[0]) == 300
+    table.let_go(slots[7])
+    assert table.coldest(0, 1000) == slots[7]
+    table.pin(slots[300], 0)  # No more.
+    table.hold(slots[7])
+    assert table.coldest(0, 1000) == slots[300]
+    table.hold(slots[300])
+    assert table.coldest(0, 5000) == slots[301]
+
+
+def test_a_ring_of_parents_stays_out_of_reach() -> None:
+    chains = Chains()
+    chains.put([A], parent=A)
+    chains.put([B], parent=C)
+    chains.put([C], parent=B)
+    assert chains.pages([A]) == chains.pages([B, C]) == 0
+    table = chains.table
+    slots = [slot for slot in (table.any_slot(0, each) for each in (A, B, C)) if slot is not None]
+    for slot in table.below(slots):
+        table.remove(slot)
+    assert table.count == 0 and list(table.waiting()) == []
+
+
+def test_all_below_a_page_is_found_children_first() -> None:
+    chains = Chains()
+    chains.put([A, B, C])
+    chains.put([D, key("e")], parent=A)
+    table = chains.table
+    for again in (table, decode_snapshot(encode_snapshot(index_of(table)), segment_bytes=1 << 20).table):
+        slots = {each: again.slot(0, each) or 0 for each in (A, B, C, D, key("e"))}
+        below = again.below([slots[B], slots[A]])
+        assert sorted(below) == sorted(slots.values())
+        order = {slot: at for at, slot in enumerate(below)}
+        assert order[slots[C]] < order[slots[B]] < order[slots[A]] and order[slots[key("e")]] < order[slots[D]]
+        for slot in below:
+            again.remove(slot)
+        assert again.count == 0
+
+
+def index_of(table: PageTable) -> Index:
+    index = Index([None], segment_bytes=1 << 20)
+    index.apply(TenantAdded("t"))
+    index.apply(SegmentAdded(1, 1 << 20, 1))
+    index.table = table
+    return index
