@@ -159,6 +159,10 @@ class Segments:
         assert segment.state is State.RETIRED
         del self.by_id[segment.id]
 
+    def spent(self) -> list[Segment]:
+        """Open ones that something was written to, and in which nothing is alive, nor may be soon."""
+        return [each for each in self._open.values() if each.end and not each.live_bytes and not each.pending_bytes]
+
     def dead(self) -> list[Segment]:
         """Sealed ones in which nothing is alive."""
         return [each for each in self if each.state is State.SEALED and not each.live_bytes and not each.pending_bytes]

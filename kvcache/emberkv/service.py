@@ -405,6 +405,7 @@ def stat_of(pool: Pool, only: str | None = None) -> dict[str, Any]:
         "capacity_bytes": space.config.capacity_bytes,
         "segments": len(index.segments.by_id),
         "leases": len(pool.leases),
+        "pending_bytes": space.pending_bytes.total(),
         "tenants": tenants,
         "counts": {**msgspec.to_builtins(pool.counts), **asdict(space.counts)},
     }

@@ -98,6 +98,8 @@ class Space:
         self._files, self._runtime, self._directory = files, runtime, directory
         self._wal, self._leases = wal, leases
         self._index = wal.index
+        self._hollow = dict.fromkeys((slot, wal.index.table.keys[slot]) for slot in wal.index.table.hollow())
+        """Slots without pages that were held, or had others below them, when their pages were taken out."""
         self._clock_offset_s = runtime.wall_ns() / 1e9 - runtime.now_s()
 
     def stamp_s(self) -> float:
@@ -167,6 +169,7 @@ class Space:
                     break
                 self.evict([slot])
                 count += 1
+        self._remove_hollow()
         # Nobody finds an orphan, or what is below it, so no lease is on them.
         for slot in [slot for _, slots in table.waiting() for slot in slots]:
             if table.used_s[slot] + self.config.orphan_s <= now_s and count < count_max:
@@ -187,6 +190,16 @@ class Space:
             await self._runtime.sleep(0)
         return count
 
+    def _remove_hollow(self) -> None:
+        """Let slots go whose pages were taken out before."""
+        table = self._index.table
+        for slot, key in list(self._hollow):
+            if table.keys[slot] != key or any(table.place(slot, kind) for kind in range(len(table.places))):
+                del self._hollow[slot, key]  # It went, or was put again.
+            elif not table.held[slot] and not table.children[slot]:
+                self.evict([slot])
+                del self._hollow[slot, key]
+
     def _cut_one(self, slot: int, reachable_until_s: float) -> bool:
         table = self._index.table
         if not table.held[slot] and not table.children[slot]:
@@ -197,6 +210,7 @@ class Space:
             if place is not None:
                 self._index.segments.by_id[place.segment].gone_after_s = reachable_until_s
                 self._wal.note(Unplaced(table.tenant[slot], kind, table.keys[slot]))
+        self._hollow[slot, table.keys[slot]] = None
         return False
 
     # --- segments --------------------------------------------------------------------------------------------------
@@ -251,6 +265,8 @@ class Space:
     async def collect(self) -> int:
         """Retire what is dead, and remove the files that no lease can reach any more. How many files went."""
         segments = self._index.segments
+        for spent in segments.spent():
+            self.seal(spent)
         if dead := segments.dead():
             self._wal.note(*(SegmentRetired(each.id) for each in dead))
         gone = [each for each in segments if each.is_retired and each.gone_after_s <= self._runtime.now_s()]

@@ -353,6 +353,12 @@ class PageTable:
         """Every slot in use, as an array."""
         return np.flatnonzero(np.asarray(self.parent, dtype=np.int32) != FREE)
 
+    def hollow(self) -> list[int]:
+        """Slots that have no page of any kind."""
+        slots = self.slots()
+        found: list[int] = slots[~np.any([places["segment"][slots] != 0 for places in self.places], axis=0)].tolist()
+        return found
+
     def of_tenant(self, tenant: int) -> list[int]:
         """Its slots."""
         return list(self._slots[tenant].values())

@@ -270,3 +270,20 @@ def test_a_namespace_that_is_closed_answers_nobody() -> None:
             await pool.flush()
 
     run(work)
+
+
+def test_slots_that_were_held_when_their_pages_went_go_later() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+        pool = await bench.open()
+        await bench.put(pool, chain(1, 4))
+        pool.match(TENANT, chain(1, 3), 50)
+        assert await pool.erase(TENANT) == (4, 4 * (PAGE + 96))
+        assert pool.table.count == 3 and pool.table.live_bytes == 0
+        await pool.flush()
+        bench.kill(pool)
+        pool = await bench.open()  # Leases end with the process.
+        await runtime.sleep(5)
+        assert pool.table.count == 0
+
+    run(work)
