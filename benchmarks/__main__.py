@@ -14,7 +14,20 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from . import dataflow, datapath, embedded_io, failover, graysort, memory, metadata, peers, placement, rebuild, ucx
+from . import (
+    dataflow,
+    datapath,
+    embedded_io,
+    failover,
+    graysort,
+    kvcache,
+    memory,
+    metadata,
+    peers,
+    placement,
+    rebuild,
+    ucx,
+)
 from .dataflow.sides import DATA_ENVIRONMENT, SMALLPOND_ENVIRONMENT
 from .mooncake import MOONCAKE
 from .runner import Row, print_table, summary
@@ -30,6 +43,7 @@ BENCHMARKS = {
     "placement": placement,
     "dataflow": dataflow,
     "graysort": graysort,
+    "kvcache": kvcache,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 

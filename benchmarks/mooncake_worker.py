@@ -12,7 +12,8 @@ from mooncake.store import MooncakeDistributedStore
 
 MIB = 1 << 20
 SEGMENT_BYTES = 2048 * MIB
-BUFFER_BYTES = 64 * MIB
+BUFFER_BYTES = 72 * MIB
+"""16 values of 4 MiB, each with its CRC."""
 
 
 class Worker:

