@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 GOAL = 1.0
 """Ours / SET by a bare client of redis, on a unix socket."""
+PAGE_SIZES = (56 << 10, MIB)
 FIRST_TOKEN = 1 << 31
 """No page of the gets begins with it."""
 
 
 def put_rows(directory: Path, serving: Serving, size: Size) -> list[Row]:
-    """Pages of the first size, and of 1 MiB."""
-    return [_put_row(directory, serving, size, page_bytes) for page_bytes in dict.fromkeys((size.page_sizes[0], MIB))]
+    """Of pages of both sizes."""
+    return [_put_row(directory, serving, size, page_bytes) for page_bytes in PAGE_SIZES]
 
 
 def _put_row(directory: Path, serving: Serving, size: Size, page_bytes: int) -> Row:

@@ -20,7 +20,7 @@ class Size:
     data_bytes: int
     """Of pages of each size that is read."""
     page_sizes: tuple[int, ...]
-    """Of those; the first is also put, and read by a crowd."""
+    """Of those."""
     pass_bytes: int
     """Read or written in one pass, at least one batch."""
     rounds: int
@@ -30,10 +30,14 @@ class Size:
     """Of 128 pages each, that are looked up."""
     match_requests: int
     """A pass."""
+    disk_page_sizes: tuple[int, ...]
+    """Of pages whose place on disk is looked at."""
     space_bytes: int
-    """Live pages of each size, at least 4 of them."""
+    """Of those of each size, at least 4 of them."""
     churn_capacity_bytes: int
-    """Of a service that is kept 90 % full, and put into by pages that are evicted."""
+    """Of a service that is as full as it gets, so that pages are evicted for those that are put."""
+    churn_s: float
+    """So long at most, or until half the capacity has been put once more."""
     table_pages: int
     has_goals: bool
 
@@ -46,21 +50,26 @@ FULL = Size(
     crowd_bytes=128 * MIB,
     chains=512,
     match_requests=200,
+    # What 64 and 512 tokens take of a model of today, and of one with 70,272 bytes a token.
+    disk_page_sizes=(56 * KIB, 445 * KIB, 64 * 70_272, 512 * 70_272),
     space_bytes=GIB,
     churn_capacity_bytes=2 * GIB,
+    churn_s=60.0,
     table_pages=1_000_000,
     has_goals=True,
 )
 QUICK = Size(
     data_bytes=64 * MIB,
-    page_sizes=(56 * KIB, 256 * KIB, MIB, 4 * MIB),
+    page_sizes=(56 * KIB, MIB),
     pass_bytes=32 * MIB,
     rounds=1,
     crowd_bytes=8 * MIB,
     chains=64,
     match_requests=20,
+    disk_page_sizes=(56 * KIB,),
     space_bytes=8 * MIB,
-    churn_capacity_bytes=128 * MIB,
+    churn_capacity_bytes=64 * MIB,
+    churn_s=3.0,
     table_pages=100_000,
     has_goals=False,
 )
@@ -77,7 +86,7 @@ def run(directory: Path, size: Size) -> list[Row]:
         rows += crowd.crowd_rows(directory, served, corpus, size)
         rows += puts.put_rows(directory, served, size)
         rows += matches.match_rows(served, size)
-    for page_bytes in space.PAGE_SIZES:
+    for page_bytes in size.disk_page_sizes:
         # A store takes space ahead: each size has one of its own, or it would live on what another one took.
         with serving(directory / "space", capacity_bytes=4 * GIB + 2 * size.space_bytes) as served:
             rows.append(space.disk_row(served, size, page_bytes))
