@@ -11,7 +11,8 @@ import random
 import sys
 import time
 
-from emberkv.page import ROOT, Place
+from emberkv.keys import ROOT
+from emberkv.page import Place
 from emberkv.table import PageTable
 
 from ..memory_probe import rss_anon_bytes
