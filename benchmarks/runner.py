@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,12 @@ class Row:
     at_most: bool = False
     """The goal is an upper bound."""
     seconds: dict[str, Seconds] = field(default_factory=dict)
+    rounds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """The number of each round, of ours, the peers and the ceiling: how much they scatter."""
 
     def against(self, peer: str) -> float:
-        """Ours by a peer's, of the medians."""
-        return self.ours / self.peers[peer]
+        """Ours by a peer's: the median of the rounds' own ratios."""
+        return statistics.median(mine / his for mine, his in zip(self.rounds[OURS], self.rounds[peer], strict=True))
 
     @property
     def cpu_per_gib(self) -> float | None:
@@ -127,17 +129,19 @@ def compare(
     for subject in subjects.values():
         subject(True)
     passes = _interleave(subjects, rounds, servers or {})
-    rates = {name: statistics.median(done.rate for done in passes[name]) for name in subjects}
-    return Row(
+    rounds = {name: tuple(done.rate for done in passes[name]) for name in subjects}
+    rates = {name: statistics.median(each) for name, each in rounds.items()}
+    found = Row(
         row=row,
         ours=rates[OURS],
         peers={name: rates[name] for name in peers or {}},
         ceiling=rates.get("ceiling"),
-        ratio=_paired_ratio(passes[OURS], passes[baseline]) if baseline is not None else None,
         baseline=baseline,
         goal=goal,
         seconds={name: _median_seconds(done) for name, done in passes.items()},
+        rounds=rounds,
     )
+    return found if baseline is None else replace(found, ratio=found.against(baseline))
 
 
 def _interleave(
@@ -156,10 +160,6 @@ def _interleave(
             wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
             passes[name].append(_Pass(amount, wall_s, cpu_s, cpu_s_of(pids) - servers_s if pids is not None else None))
     return passes
-
-
-def _paired_ratio(ours: Sequence[_Pass], baseline: Sequence[_Pass]) -> float:
-    return statistics.median(mine.rate / other.rate for mine, other in zip(ours, baseline, strict=True))
 
 
 def _median_seconds(passes: Sequence[_Pass]) -> Seconds:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..mooncake import MOONCAKE, MooncakeValues
 from ..peers import FileValues, LmdbValues, RedisPyValues, RedisValues
-from ..runner import Row, Seconds, compare
+from ..runner import Row, compare
 from .pages import ROTATION_BYTES, Pages
 from .serving import Serving
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 KIB, MIB = 1 << 10, 1 << 20
 OVER_TCP = ("redis tcp", "redis-py", "mooncake")
+TCP_PEERS = ("redis-py", "mooncake")
+"""Of those the ones that ours over TCP is judged by."""
 
 LMDB_GOALS = {56 * KIB: 0.35, 256 * KIB: 0.5, MIB: 0.5, 4 * MIB: 0.5}
 """Page bytes -> ours / LMDB."""
@@ -78,24 +80,30 @@ def get_rows(directory: Path, serving: Serving, corpus: memoryview, size: Size, 
 def _judged(found: Row, name: str, page_bytes: int, *, has_goals: bool) -> list[Row]:
     """The comparison as rows: who is near, and who is behind TCP."""
     near = {peer: rate for peer, rate in found.peers.items() if peer not in (*OVER_TCP, "ours tcp")}
-    over_tcp = {peer: found.peers[peer] for peer in OVER_TCP if peer in found.peers}
-    best = max(over_tcp, key=lambda peer: over_tcp[peer])
+    behind = {peer: rate for peer, rate in found.peers.items() if peer in OVER_TCP}
+    best = max(behind, key=lambda peer: behind[peer])
     rows = [replace(found, peers=near)]
     for peer, goal in (("redis", UNIX_GOALS.get(page_bytes)), (best, BEST_TCP_GOAL)):
-        ratio = found.ours / found.peers[peer]
-        beside = replace(found, row=f"get {name}, beside {peer}", peers={peer: found.peers[peer]}, seconds={})
-        rows.append(replace(beside, ratio=ratio, baseline=peer, goal=goal if has_goals else None))
-    rate = found.peers["ours tcp"]
-    seconds = {"ours": found.seconds["ours tcp"], **_of(found, over_tcp)}
-    far = Row(row=f"tcp get {name}, MiB/s", ours=rate, peers=over_tcp, seconds=seconds)
-    rows.append(far)
-    for peer in ("redis-py", "mooncake"):
-        if peer in over_tcp:
-            title = f"tcp get {name}, beside {peer}"
-            beside = replace(far, row=title, peers={peer: over_tcp[peer]}, seconds={}, baseline=peer)
-            rows.append(replace(beside, ratio=rate / over_tcp[peer], goal=TCP_GOAL if has_goals else None))
-    return rows
+        rows.append(_beside(found, f"get {name}", peer, goal if has_goals else None))
+    names = {"ours": "ours tcp", **{peer: peer for peer in behind}}
+    far = Row(
+        row=f"tcp get {name}, MiB/s",
+        ours=found.peers["ours tcp"],
+        peers=behind,
+        seconds={shown: found.seconds[peer] for shown, peer in names.items()},
+        rounds={shown: found.rounds[peer] for shown, peer in names.items()},
+    )
+    goal = TCP_GOAL if has_goals else None
+    return [*rows, far, *(_beside(far, f"tcp get {name}", peer, goal) for peer in TCP_PEERS if peer in behind)]
 
 
-def _of(found: Row, peers: dict[str, float]) -> dict[str, Seconds]:
-    return {peer: found.seconds[peer] for peer in peers}
+def _beside(found: Row, title: str, peer: str, goal: float | None) -> Row:
+    """What was measured, judged by one peer."""
+    return Row(
+        row=f"{title}, beside {peer}",
+        ours=found.ours,
+        peers={peer: found.peers[peer]},
+        ratio=found.against(peer),
+        baseline=peer,
+        goal=goal,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..corpus import make_corpus
 from ..runner import Row
-from . import crowd, gets, matches, puts, space, table
+from . import crowd, gets, matches, puts, restart, space, table, traces
 from .serving import serving
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -37,8 +37,12 @@ class Size:
     churn_capacity_bytes: int
     """Of a service that is as full as it gets, so that pages are evicted for those that are put."""
     churn_s: float
-    """So long at most, or until half the capacity has been put once more."""
-    table_pages: int
+    """So long at most, or until the capacity has been put once more."""
+    table_pages: tuple[int, ...]
+    """Of an index without pages."""
+    restart_pages: int
+    restarts: int
+    """In each of two ways."""
     has_goals: bool
 
 
@@ -55,7 +59,9 @@ FULL = Size(
     space_bytes=GIB,
     churn_capacity_bytes=2 * GIB,
     churn_s=60.0,
-    table_pages=1_000_000,
+    table_pages=(1_000_000, 10_000_000),
+    restart_pages=1_000_000,
+    restarts=3,
     has_goals=True,
 )
 QUICK = Size(
@@ -69,8 +75,10 @@ QUICK = Size(
     disk_page_sizes=(56 * KIB,),
     space_bytes=8 * MIB,
     churn_capacity_bytes=64 * MIB,
-    churn_s=3.0,
-    table_pages=100_000,
+    churn_s=2.0,
+    table_pages=(100_000,),
+    restart_pages=10_000,
+    restarts=1,
     has_goals=False,
 )
 
@@ -90,6 +98,9 @@ def run(directory: Path, size: Size) -> list[Row]:
         # A store takes space ahead: each size has one of its own, or it would live on what another one took.
         with serving(directory / "space", capacity_bytes=4 * GIB + 2 * size.space_bytes) as served:
             rows.append(space.disk_row(served, size, page_bytes))
-    with serving(directory / "churn", capacity_bytes=size.churn_capacity_bytes) as served:
+    with serving(directory / "full", capacity_bytes=size.churn_capacity_bytes) as served:
+        rows += restart.restart_rows(served, size)  # While there is no other namespace.
         rows += space.churn_rows(served, size)
-    return [*rows, *table.table_rows(size)]
+    for pages in size.table_pages:
+        rows += table.table_rows(pages)
+    return [*rows, *traces.trace_rows()]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import emberkv
@@ -20,13 +19,29 @@ from ..runner import verify
 PAGE_TOKENS = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
     """What runs."""
 
-    cluster: LocalCluster
-    service: subprocess.Popen[str]
-    address: str
+    def __init__(self, cluster: LocalCluster, *, capacity_bytes: int) -> None:
+        self.cluster, self._capacity_bytes = cluster, capacity_bytes
+        self.start_service()
+
+    def start_service(self) -> None:
+        """Start the service, over what an earlier one left."""
+        command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", self.cluster.url, "--root", "/kv"]
+        command += ["--listen", "127.0.0.1:0", "--capacity", str(self._capacity_bytes)]
+        self.service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.service.stdout is not None
+        line = self.service.stdout.readline()
+        verify(bool(line), f"the service ended with {self.service.poll()}")
+        self.address: str = json.loads(line)["address"]
+
+    def end_service(self, *, kills: bool = False) -> None:
+        """SIGTERM, or SIGKILL."""
+        self.service.kill() if kills else self.service.terminate()
+        self.service.wait()
+        assert self.service.stdout is not None
+        self.service.stdout.close()
 
     @property
     def pids(self) -> list[int]:
@@ -73,27 +88,14 @@ def serving(directory: Path, *, capacity_bytes: int) -> Iterator[Serving]:
     # Clients of this host come by a unix socket, where there is no TLS anyway; over TCP no peer has it either.
     cluster.up(Plan(cluster="bench", replicas=1, targets_per_disk=2, nodes=["storage-1"], tls=False))
     try:
-        with _service(cluster, capacity_bytes) as (service, address):
-            yield Serving(cluster=cluster, service=service, address=address)
+        served = Serving(cluster, capacity_bytes=capacity_bytes)
+        try:
+            yield served
+        finally:
+            served.end_service()
     finally:
         cluster.down()
         shutil.rmtree(directory)
-
-
-@contextmanager
-def _service(cluster: LocalCluster, capacity_bytes: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", cluster.url, "--root", "/kv"]
-    command += ["--listen", "127.0.0.1:0", "--capacity", str(capacity_bytes)]
-    service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert service.stdout is not None
-    try:
-        line = service.stdout.readline()
-        verify(bool(line), f"the service ended with {service.poll()}")
-        yield service, json.loads(line)["address"]
-    finally:
-        service.terminate()
-        service.wait()
-        service.stdout.close()
 
 
 def _written_bytes(pid: int) -> int:
