@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from benchmarks import __main__ as command_line
 from benchmarks import embedded_io, environments, graysort, memory, memory_probe, metadata, peers, placement, runner
+from benchmarks.kvcache import table_probe, traces
 from benchmarks.runner import Row, Seconds, WrongResult, compare, summary
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -91,6 +92,7 @@ def test_a_ratio_is_the_median_of_the_rounds_and_each_round_is_paired(clock: Clo
     assert (row.ours, row.peers, row.ceiling) == (3.0, {"peer": 12.0}, 6.0)
     assert row.ratio == 0.75, "of 2/4, 6/8 and 1.5/2, not 3/6"
     assert row.met
+    assert row.against("peer") == 0.25, "of 1/4, 1/8 and 1/2"
     assert row.seconds["ours"] == Seconds(wall=4.0, cpu=2.0, amount=12.0)
     assert order[:3] == ["ours!", "peer!", "ceiling!"]
     assert order[3:] == ["ours", "peer", "ceiling", "peer", "ceiling", "ours", "ceiling", "ours", "peer"]
@@ -225,6 +227,18 @@ def test_placement_runs_through(tmp_path: Path) -> None:
     assert len(loads) == 8 and all(row.ours >= row.peers["bound"] > 0 for row in loads)
     drained = [row for row in rows if "drained: targets moved" in row.row]
     assert [row.ours for row in drained] == [row.peers["its own"] for row in drained]
+
+
+@pytest.mark.skipif(not traces.CONVERSATIONS.exists(), reason="the conversation trace is not in the repository")
+def test_kvcache_comes_to_the_numbers_of_the_conversation_trace() -> None:
+    rows = traces.trace_rows()
+    assert [row.ours for row in rows[:2]] == [36.64, 37.36]
+    assert all(row.met for row in rows)
+
+
+def test_the_index_of_kvcache_is_probed() -> None:
+    found = table_probe.probe(10 * table_probe.CHAIN_PAGES)
+    assert 0 < found["median_us"] <= found["p99_us"]
 
 
 @pytest.mark.parametrize("name", command_line.BENCHMARKS)

@@ -1,4 +1,4 @@
-"""The index of a service with 1M pages and more, without the pages: its memory, and how long it takes to look one up."""
+"""The index of a service with 1M pages and more, without the pages: its memory, and how long a look-up takes."""
 
 from __future__ import annotations
 
