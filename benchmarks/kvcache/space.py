@@ -160,7 +160,7 @@ def _put(cache: emberkv.KVCache, chain: list[bytes], page_bytes: int) -> list[st
 
 
 def _counts(cache: emberkv.KVCache) -> dict[str, int]:
-    (found,) = cache.stat()["namespaces"].values()
+    found = cache.stat()["namespaces"][cache.namespace.name]
     counts: dict[str, int] = found["counts"] | {"live_bytes": found["live_bytes"]}
     return counts
 
