@@ -1,4 +1,4 @@
-"""New pages, in batches of 16, by one writer: ours into one replica, each batch stored when the call returns."""
+"""New pages, in batches of 16, by one writer: ours into one replica, all of them on the disk when a pass is over."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def _ours(cache: emberkv.KVCache, values: list[memoryview], calls: int, durable:
             states = cache.put(keys, values, durable=durable)
             verify(states == ["stored"] * BATCH, f"ours: {states}")
             if check:
+                cache.flush()
                 verify(cache.get(cache.match(keys)) == values, "ours: wrong bytes")
+        cache.flush()  # A pass is over when all of it is on the disk.
         return calls * sum(map(len, values)) / MIB
 
     return work
