@@ -9,19 +9,24 @@ BIN := .venv/bin
 # Stamps, newer than what they were made from: `run` has what quickstart needs, `dev` has everything.
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
+# The engines have an environment of their own: they want other versions than the rest, and each other's too.
+ADAPTERS := .venv-adapters/.installed
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench docs clean
+.PHONY: help quickstart test test-adapters check bench docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '  make %-14s %s\n' "$$name" "$$what"; done
 
 quickstart: $(RUN) ## ingest a real corpus, run SQL over it, read it back, print a report (no torch needed)
 	$(BIN)/python -m emberline.quickstart
 
 test: $(DEV) ## run every test
 	$(BIN)/pytest -q
+
+test-adapters: $(ADAPTERS) ## test the KV cache with LMCache, vLLM and SGLang, without a GPU (fetches 2 GB)
+	.venv-adapters/bin/pytest -q -W default --timeout 120 tests/adapters
 
 check: $(DEV) ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff format --check .
@@ -36,7 +41,7 @@ docs: $(DEV) ## check that every link in the documents resolves and every comman
 	$(BIN)/pytest -q tests/test_docs.py
 
 clean: ## remove what make, the tools and quickstart made, .venv too
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .bench build dist quickstart-store
+	rm -rf .venv .venv-adapters .mypy_cache .ruff_cache .pytest_cache .hypothesis .bench build dist quickstart-store
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN): $(INPUTS)
@@ -48,3 +53,9 @@ $(DEV): $(INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@ $(RUN)
+
+$(ADAPTERS): $(INPUTS) tests/adapters/requirements.txt tests/adapters/engines.txt
+	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/pip install -q --no-warn-conflicts -c constraints.txt -e . -r tests/adapters/requirements.txt
+	.venv-adapters/bin/pip install -q --no-deps -r tests/adapters/engines.txt
+	@touch $@

@@ -61,7 +61,7 @@ def unknown_part(words: list[str], cli: click.Command) -> str | None:
     words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))
     program, arguments = words[0].rsplit("/", 1)[-1], words[1:]
     if program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return next((word for word in arguments if word not in targets and "=" not in word), None)
     if arguments[:2] == ["-m", "benchmarks"]:
         names = [word for word in arguments[2:] if re.fullmatch(r"[a-z_]+", word) and word != "all"]

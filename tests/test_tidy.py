@@ -64,6 +64,7 @@ REACHES_OUT = {
     "fs/emberfs/client/io_queue.py": "is a face: the caller's threads wait for completions",
     "fs/emberfs/cli/": "is a face: the user's terminal and local files",
     "fs/emberfs/testing/": "runs in other people's tests",
+    "kvcache/emberkv/adapters/": "runs in the threads of engines, on their clock",
     "kvcache/emberkv/client.py": "is a face: the caller's threads share a cache",
     "kvcache/emberkv/server.py": "wires a server together: signals, runtime, network, store",
     "kvcache/emberkv/writing.py": "is the face's: threads of the caller's process write what it put",

@@ -10,7 +10,7 @@ The map of the package is `kvcache/README.md`.
 
 from .client import KVCache
 from .connect import connect
-from .errors import InvalidNamespace, KvError, NamespaceMismatch, SeatGone, StaleOwner
+from .errors import InvalidNamespace, KvError, NamespaceMismatch, SeatGone, SeededKeys, StaleOwner
 from .hit import Hit
 from .namespace import Kind, Namespace
 from .operator import Operator
@@ -25,6 +25,7 @@ __all__ = [
     "NamespaceMismatch",
     "Operator",
     "SeatGone",
+    "SeededKeys",
     "StaleOwner",
     "connect",
 ]

@@ -9,6 +9,7 @@ DeadlineExceeded, AccessDenied, LimitExceeded, ...): whoever handles those handl
         ├── NamespaceMismatch (ValueError)   the service has another namespace under this name
         ├── StaleOwner (OSError ESTALE)      another server has taken the namespace over; nothing happened
         ├── SeatGone (OSError ESTALE)        the service has forgotten this client; open the namespace again
+        ├── SeededKeys (ValueError)          an engine's keys differ from process to process; says what to set
         ├── UnknownModel (ValueError)        no size is known for a model, or its config says none
         └── TraceFormat (ValueError)         a line of a trace is not what it should be
 """
@@ -58,6 +59,10 @@ class SeatGone(_OSKvError):
     """The service has forgotten this client: it was restarted, or heard nothing for long."""
 
     errno_default = errno.ESTALE
+
+
+class SeededKeys(KvError, ValueError):
+    """An engine hashes prompts with a seed of its process: nobody else would ever find its pages."""
 
 
 class UnknownModel(KvError, ValueError):
