@@ -21,6 +21,7 @@ from . import (
     failover,
     graysort,
     kvcache,
+    lmcache_l2,
     memory,
     metadata,
     peers,
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "dataflow": dataflow,
     "graysort": graysort,
     "kvcache": kvcache,
+    "lmcache_l2": lmcache_l2,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 
