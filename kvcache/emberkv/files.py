@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from emberfs import AsyncClient, AsyncFile, Corruption, NotFound
 from emberfs.errors import DataLost, EmberError
 
+SEGMENT_CHUNK_BYTES = 1 << 19
+"""Small ones are full sooner: of a chunk that grows the store makes a copy at each doubling."""
+
 
 class Log(Protocol):
     """A file that is only appended to, by one writer."""
@@ -101,7 +104,11 @@ class StoreFiles:
 
     async def create(self, path: str, size_bytes: int) -> None:
         await self.claim(path, b"")
-        await self._client.truncate(path, size_bytes)
+        file = await self._client.open(path, "r+b", chunk_size_bytes=SEGMENT_CHUNK_BYTES)
+        try:
+            await file.truncate(size_bytes)
+        finally:
+            await file.close()
 
     async def read(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytes | None]:
         buffers = [bytearray(length) for _, length in ranges]

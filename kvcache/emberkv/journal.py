@@ -3,6 +3,9 @@
 A *frame* is {length u32, CRC32C of the body u32, body}. A log file is frames of batches; a batch is a msgpack array of
 entries, applied as a whole. A snapshot file is one frame of what it holds, and one per block of arrays.
 
+Frames of filling, whose body begins with a byte that no msgpack does, mean nothing: with them an append ends where a
+sector does, and the store need not write the last chunk anew.
+
 A log that ends in the middle of a frame, or in one whose checksum is wrong, ends before it: that batch was never
 acknowledged as durable. A snapshot must be whole.
 
@@ -20,6 +23,7 @@ from emberfs.checksum import crc32c
 FORMAT = 1
 FRAME = struct.Struct("<II")
 FRAME_BYTES_MAX = 1 << 30
+_FILLING = b"\xc1"
 
 
 class Entry(msgspec.Struct, array_like=True, tag=True, frozen=True):
@@ -125,6 +129,13 @@ def encode_batch(entries: Sequence[Entry]) -> bytes:
     return encode_frame(_encoder.encode(entries))
 
 
+def filling(size_bytes: int, multiple: int) -> bytes:
+    """A frame that makes `size_bytes` a multiple of something; empty if they are one."""
+    if size_bytes % multiple == 0:
+        return b""
+    return encode_frame(_FILLING * ((-size_bytes - FRAME.size - 1) % multiple + 1))
+
+
 def frames(data: bytes | memoryview) -> Iterator[memoryview]:
     """The bodies of whole frames, up to the first that is not."""
     view, begin = memoryview(data), 0
@@ -140,6 +151,8 @@ def frames(data: bytes | memoryview) -> Iterator[memoryview]:
 def batches(data: bytes | memoryview) -> Iterator[list[AnyEntry]]:
     """What a log says, batch by batch. Raises ValueError for what a newer program wrote."""
     for body in frames(data):
+        if body[:1] == _FILLING:
+            continue
         try:
             yield _decoder.decode(body)
         except msgspec.MsgspecError as error:

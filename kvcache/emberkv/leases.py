@@ -22,13 +22,26 @@ class Leases:
     def __init__(self, hold: Callable[[int], None], let_go: Callable[[int], None]) -> None:
         self._hold, self._let_go = hold, let_go
         self._held: dict[int, tuple[float, tuple[int, ...], int]] = {}
-        """Lease -> (end, slots, owner)."""
+        """Lease -> (end, slots, owner), in the order of their numbers."""
         self._ends: list[tuple[float, int]] = []
         """A heap. Of a lease that was extended or let go an entry stays until its time."""
         self._next = 1
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def newest(self) -> int:
+        """The number of the last one that was taken; 0: there was none."""
+        return self._next - 1
+
+    def are_held_up_to(self, lease: int) -> bool:
+        """One with that number or a smaller one has not ended."""
+        return next(iter(self._held), lease + 1) <= lease
+
+    def slots(self) -> set[int]:
+        """All that are held."""
+        return {slot for _, slots, _ in self._held.values() for slot in slots}
 
     def take(self, slots: Sequence[int], *, owner: int, duration_s: float, now_s: float) -> int:
         """A new lease on `slots`. Its number, which means nothing to other owners."""
@@ -50,10 +63,6 @@ class Leases:
         self._held[lease] = (end_s, held[1], owner)
         self._push(end_s, lease)
         return True
-
-    def latest_end_s(self) -> float:
-        """No lease that there is reaches beyond this."""
-        return max((held[0] for held in self._held.values()), default=0.0)
 
     def _push(self, end_s: float, lease: int) -> None:
         heapq.heappush(self._ends, (end_s, lease))

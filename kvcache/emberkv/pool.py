@@ -285,6 +285,8 @@ class Pool:
             self._reservations.pop(number, None)
             self._settle(held)
             raise
+        if (segment := self.index.segments.of_writer(writer)) is not None:
+            self.index.segments.align(segment)
         if not held.keys:
             del self._reservations[number]
             number = 0

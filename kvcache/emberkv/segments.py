@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from .page import HEADER_BYTES, PAGE_BYTES_MAX, Place
 
 SEGMENT_BYTES_DEFAULT = 64 << 20
+SECTOR_BYTES = 4096
+"""The store appends to a chunk in place where it ends at a multiple of this; else it writes the chunk anew."""
 PAGES_PER_SEGMENT_MIN = 4
 """Of large pages a segment has room for so many, so that its last piece is a small part of it."""
 
@@ -46,8 +48,8 @@ class Segment:
     """Pages with headers that the index names."""
     pending_bytes: int = 0
     """Places that were handed out, and are neither committed nor given up."""
-    gone_after_s: float = 0.0
-    """Leases that may reach a page of it that is dead by now end then. An evicted page has none; a moved one may."""
+    gone_after_lease: int = 0
+    """Leases up to this one may reach a page of it that is dead by now. An evicted page has none; a moved one may."""
 
     @property
     def is_retired(self) -> bool:
@@ -104,7 +106,8 @@ class Segments:
     def size_for(self, payload_bytes: int) -> int:
         """How large a new segment has to be."""
         assert payload_bytes <= PAGE_BYTES_MAX
-        return max(self.segment_bytes, PAGES_PER_SEGMENT_MIN * (HEADER_BYTES + payload_bytes))
+        size_bytes = max(self.segment_bytes, PAGES_PER_SEGMENT_MIN * (HEADER_BYTES + payload_bytes))
+        return size_bytes + -size_bytes % SECTOR_BYTES
 
     def add(self, writer: int, size_bytes: int) -> Segment:
         """A new open segment."""
@@ -122,6 +125,11 @@ class Segments:
         segment.end = place.end
         segment.pending_bytes += place.end - place.offset
         return place
+
+    def align(self, segment: Segment) -> None:
+        """What is handed out next begins a sector: who writes what was handed out before fills up its last one."""
+        if segment.state is State.OPEN:
+            segment.end += -segment.end % SECTOR_BYTES
 
     def settle(self, place: Place) -> None:
         """Of a place that was handed out it is known now whether it holds a page."""
@@ -167,8 +175,6 @@ class Segments:
         """Sealed ones in which nothing is alive."""
         return [each for each in self if each.state is State.SEALED and not each.live_bytes and not each.pending_bytes]
 
-    def emptiest(self) -> Segment | None:
-        """The sealed one of which the least share is alive: the cheapest to compact. None: no gain anywhere."""
-        sealed = [each for each in self if each.state is State.SEALED and each.end and not each.pending_bytes]
-        best = min(sealed, key=lambda each: (each.live_bytes / each.end, each.id), default=None)
-        return best if best is not None and best.live_bytes < best.end else None
+    def sealed(self) -> list[Segment]:
+        """Those that nobody writes to, and that can be compacted."""
+        return [each for each in self if each.state is State.SEALED and each.end and not each.pending_bytes]

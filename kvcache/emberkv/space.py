@@ -2,7 +2,7 @@
 
     live pages   <= live_share x capacity        else the coldest leaves are evicted, whosoever they are
     of a tenant  <= its quota                    else its own
-    segments     <= capacity                      else the emptiest segment is compacted: its live pages move
+    segments     <= capacity                      else a segment is compacted: what is cold in it goes, the rest moves
     dead ones    retired by the journal, then removed once no lease can reach them
 
 An evicted page was held by nobody, nor was anything below it: no lease reaches it. A moved one may still be read under
@@ -32,7 +32,7 @@ from .index import Index
 from .journal import Evicted, Moved, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
 from .leases import Leases
 from .page import HEADER_BYTES, PLACE, Header, Place, decode_header, encode_header
-from .segments import Segment
+from .segments import SECTOR_BYTES, Segment
 from .wal import Wal
 
 COMPACTION = 0
@@ -41,6 +41,10 @@ WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
 COMPACT_BYTES = 8 << 20
 """So much of a segment is moved at a time."""
+NEARLY_FULL = 0.7
+"""Of what may be alive: with less, only dead pages are given back."""
+GAIN_MIN = 0.05
+"""Of a segment: less is not worth its compaction."""
 CUT_PAGES = 1000
 """After so many that went, others have their turn."""
 
@@ -53,6 +57,9 @@ class SpaceConfig:
     """Of segments on disk, dead pages too. Never exceeded."""
     live_share: float = 0.9
     """Of the capacity, for live pages; the rest is for what is dead and not yet given back. In (0, 1)."""
+    cold_share: float = 0.2
+    """Of the pages, those that were not used for longest: a compaction lets them go, since they would be next anyway.
+    More of them make writes fewer and the order less like LRU. In [0, 1)."""
     ttl_s: float = 72 * 3600.0
     """A page that was not used for so long goes; with it all below it, never what is above."""
     orphan_s: float = 60.0
@@ -65,6 +72,8 @@ class SpaceConfig:
             raise LimitExceeded(f"the capacity must be at least 1 MiB, not {self.capacity_bytes} bytes")
         if not 0 < self.live_share < 1:
             raise LimitExceeded(f"live_share must be in (0, 1), not {self.live_share}")
+        if not 0 <= self.cold_share < 1:
+            raise LimitExceeded(f"cold_share must be in [0, 1), not {self.cold_share}")
         if min(self.ttl_s, self.orphan_s, self.evictions_per_s) <= 0:
             raise LimitExceeded("ttl_s, orphan_s and evictions_per_s must be above 0")
 
@@ -170,10 +179,9 @@ class Space:
                 self.evict([slot])
                 count += 1
         self._remove_hollow()
-        # Nobody finds an orphan, or what is below it, so no lease is on them.
         for slot in [slot for _, slots in table.waiting() for slot in slots]:
             if table.used_s[slot] + self.config.orphan_s <= now_s and count < count_max:
-                count += sum(self._cut_one(each, 0.0) for each in table.below([slot]))
+                count += sum(self._cut_one(each) for each in table.below([slot]))
         self.counts.expired_pages += count
         return count
 
@@ -183,10 +191,9 @@ class Space:
         cut = [(slot, table.keys[slot]) for slot in table.below(slots)]
         count = 0
         for begin in range(0, len(cut), CUT_PAGES):
-            reachable_until_s = self._leases.latest_end_s()
             for slot, key in cut[begin : begin + CUT_PAGES]:
                 if table.keys[slot] == key:  # Else it went meanwhile.
-                    count += self._cut_one(slot, reachable_until_s)
+                    count += self._cut_one(slot)
             await self._runtime.sleep(0)
         return count
 
@@ -200,7 +207,7 @@ class Space:
                 self.evict([slot])
                 del self._hollow[slot, key]
 
-    def _cut_one(self, slot: int, reachable_until_s: float) -> bool:
+    def _cut_one(self, slot: int) -> bool:
         table = self._index.table
         if not table.held[slot] and not table.children[slot]:
             self.evict([slot])
@@ -208,7 +215,7 @@ class Space:
         for kind in range(len(table.places)):
             place = table.place(slot, kind)
             if place is not None:
-                self._index.segments.by_id[place.segment].gone_after_s = reachable_until_s
+                self._index.segments.by_id[place.segment].gone_after_lease = self._leases.newest
                 self._wal.note(Unplaced(table.tenant[slot], kind, table.keys[slot]))
         self._hollow[slot, table.keys[slot]] = None
         return False
@@ -256,11 +263,38 @@ class Space:
             if (idle := segments.idle()) is not None:
                 self.seal(idle)
                 continue
-            victim = segments.emptiest()
             # What leases still hold comes back by itself: to move more pages would take room, not give it.
-            if victim is None or segments.leaving_bytes >= size_bytes or not await self.compact(victim):
+            if segments.leaving_bytes >= size_bytes or not await self._compact_one():
                 return False
         return True
+
+    async def _compact_one(self) -> bool:
+        """Give back a segment in which little is left that will be asked for again. False: there is none."""
+        table, now_s = self._index.table, self.stamp_s()
+        is_full = table.live_bytes > NEARLY_FULL * self.live_bytes_max(0)
+        table.spread_stamps()
+        cold_s = table.oldest_stamps(self.config.cold_share) if is_full else 0.0
+        warm_bytes = table.bytes_by_segment(cold_s, now_s)
+        page_bytes = table.live_bytes / max(table.count, 1)
+        found = [
+            (warm_bytes.get(each.id, 0) / each.end, each.id)
+            for each in self._index.segments.sealed()
+            # Else its pages would fill as much elsewhere.
+            if warm_bytes.get(each.id, 0) + max(GAIN_MIN * each.end, 2 * page_bytes) <= each.end
+        ]
+        if not found:
+            return False
+        victim = self._index.segments.by_id[min(found)[1]]
+        self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < cold_s])
+        return await self.compact(victim)
+
+    def _evict_cold(self, slots: Sequence[int]) -> None:
+        """They would be among the next to go: to move them first would be in vain. What is below them is as cold."""
+        table, now_s = self._index.table, self.stamp_s()
+        for slot in table.below(slots):
+            if not table.held[slot] and not table.children[slot] and table.pinned_s[slot] <= now_s:
+                self.evict([slot])
+                self.counts.evicted_pages += 1
 
     async def collect(self) -> int:
         """Retire what is dead, and remove the files that no lease can reach any more. How many files went."""
@@ -269,7 +303,8 @@ class Space:
             self.seal(spent)
         if dead := segments.dead():
             self._wal.note(*(SegmentRetired(each.id) for each in dead))
-        gone = [each for each in segments if each.is_retired and each.gone_after_s <= self._runtime.now_s()]
+        self._leases.expire(self._runtime.now_s())
+        gone = [each for each in segments if each.is_retired and not self._leases.are_held_up_to(each.gone_after_lease)]
         if gone:
             # Whoever retired them: only now it is known that it is durable, and that the namespace is still ours.
             await self._wal.flush()
@@ -303,17 +338,24 @@ class Space:
         moved: list[tuple[_Page, Place, bytes]] = []
         try:
             has_room = await self._place_anew(zip(batch, data, strict=True), moved)
+            if (last := segments.of_writer(COMPACTION)) is not None:
+                segments.align(last)
             for segment, run in groupby(moved, key=lambda each: each[1].segment):
                 pieces = list(run)
-                await self._files.write(self.path(segment), pieces[0][1].offset, b"".join(each[2] for each in pieces))
+                written = b"".join(each[2] for each in pieces)
+                written += bytes(-len(written) % SECTOR_BYTES)
+                await self._files.write(self.path(segment), pieces[0][1].offset, written)
         finally:
             for _, place, _ in moved:
                 segments.settle(place)
+        # A lease protects a slot and all above it: of a page that is neither nobody was told where it lies.
+        leased = self._index.table.above(self._leases.slots())
         for page, place, _ in moved:
             if self._is_there(page):
                 self._wal.note(Moved(self._index.table.tenant[page.slot], page.kind, page.key, PLACE.pack(*place)))
                 self.counts.moved_bytes += place.end - place.offset
-        segments.by_id[source].gone_after_s = self._leases.latest_end_s()
+                if page.slot in leased:
+                    segments.by_id[source].gone_after_lease = self._leases.newest
         return has_room
 
     async def _place_anew(

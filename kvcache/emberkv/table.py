@@ -5,8 +5,9 @@ page costs some 300 bytes.
 
 Invariants:
   - Only a leaf that nobody holds is evicted: no prefix is ever cut in its middle to make room.
-  - A slot is as recent as the most recent slot below it. Only the slot that was asked for is stamped; a leaf that goes
-    leaves its stamp to its parent. So a match costs one stamp, and the order is that of LRU over whole prefixes.
+  - A slot is as recent as the most recent slot below it. Only the slot that was asked for is stamped; those above it
+    get the stamp when a leaf goes, or by `spread_stamps`. So a match costs one stamp, and the order is that of LRU over
+    whole prefixes.
   - A slot whose parent is not there yet is an orphan, and nobody finds it. Parents form no rings: a slot that would be
     above itself stays an orphan.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +85,8 @@ class PageTable:
         """(tenant, key that is not there) -> the orphans."""
         self._awaited: dict[int, bytes] = {}
         """Orphan -> the key that it waits for."""
+        self._stamped: set[int] = set()
+        """Those above them may not have the stamp yet."""
 
     # --- finding ---------------------------------------------------------------------------------------------------
 
@@ -184,6 +188,7 @@ class PageTable:
             self.await_parent(slot, parent)
         self._slots[tenant][key] = slot
         orphans = self._waiting.get((tenant, key))
+        self._stamped.add(slot)
         if orphans:
             top = self._top(slot)
             for orphan in list(orphans):
@@ -237,6 +242,16 @@ class PageTable:
         """It was asked for."""
         if now_s > self.used_s[slot]:
             self.used_s[slot] = now_s
+            self._stamped.add(slot)
+
+    def spread_stamps(self) -> None:
+        """Those above what was asked for are as recent."""
+        for slot in sorted(self._stamped, key=self.used_s.__getitem__, reverse=True):
+            stamp_s, above = self.used_s[slot], self.parent[slot]
+            while above >= 0 and self.used_s[above] < stamp_s:
+                self.used_s[above] = stamp_s
+                above = self.parent[above]
+        self._stamped.clear()
 
     def hold(self, slot: int) -> None:
         """Keep it, and with it all above it, until it is let go as often."""
@@ -380,6 +395,32 @@ class PageTable:
                     child = self.next[child]
             found.update(dict.fromkeys(reversed(begin)))
         return list(found)
+
+    def oldest_stamps(self, share: float) -> float:
+        """The stamp that so large a share of the slots have not passed."""
+        used_s = np.asarray(self.used_s)[self.slots()]
+        return float(np.quantile(used_s, share)) if len(used_s) else 0.0
+
+    def bytes_by_segment(self, since_s: float, now_s: float) -> dict[int, int]:
+        """Of each segment the bytes of pages that were used since then, or are held or pinned."""
+        stays = np.asarray(self.used_s) >= since_s
+        stays |= (np.asarray(self.held) > 0) | (np.asarray(self.pinned_s) > now_s)
+        found: Counter[int] = Counter()
+        for places in self.places:
+            there = places[: len(stays)][stays]
+            sizes = np.where(there["segment"] != 0, there["length"].astype(np.float64) + HEADER_BYTES, 0)
+            sums = np.bincount(there["segment"], weights=sizes)
+            found.update({int(segment): int(sums[segment]) for segment in np.flatnonzero(sums)})
+        return found
+
+    def above(self, slots: Iterable[int]) -> set[int]:
+        """`slots`, and all that they hang below."""
+        found: set[int] = set()
+        for slot in slots:
+            while slot >= 0 and slot not in found:
+                found.add(slot)
+                slot = self.parent[slot]
+        return found
 
     def in_segment(self, segment: int) -> list[tuple[int, int]]:
         """(slot, kind) of each page that lies in a segment, in the order in which they lie."""

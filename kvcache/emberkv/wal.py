@@ -26,8 +26,9 @@ from emberfs.runtime import Runtime
 from .errors import StaleOwner
 from .files import Files, Log
 from .index import Index
-from .journal import AnyEntry, batches, encode_batch
+from .journal import AnyEntry, batches, encode_batch, filling
 from .ownership import Ownership
+from .segments import SECTOR_BYTES
 from .snapshot import decode_snapshot, encode_snapshot
 
 FLUSH_S = 0.05
@@ -153,8 +154,10 @@ class Wal:
             assert self._log is not None
             for begin in range(0, len(entries), BATCH_ENTRIES_MAX):
                 data = encode_batch(entries[begin : begin + BATCH_ENTRIES_MAX])
-                await self._log.append(data)
-                self._log_bytes += len(data)
+                filled = data + filling(len(data), SECTOR_BYTES)
+                await self._log.append(filled)
+                # To read filling again takes next to no time.
+                self._log_bytes += len(data) + (len(filled) - len(data)) // 8
 
     async def _snapshot(self) -> None:
         """Write what the index is now, go on in a new log, and remove what was before them."""

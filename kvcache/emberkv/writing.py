@@ -24,6 +24,7 @@ from emberfs.checksum import crc32c
 from emberfs.errors import DeadlineExceeded, EmberError
 
 from .page import HEADER_BYTES, Place, encode_header
+from .segments import SECTOR_BYTES
 
 SLAB_BYTES = 16 << 20
 SLABS_MAX = 4
@@ -67,8 +68,8 @@ class Part:
 
     @property
     def size_bytes(self) -> int:
-        """With headers."""
-        return sum(place.end - place.offset for place in self.places)
+        """With headers, and with what fills up the last sector."""
+        return sum(place.end - place.offset for place in self.places) + SECTOR_BYTES
 
 
 @dataclass(slots=True)
@@ -105,8 +106,17 @@ class _Slab:
             self.memory[begin + HEADER_BYTES : end] = payload
             self._add_run(place, begin, end)
             self.used = end
+        self._fill_up()
         self.parts.append(Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket()))
         return self.parts[-1].ticket
+
+    def _fill_up(self) -> None:
+        """Write the last sector of what was handed out whole. The next part's places begin behind it."""
+        segment, offset, begin, end = self.runs[-1]
+        missing = -(offset + end - begin) % SECTOR_BYTES
+        self.memory[end : end + missing] = bytes(missing)
+        self.used = end + missing
+        self.runs[-1] = (segment, offset, begin, self.used)
 
     def _add_run(self, place: Place, begin: int, end: int) -> None:
         if self.runs:

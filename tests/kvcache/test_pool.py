@@ -439,3 +439,39 @@ def test_crashes_lose_nothing_that_was_acknowledged(seed: int) -> None:
         assert live == pool.table.live_bytes == sum(pool.table.tenant_bytes)
 
     run(work, seed)
+
+
+def test_a_compaction_lets_go_of_what_is_cold_and_moves_what_is_warm() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=8 * MIB)
+        pool = await bench.open()
+        warm = [chain(prompt, 3) for prompt in range(1000, 1020)]
+        for prompt in range(600):
+            if prompt < len(warm):
+                await bench.put(pool, warm[prompt], durable=False)
+            await bench.put(pool, chain(prompt, 3), durable=False)
+            for keys in warm[: prompt + 1]:
+                assert len(pool.match(TENANT, keys, 0)[0]) == 3
+        for keys in warm:
+            assert await bench.readable(pool, keys) == 3
+        assert pool.space.counts.moved_bytes < pool.counts.put_bytes / 10
+
+    run(work)
+
+
+def test_the_stamps_of_a_prefix_are_those_of_its_pages_below() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+        pool = await bench.open()
+        old, new = chain(1, 3), chain(2, 3)
+        await bench.put(pool, old)
+        await runtime.sleep(10)
+        await bench.put(pool, new)
+        await runtime.sleep(10)
+        pool.match(TENANT, old, 0)
+        pool.table.spread_stamps()
+        stamps = {key: pool.table.used_s[pool.table.slot(TENANT, key) or 0] for key in (*old, *new)}
+        assert min(stamps[key] for key in old) > max(stamps[key] for key in new)
+        assert pool.table.bytes_by_segment(stamps[old[0]], 0) == {1: 3 * (PAGE + HEADER_BYTES)}
+
+    run(work)

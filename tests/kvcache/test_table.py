@@ -7,7 +7,18 @@ import random
 
 import pytest
 from emberkv.index import Index
-from emberkv.journal import Evicted, Moved, Put, QuotaSet, SegmentAdded, TenantAdded, Unplaced, batches, encode_batch
+from emberkv.journal import (
+    Evicted,
+    Moved,
+    Put,
+    QuotaSet,
+    SegmentAdded,
+    TenantAdded,
+    Unplaced,
+    batches,
+    encode_batch,
+    filling,
+)
 from emberkv.keys import ROOT
 from emberkv.leases import Leases
 from emberkv.page import HEADER_BYTES, PLACE, Place, decode_header, encode_header
@@ -321,3 +332,11 @@ def index_of(table: PageTable) -> Index:
     index.apply(SegmentAdded(1, 1 << 20, 1))
     index.table = table
     return index
+
+
+@pytest.mark.parametrize("size", [0, 1, 4080, 4087, 4088, 4095, 4096, 5000])
+def test_filling_makes_a_log_end_where_a_sector_does_and_means_nothing(size: int) -> None:
+    batch = encode_batch([TenantAdded("x" * size)])
+    log = b"".join(each + filling(len(each), 4096) for each in (batch, batch))
+    assert len(log) % 4096 == 0
+    assert list(batches(log)) == [[TenantAdded("x" * size)]] * 2
