@@ -50,9 +50,10 @@ def size_bytes_of(text: str) -> int:
 @click.option("--tenants", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE",
               help="Whose tokens the service takes. Without it whoever reaches the port may do all.")  # fmt: skip
 @_tls_option
+@click.option("--metrics", default="", metavar="HOST:PORT", help="Serve a page for Prometheus there.")
 def serve(
     store: str, root: str, listen: str, capacity: str, ttl_hours: float, namespaces: int, tenants: Path | None,
-    tls: Path | None,
+    tls: Path | None, metrics: str,
 ) -> None:  # fmt: skip
     """Serve KV pages that lie in a store, until SIGTERM or Ctrl-C.
 
@@ -65,7 +66,7 @@ def serve(
 
     \b
     Examples:
-      emberline kv serve --store ember:///srv/store --capacity 2TiB
+      emberline kv serve --store ember:///srv/store --capacity 2TiB --metrics 127.0.0.1:9400
       emberline kv serve --store ember://10.0.0.1:7300 --listen 0.0.0.0:7400 --tls /etc/kv --tenants tenants.json
     """
     from emberkv.server import ServerConfig, run_server
@@ -74,7 +75,14 @@ def serve(
     space = SpaceConfig(capacity_bytes=size_bytes_of(capacity), ttl_s=3600 * ttl_hours)
     run_server(
         ServerConfig(
-            store=store, root=root, listen=listen, space=space, namespaces_max=namespaces, tenants=tenants, tls=tls
+            store=store,
+            root=root,
+            listen=listen,
+            space=space,
+            namespaces_max=namespaces,
+            tenants=tenants,
+            tls=tls,
+            metrics=metrics,
         )
     )
 

@@ -18,7 +18,9 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     """How many of the keys, from the first on."""
     tokens: int
     reason: str
-    """Why it is no longer: "whole", "miss", "damaged", "no state", "kind N missing"."""
+    """Why it is no longer. "whole": it is all. Of the next page: "absent" (never put, or long gone), "pending" (being
+    written), "parent missing" (put, but what it hangs on is not there), "evicted" (for room), "expired", "removed",
+    "damaged", "kind N missing"; "no state": of a kind that is needed at the end only."""
     lease: int
     """0: there is none."""
     chain: bytes

@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from emberfs.errors import EmberError, LimitExceeded, NotFound, ProtocolError
 from emberfs.runtime import Runtime
 
+from .counts import PoolCounts
 from .errors import StaleOwner
 from .files import Files
 from .index import Index
@@ -63,31 +63,16 @@ class Reservation:
     places: list[Place]
 
 
-@dataclass(slots=True)
-class PoolCounts:
-    """Since the start."""
-
-    matches: int = 0
-    matched_pages: int = 0
-    asked_pages: int = 0
-    stops: Counter[str] = field(default_factory=Counter)
-    """Why a match was no longer, by reason."""
-    puts: Counter[str] = field(default_factory=Counter)
-    """Pages by what became of them."""
-    put_bytes: int = 0
-    damaged_pages: int = 0
-
-
 class Pool:
     """See the module. Only made by `open`."""
 
     def __init__(
         self, files: Files, runtime: Runtime, directory: str, namespace: Namespace, ownership: Ownership, wal: Wal,
-        config: SpaceConfig, strangers: Sequence[str],
+        config: SpaceConfig, strangers: Sequence[str], counts: PoolCounts,
     ) -> None:  # fmt: skip
         self.namespace = namespace
         self.directory = directory
-        self.counts = PoolCounts()
+        self.counts = counts
         self.index = wal.index
         self.table = self.index.table
         self.leases = Leases(self.table.hold, self.table.let_go)
@@ -108,13 +93,15 @@ class Pool:
     @classmethod
     async def open(
         cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, *, config: SpaceConfig, address: str,
+        counts: PoolCounts | None = None,
     ) -> Pool:  # fmt: skip
         """Take the namespace over, read its index, and serve it."""
         ownership = await Ownership.take(files, runtime, f"{directory}/owner", address=address)
         # From now on: who waits for silence would take over while we read.
         owning = runtime.spawn(ownership.keep(), "kv-owner")
         try:
-            return await cls._opened(files, runtime, directory, namespace, config, ownership, owning)
+            held = ownership, owning
+            return await cls._opened(files, runtime, directory, namespace, config, held, counts or PoolCounts())
         except BaseException:
             owning.cancel()
             raise
@@ -122,8 +109,9 @@ class Pool:
     @classmethod
     async def _opened(
         cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, config: SpaceConfig,
-        ownership: Ownership, owning: asyncio.Task[None],
+        held: tuple[Ownership, asyncio.Task[None]], counts: PoolCounts,
     ) -> Pool:  # fmt: skip
+        ownership, owning = held
         segment_bytes = min(SEGMENT_BYTES_DEFAULT, config.capacity_bytes // SEGMENTS_PER_CAPACITY_MIN)
         trailing = [kind.trailing for kind in namespace.kinds]
 
@@ -135,7 +123,7 @@ class Pool:
         # Had somebody taken over before we looked, files of theirs would be among the strangers.
         await ownership.check()
         wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, index)
-        pool = cls(files, runtime, directory, namespace, ownership, wal, config, strangers)
+        pool = cls(files, runtime, directory, namespace, ownership, wal, config, strangers, counts)
         owning.add_done_callback(pool._lose)
         pool._tasks = [owning, runtime.spawn(pool._keep_up(), "kv-upkeep")]
         return pool
@@ -149,6 +137,11 @@ class Pool:
     def is_lost(self) -> bool:
         """Somebody else serves it by now."""
         return self._wal.is_lost or self.ownership.is_over
+
+    @property
+    def reservations(self) -> int:
+        """Puts that have not ended."""
+        return len(self._reservations)
 
     async def close(self) -> None:
         """Write what is left, and let the next owner in."""
@@ -187,6 +180,8 @@ class Pool:
     def match(self, tenant: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[int], str, int]:
         """(slots of the longest usable prefix, why it is no longer, a lease; 0 if there is nothing to lease)."""
         slots, ends, reason = self.table.match(tenant, keys)
+        if reason in ("miss", "damaged"):
+            reason = self._why(tenant, keys[len(slots)], reason)
         counts = self.counts
         counts.matches += 1
         counts.asked_pages += len(keys)
@@ -202,9 +197,18 @@ class Pool:
             lease = self.leases.take(ends, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
         return slots, reason, lease
 
+    def _why(self, tenant: int, key: bytes, reason: str) -> str:
+        """Why a page cannot be had, of which the table knows no more than `reason`."""
+        slot = self.table.any_slot(tenant, key)
+        if any((tenant, kind, key) in self._pending for kind in range(len(self.table.places))):
+            return "pending"
+        if slot is not None and self.table.slot(tenant, key) is None:
+            return "parent missing"
+        return self.space.departed.cause(key) or ("absent" if reason == "miss" else reason)
+
     def lookup(self, tenant: int, kind: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[bytes], int]:
         """(of each key its place, zeros if it is not there; one lease on all that are)."""
-        places, held = [], []
+        counts, places, held = self.counts, [], []
         now_s = self.space.stamp_s()
         for key in keys:
             slot = self.table.slot(tenant, key)
@@ -213,6 +217,10 @@ class Pool:
             if slot is not None and place is not None:
                 held.append(slot)
                 self.table.touch(slot, now_s)
+            else:
+                counts.misses[self._why(tenant, key, "miss" if slot is None else "damaged")] += 1
+        counts.looked_up_pages += len(keys)
+        counts.found_pages += len(held)
         lease = 0
         if held and lease_s > 0:
             lease = self.leases.take(held, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
@@ -245,6 +253,7 @@ class Pool:
         is_same = self.table.slot(tenant, key) == slot and self.table.place(slot, kind) == place
         if is_same and (page is None or page_header(page, place, key) is None):
             self._wal.note(Unplaced(tenant, kind, key))
+            self.space.departed.note(key, "damaged")
             return True
         if len(self._checked_s) >= CHECKED_MAX:
             self._checked_s.clear()

@@ -13,7 +13,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ import emberfs
 from emberfs.cluster.store import tls_files
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
+from emberfs.server.metrics import serve_page
 from emberfs.transport import TcpConfig, TcpNetwork
 from emberfs.transport.address import named
 
+from .figures import Figures
 from .files import StoreFiles
+from .metrics import KvCollector
 from .service import NAMESPACES_MAX, KvService
 from .space import SpaceConfig
 from .tenants import EVERYBODY, read_tenants
@@ -50,6 +53,8 @@ class ServerConfig:
     """A file of tokens; None: whoever reaches the port may do everything."""
     tls: Path | None = None
     """Directory with ca.pem, cert.pem and key.pem."""
+    metrics: str = ""
+    """host:port of a page for Prometheus; "": there is none."""
 
 
 def run_server(config: ServerConfig) -> None:
@@ -70,15 +75,21 @@ def run_server(config: ServerConfig) -> None:
         namespaces_max=config.namespaces_max,
         tenants=EVERYBODY if config.tenants is None else read_tenants(config.tenants),
     )
+    end_metrics: Callable[[], None] | None = None
     try:
         with named(config.listen):
             listener = portal.run(network.serve(config.listen, service))
         service.address = listener.address
+        if config.metrics:
+            with named(config.metrics):
+                end_metrics = serve_page([KvCollector(lambda: portal.run(_figures(service)))], config.metrics)
         opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         # A standby is there until the owner ends, and may be told to stop before that.
         portal.begin(_in_loop(runtime, _opened(service)), lambda _, error: opened.put(error))
         _wait_for_end(stop, opened, listener.address)
     finally:
+        if end_metrics is not None:
+            end_metrics()
         portal.run(_in_loop(runtime, service.close()))
         portal.run(network.close())
         portal.run(_in_loop(runtime, client.close()))
@@ -106,3 +117,8 @@ async def _in_loop(runtime: AsyncioRuntime, work: Coroutine[Any, Any, None]) -> 
 async def _opened(service: KvService) -> None:
     service.start()
     await service.open_all()
+
+
+async def _figures(service: KvService) -> Figures:
+    """In the service's own turn: nothing changes while they are taken."""
+    return service.figures()

@@ -19,12 +19,14 @@ from typing import Any
 
 import msgspec
 from emberfs import Corruption, NotFound
-from emberfs.errors import LimitExceeded, ProtocolError, Unavailable
+from emberfs.errors import EmberError, LimitExceeded, ProtocolError, Unavailable
 from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
 
 from . import messages
+from .counts import ServiceCounts
 from .errors import KvError, NamespaceMismatch, SeatGone, StaleOwner
+from .figures import Figures, requests_of, stat_of
 from .files import Files
 from .journal import split
 from .keys import KEY_BYTES
@@ -63,10 +65,11 @@ class KvService:
 
     def __init__(
         self, files: Files, runtime: Runtime, *, root: str, store: str, config: SpaceConfig, address: str = "",
-        tenants: Tenants = EVERYBODY, namespaces_max: int = NAMESPACES_MAX,
+        tenants: Tenants = EVERYBODY, namespaces_max: int = NAMESPACES_MAX, counts: ServiceCounts | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.pools: dict[str, Pool] = {}
+        self.counts = counts or ServiceCounts()
         self._files, self._runtime = files, runtime
         self._root, self._store, self._config, self._tenants = root.rstrip("/"), store, config, tenants
         self._namespaces_max = namespaces_max
@@ -100,14 +103,20 @@ class KvService:
         """Serve one request."""
         if not isinstance(request, Foreign):
             raise ProtocolError("this is a KV-cache service; a store is at another address")
+        ask = messages.decode_ask(request)
+        began_s, failed = self._runtime.now_s(), ""
         try:
-            ask = messages.decode_ask(request)
             work = _HANDLERS[type(ask)](self, ask)
             return messages.encode_answer(work if isinstance(work, messages.Answer) else await work)
-        except StaleOwner as error:
-            return messages.encode_error(SeatGone(str(error)))  # Whoever serves it now gives a new one.
-        except KvError as error:
-            return messages.encode_error(error)
+        except EmberError as error:
+            failed = type(error).__name__
+            if isinstance(error, StaleOwner):
+                return messages.encode_error(SeatGone(str(error)))  # Whoever serves it now gives a new one.
+            if isinstance(error, KvError):
+                return messages.encode_error(error)
+            raise
+        finally:
+            self.counts.served(type(ask).__name__, self._runtime.now_s() - began_s, failed)
 
     # --- seats -----------------------------------------------------------------------------------------------------
 
@@ -156,8 +165,9 @@ class KvService:
                 await lost.close()
             await self._describe(directory, namespace)
             self.pools[name] = pool = await Pool.open(
-                self._files, self._runtime, directory, namespace, config=self._config, address=self.address
-            )
+                self._files, self._runtime, directory, namespace, config=self._config, address=self.address,
+                counts=self.counts.namespace(name),
+            )  # fmt: skip
             self._failed.pop(name, None)
             return pool
         except Exception as error:
@@ -299,12 +309,18 @@ class KvService:
 
     # --- operating -------------------------------------------------------------------------------------------------
 
+    def figures(self, only: str | None = None) -> Figures:
+        """What there is and what was done; `only`: as far as it is one tenant's."""
+        seen = {n: p for n, p in self.pools.items() if only is None or p.index.tenant(only) is not None}
+        found: Figures = {"address": self.address, "namespaces": {n: stat_of(p, only) for n, p in seen.items()}}
+        if only is None:
+            found |= {"seats": len(self._seats), "opening": list(self._opening), "requests": requests_of(self.counts)}
+        return found
+
     def _stat(self, ask: messages.Stat) -> messages.Answer:
         if not self._tenants.is_operator(ask.token):
             self._tenants.check(ask.tenant, ask.token)
-        only = None if self._tenants.is_operator(ask.token) else ask.tenant
-        seen = {n: p for n, p in self.pools.items() if only is None or p.index.tenant(only) is not None}
-        return _numbers({"address": self.address, "namespaces": {n: stat_of(p, only) for n, p in seen.items()}})
+        return _numbers(self.figures(None if self._tenants.is_operator(ask.token) else ask.tenant))
 
     async def _erase(self, ask: messages.Erase) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
@@ -384,28 +400,3 @@ def _kind(seat: _Seat, kind: int) -> int:
 
 def _numbers(report: dict[str, Any]) -> messages.Numbers:
     return messages.Numbers(json.dumps(report))
-
-
-def stat_of(pool: Pool, only: str | None = None) -> dict[str, Any]:
-    """The numbers of a namespace; `only`: as far as they are of one tenant."""
-    index, space = pool.index, pool.space
-    tenants = {
-        name: {"bytes": index.table.tenant_bytes[number], "quota_bytes": index.quotas[number]}
-        for number, name in enumerate(index.tenants)
-        if only in (None, name)
-    }
-    if only is not None:
-        return {"tenants": tenants}
-    return {
-        "namespace": msgspec.to_builtins(pool.namespace),
-        "epoch": pool.ownership.epoch,
-        "pages": index.table.count,
-        "live_bytes": index.table.live_bytes,
-        "disk_bytes": index.segments.disk_bytes,
-        "capacity_bytes": space.config.capacity_bytes,
-        "segments": len(index.segments.by_id),
-        "leases": len(pool.leases),
-        "pending_bytes": space.pending_bytes.total(),
-        "tenants": tenants,
-        "counts": {**msgspec.to_builtins(pool.counts), **asdict(space.counts)},
-    }

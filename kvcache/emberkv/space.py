@@ -27,6 +27,7 @@ from emberfs.checksum import crc32c
 from emberfs.errors import LimitExceeded
 from emberfs.runtime import Runtime
 
+from .counts import Departed
 from .files import Files
 from .index import Index
 from .journal import Evicted, Moved, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
@@ -84,6 +85,9 @@ class SpaceCounts:
 
     evicted_pages: int = 0
     expired_pages: int = 0
+    """By age, and those whose parent never came."""
+    removed_pages: int = 0
+    """Because somebody said so."""
     moved_bytes: int = 0
     """By compaction: what write amplification is made of."""
     freed_bytes: int = 0
@@ -100,6 +104,7 @@ class Space:
         self.config = config
         self._strangers = list(strangers)
         self.counts = SpaceCounts()
+        self.departed = Departed()
         self.pending_bytes: Counter[int] = Counter()
         """Tenant -> what it was promised, and has not committed or given up."""
         self._promised_bytes = 0
@@ -155,14 +160,16 @@ class Space:
         found = [slot for tenant in tenants if (slot := table.coldest(tenant, now_s)) is not None]
         if not found:
             return False
-        self.evict([min(found, key=lambda slot: table.used_s[slot])])
+        self.evict([min(found, key=lambda slot: table.used_s[slot])], "evicted")
         self.counts.evicted_pages += 1
         return True
 
-    def evict(self, slots: Sequence[int]) -> None:
-        """Tombstones for leaves, in this order."""
+    def evict(self, slots: Sequence[int], cause: str) -> None:
+        """Tombstones for leaves, in this order; `cause` is what `Departed` remembers of them."""
         table = self._index.table
         for slot in slots:
+            if cause:
+                self.departed.note(table.keys[slot], cause)
             self._wal.note(Evicted(table.tenant[slot], table.keys[slot]))
 
     def expire(self, count_max: int) -> int:
@@ -176,12 +183,12 @@ class Space:
                 is_over = quota and table.tenant_bytes[tenant] > quota
                 if slot is None or (not is_over and table.used_s[slot] + self.config.ttl_s > now_s):
                     break
-                self.evict([slot])
+                self.evict([slot], "evicted" if is_over else "expired")
                 count += 1
         self._remove_hollow()
         for slot in [slot for _, slots in table.waiting() for slot in slots]:
             if table.used_s[slot] + self.config.orphan_s <= now_s and count < count_max:
-                count += sum(self._cut_one(each) for each in table.below([slot]))
+                count += sum(self._cut_one(each, "expired") for each in table.below([slot]))
         self.counts.expired_pages += count
         return count
 
@@ -193,8 +200,9 @@ class Space:
         for begin in range(0, len(cut), CUT_PAGES):
             for slot, key in cut[begin : begin + CUT_PAGES]:
                 if table.keys[slot] == key:  # Else it went meanwhile.
-                    count += self._cut_one(slot)
+                    count += self._cut_one(slot, "removed")
             await self._runtime.sleep(0)
+        self.counts.removed_pages += count
         return count
 
     def _remove_hollow(self) -> None:
@@ -204,14 +212,15 @@ class Space:
             if table.keys[slot] != key or any(table.place(slot, kind) for kind in range(len(table.places))):
                 del self._hollow[slot, key]  # It went, or was put again.
             elif not table.held[slot] and not table.children[slot]:
-                self.evict([slot])
+                self.evict([slot], "")  # Why its pages went is known already.
                 del self._hollow[slot, key]
 
-    def _cut_one(self, slot: int) -> bool:
+    def _cut_one(self, slot: int, cause: str) -> bool:
         table = self._index.table
         if not table.held[slot] and not table.children[slot]:
-            self.evict([slot])
+            self.evict([slot], cause)
             return True
+        self.departed.note(table.keys[slot], cause)
         for kind in range(len(table.places)):
             place = table.place(slot, kind)
             if place is not None:
@@ -293,7 +302,7 @@ class Space:
         table, now_s = self._index.table, self.stamp_s()
         for slot in table.below(slots):
             if not table.held[slot] and not table.children[slot] and table.pinned_s[slot] <= now_s:
-                self.evict([slot])
+                self.evict([slot], "evicted")
                 self.counts.evicted_pages += 1
 
     async def collect(self) -> int:
@@ -368,6 +377,7 @@ class Space:
                 continue
             header = None if data is None else page_header(data, page.place, page.key)
             if data is None or header is None:
+                self.departed.note(page.key, "damaged")
                 self._wal.note(Unplaced(self._index.table.tenant[page.slot], page.kind, page.key))
                 continue
             segment = segments.open_for(COMPACTION, page.place.length) or await self._new_for_compaction(page.place)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -377,6 +377,10 @@ class PageTable:
     def of_tenant(self, tenant: int) -> list[int]:
         """Its slots."""
         return list(self._slots[tenant].values())
+
+    def slots_of(self, tenant: int) -> Mapping[bytes, int]:
+        """Its keys, orphans too, and their slots, as they are now."""
+        return self._slots[tenant]
 
     def below(self, slots: Iterable[int]) -> list[int]:
         """`slots`, and all that hang below them; each behind all that hang below it."""

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from emberkv.errors import SeatGone
 from emberkv.hit import Hit
 
 from tests.fs.cli_run import emberline
+from tests.kvcache.serving import Server
 
 PAGE = 20_000
 MIB = 1 << 20
@@ -35,49 +36,6 @@ NAMESPACE = emberkv.Namespace(
 PLAIN = emberkv.Namespace(model="plain", dtype="bf16", layout="mla", page_tokens=4, kinds=(emberkv.Kind("kv"),))
 
 Serve = Callable[..., "Server"]
-
-
-class Server:
-    """A server process of this test."""
-
-    def __init__(
-        self, store: str, capacity_bytes: int = 64 * MIB, tenants: str = "", listen: str = "127.0.0.1:0"
-    ) -> None:
-        command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", store, "--listen", listen]
-        self._address: str | None = None
-        command += ["--capacity", str(capacity_bytes), *(["--tenants", tenants] if tenants else [])]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
-
-    @property
-    def address(self) -> str:
-        """Once it serves."""
-        if self._address is None:
-            assert self.process.stdout is not None
-            self._address = json.loads(self.process.stdout.readline())["address"]
-        return self._address
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        self.process.send_signal(number)
-        self.process.communicate(timeout=60)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> str:
-    return f"ember://{tmp_path}/store"
-
-
-@pytest.fixture
-def serve(store: str) -> Iterator[Serve]:
-    servers: list[Server] = []
-
-    def start(capacity_bytes: int = 64 * MIB, tenants: str = "", listen: str = "127.0.0.1:0") -> Server:
-        servers.append(Server(store, capacity_bytes, tenants, listen))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.end()
 
 
 def page(seed: int, size: int = PAGE) -> bytes:
@@ -101,7 +59,7 @@ def test_what_was_put_is_matched_and_read(serve: Serve) -> None:
         assert cache.get(hit) == pages
         assert cache.get(Hit.decode(hit.encode())) == pages
         shorter = cache.match([*keys[:5], *cache.keys(tokens(2, 3))])
-        assert (shorter.pages, shorter.reason) == (5, "miss")
+        assert (shorter.pages, shorter.reason) == (5, "absent")
         buffers = [bytearray(PAGE), bytearray(100)]
         assert cache.get_into(hit, buffers, first=7) == [True, True]
         assert bytes(buffers[0]) == pages[7] and bytes(buffers[1]) == pages[8][:100]

@@ -8,7 +8,7 @@ Does not know: what a stage is, or which kinds there are (`meter`).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -65,16 +65,17 @@ class MeterCollector(Collector):
         )
         # A copy: we are in a thread of our own, and kinds come as they are served.
         for kind, stats in list(self._meter.kinds.items()):
-            whole.add_metric([kind], *_buckets(stats.whole))
+            whole.add_metric([kind], *buckets(stats.whole))
             for stage in STAGES:
-                stages.add_metric([kind, stage], *_buckets(stats.stage(stage)))
+                stages.add_metric([kind, stage], *buckets(stats.stage(stage)))
             payload.add_metric([kind], stats.payload_bytes)
             for error, count in list(stats.errors.items()):
                 errors.add_metric([kind, error], count)
         return iter([whole, stages, errors, payload])
 
 
-def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+def buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    """Rows and sum, as a `HistogramMetricFamily` takes them."""
     histogram = histogram.copy()
     rows = [
         (floatToGoString(end_s), float(count))  # type: ignore[no-untyped-call]
@@ -100,10 +101,15 @@ class _GaugeCollector(Collector):
 
 
 def serve_metrics(meter: Meter, gauges: Gauges, address: str) -> Callable[[], None]:
-    """Serve the page at http://`address`/metrics from a thread of its own; returns what ends it."""
+    """Serve the page of a server of the store; see `serve_page`."""
+    return serve_page([MeterCollector(meter), _GaugeCollector(gauges)], address)
+
+
+def serve_page(collectors: Iterable[Collector], address: str) -> Callable[[], None]:
+    """Serve what is collected at http://`address`/metrics from a thread of its own; returns what ends it."""
     registry = CollectorRegistry()
-    registry.register(MeterCollector(meter))
-    registry.register(_GaugeCollector(gauges))
+    for collector in collectors:
+        registry.register(collector)
     host, _, port = address.rpartition(":")
     server, thread = start_http_server(int(port), host or "0.0.0.0", registry=registry)
 
