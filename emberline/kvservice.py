@@ -11,14 +11,14 @@ from emberfs.cli.output import human_bytes, json_option, note, print_columns, pr
 if TYPE_CHECKING:
     from emberkv.operator import Operator
 
-_address_option = click.option(
+address_option = click.option(
     "--address", envvar="EMBERLINE_KV", required=True, metavar="HOST:PORT",
     help="Of the service, or unix:/path. Or set EMBERLINE_KV.",
 )  # fmt: skip
-_token_option = click.option(
+token_option = click.option(
     "--token", envvar="EMBERLINE_KV_TOKEN", default="", help="Of an operator. Or set EMBERLINE_KV_TOKEN."
 )
-_tls_option = click.option("--tls", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+tls_option = click.option("--tls", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
                            help="With ca.pem, cert.pem and key.pem.")  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def size_bytes_of(text: str) -> int:
               help="So many at most, each of that capacity.")  # fmt: skip
 @click.option("--tenants", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE",
               help="Whose tokens the service takes. Without it whoever reaches the port may do all.")  # fmt: skip
-@_tls_option
+@tls_option
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Serve a page for Prometheus there.")
 def serve(
     store: str, root: str, listen: str, capacity: str, ttl_hours: float, namespaces: int, tenants: Path | None,
@@ -87,7 +87,7 @@ def serve(
     )
 
 
-def _operator(address: str, token: str, tls: Path | None) -> Operator:
+def operator_of(address: str, token: str, tls: Path | None) -> Operator:
     from emberfs.cluster.store import tls_files
     from emberfs.transport import TcpConfig
     from emberkv.operator import Operator
@@ -96,9 +96,9 @@ def _operator(address: str, token: str, tls: Path | None) -> Operator:
 
 
 @click.command()
-@_address_option
-@_token_option
-@_tls_option
+@address_option
+@token_option
+@tls_option
 @json_option
 def stat(address: str, token: str, tls: Path | None, as_json: bool) -> None:
     """Tell what a service holds and what it did: hits, reasons of misses, evictions, by namespace.
@@ -108,7 +108,7 @@ def stat(address: str, token: str, tls: Path | None, as_json: bool) -> None:
       emberline kv stat --address 127.0.0.1:7400
       EMBERLINE_KV=127.0.0.1:7400 emberline kv stat --json
     """
-    with _operator(address, token, tls) as operator:
+    with operator_of(address, token, tls) as operator:
         numbers = operator.stat()
     if as_json:
         print_json(numbers)
@@ -128,9 +128,9 @@ def stat(address: str, token: str, tls: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("namespace")
-@_address_option
-@_token_option
-@_tls_option
+@address_option
+@token_option
+@tls_option
 @json_option
 def gc(namespace: str, address: str, token: str, tls: Path | None, as_json: bool) -> None:
     """Let NAMESPACE give back now what is dead, and tell what was done for room since the service started.
@@ -139,7 +139,7 @@ def gc(namespace: str, address: str, token: str, tls: Path | None, as_json: bool
     Example:
       emberline kv gc deepseek-v3-0123456789abcdef --address 127.0.0.1:7400
     """
-    with _operator(address, token, tls) as operator:
+    with operator_of(address, token, tls) as operator:
         counts = operator.collect(namespace)
     _told(counts, as_json)
 
@@ -148,9 +148,9 @@ def gc(namespace: str, address: str, token: str, tls: Path | None, as_json: bool
 @click.argument("namespace")
 @click.argument("tenant")
 @click.argument("limit")
-@_address_option
-@_token_option
-@_tls_option
+@address_option
+@token_option
+@tls_option
 def quota(namespace: str, tenant: str, limit: str, address: str, token: str, tls: Path | None) -> None:
     """Let TENANT hold at most LIMIT in NAMESPACE; 0: as much as there is room for. What is over it is evicted.
 
@@ -158,7 +158,7 @@ def quota(namespace: str, tenant: str, limit: str, address: str, token: str, tls
     Example:
       emberline kv quota deepseek-v3-0123456789abcdef acme 500GiB --address 127.0.0.1:7400
     """
-    with _operator(address, token, tls) as operator:
+    with operator_of(address, token, tls) as operator:
         operator.set_quota(namespace, tenant, size_bytes_of(limit))
     note(f"{tenant} may hold {limit} in {namespace}")
 
@@ -166,9 +166,9 @@ def quota(namespace: str, tenant: str, limit: str, address: str, token: str, tls
 @click.command()
 @click.argument("tenant")
 @click.option("--namespace", default="", metavar="NAME", help="Only in this one.")
-@_address_option
-@_token_option
-@_tls_option
+@address_option
+@token_option
+@tls_option
 @json_option
 def erase(tenant: str, namespace: str, address: str, token: str, tls: Path | None, as_json: bool) -> None:
     """Take out every page of TENANT, and report what it had. The tombstones are durable when this ends.
@@ -177,16 +177,16 @@ def erase(tenant: str, namespace: str, address: str, token: str, tls: Path | Non
     Example:
       emberline kv erase acme --address 127.0.0.1:7400 --json
     """
-    with _operator(address, token, tls) as operator:
+    with operator_of(address, token, tls) as operator:
         report = operator.erase(tenant, namespace=namespace)
     _told(report, as_json)
 
 
 @click.command()
 @click.argument("namespace")
-@_address_option
-@_token_option
-@_tls_option
+@address_option
+@token_option
+@tls_option
 @json_option
 def drop(namespace: str, address: str, token: str, tls: Path | None, as_json: bool) -> None:
     """Take out every page of NAMESPACE: a model or a revision that nobody serves any more.
@@ -195,7 +195,7 @@ def drop(namespace: str, address: str, token: str, tls: Path | None, as_json: bo
     Example:
       emberline kv drop deepseek-v3-0123456789abcdef --address 127.0.0.1:7400
     """
-    with _operator(address, token, tls) as operator:
+    with operator_of(address, token, tls) as operator:
         report = operator.drop(namespace)
     _told(report, as_json)
 

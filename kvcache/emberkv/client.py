@@ -25,9 +25,9 @@ from emberfs.transport import TcpConfig, TcpNetwork
 
 from . import messages
 from .errors import SeatGone
-from .hit import Hit
+from .hit import Browsed, Hit
 from .journal import split
-from .keys import ROOT, opaque_keys, page_keys
+from .keys import KEY_BYTES, ROOT, opaque_keys, page_keys
 from .messages import A
 from .namespace import Namespace
 from .page import HEADER_BYTES, NO_PLACE, PLACE, places_of
@@ -132,17 +132,31 @@ class KVCache:
         answer = self._ask(lambda seat: messages.Lookup(seat, number, blob, 0.0), messages.LookedUp)
         return [place != NO_PLACE for place in split(answer.places, PLACE.size)]
 
+    def browse(self, after: int = 0, *, count: int = 1024, lease_s: float = 0.0) -> Browsed:
+        """Some of this tenant's pages, which are no chain. Go on from `next` of what this returns, until that is 0.
+
+        A page that is put or goes meanwhile may be told or not; others are told once.
+        """
+        tenant = self._seated().number
+        answer = self._ask(lambda seat: messages.Browse(seat, after, count, lease_s), messages.Browsed)
+        pages, places = len(answer.keys) // KEY_BYTES, tuple(answer.places)
+        tokens = pages * self.namespace.page_tokens
+        hit = Hit(pages, tokens, "whole", answer.lease, answer.keys, places, tenant)
+        return Browsed(hit, split(answer.parents, KEY_BYTES), answer.next)
+
     def buffer(self, size: int) -> memoryview:
         """Memory that storage servers of this host fill in place: the quickest to read into."""
         return self._files().buffer(size)
 
     def get_into(
-        self, hit: Hit, buffers: Sequence[Any], *, kind: str | None = None, first: int = 0, begin: int = 0
-    ) -> list[bool]:
+        self, hit: Hit, buffers: Sequence[Any], *, kind: str | None = None, first: int = 0, begin: int = 0,
+        reports: bool = True,
+    ) -> list[bool]:  # fmt: skip
         """Read the pages of a hit, from page `first` on, one into each buffer; which of them are there and right.
 
         A buffer of the payload's size gets all of it. A shorter one gets the bytes from `begin` on: a layer, or some
-        heads. Never raises for a page that was evicted or damaged: that is False, and a damaged one is reported.
+        heads. Never raises for a page that was evicted or damaged: that is False, and a damaged one is reported, if
+        `reports`, behind the caller's back.
         Raises LimitExceeded for pages that the hit has not, and for more bytes than a page has.
         """
         number = self._kind(kind)
@@ -158,7 +172,7 @@ class KVCache:
                 raise LimitExceeded(f"the page has {length} bytes: not {len(view)} from {begin} on")
         with self._reader() as reader:
             done = reader.read(keys, places, views, kind=number, tenant=hit.tenant, begin=begin)
-        if not all(done):
+        if reports and not all(done):
             self._report(number, [key for key, good in zip(keys, done, strict=True) if not good])
         return done
 
@@ -168,6 +182,14 @@ class KVCache:
         buffers = [bytearray(length) for length in lengths]
         done = self.get_into(hit, buffers, kind=kind) if buffers else []
         return [bytes(buffer) if good else None for buffer, good in zip(buffers, done, strict=True)]
+
+    def report(self, keys: Sequence[bytes], *, kind: str | None = None) -> int:
+        """Have the service look at pages that could not be read; those that are damaged go. How many went."""
+        number, gone = self._kind(kind), 0
+        for begin in range(0, len(keys), REPORTED_MAX):
+            blob = b"".join(keys[begin : begin + REPORTED_MAX])
+            gone += self._ask(lambda seat, blob=blob: messages.Report(seat, number, blob), messages.Okay).count
+        return gone
 
     def release(self, *hits: Hit) -> None:
         """End the leases. Not needed: they end by themselves."""

@@ -45,8 +45,8 @@ def stat_of(pool: Pool, only: str | None = None) -> Figures:
         for number, name in enumerate(index.tenants)
         if only in (None, name)
     }
-    if only is not None:
-        return {"tenants": tenants}
+    if only is not None:  # Whose pages are not in it need not know what it is.
+        return {"tenants": tenants, **({"namespace": msgspec.to_builtins(pool.namespace)} if tenants else {})}
     segments = {state.name.lower(): 0 for state in State}
     for segment in index.segments:
         segments[segment.state.name.lower()] += 1

@@ -5,6 +5,8 @@ It may be sent to another process, which reads under it: see `Hit.encode`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from .journal import split
@@ -50,3 +52,14 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
             return msgspec.msgpack.decode(data, type=cls)
         except msgspec.MsgspecError as error:
             raise ValueError(f"not a hit: {error}") from error
+
+
+class Browsed(NamedTuple):
+    """Some pages of a tenant."""
+
+    hit: Hit
+    """To read them by. They are no chain."""
+    parents: list[bytes]
+    """Of each the key of the page before it."""
+    next: int
+    """Where to go on; 0: these were the last ones."""

@@ -126,6 +126,16 @@ class Flush(Ask, frozen=True):
     seat: int
 
 
+class Browse(Ask, frozen=True):
+    """Some of the tenant's pages, in no order that means anything. -> Browsed"""
+
+    seat: int
+    after: int
+    """What the answer before said; 0: from the start."""
+    count: int
+    lease_s: float
+
+
 class Stat(Ask, frozen=True):
     """Numbers of everything that the token may see. -> Numbers"""
 
@@ -166,7 +176,7 @@ class Collect(Ask, frozen=True):
 
 AnyAsk = (
     Open | Match | Lookup | Reserve | Commit | GiveUp | Release | Extend | Report | Remove | Pin | Close | Flush | Stat
-    | Erase | Drop | Quota | Collect
+    | Erase | Drop | Quota | Collect | Browse
 )  # fmt: skip
 
 
@@ -198,6 +208,16 @@ class LookedUp(Answer, frozen=True):
     lease: int
 
 
+class Browsed(Answer, frozen=True):
+    next: int
+    """Go on from here; 0: that was all."""
+    keys: bytes
+    parents: bytes
+    places: list[bytes]
+    """Of each kind."""
+    lease: int
+
+
 class Reserved(Answer, frozen=True):
     reservation: int
     states: bytes
@@ -225,7 +245,7 @@ class Failed(Answer, frozen=True):
     text: str
 
 
-AnyAnswer = Opened | Matched | LookedUp | Reserved | Committed | Okay | Numbers | Failed
+AnyAnswer = Opened | Matched | LookedUp | Reserved | Committed | Okay | Numbers | Failed | Browsed
 
 _encoder = msgspec.msgpack.Encoder()
 _asks = msgspec.msgpack.Decoder(AnyAsk)

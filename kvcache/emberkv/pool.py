@@ -192,10 +192,7 @@ class Pool:
         stamp_s = self.space.stamp_s()
         for slot in ends:
             self.table.touch(slot, stamp_s)
-        lease = 0
-        if lease_s > 0:
-            lease = self.leases.take(ends, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
-        return slots, reason, lease
+        return slots, reason, self.lease(ends, tenant, lease_s)
 
     def _why(self, tenant: int, key: bytes, reason: str) -> str:
         """Why a page cannot be had, of which the table knows no more than `reason`."""
@@ -221,10 +218,13 @@ class Pool:
                 counts.misses[self._why(tenant, key, "miss" if slot is None else "damaged")] += 1
         counts.looked_up_pages += len(keys)
         counts.found_pages += len(held)
-        lease = 0
-        if held and lease_s > 0:
-            lease = self.leases.take(held, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
-        return places, lease
+        return places, self.lease(held, tenant, lease_s)
+
+    def lease(self, slots: Sequence[int], tenant: int, lease_s: float) -> int:
+        """A lease on slots; 0: there is nothing to lease, or no time."""
+        if not slots or lease_s <= 0:
+            return 0
+        return self.leases.take(slots, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
 
     async def report(self, tenant: int, kind: int, keys: Sequence[bytes]) -> int:
         """A reader found these damaged. They are read again, and those that are go. How many went.

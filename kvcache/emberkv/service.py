@@ -250,6 +250,16 @@ class KvService:
         keys = _keys(ask.keys)[:REPORTED_MAX]
         return messages.Okay(await seat.pool.report(seat.tenant, _kind(seat, ask.kind), keys))
 
+    def _browse(self, ask: messages.Browse) -> messages.Answer:
+        seat, lease_s = self._seat(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)
+        if not (0 < ask.count <= KEYS_MAX and ask.after >= 0):
+            raise ProtocolError(f"a request tells of 1 to {KEYS_MAX} pages, from 0 on")
+        table = seat.pool.table
+        slots, following = table.some_of(seat.tenant, ask.after, ask.count)
+        lease = seat.pool.lease(slots, seat.tenant, lease_s)
+        keys, parents = b"".join(table.keys[slot] for slot in slots), b"".join(map(table.parent_key, slots))
+        return messages.Browsed(following, keys, parents, [column[slots].tobytes() for column in table.places], lease)
+
     # --- writing ---------------------------------------------------------------------------------------------------
 
     async def _reserve(self, ask: messages.Reserve) -> messages.Answer:
@@ -313,6 +323,7 @@ class KvService:
         """What there is and what was done; `only`: as far as it is one tenant's."""
         seen = {n: p for n, p in self.pools.items() if only is None or p.index.tenant(only) is not None}
         found: Figures = {"address": self.address, "namespaces": {n: stat_of(p, only) for n, p in seen.items()}}
+        found |= {"store": self._store, "wall_s": self._runtime.wall_ns() / 1e9}
         if only is None:
             found |= {"seats": len(self._seats), "opening": list(self._opening), "requests": requests_of(self.counts)}
         return found
@@ -377,6 +388,7 @@ _HANDLERS: dict[type, Callable[[KvService, Any], messages.Answer | Awaitable[mes
     messages.Drop: KvService._drop,
     messages.Quota: KvService._quota,
     messages.Collect: KvService._collect,
+    messages.Browse: KvService._browse,
 }
 
 

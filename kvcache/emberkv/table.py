@@ -35,6 +35,8 @@ FREE = -3
 PLACES = np.dtype([("segment", "<u4"), ("offset", "<u4"), ("length", "<u4"), ("crc", "<u4")])
 """Segment 0: the page is not there."""
 _SLOTS_MIN = 1024
+BROWSE_SLOTS = 65_536
+"""So many are looked at in one go."""
 
 
 class Found(NamedTuple):
@@ -377,6 +379,21 @@ class PageTable:
     def of_tenant(self, tenant: int) -> list[int]:
         """Its slots."""
         return list(self._slots[tenant].values())
+
+    def some_of(self, tenant: int, after: int, count: int) -> tuple[list[int], int]:
+        """(at most `count` slots of a tenant from slot `after` on, no orphans; where to go on, 0 at the end)."""
+        end = min(after + BROWSE_SLOTS, len(self.keys))
+        tenants = np.asarray(self.tenant[after:end], np.uint16)
+        mine = np.flatnonzero((tenants == tenant) & (np.asarray(self.parent[after:end], np.int32) > ORPHAN))
+        slots: list[int] = (mine[:count] + after).tolist()
+        following = slots[-1] + 1 if len(mine) > count else end
+        return slots, following if following < len(self.keys) else 0
+
+    def parent_key(self, slot: int) -> bytes:
+        """Of the page before it."""
+        above = self.parent[slot]
+        assert above > ORPHAN
+        return ROOT if above == NO_PARENT else self.keys[above]
 
     def slots_of(self, tenant: int) -> Mapping[bytes, int]:
         """Its keys, orphans too, and their slots, as they are now."""
