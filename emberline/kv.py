@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 from emberfs.cli.output import human_bytes, json_option, note, print_columns, print_fields, print_json, print_line
 
-from . import kvcopy, kvpages, kvservice
+from . import kvbench, kvcopy, kvdoctor, kvpages, kvservice
 
 if TYPE_CHECKING:
     from emberkv.models import Model
@@ -48,7 +48,8 @@ def kv() -> None:
 
 for _command in (
     kvservice.serve, kvservice.stat, kvpages.ls, kvpages.match, kvpages.verify, kvpages.pin, kvpages.unpin,
-    kvcopy.export_, kvcopy.import_, kvservice.gc, kvservice.quota, kvservice.erase, kvservice.drop,
+    kvcopy.export_, kvcopy.import_, kvbench.bench, kvdoctor.doctor,
+    kvservice.gc, kvservice.quota, kvservice.erase, kvservice.drop,
 ):  # fmt: skip
     kv.add_command(_command)
 

@@ -66,23 +66,23 @@ def doctor(url: str | None, as_json: bool) -> None:
     checks.append(_no_store if directory is None else lambda: _store(directory))
     failed = False
     for check in checks:
-        for line in _lines(check):
+        for line in lines_of(check, check.__name__.strip("_<>")):
             failed = failed or line.state == "FAIL"
-            _print(line, as_json=as_json)
+            print_finding(line, as_json=as_json)
     if failed:
         sys.exit(1)
 
 
-def _lines(check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
+def lines_of(check: Callable[[], Iterator[Line]], name: str) -> Iterator[Line]:
+    """What a check finds. That it fails itself is a finding called `name`."""
     try:
         yield from check()
     except Exception as error:
-        yield Line(
-            "FAIL", check.__name__.strip("_<>"), f"{error}", "EMBERLINE_LOG=debug with `emberline fs info` tells more"
-        )
+        yield Line("FAIL", name, f"{error}", "EMBERLINE_LOG=debug with `emberline fs info` tells more")
 
 
-def _print(line: Line, *, as_json: bool) -> None:
+def print_finding(line: Line, *, as_json: bool) -> None:
+    """As people read it, what to do on a line below; or as JSON."""
     if as_json:
         print_json(line)
         return
