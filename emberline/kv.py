@@ -5,14 +5,23 @@ Invariant: what is imported here does not load `emberkv`, so that `--help` does 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import click
 from emberfs.cli.output import human_bytes, json_option, note, print_columns, print_fields, print_json, print_line
 
-from . import kvbench, kvcopy, kvdoctor, kvpages, kvservice
+from . import kvbench, kvcopy, kvdoctor, kvpages, kvreplay, kvservice
+from .kvworth import (
+    Worth,
+    active_option,
+    dtype_option,
+    model_of,
+    model_option,
+    price_hit_option,
+    price_miss_option,
+    saved_texts,
+)
 
 if TYPE_CHECKING:
     from emberkv.models import Model
@@ -30,14 +39,6 @@ Examples:
   emberline kv simulate conversation_trace.jsonl --policy lru --policy s3fifo --plot curve.svg
 """
 
-_dtype_option = click.option("--dtype", type=click.Choice(["bf16", "fp8"]), help="Of the KV; else what is usual.")
-_active_option = click.option(
-    "--active-params",
-    type=float,
-    metavar="N",
-    help="Parameters that compute each token, as in 37e9, for a config.json.",
-)
-
 
 @click.group(
     help=HELP, short_help="KV cache of inference nodes: serve it, size one, simulate one.", no_args_is_help=True
@@ -49,26 +50,9 @@ def kv() -> None:
 for _command in (
     kvservice.serve, kvservice.stat, kvpages.ls, kvpages.match, kvpages.verify, kvpages.pin, kvpages.unpin,
     kvcopy.export_, kvcopy.import_, kvbench.bench, kvdoctor.doctor,
-    kvservice.gc, kvservice.quota, kvservice.erase, kvservice.drop,
+    kvreplay.replay, kvservice.gc, kvservice.quota, kvservice.erase, kvservice.drop,
 ):  # fmt: skip
     kv.add_command(_command)
-
-
-def _model(name: str, dtype: str | None, active_params: float | None) -> Model:
-    """By its name, or by the path of its config.json or of the directory that holds it."""
-    import msgspec
-    from emberkv.models import known_model, model_from_config
-
-    path = Path(name)
-    if not path.exists():
-        return known_model(name, dtype=dtype)
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = msgspec.json.decode(path.read_bytes(), type=dict)
-    except msgspec.DecodeError as error:
-        raise click.ClickException(f"{path} is no config of a model: {error}") from error
-    label = path.parent.name if path.name == "config.json" else path.stem
-    return model_from_config(config, name=label, dtype=dtype or "bf16", active_params=active_params)
 
 
 # ---- size
@@ -76,7 +60,7 @@ def _model(name: str, dtype: str | None, active_params: float | None) -> Model:
 
 @kv.command()
 @click.argument("model")
-@_dtype_option
+@dtype_option
 @click.option("--page-tokens", type=click.IntRange(1, 65_536), default=64, show_default=True, metavar="N")
 @click.option("--capacity", metavar="SIZE", help='Of the cache, as in "100TiB".')
 @click.option("--tokens-per-s", type=click.FloatRange(min=0, min_open=True), metavar="N",
@@ -100,7 +84,7 @@ def size(
       emberline kv size deepseek-v3 --dtype fp8 --capacity 100TiB --tokens-per-s 1e6
       emberline kv size ./Qwen3-8B/config.json --json
     """
-    known = _model(model, dtype, None)
+    known = model_of(model, dtype, None)
     states = known.state_bytes / interval
     per_token = known.bytes_per_token + states
     fields: dict[str, object] = {
@@ -155,32 +139,6 @@ def _count_text(count: float) -> str:
 # ---- simulate
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Worth:
-    """What a hit is worth."""
-
-    model: Model | None
-    """Of which the FLOPs are known."""
-    price_miss: float | None
-    price_hit: float
-
-    def run(self, trace: Trace, policy: str, capacity: int | None) -> tuple[Outcome, dict[str, float]]:
-        """An outcome, and what it saved."""
-        from emberkv.simulate import simulate as run
-
-        hits: list[int] = []
-        outcome = run(trace, policy, capacity, on_hit=hits.append)
-        saved: dict[str, float] = {}
-        if self.model is not None:
-            saved["saved_flops"] = sum(self.model.prefill_flops(hit) for hit in hits)
-            saved["saved_flops_share"] = saved["saved_flops"] / sum(
-                self.model.prefill_flops(request.input_tokens) for request in trace.requests
-            )
-        if self.price_miss is not None:
-            saved["saved_money"] = outcome.hit_tokens / 1e6 * (self.price_miss - self.price_hit)
-        return outcome, saved
-
-
 @kv.command()
 @click.argument("trace", type=click.File("rb"))
 @click.option("--page-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
@@ -189,16 +147,16 @@ class _Worth:
               show_default=True, help="May be given several times. lru is the service's.")  # fmt: skip
 @click.option("--capacity", "capacities", multiple=True, metavar="N|SIZE",
               help='Pages, or with --model a size as in "10TiB". May be given several times.')  # fmt: skip
-@click.option("--model", metavar="MODEL", help="A name or config.json, as for `kv size`: for bytes and FLOPs.")
-@_dtype_option
-@_active_option
+@model_option
+@dtype_option
+@active_option
 @click.option("--units", is_flag=True, help="Also with window states at ends, intervals and common prefixes only.")
 @click.option("--interval", type=click.IntRange(min=1), default=8192, show_default=True, metavar="TOKENS",
               help="With --units: every so many tokens.")  # fmt: skip
 @click.option("--no-common", is_flag=True, help="With --units: not where requests part.")
 @click.option("--replay", is_flag=True, help="Also with no window states: the last window of a hit is computed again.")
-@click.option("--price-miss", type=click.FloatRange(min=0), metavar="P", help="Of a million tokens that missed.")
-@click.option("--price-hit", type=click.FloatRange(min=0), default=0.0, metavar="P", help="Of a million that hit.")
+@price_miss_option
+@price_hit_option
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Write the curve as FILE.svg, or with its numbers as FILE.html.")  # fmt: skip
 @json_option
@@ -227,14 +185,13 @@ def simulate(
 
     if plot is not None and plot.suffix not in (".svg", ".html"):
         raise click.UsageError(f"--plot writes .svg or .html, not {plot.name}")
-    known = None if model is None else _model(model, dtype, active_params)
+    known = None if model is None else model_of(model, dtype, active_params)
     requests = read_trace(trace, page_tokens=page_tokens)
     page_bytes = known.page_bytes(page_tokens) if known else None
     pages = [_pages(text, page_bytes) for text in capacities] or capacities_for(requests)
-    has_flops = known is not None and known.active_params is not None
-    worth = _Worth(model=known if has_flops else None, price_miss=price_miss, price_hit=price_hit)
-    whole = worth.run(requests, "lru", None)
-    found = [worth.run(requests, policy, count) for policy in dict.fromkeys(policies) for count in sorted(set(pages))]
+    worth = Worth.of(known, price_miss, price_hit)
+    whole = _run(worth, requests, "lru", None)
+    found = [_run(worth, requests, policy, n) for policy in dict.fromkeys(policies) for n in sorted(set(pages))]
     rules = {}
     if units:
         rules["units"] = UnitRule(page_tokens=page_tokens, interval_tokens=interval, sees_common=not no_common)
@@ -258,6 +215,15 @@ def _pages(text: str, page_bytes: int | None) -> int:
 
 
 _Found = tuple["Outcome", dict[str, float]]
+
+
+def _run(worth: Worth, trace: Trace, policy: str, capacity: int | None) -> _Found:
+    """An outcome, and what it saved."""
+    from emberkv.simulate import simulate as run
+
+    hits: list[int] = []
+    outcome = run(trace, policy, capacity, on_hit=hits.append)
+    return outcome, worth.saved(trace, hits)
 
 
 def _simulated_fields(
@@ -288,7 +254,7 @@ def _print_simulated(
                         f"{outcome.hit_requests / outcome.requests:.2%} of requests hit something"),
     ]  # fmt: skip
     if saved:
-        told.append(("it saves", ", ".join(_saved_texts(saved))))
+        told.append(("it saves", ", ".join(saved_texts(saved))))
     if model is not None:
         per_page = model.page_bytes(trace.page_tokens)
         told.append(("it holds", f"{human_bytes(per_page * outcome.stored)}, {human_bytes(per_page)} a page"))
@@ -309,19 +275,9 @@ def _print_simulated(
         assert outcome.capacity is not None
         sizes = (human_bytes(outcome.capacity * model.page_bytes(trace.page_tokens)),) if model else ()
         rates = (f"{outcome.page_rate:.2%}", f"{outcome.token_rate:.2%}", f"{outcome.evicted:,}")
-        rows.append((outcome.policy, f"{outcome.capacity:,}", *sizes, *rates, *_saved_texts(saved, bare=True)))
+        rows.append((outcome.policy, f"{outcome.capacity:,}", *sizes, *rates, *saved_texts(saved, bare=True)))
     heads = [name.replace("_", " ") for name in rows[0]]
     print_columns([heads, *rows[1:]], right=range(1, len(heads)))
-
-
-def _saved_texts(saved: dict[str, float], *, bare: bool = False) -> list[str]:
-    """Each as it is told alone, or `bare` under its name."""
-    forms = {
-        "saved_flops": ("{:.2e}", "{:.2e} prefill FLOPs"),
-        "saved_flops_share": ("{:.2%}", "{:.2%} of all"),
-        "saved_money": ("{:,.2f}", "{:,.2f} in money"),
-    }
-    return [forms[name][0 if bare else 1].format(value) for name, value in saved.items()]
 
 
 def _draw(path: Path, name: str, outcomes: list[Outcome], whole: Outcome) -> None:

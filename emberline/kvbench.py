@@ -77,7 +77,6 @@ def run_load(load: Load, meet: Callable[[], object]) -> dict[str, Phase]:
         try:
             meet()
             found["put"] = _put(cache, chains, load)
-            cache.flush()
             meet()
             found["match"] = _match(cache, chains, load)
             meet()
@@ -98,6 +97,7 @@ def _put(cache: KVCache, chains: Sequence[Sequence[bytes]], load: Load) -> Phase
             parent = chain[begin - 1] if begin else None
             stored += cache.put(chain[begin : begin + BATCH_PAGES], payloads, parent=parent).count("stored")
             latency.record(time.perf_counter() - at_s)
+    cache.flush()
     return Phase(stored, stored * load.page_bytes, time.perf_counter() - began_s, latency)
 
 
@@ -190,7 +190,8 @@ def bench(
 
     The pages are in a namespace of their own, emberline-bench, and are taken out at the end. Each call puts or reads
     16 pages, and each request matches 64 chains of up to 64 pages; every page that is read is compared with its
-    checksum. The service must have room for what all processes put.
+    checksum. Puts return when the pages are copied; their rate is that of pages that are durable. The service must have
+    room for what all processes put.
 
     \b
     Examples:
