@@ -51,9 +51,11 @@ def size_bytes_of(text: str) -> int:
               help="Whose tokens the service takes. Without it whoever reaches the port may do all.")  # fmt: skip
 @tls_option
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Serve a page for Prometheus there.")
+@click.option("--events", default="", metavar="ENDPOINT", help="Publish KV events by ZeroMQ there: tcp://*:5557.")
+@click.option("--events-replay", default="", metavar="ENDPOINT", help="Tell lost ones again there: tcp://*:5558.")
 def serve(
     store: str, root: str, listen: str, capacity: str, ttl_hours: float, namespaces: int, tenants: Path | None,
-    tls: Path | None, metrics: str,
+    tls: Path | None, metrics: str, events: str, events_replay: str,
 ) -> None:  # fmt: skip
     """Serve KV pages that lie in a store, until SIGTERM or Ctrl-C.
 
@@ -83,6 +85,8 @@ def serve(
             tenants=tenants,
             tls=tls,
             metrics=metrics,
+            events=events,
+            events_replay=events_replay,
         )
     )
 

@@ -28,6 +28,8 @@ class Index:
         self.tenants: list[str] = []
         self.quotas: list[int] = []
         """Tenant -> bytes that it may hold; 0: as much as there is."""
+        self.listener: Callable[[AnyEntry], None] | None = None
+        """Is told each entry that was applied."""
 
     def tenant(self, name: str) -> int | None:
         """Its number."""
@@ -36,6 +38,8 @@ class Index:
     def apply(self, entry: AnyEntry) -> None:
         """Change as the entry says."""
         _APPLY[type(entry)](self, entry)
+        if self.listener is not None:
+            self.listener(entry)
 
     def seal_all(self) -> None:
         """Nobody goes on writing to what an earlier process had open. How much of it was handed out it told nobody:

@@ -26,9 +26,11 @@ from emberfs.server.metrics import serve_page
 from emberfs.transport import TcpConfig, TcpNetwork
 from emberfs.transport.address import named
 
+from .events import EventFeed
 from .figures import Figures
 from .files import StoreFiles
 from .metrics import KvCollector
+from .publisher import Publisher
 from .service import NAMESPACES_MAX, KvService
 from .space import SpaceConfig
 from .tenants import EVERYBODY, read_tenants
@@ -53,6 +55,10 @@ class ServerConfig:
     """A file of tokens; None: whoever reaches the port may do everything."""
     tls: Path | None = None
     """Directory with ca.pem, cert.pem and key.pem."""
+    events: str = ""
+    """ZeroMQ endpoint where KV events are published, such as tcp://*:5557; "": nowhere."""
+    events_replay: str = ""
+    """Another one, where subscribers ask for those that they lost."""
     metrics: str = ""
     """host:port of a page for Prometheus; "": there is none."""
 
@@ -66,6 +72,7 @@ def run_server(config: ServerConfig) -> None:
     portal = Portal(runtime)
     network = TcpNetwork(runtime, TcpConfig(tls=tls_files(config.tls)))
     client = emberfs.connect_async(config.store)
+    feed = EventFeed() if config.events else None
     service = KvService(
         StoreFiles(client),
         runtime,
@@ -74,7 +81,9 @@ def run_server(config: ServerConfig) -> None:
         config=config.space,
         namespaces_max=config.namespaces_max,
         tenants=EVERYBODY if config.tenants is None else read_tenants(config.tenants),
+        events=feed,
     )
+    publisher: Publisher | None = None
     end_metrics: Callable[[], None] | None = None
     try:
         with named(config.listen):
@@ -83,13 +92,17 @@ def run_server(config: ServerConfig) -> None:
         if config.metrics:
             with named(config.metrics):
                 end_metrics = serve_page([KvCollector(lambda: portal.run(_figures(service)))], config.metrics)
+        if feed is not None:
+            publisher = Publisher(feed, runtime, endpoint=config.events, replay_endpoint=config.events_replay)
         opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         # A standby is there until the owner ends, and may be told to stop before that.
-        portal.begin(_in_loop(runtime, _opened(service)), lambda _, error: opened.put(error))
+        portal.begin(_in_loop(runtime, _opened(service, publisher)), lambda _, error: opened.put(error))
         _wait_for_end(stop, opened, listener.address)
     finally:
         if end_metrics is not None:
             end_metrics()
+        if publisher is not None:
+            portal.run(_in_loop(runtime, publisher.close()))
         portal.run(_in_loop(runtime, service.close()))
         portal.run(network.close())
         portal.run(_in_loop(runtime, client.close()))
@@ -114,8 +127,10 @@ async def _in_loop(runtime: AsyncioRuntime, work: Coroutine[Any, Any, None]) -> 
     await work
 
 
-async def _opened(service: KvService) -> None:
+async def _opened(service: KvService, publisher: Publisher | None) -> None:
     service.start()
+    if publisher is not None:
+        publisher.start()
     await service.open_all()
 
 

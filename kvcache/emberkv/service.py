@@ -26,6 +26,7 @@ from emberfs.runtime import Runtime
 from . import messages
 from .counts import ServiceCounts
 from .errors import KvError, NamespaceMismatch, SeatGone, StaleOwner
+from .events import EventFeed
 from .figures import Figures, requests_of, stat_of
 from .files import Files
 from .journal import split
@@ -66,10 +67,12 @@ class KvService:
     def __init__(
         self, files: Files, runtime: Runtime, *, root: str, store: str, config: SpaceConfig, address: str = "",
         tenants: Tenants = EVERYBODY, namespaces_max: int = NAMESPACES_MAX, counts: ServiceCounts | None = None,
+        events: EventFeed | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.pools: dict[str, Pool] = {}
         self.counts = counts or ServiceCounts()
+        self._events = events
         self._files, self._runtime = files, runtime
         self._root, self._store, self._config, self._tenants = root.rstrip("/"), store, config, tenants
         self._namespaces_max = namespaces_max
@@ -169,6 +172,8 @@ class KvService:
                 counts=self.counts.namespace(name),
             )  # fmt: skip
             self._failed.pop(name, None)
+            if self._events is not None:
+                self._events.follow(pool)
             return pool
         except Exception as error:
             failure = Corruption(f"the index of {name}: {error}") if isinstance(error, ValueError) else error

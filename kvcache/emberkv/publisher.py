@@ -1,0 +1,96 @@
+"""KV events over ZeroMQ, as vLLM publishes its own: who follows those follows these.
+
+    PUB      [topic, number u64 big-endian, msgpack batch]; the topic is the name of a namespace
+    ROUTER   asked [number]: [empty, topic, number, batch] of all batches from that one on that are kept, then an end
+
+A subscriber that is slow or not there loses batches, sees it by the numbers, and asks the second socket. Numbers begin
+at 0 with the process.
+
+Does not know: what the events are about. Needs pyzmq (`pip install 'emberline[events]'`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import Any
+
+import msgspec
+from emberfs.runtime import Runtime
+
+from .events import EventFeed
+
+TICK_S = 0.05
+"""An event waits for others so long."""
+KEPT_BATCHES = 10_000
+"""For subscribers that come late, as in vLLM."""
+WAITING_MAX = 100_000
+"""Batches for one subscriber; further ones it loses."""
+_END = (-1).to_bytes(8, "big", signed=True)
+
+
+class Publisher:
+    """See the module. `endpoint` and `replay_endpoint` are ZeroMQ's: tcp://*:5557, ipc:///path."""
+
+    def __init__(self, feed: EventFeed, runtime: Runtime, *, endpoint: str, replay_endpoint: str = "") -> None:
+        try:
+            import zmq
+        except ModuleNotFoundError as error:
+            raise ImportError("KV events need pyzmq: pip install 'emberline[events]'") from error
+        self._feed, self._runtime = feed, runtime
+        self._number = 0
+        self._kept: deque[tuple[int, bytes, bytes]] = deque(maxlen=KEPT_BATCHES)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._again, self._at_once = zmq.Again, zmq.NOBLOCK
+        self._context = zmq.Context()
+        self._pub: Any = self._context.socket(zmq.PUB)
+        self._pub.set_hwm(WAITING_MAX)
+        self._router: Any = None
+        self._work: asyncio.Task[None] | None = None
+        try:
+            self._pub.bind(endpoint)
+            if replay_endpoint:
+                self._router = self._context.socket(zmq.ROUTER)
+                self._router.bind(replay_endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise OSError(error.errno, f"{error.strerror}: {endpoint} {replay_endpoint}".rstrip()) from error
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._work = self._runtime.spawn(self._keep_telling(), "kv-events")
+
+    async def close(self) -> None:
+        """Tell what is left."""
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.wait([self._work])
+            self.tell()
+        self._context.destroy(linger=200)
+
+    def tell(self) -> None:
+        """What happened since, and what somebody asks for again."""
+        for name, batch in self._feed.take(self._runtime.wall_ns() / 1e9):
+            topic, body = name.encode(), self._encoder.encode(batch)
+            self._pub.send_multipart((topic, self._number.to_bytes(8, "big"), body))
+            self._kept.append((self._number, topic, body))
+            self._number += 1
+        if self._router is not None and self._router.poll(0):
+            self._tell_again()
+
+    def _tell_again(self) -> None:
+        client, *asked = self._router.recv_multipart()
+        if len(asked) != 2 or len(asked[1]) != 8:
+            return  # It is no question that we know.
+        first = int.from_bytes(asked[1], "big")
+        with contextlib.suppress(self._again):  # It does not take its answer: let it ask again.
+            for number, topic, body in self._kept:
+                if number >= first:
+                    self._router.send_multipart((client, b"", topic, number.to_bytes(8, "big"), body), self._at_once)
+            self._router.send_multipart((client, b"", b"", _END, b""), self._at_once)
+
+    async def _keep_telling(self) -> None:
+        while True:
+            await self._runtime.sleep(TICK_S)
+            self.tell()
