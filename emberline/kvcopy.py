@@ -46,7 +46,7 @@ def export_(
       emberline kv export /backup/ --address 127.0.0.1:7400
       emberline kv export - --tenant acme | ssh elsewhere emberline kv import -
     """
-    door = Door(address, token, tls)
+    door = Door(address, token, tls, tenant)
     name = door.name(namespace)
     tenants = door.tenants(name, tenant)
     into_directory = target.endswith("/") or Path(target).is_dir()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -35,16 +36,19 @@ _keys_option = click.option("--keys", "are_keys", is_flag=True, help="FILE has k
 class Door:
     """A service: its figures, and caches of namespaces by their names."""
 
-    def __init__(self, address: str, token: str, tls: Path | None) -> None:
-        self._address, self._token, self._tls = address, token, tls
-        with operator_of(address, token, tls) as operator:
-            self.figures: dict[str, Any] = operator.stat()
+    def __init__(self, address: str, token: str, tls: Path | None, tenant: str | None = None) -> None:
+        self._address, self._token, self._tls, self._tenant = address, token, tls, tenant
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """As they were when they were first asked for."""
+        with operator_of(self._address, self._token, self._tls) as operator:
+            return operator.stat(tenant=self._tenant or "")
 
     @property
     def namespaces(self) -> dict[str, Any]:
-        """Name -> figures."""
-        found: dict[str, Any] = self.figures["namespaces"]
-        return found
+        """Name -> figures, of those that the token may look into."""
+        return {name: each for name, each in self.figures["namespaces"].items() if "namespace" in each}
 
     def name(self, wanted: str | None) -> str:
         """Of the one namespace that begins so; without a beginning there must be one only."""
@@ -64,10 +68,7 @@ class Door:
         import msgspec
         from emberkv import Namespace
 
-        figures = self.namespaces[name]
-        if "namespace" not in figures:
-            raise click.ClickException(f"this token has no pages in {name}")
-        return msgspec.convert(figures["namespace"], Namespace)
+        return msgspec.convert(self.namespaces[name]["namespace"], Namespace)
 
     def tenants(self, name: str, only: str | None) -> list[str]:
         """Those that are in a namespace."""
@@ -108,11 +109,12 @@ def keys_in(file: BinaryIO, cache: KVCache, *, are_keys: bool) -> list[bytes]:
 
 @click.command()
 @click.argument("namespace", required=False)
+@click.option("--tenant", metavar="NAME", help="Whose token it is, if it is no operator's.")
 @address_option
 @token_option
 @tls_option
 @json_option
-def ls(namespace: str | None, address: str, token: str, tls: Path | None, as_json: bool) -> None:
+def ls(namespace: str | None, tenant: str | None, address: str, token: str, tls: Path | None, as_json: bool) -> None:
     """List namespaces with their pages, bytes and tenants; with NAMESPACE the tenants of that one.
 
     \b
@@ -120,18 +122,18 @@ def ls(namespace: str | None, address: str, token: str, tls: Path | None, as_jso
       emberline kv ls --address 127.0.0.1:7400
       emberline kv ls deepseek-v3 --json
     """
-    door = Door(address, token, tls)
+    door = Door(address, token, tls, tenant)
     if namespace is not None:
         _list_tenants(door, door.name(namespace), as_json=as_json)
         return
     rows = [["namespace", "model", "revision", "dtype", "layout", "page", "pages", "live", "on disk", "of", "tenants"]]
     for name, figures in door.namespaces.items():
-        about = figures.get("namespace", {})
+        about = figures["namespace"]
         if as_json:
             print_json({"name": name, **{key: value for key, value in figures.items() if key != "counts"}})
             continue
         sizes = [human_bytes(figures[key]) if key in figures else "-" for key in _SIZES]
-        said = [str(about.get(key, "-")) or "-" for key in ("model", "revision", "dtype", "layout", "page_tokens")]
+        said = [str(about[key]) or "-" for key in ("model", "revision", "dtype", "layout", "page_tokens")]
         rows.append([name, *said, f"{figures['pages']:,}" if "pages" in figures else "-", *sizes,
                      f"{len(figures['tenants']):,}"])  # fmt: skip
     if not as_json:
@@ -179,7 +181,7 @@ def match(
       emberline kv match prompt.json --address 127.0.0.1:7400
       echo 1 2 3 4 | emberline kv match - --namespace deepseek-v3 --tenant acme --json
     """
-    door = Door(address, token, tls)
+    door = Door(address, token, tls, tenant)
     about = door.namespace(door.name(namespace))
     with door.cache(about, tenant, salt) as cache:
         keys = keys_in(file, cache, are_keys=are_keys)
@@ -227,13 +229,14 @@ def verify(
     from emberkv.verify import Verified
     from emberkv.verify import verify as read_all
 
-    door = Door(address, token, tls)
+    door = Door(address, token, tls, tenant)
     name = door.name(namespace)
     total = Verified()
-    live = sum(held["bytes"] for held in door.namespaces[name]["tenants"].values())
+    tenants = door.tenants(name, tenant)
+    live = sum(door.namespaces[name]["tenants"][each]["bytes"] for each in tenants)
     chance = random.Random()
-    with progress_bar("reading", int(live * sample) if tenant is None else None, quiet=as_json) as advance:
-        for each in door.tenants(name, tenant):
+    with progress_bar("reading", int(live * sample), quiet=as_json) as advance:
+        for each in tenants:
             with door.cache(door.namespace(name), each) as cache:
                 found = read_all(cache, takes=lambda: sample == 1 or chance.random() < sample, advance=advance)
             total.pages += found.pages
@@ -261,7 +264,7 @@ def _pin(
     file: BinaryIO, namespace: str | None, tenant: str, salt: str, are_keys: bool, address: str, token: str,
     tls: Path | None, for_s: float,
 ) -> None:  # fmt: skip
-    door = Door(address, token, tls)
+    door = Door(address, token, tls, tenant)
     with door.cache(door.namespace(door.name(namespace)), tenant, salt) as cache:
         keys = keys_in(file, cache, are_keys=are_keys)
         count = cache.pin(keys, for_s)

@@ -23,9 +23,9 @@ class Operator:
         self._portal = Portal(self._runtime)
         self._network = TcpNetwork(self._runtime, tcp or TcpConfig())
 
-    def stat(self) -> dict[str, Any]:
-        """Numbers of every open namespace."""
-        return self._numbers(messages.Stat(self._token))
+    def stat(self, *, tenant: str = "") -> dict[str, Any]:
+        """Figures of every open namespace; with a token of `tenant` only, what is its own of them."""
+        return self._numbers(messages.Stat(self._token, tenant))
 
     def collect(self, namespace: str) -> dict[str, Any]:
         """Give back what is dead now. What was done for room since the start."""

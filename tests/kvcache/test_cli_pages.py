@@ -186,6 +186,31 @@ def test_an_export_goes_on_and_a_cut_import_says_so(serve: Serve, tmp_path: Path
         assert "there is no *.ekv" in emberline("kv", "import", empty, "--address", address, code=1).stderr
 
 
+def test_a_tenant_sees_its_own(serve: Serve, tmp_path: Path) -> None:
+    digests = {name: [hashlib.sha256(name.encode()).hexdigest()] for name in ("a", "b")}
+    file = tmp_path / "tenants.json"
+    file.write_text(json.dumps({"tenants": digests, "operators": []}))
+    address = serve(tenants=str(file)).address
+    mine = ("--address", address, "--token", "a", "--tenant", "a")
+    with (
+        emberkv.connect(address, PLAIN, tenant="a", token="a") as cache,
+        emberkv.connect(address, NAMESPACE, tenant="b", token="b") as other,
+    ):
+        filled(cache, 1, 5)
+        filled(other, 1, 5)
+        assert [row["name"] for row in emberline_json("kv", "ls", *mine)] == [PLAIN.name]
+        text = " ".join(map(str, prompt(1, 5))).encode()
+        assert "5 of 5" in emberline("kv", "match", *mine, stdin=text).stdout
+        assert "5 of 5 pages pinned" in emberline("kv", "pin", *mine, stdin=text).stdout
+        assert "5 pages" in emberline("kv", "verify", *mine).stdout
+        assert "5 payloads" in emberline("kv", "export", tmp_path / "a.ekv", *mine).stdout
+        more = ("--address", address, "--token", "a")
+        assert "5 known" in emberline("kv", "import", tmp_path / "a.ekv", *more).stdout
+        for arguments in (("ls", *more), ("match", *more, "--tenant", "b"), ("verify", *more, "--tenant", "b")):
+            said = emberline("kv", *arguments, code=1, stdin=text).stderr
+            assert "does not know this tenant with this token" in said
+
+
 @pytest.mark.parametrize("command", ["match", "verify", "export", "pin"])
 def test_a_service_without_namespaces_says_so(serve: Serve, command: str) -> None:
     arguments = ("x.ekv",) if command == "export" else ()
