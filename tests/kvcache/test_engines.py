@@ -143,7 +143,7 @@ def test_doctor_looks_at_service_and_engine(
 ) -> None:
     server = serve()
     with emberkv.connect(server.address, OURS) as cache:
-        cache.put(cache.keys(range(128)), [b"x" * 1000] * 2)
+        cache.put(cache.keys(range(128)), [b"x" * 1000] * 2, durable="committed")
         told = doctor("--address", server.address)
         assert {line["state"] for line in told.values()} == {"OK", "SKIP"}
         assert "2 pages" in told[OURS.name]["detail"] and "free in ember://" in told["store"]["detail"]
