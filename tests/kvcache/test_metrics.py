@@ -19,6 +19,7 @@ from emberkv.counts import DEPARTED_SLOTS, Departed, ServiceCounts
 from emberkv.figures import requests_of, stat_of
 from emberkv.metrics import TENANTS_MAX, KvCollector
 from emberkv.pool import Pool
+from emberkv.segments import SECTOR_BYTES
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -107,7 +108,7 @@ def test_the_page_has_what_there_is_and_what_was_done() -> None:
         page = page_of(figures_of(pool, counts))
         assert page["emberline_kv_pages"] == 8 and page["emberline_kv_pinned_pages"] == 3
         assert page["emberline_kv_live_bytes"] == 8 * (9000 + 96)
-        assert page["emberline_kv_dead_bytes"] == 2 * (9000 + 96)
+        assert 0 <= page["emberline_kv_dead_bytes"] - 2 * (9000 + 96) < SECTOR_BYTES  # And what fills the last one up.
         assert page["emberline_kv_leases"] == 1 and page["emberline_kv_owned"] == 1
         assert page["emberline_kv_asked_pages_total"] == 6 and page["emberline_kv_hit_pages_total"] == 5
         assert page["emberline_kv_match_ends_total{reason=absent}"] == 1
