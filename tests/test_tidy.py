@@ -66,6 +66,7 @@ REACHES_OUT = {
     "fs/emberfs/testing/": "runs in other people's tests",
     "kvcache/emberkv/adapters/": "runs in the threads of engines, on their clock",
     "kvcache/emberkv/client.py": "is a face: the caller's threads share a cache",
+    "kvcache/emberkv/prefetch.py": "is the face's: a thread of the caller's process reads while it goes on",
     "kvcache/emberkv/server.py": "wires a server together: signals, runtime, network, store",
     "kvcache/emberkv/writing.py": "is the face's: threads of the caller's process write what it put",
 }

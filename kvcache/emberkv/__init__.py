@@ -14,6 +14,7 @@ from .errors import InvalidNamespace, KvError, NamespaceMismatch, SeatGone, Seed
 from .hit import Hit
 from .namespace import Kind, Namespace
 from .operator import Operator
+from .prefetch import Prefetch
 
 __all__ = [
     "Hit",
@@ -24,6 +25,7 @@ __all__ = [
     "Namespace",
     "NamespaceMismatch",
     "Operator",
+    "Prefetch",
     "SeatGone",
     "SeededKeys",
     "StaleOwner",

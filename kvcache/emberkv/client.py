@@ -32,6 +32,7 @@ from .messages import A
 from .namespace import Namespace
 from .page import HEADER_BYTES, NO_PLACE, PLACE, places_of
 from .pool import STATES, STORED
+from .prefetch import Prefetch
 from .reading import PageReader
 from .writing import SLAB_BYTES, Copied, PageWriter, Part, Ticket
 
@@ -68,6 +69,7 @@ class KVCache:
         self._seat: messages.Opened | None = None
         self._store: Client | None = None
         self._readers: list[PageReader] = []
+        self._prefetches: set[Prefetch] = set()
         self._writer: PageWriter | None = None
         self._putting = threading.Lock()
         """Pages of one writer follow each other."""
@@ -175,6 +177,51 @@ class KVCache:
         if reports and not all(done):
             self._report(number, [key for key, good in zip(keys, done, strict=True) if not good])
         return done
+
+    def prefetch(
+        self, hit: Hit, buffers: Sequence[Any], *, kind: str | None = None, first: int = 0, layers: int = 1,
+        deadline_s: float | None = None,
+    ) -> Prefetch:  # fmt: skip
+        """Begin to read the pages of a hit, from page `first` on, one into each buffer of the payload's size.
+
+        With `layers`, each payload is so many slices of one size: the first of all pages comes first, and can be waited
+        for alone. After `deadline_s` seconds nothing more is read: pages that are not there by then are misses. The
+        buffers must not be touched before the `Prefetch` says so. Raises LimitExceeded.
+        """
+        number, views = self._kind(kind), [writable_view(buffer) for buffer in buffers]
+        keys, lengths = hit.keys_of(first, len(views)), [place.length for place in places_of(hit.places[number])]
+        if first < 0 or first + len(views) > hit.pages:
+            raise LimitExceeded(f"the hit has {hit.pages} pages: not {len(views)} from {first} on")
+        for view, length in zip(views, lengths[first:], strict=False):
+            if len(view) != length:
+                raise LimitExceeded(f"the page has {length} bytes: not {len(view)}")
+        if layers < 1 or (
+            layers > 1 and any(length % layers or length != lengths[first] for length in lengths[first:])
+        ):
+            raise LimitExceeded(f"pages of {set(lengths)} bytes have not {layers} layers of one size")
+        ends_s = None if deadline_s is None else self._runtime.now_s() + deadline_s
+
+        def read(pages: Sequence[int], parts: Sequence[memoryview], layer: int) -> list[bool]:
+            asked = b"".join(hit.places[number][(first + p) * PLACE.size :][: PLACE.size] for p in pages)
+            with self._reader() as reader:
+                return reader.read(
+                    [keys[page] for page in pages], asked, parts, kind=number, tenant=hit.tenant,
+                    begin=layer * len(parts[0]),
+                )  # fmt: skip
+
+        prefetch = Prefetch(
+            views, layers=layers, has_time=lambda: ends_s is None or self._runtime.now_s() < ends_s, read=read
+        )
+
+        def run() -> None:
+            prefetch.run()
+            with self._lock:
+                self._prefetches.discard(prefetch)
+
+        with self._lock:
+            self._prefetches.add(prefetch)
+        threading.Thread(target=run, name="emberkv-prefetch", daemon=True).start()
+        return prefetch
 
     def get(self, hit: Hit, *, kind: str | None = None) -> list[bytes | None]:
         """The pages of a hit; None for one that cannot be had any more."""
@@ -315,6 +362,10 @@ class KVCache:
             if self._is_closed:
                 return
             self._is_closed = True
+            prefetches = list(self._prefetches)
+        for prefetch in prefetches:
+            prefetch.cancel()
+        with self._lock:
             readers, self._readers = self._readers, []
         with contextlib.suppress(EmberError):
             if self._writer is not None:
