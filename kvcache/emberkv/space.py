@@ -58,7 +58,7 @@ class SpaceConfig:
     """Of segments on disk, dead pages too. Never exceeded."""
     live_share: float = 0.9
     """Of the capacity, for live pages; the rest is for what is dead and not yet given back. In (0, 1)."""
-    cold_share: float = 0.2
+    cold_share: float = 0.05
     """Of the pages, those that were not used for longest: a compaction lets them go, since they would be next anyway.
     More of them make writes fewer and the order less like LRU. In [0, 1)."""
     ttl_s: float = 72 * 3600.0

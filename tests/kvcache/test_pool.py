@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Awaitable, Callable
 
@@ -444,6 +445,7 @@ def test_crashes_lose_nothing_that_was_acknowledged(seed: int) -> None:
 def test_a_compaction_lets_go_of_what_is_cold_and_moves_what_is_warm() -> None:
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, capacity_bytes=8 * MIB)
+        bench.config = dataclasses.replace(bench.config, cold_share=0.2)
         pool = await bench.open()
         warm = [chain(prompt, 3) for prompt in range(1000, 1020)]
         for prompt in range(600):
