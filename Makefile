@@ -11,10 +11,12 @@ RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 # The engines have an environment of their own: they want other versions than the rest, and each other's too.
 ADAPTERS := .venv-adapters/.installed
+# The oldest DuckDB and pyarrow that emberflow is tested with.
+OLDEST := .venv-oldest/.installed
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-adapters check bench docs clean
+.PHONY: help quickstart test test-adapters test-oldest check bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '  make %-14s %s\n' "$$name" "$$what"; done
@@ -27,6 +29,9 @@ test: $(DEV) ## run every test
 
 test-adapters: $(ADAPTERS) ## test the KV cache with LMCache, vLLM and SGLang, without a GPU (fetches 2 GB)
 	.venv-adapters/bin/pytest -q -W default --timeout 120 tests/adapters
+
+test-oldest: $(OLDEST) ## test the dataflow layer with DuckDB 1.4 and pyarrow 20
+	.venv-oldest/bin/pytest -q -W default tests/dataflow
 
 check: $(DEV) ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff format --check .
@@ -41,7 +46,7 @@ docs: $(DEV) ## check that every link in the documents resolves and every comman
 	$(BIN)/pytest -q tests/test_docs.py
 
 clean: ## remove what make, the tools and quickstart made, .venv too
-	rm -rf .venv .venv-adapters .mypy_cache .ruff_cache .pytest_cache .hypothesis .bench build dist quickstart-store
+	rm -rf .venv .venv-adapters .venv-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis .bench build dist quickstart-store
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN): $(INPUTS)
@@ -58,4 +63,9 @@ $(ADAPTERS): $(INPUTS) tests/adapters/requirements.txt tests/adapters/engines.tx
 	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
 	.venv-adapters/bin/pip install -q --no-warn-conflicts -c constraints.txt -e . -r tests/adapters/requirements.txt
 	.venv-adapters/bin/pip install -q --no-deps -r tests/adapters/engines.txt
+	@touch $@
+
+$(OLDEST): $(INPUTS)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -c constraints.txt -e '.[dev]' 'duckdb==1.4.4' 'pyarrow==20.*' pytz
 	@touch $@

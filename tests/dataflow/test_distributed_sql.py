@@ -51,6 +51,12 @@ OF_TABLES = {
     "refused7": "rowid is of tables",
 }
 """Statements that mean nothing over frames, whose rows have no order and no numbers."""
+if duckdb.__version__.startswith("1."):
+    OF_TABLES |= {
+        "nested18": "a struct without names has no text in 1.4, so it goes through no exchange",
+        "nested19": "the same",
+        "mixed55": "1.4 does not describe SUMMARIZE",
+    }
 
 
 @pytest.mark.parametrize("statement", [s for s in STATEMENTS if s.name not in OF_TABLES], ids=lambda s: s.name)
