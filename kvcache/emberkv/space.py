@@ -292,13 +292,27 @@ class Space:
             if warm_bytes.get(each.id, 0) + max(GAIN_MIN * each.end, 2 * page_bytes) <= each.end
         ]
         if not found:
-            return False
+            return self._evict_coldest_segment()
         victim = self._index.segments.by_id[min(found)[1]]
         self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < cold_s])
         return await self.compact(victim)
 
+    def _evict_coldest_segment(self) -> bool:
+        """Small pages leave much of a segment empty, that no compaction gives back. False: all that is left is held."""
+        table, now_s = self._index.table, self.stamp_s()
+        found = [
+            slot for tenant in range(len(self._index.tenants)) if (slot := table.coldest(tenant, now_s)) is not None
+        ]
+        if not found:
+            return False
+        coldest = min(found, key=lambda slot: table.used_s[slot])
+        places = [place for kind in range(len(table.places)) if (place := table.place(coldest, kind)) is not None]
+        beside = [slot for place in places for slot, _ in table.in_segment(place.segment)]
+        self._evict_cold([coldest, *beside])
+        return True
+
     def _evict_cold(self, slots: Sequence[int]) -> None:
-        """They would be among the next to go: to move them first would be in vain. What is below them is as cold."""
+        """They would be among the next to go: to move them first would be in vain. So does what is below them."""
         table, now_s = self._index.table, self.stamp_s()
         for slot in table.below(slots):
             if not table.held[slot] and not table.children[slot] and table.pinned_s[slot] <= now_s:

@@ -287,3 +287,20 @@ def test_slots_that_were_held_when_their_pages_went_go_later() -> None:
         assert pool.table.count == 0
 
     run(work)
+
+
+def test_small_pages_evict_others_before_they_are_refused() -> None:
+    """Each takes two sectors, of which it fills little more than one: segments are full before live pages are."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=MIB)
+        pool = await bench.open()
+        for prompt in range(600):
+            keys = chain(prompt, 1)
+            number, states, places = await pool.reserve(1, TENANT, 0, keys, [ROOT], [4096])
+            assert states == [STORED]
+            pool.commit(number, 1, await bench.write(pool, number, places, keys))
+            assert pool.index.segments.promised_bytes <= bench.config.capacity_bytes
+        assert await bench.readable(pool, chain(599, 1)) == 1
+
+    run(work)
