@@ -43,13 +43,13 @@ FULL = Size(
     has_goals=True,
 )
 QUICK = Size(
-    data_bytes=GB // 50,
+    data_bytes=GB // 100,
     budgeted_bytes=GB // 10,
     budget_bytes=1 << 29,
     scale_factor=0.01,
-    queries=range(1, 23, 4),
+    queries=range(1, 23, 6),
     rounds=1,
-    startup_rounds=3,
+    startup_rounds=2,
     has_goals=False,
 )
 
