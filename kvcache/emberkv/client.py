@@ -39,7 +39,6 @@ from .writing import SLAB_BYTES, Copied, PageWriter, Part, Ticket
 RETRY_S = 0.05
 CLOSE_S = 1.0
 """So long the service is given to hear that we end."""
-REPORTED_MAX = 64
 TURN_S = 2.0
 """Of several addresses one is given so long before the next has its turn."""
 PUT_PAGES_MAX = 1024
@@ -189,25 +188,25 @@ class KVCache:
         buffers must not be touched before the `Prefetch` says so. Raises LimitExceeded.
         """
         number, views = self._kind(kind), [writable_view(buffer) for buffer in buffers]
-        keys, lengths = hit.keys_of(first, len(views)), [place.length for place in places_of(hit.places[number])]
         if first < 0 or first + len(views) > hit.pages:
             raise LimitExceeded(f"the hit has {hit.pages} pages: not {len(views)} from {first} on")
-        for view, length in zip(views, lengths[first:], strict=False):
-            if len(view) != length:
-                raise LimitExceeded(f"the page has {length} bytes: not {len(view)}")
-        if layers < 1 or (
-            layers > 1 and any(length % layers or length != lengths[first] for length in lengths[first:])
-        ):
-            raise LimitExceeded(f"pages of {set(lengths)} bytes have not {layers} layers of one size")
+        keys, places = hit.keys_of(first, len(views)), places_of(hit.places[number])[first : first + len(views)]
+        for view, place in zip(views, places, strict=True):
+            if place.segment and len(view) != place.length:
+                raise LimitExceeded(f"the page has {place.length} bytes: not {len(view)}")
+        sizes = {len(view) for view in views}
+        if layers < 1 or (layers > 1 and (len(sizes) > 1 or any(size % layers for size in sizes))):
+            raise LimitExceeded(f"pages of {sizes} bytes have not {layers} layers of one size")
         ends_s = None if deadline_s is None else self._runtime.now_s() + deadline_s
 
         def read(pages: Sequence[int], parts: Sequence[memoryview], layer: int) -> list[bool]:
-            asked = b"".join(hit.places[number][(first + p) * PLACE.size :][: PLACE.size] for p in pages)
+            mine, asked = [keys[page] for page in pages], b"".join(PLACE.pack(*places[page]) for page in pages)
+            begin = layer * len(parts[0])
             with self._reader() as reader:
-                return reader.read(
-                    [keys[page] for page in pages], asked, parts, kind=number, tenant=hit.tenant,
-                    begin=layer * len(parts[0]),
-                )  # fmt: skip
+                done = reader.read(mine, asked, parts, kind=number, tenant=hit.tenant, begin=begin)
+            if not all(done):
+                self._report(number, [key for key, good in zip(mine, done, strict=True) if not good])
+            return done
 
         prefetch = Prefetch(
             views, layers=layers, has_time=lambda: ends_s is None or self._runtime.now_s() < ends_s, read=read
@@ -233,8 +232,8 @@ class KVCache:
     def report(self, keys: Sequence[bytes], *, kind: str | None = None) -> int:
         """Have the service look at pages that could not be read; those that are damaged go. How many went."""
         number, gone = self._kind(kind), 0
-        for begin in range(0, len(keys), REPORTED_MAX):
-            blob = b"".join(keys[begin : begin + REPORTED_MAX])
+        for begin in range(0, len(keys), messages.REPORTED_MAX):
+            blob = b"".join(keys[begin : begin + messages.REPORTED_MAX])
             gone += self._ask(lambda seat, blob=blob: messages.Report(seat, number, blob), messages.Okay).count
         return gone
 
@@ -434,16 +433,18 @@ class KVCache:
                 self._portal.run(self._runtime.sleep(min(RETRY_S, left_s)))
         raise DeadlineExceeded(f"no answer within {self._timeout_s:g} s: {error}") from error
 
-    def _connection(self, address: str) -> Any:
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise StoreClosed("this KVCache belongs to the process that made it: connect again after a fork")
+
+    def _connection(self, address: str) -> Any:
+        self._check_process()
         return self._network.connection(address)
 
     def _files(self) -> Client:
         if self._store is None or self._is_closed:
             raise StoreClosed("this KVCache was closed")
-        if os.getpid() != self._pid:
-            raise StoreClosed("this KVCache belongs to the process that made it: connect again after a fork")
+        self._check_process()
         return self._store
 
     @contextlib.contextmanager
@@ -472,7 +473,7 @@ class KVCache:
 
         async def tell() -> None:
             try:
-                ask = messages.Report(seat.seat, kind, b"".join(keys[:REPORTED_MAX]))
+                ask = messages.Report(seat.seat, kind, b"".join(keys[: messages.REPORTED_MAX]))
                 await messages.send(connection.call, ask, messages.Okay, timeout_s=self._timeout_s)
             finally:
                 self._is_reporting = False

@@ -19,6 +19,9 @@ from .namespace import Namespace
 
 A = TypeVar("A", bound="Answer")
 
+REPORTED_MAX = 64
+"""Keys in one `Report`: of each the service reads a page."""
+
 
 class Ask(msgspec.Struct, array_like=True, tag=True, frozen=True):
     """Base of requests. Fields are added at the end with a default."""

@@ -46,7 +46,6 @@ SEATS_MAX = 4096
 """Of one tenant in one namespace."""
 CHAINS_MAX = 1024
 KEYS_MAX = 65_536
-REPORTED_MAX = 64
 """In one request."""
 PIN_S_MAX = 30 * 86_400.0
 AGAIN_S = 5.0
@@ -177,7 +176,9 @@ class KvService:
             return pool
         except Exception as error:
             failure = Corruption(f"the index of {name}: {error}") if isinstance(error, ValueError) else error
-            self._failed[name] = self._runtime.now_s() + AGAIN_S, failure
+            now_s = self._runtime.now_s()
+            self._failed = {other: held for other, held in self._failed.items() if held[0] > now_s}
+            self._failed[name] = now_s + AGAIN_S, failure
             raise failure from error
         finally:
             del self._opening[name]
@@ -252,7 +253,7 @@ class KvService:
 
     async def _report(self, ask: messages.Report) -> messages.Answer:
         seat = self._seat(ask.seat)
-        keys = _keys(ask.keys)[:REPORTED_MAX]
+        keys = _keys(ask.keys)[: messages.REPORTED_MAX]
         return messages.Okay(await seat.pool.report(seat.tenant, _kind(seat, ask.kind), keys))
 
     def _browse(self, ask: messages.Browse) -> messages.Answer:

@@ -138,8 +138,6 @@ class PageWriter:
     """
 
     def __init__(self, client: Client, segments: str, commit: Callable[[Sequence[Copied]], None]) -> None:
-        self.failed_pages = 0
-        """That were put and then not written, since the start."""
         self._client, self._segments, self._commit = client, segments, commit
         self._changed = threading.Condition()
         self._slabs: list[_Slab] = []
@@ -150,7 +148,7 @@ class PageWriter:
         self._full: deque[_Slab] = deque()
         self._writing = 0
         self._error: Exception | None = None
-        """The first since the last `flush`."""
+        """The first since the last `flush`, of parts that nobody waits for by their tickets."""
         self._is_closed = False
         self._threads: list[threading.Thread] = []
 
@@ -206,6 +204,9 @@ class PageWriter:
                 self._changed.notify_all()
             for thread in self._threads:
                 thread.join(timeout_s)
+            for slab in filter(None, (*self._full, self._filling)):
+                for part in slab.parts:
+                    part.ticket.settle(StoreClosed("this KVCache was closed before the pages were written"))
 
     # --- the threads -----------------------------------------------------------------------------------------------
 
@@ -259,9 +260,9 @@ class PageWriter:
         except (EmberError, OSError) as error:
             for part in slab.parts:
                 part.ticket.settle(error)
+        # Who waits for a ticket is told by it, and may have put the pages again by the next flush.
         for part in slab.parts:
-            if part.ticket.error is not None:
-                self.failed_pages += len(part.crcs)
+            if not part.is_durable:
                 self._error = self._error or part.ticket.error
 
 

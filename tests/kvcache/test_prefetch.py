@@ -103,3 +103,16 @@ def test_a_cache_prefetches_what_it_gets(serve: Callable[..., Server]) -> None:
             cache.prefetch(hit, [bytearray(8192)], layers=3)
     with pytest.raises(StoreClosed):
         cache.match(keys)
+
+
+def test_pages_that_a_kind_has_not_are_misses(serve: Callable[..., Server]) -> None:
+    kinds = (emberkv.Kind("kv"), emberkv.Kind("state", policy="trailing:1"))
+    namespace = emberkv.Namespace(model="m", dtype="bf16", layout="mla", page_tokens=4, kinds=kinds)
+    with emberkv.connect(serve().address, namespace) as cache:
+        keys = cache.keys(range(12))
+        cache.put(keys, [bytes(PAGE_BYTES)] * 3, durable="committed")
+        cache.put(keys[2:], [b"s" * 100], parent=keys[1], kind="state", durable="committed")
+        hit = cache.match(keys)
+        buffers = [bytearray(100) for _ in range(3)]
+        assert cache.prefetch(hit, buffers, kind="state", layers=2).wait() == [False, False, True]
+        assert bytes(buffers[2]) == b"s" * 100

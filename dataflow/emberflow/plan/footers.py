@@ -11,15 +11,17 @@ Does not know: what is asked of the files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from ..engine import arrow_reader
 from ..query import literal
 from .filescans import File, ResolvedScan
+
+T = TypeVar("T")
 
 FOOTERS_MAX = 2_000
 _STATISTICS_MAX = 100_000
@@ -68,32 +70,29 @@ class Footers:
 
     def types(self, files: Sequence[File], connection: Any) -> dict[str, list[tuple[str, str]]]:
         """By url: (name in lower case, type) of the columns, not of their members."""
-        found = {file.url: self._types[_key(file)] for file in files if _key(file) in self._types}
-        missing = [file for file in files if file.url not in found]
-        if missing:
-            read = _read_types(missing, connection)
-            found |= read
-            _keep(self._types, missing, read)
-        return found
+        return _kept(self._types, files, lambda missing: _read_types(missing, connection))
 
     def _of(self, files: Sequence[File], connection: Any) -> dict[str, _Footer]:
-        found = {file.url: self._footers[_key(file)] for file in files if _key(file) in self._footers}
-        missing = [file for file in files if file.url not in found]
-        if missing:
-            read = _read(missing, connection)
-            found |= read
-            _keep(self._footers, missing, read)
-        return found
+        return _kept(self._footers, files, lambda missing: _read(missing, connection))
 
 
 def _key(file: File) -> tuple[str, str]:
     return file.url, file.version
 
 
-def _keep(known: dict[tuple[str, str], Any], files: Sequence[File], read: dict[str, Any]) -> None:
-    known.update({_key(file): read[file.url] for file in files if file.version})
-    for oldest in list(known)[:-_KEPT_MAX]:
-        known.pop(oldest, None)
+def _kept(
+    known: dict[tuple[str, str], T], files: Sequence[File], read: Callable[[Sequence[File]], dict[str, T]]
+) -> dict[str, T]:
+    """By url what is known of files, and what `read` finds of the others, which is known from then on."""
+    found = {file.url: known[_key(file)] for file in files if _key(file) in known}
+    missing = [file for file in files if file.url not in found]
+    if missing:
+        fresh = read(missing)
+        found |= fresh
+        known.update({_key(file): fresh[file.url] for file in missing if file.version})
+        for oldest in list(known)[:-_KEPT_MAX]:
+            known.pop(oldest, None)
+    return found
 
 
 def _has_footers(scan: ResolvedScan) -> bool:
