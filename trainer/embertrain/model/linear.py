@@ -1,0 +1,72 @@
+"""The one matrix product of the model, `y = x @ weight.T`, and its two gradients as functions of their own.
+
+Every weight matrix outside the experts goes through `Linear`, so that one class can be put in its place: a quantised
+one, one with a low-rank adapter, or one that defers its weight gradient (zero-bubble schedules call `weight_gradient`
+later than `input_gradient`).
+
+`pad_rows` rounds the number of rows up. On CPUs a row's bits depend on how many rows are multiplied with it; in
+batch-invariant mode all products have a multiple of 8, where they do not (`Model.batch_invariant`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def input_gradient(grad_y: Tensor, weight_OI: Tensor) -> Tensor:
+    """[..., O] -> [..., I]."""
+    return grad_y @ weight_OI
+
+
+def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
+    """[..., O], [..., I] -> [O, I]."""
+    return grad_y.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return F.linear(x, weight_OI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight_OI = ctx.saved_tensors
+        (grad_y,) = grads
+        return (
+            input_gradient(grad_y, weight_OI) if ctx.needs_input_grad[0] else None,
+            weight_gradient(grad_y, x) if ctx.needs_input_grad[1] else None,
+        )
+
+
+def product(x: Tensor, weight_OI: Tensor, pad_rows: int = 1) -> Tensor:
+    """`x @ weight.T` of [..., I] and [O, I]: [..., O], multiplied `pad_rows` rows at a time at least.
+
+    Padding is for x of two dimensions, [rows, I].
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+        y: Tensor = _Product.apply(x, weight_OI)  # type: ignore[no-untyped-call]
+        return y
+    short = -x.shape[0] % pad_rows
+    if short:
+        return F.linear(F.pad(x, (0, 0, 0, short)), weight_OI)[: x.shape[0]]
+    return F.linear(x, weight_OI)
+
+
+class Linear(nn.Module):
+    """A weight [out, in] without a bias. It is empty when made: `Model.reset_parameters` or a file fills it."""
+
+    def __init__(self, in_size: int, out_size: int, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype))
+        self.pad_rows = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.pad_rows)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
