@@ -65,8 +65,10 @@ REACHES_OUT = {
     "fs/emberfs/cli/": "is a face: the user's terminal and local files",
     "fs/emberfs/testing/": "runs in other people's tests",
     "kvcache/emberkv/adapters/": "runs in the threads of engines, on their clock",
+    "kvcache/emberkv/caller.py": "is the face's: the caller's threads share a connection",
     "kvcache/emberkv/client.py": "is a face: the caller's threads share a cache",
     "kvcache/emberkv/prefetch.py": "is the face's: a thread of the caller's process reads while it goes on",
+    "kvcache/emberkv/putting.py": "is the face's: the caller's threads put by turns",
     "kvcache/emberkv/server.py": "wires a server together: signals, runtime, network, store",
     "kvcache/emberkv/writing.py": "is the face's: threads of the caller's process write what it put",
 }

@@ -9,41 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import emberfs
-from emberfs import Client, NotFound, StoreClosed
-from emberfs.client.buffers import flat_view, writable_view
-from emberfs.errors import DeadlineExceeded, EmberError, LimitExceeded, Unavailable
-from emberfs.portal import Portal
-from emberfs.runtime import AsyncioRuntime
-from emberfs.transport import TcpConfig, TcpNetwork
+from emberfs import Client, StoreClosed
+from emberfs.client.buffers import writable_view
+from emberfs.errors import EmberError, LimitExceeded
+from emberfs.transport import TcpConfig
 
 from . import messages
-from .errors import SeatGone
+from .caller import Caller
 from .hit import Browsed, Hit
 from .journal import split
 from .keys import KEY_BYTES, ROOT, opaque_keys, page_keys
-from .messages import A
 from .namespace import Namespace
-from .page import HEADER_BYTES, NO_PLACE, PLACE, places_of
-from .pool import STATES, STORED
+from .page import NO_PLACE, PLACE, places_of
 from .prefetch import Prefetch
+from .putting import Putter
 from .reading import PageReader
-from .writing import SLAB_BYTES, Copied, PageWriter, Part, Ticket
-
-RETRY_S = 0.05
-CLOSE_S = 1.0
-"""So long the service is given to hear that we end."""
-TURN_S = 2.0
-"""Of several addresses one is given so long before the next has its turn."""
-PUT_PAGES_MAX = 1024
-PUT_BYTES_MAX = SLAB_BYTES
-"""In one request: so many pages, or so many bytes, or one page that is larger."""
+from .writing import PageWriter
 
 
 class KVCache:
@@ -54,27 +42,17 @@ class KVCache:
         store: str | None, tcp: TcpConfig, store_settings: dict[str, Any],
     ) -> None:  # fmt: skip
         self.namespace, self.tenant, self.salt = namespace, tenant, salt
-        self._token, self._timeout_s = token, timeout_s
-        self._addresses = [each.strip() for each in address.split(",") if each.strip()]
+        self._token = token
         self._kinds = {kind.name: number for number, kind in enumerate(namespace.kinds)}
-        self._runtime = AsyncioRuntime("emberkv")
-        self._portal = Portal(self._runtime)
-        self._network = TcpNetwork(self._runtime, tcp)
-        self._pid = os.getpid()
+        self._caller = Caller(address, namespace, tenant=tenant, token=token, timeout_s=timeout_s, tcp=tcp)
         self._lock = threading.Lock()
-        self._opening = threading.Lock()
-        """Of who asks for a seat."""
         self._is_reporting = False
-        self._seat: messages.Opened | None = None
         self._store: Client | None = None
         self._readers: list[PageReader] = []
         self._prefetches: set[Prefetch] = set()
-        self._writer: PageWriter | None = None
-        self._putting = threading.Lock()
-        """Pages of one writer follow each other."""
-        self._is_closed = False
+        self._putter = Putter(self._caller, lambda commit: PageWriter(self._files(), self._segments, commit))
         try:
-            seat = self._seated()
+            seat = self._caller.seated()
             self._segments = seat.segments
             self._store = emberfs.connect(store or seat.store, **store_settings)
         except BaseException:
@@ -82,7 +60,7 @@ class KVCache:
             raise
 
     def __repr__(self) -> str:
-        return f"<emberkv.KVCache {self.namespace.name} at {','.join(self._addresses)}>"
+        return f"<emberkv.KVCache {self.namespace.name} at {','.join(self._caller.addresses)}>"
 
     # --- keys ------------------------------------------------------------------------------------------------------
 
@@ -106,8 +84,8 @@ class KVCache:
     def match_many(self, chains: Sequence[Sequence[bytes]], *, lease_s: float = 30.0) -> list[Hit]:
         """`match` of several chains in one round trip."""
         blobs = [b"".join(chain) for chain in chains]
-        answer = self._ask(lambda seat: messages.Match(seat, blobs, lease_s), messages.Matched)
-        hits, begin, tenant = [], 0, self._seated().number
+        answer = self._caller.ask(lambda seat: messages.Match(seat, blobs, lease_s), messages.Matched)
+        hits, begin, tenant = [], 0, self._caller.seated().number
         for blob, pages, reason, lease in zip(blobs, answer.pages, answer.reasons, answer.leases, strict=True):
             end = begin + pages * PLACE.size
             places = tuple(column[begin:end] for column in answer.places)
@@ -118,9 +96,9 @@ class KVCache:
     def lookup(self, keys: Sequence[bytes], *, kind: str | None = None, lease_s: float = 30.0) -> list[Hit | None]:
         """Each key for itself, whatever lies before it: a hit of one page, or None. One lease is on all of them."""
         number, blob = self._kind(kind), b"".join(keys)
-        answer = self._ask(lambda seat: messages.Lookup(seat, number, blob, lease_s), messages.LookedUp)
+        answer = self._caller.ask(lambda seat: messages.Lookup(seat, number, blob, lease_s), messages.LookedUp)
         hits: list[Hit | None] = []
-        tenant, page_tokens = self._seated().number, self.namespace.page_tokens
+        tenant, page_tokens = self._caller.seated().number, self.namespace.page_tokens
         for key, place in zip(keys, split(answer.places, PLACE.size), strict=True):
             places = tuple(place if each == number else NO_PLACE for each in range(len(self._kinds)))
             there = Hit(1, page_tokens, "whole", answer.lease, bytes(key), places, tenant)
@@ -130,7 +108,7 @@ class KVCache:
     def exists(self, keys: Sequence[bytes], *, kind: str | None = None) -> list[bool]:
         """Which of the pages are there, each for itself, without a lease."""
         number, blob = self._kind(kind), b"".join(keys)
-        answer = self._ask(lambda seat: messages.Lookup(seat, number, blob, 0.0), messages.LookedUp)
+        answer = self._caller.ask(lambda seat: messages.Lookup(seat, number, blob, 0.0), messages.LookedUp)
         return [place != NO_PLACE for place in split(answer.places, PLACE.size)]
 
     def browse(self, after: int = 0, *, count: int = 1024, lease_s: float = 0.0) -> Browsed:
@@ -138,8 +116,8 @@ class KVCache:
 
         A page that is put or goes meanwhile may be told or not; others are told once.
         """
-        tenant = self._seated().number
-        answer = self._ask(lambda seat: messages.Browse(seat, after, count, lease_s), messages.Browsed)
+        tenant = self._caller.seated().number
+        answer = self._caller.ask(lambda seat: messages.Browse(seat, after, count, lease_s), messages.Browsed)
         pages, places = len(answer.keys) // KEY_BYTES, tuple(answer.places)
         tokens = pages * self.namespace.page_tokens
         hit = Hit(pages, tokens, "whole", answer.lease, answer.keys, places, tenant)
@@ -197,7 +175,7 @@ class KVCache:
         sizes = {len(view) for view in views}
         if layers < 1 or (layers > 1 and (len(sizes) > 1 or any(size % layers for size in sizes))):
             raise LimitExceeded(f"pages of {sizes} bytes have not {layers} layers of one size")
-        ends_s = None if deadline_s is None else self._runtime.now_s() + deadline_s
+        ends_s = None if deadline_s is None else self._caller.runtime.now_s() + deadline_s
 
         def read(pages: Sequence[int], parts: Sequence[memoryview], layer: int) -> list[bool]:
             mine, asked = [keys[page] for page in pages], b"".join(PLACE.pack(*places[page]) for page in pages)
@@ -209,7 +187,7 @@ class KVCache:
             return done
 
         prefetch = Prefetch(
-            views, layers=layers, has_time=lambda: ends_s is None or self._runtime.now_s() < ends_s, read=read
+            views, layers=layers, has_time=lambda: ends_s is None or self._caller.runtime.now_s() < ends_s, read=read
         )
 
         def run() -> None:
@@ -234,18 +212,18 @@ class KVCache:
         number, gone = self._kind(kind), 0
         for begin in range(0, len(keys), messages.REPORTED_MAX):
             blob = b"".join(keys[begin : begin + messages.REPORTED_MAX])
-            gone += self._ask(lambda seat, blob=blob: messages.Report(seat, number, blob), messages.Okay).count
+            gone += self._caller.ask(partial(messages.Report, kind=number, keys=blob), messages.Okay).count
         return gone
 
     def release(self, *hits: Hit) -> None:
         """End the leases. Not needed: they end by themselves."""
         leases = [hit.lease for hit in hits if hit.lease]
         if leases:
-            self._ask(lambda seat: messages.Release(seat, leases), messages.Okay)
+            self._caller.ask(lambda seat: messages.Release(seat, leases), messages.Okay)
 
     def extend(self, hit: Hit, *, lease_s: float = 30.0) -> bool:
         """Let a lease last for `lease_s` from now. False: it was over."""
-        return bool(self._ask(lambda seat: messages.Extend(seat, hit.lease, lease_s), messages.Okay).count)
+        return bool(self._caller.ask(lambda seat: messages.Extend(seat, hit.lease, lease_s), messages.Okay).count)
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -264,93 +242,28 @@ class KVCache:
             raise ValueError(f"durable is 'buffered' or 'committed', not {durable!r}")
         if len(keys) != len(payloads):
             raise ValueError(f"{len(keys)} keys need as many payloads, not {len(payloads)}")
-        number = self._kind(kind)
-        views = [flat_view(payload) for payload in payloads]
-        parents = [parent or ROOT, *keys[:-1]] if chained else [ROOT] * len(keys)
-        states: list[str] = []
-        for part in _parts(views):
-            given = number, keys[part], parents[part], views[part], durable == "committed"
-            try:
-                states += self._put(*given)
-            except (NotFound, SeatGone):  # The service, or a segment, is another one by now.
-                states += self._put(*given)
-        return states
-
-    def _put(
-        self, kind: int, keys: Sequence[bytes], parents: Sequence[bytes], views: Sequence[memoryview], durable: bool
-    ) -> list[str]:
-        blob, above, lengths = b"".join(keys), b"".join(parents), [len(view) for view in views]
-        if not self._putting.acquire(timeout=self._timeout_s):
-            raise DeadlineExceeded(f"other threads' puts took more than {self._timeout_s:g} s")
-        try:
-            answer = self._ask(lambda seat: messages.Reserve(seat, kind, blob, above, lengths), messages.Reserved)
-            ticket = self._add(answer, kind, keys, parents, views, durable)
-        finally:
-            self._putting.release()
-        if durable:
-            # What is known may have come a moment ago.
-            self._ask(messages.Flush, messages.Okay) if ticket is None else ticket.wait(self._timeout_s)
-        return [STATES[state] for state in answer.states]
-
-    def _add(
-        self, answer: messages.Reserved, kind: int, keys: Sequence[bytes], parents: Sequence[bytes],
-        views: Sequence[memoryview], durable: bool,
-    ) -> Ticket | None:  # fmt: skip
-        """Have the pages written that the service wants. None: there are none."""
-        wanted = [index for index, state in enumerate(answer.states) if state == STORED]
-        if not wanted:
-            return None
-        seat = self._seated()
-
-        def pick(column: Sequence[Any]) -> list[Any]:
-            return [column[index] for index in wanted]
-
-        part = Part(
-            reservation=answer.reservation, seat=seat.seat, keys=pick(keys), parents=pick(parents),
-            places=places_of(answer.places), payloads=pick(views), kind=kind, tenant=seat.number, is_durable=durable,
-        )  # fmt: skip
-        try:
-            return self._page_writer().add(part, timeout_s=self._timeout_s)
-        except BaseException:
-            with contextlib.suppress(EmberError):
-                self._call(messages.GiveUp(seat.seat, answer.reservation), messages.Okay)
-            raise
-
-    def _commit(self, parts: Sequence[Copied]) -> None:
-        """Called by the writer's threads."""
-        for seat in dict.fromkeys(part.seat for part in parts):
-            mine = [part for part in parts if part.seat == seat]
-            is_durable = any(part.is_durable for part in mine)
-            numbers, crcs = [part.reservation for part in mine], [part.crcs for part in mine]
-            try:
-                done = self._call(messages.Commit(seat, numbers, crcs, is_durable), messages.Committed)
-            except (EmberError, OSError) as error:
-                for part in mine:
-                    part.ticket.settle(error)
-                continue
-            for part in mine:
-                is_gone = part.reservation in done.gone
-                part.ticket.settle(NotFound("pages came too late: put them again") if is_gone else None)
+        is_durable = durable == "committed"
+        return self._putter.put(self._kind(kind), keys, payloads, parent=parent, durable=is_durable, chained=chained)
 
     def flush(self) -> None:
         """What was put before is committed when this returns. Raises what befell it, if it is not."""
-        if self._writer is not None:
-            self._writer.flush(self._timeout_s)
-        self._ask(messages.Flush, messages.Okay)
+        self._putter.flush()
 
     def remove(self, keys: Sequence[bytes]) -> int:
         """Take pages out, with all that come after them. How many of the keys were there."""
         blob = b"".join(keys)
-        return self._ask(lambda seat: messages.Remove(seat, blob), messages.Okay).count
+        return self._caller.ask(lambda seat: messages.Remove(seat, blob), messages.Okay).count
 
     def pin(self, keys: Sequence[bytes], for_s: float) -> int:
         """Keep pages, and those before them, for so long. How many of the keys were there."""
         blob = b"".join(keys)
-        return self._ask(lambda seat: messages.Pin(seat, blob, for_s), messages.Okay).count
+        return self._caller.ask(lambda seat: messages.Pin(seat, blob, for_s), messages.Okay).count
 
     def stat(self) -> dict[str, Any]:
         """Numbers of the service, as far as the token may see them."""
-        found: dict[str, Any] = json.loads(self._call(messages.Stat(self._token, self.tenant), messages.Numbers).json)
+        found: dict[str, Any] = json.loads(
+            self._caller.call(messages.Stat(self._token, self.tenant), messages.Numbers).json
+        )
         return found
 
     # --- the service -----------------------------------------------------------------------------------------------
@@ -358,31 +271,23 @@ class KVCache:
     def close(self) -> None:
         """Write what was put, and end. Leases end by themselves. Closing twice is allowed."""
         with self._lock:
-            if self._is_closed:
+            if self._caller.is_closed:
                 return
-            self._is_closed = True
+            self._caller.is_closed = True
             prefetches = list(self._prefetches)
         for prefetch in prefetches:
             prefetch.cancel()
         with self._lock:
             readers, self._readers = self._readers, []
         with contextlib.suppress(EmberError):
-            if self._writer is not None:
-                self._writer.close(self._timeout_s)
-            if self._seat is not None:
-                ask = messages.Close(self._seat.seat)
-                call = self._connection(self._addresses[0]).call
-                self._portal.run(messages.send(call, ask, messages.Okay, timeout_s=CLOSE_S))
+            self._putter.close()
+            self._caller.leave()
         for reader in readers:
             with contextlib.suppress(EmberError):
                 reader.close()
         if self._store is not None:
             self._store.close()
-        self._portal.drain()
-        try:
-            self._portal.run_last(self._network.close())
-        finally:
-            self._runtime.stop()
+        self._caller.close()
 
     def __enter__(self) -> KVCache:
         return self
@@ -390,61 +295,10 @@ class KVCache:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _seated(self) -> messages.Opened:
-        """Our seat, asked for if there is none."""
-        if (seat := self._seat) is not None and not self._is_closed:
-            return seat
-        if not self._opening.acquire(timeout=self._timeout_s):
-            raise DeadlineExceeded(f"no seat within {self._timeout_s:g} s: another thread asks for one")
-        try:
-            if self._is_closed:
-                raise StoreClosed("this KVCache was closed")
-            if self._seat is None:
-                self._seat = self._call(messages.Open(self.namespace, self.tenant, self._token), messages.Opened)
-            return self._seat
-        finally:
-            self._opening.release()
-
-    def _ask(self, make: Any, answer: type[A]) -> A:
-        """One request of our seat; once more if the service has forgotten it."""
-        seat = self._seated()
-        try:
-            return self._call(make(seat.seat), answer)
-        except SeatGone:
-            with self._lock:
-                if self._seat is seat:
-                    self._seat = None
-        return self._call(make(self._seated().seat), answer)
-
-    def _call(self, ask: messages.Ask, answer: type[A]) -> A:
-        """One request, of whichever address serves it."""
-        ends_s = self._runtime.now_s() + self._timeout_s
-        error: EmberError | None = None
-        while (left_s := ends_s - self._runtime.now_s()) > 0:
-            address = self._addresses[0]
-            try:
-                wait_s = left_s if len(self._addresses) == 1 else min(left_s, TURN_S)
-                return self._portal.run(messages.send(self._connection(address).call, ask, answer, timeout_s=wait_s))
-            except Unavailable as refused:
-                error = refused
-                with self._lock:
-                    if self._addresses[0] == address:  # Else another thread has gone on to the next.
-                        self._addresses = [*self._addresses[1:], address]
-                self._portal.run(self._runtime.sleep(min(RETRY_S, left_s)))
-        raise DeadlineExceeded(f"no answer within {self._timeout_s:g} s: {error}") from error
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise StoreClosed("this KVCache belongs to the process that made it: connect again after a fork")
-
-    def _connection(self, address: str) -> Any:
-        self._check_process()
-        return self._network.connection(address)
-
     def _files(self) -> Client:
-        if self._store is None or self._is_closed:
+        if self._store is None or self._caller.is_closed:
             raise StoreClosed("this KVCache was closed")
-        self._check_process()
+        self._caller.check_process()
         return self._store
 
     @contextlib.contextmanager
@@ -459,26 +313,17 @@ class KVCache:
             with self._lock:
                 self._readers.append(reader)
 
-    def _page_writer(self) -> PageWriter:
-        if self._writer is None:
-            self._writer = PageWriter(self._files(), self._segments, self._commit)
-        return self._writer
-
     def _report(self, kind: int, keys: Sequence[bytes]) -> None:
         """Tell the service, behind the caller's back: the pages are misses either way."""
-        seat, connection = self._seat, self._connection(self._addresses[0])
-        if seat is None or self._is_reporting:
+        if self._is_reporting:
             return
         self._is_reporting = True
+        blob = b"".join(keys[: messages.REPORTED_MAX])
 
-        async def tell() -> None:
-            try:
-                ask = messages.Report(seat.seat, kind, b"".join(keys[: messages.REPORTED_MAX]))
-                await messages.send(connection.call, ask, messages.Okay, timeout_s=self._timeout_s)
-            finally:
-                self._is_reporting = False
+        def is_over() -> None:
+            self._is_reporting = False
 
-        self._portal.post(tell())
+        self._caller.post(lambda seat: messages.Report(seat, kind, blob), is_over=is_over)
 
     def _kind(self, name: str | None) -> int:
         if name is None:
@@ -486,15 +331,3 @@ class KVCache:
         if name not in self._kinds:
             raise LimitExceeded(f"no kind {name!r} in this namespace: there are {', '.join(self._kinds)}")
         return self._kinds[name]
-
-
-def _parts(views: Sequence[memoryview]) -> Iterator[slice]:
-    """Slices of pages that go in one request each."""
-    begin, size = 0, 0
-    for index, view in enumerate(views):
-        size += HEADER_BYTES + len(view)
-        if index > begin and (size > PUT_BYTES_MAX or index - begin == PUT_PAGES_MAX):
-            yield slice(begin, index)
-            begin, size = index, HEADER_BYTES + len(view)
-    if begin < len(views):
-        yield slice(begin, len(views))

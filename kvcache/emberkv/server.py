@@ -30,8 +30,9 @@ from .events import EventFeed
 from .figures import Figures
 from .files import StoreFiles
 from .metrics import KvCollector
+from .pools import NAMESPACES_MAX
 from .publisher import Publisher
-from .service import NAMESPACES_MAX, KvService
+from .service import KvService
 from .space import SpaceConfig
 from .tenants import EVERYBODY, read_tenants
 
@@ -88,7 +89,7 @@ def run_server(config: ServerConfig) -> None:
     try:
         with named(config.listen):
             listener = portal.run(network.serve(config.listen, service))
-        service.address = listener.address
+        service.pools.address = listener.address
         if config.metrics:
             with named(config.metrics):
                 end_metrics = serve_page([KvCollector(lambda: portal.run(_figures(service)))], config.metrics)
@@ -131,7 +132,7 @@ async def _opened(service: KvService, publisher: Publisher | None) -> None:
     service.start()
     if publisher is not None:
         publisher.start()
-    await service.open_all()
+    await service.pools.open_all()
 
 
 async def _figures(service: KvService) -> Figures:

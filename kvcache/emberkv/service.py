@@ -1,8 +1,5 @@
 """The KV-cache service: requests onto namespaces, for those who may.
 
-A namespace is a directory under the root, opened when the first client asks for it. A *seat* is a client in it: it
-names the tenant, whom every look-up is scoped to, and the writer of a segment. Seats that were not heard of end.
-
 Invariants: page bytes never pass through here. What a tenant asks is looked up among its own pages only.
 
 Does not know: sockets, or where the files are.
@@ -11,53 +8,35 @@ Does not know: sockets, or where the files are.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import msgspec
-from emberfs import Corruption, NotFound
-from emberfs.errors import EmberError, LimitExceeded, ProtocolError, Unavailable
+from emberfs import NotFound
+from emberfs.errors import EmberError, LimitExceeded, ProtocolError
 from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
 
 from . import messages
 from .counts import ServiceCounts
-from .errors import KvError, NamespaceMismatch, SeatGone, StaleOwner
+from .errors import KvError, SeatGone, StaleOwner
 from .events import EventFeed
 from .figures import Figures, requests_of, stat_of
 from .files import Files
 from .journal import split
 from .keys import KEY_BYTES
 from .leases import LEASE_S_MAX
-from .namespace import Namespace
 from .page import PAGE_BYTES_MAX, PLACE
-from .pool import Pool
+from .pools import NAMESPACES_MAX, Pools
+from .seats import Seat, Seats
 from .space import SpaceConfig
 from .tenants import EVERYBODY, Tenants
 
-NAMESPACES_MAX = 64
-"""Each has a capacity of its own: with more of them than was thought of the store is full."""
-SEAT_S = 600.0
-"""A seat that nothing was heard of for so long ends."""
-SEATS_MAX = 4096
-"""Of one tenant in one namespace."""
 CHAINS_MAX = 1024
 KEYS_MAX = 65_536
 """In one request."""
 PIN_S_MAX = 30 * 86_400.0
-AGAIN_S = 5.0
-"""A namespace that cannot be opened is tried again after so long."""
-
-
-@dataclass(slots=True)
-class _Seat:
-    pool: Pool
-    tenant: int
-    number: int
-    heard_s: float
 
 
 class KvService:
@@ -68,38 +47,23 @@ class KvService:
         tenants: Tenants = EVERYBODY, namespaces_max: int = NAMESPACES_MAX, counts: ServiceCounts | None = None,
         events: EventFeed | None = None,
     ) -> None:  # fmt: skip
-        self.address = address
-        self.pools: dict[str, Pool] = {}
         self.counts = counts or ServiceCounts()
-        self._events = events
-        self._files, self._runtime = files, runtime
-        self._root, self._store, self._config, self._tenants = root.rstrip("/"), store, config, tenants
-        self._namespaces_max = namespaces_max
-        self._seats: dict[int, _Seat] = {}
-        self._opening: dict[str, asyncio.Task[Pool]] = {}
-        """Namespaces that are being taken over: that goes on when who asked for it is tired of waiting."""
-        self._failed: dict[str, tuple[float, Exception]] = {}
-        """Namespaces that could not be opened: until when they are not tried again, and why."""
-        self._is_closing = False
+        self.pools = Pools(files, runtime, root=root, config=config, namespaces_max=namespaces_max,
+                           counts=self.counts, events=events, address=address)  # fmt: skip
+        self._runtime, self._store, self._tenants = runtime, store, tenants
+        self._seats = Seats(runtime)
         self._upkeep: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to look after seats."""
-        self._upkeep = self._runtime.spawn(self._keep_up(), "kv-seats")
+        self._upkeep = self._runtime.spawn(self._seats.keep_up(), "kv-seats")
 
     async def close(self) -> None:
         """Let every namespace go."""
-        self._is_closing = True
         if self._upkeep is not None:
             self._upkeep.cancel()
             await asyncio.wait([self._upkeep])
-        for opening in self._opening.values():
-            opening.cancel()
-        if self._opening:
-            await asyncio.wait(self._opening.values())
-        while self.pools:
-            _, pool = self.pools.popitem()
-            await pool.close()
+        await self.pools.close()
 
     async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
         """Serve one request."""
@@ -122,106 +86,20 @@ class KvService:
 
     # --- seats -----------------------------------------------------------------------------------------------------
 
-    def _seat(self, number: int) -> _Seat:
-        seat = self._seats.get(number)
-        if seat is None:
-            raise SeatGone(f"seat {number} is not taken: open the namespace again")
-        if seat.pool.is_lost:
-            raise SeatGone("another server has taken this namespace over")
-        seat.heard_s = self._runtime.now_s()
-        return seat
-
     async def _open(self, ask: messages.Open) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
-        pool = await self._pool(ask.namespace)
-        tenant = pool.tenant(ask.tenant)
-        if sum(each.pool is pool and each.tenant == tenant for each in self._seats.values()) >= SEATS_MAX:
-            raise LimitExceeded(f"a tenant has at most {SEATS_MAX} clients in a namespace: close some")
-        # A seat is what a client shows with each request: nobody may guess another one's.
-        number = int.from_bytes(self._runtime.random_bytes(8)) >> 1
-        self._seats[number] = _Seat(pool, tenant, number, self._runtime.now_s())
-        return messages.Opened(number, tenant, self._store, f"{pool.directory}/segments")
+        pool = await self.pools.get(ask.namespace)
+        seat = self._seats.take(pool, pool.tenant(ask.tenant))
+        return messages.Opened(seat.number, seat.tenant, self._store, f"{pool.directory}/segments")
 
-    async def _pool(self, namespace: Namespace) -> Pool:
-        name = namespace.name
-        pool = self.pools.get(name)
-        if self._is_closing:
-            raise Unavailable("this server ends: another one takes over")
-        if pool is None or pool.is_lost:
-            again_s, error = self._failed.get(name, (0.0, None))
-            if error is not None and self._runtime.now_s() < again_s:
-                raise error
-            opening = self._opening.get(name)
-            if opening is None:
-                opening = self._opening[name] = self._runtime.spawn(self._take_over(namespace), f"kv-open-{name}")
-            pool = await asyncio.shield(opening)
-        if pool.namespace != namespace:
-            raise NamespaceMismatch(f"{name} is another namespace here")
-        return pool
-
-    async def _take_over(self, namespace: Namespace) -> Pool:
-        name = namespace.name
-        directory = f"{self._root}/{name}"
-        try:
-            if (lost := self.pools.pop(name, None)) is not None:
-                await lost.close()
-            await self._describe(directory, namespace)
-            self.pools[name] = pool = await Pool.open(
-                self._files, self._runtime, directory, namespace, config=self._config, address=self.address,
-                counts=self.counts.namespace(name),
-            )  # fmt: skip
-            self._failed.pop(name, None)
-            if self._events is not None:
-                self._events.follow(pool)
-            return pool
-        except Exception as error:
-            failure = Corruption(f"the index of {name}: {error}") if isinstance(error, ValueError) else error
-            now_s = self._runtime.now_s()
-            self._failed = {other: held for other, held in self._failed.items() if held[0] > now_s}
-            self._failed[name] = now_s + AGAIN_S, failure
-            raise failure from error
-        finally:
-            del self._opening[name]
-
-    async def _describe(self, directory: str, namespace: Namespace) -> None:
-        path = f"{directory}/namespace.json"
-        try:
-            there = msgspec.json.decode(await self._files.get(path), type=Namespace)
-        except NotFound:
-            if len(await self._files.names(self._root)) >= self._namespaces_max:
-                raise LimitExceeded(
-                    f"{namespace.name} is new, and there are {self._namespaces_max} namespaces: remove one's directory "
-                    "under the service's root, or serve with more"
-                ) from None
-            await self._files.put(path, msgspec.json.encode(namespace))
-            return
-        if there != namespace:
-            raise NamespaceMismatch(f"{namespace.name} is another namespace here")
-
-    async def open_all(self) -> list[str]:
-        """Open every namespace that is there. Their names."""
-        names = []
-        for name in await self._files.names(self._root):
-            with contextlib.suppress(NotFound):
-                data = await self._files.get(f"{self._root}/{name}/namespace.json")
-                await self._pool(msgspec.json.decode(data, type=Namespace))
-                names.append(name)
-        return names
-
-    async def _keep_up(self) -> None:
-        while True:
-            await self._runtime.sleep(SEAT_S / 10)
-            limit_s = self._runtime.now_s() - SEAT_S
-            for number, seat in list(self._seats.items()):
-                if seat.heard_s < limit_s:
-                    del self._seats[number]
-                    with contextlib.suppress(StaleOwner):
-                        seat.pool.end_writer(number)
+    def _close(self, ask: messages.Close) -> messages.Answer:
+        self._seats.leave(self._seats.of(ask.seat))
+        return messages.Okay()
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def _match(self, ask: messages.Match) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         if len(ask.chains) > CHAINS_MAX:
             raise LimitExceeded(f"{len(ask.chains)} chains in one request: at most {CHAINS_MAX}")
         pool, tenant, lease_s = seat.pool, seat.tenant, _seconds(ask.lease_s, LEASE_S_MAX)
@@ -238,26 +116,26 @@ class KvService:
         return messages.Matched(counts, reasons, leases, places)
 
     def _lookup(self, ask: messages.Lookup) -> messages.Answer:
-        seat, lease_s = self._seat(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)
+        seat, lease_s = self._seats.of(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)
         places, lease = seat.pool.lookup(seat.tenant, _kind(seat, ask.kind), _keys(ask.keys), lease_s)
         return messages.LookedUp(b"".join(places), lease)
 
     def _release(self, ask: messages.Release) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         return messages.Okay(seat.pool.leases.release(set(ask.leases), owner=seat.tenant))
 
     def _extend(self, ask: messages.Extend) -> messages.Answer:
-        seat, lease_s, now_s = self._seat(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX), self._runtime.now_s()
+        seat, lease_s, now_s = self._seats.of(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX), self._runtime.now_s()
         goes_on = seat.pool.leases.extend(ask.lease, owner=seat.tenant, duration_s=lease_s, now_s=now_s)
         return messages.Okay(int(goes_on))
 
     async def _report(self, ask: messages.Report) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         keys = _keys(ask.keys)[: messages.REPORTED_MAX]
         return messages.Okay(await seat.pool.report(seat.tenant, _kind(seat, ask.kind), keys))
 
     def _browse(self, ask: messages.Browse) -> messages.Answer:
-        seat, lease_s = self._seat(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)
+        seat, lease_s = self._seats.of(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)
         if not (0 < ask.count <= KEYS_MAX and ask.after >= 0):
             raise ProtocolError(f"a request tells of 1 to {KEYS_MAX} pages, from 0 on")
         table = seat.pool.table
@@ -269,14 +147,14 @@ class KvService:
     # --- writing ---------------------------------------------------------------------------------------------------
 
     async def _reserve(self, ask: messages.Reserve) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         keys, parents = _keys(ask.keys), _keys(ask.parents)
         if not len(keys) == len(parents) == len(ask.lengths):
             raise ProtocolError("keys, parents and lengths are of as many pages")
         kind = _kind(seat, ask.kind)
         fixed = seat.pool.namespace.kinds[kind].payload_bytes
         for length in ask.lengths:
-            if not 0 < length <= min(PAGE_BYTES_MAX, self._config.capacity_bytes // 64):
+            if not 0 < length <= min(PAGE_BYTES_MAX, self.pools.config.capacity_bytes // 64):
                 raise LimitExceeded(f"a page of {length} bytes: at most {PAGE_BYTES_MAX}, and 1/64 of the capacity")
             if fixed not in (0, length):
                 raise LimitExceeded(f"a page of {length} bytes: this kind has pages of {fixed}")
@@ -285,7 +163,7 @@ class KvService:
         return messages.Reserved(number, bytes(states), blob)
 
     async def _commit(self, ask: messages.Commit) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         if len(ask.reservations) != len(ask.crcs):
             raise ProtocolError("each reservation has its checksums")
         gone = []
@@ -299,39 +177,33 @@ class KvService:
         return messages.Committed(gone)
 
     def _give_up(self, ask: messages.GiveUp) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         seat.pool.give_up(ask.reservation, seat.number)
         return messages.Okay()
 
     async def _flush(self, ask: messages.Flush) -> messages.Answer:
-        await self._seat(ask.seat).pool.flush()
+        await self._seats.of(ask.seat).pool.flush()
         return messages.Okay()
 
     async def _remove(self, ask: messages.Remove) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         return messages.Okay(await seat.pool.remove(seat.tenant, _keys(ask.keys)))
 
     def _pin(self, ask: messages.Pin) -> messages.Answer:
-        seat = self._seat(ask.seat)
+        seat = self._seats.of(ask.seat)
         if not 0 <= ask.for_s <= PIN_S_MAX:
             raise LimitExceeded(f"pages are pinned for at most {PIN_S_MAX:g} s at a time: not {ask.for_s}")
         return messages.Okay(seat.pool.pin(seat.tenant, _keys(ask.keys), ask.for_s))
-
-    def _close(self, ask: messages.Close) -> messages.Answer:
-        seat = self._seat(ask.seat)
-        del self._seats[seat.number]
-        seat.pool.end_writer(seat.number)
-        return messages.Okay()
 
     # --- operating -------------------------------------------------------------------------------------------------
 
     def figures(self, only: str | None = None) -> Figures:
         """What there is and what was done; `only`: as far as it is one tenant's."""
-        seen = {n: p for n, p in self.pools.items() if only is None or p.index.tenant(only) is not None}
-        found: Figures = {"address": self.address, "namespaces": {n: stat_of(p, only) for n, p in seen.items()}}
+        seen = {n: p for n, p in self.pools.opened.items() if only is None or p.index.tenant(only) is not None}
+        found: Figures = {"address": self.pools.address, "namespaces": {n: stat_of(p, only) for n, p in seen.items()}}
         found |= {"store": self._store, "wall_s": self._runtime.wall_ns() / 1e9}
         if only is None:
-            found |= {"seats": len(self._seats), "opening": list(self._opening), "requests": requests_of(self.counts)}
+            found |= {"seats": len(self._seats), "opening": self.pools.opening, "requests": requests_of(self.counts)}
         return found
 
     def _stat(self, ask: messages.Stat) -> messages.Answer:
@@ -342,7 +214,7 @@ class KvService:
     async def _erase(self, ask: messages.Erase) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
         report = {}
-        for name, pool in list(self.pools.items()):
+        for name, pool in list(self.pools.opened.items()):
             number = pool.index.tenant(ask.tenant)
             if number is not None and ask.namespace in ("", name):
                 pages, size = await pool.erase(number)
@@ -352,27 +224,22 @@ class KvService:
 
     async def _drop(self, ask: messages.Drop) -> messages.Answer:
         self._tenants.check_operator(ask.token)
-        pool = self._named(ask.namespace)
+        pool = self.pools.named(ask.namespace)
         report = {name: await pool.erase(number) for number, name in enumerate(pool.index.tenants)}
         await pool.flush()
         return _numbers({name: {"pages": pages, "bytes": size} for name, (pages, size) in report.items()})
 
     def _quota(self, ask: messages.Quota) -> messages.Answer:
         self._tenants.check_operator(ask.token)
-        pool = self._named(ask.namespace)
+        pool = self.pools.named(ask.namespace)
         pool.set_quota(pool.tenant(ask.tenant), ask.limit_bytes)
         return messages.Okay()
 
     async def _collect(self, ask: messages.Collect) -> messages.Answer:
         self._tenants.check_operator(ask.token)
-        pool = self._named(ask.namespace)
+        pool = self.pools.named(ask.namespace)
         await pool.keep_up()
         return _numbers(asdict(pool.space.counts))
-
-    def _named(self, name: str) -> Pool:
-        if name not in self.pools:
-            raise NotFound(f"no namespace {name!r} is open here; there are {', '.join(self.pools) or 'none'}")
-        return self.pools[name]
 
 
 _HANDLERS: dict[type, Callable[[KvService, Any], messages.Answer | Awaitable[messages.Answer]]] = {
@@ -410,7 +277,7 @@ def _seconds(value: float, limit: float) -> float:
     return min(value, limit)
 
 
-def _kind(seat: _Seat, kind: int) -> int:
+def _kind(seat: Seat, kind: int) -> int:
     if not 0 <= kind < len(seat.pool.namespace.kinds):
         raise ProtocolError(f"no kind {kind} in this namespace")
     return kind

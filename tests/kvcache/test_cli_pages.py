@@ -49,7 +49,7 @@ def filled(cache: emberkv.KVCache, seed: int, pages: int) -> list[bytes]:
 
 def damage(store: str, cache: emberkv.KVCache, key: bytes) -> None:
     """The payload of a page is another one, with right checksums of the store."""
-    seat, place = cache._seated(), places_of(cache.lookup([key])[0].places[0])[0]
+    seat, place = cache._caller.seated(), places_of(cache.lookup([key])[0].places[0])[0]
     with emberfs.connect(store) as client, client.open(f"{seat.segments}/{place.segment:08x}", "r+b") as file:
         file.seek(place.offset + 500)
         file.write(b"damage")

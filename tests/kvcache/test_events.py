@@ -105,7 +105,7 @@ def test_a_service_tells_of_what_it_takes_over() -> None:
 
         for _ in range(2):
             serving = service()
-            pool = await serving._pool(NAMESPACE)
+            pool = await serving.pools.get(NAMESPACE)
             pool.tenant("tenant")
             await bench.put(pool, chain(1, 5))
             router.hear_all(feed)

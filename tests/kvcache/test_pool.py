@@ -399,7 +399,7 @@ def test_a_namespace_that_another_serves_holds_up_no_other() -> None:
         await runtime.sleep(1)
         bench.kill(pool)
         await runtime.sleep(4)
-        assert NAMESPACE.name in service.pools, "it goes on when who asked is tired of waiting"
+        assert NAMESPACE.name in service.pools.opened, "it goes on when who asked is tired of waiting"
         await service.close()
 
     run(work)

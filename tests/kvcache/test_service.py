@@ -83,7 +83,7 @@ def test_a_kind_of_a_fixed_size_takes_no_other(serve: Serve) -> None:
         with pytest.raises(LimitExceeded, match="this kind has pages of 20000"):
             cache.put(keys, [page(1), page(2, PAGE - 1)])
         assert cache.put(keys, [page(1), page(2)]) == ["stored"] * 2
-        plain = emberkv.connect(cache._addresses[0], PLAIN)
+        plain = emberkv.connect(cache._caller.addresses[0], PLAIN)
         with plain, pytest.raises(LimitExceeded, match="1/64 of the capacity"):
             plain.put(keys[:1], [page(1, 2 * MIB)])
 
@@ -94,9 +94,9 @@ def test_a_seat_is_nobody_elses(serve: Serve) -> None:
         keys = one.keys(tokens(1, 2))
         one.put(keys, [page(1)] * 2)
         one.flush()
-        assert abs(one._seated().seat - two._seated().seat) > 1 << 20
+        assert abs(one._caller.seated().seat - two._caller.seated().seat) > 1 << 20
         with pytest.raises(SeatGone):
-            two._call(messages.Match(one._seated().seat + 1, [b"".join(keys)], 0.0), messages.Matched)
+            two._caller.call(messages.Match(one._caller.seated().seat + 1, [b"".join(keys)], 0.0), messages.Matched)
 
 
 def test_opaque_keys_stand_for_themselves(serve: Serve) -> None:
@@ -153,7 +153,7 @@ def test_a_client_finds_a_service_that_came_back(serve: Serve) -> None:
         cache.put(keys, [page(1)] * 3, durable="committed")
         first.end()
         second = serve()
-        cache._addresses = [first.address, second.address]
+        cache._caller.addresses = [first.address, second.address]
         assert cache.match(keys).pages == 3
         assert cache.put(keys, [page(1)] * 3) == ["known"] * 3
 
@@ -236,11 +236,11 @@ def test_a_page_that_one_writes_is_pending_for_others_until_it_gives_up(serve: S
     with emberkv.connect(address, PLAIN) as one, emberkv.connect(address, PLAIN) as two:
         keys = one.keys(tokens(1, 2))
         parents = bytes(32) + keys[0]
-        answer = one._ask(
+        answer = one._caller.ask(
             lambda seat: messages.Reserve(seat, 0, b"".join(keys), parents, [PAGE, PAGE]), messages.Reserved
         )
         assert two.put(keys, [page(1)] * 2) == ["pending"] * 2
-        one._ask(lambda seat: messages.GiveUp(seat, answer.reservation), messages.Okay)
+        one._caller.ask(lambda seat: messages.GiveUp(seat, answer.reservation), messages.Okay)
         assert two.put(keys, [page(1)] * 2) == ["stored"] * 2
         two.flush()
         assert one.get(one.match(keys)) == [page(1)] * 2
@@ -302,7 +302,7 @@ def test_of_several_addresses_threads_find_the_one_that_serves(serve: Serve) -> 
             keys = cache.keys(tokens(1, 3))
             cache.put(keys, [page(1)] * 3, durable="committed")
             for threads in (1, 2, 4, 8):
-                cache._addresses = [dead, *(each for each in cache._addresses if each != dead)]
+                cache._caller.addresses = [dead, *(each for each in cache._caller.addresses if each != dead)]
                 with ThreadPoolExecutor(threads) as pool:
                     hits = list(pool.map(lambda _: cache.match(keys).pages, range(threads)))
                 assert hits == [3] * threads

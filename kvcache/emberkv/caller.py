@@ -1,0 +1,133 @@
+"""A client's requests to the service, from whichever thread: its seat there, and which of several addresses serves.
+
+A *seat* is what the service knows a client by. One that it has forgotten is asked for again; an address that does not
+answer has the next one's turn follow.
+
+Does not know: pages, or what is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from emberfs import StoreClosed
+from emberfs.errors import DeadlineExceeded, EmberError, Unavailable
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
+from emberfs.transport import TcpConfig, TcpNetwork
+
+from . import messages
+from .errors import SeatGone
+from .messages import A
+from .namespace import Namespace
+
+RETRY_S = 0.05
+CLOSE_S = 1.0
+"""So long the service is given to hear that we end."""
+TURN_S = 2.0
+"""Of several addresses one is given so long before the next has its turn."""
+
+
+class Caller:
+    """See the module. `address`: one, or several with commas."""
+
+    def __init__(
+        self, address: str, namespace: Namespace, *, tenant: str, token: str, timeout_s: float, tcp: TcpConfig
+    ) -> None:
+        self.addresses = [each.strip() for each in address.split(",") if each.strip()]
+        """The first one is asked first."""
+        self.timeout_s = timeout_s
+        self.is_closed = False
+        self.runtime = AsyncioRuntime("emberkv")
+        self._namespace, self._tenant, self._token = namespace, tenant, token
+        self._portal = Portal(self.runtime)
+        self._network = TcpNetwork(self.runtime, tcp)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._opening = threading.Lock()
+        """Of who asks for a seat."""
+        self._seat: messages.Opened | None = None
+
+    def seated(self) -> messages.Opened:
+        """Our seat, asked for if there is none."""
+        if (seat := self._seat) is not None and not self.is_closed:
+            return seat
+        if not self._opening.acquire(timeout=self.timeout_s):
+            raise DeadlineExceeded(f"no seat within {self.timeout_s:g} s: another thread asks for one")
+        try:
+            if self.is_closed:
+                raise StoreClosed("this KVCache was closed")
+            if self._seat is None:
+                self._seat = self.call(messages.Open(self._namespace, self._tenant, self._token), messages.Opened)
+            return self._seat
+        finally:
+            self._opening.release()
+
+    def ask(self, make: Callable[[int], messages.Ask], answer: type[A]) -> A:
+        """One request of our seat; once more if the service has forgotten it."""
+        seat = self.seated()
+        try:
+            return self.call(make(seat.seat), answer)
+        except SeatGone:
+            with self._lock:
+                if self._seat is seat:
+                    self._seat = None
+        return self.call(make(self.seated().seat), answer)
+
+    def call(self, ask: messages.Ask, answer: type[A]) -> A:
+        """One request, of whichever address serves it."""
+        ends_s = self.runtime.now_s() + self.timeout_s
+        error: EmberError | None = None
+        while (left_s := ends_s - self.runtime.now_s()) > 0:
+            address = self.addresses[0]
+            try:
+                wait_s = left_s if len(self.addresses) == 1 else min(left_s, TURN_S)
+                return self._portal.run(messages.send(self._connection(address).call, ask, answer, timeout_s=wait_s))
+            except Unavailable as refused:
+                error = refused
+                with self._lock:
+                    if self.addresses[0] == address:  # Else another thread has gone on to the next.
+                        self.addresses = [*self.addresses[1:], address]
+                self._portal.run(self.runtime.sleep(min(RETRY_S, left_s)))
+        raise DeadlineExceeded(f"no answer within {self.timeout_s:g} s: {error}") from error
+
+    def post(self, make: Callable[[int], messages.Ask], *, is_over: Callable[[], None]) -> None:
+        """One request of our seat, of which nobody waits for the answer; then `is_over` is called."""
+        seat, connection = self._seat, self._connection(self.addresses[0])
+        if seat is None:
+            is_over()
+            return
+
+        async def tell() -> None:
+            try:
+                await messages.send(connection.call, make(seat.seat), messages.Okay, timeout_s=self.timeout_s)
+            finally:
+                is_over()
+
+        self._portal.post(tell())
+
+    def check_process(self) -> None:
+        """Raises StoreClosed in a process that was forked from ours."""
+        if os.getpid() != self._pid:
+            raise StoreClosed("this KVCache belongs to the process that made it: connect again after a fork")
+
+    def leave(self) -> None:
+        """Tell the service that we end."""
+        if self._seat is not None:
+            ask, call = messages.Close(self._seat.seat), self._connection(self.addresses[0]).call
+            self._portal.run(messages.send(call, ask, messages.Okay, timeout_s=CLOSE_S))
+
+    def close(self) -> None:
+        """End the connections."""
+        self._portal.drain()
+        try:
+            self._portal.run_last(self._network.close())
+        finally:
+            self.runtime.stop()
+
+    def _connection(self, address: str) -> Any:
+        self.check_process()
+        return self._network.connection(address)

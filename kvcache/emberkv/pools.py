@@ -1,0 +1,143 @@
+"""The namespaces that a server serves: each a directory under the root, opened when somebody first asks for it.
+
+Opening one waits for the owner before to be silent, and goes on when who asked is tired of waiting.
+
+Does not know: clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+
+import msgspec
+from emberfs import Corruption, NotFound
+from emberfs.errors import LimitExceeded, Unavailable
+from emberfs.runtime import Runtime
+
+from .counts import ServiceCounts
+from .errors import NamespaceMismatch
+from .events import EventFeed
+from .files import Files
+from .namespace import Namespace
+from .pool import Pool
+from .space import SpaceConfig
+
+NAMESPACES_MAX = 64
+"""Each has a capacity of its own: with more of them than was thought of the store is full."""
+AGAIN_S = 5.0
+"""A namespace that cannot be opened is tried again after so long."""
+
+
+class Pools:
+    """See the module. `address` is where others reach whoever serves them."""
+
+    def __init__(
+        self, files: Files, runtime: Runtime, *, root: str, config: SpaceConfig, namespaces_max: int,
+        counts: ServiceCounts, events: EventFeed | None, address: str,
+    ) -> None:  # fmt: skip
+        self.address = address
+        self.config = config
+        self._files, self._runtime, self._root = files, runtime, root.rstrip("/")
+        self._namespaces_max, self._counts, self._events = namespaces_max, counts, events
+        self._open: dict[str, Pool] = {}
+        self._opening: dict[str, asyncio.Task[Pool]] = {}
+        """Namespaces that are being taken over: that goes on when who asked for it is tired of waiting."""
+        self._failed: dict[str, tuple[float, Exception]] = {}
+        """Namespaces that could not be opened: until when they are not tried again, and why."""
+        self._is_closing = False
+
+    @property
+    def opened(self) -> Mapping[str, Pool]:
+        """By name."""
+        return self._open
+
+    @property
+    def opening(self) -> list[str]:
+        """Names of those that are being taken over."""
+        return list(self._opening)
+
+    def named(self, name: str) -> Pool:
+        """Raises NotFound: it is not open here."""
+        if name not in self._open:
+            raise NotFound(f"no namespace {name!r} is open here; there are {', '.join(self._open) or 'none'}")
+        return self._open[name]
+
+    async def get(self, namespace: Namespace) -> Pool:
+        """Opened if need be. Raises NamespaceMismatch, LimitExceeded, Unavailable, Corruption."""
+        name = namespace.name
+        pool = self._open.get(name)
+        if self._is_closing:
+            raise Unavailable("this server ends: another one takes over")
+        if pool is None or pool.is_lost:
+            again_s, error = self._failed.get(name, (0.0, None))
+            if error is not None and self._runtime.now_s() < again_s:
+                raise error
+            opening = self._opening.get(name)
+            if opening is None:
+                opening = self._opening[name] = self._runtime.spawn(self._take_over(namespace), f"kv-open-{name}")
+            pool = await asyncio.shield(opening)
+        if pool.namespace != namespace:
+            raise NamespaceMismatch(f"{name} is another namespace here")
+        return pool
+
+    async def open_all(self) -> list[str]:
+        """Open every namespace that is there. Their names."""
+        names = []
+        for name in await self._files.names(self._root):
+            with contextlib.suppress(NotFound):
+                data = await self._files.get(f"{self._root}/{name}/namespace.json")
+                await self.get(msgspec.json.decode(data, type=Namespace))
+                names.append(name)
+        return names
+
+    async def close(self) -> None:
+        """Let every namespace go."""
+        self._is_closing = True
+        for opening in self._opening.values():
+            opening.cancel()
+        if self._opening:
+            await asyncio.wait(self._opening.values())
+        while self._open:
+            _, pool = self._open.popitem()
+            await pool.close()
+
+    async def _take_over(self, namespace: Namespace) -> Pool:
+        name = namespace.name
+        directory = f"{self._root}/{name}"
+        try:
+            if (lost := self._open.pop(name, None)) is not None:
+                await lost.close()
+            await self._describe(directory, namespace)
+            self._open[name] = pool = await Pool.open(
+                self._files, self._runtime, directory, namespace, config=self.config, address=self.address,
+                counts=self._counts.namespace(name),
+            )  # fmt: skip
+            self._failed.pop(name, None)
+            if self._events is not None:
+                self._events.follow(pool)
+            return pool
+        except Exception as error:
+            failure = Corruption(f"the index of {name}: {error}") if isinstance(error, ValueError) else error
+            now_s = self._runtime.now_s()
+            self._failed = {other: held for other, held in self._failed.items() if held[0] > now_s}
+            self._failed[name] = now_s + AGAIN_S, failure
+            raise failure from error
+        finally:
+            del self._opening[name]
+
+    async def _describe(self, directory: str, namespace: Namespace) -> None:
+        path = f"{directory}/namespace.json"
+        try:
+            there = msgspec.json.decode(await self._files.get(path), type=Namespace)
+        except NotFound:
+            if len(await self._files.names(self._root)) >= self._namespaces_max:
+                raise LimitExceeded(
+                    f"{namespace.name} is new, and there are {self._namespaces_max} namespaces: remove one's directory "
+                    "under the service's root, or serve with more"
+                ) from None
+            await self._files.put(path, msgspec.json.encode(namespace))
+            return
+        if there != namespace:
+            raise NamespaceMismatch(f"{namespace.name} is another namespace here")
