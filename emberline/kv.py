@@ -50,7 +50,7 @@ def kv() -> None:
 for _command in (
     kvservice.serve, kvservice.stat, kvpages.ls, kvpages.match, kvpages.verify, kvpages.pin, kvpages.unpin,
     kvcopy.export_, kvcopy.import_, kvbench.bench, kvdoctor.doctor,
-    kvreplay.replay, kvtop.top, kvservice.gc, kvservice.quota, kvservice.erase, kvservice.drop,
+    kvreplay.replay, kvtop.top, kvservice.gc, kvservice.quota, kvservice.ttl, kvservice.erase, kvservice.drop,
 ):  # fmt: skip
     kv.add_command(_command)
 

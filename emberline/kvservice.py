@@ -168,6 +168,30 @@ def quota(namespace: str, tenant: str, limit: str, address: str, token: str, tls
 
 
 @click.command()
+@click.argument("namespace")
+@click.argument("time")
+@click.option("--tenant", default="", metavar="NAME", help="Only this one's.")
+@address_option
+@token_option
+@tls_option
+def ttl(namespace: str, time: str, tenant: str, address: str, token: str, tls: Path | None) -> None:
+    """Let pages of NAMESPACE go that nobody asked for in TIME, as in 12h or 7d; 0: as the service is set.
+
+    A page counts as asked for when one after it was. That of a tenant goes before that of the namespace.
+
+    \b
+    Examples:
+      emberline kv ttl deepseek-v3-0123456789abcdef 72h --address 127.0.0.1:7400
+      emberline kv ttl deepseek-v3-0123456789abcdef 30d --tenant acme --address 127.0.0.1:7400
+    """
+    from emberfs.cli.find import age_s
+
+    with operator_of(address, token, tls) as operator:
+        operator.set_ttl(namespace, 0.0 if time == "0" else age_s(time), tenant=tenant)
+    note(f"pages of {tenant or 'tenants without a time of their own'} stay for {time} in {namespace}")
+
+
+@click.command()
 @click.argument("tenant")
 @click.option("--namespace", default="", metavar="NAME", help="Only in this one.")
 @address_option

@@ -41,6 +41,7 @@ def stat_of(pool: Pool, only: str | None = None) -> Figures:
             "pages": len(index.table.slots_of(number)),
             "bytes": index.table.tenant_bytes[number],
             "quota_bytes": index.quotas[number],
+            "ttl_s": space.ttl_s(number),
         }
         for number, name in enumerate(index.tenants)
         if only in (None, name)
@@ -66,6 +67,7 @@ def stat_of(pool: Pool, only: str | None = None) -> Figures:
         "live_bytes_max": space.live_bytes_max(_page_bytes(pool)),
         "segments": len(index.segments.by_id),
         "segment_states": segments,
+        "ttl_s": space.ttl_s(),
         "leases": len(pool.leases),
         "reservations": pool.reservations,
         "tenants": tenants,

@@ -28,6 +28,10 @@ class Index:
         self.tenants: list[str] = []
         self.quotas: list[int] = []
         """Tenant -> bytes that it may hold; 0: as much as there is."""
+        self.ttls: list[float] = []
+        """Tenant -> seconds after which its pages go that nobody used; 0: that of the namespace."""
+        self.ttl_s = 0.0
+        """Of the namespace; 0: that of the service."""
         self.listener: Callable[[AnyEntry], None] | None = None
         """Is told each entry that was applied."""
 
@@ -52,6 +56,7 @@ class Index:
     def _tenant_added(self, entry: journal.TenantAdded) -> None:
         self.tenants.append(entry.name)
         self.quotas.append(0)
+        self.ttls.append(0.0)
         self.table.add_tenant()
 
     def _put(self, entry: journal.Put) -> None:
@@ -108,6 +113,12 @@ class Index:
     def _quota_set(self, entry: journal.QuotaSet) -> None:
         self.quotas[entry.tenant] = entry.limit_bytes
 
+    def _ttl_set(self, entry: journal.TtlSet) -> None:
+        if entry.tenant is None:
+            self.ttl_s = entry.ttl_s
+        else:
+            self.ttls[entry.tenant] = entry.ttl_s
+
 
 _APPLY: dict[type, Callable[[Index, Any], None]] = {
     journal.TenantAdded: Index._tenant_added,
@@ -120,4 +131,5 @@ _APPLY: dict[type, Callable[[Index, Any], None]] = {
     journal.SegmentRetired: Index._segment_retired,
     journal.Pinned: Index._pinned,
     journal.QuotaSet: Index._quota_set,
+    journal.TtlSet: Index._ttl_set,
 }

@@ -111,9 +111,17 @@ class QuotaSet(Entry, frozen=True):
     limit_bytes: int
 
 
+class TtlSet(Entry, frozen=True):
+    """How long pages stay that nobody uses: a tenant's, or (None) those of all others; 0: as it is without it."""
+
+    tenant: int | None
+    ttl_s: float
+
+
 AnyEntry = (
     TenantAdded | Put | Moved | Evicted | Unplaced | SegmentAdded | SegmentSealed | SegmentRetired | Pinned | QuotaSet
-)
+    | TtlSet
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[AnyEntry])

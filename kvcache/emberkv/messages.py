@@ -170,6 +170,16 @@ class Quota(Ask, frozen=True):
     token: str = ""
 
 
+class Ttl(Ask, frozen=True):
+    """After how long pages go that nobody used: a tenant's, or ("") those of all others; 0: as without it. Operators
+    only. -> Okay"""
+
+    namespace: str
+    tenant: str
+    ttl_s: float
+    token: str = ""
+
+
 class Collect(Ask, frozen=True):
     """Give back what is dead now, and compact where it pays. Operators only. -> Numbers"""
 
@@ -179,7 +189,7 @@ class Collect(Ask, frozen=True):
 
 AnyAsk = (
     Open | Match | Lookup | Reserve | Commit | GiveUp | Release | Extend | Report | Remove | Pin | Close | Flush | Stat
-    | Erase | Drop | Quota | Collect | Browse
+    | Erase | Drop | Quota | Collect | Browse | Ttl
 )  # fmt: skip
 
 

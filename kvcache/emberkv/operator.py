@@ -43,6 +43,10 @@ class Operator:
         """What a tenant may hold; 0: as much as there is."""
         self._ask(messages.Quota(namespace, tenant, limit_bytes, self._token), messages.Okay)
 
+    def set_ttl(self, namespace: str, ttl_s: float, *, tenant: str = "") -> None:
+        """After how long pages go that nobody used: a tenant's, or those of all others; 0: as it was."""
+        self._ask(messages.Ttl(namespace, tenant, ttl_s, self._token), messages.Okay)
+
     def close(self) -> None:
         """End the connection."""
         self._portal.drain()

@@ -22,7 +22,7 @@ from .counts import PoolCounts
 from .errors import StaleOwner
 from .files import Files
 from .index import Index
-from .journal import Pinned, Put, QuotaSet, TenantAdded, Unplaced
+from .journal import Pinned, Put, QuotaSet, TenantAdded, TtlSet, Unplaced
 from .leases import Leases
 from .namespace import Namespace
 from .ownership import Ownership
@@ -174,6 +174,10 @@ class Pool:
     def set_quota(self, tenant: int, limit_bytes: int) -> None:
         """What a tenant may hold; 0: as much as there is room for. What it has beyond it goes with the next rounds."""
         self._wal.note(QuotaSet(tenant, limit_bytes))
+
+    def set_ttl(self, tenant: int | None, ttl_s: float) -> None:
+        """After how long pages go that nobody used: a tenant's, or those of all others; 0: as it was."""
+        self._wal.note(TtlSet(tenant, ttl_s))
 
     # --- reading ---------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ CHAINS_MAX = 1024
 KEYS_MAX = 65_536
 """In one request."""
 PIN_S_MAX = 30 * 86_400.0
+TTL_S_MAX = 10 * 365 * 86_400.0
 
 
 class KvService:
@@ -235,6 +236,14 @@ class KvService:
         pool.set_quota(pool.tenant(ask.tenant), ask.limit_bytes)
         return messages.Okay()
 
+    def _ttl(self, ask: messages.Ttl) -> messages.Answer:
+        self._tenants.check_operator(ask.token)
+        if not 0 <= ask.ttl_s <= TTL_S_MAX:
+            raise LimitExceeded(f"pages stay for at most {TTL_S_MAX:g} s: not {ask.ttl_s}")
+        pool = self.pools.named(ask.namespace)
+        pool.set_ttl(pool.tenant(ask.tenant) if ask.tenant else None, ask.ttl_s)
+        return messages.Okay()
+
     async def _collect(self, ask: messages.Collect) -> messages.Answer:
         self._tenants.check_operator(ask.token)
         pool = self.pools.named(ask.namespace)
@@ -262,6 +271,7 @@ _HANDLERS: dict[type, Callable[[KvService, Any], messages.Answer | Awaitable[mes
     messages.Quota: KvService._quota,
     messages.Collect: KvService._collect,
     messages.Browse: KvService._browse,
+    messages.Ttl: KvService._ttl,
 }
 
 

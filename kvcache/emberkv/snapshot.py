@@ -38,6 +38,9 @@ class _Head(msgspec.Struct):
     next_segment: int
     orphans: list[tuple[int, bytes]]
     """(which slot, the parent that is not there)"""
+    ttl_s: float = 0.0
+    ttls: list[float] = []
+    """Empty in a snapshot of a program that knew none."""
 
 
 def encode_snapshot(index: Index) -> bytes:
@@ -57,6 +60,8 @@ def encode_snapshot(index: Index) -> bytes:
         segments=[(each.id, each.size_bytes, int(each.state), each.end) for each in index.segments],
         next_segment=index.segments.next_id,
         orphans=[(int(number[slot]), key) for key, waiting in table.waiting() for slot in waiting],
+        ttl_s=index.ttl_s,
+        ttls=index.ttls,
     )
     columns = [
         b"".join([table.keys[slot] for slot in slots]),
@@ -86,6 +91,7 @@ def decode_snapshot(data: bytes, *, segment_bytes: int) -> Index:
     rest = b"".join(parts)
     index = Index(head.trailing, segment_bytes=segment_bytes)
     index.tenants, index.quotas = head.tenants, head.quotas
+    index.ttl_s, index.ttls = head.ttl_s, head.ttls or [0.0] * len(head.tenants)
     for _ in head.tenants:
         index.table.add_tenant()
     _fill_table(index, head, memoryview(rest))

@@ -62,7 +62,7 @@ class SpaceConfig:
     """Of the pages, those that were not used for longest: a compaction lets them go, since they would be next anyway.
     More of them make writes fewer and the order less like LRU. In [0, 1)."""
     ttl_s: float = 72 * 3600.0
-    """A page that was not used for so long goes; with it all below it, never what is above."""
+    """A page that was not used for so long, nor any below it, goes. A namespace or a tenant may have another one."""
     orphan_s: float = 60.0
     """A page whose parent did not come for so long goes."""
     evictions_per_s: float = 20_000.0
@@ -120,6 +120,11 @@ class Space:
         """Now, for stamps that outlive the process: wall clock at the start, and from there on monotonic."""
         return self._clock_offset_s + self._runtime.now_s()
 
+    def ttl_s(self, tenant: int | None = None) -> float:
+        """How long pages stay that nobody uses: of a tenant, or of the namespace."""
+        of_tenant = 0.0 if tenant is None else self._index.ttls[tenant]
+        return of_tenant or self._index.ttl_s or self.config.ttl_s
+
     def path(self, segment: int) -> str:
         """Where its file is."""
         return f"{self._directory}/{segment:08x}"
@@ -173,15 +178,16 @@ class Space:
             self._wal.note(Evicted(table.tenant[slot], table.keys[slot]))
 
     def expire(self, count_max: int) -> int:
-        """Evict what was not used for `ttl_s`, what is above a quota that was lowered, and orphans: at most so many.
+        """Evict what was not used for its time, what is above a quota that was lowered, and orphans: at most so many.
         How many."""
         table, now_s = self._index.table, self.stamp_s()
         count = 0
         for tenant, quota in enumerate(self._index.quotas):
+            ttl_s = self.ttl_s(tenant)
             while count < count_max:
                 slot = table.coldest(tenant, now_s)
                 is_over = quota and table.tenant_bytes[tenant] > quota
-                if slot is None or (not is_over and table.used_s[slot] + self.config.ttl_s > now_s):
+                if slot is None or (not is_over and table.used_s[slot] + ttl_s > now_s):
                     break
                 self.evict([slot], "evicted" if is_over else "expired")
                 count += 1

@@ -216,7 +216,7 @@ def same(one: Index, other: Index) -> None:
         assert places[0] == places[1]
     for field in ("count", "live_bytes", "tenant_bytes"):
         assert getattr(one.table, field) == getattr(other.table, field)
-    assert one.tenants == other.tenants and one.quotas == other.quotas
+    assert one.tenants == other.tenants and one.quotas == other.quotas and one.ttls == other.ttls
     segments = [[(s.id, s.end, s.live_bytes) for s in index.segments] for index in (one, other)]
     assert segments[0] == segments[1]
     order: list[list[bytes]] = []
