@@ -143,8 +143,9 @@ def _count_text(count: float) -> str:
 @click.argument("trace", type=click.File("rb"))
 @click.option("--page-tokens", type=click.IntRange(min=1), default=512, show_default=True, metavar="N",
               help="Tokens of a page of the trace.")  # fmt: skip
-@click.option("--policy", "policies", multiple=True, type=click.Choice(["lru", "fifo", "s3fifo"]), default=["lru"],
-              show_default=True, help="May be given several times. lru is the service's.")  # fmt: skip
+@click.option("--policy", "policies", multiple=True, default=["lru"],
+              type=click.Choice(["lru", "second-use", "fifo", "s3fifo"]), show_default=True,
+              help="May be given several times. lru and second-use are the service's.")  # fmt: skip
 @click.option("--capacity", "capacities", multiple=True, metavar="N|SIZE",
               help='Pages, or with --model a size as in "10TiB". May be given several times.')  # fmt: skip
 @model_option
@@ -270,12 +271,23 @@ def _print_simulated(
     print_fields(told)
     print_line("")
     size_heads = ("size",) if model else ()
-    rows = [("policy", "pages", *size_heads, "page hits", "token hits", "evicted", *saved)]
+    rows = [("policy", "pages", *size_heads, "page hits", "token hits", "written", "evicted", *saved)]
     for outcome, saved in found:
         assert outcome.capacity is not None
         sizes = (human_bytes(outcome.capacity * model.page_bytes(trace.page_tokens)),) if model else ()
-        rates = (f"{outcome.page_rate:.2%}", f"{outcome.token_rate:.2%}", f"{outcome.evicted:,}")
-        rows.append((outcome.policy, f"{outcome.capacity:,}", *sizes, *rates, *saved_texts(saved, bare=True)))
+        rates = (f"{outcome.page_rate:.2%}", f"{outcome.token_rate:.2%}")
+        written = human_bytes(outcome.stored * model.page_bytes(trace.page_tokens)) if model else f"{outcome.stored:,}"
+        rows.append(
+            (
+                outcome.policy,
+                f"{outcome.capacity:,}",
+                *sizes,
+                *rates,
+                written,
+                f"{outcome.evicted:,}",
+                *saved_texts(saved, bare=True),
+            )
+        )
     heads = [name.replace("_", " ") for name in rows[0]]
     print_columns([heads, *rows[1:]], right=range(1, len(heads)))
 

@@ -128,6 +128,10 @@ def stat(address: str, token: str, tls: Path | None, as_json: bool) -> None:
     for name, each in numbers["namespaces"].items():
         stops = ", ".join(f"{reason} {count:,}" for reason, count in sorted(each["counts"]["stops"].items()))
         print_line(f"{name}: matches ended by {stops or 'nothing yet'}")
+        for tenant, about in each["tenants"].items():
+            clients = ", ".join(f"{policy} {count:,}" for policy, count in sorted(about["put_policies"].items()))
+            if clients:
+                print_line(f"{name}: clients of {tenant} put {clients}")
 
 
 @click.command()

@@ -35,14 +35,22 @@ class Caller:
     """See the module. `address`: one, or several with commas."""
 
     def __init__(
-        self, address: str, namespace: Namespace, *, tenant: str, token: str, timeout_s: float, tcp: TcpConfig
+        self,
+        address: str,
+        namespace: Namespace,
+        *,
+        tenant: str,
+        token: str,
+        policy: str,
+        timeout_s: float,
+        tcp: TcpConfig,
     ) -> None:
         self.addresses = [each.strip() for each in address.split(",") if each.strip()]
         """The first one is asked first."""
         self.timeout_s = timeout_s
         self.is_closed = False
         self.runtime = AsyncioRuntime("emberkv")
-        self._namespace, self._tenant, self._token = namespace, tenant, token
+        self._open = messages.Open(namespace, tenant, token, policy)
         self._portal = Portal(self.runtime)
         self._network = TcpNetwork(self.runtime, tcp)
         self._pid = os.getpid()
@@ -61,7 +69,7 @@ class Caller:
             if self.is_closed:
                 raise StoreClosed("this KVCache was closed")
             if self._seat is None:
-                self._seat = self.call(messages.Open(self._namespace, self._tenant, self._token), messages.Opened)
+                self._seat = self.call(self._open, messages.Opened)
             return self._seat
         finally:
             self._opening.release()

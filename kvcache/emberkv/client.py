@@ -38,13 +38,15 @@ class KVCache:
     """A namespace of a service, as one tenant. Get one from `emberkv.connect`."""
 
     def __init__(
-        self, address: str, namespace: Namespace, *, tenant: str, salt: bytes, token: str, timeout_s: float,
-        store: str | None, tcp: TcpConfig, store_settings: dict[str, Any],
+        self, address: str, namespace: Namespace, *, tenant: str, salt: bytes, token: str, policy: str,
+        timeout_s: float, store: str | None, tcp: TcpConfig, store_settings: dict[str, Any],
     ) -> None:  # fmt: skip
         self.namespace, self.tenant, self.salt = namespace, tenant, salt
         self._token = token
         self._kinds = {kind.name: number for number, kind in enumerate(namespace.kinds)}
-        self._caller = Caller(address, namespace, tenant=tenant, token=token, timeout_s=timeout_s, tcp=tcp)
+        self._caller = Caller(
+            address, namespace, tenant=tenant, token=token, policy=policy, timeout_s=timeout_s, tcp=tcp
+        )
         self._lock = threading.Lock()
         self._is_reporting = False
         self._store: Client | None = None
@@ -231,7 +233,8 @@ class KVCache:
         self, keys: Sequence[bytes], payloads: Sequence[Any], *, parent: bytes | None = None, kind: str | None = None,
         durable: str = "buffered", chained: bool = True,
     ) -> list[str]:  # fmt: skip
-        """Store pages: "stored", "known" (there already), "pending" (another writer is at it), "refused" (no room).
+        """Store pages: "stored", "known" (there already), "pending" (another writer is at it), "refused" (no room),
+        "deferred" (by the policy of second use, not before it is put again).
 
         keys[i] comes after keys[i-1], and the first after `parent`; not `chained`, each stands for itself. "committed"
         returns when pages and index are durable. "buffered" returns when the pages are copied: they are written behind

@@ -8,6 +8,7 @@ from typing import Any
 from emberfs.cluster.store import tls_files
 from emberfs.transport import TcpConfig
 
+from .admission import PUT_POLICIES
 from .client import KVCache
 from .namespace import Namespace
 
@@ -19,6 +20,7 @@ def connect(
     tenant: str = "default",
     salt: bytes = b"",
     token: str = "",
+    policy: str = "write-through",
     timeout_s: float = 10.0,
     store: str | None = None,
     tls: str | Path | None = None,
@@ -29,6 +31,8 @@ def connect(
 
         tenant         whose pages; the token must be one of its own
         salt           more that keys depend on, so that nobody guesses them
+        policy         which pages that are put are stored: "write-through" (all), "second-use" (when they are put
+                       again), "on-evict" (all; the end of a prompt may come long before its beginning)
         timeout_s      seconds after which a request fails, beside those of the store
         store          URL of the store, if it is another one than the service says
         tls            directory with ca.pem, cert.pem and key.pem
@@ -37,12 +41,15 @@ def connect(
     Other settings are those of `emberfs.connect`. The namespace is made if it is new. Raises Unavailable,
     DeadlineExceeded, AccessDenied, NamespaceMismatch.
     """
+    if policy not in PUT_POLICIES:
+        raise ValueError(f"policy is one of {', '.join(PUT_POLICIES)}, not {policy!r}")
     return KVCache(
         address,
         namespace,
         tenant=tenant,
         salt=salt,
         token=token,
+        policy=policy,
         timeout_s=timeout_s,
         store=store,
         tcp=TcpConfig(tls=tls_files(None if tls is None else Path(tls)), shares_memory=shares_memory),

@@ -7,6 +7,7 @@ Does not know: who asks, or how they are shown.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -33,8 +34,9 @@ def requests_of(counts: ServiceCounts) -> Figures:
     }
 
 
-def stat_of(pool: Pool, only: str | None = None) -> Figures:
-    """The figures of a namespace; `only`: as far as they are of one tenant."""
+def stat_of(pool: Pool, policies: Mapping[int, Mapping[str, int]], only: str | None = None) -> Figures:
+    """The figures of a namespace; `policies`: of each tenant, how many clients put by which; `only`: as far as they are
+    of one tenant."""
     index, space = pool.index, pool.space
     tenants = {
         name: {
@@ -42,6 +44,7 @@ def stat_of(pool: Pool, only: str | None = None) -> Figures:
             "bytes": index.table.tenant_bytes[number],
             "quota_bytes": index.quotas[number],
             "ttl_s": space.ttl_s(number),
+            "put_policies": dict(policies.get(number, {})),
         }
         for number, name in enumerate(index.tenants)
         if only in (None, name)

@@ -33,6 +33,8 @@ class Open(Ask, frozen=True):
     namespace: Namespace
     tenant: str
     token: str = ""
+    policy: str = "write-through"
+    """Of `admission.PUT_POLICIES`: which of the pages that this client puts are stored."""
 
 
 class Match(Ask, frozen=True):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from emberfs.errors import EmberError, LimitExceeded, NotFound, ProtocolError
 from emberfs.runtime import Runtime
 
+from .admission import ON_EVICT, SECOND_USE, WRITE_THROUGH, Sightings
 from .counts import PoolCounts
 from .errors import StaleOwner
 from .files import Files
@@ -44,9 +45,10 @@ SNAPSHOT_S = 3600.0
 """The journal does not say what was used when: a service that is killed forgets so much of it."""
 TENANTS_MAX = 1 << 16
 
-STORED, KNOWN, PENDING, REFUSED = range(4)
-"""What becomes of a page: to be written, there already, being written by somebody else, no room for it."""
-STATES = ("stored", "known", "pending", "refused")
+STORED, KNOWN, PENDING, REFUSED, DEFERRED = range(5)
+"""What becomes of a page: to be written, there already, being written by somebody else, no room for it, not before it
+is put again."""
+STATES = ("stored", "known", "pending", "refused", "deferred")
 """What each is called."""
 
 
@@ -88,6 +90,7 @@ class Pool:
         self._checking = asyncio.Lock()
         self._checked_s: dict[Place, float] = {}
         """Pages that were reported, and that nothing was wrong with, and when."""
+        self._sightings = Sightings()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -274,16 +277,22 @@ class Pool:
         keys: Sequence[bytes],
         parents: Sequence[bytes],
         lengths: Sequence[int],
+        policy: str = WRITE_THROUGH,
     ) -> tuple[int, list[int], list[Place | None]]:
         """(a reservation, what becomes of each page, where those go that are to be written)."""
+        wanted = [True] * len(keys)
+        if policy == SECOND_USE:
+            wanted = self._sightings.wanted(kind, keys, parents, lambda key: self._has_page(tenant, key))
+        elif policy == ON_EVICT:
+            self.space.patient.add(tenant)
         states: list[int] = []
         places: list[Place | None] = []
         held = Reservation(writer, tenant, kind, self._runtime.now_s() + RESERVATION_S, [], [], [])
         number, self._next = self._next, self._next + 1
         self._reservations[number] = held
         try:
-            for key, parent, length in zip(keys, parents, lengths, strict=True):
-                state, place = await self._reserve_one(writer, tenant, kind, key, length)
+            for key, parent, length, is_wanted in zip(keys, parents, lengths, wanted, strict=True):
+                state, place = await self._reserve_one(writer, tenant, kind, key, length if is_wanted else None)
                 states.append(state)
                 places.append(place)
                 if place is not None:
@@ -307,8 +316,9 @@ class Pool:
         return number, states, places
 
     async def _reserve_one(
-        self, writer: int, tenant: int, kind: int, key: bytes, length: int
+        self, writer: int, tenant: int, kind: int, key: bytes, length: int | None
     ) -> tuple[int, Place | None]:
+        """`length` None: it is not to be stored."""
         if (tenant, kind, key) in self._pending:
             return PENDING, None
         slot = self.table.any_slot(tenant, key)
@@ -316,6 +326,8 @@ class Pool:
             if self.table.slot(tenant, key) is not None:  # An orphan is not renewed: it may wait for what never comes.
                 self.table.touch(slot, self.space.stamp_s())
             return KNOWN, None
+        if length is None:
+            return DEFERRED, None
         size = HEADER_BYTES + length
         if not self.space.make_live_room(size, tenant):
             return REFUSED, None
@@ -331,6 +343,10 @@ class Pool:
                 self._pending.discard((tenant, kind, key))
                 self.space.redeem(tenant, size)
         return (REFUSED, None) if place is None else (STORED, place)
+
+    def _has_page(self, tenant: int, key: bytes) -> bool:
+        slot = self.table.any_slot(tenant, key)
+        return slot is not None and any(places["segment"][slot] for places in self.table.places)
 
     async def _segment_for(self, writer: int, length: int) -> Segment | None:
         segment = self.index.segments.open_for(writer, length)

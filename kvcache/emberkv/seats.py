@@ -9,6 +9,7 @@ Does not know: tokens, messages.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 
 from emberfs.errors import LimitExceeded
@@ -30,6 +31,8 @@ class Seat:
     pool: Pool
     tenant: int
     number: int
+    policy: str
+    """Of its puts: one of `admission.PUT_POLICIES`."""
     heard_s: float
 
 
@@ -43,12 +46,12 @@ class Seats:
     def __len__(self) -> int:
         return len(self._seats)
 
-    def take(self, pool: Pool, tenant: int) -> Seat:
+    def take(self, pool: Pool, tenant: int, policy: str) -> Seat:
         """A new seat. Raises LimitExceeded."""
         if sum(each.pool is pool and each.tenant == tenant for each in self._seats.values()) >= SEATS_MAX:
             raise LimitExceeded(f"a tenant has at most {SEATS_MAX} clients in a namespace: close some")
         number = int.from_bytes(self._runtime.random_bytes(8)) >> 1
-        self._seats[number] = seat = Seat(pool, tenant, number, self._runtime.now_s())
+        self._seats[number] = seat = Seat(pool, tenant, number, policy, self._runtime.now_s())
         return seat
 
     def of(self, number: int) -> Seat:
@@ -65,6 +68,14 @@ class Seats:
         """It ends: what it reserved will not come."""
         del self._seats[seat.number]
         seat.pool.end_writer(seat.number)
+
+    def policies(self, pool: Pool) -> dict[int, Counter[str]]:
+        """Tenant -> how many of its clients in a namespace put by which policy."""
+        found: dict[int, Counter[str]] = {}
+        for seat in self._seats.values():
+            if seat.pool is pool:
+                found.setdefault(seat.tenant, Counter())[seat.policy] += 1
+        return found
 
     async def keep_up(self) -> None:
         """Look after them, for ever."""

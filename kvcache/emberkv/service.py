@@ -19,6 +19,7 @@ from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
 
 from . import messages
+from .admission import PUT_POLICIES
 from .counts import ServiceCounts
 from .errors import KvError, SeatGone, StaleOwner
 from .events import EventFeed
@@ -89,8 +90,10 @@ class KvService:
 
     async def _open(self, ask: messages.Open) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
+        if ask.policy not in PUT_POLICIES:
+            raise ProtocolError(f"pages are put {', '.join(PUT_POLICIES)}, not {ask.policy!r}")
         pool = await self.pools.get(ask.namespace)
-        seat = self._seats.take(pool, pool.tenant(ask.tenant))
+        seat = self._seats.take(pool, pool.tenant(ask.tenant), ask.policy)
         return messages.Opened(seat.number, seat.tenant, self._store, f"{pool.directory}/segments")
 
     def _close(self, ask: messages.Close) -> messages.Answer:
@@ -159,7 +162,9 @@ class KvService:
                 raise LimitExceeded(f"a page of {length} bytes: at most {PAGE_BYTES_MAX}, and 1/64 of the capacity")
             if fixed not in (0, length):
                 raise LimitExceeded(f"a page of {length} bytes: this kind has pages of {fixed}")
-        number, states, places = await seat.pool.reserve(seat.number, seat.tenant, kind, keys, parents, ask.lengths)
+        number, states, places = await seat.pool.reserve(
+            seat.number, seat.tenant, kind, keys, parents, ask.lengths, seat.policy
+        )
         blob = b"".join(PLACE.pack(*place) for place in places if place is not None)
         return messages.Reserved(number, bytes(states), blob)
 
@@ -201,7 +206,10 @@ class KvService:
     def figures(self, only: str | None = None) -> Figures:
         """What there is and what was done; `only`: as far as it is one tenant's."""
         seen = {n: p for n, p in self.pools.opened.items() if only is None or p.index.tenant(only) is not None}
-        found: Figures = {"address": self.pools.address, "namespaces": {n: stat_of(p, only) for n, p in seen.items()}}
+        found: Figures = {
+            "address": self.pools.address,
+            "namespaces": {n: stat_of(p, self._seats.policies(p), only) for n, p in seen.items()},
+        }
         found |= {"store": self._store, "wall_s": self._runtime.wall_ns() / 1e9}
         if only is None:
             found |= {"seats": len(self._seats), "opening": self.pools.opening, "requests": requests_of(self.counts)}

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import compress
 from typing import Protocol
 
 from emberfs.errors import LimitExceeded
 
+from .admission import Sightings
 from .trace import Trace
 from .units import UnitRule
 
@@ -65,6 +68,20 @@ class Lru(Fifo):
     """
 
     _renews = True
+
+
+class SecondUse(Lru):
+    """`Lru` of pages that were asked for twice: the first time leaves a mark only, in the service's own table."""
+
+    def __init__(self, capacity: int | None) -> None:
+        super().__init__(capacity)
+        self._sightings = Sightings()
+
+    def request(self, pages: Sequence[int]) -> int:
+        keys = [sha256(b"%d" % page).digest() for page in pages]
+        there = {key for key, page in zip(keys, pages, strict=True) if page in self._pages}
+        wanted = self._sightings.wanted(0, keys, [b"", *keys[:-1]], there.__contains__)
+        return super().request(list(compress(pages, wanted)))
 
 
 class S3Fifo:
@@ -133,7 +150,12 @@ class S3Fifo:
         self.evicted += 1
 
 
-POLICIES: dict[str, Callable[[int | None], Policy]] = {"lru": Lru, "fifo": Fifo, "s3fifo": S3Fifo}
+POLICIES: dict[str, Callable[[int | None], Policy]] = {
+    "lru": Lru,
+    "second-use": SecondUse,
+    "fifo": Fifo,
+    "s3fifo": S3Fifo,
+}
 
 
 def _leading(pages: Sequence[int], there: OrderedDict[int, None] | dict[int, int]) -> int:

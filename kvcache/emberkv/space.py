@@ -107,6 +107,8 @@ class Space:
         self.departed = Departed()
         self.pending_bytes: Counter[int] = Counter()
         """Tenant -> what it was promised, and has not committed or given up."""
+        self.patient: set[int] = set()
+        """Tenants whose pages wait for the one before them as long as pages stay: an engine puts it later."""
         self._promised_bytes = 0
         """The same of all of them."""
         self._files, self._runtime, self._directory = files, runtime, directory
@@ -193,7 +195,8 @@ class Space:
                 count += 1
         self._remove_hollow()
         for slot in [slot for _, slots in table.waiting() for slot in slots]:
-            if table.used_s[slot] + self.config.orphan_s <= now_s and count < count_max:
+            wait_s = self.ttl_s(table.tenant[slot]) if table.tenant[slot] in self.patient else self.config.orphan_s
+            if table.used_s[slot] + wait_s <= now_s and count < count_max:
                 count += sum(self._cut_one(each, "expired") for each in table.below([slot]))
         self.counts.expired_pages += count
         return count

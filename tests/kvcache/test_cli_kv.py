@@ -75,7 +75,7 @@ def test_simulate_shows_a_curve(trace: Path) -> None:
     assert "400 requests" in head
     assert "without end" in head
     columns, *rows = table.splitlines()
-    assert columns.split() == ["policy", "pages", "page", "hits", "token", "hits", "evicted"]
+    assert columns.split() == ["policy", "pages", "page", "hits", "token", "hits", "written", "evicted"]
     assert {row.split()[0] for row in rows} == {"lru", "s3fifo"}
 
 

@@ -48,7 +48,7 @@ def samples_of(text: str) -> dict[str, float]:
 
 def figures_of(pool: Pool, counts: ServiceCounts | None = None) -> dict[str, Any]:
     requests = requests_of(counts or ServiceCounts())
-    return {"namespaces": {"n": stat_of(pool)}, "seats": 1, "opening": [], "requests": requests}
+    return {"namespaces": {"n": stat_of(pool, {})}, "seats": 1, "opening": [], "requests": requests}
 
 
 def test_a_match_says_why_it_is_no_longer() -> None:

@@ -12,6 +12,13 @@ from hypothesis import strategies as st
 from tests.kvcache.traces import chat_trace, conversations
 
 
+def test_second_use_writes_a_fifth_and_hits_more_in_a_small_cache() -> None:
+    trace = conversations()
+    for capacity, hits, stored in ((3_000, 12.55, 69_464), (10_000, 20.61, 46_224)):
+        found = simulate(trace, "second-use", capacity)
+        assert (round(100 * found.page_rate, 2), found.stored) == (hits, stored)
+
+
 class LeafFirst:
     """The rule in words: of the pages that no other continues, the one used longest ago goes, the deepest first."""
 

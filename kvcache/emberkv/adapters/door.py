@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 OPERATORS_BUSINESS = (AccessDenied, InvalidNamespace, InvalidPath, NamespaceMismatch)
 FAILED = "failed"
 """What became of a page, beside what a put says."""
-KEPT = frozenset({"stored", "known", "pending"})
-"""States of pages that are there, or will be."""
+KEPT = frozenset({"stored", "known", "pending", "deferred"})
+"""States of pages that the engine need not put again: they are there, will be, or are not worth it yet."""
 SAYS_AGAIN_S = 60.0
 """The same trouble is logged so often."""
 FOUND_MAX = 1 << 16
@@ -207,6 +207,7 @@ def open_cache_of(settings: Settings, namespace: Namespace) -> KVCache:
         "tenant": settings.tenant,
         "salt": settings.salt.encode(),
         "token": settings.token,
+        "policy": settings.policy,
         "timeout_s": settings.timeout_s,
         "store": settings.store,
         "tls": settings.tls,

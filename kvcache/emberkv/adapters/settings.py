@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from ..admission import PUT_POLICIES
 from ..errors import InvalidNamespace
 
 THREADS_MAX = 64
@@ -26,6 +27,9 @@ class Settings:
     token: str = ""
     salt: str = ""
     """More that keys depend on."""
+    policy: str = "write-through"
+    """Which of the pages that the engine puts are stored: "write-through" (all), "second-use" (at the second put),
+    "on-evict" (all; for engines that put what they evict, the end of a prompt before its beginning)."""
     revision: str = ""
     """Of the model's weights: pages of another one are another model's."""
     timeout_s: float = 5.0
@@ -48,6 +52,8 @@ class Settings:
         for name in ("timeout_s", "retry_s", "lease_s"):
             if not getattr(self, name) > 0:
                 raise InvalidNamespace(f"{name} is a number of seconds above 0, not {getattr(self, name)!r}")
+        if self.policy not in PUT_POLICIES:
+            raise InvalidNamespace(f"policy is one of {', '.join(PUT_POLICIES)}, not {self.policy!r}")
         if not 1 <= self.threads <= THREADS_MAX:
             raise InvalidNamespace(f"threads is 1 to {THREADS_MAX}, not {self.threads!r}")
 
