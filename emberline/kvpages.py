@@ -190,6 +190,8 @@ def match(
         hit = cache.match(keys, lease_s=0)
     found: dict[str, Any] = {"namespace": about.name, "asked_pages": len(keys)}
     found |= {"pages": hit.pages, "tokens": hit.tokens, "reason": hit.reason}
+    if hit.known_pages > hit.pages:
+        found |= {"known_pages": hit.known_pages, "parts_at": hit.parts_at}
     if hit.pages < len(keys):
         found["next_key"] = keys[hit.pages].hex()
     if as_json:
@@ -197,6 +199,9 @@ def match(
     else:
         rest = "" if hit.pages == len(keys) else f"; page {hit.pages + 1} is {hit.reason} ({found['next_key'][:16]}...)"
         print_line(f"{hit.pages:,} of {plural(len(keys), 'page')} hit, {hit.tokens:,} tokens{rest}")
+        if hit.known_pages > hit.pages:
+            parts = "; there it parts from another one: states are worth keeping" if hit.parts_at else ""
+            print_line(f"{plural(hit.known_pages, 'page')} are there, and no states to go on from{parts}")
     if not hit.pages:
         sys.exit(1)
 

@@ -88,10 +88,14 @@ class KVCache:
         blobs = [b"".join(chain) for chain in chains]
         answer = self._caller.ask(lambda seat: messages.Match(seat, blobs, lease_s), messages.Matched)
         hits, begin, tenant = [], 0, self._caller.seated().number
-        for blob, pages, reason, lease in zip(blobs, answer.pages, answer.reasons, answer.leases, strict=True):
+        known, partings = answer.known or answer.pages, answer.partings or [0] * len(blobs)
+        for blob, pages, reason, lease, there, parts_at in zip(
+            blobs, answer.pages, answer.reasons, answer.leases, known, partings, strict=True
+        ):
             end = begin + pages * PLACE.size
             places = tuple(column[begin:end] for column in answer.places)
-            hits.append(Hit(pages, pages * self.namespace.page_tokens, reason, lease, blob, places, tenant))
+            tokens = pages * self.namespace.page_tokens
+            hits.append(Hit(pages, tokens, reason, lease, blob, places, tenant, there, parts_at))
             begin = end
         return hits
 

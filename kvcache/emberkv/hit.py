@@ -31,6 +31,11 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     """Of each kind the places of the pages, 16 bytes each; zeros where the kind has none."""
     tenant: int
     """Its number, as page headers have it."""
+    known_pages: int = 0
+    """How many of the first pages are there, though an engine cannot go on from all of them: `pages` at least."""
+    parts_at: int = 0
+    """Not 0: after so many pages the chain parts from another one, and nobody kept states there. Whoever computes them
+    should put them with the last of these pages, so that a third request goes on from there (`units`)."""
 
     @property
     def keys(self) -> list[bytes]:

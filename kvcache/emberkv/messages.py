@@ -216,6 +216,10 @@ class Matched(Answer, frozen=True):
     leases: list[int]
     places: list[bytes]
     """Of each kind: the places of all pages of all chains, zeros where the kind has none."""
+    known: list[int] = []
+    """Of each chain, how many pages are there, if some match ended for want of states."""
+    partings: list[int] = []
+    """The same: how many of them it has in common with others that go on otherwise; 0: see `parting`."""
 
 
 class LookedUp(Answer, frozen=True):

@@ -29,9 +29,11 @@ from .journal import split
 from .keys import KEY_BYTES
 from .leases import LEASE_S_MAX
 from .page import PAGE_BYTES_MAX, PLACE
+from .parting import parting
 from .pools import NAMESPACES_MAX, Pools
 from .seats import Seat, Seats
 from .space import SpaceConfig
+from .table import NO_STATE
 from .tenants import EVERYBODY, Tenants
 
 CHAINS_MAX = 1024
@@ -110,14 +112,21 @@ class KvService:
         if sum(map(len, ask.chains)) > KEYS_MAX * KEY_BYTES:
             raise LimitExceeded(f"more than {KEYS_MAX} keys in one request")
         counts, reasons, leases, every = [], [], [], []
-        for chain in ask.chains:
-            slots, reason, lease = pool.match(tenant, _keys(chain), lease_s)
+        for chain in map(_keys, ask.chains):
+            slots, reason, lease = pool.match(tenant, chain, lease_s)
             counts.append(len(slots))
             reasons.append(reason)
             leases.append(lease)
             every += slots
         places = [column[every].tobytes() for column in pool.table.places]
-        return messages.Matched(counts, reasons, leases, places)
+        if NO_STATE not in reasons:
+            return messages.Matched(counts, reasons, leases, places)
+        found = [
+            parting(pool.table, tenant, _keys(chain), pages) if reason == NO_STATE else (pages, 0)
+            for chain, pages, reason in zip(ask.chains, counts, reasons, strict=True)
+        ]
+        known, partings = map(list, zip(*found, strict=True))
+        return messages.Matched(counts, reasons, leases, places, known, partings)
 
     def _lookup(self, ask: messages.Lookup) -> messages.Answer:
         seat, lease_s = self._seats.of(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)

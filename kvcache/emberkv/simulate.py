@@ -287,19 +287,23 @@ def simulate_units(trace: Trace, rule: UnitRule) -> UnitOutcome:
     if rule.page_tokens != trace.page_tokens:
         raise LimitExceeded(f"the rule has pages of {rule.page_tokens} tokens, the trace of {trace.page_tokens}")
     there: set[int] = set()
+    continued: set[int] = set()
+    """Pages after which some request went on."""
     states: set[int] = set()
     page_hits = unit_hits = hit_tokens = recomputed = 0
     for request in trace.requests:
         whole = request.whole_pages(trace.page_tokens)
         pages = request.pages[:whole]
         known = next((number for number, page in enumerate(pages) if page not in there), whole)
-        plan = rule.plan(known, lambda page, pages=pages: pages[page] in states)  # type: ignore[misc]
+        parts = 0 < known < whole and pages[known - 1] in continued
+        plan = rule.plan(known, lambda page, pages=pages: pages[page] in states, parts=parts)  # type: ignore[misc]
         page_hits += known
         unit_hits += plan.pages
         hit_tokens += plan.tokens
         recomputed += plan.recompute_tokens
         states.update(pages[page] for page in rule.states([request.input_tokens], plan=plan))
         there.update(pages)
+        continued.update(pages[:-1])
     return UnitOutcome(
         pages=trace.pages,
         stored_pages=len(there),

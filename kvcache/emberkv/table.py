@@ -32,6 +32,8 @@ ORPHAN = -2
 FREE = -3
 """In the column of parents."""
 
+NO_STATE = "no state"
+"""Why a match is no longer: of a kind that is needed at the end only."""
 PLACES = np.dtype([("segment", "<u4"), ("offset", "<u4"), ("length", "<u4"), ("crc", "<u4")])
 """Segment 0: the page is not there."""
 _SLOTS_MIN = 1024
@@ -131,7 +133,7 @@ class PageTable:
             usable = self._usable(slots)
             if usable < len(slots):
                 del slots[usable:]
-                reason = "no state"
+                reason = NO_STATE
         parents = parents[1 : len(slots)]
         if parents == slots[:-1]:
             return Found(slots, slots[-1:], reason)

@@ -37,6 +37,8 @@ class Plan:
     """In those."""
     recompute_tokens: int
     """The last ones of `tokens`, which the engine computes again to have its window. Their entries are not stored."""
+    parts_at: int = 0
+    """After so many of the known pages the request parts from another one; 0: it does not, or there are states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +49,7 @@ class UnitRule:
     interval_tokens: int | None = INTERVAL_TOKENS
     """Every so many tokens, a multiple of the page; None: nowhere but at ends."""
     sees_common: bool = True
-    """Keep them too where a request parts from what is there: a third one with this prefix then hits."""
+    """Keep them too where a request parts from another one, as the service saw: a third one then hits."""
     replays: bool = False
     """Keep none: each hit has its last window computed again."""
     window_tokens: int = WINDOW_TOKENS
@@ -62,21 +64,26 @@ class UnitRule:
                 f"interval_tokens is a multiple of the {self.page_tokens} of a page, not {self.interval_tokens}"
             )
 
-    def plan(self, known_pages: int, has_states: Callable[[int], bool]) -> Plan:
-        """For a request with its first `known_pages` there; `has_states` of a page, counted from 0."""
+    def plan(self, known_pages: int, has_states: Callable[[int], bool], *, parts: bool = False) -> Plan:
+        """For a request with its first `known_pages` there; `has_states` of a page, counted from 0; `parts`: others go
+        on otherwise after these pages."""
         pages = known_pages
         while pages and not self.replays and not has_states(pages - 1):
             pages -= 1
+        return self.plan_of(known_pages, pages, parts_at=known_pages if parts and pages < known_pages else 0)
+
+    def plan_of(self, known_pages: int, pages: int, *, parts_at: int) -> Plan:
+        """The same of a `Hit`, by its fields of these names."""
         tokens = pages * self.page_tokens
         recompute = min(tokens, self.window_tokens) if self.replays else 0
-        return Plan(known_pages=known_pages, pages=pages, tokens=tokens, recompute_tokens=recompute)
+        return Plan(known_pages=known_pages, pages=pages, tokens=tokens, recompute_tokens=recompute,
+                    parts_at=parts_at)  # fmt: skip
 
     def states(self, ends: Iterable[int], *, plan: Plan) -> list[int]:
         """Pages, from 0, that the request of this plan keeps states of: only ones that it computes has it states of.
 
         `ends` are token counts: the end of its input, and of input and output together. Of each the last whole page is
-        meant. Where the plan stops short of what is known, the request parted from another one, or came to the end of
-        one whose states have gone.
+        meant.
         """
         if self.replays:
             return []
@@ -86,5 +93,5 @@ class UnitRule:
             step = self.interval_tokens // self.page_tokens
             kept.update(range(step, max(last_pages, default=0) + 1, step))
         if self.sees_common:
-            kept.add(plan.known_pages)
+            kept.add(plan.parts_at)
         return sorted(pages - 1 for pages in kept if pages > plan.pages)
