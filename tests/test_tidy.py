@@ -65,6 +65,7 @@ REACHES_OUT = {
     "fs/emberfs/cli/": "is a face: the user's terminal and local files",
     "fs/emberfs/testing/": "runs in other people's tests",
     "kvcache/emberkv/adapters/": "runs in the threads of engines, on their clock",
+    "kvcache/emberkv/breaker.py": "is the face's: the caller's threads share it",
     "kvcache/emberkv/caller.py": "is the face's: the caller's threads share a connection",
     "kvcache/emberkv/client.py": "is a face: the caller's threads share a cache",
     "kvcache/emberkv/prefetch.py": "is the face's: a thread of the caller's process reads while it goes on",

@@ -8,15 +8,18 @@
 The map of the package is `kvcache/README.md`.
 """
 
+from .breaker import BreakerConfig
 from .client import KVCache
 from .connect import connect
-from .errors import InvalidNamespace, KvError, NamespaceMismatch, SeatGone, SeededKeys, StaleOwner
+from .errors import BreakerOpen, InvalidNamespace, KvError, NamespaceMismatch, SeatGone, SeededKeys, StaleOwner
 from .hit import Hit
 from .namespace import Kind, Namespace
 from .operator import Operator
 from .prefetch import Prefetch
 
 __all__ = [
+    "BreakerConfig",
+    "BreakerOpen",
     "Hit",
     "InvalidNamespace",
     "KVCache",

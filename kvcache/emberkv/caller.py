@@ -1,7 +1,7 @@
 """A client's requests to the service, from whichever thread: its seat there, and which of several addresses serves.
 
 A *seat* is what the service knows a client by. One that it has forgotten is asked for again; an address that does not
-answer has the next one's turn follow.
+answer has the next one's turn follow. A service that does not answer several times in a row is left alone for a while.
 
 Does not know: pages, or what is asked.
 """
@@ -20,7 +20,8 @@ from emberfs.runtime import AsyncioRuntime
 from emberfs.transport import TcpConfig, TcpNetwork
 
 from . import messages
-from .errors import SeatGone
+from .breaker import Breaker, BreakerConfig
+from .errors import BreakerOpen, SeatGone
 from .messages import A
 from .namespace import Namespace
 
@@ -44,6 +45,7 @@ class Caller:
         policy: str,
         timeout_s: float,
         tcp: TcpConfig,
+        breaker: BreakerConfig,
     ) -> None:
         self.addresses = [each.strip() for each in address.split(",") if each.strip()]
         """The first one is asked first."""
@@ -53,6 +55,7 @@ class Caller:
         self._open = messages.Open(namespace, tenant, token, policy)
         self._portal = Portal(self.runtime)
         self._network = TcpNetwork(self.runtime, tcp)
+        self.breaker = Breaker(breaker, now_s=self.runtime.now_s, random=self._random)
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._opening = threading.Lock()
@@ -86,7 +89,24 @@ class Caller:
         return self.call(make(self.seated().seat), answer)
 
     def call(self, ask: messages.Ask, answer: type[A]) -> A:
-        """One request, of whichever address serves it."""
+        """One request, of whichever address serves it. Raises BreakerOpen, and then nothing was sent."""
+        if not self.breaker.admit():
+            raise BreakerOpen(f"{', '.join(self.addresses)} did not answer before, and is not asked now")
+        try:
+            told = self._call(ask, answer)
+        except (Unavailable, DeadlineExceeded):
+            self.breaker.failed()
+            raise
+        except (EmberError, OSError):
+            self.breaker.succeeded()
+            raise
+        except BaseException:
+            self.breaker.abandoned()
+            raise
+        self.breaker.succeeded()
+        return told
+
+    def _call(self, ask: messages.Ask, answer: type[A]) -> A:
         ends_s = self.runtime.now_s() + self.timeout_s
         error: EmberError | None = None
         while (left_s := ends_s - self.runtime.now_s()) > 0:
@@ -135,6 +155,9 @@ class Caller:
             self._portal.run_last(self._network.close())
         finally:
             self.runtime.stop()
+
+    def _random(self) -> float:
+        return int.from_bytes(self.runtime.random_bytes(4)) / (1 << 32)
 
     def _connection(self, address: str) -> Any:
         self.check_process()

@@ -2,7 +2,8 @@
 
 The service says where pages lie; their bytes are read from and written to the storage servers directly, into and out of
 the caller's memory. Safe to use from many threads. A service that went and came back is found again; several addresses
-are tried in turn.
+are tried in turn. One that does not answer several times in a row is left alone for a while (`breaker`): until then
+nothing is there, puts are refused, and what cannot be answered so raises BreakerOpen.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from emberfs.errors import EmberError, LimitExceeded
 from emberfs.transport import TcpConfig
 
 from . import messages
+from .breaker import BreakerConfig
 from .caller import Caller
+from .errors import BreakerOpen
 from .hit import Browsed, Hit
 from .journal import split
 from .keys import KEY_BYTES, ROOT, opaque_keys, page_keys
@@ -40,12 +43,20 @@ class KVCache:
     def __init__(
         self, address: str, namespace: Namespace, *, tenant: str, salt: bytes, token: str, policy: str,
         timeout_s: float, store: str | None, tcp: TcpConfig, store_settings: dict[str, Any],
+        breaker: BreakerConfig,
     ) -> None:  # fmt: skip
         self.namespace, self.tenant, self.salt = namespace, tenant, salt
         self._token = token
         self._kinds = {kind.name: number for number, kind in enumerate(namespace.kinds)}
         self._caller = Caller(
-            address, namespace, tenant=tenant, token=token, policy=policy, timeout_s=timeout_s, tcp=tcp
+            address,
+            namespace,
+            tenant=tenant,
+            token=token,
+            policy=policy,
+            timeout_s=timeout_s,
+            tcp=tcp,
+            breaker=breaker,
         )
         self._lock = threading.Lock()
         self._is_reporting = False
@@ -86,7 +97,11 @@ class KVCache:
     def match_many(self, chains: Sequence[Sequence[bytes]], *, lease_s: float = 30.0) -> list[Hit]:
         """`match` of several chains in one round trip."""
         blobs = [b"".join(chain) for chain in chains]
-        answer = self._caller.ask(lambda seat: messages.Match(seat, blobs, lease_s), messages.Matched)
+        try:
+            answer = self._caller.ask(lambda seat: messages.Match(seat, blobs, lease_s), messages.Matched)
+        except BreakerOpen:
+            nothing = (b"",) * len(self._kinds)
+            return [Hit(0, 0, "no answer", 0, blob, nothing, 0) for blob in blobs]
         hits, begin, tenant = [], 0, self._caller.seated().number
         known, partings = answer.known or answer.pages, answer.partings or [0] * len(blobs)
         for blob, pages, reason, lease, there, parts_at in zip(
@@ -102,7 +117,10 @@ class KVCache:
     def lookup(self, keys: Sequence[bytes], *, kind: str | None = None, lease_s: float = 30.0) -> list[Hit | None]:
         """Each key for itself, whatever lies before it: a hit of one page, or None. One lease is on all of them."""
         number, blob = self._kind(kind), b"".join(keys)
-        answer = self._caller.ask(lambda seat: messages.Lookup(seat, number, blob, lease_s), messages.LookedUp)
+        try:
+            answer = self._caller.ask(lambda seat: messages.Lookup(seat, number, blob, lease_s), messages.LookedUp)
+        except BreakerOpen:
+            return [None] * len(keys)
         hits: list[Hit | None] = []
         tenant, page_tokens = self._caller.seated().number, self.namespace.page_tokens
         for key, place in zip(keys, split(answer.places, PLACE.size), strict=True):
@@ -114,7 +132,10 @@ class KVCache:
     def exists(self, keys: Sequence[bytes], *, kind: str | None = None) -> list[bool]:
         """Which of the pages are there, each for itself, without a lease."""
         number, blob = self._kind(kind), b"".join(keys)
-        answer = self._caller.ask(lambda seat: messages.Lookup(seat, number, blob, 0.0), messages.LookedUp)
+        try:
+            answer = self._caller.ask(lambda seat: messages.Lookup(seat, number, blob, 0.0), messages.LookedUp)
+        except BreakerOpen:
+            return [False] * len(keys)
         return [place != NO_PLACE for place in split(answer.places, PLACE.size)]
 
     def browse(self, after: int = 0, *, count: int = 1024, lease_s: float = 0.0) -> Browsed:
@@ -225,7 +246,8 @@ class KVCache:
         """End the leases. Not needed: they end by themselves."""
         leases = [hit.lease for hit in hits if hit.lease]
         if leases:
-            self._caller.ask(lambda seat: messages.Release(seat, leases), messages.Okay)
+            with contextlib.suppress(BreakerOpen):
+                self._caller.ask(lambda seat: messages.Release(seat, leases), messages.Okay)
 
     def extend(self, hit: Hit, *, lease_s: float = 30.0) -> bool:
         """Let a lease last for `lease_s` from now. False: it was over."""
@@ -250,7 +272,12 @@ class KVCache:
         if len(keys) != len(payloads):
             raise ValueError(f"{len(keys)} keys need as many payloads, not {len(payloads)}")
         is_durable = durable == "committed"
-        return self._putter.put(self._kind(kind), keys, payloads, parent=parent, durable=is_durable, chained=chained)
+        try:
+            return self._putter.put(
+                self._kind(kind), keys, payloads, parent=parent, durable=is_durable, chained=chained
+            )
+        except BreakerOpen:
+            return ["refused"] * len(keys)
 
     def flush(self) -> None:
         """What was put before is committed when this returns. Raises what befell it, if it is not."""
@@ -267,11 +294,15 @@ class KVCache:
         return self._caller.ask(lambda seat: messages.Pin(seat, blob, for_s), messages.Okay).count
 
     def stat(self) -> dict[str, Any]:
-        """Numbers of the service, as far as the token may see them."""
-        found: dict[str, Any] = json.loads(
-            self._caller.call(messages.Stat(self._token, self.tenant), messages.Numbers).json
-        )
-        return found
+        """Numbers of the service, as far as the token may see them, and under "client" what `health` tells."""
+        told = self._caller.call(messages.Stat(self._token, self.tenant), messages.Numbers)
+        found: dict[str, Any] = json.loads(told.json)
+        return {**found, "client": self.health}
+
+    @property
+    def health(self) -> dict[str, Any]:
+        """Of the way to the service, without asking it: see `Breaker.figures`."""
+        return self._caller.breaker.figures()
 
     # --- the service -----------------------------------------------------------------------------------------------
 

@@ -9,8 +9,11 @@ from emberfs.cluster.store import tls_files
 from emberfs.transport import TcpConfig
 
 from .admission import PUT_POLICIES
+from .breaker import BreakerConfig
 from .client import KVCache
 from .namespace import Namespace
+
+BREAKER = BreakerConfig()
 
 
 def connect(
@@ -25,6 +28,7 @@ def connect(
     store: str | None = None,
     tls: str | Path | None = None,
     shares_memory: bool = True,
+    breaker: BreakerConfig = BREAKER,
     **store_settings: Any,
 ) -> KVCache:
     """Open a namespace of the service at `address`: `host:port`, `unix:/path`, or several with commas.
@@ -37,6 +41,7 @@ def connect(
         store          URL of the store, if it is another one than the service says
         tls            directory with ca.pem, cert.pem and key.pem
         shares_memory  storage servers of this host fill our buffers in place
+        breaker        after how many calls without an answer all are misses for a while
 
     Other settings are those of `emberfs.connect`. The namespace is made if it is new. Raises Unavailable,
     DeadlineExceeded, AccessDenied, NamespaceMismatch.
@@ -53,5 +58,6 @@ def connect(
         timeout_s=timeout_s,
         store=store,
         tcp=TcpConfig(tls=tls_files(None if tls is None else Path(tls)), shares_memory=shares_memory),
+        breaker=breaker,
         store_settings={**store_settings, **({} if shares_memory else {"shares_memory": False})},
     )

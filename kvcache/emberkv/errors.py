@@ -9,6 +9,7 @@ DeadlineExceeded, AccessDenied, LimitExceeded, ...): whoever handles those handl
         ├── NamespaceMismatch (ValueError)   the service has another namespace under this name
         ├── StaleOwner (OSError ESTALE)      another server has taken the namespace over; nothing happened
         ├── SeatGone (OSError ESTALE)        the service has forgotten this client; open the namespace again
+        ├── BreakerOpen (Unavailable)        the service failed several times in a row and is left alone for a while
         ├── SeededKeys (ValueError)          an engine's keys differ from process to process; says what to set
         ├── UnknownModel (ValueError)        no size is known for a model, or its config says none
         └── TraceFormat (ValueError)         a line of a trace is not what it should be
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import errno
 
-from emberfs.errors import EmberError
+from emberfs.errors import EmberError, Unavailable
 
 
 class KvError(EmberError):
@@ -59,6 +60,10 @@ class SeatGone(_OSKvError):
     """The service has forgotten this client: it was restarted, or heard nothing for long."""
 
     errno_default = errno.ESTALE
+
+
+class BreakerOpen(KvError, Unavailable):
+    """The service did not answer several times in a row, and is not asked for a while. Nothing happened."""
 
 
 class SeededKeys(KvError, ValueError):

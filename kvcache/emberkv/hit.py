@@ -22,7 +22,8 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     """Why it is no longer. "whole": it is all. Of the next page: "absent" (never put, or long gone), "pending" (being
     written), "parent missing" (put, but what it hangs on is not there), "evicted" (for room), "expired", "removed",
-    "damaged", "kind N missing"; "no state": of a kind that is needed at the end only."""
+    "damaged", "kind N missing"; "no state": of a kind that is needed at the end only. "no answer": the service is
+    away, and was not asked."""
     lease: int
     """0: there is none."""
     chain: bytes

@@ -9,6 +9,7 @@ Does not know: pages. A lease holds slots, which the table protects while they a
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 LEASE_S_MAX = 3600.0
@@ -23,12 +24,17 @@ class Leases:
         self._hold, self._let_go = hold, let_go
         self._held: dict[int, tuple[float, tuple[int, ...], int]] = {}
         """Lease -> (end, slots, owner), in the order of their numbers."""
+        self._owners: Counter[int] = Counter()
         self._ends: list[tuple[float, int]] = []
         """A heap. Of a lease that was extended or let go an entry stays until its time."""
         self._next = 1
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def count_of(self, owner: int) -> int:
+        """How many it has."""
+        return self._owners[owner]
 
     @property
     def newest(self) -> int:
@@ -48,6 +54,7 @@ class Leases:
         lease, self._next = self._next, self._next + 1
         end_s = now_s + min(duration_s, LEASE_S_MAX)
         self._held[lease] = (end_s, tuple(slots), owner)
+        self._owners[owner] += 1
         self._push(end_s, lease)
         for slot in slots:
             self._hold(slot)
@@ -78,7 +85,9 @@ class Leases:
         return len(mine)
 
     def _end(self, lease: int) -> None:
-        for slot in self._held.pop(lease)[1]:
+        _, slots, owner = self._held.pop(lease)
+        self._owners[owner] -= 1
+        for slot in slots:
             self._let_go(slot)
 
     def expire(self, now_s: float) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ log = logging.getLogger("emberline.kv")
 
 RESERVATION_S = 60.0
 """So long a writer has between `reserve` and `commit`."""
+WRITER_SHARE = 0.5
+"""Of what may be alive, one writer may have reserved so much at a time: more is refused."""
 UPKEEP_S = 1.0
 RECHECK_S = 60.0
 """A page that was reported and is as it should be is not looked at again for so long."""
@@ -44,6 +47,8 @@ SEGMENTS_PER_CAPACITY_MIN = 64
 SNAPSHOT_S = 3600.0
 """The journal does not say what was used when: a service that is killed forgets so much of it."""
 TENANTS_MAX = 1 << 16
+LEASES_MAX = 1 << 18
+"""Of one tenant. What it finds beyond them may go while it is read, which a reader notices."""
 
 STORED, KNOWN, PENDING, REFUSED, DEFERRED = range(5)
 """What becomes of a page: to be written, there already, being written by somebody else, no room for it, not before it
@@ -82,6 +87,8 @@ class Pool:
         self.space = Space(files, runtime, f"{directory}/segments", wal, self.leases, config, strangers)
         self._files, self._runtime, self._wal = files, runtime, wal
         self._reservations: dict[int, Reservation] = {}
+        self._writers: Counter[int] = Counter()
+        """Writer -> bytes that it reserved, and has neither committed nor given up."""
         self._pending: set[tuple[int, int, bytes]] = set()
         """(tenant, kind, key) that somebody is writing."""
         self._next = 1
@@ -228,8 +235,11 @@ class Pool:
         return places, self.lease(held, tenant, lease_s)
 
     def lease(self, slots: Sequence[int], tenant: int, lease_s: float) -> int:
-        """A lease on slots; 0: there is nothing to lease, or no time."""
+        """A lease on slots; 0: there is nothing to lease, or no time, or its tenant has too many of them."""
         if not slots or lease_s <= 0:
+            return 0
+        if self.leases.count_of(tenant) >= LEASES_MAX:
+            self.counts.unleased_hits += 1
             return 0
         return self.leases.take(slots, owner=tenant, duration_s=lease_s, now_s=self._runtime.now_s())
 
@@ -296,6 +306,7 @@ class Pool:
                 states.append(state)
                 places.append(place)
                 if place is not None:
+                    self._writers[writer] += place.end - place.offset
                     held.keys.append(key)
                     held.parents.append(parent)
                     held.places.append(place)
@@ -329,6 +340,8 @@ class Pool:
         if length is None:
             return DEFERRED, None
         size = HEADER_BYTES + length
+        if self._writers[writer] + size > self.space.live_bytes_max(length) * WRITER_SHARE:
+            return REFUSED, None
         if not self.space.make_live_room(size, tenant):
             return REFUSED, None
         place = None
@@ -392,7 +405,10 @@ class Pool:
         for key, place in zip(held.keys, held.places, strict=True):
             self.index.segments.settle(place)
             self.space.redeem(held.tenant, place.end - place.offset)
+            self._writers[held.writer] -= place.end - place.offset
             self._pending.discard((held.tenant, held.kind, key))
+        if not self._writers[held.writer]:
+            del self._writers[held.writer]
         for each in (held.keys, held.parents, held.places):
             each.clear()
 

@@ -28,7 +28,7 @@ def test_rates_are_those_of_the_interval() -> None:
         pool = await bench.open()
 
         def look() -> dict[str, Any]:
-            told = {"namespaces": {"n": stat_of(pool)}, "requests": requests_of(counts), "wall_s": 0.0}
+            told = {"namespaces": {"n": stat_of(pool, {})}, "requests": requests_of(counts), "wall_s": 0.0}
             return json.loads(json.dumps(told))  # type: ignore[no-any-return]
 
         await bench.put(pool, chain(1, 4))
