@@ -53,9 +53,10 @@ def size_bytes_of(text: str) -> int:
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Serve a page for Prometheus there.")
 @click.option("--events", default="", metavar="ENDPOINT", help="Publish KV events by ZeroMQ there: tcp://*:5557.")
 @click.option("--events-replay", default="", metavar="ENDPOINT", help="Tell lost ones again there: tcp://*:5558.")
+@click.option("--events-tokens", is_flag=True, help="With the tokens of pages, which are the prompts.")
 def serve(
     store: str, root: str, listen: str, capacity: str, ttl_hours: float, namespaces: int, tenants: Path | None,
-    tls: Path | None, metrics: str, events: str, events_replay: str,
+    tls: Path | None, metrics: str, events: str, events_replay: str, events_tokens: bool,
 ) -> None:  # fmt: skip
     """Serve KV pages that lie in a store, until SIGTERM or Ctrl-C.
 
@@ -87,6 +88,7 @@ def serve(
             metrics=metrics,
             events=events,
             events_replay=events_replay,
+            events_tokens=events_tokens,
         )
     )
 

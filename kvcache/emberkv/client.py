@@ -28,7 +28,7 @@ from .caller import Caller
 from .errors import BreakerOpen
 from .hit import Browsed, Hit
 from .journal import split
-from .keys import KEY_BYTES, ROOT, opaque_keys, page_keys
+from .keys import KEY_BYTES, ROOT, opaque_keys, page_keys, token_bytes
 from .namespace import Namespace
 from .page import NO_PLACE, PLACE, places_of
 from .prefetch import Prefetch
@@ -257,7 +257,7 @@ class KVCache:
 
     def put(
         self, keys: Sequence[bytes], payloads: Sequence[Any], *, parent: bytes | None = None, kind: str | None = None,
-        durable: str = "buffered", chained: bool = True,
+        durable: str = "buffered", chained: bool = True, tokens: Any = None,
     ) -> list[str]:  # fmt: skip
         """Store pages: "stored", "known" (there already), "pending" (another writer is at it), "refused" (no room),
         "deferred" (by the policy of second use, not before it is put again).
@@ -265,16 +265,28 @@ class KVCache:
         keys[i] comes after keys[i-1], and the first after `parent`; not `chained`, each stands for itself. "committed"
         returns when pages and index are durable. "buffered" returns when the pages are copied: they are written behind
         the caller's back, some tens of MiB at most, and found a few milliseconds later; `flush` waits for that, and
-        says if it failed. The same put again is harmless. Raises Unavailable, DeadlineExceeded.
+        says if it failed. The same put again is harmless. `tokens` are those of all the pages, for routers that follow
+        KV events; they are sent if the service publishes them. Raises Unavailable, DeadlineExceeded.
         """
         if durable not in ("buffered", "committed"):
             raise ValueError(f"durable is 'buffered' or 'committed', not {durable!r}")
         if len(keys) != len(payloads):
             raise ValueError(f"{len(keys)} keys need as many payloads, not {len(payloads)}")
+        size = 4 * self.namespace.page_tokens
+        data = b"" if tokens is None else token_bytes(tokens)
+        if tokens is not None and len(data) != size * len(keys):
+            raise ValueError(f"{len(keys)} pages have {len(keys) * size // 4} tokens, not {len(data) // 4}")
+        pieces = [data[begin : begin + size] for begin in range(0, len(data), size)]
         is_durable = durable == "committed"
         try:
             return self._putter.put(
-                self._kind(kind), keys, payloads, parent=parent, durable=is_durable, chained=chained
+                self._kind(kind),
+                keys,
+                payloads,
+                parent=parent,
+                durable=is_durable,
+                chained=chained,
+                tokens=pieces,
             )
         except BreakerOpen:
             return ["refused"] * len(keys)

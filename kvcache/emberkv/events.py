@@ -7,16 +7,22 @@ owner "emberkv". Of a namespace with several kinds each is a group of its own, b
 Invariants: what is told of a page comes in the order in which it happened. Where something could not be told, all of
 the namespace is cleared and told again: a router may miss a page that is there, and then learns of it.
 
-Does not know: sockets; tokens, which no page has with it.
+A page has no tokens with it. Who puts it may tell them; they are told on with the event of that put, if the feed is
+asked to, and unchecked: a page's key has the salt in it, which is nobody's business here.
+
+Does not know: sockets.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
+from emberfs.errors import ProtocolError
 
 from .journal import AnyEntry, Evicted, Put, Unplaced, split
 from .keys import KEY_BYTES, ROOT
@@ -27,6 +33,8 @@ MEDIUM = "STORAGE"
 OWNER = "emberkv"
 PAGES_MAX = 200_000
 """That wait to be told. More, and the namespace is told anew."""
+TOKENS_MAX = 1 << 20
+"""That wait to be told. What comes beyond them is told without."""
 RESYNC_SLOTS = 2048
 """Of those that are told anew in one batch: a few milliseconds."""
 
@@ -40,7 +48,7 @@ class BlockStored(Event):
     parent_block_hash: bytes | None
     """Of the first; each other hangs on the one before."""
     token_ids: list[int]
-    """Not known here."""
+    """Of all of them, or none."""
     block_size: int
     lora_id: int | None
     medium: str | None
@@ -88,14 +96,19 @@ class _Topic:
     events: list[AnyEvent] = field(default_factory=list)
     pages: int = 0
     """In `events`."""
+    tokens: int = 0
+    """In `events`."""
+    telling: dict[bytes, bytes] = field(default_factory=dict)
+    """Key -> tokens, uint32 little-endian, of pages that are being committed now."""
     resync_from: int | None = 0
     """Which slot is told next of those that are told anew; None: all were."""
 
 
 class EventFeed:
-    """Events of a service, until somebody takes them to tell."""
+    """Events of a service, until somebody takes them to tell. `tells_tokens`: those of pages that are put, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells_tokens: bool = False) -> None:
+        self.tells_tokens = tells_tokens
         self._topics: dict[str, _Topic] = {}
 
     def follow(self, pool: Pool) -> None:
@@ -107,6 +120,23 @@ class EventFeed:
         self._topics[pool.namespace.name] = topic
         pool.index.listener = lambda entry: self._note(topic, entry)
 
+    @contextmanager
+    def with_tokens(self, pool: Pool, keys: Sequence[bytes], tokens: bytes) -> Iterator[None]:
+        """What is put meanwhile of `keys` is told with tokens, uint32 little-endian. Raises ProtocolError where they
+        are not of as many pages."""
+        topic = self._topics.get(pool.namespace.name)
+        size = 4 * pool.namespace.page_tokens
+        if len(tokens) != size * len(keys):
+            raise ProtocolError(f"{len(keys)} pages have {len(keys) * size // 4} tokens, not {len(tokens) // 4}")
+        if topic is None or not self.tells_tokens:
+            yield
+            return
+        topic.telling = {key: tokens[at * size : (at + 1) * size] for at, key in enumerate(keys)}
+        try:
+            yield
+        finally:
+            topic.telling = {}
+
     def take(self, now_s: float) -> Iterator[tuple[str, EventBatch]]:
         """(namespace, what happened in it since), at most one batch of each."""
         for name, topic in list(self._topics.items()):
@@ -116,7 +146,7 @@ class EventFeed:
                 continue
             if topic.resync_from is not None:
                 topic.resync_from = self._tell_some(topic, topic.resync_from)
-            events, topic.events, topic.pages = topic.events, [], 0
+            events, topic.events, topic.pages, topic.tokens = topic.events, [], 0, 0
             if events:
                 yield name, EventBatch(now_s, events)
 
@@ -133,7 +163,7 @@ class EventFeed:
             return
         topic.pages += len(keys)
         if topic.pages > PAGES_MAX:
-            topic.events, topic.pages, topic.resync_from = [AllBlocksCleared()], 0, 0
+            topic.events, topic.pages, topic.tokens, topic.resync_from = [AllBlocksCleared()], 0, 0, 0
 
     def _removed(self, topic: _Topic, keys: list[bytes], group: int | None) -> None:
         last = topic.events[-1] if topic.events else None
@@ -157,7 +187,11 @@ class EventFeed:
 
 def _stored(topic: _Topic, keys: list[bytes], parent: bytes, kind: int) -> BlockStored:
     above = None if parent == ROOT else parent
-    return BlockStored(keys, above, [], topic.page_tokens, None, MEDIUM, None,
+    tokens: list[int] = []
+    if topic.tokens + len(keys) * topic.page_tokens <= TOKENS_MAX and all(key in topic.telling for key in keys):
+        tokens = np.frombuffer(b"".join(topic.telling[key] for key in keys), "<u4").tolist()
+        topic.tokens += len(tokens)
+    return BlockStored(keys, above, tokens, topic.page_tokens, None, MEDIUM, None,
                        group_idx=topic.groups[kind], ownership=OWNER)  # fmt: skip
 
 

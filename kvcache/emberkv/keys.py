@@ -47,7 +47,7 @@ def page_keys(
     of the page before them. Raises TypeError for what are no integers, LimitExceeded for what 32 bits do not hold.
     """
     _check_key(parent)
-    data = _token_bytes(tokens)
+    data = token_bytes(tokens)
     size = namespace.page_tokens * 4
     start = _seed(TOKENS_SCHEME, namespace, tenant, salt, _PARENT_LENGTH)
     length = _LENGTH.pack(size)
@@ -84,8 +84,8 @@ def _check_key(key: bytes) -> None:
         raise LimitExceeded(f"a key has {KEY_BYTES} bytes, not {len(key)}")
 
 
-def _token_bytes(tokens: Any) -> bytes:
-    """Tokens as uint32, little-endian."""
+def token_bytes(tokens: Any) -> bytes:
+    """Tokens as uint32, little-endian. Raises as `page_keys` does."""
     if isinstance(tokens, list | tuple):
         return _listed_bytes(tokens)
     values = np.asarray(tokens)

@@ -72,6 +72,8 @@ class Commit(Ask, frozen=True):
     crcs: list[list[int]]
     """Of each."""
     durable: bool
+    tokens: list[bytes] = []
+    """Of each reservation the tokens of its pages, uint32 little-endian, or none: for who follows KV events."""
 
 
 class GiveUp(Ask, frozen=True):
@@ -207,6 +209,8 @@ class Opened(Answer, frozen=True):
     """URL of the store that holds the pages."""
     segments: str
     """The directory of the segments."""
+    wants_tokens: bool = False
+    """Somebody is told the tokens of pages that are put."""
 
 
 class Matched(Answer, frozen=True):

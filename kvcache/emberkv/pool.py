@@ -386,6 +386,11 @@ class Pool:
         self._wal.note(Put(held.tenant, held.kind, keys, parents, blob, self.space.stamp_s()))
         self.counts.put_bytes += sum(place.length for place in places)
 
+    def reserved(self, number: int, writer: int) -> list[bytes]:
+        """The keys of a reservation, in the order of its checksums; none if it has run out."""
+        held = self._reservations.get(number)
+        return list(held.keys) if held is not None and held.writer == writer else []
+
     def _end_reservation(self, overdue: Reservation) -> None:
         """Its writer may be dead. If it has nothing else that it may be at, its segment is sealed."""
         for number, held in list(self._reservations.items()):

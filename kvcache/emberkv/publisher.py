@@ -25,6 +25,8 @@ TICK_S = 0.05
 """An event waits for others so long."""
 KEPT_BATCHES = 10_000
 """For subscribers that come late, as in vLLM."""
+KEPT_BYTES = 256 << 20
+"""Of those batches, at most: with tokens they are large."""
 WAITING_MAX = 100_000
 """Batches for one subscriber; further ones it loses."""
 _END = (-1).to_bytes(8, "big", signed=True)
@@ -40,7 +42,8 @@ class Publisher:
             raise ImportError("KV events need pyzmq: pip install 'emberline[events]'") from error
         self._feed, self._runtime = feed, runtime
         self._number = 0
-        self._kept: deque[tuple[int, bytes, bytes]] = deque(maxlen=KEPT_BATCHES)
+        self._kept: deque[tuple[int, bytes, bytes]] = deque()
+        self._kept_bytes = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._again, self._at_once = zmq.Again, zmq.NOBLOCK
         self._context = zmq.Context()
@@ -75,6 +78,9 @@ class Publisher:
             topic, body = name.encode(), self._encoder.encode(batch)
             self._pub.send_multipart((topic, self._number.to_bytes(8, "big"), body))
             self._kept.append((self._number, topic, body))
+            self._kept_bytes += len(body)
+            while len(self._kept) > KEPT_BATCHES or self._kept_bytes > KEPT_BYTES:
+                self._kept_bytes -= len(self._kept.popleft()[2])
             self._number += 1
         if self._router is not None and self._router.poll(0):
             self._tell_again()

@@ -39,14 +39,14 @@ class Putter:
 
     def put(
         self, kind: int, keys: Sequence[bytes], payloads: Sequence[Any], *, parent: bytes | None, durable: bool,
-        chained: bool,
+        chained: bool, tokens: Sequence[bytes],
     ) -> list[str]:  # fmt: skip
-        """What became of each page, see `KVCache.put`."""
+        """What became of each page, see `KVCache.put`; `tokens`: of each page, or none."""
         views = [flat_view(payload) for payload in payloads]
         parents = [parent or ROOT, *keys[:-1]] if chained else [ROOT] * len(keys)
         states: list[str] = []
         for part in _parts(views):
-            given = kind, keys[part], parents[part], views[part], durable
+            given = kind, keys[part], parents[part], views[part], durable, tokens[part]
             try:
                 states += self._put(*given)
             except (NotFound, SeatGone):  # The service, or a segment, is another one by now.
@@ -65,15 +65,16 @@ class Putter:
             self._writer.close(self._caller.timeout_s)
 
     def _put(
-        self, kind: int, keys: Sequence[bytes], parents: Sequence[bytes], views: Sequence[memoryview], durable: bool
-    ) -> list[str]:
+        self, kind: int, keys: Sequence[bytes], parents: Sequence[bytes], views: Sequence[memoryview], durable: bool,
+        tokens: Sequence[bytes],
+    ) -> list[str]:  # fmt: skip
         blob, above, lengths = b"".join(keys), b"".join(parents), [len(view) for view in views]
         caller = self._caller
         if not self._putting.acquire(timeout=caller.timeout_s):
             raise DeadlineExceeded(f"other threads' puts took more than {caller.timeout_s:g} s")
         try:
             answer = caller.ask(lambda seat: messages.Reserve(seat, kind, blob, above, lengths), messages.Reserved)
-            ticket = self._add(answer, kind, keys, parents, views, durable)
+            ticket = self._add(answer, kind, keys, parents, views, durable, tokens)
         finally:
             self._putting.release()
         if durable:
@@ -83,7 +84,7 @@ class Putter:
 
     def _add(
         self, answer: messages.Reserved, kind: int, keys: Sequence[bytes], parents: Sequence[bytes],
-        views: Sequence[memoryview], durable: bool,
+        views: Sequence[memoryview], durable: bool, tokens: Sequence[bytes],
     ) -> Ticket | None:  # fmt: skip
         """Have the pages written that the service wants. None: there are none."""
         wanted = [index for index, state in enumerate(answer.states) if state == STORED]
@@ -97,6 +98,7 @@ class Putter:
         part = Part(
             reservation=answer.reservation, seat=seat.seat, keys=pick(keys), parents=pick(parents),
             places=places_of(answer.places), payloads=pick(views), kind=kind, tenant=seat.number, is_durable=durable,
+            tokens=b"".join(pick(tokens)) if tokens and seat.wants_tokens else b"",
         )  # fmt: skip
         try:
             if self._writer is None:
@@ -113,8 +115,10 @@ class Putter:
             mine = [part for part in parts if part.seat == seat]
             is_durable = any(part.is_durable for part in mine)
             numbers, crcs = [part.reservation for part in mine], [part.crcs for part in mine]
+            tokens = [part.tokens for part in mine]
+            ask = messages.Commit(seat, numbers, crcs, is_durable, tokens if any(tokens) else [])
             try:
-                done = self._caller.call(messages.Commit(seat, numbers, crcs, is_durable), messages.Committed)
+                done = self._caller.call(ask, messages.Committed)
             except (EmberError, OSError) as error:
                 for part in mine:
                     part.ticket.settle(error)

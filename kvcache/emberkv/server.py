@@ -60,6 +60,8 @@ class ServerConfig:
     """ZeroMQ endpoint where KV events are published, such as tcp://*:5557; "": nowhere."""
     events_replay: str = ""
     """Another one, where subscribers ask for those that they lost."""
+    events_tokens: bool = False
+    """Tell there the tokens of pages, where who puts them tells them: they are the prompts."""
     metrics: str = ""
     """host:port of a page for Prometheus; "": there is none."""
 
@@ -73,7 +75,7 @@ def run_server(config: ServerConfig) -> None:
     portal = Portal(runtime)
     network = TcpNetwork(runtime, TcpConfig(tls=tls_files(config.tls)))
     client = emberfs.connect_async(config.store)
-    feed = EventFeed() if config.events else None
+    feed = EventFeed(tells_tokens=config.events_tokens) if config.events else None
     service = KvService(
         StoreFiles(client),
         runtime,

@@ -8,6 +8,7 @@ Does not know: sockets, or where the files are.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
@@ -55,6 +56,7 @@ class KvService:
         self.pools = Pools(files, runtime, root=root, config=config, namespaces_max=namespaces_max,
                            counts=self.counts, events=events, address=address)  # fmt: skip
         self._runtime, self._store, self._tenants = runtime, store, tenants
+        self._events = events
         self._seats = Seats(runtime)
         self._upkeep: asyncio.Task[None] | None = None
 
@@ -95,8 +97,9 @@ class KvService:
         if ask.policy not in PUT_POLICIES:
             raise ProtocolError(f"pages are put {', '.join(PUT_POLICIES)}, not {ask.policy!r}")
         pool = await self.pools.get(ask.namespace)
+        wants_tokens = self._events is not None and self._events.tells_tokens
         seat = self._seats.take(pool, pool.tenant(ask.tenant), ask.policy)
-        return messages.Opened(seat.number, seat.tenant, self._store, f"{pool.directory}/segments")
+        return messages.Opened(seat.number, seat.tenant, self._store, f"{pool.directory}/segments", wants_tokens)
 
     def _close(self, ask: messages.Close) -> messages.Answer:
         self._seats.leave(self._seats.of(ask.seat))
@@ -181,15 +184,26 @@ class KvService:
         seat = self._seats.of(ask.seat)
         if len(ask.reservations) != len(ask.crcs):
             raise ProtocolError("each reservation has its checksums")
+        tokens = ask.tokens or [b""] * len(ask.reservations)
+        if len(tokens) != len(ask.reservations):
+            raise ProtocolError("each reservation has its tokens, or none has any")
         gone = []
-        for number, crcs in zip(ask.reservations, ask.crcs, strict=True):
+        for number, crcs, told in zip(ask.reservations, ask.crcs, tokens, strict=True):
             try:
-                seat.pool.commit(number, seat.number, crcs)
+                with self._telling(seat, number, told):
+                    seat.pool.commit(number, seat.number, crcs)
             except NotFound:
                 gone.append(number)
         if ask.durable:
             await seat.pool.flush()
         return messages.Committed(gone)
+
+    def _telling(self, seat: Seat, number: int, tokens: bytes) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile who follows events is told the tokens of a reservation's pages."""
+        keys = seat.pool.reserved(number, seat.number)
+        if self._events is None or not tokens or not keys:
+            return contextlib.nullcontext()
+        return self._events.with_tokens(seat.pool, keys, tokens)
 
     def _give_up(self, ask: messages.GiveUp) -> messages.Answer:
         seat = self._seats.of(ask.seat)

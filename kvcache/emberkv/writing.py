@@ -65,6 +65,8 @@ class Part:
     kind: int
     tenant: int
     is_durable: bool
+    tokens: bytes = b""
+    """Of its pages; nothing is done with them here."""
 
     @property
     def size_bytes(self) -> int:
@@ -81,6 +83,7 @@ class Copied:
     crcs: list[int]
     is_durable: bool
     ticket: Ticket
+    tokens: bytes = b""
 
 
 @dataclass(slots=True)
@@ -107,7 +110,7 @@ class _Slab:
             self._add_run(place, begin, end)
             self.used = end
         self._fill_up()
-        self.parts.append(Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket()))
+        self.parts.append(Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket(), part.tokens))
         return self.parts[-1].ticket
 
     def _fill_up(self) -> None:

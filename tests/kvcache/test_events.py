@@ -12,7 +12,9 @@ from typing import Any
 
 import emberkv
 import msgspec
+import numpy as np
 import pytest
+from emberfs.errors import ProtocolError
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv import events
 from emberkv.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, EventFeed
@@ -118,6 +120,39 @@ def test_a_service_tells_of_what_it_takes_over() -> None:
     run(work)
 
 
+def test_tokens_are_told_with_what_is_put(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "TOKENS_MAX", 5)
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+        pool = await bench.open()
+        feed = EventFeed(tells_tokens=True)
+        feed.follow(pool)
+        list(feed.take(1.0))
+
+        async def put(keys: list[bytes], told: list[int]) -> list[list[int]]:
+            data = np.array(told, "<u4").tobytes()
+            number, _, places = await pool.reserve(1, TENANT, 0, keys, [ROOT, *keys[:-1]], [100] * len(keys))
+            with feed.with_tokens(pool, pool.reserved(number, 1), data):
+                pool.commit(number, 1, [0] * len(places))
+            return [event.token_ids for _, batch in feed.take(1.0) for event in batch.events
+                    if isinstance(event, BlockStored)]  # fmt: skip
+
+        assert await put(chain(1, 3), [1, 0, 1]) == [[1, 0, 1]]
+        assert await put(chain(2, 6), [2, 0, 1, 2, 3, 4]) == [[]], "they are more than may wait"
+        assert await put(chain(3, 2), [3, 0]) == [[3, 0]]
+        with pytest.raises(ProtocolError, match="2 pages have 2 tokens, not 1"):
+            await put(chain(4, 2), [4])
+        quiet = EventFeed()
+        quiet.follow(pool)
+        with quiet.with_tokens(pool, chain(5, 1), bytes(4)):
+            await bench.put(pool, chain(5, 1))
+        told = [event for _, batch in quiet.take(1.0) for event in batch.events if isinstance(event, BlockStored)]
+        assert told and not any(event.token_ids for event in told)
+
+    run(work)
+
+
 KEY, ABOVE = bytes(32), bytes([1]) * 32
 BATCH = EventBatch(
     12.5, [BlockStored([KEY], ABOVE, [], 64, None, "STORAGE", None, ownership="emberkv"),
@@ -147,7 +182,7 @@ def test_vllm_reads_them() -> None:
 def test_events_are_published(serve: Callable[..., Server], tmp_path: Path) -> None:
     zmq = pytest.importorskip("zmq")
     endpoint, replay = f"ipc://{tmp_path}/events", f"ipc://{tmp_path}/replay"
-    server = serve(more=("--events", endpoint, "--events-replay", replay))
+    server = serve(more=("--events", endpoint, "--events-replay", replay, "--events-tokens"))
     address = server.address
     router = Router()
     with zmq.Context() as context, context.socket(zmq.SUB) as sub, context.socket(zmq.DEALER) as dealer:
@@ -170,8 +205,14 @@ def test_events_are_published(serve: Callable[..., Server], tmp_path: Path) -> N
                     router.hear(msgspec.msgpack.decode(body, type=EventBatch))
             assert asked[0] == bytes(8)
             # The subscription may begin late: what it then tells is what is told again.
-            cache.put(keys[3:], [b"x" * 100] * 2, parent=keys[2])
+            with pytest.raises(ValueError, match="2 pages have 2 tokens, not 3"):
+                cache.put(keys[3:], [b"x" * 100] * 2, parent=keys[2], tokens=[1, 2, 3])
+            cache.put(keys[3:], [b"x" * 100] * 2, parent=keys[2], tokens=[3, 4])
+            told: list[list[int]] = []
             while list(router.there) != keys:
                 topic, _, body = sub.recv_multipart()
-                router.hear(msgspec.msgpack.decode(body, type=EventBatch))
+                batch = msgspec.msgpack.decode(body, type=EventBatch)
+                told += [event.token_ids for event in batch.events if isinstance(event, BlockStored)]
+                router.hear(batch)
+            assert told[-1] == [3, 4]
     server.end()
