@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -24,15 +23,16 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 5.0
 _CLOCK_S_MAX = 5.0
-_PATHS = ("/server_info?config_format=json", "/v1/models")
-"""Of vLLM (the first with VLLM_SERVER_DEV_MODE=1 only) and SGLang."""
+_ANSWER_BYTES_MAX = 64 << 20
 _LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 
 
 @click.command()
-@click.option("--engine", metavar="URL|FILE", help="Of a live vLLM or SGLang, or a JSON file of its settings.")
+@click.option("--engine", metavar="URL|FILE", help="Of a live vLLM, SGLang or LMCache, or a file of its settings.")
 @click.option("--engine-key", envvar="EMBERLINE_ENGINE_KEY", default="", metavar="KEY", help="API key of the engine.")
-@click.option("--pid", type=int, metavar="PID", help="Of the engine, on this host: reads its PYTHONHASHSEED.")
+@click.option(
+    "--pid", type=int, metavar="PID", help="Of the engine, on this host: reads its PYTHONHASHSEED and LMCACHE_*."
+)
 @address_option
 @token_option
 @tls_option
@@ -42,10 +42,11 @@ def doctor(
 ) -> None:
     """Check a service (reach, clock, room, hits), and what an engine is set to against the pages that are there.
 
-    The engine is asked at URL, its own address. vLLM tells its settings with VLLM_SERVER_DEV_MODE=1 only; without that
-    it tells the model. A FILE has a JSON object of what you know: model, revision, dtype, layout, page_tokens,
-    hash_algorithm, PYTHONHASHSEED, name (vllm, sglang, lmcache). Each finding names the setting to change. Exit code 1
-    if something fails.
+    The engine is asked at URL, its own address, or LMCache at that of its server or of its port in the engine. vLLM
+    tells the model, and by /metrics its page size and hash; all with VLLM_SERVER_DEV_MODE=1 only. A FILE is LMCache's
+    YAML, or a JSON object of what you know: model, revision, dtype, layout, page_tokens, hash_algorithm,
+    PYTHONHASHSEED, name (vllm, sglang, lmcache). Each finding names the setting to change. Exit code 1 if something
+    fails.
 
     \b
     Examples:
@@ -176,7 +177,7 @@ def _engine(figures: Mapping[str, Any], where: str | None, key: str, pid: int | 
 
     known = Engine() if where is None else _ask_engine(where, key)
     if pid is not None:
-        known = merged(Engine(hash_seed=_seed_of(pid)), known)
+        known = merged(_environment_of(pid), known)
     namespaces = [
         msgspec.convert(each["namespace"], Namespace) for each in figures["namespaces"].values() if "namespace" in each
     ]
@@ -185,32 +186,38 @@ def _engine(figures: Mapping[str, Any], where: str | None, key: str, pid: int | 
 
 
 def _ask_engine(where: str, key: str) -> Engine:
-    from emberkv.engines import Engine, engine_of, merged
+    from emberkv.engine_documents import PATHS, engine_at, engine_of_text
+    from emberkv.engines import Engine, merged
 
     if not where.startswith(("http://", "https://")):
-        return engine_of(json.loads(Path(where).read_bytes()))
-    paths = _PATHS if urlsplit(where).path in ("", "/") else ("",)
-    found, refused = Engine(), ""
+        return engine_of_text(Path(where).read_text("utf-8"))
+    parts = urlsplit(where)
+    paths: tuple[str, ...] = PATHS
+    base = where.rstrip("/")
+    if parts.path not in ("", "/"):
+        paths, base = (f"{parts.path}{'?' if parts.query else ''}{parts.query}",), f"{parts.scheme}://{parts.netloc}"
+    found, refused = Engine(), []
     for path in paths:
-        request = Request(where.rstrip("/") + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        request = Request(base + path, headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
             with urlopen(request, timeout=_TIMEOUT_S) as answer:
-                found = merged(found, engine_of(json.loads(answer.read())))
+                found = merged(found, engine_at(path, answer.read(_ANSWER_BYTES_MAX).decode()))
         except HTTPError as error:
-            refused = f"{request.full_url} says {error.code} {error.reason}"
+            refused.append(f"{request.full_url} says {error.code} {error.reason}")
         except ValueError as error:
-            refused = f"{request.full_url} is not read: {error}"
+            refused.append(f"{request.full_url} is not read: {error}")
     if found == Engine():
-        raise click.ClickException(refused)
+        raise click.ClickException("; ".join(refused))
     return found
 
 
-def _seed_of(pid: int) -> str:
-    """ "" if it is not set."""
-    from emberkv.engines import SEED_VARIABLE
+def _environment_of(pid: int) -> Engine:
+    from emberkv.engine_documents import engine_of_environment, engine_of_text
+    from emberkv.engines import merged
 
-    for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-        name, _, value = entry.partition(b"=")
-        if name == SEED_VARIABLE.encode():
-            return value.decode()
-    return ""
+    entries = [entry.partition(b"=") for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    variables = {name.decode(errors="replace"): value.decode(errors="replace") for name, _, value in entries}
+    found = engine_of_environment(variables)
+    if file := variables.get("LMCACHE_CONFIG_FILE"):
+        found = merged(found, engine_of_text(Path(file).read_text("utf-8")))
+    return found

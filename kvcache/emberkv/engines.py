@@ -1,16 +1,13 @@
 """What a serving engine says of itself, and whether it will meet the pages of others: model, page, dtype, layout, seed.
 
-Read from vLLM's `/v1/models` and `/server_info?config_format=json`, SGLang's `/server_info`, or a flat object of
-settings by the names of `Engine`. Nothing is imported from an engine.
-
-Does not know: how the document was come by.
+Does not know: how an engine tells it (`engine_documents`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .namespace import Namespace
 
@@ -37,71 +34,14 @@ class Engine:
     hash_seed: str | None = None
     """PYTHONHASHSEED; "" for certainly not set."""
     caches_prefixes: bool | None = None
-
-
-def engine_of(document: Mapping[str, Any]) -> Engine:
-    """Of what an engine answered, or of a flat object. Raises ValueError for what tells nothing."""
-    if isinstance(document.get("vllm_config"), Mapping):
-        return _vllm(document)
-    if "model_path" in document and "page_size" in document:
-        return _sglang(document)
-    if isinstance(document.get("data"), Sequence) and document["data"]:
-        return Engine(name=_owner(document["data"][0]), model=_text(document["data"][0].get("id")))
-    known = {each.name for each in fields(Engine)}
-    given: dict[str, Any] = {key: value for key, value in document.items() if key in known and value is not None}
-    if SEED_VARIABLE in document:
-        given["hash_seed"] = _text(document[SEED_VARIABLE])
-    if not given:
-        raise ValueError(f"no setting that is known here: {', '.join(sorted(known))}, {SEED_VARIABLE}")
-    if type(given.get("page_tokens", 1)) is not int:
-        raise ValueError(f"page_tokens is a number of tokens, not {given['page_tokens']!r}")
-    return Engine(**given)
+    cache_address: str | None = None
+    """Of the service that our adapter in it is set to; "" for certainly none."""
 
 
 def merged(engine: Engine, more: Engine) -> Engine:
     """What `more` says counts where `engine` says nothing."""
     said = {each.name: getattr(more, each.name) for each in fields(Engine) if getattr(engine, each.name) is None}
     return replace(engine, **said, name=more.name if engine.name == "engine" else engine.name)
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _owner(model: Mapping[str, Any]) -> str:
-    owner = str(model.get("owned_by", ""))
-    return owner if owner in ("vllm", "sglang") else "engine"
-
-
-def _vllm(document: Mapping[str, Any]) -> Engine:
-    config = document["vllm_config"]
-    model, cache = config.get("model_config") or {}, config.get("cache_config") or {}
-    dtype = _text(cache.get("cache_dtype"))
-    served = model.get("served_model_name")
-    return Engine(
-        name="vllm",
-        model=_text(served[0] if isinstance(served, list) and served else served or model.get("model")),
-        revision=_text(model.get("revision")),
-        dtype=_text(model.get("dtype")) if dtype in (None, "auto") else dtype,
-        page_tokens=cache.get("block_size"),
-        hash_algorithm=_text(cache.get("prefix_caching_hash_algo")),
-        caches_prefixes=cache.get("enable_prefix_caching"),
-    )
-
-
-def _sglang(document: Mapping[str, Any]) -> Engine:
-    dtype = _text(document.get("kv_cache_dtype"))
-    layout = document.get("hicache_mem_layout")
-    return Engine(
-        name="sglang",
-        model=_text(document.get("served_model_name") or document["model_path"]),
-        revision=_text(document.get("revision")),
-        dtype=_text(document.get("dtype")) if dtype in (None, "auto") else dtype,
-        layout=None if layout is None else f"sglang-{layout}",
-        page_tokens=document["page_size"],
-        hash_algorithm="sha256",  # Of its tokens, without a seed.
-        caches_prefixes=not document.get("disable_radix_cache", False),
-    )
 
 
 class Finding(NamedTuple):
@@ -121,6 +61,11 @@ def look(engine: Engine, namespaces: Sequence[Namespace]) -> Iterator[Finding]:
         yield Finding(
             "FAIL", "prefix cache", f"{engine.name} does not cache prefixes", _CACHE_ADVICE.get(engine.name, "")
         )
+    if engine.cache_address == "":
+        yield Finding("WARN", "adapter", f"no adapter of emberkv is in {engine.name}'s configuration",
+                      "see docs/kvcache-adapters.md for that of each engine")  # fmt: skip
+    elif engine.cache_address is not None:
+        yield Finding("OK", "adapter", f"{engine.name} is set to {engine.cache_address}")
     if engine.model is None:
         yield Finding("SKIP", "model", f"{engine.name} does not say which model it serves")
         return
@@ -137,6 +82,10 @@ def look(engine: Engine, namespaces: Sequence[Namespace]) -> Iterator[Finding]:
     yield from apart(same)
 
 
+_HASH_ADVICE = {
+    "vllm": ", or use --prefix-caching-hash-algo sha256",
+    "lmcache": ", or set pre_caching_hash_algorithm to sha256_cbor (--hash-algorithm blake3 of its server)",
+}
 _CACHE_ADVICE = {"vllm": "start it with --enable-prefix-caching", "sglang": "start it without --disable-radix-cache"}
 
 
@@ -145,8 +94,7 @@ def _seed(engine: Engine) -> Finding:
     seed_told = "not told" if seed is None else repr(seed) if seed else "not set"
     told = f"{algorithm or 'hash not told'}, {SEED_VARIABLE} {seed_told}"
     advice = f"export {SEED_VARIABLE}=0 before every engine that shares the cache, and restart them"
-    if engine.name == "vllm":
-        advice += ", or use --prefix-caching-hash-algo sha256"
+    advice += _HASH_ADVICE.get(engine.name, "")
     if seed and seed.isdigit():
         return Finding("OK", "hash seed", f"{told}: the same number must be set everywhere")
     if seed == "random":

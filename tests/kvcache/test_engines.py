@@ -14,7 +14,8 @@ from typing import Any
 
 import emberkv
 import pytest
-from emberkv.engines import Engine, engine_of, look, merged
+from emberkv.engine_documents import engine_at, engine_of, engine_of_environment, engine_of_text
+from emberkv.engines import Engine, look, merged
 from emberkv.namespace import Kind, Namespace
 
 from tests.fs.cli_run import emberline, emberline_json
@@ -27,6 +28,8 @@ OURS = Namespace(
 SGLANG = {
     "model_path": "/models/Qwen3-8B", "served_model_name": "Qwen3-8B", "revision": "r1", "dtype": "bfloat16",
     "kv_cache_dtype": "auto", "page_size": 64, "hicache_mem_layout": "page_first", "disable_radix_cache": False,
+    "hicache_storage_backend": "dynamic",
+    "hicache_storage_backend_extra_config": json.dumps({"emberkv": {"address": "kv:7400", "revision": "r1"}}),
 }  # fmt: skip
 VLLM = {
     "vllm_config": {
@@ -50,14 +53,15 @@ def with_cache(**settings: object) -> dict[str, Any]:
 
 def test_an_engine_like_the_others_finds_their_pages() -> None:
     states = {name: state for name, (state, _, _) in found(engine_of(SGLANG), OURS).items()}
-    assert states == dict.fromkeys(("hash seed", "model", "page size", "dtype", "revision", "layout"), "OK")
+    assert states == dict.fromkeys(("hash seed", "adapter", "model", "page size", "dtype", "revision", "layout"), "OK")
     told = found(engine_of(VLLM), OURS)
     assert told["page size"][0] == told["dtype"][0] == told["hash seed"][0] == "OK"
     assert told["layout"][0] == told["revision"][0] == "SKIP"
 
 
 def test_what_differs_is_named_with_its_setting() -> None:
-    told = found(engine_of({**SGLANG, "page_size": 1, "kv_cache_dtype": "fp8_e4m3", "revision": "r2",
+    told = found(engine_of({**SGLANG, "page_size": 1, "kv_cache_dtype": "fp8_e4m3",
+                            "hicache_storage_backend_extra_config": '{"emberkv": {"address": "kv"}}',
                             "hicache_mem_layout": "layer_first", "disable_radix_cache": True}), OURS)  # fmt: skip
     assert told["page size"] == (
         "FAIL", "1 tokens; namespaces have 64: nothing of theirs is found", "set --page-size 64"
@@ -95,11 +99,71 @@ def test_namespaces_of_one_model_that_share_nothing_are_told() -> None:
 
 def test_settings_in_a_file_are_checked() -> None:
     assert engine_of({"model": "m", "page_tokens": 64, "PYTHONHASHSEED": 0}).hash_seed == "0"
-    assert engine_of(MODELS) == Engine(name="vllm", model="Qwen3-8B")
+    assert engine_of(MODELS) == Engine(name="vllm", model="Qwen/Qwen3-8B")
     assert merged(engine_of(MODELS), engine_of(VLLM)).page_tokens == 16
     for bad in ({}, {"page_tokens": "many"}, {"something": 1}):
         with pytest.raises(ValueError, match=r"setting that is known|number of tokens"):
             engine_of(bad)
+
+
+METRICS = """# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="16",cache_dtype="fp8",enable_prefix_caching="False",HASH} 1.0
+""".replace("HASH", 'engine="0",note="a \\"b\\"",prefix_caching_hash_algo="xxhash"')
+
+
+def test_vllms_metrics_tell_of_its_cache() -> None:
+    told = engine_at("/metrics", METRICS)
+    assert told == Engine(
+        name="vllm", dtype="fp8", page_tokens=16, hash_algorithm="xxhash", caches_prefixes=False
+    )  # fmt: skip
+    assert engine_at("/metrics", METRICS.replace('"fp8"', '"auto"').replace('"16"', '"None"')).page_tokens is None
+    with pytest.raises(ValueError, match="among the metrics"):
+        engine_at("/metrics", "python_info 1.0")
+    with pytest.raises(ValueError, match="no JSON object but list"):
+        engine_at("/config", "[]")
+
+
+def test_what_is_not_told_is_not_judged() -> None:
+    nothing = found(engine_of({**SGLANG, "kv_cache_dtype": "auto", "dtype": "auto"}), OURS)
+    assert nothing["dtype"][0] == "SKIP"
+    for backend, extra, state in (
+        ("dynamic", "@/etc/file.toml", None), ("dynamic", "{}", "WARN"), ("lmcache", None, None), (None, None, "WARN"),
+        ("dynamic", '{"emberkv": {"address": "kv:7400"}}', "OK"),
+    ):  # fmt: skip
+        settings = {"hicache_storage_backend": backend, "hicache_storage_backend_extra_config": extra}
+        assert found(engine_of({**SGLANG, **settings}), OURS).get("adapter", (None,))[0] == state
+    for transfer, state in (
+        (None, "WARN"), ({"kv_connector": "LMCacheMPConnector"}, None),
+        ({"kv_connector": "OffloadingConnector"}, "WARN"),
+    ):  # fmt: skip
+        config = {**VLLM["vllm_config"], "kv_transfer_config": transfer}
+        assert found(engine_of({"vllm_config": config}), OURS).get("adapter", (None,))[0] == state
+
+
+def test_lmcache_is_read_from_its_environment_and_file() -> None:
+    environment = {"PYTHONHASHSEED": "0", "LMCACHE_CHUNK_SIZE": "64", "SECRET": "x"}
+    assert engine_of_environment(environment) == Engine(
+        name="lmcache", hash_seed="0", hash_algorithm="builtin", page_tokens=64
+    )  # fmt: skip
+    assert engine_of_environment({"SECRET": "x"}) == Engine(hash_seed="")
+    text = """
+chunk_size: 128  # tokens
+pre_caching_hash_algorithm: "sha256_cbor"
+storage_plugins: ["emberkv"]
+extra_config:
+  storage_plugin.emberkv.module_path: emberkv.adapters.lmcache_storage
+  emberkv: {"address": "kv:7400", "revision": "r1"}
+"""
+    told = engine_of_text(text)
+    assert told == Engine(
+        name="lmcache", hash_algorithm="sha256_cbor", page_tokens=128, revision="r1", cache_address="kv:7400"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="neither JSON nor"):
+        engine_of_text("something: else")
+    server = {"mp": {"chunk_size": 256, "hash_algorithm": "builtin"}, "storage_manager": {}}
+    seed = found(engine_of(server), OURS)["hash seed"]
+    assert seed[0] == "WARN" and "--hash-algorithm blake3" in seed[2]
 
 
 # ---- the command
@@ -116,7 +180,7 @@ def engine() -> Iterator[Callable[[dict[str, Any]], str]]:
                 page = pages.get(self.path)
                 self.send_response(404 if page is None else 200)
                 self.end_headers()
-                self.wfile.write(json.dumps(page).encode())
+                self.wfile.write((page if isinstance(page, str) else json.dumps(page)).encode())
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -150,7 +214,12 @@ def test_doctor_looks_at_service_and_engine(
         url = engine({"/server_info?config_format=json": SGLANG})
         told = doctor("--address", server.address, "--engine", url)
         assert told["page size"]["state"] == told["model"]["state"] == "OK"
+        metered = engine({"/v1/models": MODELS, "/metrics": METRICS})
+        told = doctor("--address", server.address, "--engine", metered, code=1)
+        assert told["prefix cache"]["state"] == "FAIL" and told["page size"]["state"] == "OK"
         vllm = engine({"/v1/models": MODELS})
+        told = doctor("--address", server.address, "--engine", f"{vllm}/v1/models")
+        assert told["model"]["state"] == "OK"
         told = doctor("--address", server.address, "--engine", vllm)
         assert told["model"]["state"] == "OK" and told["page size"]["state"] == "SKIP"
         assert doctor("--address", server.address, "--engine", engine({}), code=1)["engine"]["state"] == "FAIL"
