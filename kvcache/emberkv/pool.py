@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from emberfs.errors import EmberError, LimitExceeded, NotFound, ProtocolError
 from emberfs.runtime import Runtime
 
-from .admission import ON_EVICT, SECOND_USE, WRITE_THROUGH, Sightings
+from .admission import SECOND_USE, WRITE_THROUGH, Sightings
 from .counts import PoolCounts
 from .errors import StaleOwner
 from .files import Files
@@ -293,8 +293,6 @@ class Pool:
         wanted = [True] * len(keys)
         if policy == SECOND_USE:
             wanted = self._sightings.wanted(kind, keys, parents, lambda key: self._has_page(tenant, key))
-        elif policy == ON_EVICT:
-            self.space.patient.add(tenant)
         states: list[int] = []
         places: list[Place | None] = []
         held = Reservation(writer, tenant, kind, self._runtime.now_s() + RESERVATION_S, [], [], [])

@@ -20,7 +20,7 @@ from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
 
 from . import messages
-from .admission import PUT_POLICIES
+from .admission import ON_EVICT, PUT_POLICIES
 from .counts import ServiceCounts
 from .errors import KvError, SeatGone, StaleOwner
 from .events import EventFeed
@@ -97,6 +97,8 @@ class KvService:
         if ask.policy not in PUT_POLICIES:
             raise ProtocolError(f"pages are put {', '.join(PUT_POLICIES)}, not {ask.policy!r}")
         pool = await self.pools.get(ask.namespace)
+        if ask.policy == ON_EVICT:
+            pool.space.patient.add(pool.tenant(ask.tenant))
         wants_tokens = self._events is not None and self._events.tells_tokens
         seat = self._seats.take(pool, pool.tenant(ask.tenant), ask.policy)
         return messages.Opened(seat.number, seat.tenant, self._store, f"{pool.directory}/segments", wants_tokens)

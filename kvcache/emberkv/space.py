@@ -109,6 +109,8 @@ class Space:
         """Tenant -> what it was promised, and has not committed or given up."""
         self.patient: set[int] = set()
         """Tenants whose pages wait for the one before them as long as pages stay: an engine puts it later."""
+        self._next_patient_s = 0.0
+        """When those are looked at again."""
         self._promised_bytes = 0
         """The same of all of them."""
         self._files, self._runtime, self._directory = files, runtime, directory
@@ -117,6 +119,7 @@ class Space:
         self._hollow = dict.fromkeys((slot, wal.index.table.keys[slot]) for slot in wal.index.table.hollow())
         """Slots without pages that were held, or had others below them, when their pages were taken out."""
         self._clock_offset_s = runtime.wall_ns() / 1e9 - runtime.now_s()
+        self._began_s = self.stamp_s()
 
     def stamp_s(self) -> float:
         """Now, for stamps that outlive the process: wall clock at the start, and from there on monotonic."""
@@ -194,11 +197,22 @@ class Space:
                 self.evict([slot], "evicted" if is_over else "expired")
                 count += 1
         self._remove_hollow()
-        for slot in [slot for _, slots in table.waiting() for slot in slots]:
-            wait_s = self.ttl_s(table.tenant[slot]) if table.tenant[slot] in self.patient else self.config.orphan_s
-            if table.used_s[slot] + wait_s <= now_s and count < count_max:
-                count += sum(self._cut_one(each, "expired") for each in table.below([slot]))
+        count += self._expire_orphans(count_max - count)
         self.counts.expired_pages += count
+        return count
+
+    def _expire_orphans(self, count_max: int) -> int:
+        table, now_s = self._index.table, self.stamp_s()
+        is_round = now_s >= self._next_patient_s  # Those of patient tenants may be many, and have time.
+        if is_round:
+            self._next_patient_s = now_s + self.config.orphan_s
+        count = 0
+        for slot in table.orphans(without=() if is_round else self.patient):
+            tenant = table.tenant[slot]
+            wait_s = self.ttl_s(tenant) if tenant in self.patient else self.config.orphan_s
+            since_s = max(table.used_s[slot], self._began_s)  # Who is patient says so when it comes back.
+            if since_s + wait_s <= now_s and count < count_max:
+                count += sum(self._cut_one(each, "expired") for each in table.below([slot]))
         return count
 
     async def cut(self, slots: Sequence[int]) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -349,6 +349,10 @@ class PageTable:
         """(a key that is not there, the orphans that wait for it)."""
         for (_, key), slots in self._waiting.items():
             yield key, list(slots)
+
+    def orphans(self, *, without: Container[int] = ()) -> list[int]:
+        """Slots whose parent is not there, but for those of some tenants."""
+        return [slot for (tenant, _), slots in self._waiting.items() if tenant not in without for slot in slots]
 
     # --- what a snapshot knows ---------------------------------------------------------------------------------------
 

@@ -78,6 +78,8 @@ def test_of_an_engine_that_evicts_the_end_comes_before_the_beginning(policy: str
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, ttl_s=1000)
         pool = await bench.open()
+        if policy == ON_EVICT:
+            pool.space.patient.add(TENANT)  # As the service does for who comes with it.
         keys = chain(1, 3)
         for index in (2, 1, 0):
             parent = keys[index - 1] if index else ROOT
@@ -87,8 +89,30 @@ def test_of_an_engine_that_evicts_the_end_comes_before_the_beginning(policy: str
         assert len(pool.match(TENANT, keys, 0)[0]) == (3 if policy == ON_EVICT else 1)
         number, _, places = await pool.reserve(1, TENANT, 0, chain(2, 2)[1:], chain(2, 1), [PAGE], policy)
         pool.commit(number, 1, await bench.write(pool, number, places, chain(2, 2)[1:]))
-        await runtime.sleep(1002)
+        await runtime.sleep(1000 + bench.config.orphan_s + 2)
         assert pool.table.count == 0, "it waits for as long as pages stay"
+
+    run(work)
+
+
+def test_a_restart_leaves_a_patient_tenant_time_to_come_back() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+        pool = await bench.open()
+        pool.space.patient.add(TENANT)
+        keys = chain(1, 2)
+        await bench.put(pool, keys[1:], parent=keys[0])
+        await runtime.sleep(10 * bench.config.orphan_s)
+        await pool.close()
+        for is_patient in (True, False):
+            pool = await bench.open()
+            await runtime.sleep(bench.config.orphan_s / 2)
+            assert pool.table.count == 1
+            if is_patient:
+                pool.space.patient.add(TENANT)
+            await runtime.sleep(3 * bench.config.orphan_s)
+            assert pool.table.count == is_patient
+            await pool.close()
 
     run(work)
 
