@@ -62,6 +62,8 @@ class PoolCounts:
     """Pages by what became of them."""
     put_bytes: int = 0
     damaged_pages: int = 0
+    partings: int = 0
+    """Matches that were told where to keep states."""
     unleased_hits: int = 0
     """Without a lease, since their tenant has too many."""
 

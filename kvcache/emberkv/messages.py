@@ -62,6 +62,8 @@ class Reserve(Ask, frozen=True):
     keys: bytes
     parents: bytes
     lengths: list[int]
+    durable: bool = False
+    """Where nothing is to be written: what is known is durable when this is answered."""
 
 
 class Commit(Ask, frozen=True):

@@ -50,6 +50,7 @@ _COUNTERS = {
     "looked_up_pages": ("looked_up_pages", "Pages that were asked for each for itself."),
     "found_pages": ("found_pages", "Those of them that were there."),
     "put_bytes": ("put_bytes", "Payloads that were stored."),
+    "partings": ("partings", "Matches that were told where states are worth keeping."),
     "unleased_hits": ("unleased_hits", "Hits without a lease, since their tenant has too many."),
     "damaged_pages": ("damaged_pages", "Pages that a reader found damaged."),
     "compacted_bytes": ("moved_bytes", "Pages that compaction wrote again."),

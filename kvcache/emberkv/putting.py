@@ -73,13 +73,14 @@ class Putter:
         if not self._putting.acquire(timeout=caller.timeout_s):
             raise DeadlineExceeded(f"other threads' puts took more than {caller.timeout_s:g} s")
         try:
-            answer = caller.ask(lambda seat: messages.Reserve(seat, kind, blob, above, lengths), messages.Reserved)
+            answer = caller.ask(
+                lambda seat: messages.Reserve(seat, kind, blob, above, lengths, durable), messages.Reserved
+            )
             ticket = self._add(answer, kind, keys, parents, views, durable, tokens)
         finally:
             self._putting.release()
-        if durable:
-            # What is known may have come a moment ago.
-            caller.ask(messages.Flush, messages.Okay) if ticket is None else ticket.wait(caller.timeout_s)
+        if durable and ticket is not None:
+            ticket.wait(caller.timeout_s)
         return [STATES[state] for state in answer.states]
 
     def _add(

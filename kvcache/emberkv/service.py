@@ -131,6 +131,7 @@ class KvService:
             for chain, pages, reason in zip(ask.chains, counts, reasons, strict=True)
         ]
         known, partings = map(list, zip(*found, strict=True))
+        pool.counts.partings += len(partings) - partings.count(0)
         return messages.Matched(counts, reasons, leases, places, known, partings)
 
     def _lookup(self, ask: messages.Lookup) -> messages.Answer:
@@ -179,6 +180,8 @@ class KvService:
         number, states, places = await seat.pool.reserve(
             seat.number, seat.tenant, kind, keys, parents, ask.lengths, seat.policy
         )
+        if ask.durable and not number:
+            await seat.pool.flush()  # It may have come a moment ago.
         blob = b"".join(PLACE.pack(*place) for place in places if place is not None)
         return messages.Reserved(number, bytes(states), blob)
 

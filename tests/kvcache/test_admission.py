@@ -17,6 +17,7 @@ from emberkv.admission import ON_EVICT, SECOND_USE, Sightings
 from emberkv.errors import InvalidNamespace
 from emberkv.keys import ROOT
 from emberkv.pool import DEFERRED, KNOWN, STORED
+from emberkv.service import KvService
 
 from tests.fs.cli_run import emberline
 from tests.kvcache.serving import Server
@@ -139,3 +140,27 @@ def test_clients_choose_and_stat_tells(serve: Callable[..., Server]) -> None:
         emberkv.connect(address, NAMESPACE, policy="sometimes")
     with pytest.raises(InvalidNamespace, match="policy is one of"):
         Settings(address=address, policy="sometimes")
+
+
+def test_a_committed_put_of_what_is_known_is_durable_in_one_request() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+
+        def service() -> KvService:
+            return KvService(bench.files, runtime, root="/kv", store="x", config=bench.config)
+
+        async def ask(serving: KvService, ask: messages.Ask, answer: type[messages.A]) -> messages.A:
+            return await messages.send(lambda request, timeout_s: serving.handle(request), ask, answer, timeout_s=1)
+
+        first = service()
+        seat = (await ask(first, messages.Open(NAMESPACE, "tenant"), messages.Opened)).seat
+        pool = first.pools.opened[NAMESPACE.name]
+        keys = chain(1, 2)
+        await bench.put(pool, keys, durable=False)
+        blob, parents = b"".join(keys), ROOT + keys[0]
+        answer = await ask(first, messages.Reserve(seat, 0, blob, parents, [PAGE] * 2, True), messages.Reserved)
+        assert list(answer.states) == [KNOWN] * 2 and not answer.reservation
+        bench.kill(pool)
+        assert (await service().pools.get(NAMESPACE)).table.count == 2
+
+    run(work)

@@ -103,6 +103,7 @@ def test_the_service_tells_the_second_request_what_lets_the_third_hit(serve: Cal
         one, two = cache.match_many([cache.keys(range(12)), cache.keys([*range(8), 9, 9, 9, 9])])
         assert (one.pages, one.known_pages, one.parts_at) == (3, 3, 0)
         assert (two.pages, two.known_pages, two.parts_at) == (0, 2, 2)
+        assert cache.stat()["namespaces"][NAMESPACE.name]["counts"]["partings"] == 2
         asked = " ".join(map(str, [*range(8), 9, 9, 9, 9])).encode()
         said = emberline("kv", "match", "-", "--address", address, stdin=asked, code=1).stdout
         assert "2 pages are there, and no states to go on from; there it parts from another one" in said
