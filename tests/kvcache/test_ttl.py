@@ -14,7 +14,7 @@ from emberfs.errors import LimitExceeded
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv.keys import ROOT, page_keys
 from emberkv.pool import Pool
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.fs.cli_run import emberline
@@ -24,10 +24,11 @@ from tests.kvcache.test_pool import NAMESPACE, Bench, run
 HOUR_S = 3600.0
 TENANTS = ("short", "usual", "long")
 TTLS_S = (100.0, 300.0, 3 * HOUR_S)
-PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=5)
+PATHS = st.lists(st.integers(0, 1), min_size=1, max_size=3)
+ACTIONS = st.sampled_from(["put", "match", "wait", "remove"])
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["put", "match", "wait"]), st.sampled_from([0, 1]), PATHS, st.integers(1, 150)),
-    min_size=1, max_size=25,
+    st.tuples(ACTIONS, st.sampled_from([0, 1]), PATHS, st.sampled_from([20, 60, 90, 150])),
+    min_size=1, max_size=30,
 )  # fmt: skip
 
 
@@ -47,8 +48,9 @@ async def opened(bench: Bench) -> Pool:
     return pool
 
 
+@example([("put", 0, [0, 0], 20), ("wait", 0, [1], 60), ("remove", 0, [0, 0], 20), ("wait", 0, [1], 60)])
 @given(STEPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_page_stays_as_long_as_any_below_it(steps: list[tuple[str, int, list[int], int]]) -> None:
     """Time is of a page's own use and of all below it: the page before another never goes first."""
     used_s: dict[tuple[int, tuple[int, ...]], float] = {}
@@ -63,13 +65,20 @@ def test_a_page_stays_as_long_as_any_below_it(steps: list[tuple[str, int, list[i
         for action, tenant, path, wait_s in steps:
             keys, there = keys_of(TENANTS[tenant], path), pool.match(tenant, keys_of(TENANTS[tenant], path), 0)[0]
             now_s = pool.space.stamp_s()
+            if there:
+                used_s[tenant, tuple(path[: len(there)])] = now_s
             if action == "put":
                 await put(pool, tenant, keys)
                 used_s.update({(tenant, tuple(path[: n + 1])): now_s for n in range(len(path))})
+            elif action == "remove" and len(there) == len(path):
+                await pool.remove(tenant, keys[-1:])
+                left_s = last_s(tenant, tuple(path))
+                for gone in [at for at in used_s if at[0] == tenant and at[1][: len(path)] == tuple(path)]:
+                    del used_s[gone]
+                if path[1:]:
+                    used_s[tenant, tuple(path[:-1])] = left_s
             elif action == "wait":
                 await runtime.sleep(wait_s)
-            if there:
-                used_s[tenant, tuple(path[: len(there)])] = now_s
             now_s = pool.space.stamp_s()
             for of, each in list(used_s):
                 ends_s = last_s(of, each) + TTLS_S[of]
