@@ -37,7 +37,7 @@ def make(service: Service) -> Iterator[Make]:
 
     def manager(
         *, chunk: int = CHUNK, dtype: torch.dtype = torch.bfloat16, worker: int = 0, world: int = 1, mla: bool = False,
-        config: dict[str, Any] | None = None, **settings: Any,
+        dtype_told: str = "", config: dict[str, Any] | None = None, **settings: Any,
     ) -> StorageManager:  # fmt: skip
         given = LMCacheEngineConfig.from_dict(
             {
@@ -49,7 +49,12 @@ def make(service: Service) -> Iterator[Make]:
                 "extra_config": {
                     f"storage_plugin.{NAME}.module_path": "emberkv.adapters.lmcache_storage",
                     f"storage_plugin.{NAME}.class_name": "EmberStorage",
-                    "emberkv": {"address": service.address, "timeout_s": 1.0, **settings},
+                    "emberkv": {
+                        "address": service.address,
+                        "timeout_s": 1.0,
+                        **settings,
+                        **({"dtype": dtype_told} if dtype_told else {}),
+                    },
                 },
                 **(config or {}),
             }
@@ -157,6 +162,14 @@ def test_nothing_is_mixed_up(make: Make) -> None:
     assert values(manager.batched_get(keys, location=NAME)) == [1, 2, 3, 4, 5]
     for other in ({"chunk": 32}, {"dtype": torch.float16}, {"mla": True}, {"revision": "r2"}, {"salt": "s"}):
         assert make(**other).batched_contains(keys) == (0, {})
+
+
+def test_formats_that_an_engine_keeps_as_bytes_are_not_mixed_up(make: Make) -> None:
+    one = make(dtype=torch.uint8, dtype_told="fp8_e4m3")
+    put(one, [key(1)], [1])
+    assert one.batched_contains([key(1)])[0] == 1
+    assert make(dtype=torch.uint8, dtype_told="fp8_e5m2").batched_contains([key(1)]) == (0, {})
+    assert NAME not in make(dtype=torch.uint8).storage_backends  # LMCache goes on without us.
 
 
 def test_what_is_removed_is_gone(make: Make) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,6 +159,23 @@ def test_ranks_share_what_is_the_same_and_only_that(make: Make) -> None:
         assert make(other).batch_exists(keys) == 0
     for settings in ({"revision": "r2"}, {"model": "other"}, {"salt": "s"}, {"tenant": "other"}):
         assert make(**settings).batch_exists(keys) == 0
+
+
+def test_formats_that_sglang_keeps_as_bytes_are_not_mixed_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, pool = hashes(1, 1), HostPool(dtype=torch.uint8)  # As for any --kv-cache-dtype fp8_...: of one size.
+    with pytest.raises(InvalidNamespace, match='set "dtype"'):
+        make(pool)
+    for asked in ("fp8_e4m3", "fp8_e5m2"):
+        monkeypatch.setattr(
+            "emberkv.adapters.sglang.get_model", lambda asked=asked: SimpleNamespace(kv_cache_dtype=asked)
+        )
+        storage = make(pool)
+        assert storage.batch_exists(keys) == 0
+        assert storage.batch_set_v1(keys, pool.fill([0], [1])) == [True]
+    monkeypatch.setattr("emberkv.adapters.sglang.get_model", lambda: SimpleNamespace(kv_cache_dtype="auto"))
+    assert make(pool).batch_exists(keys) == 1
+    assert make(pool, dtype="fp8_e5m2").batch_exists(keys) == 1
+    assert make(pool, dtype="nvfp4").batch_exists(keys) == 0
 
 
 def transfer(name: PoolName, keys: list[str] | None, pool: HostPool, pages: list[int], **more: Any) -> PoolTransfer:

@@ -30,7 +30,7 @@ from lmcache.v1.storage_backend.abstract_backend import StoragePluginInterface
 from ..errors import InvalidNamespace, SeededKeys
 from ..namespace import Kind, Namespace, fields_bytes
 from .door import KEPT, Door
-from .settings import Settings
+from .settings import Settings, dtype_told
 from .workers import Workers
 
 STEADY_HASHES = ("sha256", "sha256_cbor", "sha256_cbor_64bit")
@@ -38,8 +38,8 @@ STEADY_HASHES = ("sha256", "sha256_cbor", "sha256_cbor_64bit")
 
 
 class EmberStorage(StoragePluginInterface):
-    """See the module. The settings are under "emberkv" in LMCache's extra_config. Raises what `Settings` and `Door` do;
-    LMCache writes that to its log and goes on without us."""
+    """See the module. The settings are under "emberkv" in LMCache's extra_config: those of `Settings`, and dtype.
+    Raises what `Settings` and `Door` do; LMCache writes that to its log and goes on without us."""
 
     def __init__(
         self, dst_device: str = "cpu", config: Any = None, metadata: Any = None, local_cpu_backend: Any = None,
@@ -48,9 +48,11 @@ class EmberStorage(StoragePluginInterface):
         super().__init__(dst_device, config, metadata, local_cpu_backend, loop)
         refuse(config, local_cpu_backend)
         self._metadata, self._memory = metadata, local_cpu_backend
-        self._settings = Settings.read((config.extra_config or {}).get("emberkv") or {})
+        given = dict((config.extra_config or {}).get("emberkv") or {})
+        dtype = str(given.pop("dtype", ""))
+        self._settings = Settings.read(given)
         self._format = MemoryFormat.KV_MLA_FMT if metadata.use_mla else MemoryFormat.KV_2LTD
-        self._door = Door(self._settings, namespace_of(metadata, self._settings))
+        self._door = Door(self._settings, namespace_of(metadata, self._settings, dtype))
         self._workers = Workers(self._settings, "storage")
         self._lock = threading.Lock()
         self._storing: set[Any] = set()
@@ -178,11 +180,12 @@ def name_of(key: Any) -> bytes:
     return fields_bytes(str(each).encode() for each in ("lmcache storage", *numbers, *tags))
 
 
-def namespace_of(metadata: Any, settings: Settings) -> Namespace:
-    """Whose chunks are interchangeable. Raises InvalidNamespace."""
+def namespace_of(metadata: Any, settings: Settings, dtype: str) -> Namespace:
+    """Whose chunks are interchangeable; `dtype` is what is given of it. Raises InvalidNamespace."""
     shape = "x".join(str(each) for each in metadata.kv_shape)
     return Namespace(
-        model=metadata.model_name, revision=settings.revision, dtype=str(metadata.kv_dtype).removeprefix("torch."),
+        model=metadata.model_name, revision=settings.revision,
+        dtype=dtype_told(str(metadata.kv_dtype).removeprefix("torch."), dtype),
         layout=f"lmcache-{'mla' if metadata.use_mla else 'kv'}-{shape}", page_tokens=metadata.chunk_size,
         kinds=(Kind("kv"),),
     )  # fmt: skip

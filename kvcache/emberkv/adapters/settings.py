@@ -13,6 +13,8 @@ from ..admission import PUT_POLICIES
 from ..errors import InvalidNamespace
 
 THREADS_MAX = 64
+CONTAINERS = frozenset({"uint8", "int8"})
+"""Engines keep several formats of KV in these: e4m3 and e5m2 in uint8, with pages of one size and other values."""
 TYPES = {"str": (str,), "float": (float, int), "int": (int,), "bool": (bool,), "str | None": (str, type(None))}
 """Annotation -> what JSON has for it."""
 
@@ -70,3 +72,13 @@ class Settings:
             if type(value) not in TYPES[str(known[name].type)]:
                 raise InvalidNamespace(f"{name} is of type {known[name].type}, not {value!r}")
         return cls(**given)
+
+
+def dtype_told(stored: str, given: str) -> str:
+    """The dtype of a namespace, of that of the tensors and what is `given` about it. Raises InvalidNamespace: pages of
+    two formats would pass for each other."""
+    if given:
+        return given if given == stored else f"{given} as {stored}"
+    if stored in CONTAINERS:
+        raise InvalidNamespace(f'the KV is in {stored}, which says no format: set "dtype" to it, such as "fp8_e4m3"')
+    return stored

@@ -26,11 +26,12 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransfer,
     PoolTransferResult,
 )
+from sglang.srt.runtime_context import get_model
 
 from ..errors import InvalidNamespace
 from ..namespace import Kind, Namespace, fields_bytes
 from .door import KEPT, Door
-from .settings import Settings
+from .settings import Settings, dtype_told
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class EmberHiCache(HiCacheStorage):
             raise InvalidNamespace(
                 'the extra configuration of the storage backend needs "emberkv": {"address": "host:port", ...}'
             )
+        given = dict(given)
+        self._dtype = str(given.pop("dtype", ""))
         self._settings = Settings.read(given)
         self._config = storage_config
         self._door: Door | None = None
@@ -60,7 +63,8 @@ class EmberHiCache(HiCacheStorage):
         self.registered_pools[str(PoolName.KV)] = mem_pool_host
         if self._door is not None:
             self._door.close()
-        self._door = Door(self._settings, namespace_of(self._config, mem_pool_host, self._settings))
+        dtype = self._dtype or kv_format(mem_pool_host)
+        self._door = Door(self._settings, namespace_of(self._config, mem_pool_host, self._settings, dtype))
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         """The pool of what a model keeps beside its KV."""
@@ -296,10 +300,28 @@ def rank_of(config: HiCacheStorageConfig, pool_name: str) -> str:
     return " ".join(parts)
 
 
-def namespace_of(config: HiCacheStorageConfig, pool: Any, settings: Settings) -> Namespace:
-    """Whose pages are interchangeable. Raises InvalidNamespace."""
+def kv_format(pool: Any) -> str:
+    """What SGLang's --kv-cache-dtype says of a pool whose dtype does not: it keeps all FP8 and FP4 as bytes. Empty: the
+    pool's dtype is all there is to say, or SGLang does not tell."""
+    if pool.dtype != torch.uint8:
+        return ""
+    try:
+        asked = str(get_model().kv_cache_dtype)
+    except ValueError:  # Nobody has made its configuration known in this process.
+        return ""
+    asked = "fp8_e4m3" if asked == "auto" else asked  # The only one of those that a checkpoint may ask for.
+    if torch.version.hip is None or not asked.startswith("fp8"):
+        return asked
+    from sglang.srt.mem_cache.kv_cache_dtype import fp8_dtype
+
+    return str(fp8_dtype).removeprefix("torch.")  # AMD's own, whichever was asked for.
+
+
+def namespace_of(config: HiCacheStorageConfig, pool: Any, settings: Settings, dtype: str) -> Namespace:
+    """Whose pages are interchangeable; `dtype` is what is known of it beside the pool's. Raises InvalidNamespace."""
     form = f" {pool.storage_format_tag}" if getattr(pool, "storage_format_tag", None) else ""
     return Namespace(
-        model=config.model_name or "", revision=settings.revision, dtype=str(pool.dtype).removeprefix("torch."),
+        model=config.model_name or "", revision=settings.revision,
+        dtype=dtype_told(str(pool.dtype).removeprefix("torch."), dtype),
         layout=f"sglang-{pool.layout}{form}", page_tokens=page_tokens(pool), kinds=(Kind("kv"),),
     )  # fmt: skip
