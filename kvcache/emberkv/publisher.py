@@ -12,8 +12,8 @@ Does not know: what the events are about. Needs pyzmq (`pip install 'emberline[e
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -29,6 +29,8 @@ KEPT_BYTES = 256 << 20
 """Of those batches, at most: with tokens they are large."""
 WAITING_MAX = 100_000
 """Batches for one subscriber; further ones it loses."""
+ASKING_MAX = 64
+"""Subscribers that are being told again; a further one ends the answer to the first."""
 _END = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -45,7 +47,9 @@ class Publisher:
         self._kept: deque[tuple[int, bytes, bytes]] = deque()
         self._kept_bytes = 0
         self._encoder = msgspec.msgpack.Encoder()
-        self._again, self._at_once = zmq.Again, zmq.NOBLOCK
+        self._zmq = zmq
+        self._asking: dict[bytes, int] = {}
+        """Who asked -> the number of the batch that it is told next."""
         self._context = zmq.Context()
         self._pub: Any = self._context.socket(zmq.PUB)
         self._pub.set_hwm(WAITING_MAX)
@@ -55,6 +59,9 @@ class Publisher:
             self._pub.bind(endpoint)
             if replay_endpoint:
                 self._router = self._context.socket(zmq.ROUTER)
+                self._router.router_mandatory = (
+                    1  # Else what a subscriber does not take at once is dropped, its end too.
+                )
                 self._router.bind(replay_endpoint)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
@@ -82,19 +89,36 @@ class Publisher:
             while len(self._kept) > KEPT_BATCHES or self._kept_bytes > KEPT_BYTES:
                 self._kept_bytes -= len(self._kept.popleft()[2])
             self._number += 1
-        if self._router is not None and self._router.poll(0):
+        if self._router is not None:
             self._tell_again()
 
     def _tell_again(self) -> None:
-        client, *asked = self._router.recv_multipart()
-        if len(asked) != 2 or len(asked[1]) != 8:
-            return  # It is no question that we know.
-        first = int.from_bytes(asked[1], "big")
-        with contextlib.suppress(self._again):  # It does not take its answer: let it ask again.
-            for number, topic, body in self._kept:
-                if number >= first:
-                    self._router.send_multipart((client, b"", topic, number.to_bytes(8, "big"), body), self._at_once)
-            self._router.send_multipart((client, b"", b"", _END, b""), self._at_once)
+        """As much as those who asked take now; the rest the next time."""
+        while self._router.poll(0):
+            client, *asked = self._router.recv_multipart()
+            if len(asked) == 2 and len(asked[1]) == 8:  # Else it is no question that we know.
+                self._asking.pop(client, None)
+                self._asking[client] = int.from_bytes(asked[1], "big")
+        while len(self._asking) > ASKING_MAX:
+            del self._asking[next(iter(self._asking))]
+        for client in list(self._asking):
+            try:
+                self._go_on(client)
+            except self._zmq.Again:
+                continue
+            except self._zmq.ZMQError:
+                pass  # It is gone.
+            del self._asking[client]
+
+    def _go_on(self, client: bytes) -> None:
+        skipped = self._asking[client] - (self._number - len(self._kept))
+        for number, topic, body in islice(self._kept, min(max(skipped, 0), len(self._kept)), None):
+            self._send(client, topic, number.to_bytes(8, "big"), body)
+            self._asking[client] = number + 1
+        self._send(client, b"", _END, b"")
+
+    def _send(self, client: bytes, *frames: bytes) -> None:
+        self._router.send_multipart((client, b"", *frames), self._zmq.NOBLOCK)
 
     async def _keep_telling(self) -> None:
         while True:

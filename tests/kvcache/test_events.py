@@ -6,7 +6,7 @@ Run: pytest tests/kvcache/test_events.py
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from emberkv import events
 from emberkv.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, EventFeed
 from emberkv.keys import ROOT
 from emberkv.pool import Pool
+from emberkv.publisher import Publisher
 from emberkv.service import KvService
 
 from tests.kvcache.serving import Server
@@ -216,3 +217,40 @@ def test_events_are_published(serve: Callable[..., Server], tmp_path: Path) -> N
                 router.hear(batch)
             assert told[-1] == [3, 4]
     server.end()
+
+
+def test_a_subscriber_that_is_slow_is_told_all_again(tmp_path: Path) -> None:
+    zmq = pytest.importorskip("zmq")
+    count, left = 4000, iter(range(4000))
+
+    class Feed(EventFeed):
+        def take(self, now_s: float) -> Iterator[tuple[str, EventBatch]]:
+            if next(left, None) is not None:
+                yield "n", EventBatch(now_s, [BlockRemoved([b"k" * 32] * 500, "STORAGE")])
+
+    replay = f"ipc://{tmp_path}/replay"
+    publisher = Publisher(Feed(), SimRuntime(0), endpoint=f"ipc://{tmp_path}/events", replay_endpoint=replay)
+    try:
+        for _ in range(count):
+            publisher.tell()
+        with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.linger, dealer.rcvtimeo = 0, 10
+            dealer.connect(replay)
+            dealer.send_multipart((b"", (7).to_bytes(8, "big")))
+            numbers: list[int] = []
+            while not numbers or numbers[-1] != -1:
+                publisher.tell()
+                while True:
+                    try:
+                        numbers.append(int.from_bytes(dealer.recv_multipart()[2], "big", signed=True))
+                    except zmq.Again:  # It has taken what there was.
+                        break
+            assert numbers == [*range(7, count), -1]
+            dealer.send_multipart((b"", b"\xff" * 8))  # From the end of the world on.
+            dealer.rcvtimeo = 30_000
+            while not publisher._router.poll(10):
+                pass
+            publisher.tell()
+            assert dealer.recv_multipart()[2] == b"\xff" * 8
+    finally:
+        publisher._context.destroy(linger=0)
