@@ -138,6 +138,8 @@ def _work(load: Load, barrier: Any, results: Connection) -> None:
     """In a process of its own."""
     try:
         results.send(run_load(load, lambda: barrier.wait(_START_S + load.seconds)))
+    except KeyboardInterrupt:  # It is told by the process that started us, which a terminal interrupts, too.
+        barrier.abort()
     except Exception as error:
         barrier.abort()
         results.send(f"{type(error).__name__}: {error}")
@@ -156,15 +158,21 @@ def run_loads(loads: Sequence[Load]) -> list[dict[str, Phase]]:
         started.append((process, ours))
     found: list[dict[str, Phase]] = []
     failures: list[str] = []
-    for process, ours in started:
-        try:
-            said = ours.recv()
-        except EOFError:
-            said = f"a process ended with code {process.exitcode}"
-            barrier.abort()
-        found.append(said) if isinstance(said, dict) else failures.append(said)
-        process.join()
-        ours.close()
+    try:
+        for process, ours in started:
+            try:
+                said = ours.recv()
+            except EOFError:
+                said = f"a process ended with code {process.exitcode}"
+                barrier.abort()
+            found.append(said) if isinstance(said, dict) else failures.append(said)
+            process.join()
+            ours.close()
+    except KeyboardInterrupt:
+        barrier.abort()
+        for process, _ in started:
+            process.join()  # It takes out what it put.
+        raise
     if failures:
         # Whoever waited for the one that failed says no more than that.
         raise click.ClickException(min(failures, key=lambda text: text.startswith("BrokenBarrierError")))

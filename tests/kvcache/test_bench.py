@@ -5,6 +5,10 @@ Run: pytest tests/kvcache/test_bench.py
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 
 from emberkv.operator import Operator
@@ -33,3 +37,17 @@ def test_what_has_no_room_and_what_is_not_there_is_said(serve: Callable[..., Ser
     assert "put pages" in said.stdout
     message = emberline("kv", "bench", server.address, "--processes", "2", "--page", "1MiB", code=1).stderr
     assert "LimitExceeded: a page of 1048576 bytes" in message
+
+
+def test_an_interrupted_one_says_so_and_leaves_nothing(serve: Callable[..., Server]) -> None:
+    address = serve().address
+    command = [sys.executable, "-m", "emberline", "kv", "bench", address, "--data", "1MiB", "--seconds", "600"]
+    bench = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with Operator(address) as operator:
+        while not any(each["counts"]["matches"] for each in operator.stat()["namespaces"].values()):
+            pass
+        os.killpg(bench.pid, signal.SIGINT)  # As a terminal does.
+        said = bench.communicate(timeout=60)[1]
+        (figures,) = operator.stat()["namespaces"].values()
+    assert bench.returncode == 130 and figures["live_bytes"] == 0
+    assert "Traceback" not in said and said.endswith("interrupted\n")
