@@ -7,14 +7,18 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote
 
 import click
 from emberfs.cli.output import human_bytes, json_option, note, plural, print_json, print_line, progress_bar
+from emberfs.errors import Corruption
 
 from .kvpages import Door, keys_in
 from .kvservice import address_option, tls_option, token_option
+
+if TYPE_CHECKING:
+    from emberkv.archive import About, Archive
 
 SUFFIX = ".ekv"
 PART = ".part"
@@ -84,7 +88,7 @@ def _export(
         pages = all_pages(cache) if prompt is None else prefix_pages(cache, keys_in(prompt, cache, are_keys=False))
         goes_on = not to_stdout and part.exists() and part.stat().st_size > 0
         with sys.stdout.buffer if to_stdout else part.open("r+b" if goes_on else "wb") as file:
-            archive, done = Archive.resume(file, about) if goes_on else (Archive.begin(file, about), set())
+            archive, done = _resumed(file, about, part) if goes_on else (Archive.begin(file, about), set())
             if done:
                 note(f"{part} has {plural(len(done), 'payload')}: going on")
             total = door.namespaces[name]["tenants"][tenant]["bytes"] if prompt is None else None
@@ -105,6 +109,15 @@ def _export(
             "missing": missing}  # fmt: skip
 
 
+def _resumed(file: BinaryIO, about: About, part: Path) -> tuple[Archive, set[tuple[bytes, int]]]:
+    from emberkv.archive import Archive
+
+    try:
+        return Archive.resume(file, about)
+    except (Corruption, ValueError) as error:
+        raise click.ClickException(f"{part} is there, and {error}: remove it, or choose another TARGET") from error
+
+
 @click.command("import")
 @click.argument("source", nargs=-1, required=True)
 @address_option
@@ -116,7 +129,7 @@ def import_(source: Sequence[str], address: str, token: str, tls: Path | None, a
 
     They come into the namespace and to the tenant that they were of, for these are in every key. What is there already
     is not written again, so an import that ended too soon is simply done again. Exit code 1 if a file is damaged or cut
-    off (its good pages are in by then), or if there was no room for all.
+    off (its good pages are in by then) or is no archive, or if there was no room for all.
 
     \b
     Examples:
@@ -130,7 +143,12 @@ def import_(source: Sequence[str], address: str, token: str, tls: Path | None, a
         raise click.ClickException(f"there is no *{SUFFIX} in {', '.join(source)}")
     is_bad = False
     for path in paths:
-        outcomes, is_whole = _import(door, path, quiet=as_json)
+        try:
+            outcomes, is_whole = _import(door, path, quiet=as_json)
+        except Corruption as error:
+            is_bad = True
+            _say({"file": str(path), "is_whole": False, "error": str(error)}, f"{path}: {error}", as_json=as_json)
+            continue
         told = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items())) or "no pages"
         cut = "" if is_whole else ": damaged or cut off after them"
         _say({"file": str(path), "is_whole": is_whole, **outcomes}, f"{path}: {told}{cut}", as_json=as_json)

@@ -181,6 +181,17 @@ def test_an_export_goes_on_and_a_cut_import_says_so(serve: Serve, tmp_path: Path
         cut.write_bytes(whole[: len(whole) // 2])
         assert "14 stored: damaged or cut off" in emberline("kv", "import", cut, "--address", address, code=1).stdout
         assert "14 known, 16 stored" in emberline("kv", "import", "-", "--address", address, stdin=whole).stdout
+        junk = tmp_path / "a.ekv"
+        junk.write_bytes(b"junk")
+        both = emberline("kv", "import", junk, cut, "--address", address, code=1).stdout.splitlines()
+        assert "a.ekv: this is no archive" in both[0] and "14 known" in both[1]
+        told = emberline_json("kv", "import", junk, "--address", address, code=1)
+        assert told == [{"file": str(junk), "is_whole": False, "error": "this is no archive of KV pages"}]
+        (tmp_path / "two.ekv.part").write_bytes(whole[:100])
+        wrong = ("kv", "export", tmp_path / "two.ekv", "--tenant", "c", "--address", address)
+        assert "two.ekv.part is there, and this is no archive" in emberline(*wrong, code=1).stderr
+        (tmp_path / "two.ekv.part").write_bytes(whole)
+        assert "two.ekv.part is there, and it has pages of" in emberline(*wrong, code=1).stderr
         empty = tmp_path / "empty"
         empty.mkdir()
         assert "there is no *.ekv" in emberline("kv", "import", empty, "--address", address, code=1).stderr
