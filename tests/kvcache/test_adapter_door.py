@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,16 @@ class FakeCache:
             buffer[:] = self.pages[key]
         return [key not in self.loses for key in hit.keys]
 
+    def exists(self, keys: list[bytes]) -> list[bool]:
+        self._fail()
+        return [key in self.pages for key in keys]
+
     def close(self) -> None:
         self.calls += 1
 
 
-def door_of(cache: FakeCache) -> Door:
-    return Door(SETTINGS, NAMESPACE, now_s=lambda: cache.now_s, open_cache=cache.open)
+def door_of(cache: FakeCache, begin: Callable[[Callable[[], None]], None] = lambda work: work()) -> Door:
+    return Door(SETTINGS, NAMESPACE, now_s=lambda: cache.now_s, open_cache=cache.open, begin=begin)
 
 
 def test_pages_are_read_together_and_have_their_length() -> None:
@@ -157,6 +162,26 @@ def test_a_failure_shuts_the_door_for_a_while() -> None:
     assert door.find([b"a"]) == [None] and door.put([b"b"], [b"b"]) == [FAILED]
     assert not door.is_open and cache.calls == calls and door.counts.shut == 2
     cache.now_s += SETTINGS.retry_s
+    assert door.find([b"a"]) == [1]
+
+
+def test_no_call_waits_for_a_service_that_was_away_a_moment_ago() -> None:
+    cache, begun = FakeCache(), list[Callable[[], None]]()
+    door = door_of(cache, begun.append)
+    door.put([b"a"], [b"a"])
+    cache.fault = Unavailable("gone")
+    assert door.find([b"a"]) == [None]
+    calls = cache.calls
+    for _ in range(3):
+        cache.now_s += SETTINGS.retry_s
+        assert door.find([b"a"]) == [None]  # Whatever time has gone: who asks is somebody else, and one only.
+    assert cache.calls == calls and len(begun) == 1
+    cache.fault = Unavailable("still gone")
+    begun.pop()()
+    assert door.find([b"a"]) == [None] and not begun  # Not again at once.
+    cache.now_s += SETTINGS.retry_s
+    assert door.find([b"a"]) == [None] and len(begun) == 1
+    begun.pop()()
     assert door.find([b"a"]) == [1]
 
 

@@ -3,7 +3,7 @@
 Invariants:
   - What the operator has to put right (no access, no such tenant, another namespace) is raised when the door is made.
   - A service that is away makes no engine wait: the first call that fails takes `timeout_s`, and after it all others
-    are misses at once, until one in `retry_s` finds it again.
+    are misses at once, until a thread of ours, which asks once in `retry_s`, finds it again.
   - A buffer is left alone once the call that was handed it has returned: deadlines are those of the requests below,
     and nothing is abandoned half-way.
   - Pages have names (what an engine's own key says) and one payload; a page of another length is not there.
@@ -11,7 +11,7 @@ Invariants:
     is never answered out of that memory.
   - It is its process's: in a forked child, which has none of its threads, all calls are misses.
 
-Does not know: engines, or their threads. Each brings its own.
+Does not know: engines, or their threads. Each brings its own; ours asks whether a service is back, and nothing else.
 """
 
 from __future__ import annotations
@@ -65,15 +65,19 @@ class Door:
     def __init__(
         self, settings: Settings, namespace: Namespace, *, now_s: Callable[[], float] = time.monotonic,
         open_cache: Callable[[Settings, Namespace], KVCache] | None = None,
+        begin: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:  # fmt: skip
+        """`begin` has something done behind the caller's back."""
         self.settings, self.namespace = settings, namespace
         self.counts = Counts()
         self._now_s = now_s
         self._open_cache = open_cache or open_cache_of
+        self._begin = begin or in_a_thread
         self._cache: KVCache | None = None
         self._opening = threading.Lock()
-        self._shut_until_s = self._said_s = float("-inf")
-        self._is_closed = False
+        self._asking = threading.Lock()
+        self._said_s = self._asked_s = float("-inf")
+        self._is_shut = self._is_asking = self._is_closed = False
         self._process = os.getpid()
         self._found: dict[bytes, tuple[Hit, float]] = {}
         """Name -> the hit, and when its lease ends. In the order of that."""
@@ -91,11 +95,13 @@ class Door:
     @property
     def is_open(self) -> bool:
         """Calls go through, as far as we know."""
-        return not self._is_closed and os.getpid() == self._process and self._now_s() >= self._shut_until_s
+        return not (self._is_closed or self._is_shut) and os.getpid() == self._process
 
     def call(self, work: Callable[[KVCache], T], otherwise: T) -> T:
         """What `work` makes of the cache, or `otherwise`. Never raises an error of the cache."""
         self.counts.calls += 1
+        if self._is_shut:
+            self._ask_whether_it_is_back()
         if not self.is_open:
             self.counts.shut += 1
             return otherwise
@@ -191,14 +197,44 @@ class Door:
         finally:
             self._opening.release()
 
+    def _ask_whether_it_is_back(self) -> None:
+        """Unless we asked a moment ago, or are waiting for the answer."""
+        if self._is_closed or os.getpid() != self._process:
+            return
+        with self._asking:
+            if self._is_asking or self._now_s() < self._asked_s + self.settings.retry_s:
+                return
+            self._is_asking = True
+        try:
+            self._begin(self._ask)
+        except RuntimeError:  # Python is ending, and starts no threads.
+            self._is_asking = False
+
+    def _ask(self) -> None:
+        try:
+            cache = self._opened()
+            if cache is not None:
+                cache.exists([])
+                self._is_shut = False
+        except EmberError as error:
+            if not self._is_closed:
+                self._failed(error)
+        finally:
+            self._is_asking = False
+
     def _failed(self, error: EmberError) -> None:
         self.counts.failed += 1
         now_s = self._now_s()
         if not isinstance(error, LimitExceeded):  # One page too large says nothing about the others.
-            self._shut_until_s = now_s + self.settings.retry_s
+            self._is_shut, self._asked_s = True, now_s
         if now_s >= self._said_s + SAYS_AGAIN_S:
             self._said_s = now_s
             log.warning("KV cache at %s: %s; what it would have had is computed", self.settings.address, error)
+
+
+def in_a_thread(work: Callable[[], None]) -> None:
+    """Done soon, unless the process ends before."""
+    threading.Thread(target=work, name="emberkv-door", daemon=True).start()
 
 
 def open_cache_of(settings: Settings, namespace: Namespace) -> KVCache:

@@ -37,7 +37,7 @@ class Settings:
     timeout_s: float = 5.0
     """Within which the service answers, and a storage server. What takes longer is a miss."""
     retry_s: float = 2.0
-    """After a failure all calls are misses for so long."""
+    """After a failure all calls are misses until the service answers again. It is asked so often."""
     lease_s: float = 30.0
     """What a look-up found stays for so long."""
     threads: int = 4
