@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,6 +154,43 @@ def test_lmcaches_event_loop_goes_on_and_gets_the_leading_chunks(make: Make) -> 
     assert in_loop(backend.batched_async_contains("a", keys, True)) == 2
     assert values(in_loop(backend.batched_get_non_blocking("a", keys))) == [1, 2]
     assert in_loop(backend.batched_get_non_blocking("a", [key(9)])) == []
+
+
+def test_memory_of_a_load_that_was_cancelled_is_given_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, began, goes_on = make(), threading.Event(), threading.Event()
+    backend, loaded = ours(manager), list[Any]()
+    put(manager, [key(1)], [1])
+    load = backend.batched_get_blocking
+
+    def slow(keys: list[CacheEngineKey]) -> list[Any]:
+        loaded.extend(load(keys))
+        began.set()
+        goes_on.wait(60)
+        return list(loaded)
+
+    monkeypatch.setattr(backend, "batched_get_blocking", slow)
+    asked = asyncio.run_coroutine_threadsafe(backend.batched_get_non_blocking("a", [key(1)]), manager.loop)
+    assert began.wait(60) and asked.cancel()
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), manager.loop).result(60)  # It has heard of it.
+    goes_on.set()
+    while loaded[0].get_ref_count():
+        pass
+
+
+def test_all_chunks_are_told_of_whatever_lmcache_makes_of_one(make: Make) -> None:
+    manager, told = make(), list[CacheEngineKey]()
+
+    def note(each: CacheEngineKey) -> None:
+        told.append(each)
+        raise ValueError(each)
+
+    keys, objects = [key(1), key(2)], [chunk_of(manager, 1), chunk_of(manager, 2)]
+    ours(manager).batched_submit_put_task(keys, objects, on_complete_callback=note)
+    while len(told) < 2:
+        pass
+    assert told == keys
+    for each in objects:
+        each.ref_count_down()
 
 
 def test_nothing_is_mixed_up(make: Make) -> None:

@@ -18,11 +18,11 @@ Source: lmcache 0.5.6, `StoragePluginInterface`. Does not know: layers, one by o
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.storage_backend.abstract_backend import StoragePluginInterface
@@ -32,6 +32,10 @@ from ..namespace import Kind, Namespace, fields_bytes
 from .door import KEPT, Door
 from .settings import Settings, dtype_told
 from .workers import Workers
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 STEADY_HASHES = ("sha256", "sha256_cbor", "sha256_cbor_64bit")
 """The same in every process, whatever its seed."""
@@ -70,9 +74,7 @@ class EmberStorage(StoragePluginInterface):
 
     async def batched_async_contains(self, lookup_id: str, keys: list[Any], pin: bool = False) -> int:
         """The same from LMCache's event loop, which goes on meanwhile."""
-        there: Future[int] = Future()
-        self._workers.load(lambda: self.batched_contains(keys), 0, there.set_result)
-        return await asyncio.wrap_future(there)
+        return await self._in_a_thread(lambda: self.batched_contains(keys), 0, lambda _: None)
 
     def pin(self, key: Any) -> bool:
         """A lease is what keeps a chunk."""
@@ -107,13 +109,9 @@ class EmberStorage(StoragePluginInterface):
 
     async def batched_get_non_blocking(self, lookup_id: str, keys: list[Any], transfer_spec: Any = None) -> list[Any]:
         """The chunks that are there from the first on, without stopping LMCache's event loop."""
-        loaded: Future[list[Any]] = Future()
-        self._workers.load(lambda: self.batched_get_blocking(keys), [], loaded.set_result)
-        objects = await asyncio.wrap_future(loaded)
+        objects = await self._in_a_thread(lambda: self.batched_get_blocking(keys), [], let_go)
         whole = next((index for index, each in enumerate(objects) if each is None), len(objects))
-        for each in objects[whole:]:
-            if each is not None:
-                each.ref_count_down()
+        let_go(objects[whole:])
         return objects[:whole]
 
     def get_allocator_backend(self) -> Any:
@@ -147,6 +145,28 @@ class EmberStorage(StoragePluginInterface):
         self._workers.close()
         self._door.close()
 
+    async def _in_a_thread(self, work: Callable[[], T], otherwise: T, unwanted: Callable[[T], None]) -> T:
+        """What `work` makes of it; `unwanted` is given that if LMCache has cancelled us by then."""
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[T] = loop.create_future()
+
+        def take(result: T) -> None:
+            unwanted(result) if waiting.cancelled() else waiting.set_result(result)
+
+        def tell(result: T) -> None:
+            try:
+                loop.call_soon_threadsafe(take, result)
+            except RuntimeError:  # The loop has ended.
+                unwanted(result)
+
+        self._workers.load(work, otherwise, tell)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if not waiting.cancelled():
+                unwanted(waiting.result())
+            raise
+
     def _store(self, chunks: list[tuple[Any, Any]]) -> list[Any]:
         states = self._door.put([name_of(key) for key, _ in chunks], [each.byte_array for _, each in chunks])
         return [key for (key, _), state in zip(chunks, states, strict=True) if state in KEPT]
@@ -156,9 +176,11 @@ class EmberStorage(StoragePluginInterface):
             self._storing.difference_update(key for key, _ in chunks)
         for _, each in chunks:
             each.ref_count_down()
-        if told is not None:
-            for key in kept:
+        for key in kept if told is not None else ():
+            try:
                 told(key)
+            except Exception:  # LMCache's, and said to be caught.
+                log.exception("LMCache failed to note that a chunk is stored")
 
     def _room(self, size: int) -> Any:
         """Memory for a chunk of so many bytes, the last of a prompt may have fewer tokens. None: there is none."""
@@ -171,6 +193,13 @@ class EmberStorage(StoragePluginInterface):
             return None
         shapes, dtypes = self._metadata.get_shapes(tokens), self._metadata.get_dtypes()
         return self._memory.allocate(shapes, dtypes, self._format, busy_loop=False)
+
+
+def let_go(objects: Sequence[Any]) -> None:
+    """Memory of the CPU backend, back to it."""
+    for each in objects:
+        if each is not None:
+            each.ref_count_down()
 
 
 def name_of(key: Any) -> bytes:
