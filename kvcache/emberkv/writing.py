@@ -21,7 +21,7 @@ from typing import Any
 
 from emberfs import Client, File, StoreClosed
 from emberfs.checksum import crc32c
-from emberfs.errors import DeadlineExceeded, EmberError
+from emberfs.errors import DeadlineExceeded
 
 from .page import HEADER_BYTES, Place, encode_header
 from .segments import SECTOR_BYTES
@@ -260,7 +260,7 @@ class PageWriter:
                 items: list[Any] = [(file.open(segment), offset, slab.memory[begin:end])]
                 self._client.batch_write(items)
             self._commit(slab.parts)
-        except (EmberError, OSError) as error:
+        except Exception as error:  # Whatever it is: a thread that ended would keep every later put waiting.
             for part in slab.parts:
                 part.ticket.settle(error)
         # Who waits for a ticket is told by it, and may have put the pages again by the next flush.

@@ -21,7 +21,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.written: list[tuple[str, int, bytes]] = []
-        self.fails = False
+        self.fails: Exception | None = None
         self.begun, self.lets = threading.Event(), threading.Event()
         self.lets.set()
 
@@ -34,8 +34,8 @@ class Disk:
     def batch_write(self, items: Sequence[Any]) -> None:
         self.begun.set()
         assert self.lets.wait(30)
-        if self.fails:
-            raise Unavailable("no")
+        if self.fails is not None:
+            raise self.fails
         self.written += [(file.path, offset, bytes(data)) for file, offset, data in items]
 
 
@@ -81,7 +81,7 @@ def test_parts_that_follow_each_other_are_one_write_of_whole_sectors() -> None:
 def test_flush_tells_of_what_nobody_waited_for_and_once() -> None:
     disk = Disk()
     writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
-    disk.fails = True
+    disk.fails = Unavailable("no")
     writer.add(part(0), timeout_s=10)
     with pytest.raises(Unavailable):
         writer.flush(10)
@@ -89,7 +89,7 @@ def test_flush_tells_of_what_nobody_waited_for_and_once() -> None:
     ticket = writer.add(part(0, is_durable=True), timeout_s=10)
     with pytest.raises(Unavailable):
         ticket.wait(10)
-    disk.fails = False
+    disk.fails = None
     writer.add(part(0, is_durable=True), timeout_s=10).wait(10)
     writer.flush(10)  # Whoever waited was told, and has put it again.
     writer.close(10)
@@ -110,3 +110,15 @@ def test_who_waits_is_told_when_all_ends() -> None:
         writer.add(part(0), timeout_s=10)
     disk.lets.set()
     first.wait(10)
+
+
+def test_the_threads_outlive_an_error_that_nobody_thought_of() -> None:
+    disk = Disk()
+    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    disk.fails = MemoryError()
+    for _ in range(3):  # There are two threads.
+        with pytest.raises(MemoryError):
+            writer.add(part(0, is_durable=True), timeout_s=10).wait(10)
+    disk.fails = None
+    writer.add(part(0, is_durable=True), timeout_s=10).wait(10)
+    writer.close(10)
