@@ -175,9 +175,14 @@ def _engine(figures: Mapping[str, Any], where: str | None, key: str, pid: int | 
     from emberkv import Namespace
     from emberkv.engines import Engine, look, merged
 
-    known = Engine() if where is None else _ask_engine(where, key)
-    if pid is not None:
-        known = merged(_environment_of(pid), known)
+    try:
+        known = Engine() if where is None else _ask_engine(where, key)
+        if pid is not None:
+            known = merged(_environment_of(pid), known)
+    except (OSError, ValueError) as error:
+        asked = " and ".join([*([where] if where else []), *([f"process {pid}"] if pid is not None else [])])
+        yield Line("FAIL", "engine", f"{asked}: {error}", "see `emberline kv doctor --help` for what is asked of them")
+        return
     namespaces = [
         msgspec.convert(each["namespace"], Namespace) for each in figures["namespaces"].values() if "namespace" in each
     ]

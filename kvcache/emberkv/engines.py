@@ -14,8 +14,9 @@ from .namespace import Namespace
 SEED_VARIABLE = "PYTHONHASHSEED"
 _SEEDED_HASHES = ("builtin", "xxhash", "xxhash_cbor")
 """Of LMCache and vLLM: they differ from process to process unless the seed is set."""
-_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "fp8_e4m3": "fp8",
-           "float8_e4m3fn": "fp8"}  # fmt: skip
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float8_e4m3fn": "fp8_e4m3",
+           "float8_e5m2": "fp8_e5m2"}  # fmt: skip
+"""Words for one thing. "fp8" is none of them: a namespace of that dtype is another one than one of "fp8_e4m3"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +79,9 @@ def look(engine: Engine, namespaces: Sequence[Namespace]) -> Iterator[Finding]:
         )  # fmt: skip
         return
     yield Finding("OK", "model", f"{engine.model}: {', '.join(each.name for each in same)}")
-    yield from _fields(engine, same)
+    # One namespace with the dtype and another one with the page size are none for this engine.
+    fitting = [each for each in same if not _differing(engine, each)]
+    yield from _fields(engine, fitting or [min(same, key=lambda each: _differing(engine, each))])
     yield from apart(same)
 
 
@@ -115,14 +118,28 @@ def _seed(engine: Engine) -> Finding:
     return Finding("SKIP", "hash seed", told, "on its host: emberline kv doctor --pid PID")
 
 
+def _differing(engine: Engine, namespace: Namespace) -> int:
+    """How many settings, of those that the engine tells, the namespace has otherwise."""
+    said = [(getattr(engine, name), getattr(namespace, name)) for name in ("dtype", "revision", "layout")]
+    fits = [_alike(mine, theirs) for mine, theirs in said if mine is not None]
+    if engine.page_tokens is not None:
+        fits.append(_fits(engine, namespace.page_tokens))
+    return fits.count(False)
+
+
+def _fits(engine: Engine, page_tokens: int) -> bool:
+    """vLLM offloads several blocks as one page."""
+    tokens = engine.page_tokens
+    return page_tokens == tokens or (engine.name == "vllm" and bool(tokens) and page_tokens % (tokens or 1) == 0)
+
+
 def _fields(engine: Engine, same: Sequence[Namespace]) -> Iterator[Finding]:
     pages = sorted({each.page_tokens for each in same})
     tokens = engine.page_tokens
     if tokens is None:
         yield Finding("SKIP", "page size", f"{engine.name} does not tell; namespaces have {pages}")
     else:
-        # vLLM offloads several blocks as one page.
-        fits = [page for page in pages if page == tokens or (engine.name == "vllm" and page % tokens == 0)]
+        fits = any(_fits(engine, page) for page in pages)
         option = {"vllm": "--block-size", "sglang": "--page-size", "lmcache": "chunk_size"}.get(
             engine.name, "page_tokens"
         )

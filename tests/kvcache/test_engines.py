@@ -97,6 +97,18 @@ def test_namespaces_of_one_model_that_share_nothing_are_told() -> None:
     assert "dtype (fp8, torch.bfloat16)" in detail and "page_tokens (32, 64)" in detail and "layout" not in detail
 
 
+def test_one_namespace_must_have_it_all() -> None:
+    def named(dtype: str, page_tokens: int) -> Namespace:
+        return emberkv.Namespace(model="qwen3-8b", dtype=dtype, layout="l", page_tokens=page_tokens, kinds=OURS.kinds)
+
+    engine = Engine(name="sglang", model="qwen3-8b", dtype="fp8_e4m3", page_tokens=64)
+    told = found(engine, named("bfloat16", 64), named("fp8_e4m3", 32))
+    assert {told["dtype"][0], told["page size"][0]} == {"OK", "FAIL"}
+    told = found(engine, named("bfloat16", 64), named("fp8_e4m3", 32), named("fp8_e4m3 as uint8", 64))
+    assert told["dtype"][0] == told["page size"][0] == "OK"
+    assert found(engine, named("fp8", 64))["dtype"][0] == found(engine, named("fp8_e5m2", 64))["dtype"][0] == "FAIL"
+
+
 def test_settings_in_a_file_are_checked() -> None:
     assert engine_of({"model": "m", "page_tokens": 64, "PYTHONHASHSEED": 0}).hash_seed == "0"
     assert engine_of(MODELS) == Engine(name="vllm", model="Qwen/Qwen3-8B")
@@ -238,5 +250,9 @@ def test_doctor_looks_at_service_and_engine(
         settings.write_text(json.dumps({"model": "Qwen3-8B", "page_tokens": 32, "name": "sglang"}))
         said = emberline("kv", "doctor", "--address", server.address, "--engine", settings, code=1).stdout
         assert "-> set --page-size 64" in said
+        settings.write_text("[1]")
+        for where in ("--engine", settings), ("--engine", tmp_path / "none"), ("--engine", "http://127.0.0.1:9"):
+            told = doctor("--address", server.address, *where, code=1)
+            assert str(where[1]) in told["engine"]["detail"] and "--help" in told["engine"]["advice"]
     server.end()
     assert doctor("--address", server.address, code=1)["service"]["state"] == "FAIL"
