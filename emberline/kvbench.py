@@ -16,7 +16,7 @@ import click
 from emberfs.cli.output import human_bytes, json_option, note, print_columns, print_json
 from emberfs.cli.stats import human_seconds
 
-from .kvservice import size_bytes_of, tls_option, token_option
+from .kvservice import operator_of, size_bytes_of, tls_option, token_option
 
 if TYPE_CHECKING:
     from emberfs.histogram import Histogram
@@ -206,6 +206,8 @@ def bench(
       emberline kv bench 127.0.0.1:7400
       emberline kv bench 127.0.0.1:7400 --processes 8 --page 1MiB --data 1GiB --json
     """
+    with operator_of(address, token, tls) as operator:
+        operator.stat(tenant=tenant)  # Who is not there, or lets nobody in, is told now and not by each process.
     page_bytes, data_bytes = size_bytes_of(page_size), size_bytes_of(data_size)
     chains = max(1, data_bytes // (page_bytes * CHAIN_PAGES))
     note(f"{processes} processes put {human_bytes(chains * CHAIN_PAGES * page_bytes)} each")

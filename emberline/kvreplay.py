@@ -22,7 +22,7 @@ from emberfs.cli.output import (
 )
 from emberfs.cli.stats import human_seconds
 
-from .kvservice import size_bytes_of, tls_option, token_option
+from .kvservice import operator_of, size_bytes_of, tls_option, token_option
 from .kvworth import (
     Worth,
     active_option,
@@ -82,6 +82,8 @@ def replay(
         requests = Trace(requests.requests[:count], page_tokens)
     page_bytes = size_bytes_of(page_size)
     namespace = replay_namespace(requests, page_bytes)
+    with operator_of(address, token, tls) as operator:
+        operator.stat(tenant=tenant)  # Who is not there is told now, and not when a client loses its patience.
     with emberkv.connect(
         address, namespace, tenant=tenant, token=token, tls=tls, salt=os.urandom(8), timeout_s=60.0
     ) as cache:

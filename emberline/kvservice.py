@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 address_option = click.option(
     "--address", envvar="EMBERLINE_KV", required=True, metavar="HOST:PORT",
-    help="Of the service, or unix:/path. Or set EMBERLINE_KV.",
+    help="Of the service, or unix:/path, or several with commas. Or set EMBERLINE_KV.",
 )  # fmt: skip
 token_option = click.option(
     "--token", envvar="EMBERLINE_KV_TOKEN", default="", help="Of an operator. Or set EMBERLINE_KV_TOKEN."
@@ -72,6 +72,8 @@ def serve(
       emberline kv serve --store ember:///srv/store --capacity 2TiB --metrics 127.0.0.1:9400
       emberline kv serve --store ember://10.0.0.1:7300 --listen 0.0.0.0:7400 --tls /etc/kv --tenants tenants.json
     """
+    if events_replay and not events:
+        raise click.UsageError("--events-replay tells again what --events told: give both")
     from emberkv.server import ServerConfig, run_server
     from emberkv.space import SpaceConfig
 

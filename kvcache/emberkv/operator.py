@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from types import TracebackType
 from typing import Any
 
+from emberfs.errors import Unavailable
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.transport import TcpConfig, TcpNetwork
@@ -15,10 +17,12 @@ from .messages import A
 
 
 class Operator:
-    """A service, as its operator sees it. Every call raises AccessDenied, NotFound, Unreachable, Unanswered."""
+    """A service, as its operator sees it: the first of several addresses, with commas, that answers. Every call raises
+    AccessDenied, NotFound, Unreachable, Unanswered."""
 
     def __init__(self, address: str, *, token: str = "", tcp: TcpConfig | None = None, timeout_s: float = 30.0) -> None:
-        self._address, self._token, self._timeout_s = address, token, timeout_s
+        self._addresses = [each.strip() for each in address.split(",") if each.strip()] or [address]
+        self._token, self._timeout_s = token, timeout_s
         self._runtime = AsyncioRuntime("emberkv-operator")
         self._portal = Portal(self._runtime)
         self._network = TcpNetwork(self._runtime, tcp or TcpConfig())
@@ -66,5 +70,11 @@ class Operator:
         return found
 
     def _ask(self, ask: messages.Ask, answer: type[A]) -> A:
-        call = self._network.connection(self._address).call
+        for address in self._addresses[:-1]:
+            with contextlib.suppress(Unavailable):
+                return self._send(address, ask, answer)
+        return self._send(self._addresses[-1], ask, answer)
+
+    def _send(self, address: str, ask: messages.Ask, answer: type[A]) -> A:
+        call = self._network.connection(address).call
         return self._portal.run(messages.send(call, ask, answer, timeout_s=self._timeout_s))

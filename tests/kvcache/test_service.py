@@ -19,10 +19,11 @@ import emberfs
 import emberkv
 import pytest
 from emberfs import StoreClosed
-from emberfs.errors import AccessDenied, EmberError, LimitExceeded
+from emberfs.errors import AccessDenied, EmberError, LimitExceeded, Unreachable
 from emberkv import messages
 from emberkv.errors import SeatGone
 from emberkv.hit import Hit
+from emberkv.operator import Operator
 
 from tests.fs.cli_run import emberline
 from tests.kvcache.serving import Server
@@ -292,6 +293,25 @@ def test_the_command_line_tells_what_a_service_holds(serve: Serve) -> None:
         assert "evicted_pages" in emberline("kv", "gc", PLAIN.name, "--address", address).stdout
         emberline("kv", "quota", PLAIN.name, "default", "1MiB", "--address", address)
         assert "no namespace 'nobody'" in emberline("kv", "drop", "nobody", "--address", address, code=1).stderr
+
+
+def test_an_operator_is_told_by_the_one_that_answers(serve: Serve) -> None:
+    address = serve().address
+    emberkv.connect(address, PLAIN).close()
+    with Operator(f"127.0.0.1:1, {address}") as operator:
+        assert list(operator.stat()["namespaces"]) == [PLAIN.name]
+    assert PLAIN.name in emberline("kv", "ls", "--address", f"127.0.0.1:1,{address}").stdout
+    with Operator("127.0.0.1:1,127.0.0.1:2") as operator, pytest.raises(Unreachable, match="127.0.0.1:2"):
+        operator.stat()
+
+
+def test_who_is_not_there_is_told_at_once_and_what_makes_no_sense_too(tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1]}\n')
+    for command in (("bench", "127.0.0.1:1"), ("replay", trace, "127.0.0.1:1")):
+        assert "Connection refused" in emberline("kv", *command, code=1).stderr
+    told = emberline("kv", "serve", "--store", f"ember://{tmp_path}/s", "--events-replay", "tcp://127.0.0.1:0", code=2)
+    assert "give both" in told.stderr
 
 
 def test_of_several_addresses_threads_find_the_one_that_serves(serve: Serve) -> None:
