@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 from emberfs.errors import AccessDenied, InvalidPath
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Tenants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +57,11 @@ def _is_in(token: str, digests: Iterable[str]) -> bool:
 def read_tenants(path: Path) -> Tenants:
     """Raises InvalidPath for what is no such file."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Tenants)
+        tenants = msgspec.json.decode(path.read_bytes(), type=Tenants)
     except msgspec.MsgspecError as error:
         raise InvalidPath(f"{path} is no file of tenants: {error}") from error
+    for digests in (tenants.operators, *tenants.tenants.values()):
+        for digest in digests:
+            if not _DIGEST.fullmatch(digest):  # A token, perhaps: nobody would be let in by it, and it is not told.
+                raise InvalidPath(f"{path} has what is no SHA-256 in 64 of 0-9 and a-f, {len(digest)} characters of it")
+    return tenants
