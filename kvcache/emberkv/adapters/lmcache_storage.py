@@ -109,7 +109,8 @@ class EmberStorage(StoragePluginInterface):
 
     async def batched_get_non_blocking(self, lookup_id: str, keys: list[Any], transfer_spec: Any = None) -> list[Any]:
         """The chunks that are there from the first on, without stopping LMCache's event loop."""
-        objects = await self._in_a_thread(lambda: self.batched_get_blocking(keys), [], let_go)
+        nothing: list[Any] = []
+        objects = await self._in_a_thread(lambda: self.batched_get_blocking(keys), nothing, let_go)
         whole = next((index for index, each in enumerate(objects) if each is None), len(objects))
         let_go(objects[whole:])
         return objects[:whole]
@@ -176,7 +177,9 @@ class EmberStorage(StoragePluginInterface):
             self._storing.difference_update(key for key, _ in chunks)
         for _, each in chunks:
             each.ref_count_down()
-        for key in kept if told is not None else ():
+        if told is None:
+            return
+        for key in kept:
             try:
                 told(key)
             except Exception:  # LMCache's, and said to be caught.
