@@ -178,6 +178,18 @@ def test_formats_that_sglang_keeps_as_bytes_are_not_mixed_up(make: Make, monkeyp
     assert make(pool, dtype="nvfp4").batch_exists(keys) == 0
 
 
+@pytest.mark.parametrize("other", [{"layer_num": LAYERS + 1}, {"start_layer": 1}, {"size_per_token": 7}])
+def test_pages_of_other_layers_are_others(make: Make, other: dict[str, int]) -> None:
+    keys, mine, theirs = hashes(1, 1), HostPool(), HostPool()
+    vars(mine).update({"layer_num": LAYERS, "start_layer": 0, "size_per_token": 6})
+    vars(theirs).update({**vars(mine), "kv_buffer": theirs.kv_buffer, **other})
+    assert make(mine).batch_set_v1(keys, mine.fill([0], [1])) == [True]
+    storage = make(theirs)
+    assert storage.batch_exists(keys) == 0
+    assert storage.batch_set_v1(keys, theirs.fill([0], [2])) == [True]
+    assert storage.batch_get_v1(keys, theirs.indices([1])) == [True] and theirs.values([1]) == [2]
+
+
 def transfer(name: PoolName, keys: list[str] | None, pool: HostPool, pages: list[int], **more: Any) -> PoolTransfer:
     return PoolTransfer(name=name, keys=keys, host_indices=pool.indices(pages) if pages else None, **more)
 

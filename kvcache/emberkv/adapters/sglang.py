@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 RANKED_POOLS = frozenset({str(PoolName.MAMBA)})
 """Of models whose KV is the same on every rank, these are not."""
 
+FORM = ("dtype", "layout", "storage_format_tag", "start_layer", "end_layer", "layer_num", "size_per_token")
+"""What of a pool its pages depend on: layers of a draft model may be among its own, and stages of a pipeline be cut
+elsewhere. A page of another form is another page, and not one that is there and cannot be read."""
+
 
 class EmberHiCache(HiCacheStorage):
     """See the module. The settings are under "emberkv" in the extra configuration."""
@@ -221,7 +225,7 @@ class EmberHiCache(HiCacheStorage):
     def _name(self, pool_name: Any, key: str) -> bytes:
         """What our key is made of: pool, form, rank and hash."""
         pool = self.registered_pools.get(str(pool_name))
-        form = [str(getattr(pool, field, None) or "") for field in ("dtype", "layout", "storage_format_tag")]
+        form = [str(getattr(pool, field, "")) for field in FORM]
         rank = rank_of(self._config, str(pool_name))
         return fields_bytes(text.encode() for text in ("sglang", str(pool_name), *form, rank, key))
 
