@@ -37,6 +37,7 @@ class FakeCache:
         self.now_s = 100.0
         self.read_s = 0.0
         self.loses: set[bytes] = set()
+        self.takes = 65_536
         self.calls = self.opened = self.asked = 0
         self.reads: list[list[bytes]] = []
 
@@ -64,6 +65,7 @@ class FakeCache:
 
     def lookup(self, keys: list[bytes], lease_s: float) -> list[Hit | None]:
         self._fail()
+        assert len(keys) <= self.takes
         self.asked += 1
         return [
             Hit(1, 4, "whole", 7, key, (PLACE.pack(1, 0, len(self.pages[key]), 0),), 0) if key in self.pages else None
@@ -81,6 +83,10 @@ class FakeCache:
     def exists(self, keys: list[bytes]) -> list[bool]:
         self._fail()
         return [key in self.pages for key in keys]
+
+    def remove(self, keys: list[bytes]) -> int:
+        assert len(keys) <= self.takes
+        return sum(self.pages.pop(key, None) is not None for key in keys)
 
     def close(self) -> None:
         self.calls += 1
@@ -122,6 +128,18 @@ def test_what_was_found_is_loaded_without_looking_it_up_again_while_its_lease_la
     del cache.pages[cache.opaque_keys([b"a"])[0]]
     assert door.find([b"a"]) == [None]  # Always asked.
     assert load(b"a") == [False]
+
+
+def test_a_prompt_of_any_length_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberkv.adapters.door.NAMES_MAX", 3)
+    cache = FakeCache()
+    cache.takes = 3
+    door = door_of(cache)
+    names = [bytes([number]) for number in range(1, 9)]
+    door.put(names[:7], names[:7])
+    assert door.find(names) == [1] * 7 + [None] and cache.asked == 3
+    assert door.load(names, [bytearray(1) for _ in names]) == [True] * 7 + [False]
+    assert door.remove(names) == 7
 
 
 def test_what_is_remembered_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
