@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from emberfs.errors import Unavailable
 from emberkv import SeededKeys
-from emberkv.adapters.vllm import EmberTier
+from emberkv.adapters.vllm import EmberTier, name_of
 from vllm.utils.hashing import sha256_cbor, xxhash_cbor
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload.base import LookupResult, ReqContext, ScheduleEndContext, make_offload_key
@@ -95,7 +95,8 @@ class Engine:
         assert prepared is not None
         for key, number in zip(prepared.keys_to_store, prepared.store_spec.chunk_ids, strict=True):
             self.chunk(int(number))[:] = bytes([fills[keys.index(key)]]) * CHUNK_BYTES
-        self.manager.complete_store(keys, context)
+        if prepared.keys_to_store:
+            self.manager.complete_store(prepared.keys_to_store, context)
         self.step(until=lambda: not self.manager.has_pending_work())
 
     def step(self, until: Callable[[], bool]) -> None:
@@ -164,6 +165,39 @@ def test_what_one_engine_computed_another_one_finds(engine: Callable[..., Engine
     assert other.read(context, keys) == [1, 2, 3, 4, 5, 6]
     other.finish(context)
     assert not other.manager.has_pending_work()
+
+
+def parents(tier: EmberTier) -> dict[bytes, bytes]:
+    """Of every page of the cache, as it lies there."""
+    cache = tier._door._cache
+    assert cache is not None
+    listing = cache.browse()
+    return dict(zip(listing.hit.keys, listing.parents, strict=True))
+
+
+def test_a_conversation_that_goes_on_is_one_chain(engine: Callable[..., Engine]) -> None:
+    only = engine()
+    keys = [key(number) for number in range(4)]
+    only.compute(only.request("a"), keys[:2], [1, 2])
+    later = only.request("b")
+    only.compute(later, keys, [1, 2, 3, 4])  # The CPU tier has the first two.
+    cache = only.tier._door._cache
+    assert cache is not None
+    pages = cache.opaque_keys([name_of(bytes(each)) for each in keys])
+    assert parents(only.tier) == dict(zip(pages, [bytes(32), *pages[:-1]], strict=True))
+    cache.remove(pages[:1])
+    assert not any(cache.exists(pages))
+    again = only.request("d")
+    only.manager.reset_cache()
+    again.set_offload_key_position(keys[0], 16)
+    again.set_offload_key_position(keys[1], 32)
+    (third,) = cache.opaque_keys([name_of(bytes(keys[2]))])
+    prepared = only.manager.prepare_store(keys[2:3], again)
+    again.set_offload_key_position(keys[2], 48)
+    assert prepared is not None
+    only.manager.complete_store(keys[2:3], again)
+    only.step(until=lambda: not only.manager.has_pending_work())
+    assert parents(only.tier)[third] == bytes(32) and cache.exists([third]) == [True]  # What it hung on is gone.
 
 
 def test_the_cpu_tier_is_smaller_than_ours(engine: Callable[..., Engine]) -> None:

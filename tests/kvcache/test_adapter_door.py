@@ -38,6 +38,7 @@ class FakeCache:
         self.read_s = 0.0
         self.loses: set[bytes] = set()
         self.takes = 65_536
+        self.parents: list[bytes | None] = []
         self.calls = self.opened = self.asked = 0
         self.reads: list[list[bytes]] = []
 
@@ -61,6 +62,7 @@ class FakeCache:
         assert durable == "committed"
         self._fail()
         self.pages.update(zip(keys, payloads, strict=True))
+        self.parents.append(parent)
         return ["stored"] * len(keys)
 
     def lookup(self, keys: list[bytes], lease_s: float) -> list[Hit | None]:
@@ -128,6 +130,15 @@ def test_what_was_found_is_loaded_without_looking_it_up_again_while_its_lease_la
     del cache.pages[cache.opaque_keys([b"a"])[0]]
     assert door.find([b"a"]) == [None]  # Always asked.
     assert load(b"a") == [False]
+
+
+def test_pages_after_one_that_is_not_there_come_after_none() -> None:
+    cache = FakeCache()
+    door = door_of(cache)
+    door.put([b"a"], [b"a"])
+    door.put([b"b"], [b"b"], b"a")
+    door.put([b"c"], [b"c"], b"x")
+    assert cache.parents == [None, *cache.opaque_keys([b"a"]), None]
 
 
 def test_a_prompt_of_any_length_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,10 @@ class Door:
         self, names: Sequence[bytes], buffers: Sequence[Any], before: bytes | None = None, *, chained: bool = True
     ) -> list[str]:
         """Keep pages, each after the one before it, the first after `before`; each for itself unless `chained`. What
-        became of each: others find those that are kept from now on, and engines count on it."""
+        became of each: others find those that are kept from now on, and engines count on it. What would come after a
+        page that is not there comes after none: nobody would find it, and engines put no page twice."""
+        if before is not None and self.find([before]) == [None]:
+            before = None
 
         def work(cache: KVCache) -> list[str]:
             parent = None if before is None else cache.opaque_keys([before])[0]

@@ -7,8 +7,8 @@ or MISS in a later step; stores and loads go straight between the CPU tier's mem
 failed is a miss for the requests that waited for it.
 
 The key of a chunk is vLLM's block hash and group. A namespace says the rest: model, revision, dtype, and how the bytes
-of a chunk lie, with the parallelism where they depend on it. The chunks that a request stores are a chain, so that the
-last goes first when room is needed.
+of a chunk lie, with the parallelism where they depend on it. The chunks that a request stores are a chain that goes on
+from those it found, so that the last goes first when room is needed.
 
 Source: vllm 0.32.0 and 0.33.0, `SecondaryTierManager`. Does not know: GPUs.
 """
@@ -92,7 +92,8 @@ class EmberTier(SecondaryTierManager):
         last = self._last.setdefault(request.req_id, {})
         for group, chain in chains.items():
             chain.sort(key=lambda entry: entry[0])
-            parent, last[group] = last.get(group), chain[-1][1]
+            parent = last.get(group) or chunk_before(request, group, chain[0][0])
+            last[group] = chain[-1][1]
             work.append((parent, [key for _, key, _ in chain], [buffer for _, _, buffer in chain]))
         self._begin(self._workers.store, job_metadata, lambda: [good for chain in work for good in self._store(*chain)])
 
@@ -192,6 +193,15 @@ class Lookups(AsyncLookupManager):
         does not expect to be told both."""
         known = {key: self._lookup_state.get(key) for key in keys}
         super().mark_miss([key for key, state in known.items() if state is not None and state.result is not None])
+
+
+def chunk_before(request: Any, group: int, position: int) -> bytes | None:
+    """The chunk of a request's prefix that comes before a position; None: there is none, or vLLM does not tell."""
+    positions = getattr(
+        request, "_offload_key_positions", {}
+    )  # Of one key it may be asked, but not of which there are.
+    before = [(at, key) for key, at in positions.items() if at < position and get_offload_group_idx(key) == group]
+    return bytes(max(before, key=lambda entry: entry[0])[1]) if before else None
 
 
 def name_of(key: bytes) -> bytes:
