@@ -139,6 +139,9 @@ def test_pages_after_one_that_is_not_there_come_after_none() -> None:
     door.put([b"b"], [b"b"], b"a")
     door.put([b"c"], [b"c"], b"x")
     assert cache.parents == [None, *cache.opaque_keys([b"a"]), None]
+    evicting = Settings(address="127.0.0.1:1", policy="on-evict")
+    Door(evicting, NAMESPACE, open_cache=cache.open).put([b"d"], [b"d"], b"y")  # It comes later.
+    assert cache.parents[3:] == cache.opaque_keys([b"y"])
 
 
 def test_a_prompt_of_any_length_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 from emberfs.errors import AccessDenied, DeadlineExceeded, EmberError, InvalidPath, LimitExceeded
 
+from ..admission import ON_EVICT
 from ..client import KVCache
 from ..connect import connect
 from ..errors import InvalidNamespace, NamespaceMismatch
@@ -152,7 +153,8 @@ class Door:
         """Keep pages, each after the one before it, the first after `before`; each for itself unless `chained`. What
         became of each: others find those that are kept from now on, and engines count on it. What would come after a
         page that is not there comes after none: nobody would find it, and engines put no page twice."""
-        if before is not None and self.find([before]) == [None]:
+        evicts = self.settings.policy == ON_EVICT  # The one before comes later.
+        if before is not None and not evicts and self.find([before]) == [None]:
             before = None
 
         def work(cache: KVCache) -> list[str]:
