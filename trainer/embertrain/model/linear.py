@@ -49,7 +49,7 @@ def product(x: Tensor, weight_OI: Tensor, pad_rows: int = 1) -> Tensor:
     Padding is for x of two dimensions, [rows, I].
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
-        y: Tensor = _Product.apply(x, weight_OI)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, weight_OI)
         return y
     short = -x.shape[0] % pad_rows
     if short:

@@ -1,0 +1,157 @@
+"""The model as a value: stages, MTP, no side effects, batch invariance, mixed precision, and the mHC kernel."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from embertrain import kernels
+from embertrain.cache.step import Fresh
+from embertrain.errors import ContextError, VocabularyError
+from embertrain.model.batch import Batch
+from embertrain.model.config import Hyper, ModelConfig
+from embertrain.model.hyper import HyperConnection, sinkhorn
+from embertrain.model.model import Model
+from torch import Tensor
+
+from . import oracle
+
+
+def config_of(family: str, seed: int = 0, *, mtp: bool = False) -> ModelConfig:
+    from dataclasses import replace
+
+    rng = random.Random(seed)
+    config = oracle.v4_config(rng) if family == "v4" else oracle.v3_config(rng, sparse=family == "v32")
+    if not mtp:
+        return config
+    last = next((x for x in config.layers if family != "v4" or x.attention.ratio == 0), config.layers[-1])
+    return replace(config, mtp=(last,))
+
+
+def model_of(config: ModelConfig, seed: int = 0) -> Model:
+    model = Model(config)
+    oracle.randomise(model, seed)
+    return model
+
+
+@pytest.mark.parametrize("family", ["v3", "v32", "v4"])
+def test_ranges_of_layers_make_the_whole(family: str) -> None:
+    config = config_of(family)
+    whole = model_of(config)
+    ids, batch = oracle.tokens(1, 200, config.vocab_size), Batch.of([(0, 60), (0, 140)])
+    parts = [Model(config, layers=range(1)), Model(config, layers=range(1, len(config.layers)))]
+    state = whole.state_dict()
+    for part in parts:
+        part.load_state_dict({name: state[name] for name in part.state_dict()})
+    assert not hasattr(parts[0], "head") and not hasattr(parts[1], "embed")
+    with torch.no_grad():
+        out = whole(ids, batch)
+        crossing = parts[0].run(parts[0].begin(ids), batch, Fresh(batch))
+        crossing = parts[1].run(crossing, batch, Fresh(batch))
+        assert torch.equal(parts[1].logits(crossing.residual, batch), out.logits)
+        assert crossing.routing.keys() == out.aux.routing.keys()
+
+
+def test_a_model_can_be_built_without_memory() -> None:
+    with torch.device("meta"):
+        model = Model(config_of("v4", mtp=True))
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["v3", "v4"])
+def test_mtp_against_its_formula(family: str) -> None:
+    config = config_of(family, mtp=True)
+    model = model_of(config)
+    ids = oracle.tokens(2, 150, config.vocab_size)
+    batch = Batch.of([(0, 149)])
+    with torch.no_grad():
+        out = model(ids[:-1], batch)
+        predicted = model.predict(0, out.residual, ids[1:], batch)
+        block = model.mtp[0]
+
+        def norm(x: Tensor, weight: Tensor) -> Tensor:
+            return x / (x.pow(2).mean(-1, keepdim=True) + config.rms_eps).sqrt() * weight
+
+        e = norm(model.embed.weight[ids[1:]], block.enorm.weight)
+        h = norm(out.residual, block.hnorm.weight)
+        if family == "v3":
+            x = torch.cat([e, h], -1) @ block.eh_proj.weight.T
+        else:
+            x = (e @ block.e_proj.weight.T)[:, None, :] + h @ block.h_proj.weight.T
+        from embertrain.model.rope import Angles
+
+        x, _ = block(x, ids[1:], batch, Fresh(batch), Angles(batch.positions_T))
+        if family == "v4":
+            flat = x.flatten(1)
+            mix = norm(flat, torch.ones(1)) @ block.hc_head.fn.T * block.hc_head.scale + block.hc_head.base
+            x = ((torch.sigmoid(mix) + 1e-6)[:, :, None] * x).sum(1)
+        want = norm(x, block.norm.weight) @ model.head.weight.T
+    assert float((predicted.logits - want).abs().max()) <= 2e-5
+    assert set(predicted.aux.routing) <= {len(config.layers)}
+
+
+def test_forward_changes_nothing_and_recompute_counts_once() -> None:
+    config = config_of("v4")
+    model = model_of(config)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    ids, batch = oracle.tokens(3, 80, config.vocab_size), Batch.of([(0, 80)])
+    first, second = model(ids, batch), model(ids, batch)
+    assert torch.equal(first.logits, second.logits)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name]), name
+
+
+def test_selections_can_be_replayed() -> None:
+    config = config_of("v4")
+    model = model_of(config)
+    ids, batch = oracle.tokens(4, 50, config.vocab_size), Batch.of([(0, 50)])
+    out = model(ids, batch)
+    chosen = {layer: routing.experts_TK for layer, routing in out.aux.routing.items()}
+    assert torch.equal(model(ids, batch, selections=chosen).logits, out.logits)
+    other = {layer: (experts + 1) % 4 for layer, experts in chosen.items()}
+    assert not torch.equal(model(ids, batch, selections=other).logits, out.logits)
+
+
+def test_wrong_tokens_and_too_many_of_them_are_refused() -> None:
+    config = config_of("v4")
+    model = model_of(config)
+    with pytest.raises(VocabularyError, match="token 97 is outside"):
+        model(torch.tensor([1, 97]), Batch.of([(0, 2)]))
+    from dataclasses import replace
+
+    short = Model(replace(config, positions_max=10))
+    with pytest.raises(ContextError, match="11 tokens are more than the 10"):
+        short(torch.zeros(11, dtype=torch.int64), Batch.of([(0, 11)]))
+
+
+@pytest.mark.parametrize("family", ["v3", "v32", "v4"])
+def test_bf16_is_near_fp32(family: str) -> None:
+    config = config_of(family)
+    model = model_of(config)
+    ids, batch = oracle.tokens(5, 200, config.vocab_size), Batch.of([(0, 200)])
+    with torch.no_grad():
+        chosen = {layer: r.experts_TK for layer, r in model(ids, batch).aux.routing.items()}
+        exact = model(ids, batch, selections=chosen).logits
+        rough = model.cast(torch.bfloat16)(ids, batch, selections=chosen).logits
+    assert rough.dtype == torch.bfloat16
+    assert float((rough.float() - exact).abs().mean()) < 0.1 * float(exact.std())
+
+
+def test_sinkhorn_makes_rows_and_columns_sum_to_one() -> None:
+    m = sinkhorn(torch.randn(50, 4, 4, generator=torch.Generator().manual_seed(0)), 20, 1e-6)
+    assert float((m.sum(-1) - 1).abs().max()) < 1e-3 and float((m.sum(-2) - 1).abs().max()) < 1e-5
+
+
+@pytest.mark.skipif(kernels.native is None, reason="the C part was not built")
+@pytest.mark.parametrize("streams", [2, 4])
+def test_the_kernel_is_the_formula(streams: int) -> None:
+    g = torch.Generator().manual_seed(streams)
+    connection = HyperConnection(Hyper(streams=streams), 8, 1e-6)
+    with torch.no_grad():
+        connection.base.copy_(torch.randn(connection.base.shape, generator=g))
+        connection.scale.copy_(torch.randn(3, generator=g))
+        logits = 3 * torch.randn(33, (2 + streams) * streams, generator=g)
+        fast = kernels.hyper_mix(logits, connection.scale, connection.base, streams, 20, 1e-6)
+        for got, want in zip(fast, connection.mix(logits), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)

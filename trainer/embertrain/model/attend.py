@@ -1,0 +1,132 @@
+"""The core of every attention: queries against rows that are key and value at once.
+
+A row's first `value_width` numbers are its value, the whole row is its key. Rows come from two places at most, a pool
+and an extra pool (V4: the window and the compressed entries), and share one softmax. A sink is a score without a value:
+it takes part in the softmax's sum only (arXiv 2606.19348 section 2.3.3). `attend` has the meaning of FlashMLA's decode
+kernel; `attend_dense` is the same for many queries over one set of rows, where no row is gathered.
+
+T queries, H heads, D key width, V value width, S rows of a pool, K indices a query, N rows all queries share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attend(
+    q_THD: Tensor,
+    pool_SD: Tensor,
+    indices_TK: Tensor,
+    *,
+    scale: float,
+    value_width: int | None = None,
+    extra_pool: Tensor | None = None,
+    extra_indices: Tensor | None = None,
+    sink_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each query over the rows its indices name: out [T, H, V] in q's dtype, lse [T, H] in fp32.
+
+    -1 is no row; what lies in a pool's other rows, NaN too, changes nothing. A query without a row gives out 0 and lse
+    +inf. The sink changes out, never lse.
+    """
+    rows_TKD, seen_TK = gather(pool_SD, indices_TK)
+    if extra_pool is not None and extra_indices is not None:
+        more_TKD, more_TK = gather(extra_pool, extra_indices)
+        rows_TKD, seen_TK = torch.cat([rows_TKD, more_TKD], 1), torch.cat([seen_TK, more_TK], 1)
+    scores_THK = torch.bmm(q_THD, rows_TKD.transpose(1, 2)).float() * scale
+    scores_THK = scores_THK.masked_fill(~seen_TK[:, None, :], -torch.inf)
+    lse_TH = torch.logsumexp(scores_THK, -1)
+    empty_T = ~seen_TK.any(-1)
+    values = rows_TKD if value_width is None else rows_TKD[..., :value_width]
+    out = torch.bmm(weights(scores_THK, sink_H).to(q_THD.dtype), values)
+    return out.masked_fill(empty_T[:, None, None], 0), lse_TH.masked_fill(empty_T[:, None], torch.inf)
+
+
+def attend_rows(
+    q_THD: Tensor,
+    rows_TKD: Tensor,
+    seen_TK: Tensor | None,
+    *,
+    scale: float,
+    value_width: int | None = None,
+    sink_H: Tensor | None = None,
+) -> Tensor:
+    """`attend` over rows already gathered, without lse; every query must see a row. `seen_TK` None: all are seen."""
+    scores_THK = torch.bmm(q_THD, rows_TKD.transpose(1, 2)).float() * scale
+    if seen_TK is not None:
+        scores_THK = scores_THK.masked_fill(~seen_TK[:, None, :], -torch.inf)
+    values = rows_TKD if value_width is None else rows_TKD[..., :value_width]
+    return torch.bmm(weights(scores_THK, sink_H).to(q_THD.dtype), values)
+
+
+def attend_dense(
+    q_THD: Tensor,
+    parts: list[tuple[Tensor, Tensor | None]],
+    *,
+    scale: float,
+    value_width: int | None = None,
+    sink_H: Tensor | None = None,
+) -> Tensor:
+    """Each query over all rows of all parts: out [T, H, V].
+
+    A part is rows [N, D], or [T, N, D] where each query has its own, and which of them are seen, [T, N] (None: all).
+    Every query must see a row.
+    """
+    T, H, _ = q_THD.shape
+    flat = q_THD.flatten(0, 1)
+    scores = []
+    for rows, seen_TN in parts:
+        s = torch.bmm(q_THD, rows.transpose(1, 2)) if rows.dim() == 3 else (flat @ rows.t()).view(T, H, -1)
+        s = s.float() * scale
+        scores.append(s if seen_TN is None else s.masked_fill(~seen_TN[:, None, :], -torch.inf))
+    p_THN = weights(torch.cat(scores, -1) if len(scores) > 1 else scores[0], sink_H).to(q_THD.dtype)
+    out: Tensor | None = None
+    for (rows, _), p in zip(parts, p_THN.split([s.shape[-1] for s in scores], -1), strict=True):
+        values = rows if value_width is None else rows[..., :value_width]
+        term = torch.bmm(p, values) if rows.dim() == 3 else (p.flatten(0, 1) @ values).view(T, H, -1)
+        out = term if out is None else out + term
+    assert out is not None
+    return out
+
+
+def weights(scores_THN: Tensor, sink_H: Tensor | None) -> Tensor:
+    """The softmax over the last dimension, with the sink in its sum."""
+    if sink_H is None:
+        return torch.softmax(scores_THN, -1)
+    sink = sink_H.float().view(1, -1, 1).expand(scores_THN.shape[0], -1, 1)
+    return torch.softmax(torch.cat([scores_THN, sink], -1), -1)[..., :-1]
+
+
+def gather(pool_SD: Tensor, indices_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows [T, K, D] that indices name, zero where they are -1, and where they are not."""
+    seen_TK = indices_TK >= 0
+    rows = pool_SD.index_select(0, indices_TK.clamp(min=0).flatten()).view(*indices_TK.shape, -1)
+    return rows.masked_fill(~seen_TK[..., None], 0), seen_TK
+
+
+def top_k(scores_TN: Tensor, visible_T: Tensor, k: int) -> Tensor:
+    """The rows of the k highest scores among the first `visible` of each query: bool [T, N].
+
+    Of equal scores the lowest row is taken, so that a choice does not depend on how a kernel sorts. A query that sees
+    at most k rows takes them all.
+    """
+    N = scores_TN.shape[-1]
+    visible_TN = torch.arange(N, device=scores_TN.device) < visible_T[:, None]
+    if k >= N:
+        return visible_TN
+    scores_TN = scores_TN.masked_fill(~visible_TN, -torch.inf)
+    least_T1 = scores_TN.topk(k, dim=-1).values[:, -1:]
+    above_TN = scores_TN > least_T1
+    equal_TN = (scores_TN == least_T1) & visible_TN
+    room_T1 = k - above_TN.sum(-1, keepdim=True)
+    return above_TN | (equal_TN & (equal_TN.cumsum(-1) <= room_T1))
+
+
+def chosen_indices(chosen_TN: Tensor, k: int) -> Tensor:
+    """[T, k] int64: the rows where chosen is true, ascending, then -1. At most k may be true in a query."""
+    T, N = chosen_TN.shape
+    place_TN = torch.where(chosen_TN, chosen_TN.cumsum(-1) - 1, k)
+    out = torch.full((T, k + 1), -1, dtype=torch.int64, device=chosen_TN.device)
+    out.scatter_(1, place_TN, torch.arange(N, device=chosen_TN.device).expand(T, N))
+    return out[:, :k]

@@ -1,0 +1,81 @@
+"""The lightning indexer: which rows a query attends to.
+
+    score(t, s) = sum over heads h of w_th * relu(q_th . k_s) * dim**-0.5 * heads**-0.5
+
+and the top_k rows by it, of equal ones the lowest. V4's keys are compressed entries of their own (`Compressed`), V3.2's
+one a token (`TokenIndexer`). What DeepSeek does besides, a Hadamard rotation and fewer bits, changes scores by rounding
+only. A query that sees at most top_k rows takes them all, and is not scored. (arXiv 2512.02556 section 2.1; 2606.19348
+section 2.3.1)
+
+T queries, N keys, h heads, d key width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .attend import top_k
+from .compressor import Compressor
+from .config import Index, Rope
+from .linear import Linear
+from .rope import rotate, rotate_halves
+
+_SCORES_MAX = 1 << 23
+"""Scores of single heads alive at once: 32 MiB in fp32, however long the context."""
+
+
+class _Indexer(nn.Module):
+    def __init__(self, spec: Index, hidden_size: int, q_rank: int, rope: Rope) -> None:
+        super().__init__()
+        self.spec, self.rope = spec, rope
+        self.wq_b = Linear(q_rank, spec.heads * spec.dim)
+        self.weights_proj = Linear(hidden_size, spec.heads)
+
+    def choose(self, q_Thd: Tensor, w_Th: Tensor, keys_Nd: Tensor, visible_T: Tensor) -> Tensor:
+        """bool [T, N]: the keys each query attends to, of its first `visible`."""
+        return top_k(self.scores(q_Thd, w_Th, keys_Nd), visible_T, self.spec.top_k)
+
+    def weights(self, x_TH: Tensor) -> Tensor:
+        """[T, h] fp32, both scales in it."""
+        return self.weights_proj(x_TH).float() * (self.spec.heads**-0.5 * self.spec.dim**-0.5)
+
+    def scores(self, q_Thd: Tensor, w_Th: Tensor, keys_Nd: Tensor) -> Tensor:
+        """[T, N] fp32."""
+        T, N = q_Thd.shape[0], keys_Nd.shape[0]
+        rows = max(1, _SCORES_MAX // (self.spec.heads * max(N, 1)))
+        out = []
+        for i in range(0, T, rows):
+            each = (
+                torch.relu(q_Thd[i : i + rows].flatten(0, 1) @ keys_Nd.t()).float().unflatten(0, (-1, q_Thd.shape[1]))
+            )
+            out.append(torch.bmm(w_Th[i : i + rows, None], each)[:, 0])
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+
+class CompressedIndexer(_Indexer):
+    """V4's: keys are entries of a compressor of its own."""
+
+    def __init__(self, spec: Index, hidden_size: int, q_rank: int, *, ratio: int, rope: Rope, eps: float) -> None:
+        super().__init__(spec, hidden_size, q_rank, rope)
+        self.compressor = Compressor(
+            hidden_size, spec.dim, ratio, rope=rope, eps=eps, kind="index", state_kind="index_state"
+        )
+
+    def queries(self, latent_TR: Tensor, turns: Tensor) -> Tensor:
+        return rotate(self.wq_b(latent_TR).unflatten(-1, (self.spec.heads, -1)), turns[:, None])
+
+
+class TokenIndexer(_Indexer):
+    """V3.2's: one key a token, and rotations of the first numbers, paired by halves."""
+
+    def __init__(self, spec: Index, hidden_size: int, q_rank: int, rope: Rope) -> None:
+        super().__init__(spec, hidden_size, q_rank, rope)
+        self.wk = Linear(hidden_size, spec.dim)
+        self.k_norm = nn.LayerNorm(spec.dim, eps=1e-6)
+
+    def queries(self, latent_TR: Tensor, turns: Tensor) -> Tensor:
+        return rotate_halves(self.wq_b(latent_TR).unflatten(-1, (self.spec.heads, -1)), turns[:, None])
+
+    def keys(self, x_TH: Tensor, turns: Tensor) -> Tensor:
+        return rotate_halves(self.k_norm(self.wk(x_TH).float()).to(x_TH.dtype), turns)

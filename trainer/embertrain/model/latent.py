@@ -1,0 +1,182 @@
+"""V3's multi-head latent attention, and V3.2's sparse form of it.
+
+A token keeps one latent row, normalised, and one rotated key that all heads share. Two ways to attend give the same:
+
+- naive: latents are expanded to a key and a value per head. Fewest operations where many queries share the expansion:
+  training and prefill.
+- absorbed: the expansion's matrices move to the query and to the output; all heads attend to the latent rows
+  themselves, key width kv_rank + rope, value width kv_rank. Nothing is expanded: decoding.
+
+In V3.2 an indexer chooses the tokens a query sees. (arXiv 2412.19437 section 2.1.1; 2512.02556 section 2.1)
+
+T tokens, H heads, N rows, P nope width, V value width, R kv_rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..cache.step import Rows, Step
+from .attend import attend_rows, chosen_indices, gather
+from .batch import Segment
+from .config import Latent
+from .indexer import TokenIndexer
+from .linear import Linear
+from .norm import RMSNorm
+from .rope import Angles, rotate
+
+_BLOCK = 128
+"""Queries worked through together; blocks end at absolute multiples of it, whatever the chunk."""
+_GATHERED_MAX = 1 << 22
+"""Numbers of latent rows that a run of decoding sequences may gather at once; above, one sequence after the other."""
+
+
+class LatentAttention(nn.Module):
+    """Attention of one V3 or V3.2 layer."""
+
+    def __init__(self, spec: Latent, hidden_size: int, layer: int, eps: float) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        H, width = spec.heads, spec.nope_dim + spec.rope.dim
+        if spec.q_rank is None:
+            self.wq = Linear(hidden_size, H * width)
+        else:
+            self.wq_a = Linear(hidden_size, spec.q_rank)
+            self.q_norm = RMSNorm(spec.q_rank, eps)
+            self.wq_b = Linear(spec.q_rank, H * width)
+        self.wkv_a = Linear(hidden_size, spec.kv_rank + spec.rope.dim)
+        self.kv_norm = RMSNorm(spec.kv_rank, eps)
+        self.wkv_b = Linear(spec.kv_rank, H * (spec.nope_dim + spec.value_dim))
+        self.wo = Linear(H * spec.value_dim, hidden_size)
+        self.indexer: TokenIndexer | None = None
+        if spec.index and spec.q_rank is not None:
+            self.indexer = TokenIndexer(spec.index, hidden_size, spec.q_rank, spec.rope)
+
+    def forward(self, x_TH: Tensor, rows: Rows, angles: Angles) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        spec = self.spec
+        turns = angles.tokens(spec.rope)
+        low_TR = None if spec.q_rank is None else self.q_norm(self.wq_a(x_TH))
+        q_THD = (self.wq(x_TH) if low_TR is None else self.wq_b(low_TR)).unflatten(-1, (spec.heads, -1))
+        q_THD = rotate(q_THD, turns[:, None])
+        latent, key = self.wkv_a(x_TH).split([spec.kv_rank, spec.rope.dim], -1)
+        row_TD = torch.cat([self.kv_norm(latent), rotate(key, turns)], -1)
+        index_key = self.indexer.keys(x_TH, turns) if self.indexer else None
+        outs = []
+        for run in rows.runs:
+            at = slice(run[0].start, run[-1].start + run[-1].count)
+            low = None if low_TR is None else low_TR[at]
+            index = None if index_key is None else index_key[at]
+            if isinstance(rows, Step) and run[0].count == 1:
+                outs.append(self._decode(q_THD[at], row_TD[at], x_TH[at], low, index, turns[at], rows, run))
+            else:
+                outs.append(self._segment(q_THD[at], row_TD[at], x_TH[at], low, index, turns[at], rows, run[0]))
+        return self.wo((torch.cat(outs) if len(outs) > 1 else outs[0]).flatten(1))
+
+    def _segment(
+        self,
+        q_THD: Tensor,
+        row_TD: Tensor,
+        x_TH: Tensor,
+        low_TR: Tensor | None,
+        index_key: Tensor | None,
+        turns: Tensor,
+        rows: Rows,
+        segment: Segment,
+    ) -> Tensor:
+        """Many tokens of one sequence, naive: [count, H, V]."""
+        held = rows.append(self.layer, "latent", segment, segment.first, row_TD, 0)
+        keys = None
+        if index_key is not None:
+            keys = rows.append(self.layer, "index", segment, segment.first, index_key, 0)
+        k_HND, v_HNV = self._expand(held)
+        q_HTD = q_THD.transpose(0, 1)
+        if segment.first == 0 and (self.indexer is None or segment.end <= self.indexer.spec.top_k):
+            out = F.scaled_dot_product_attention(
+                q_HTD[None], k_HND[None], v_HNV[None], is_causal=True, scale=self.spec.scale
+            )
+            return out[0].transpose(0, 1)
+        outs = []
+        begin = segment.first
+        while begin < segment.end:
+            end = min(segment.end, (begin // _BLOCK + 1) * _BLOCK)
+            at = slice(begin - segment.first, end - segment.first)
+            positions = torch.arange(begin, end, device=q_THD.device)
+            seen = torch.arange(end, device=q_THD.device) <= positions[:, None]
+            if self.indexer and keys is not None and low_TR is not None and end > self.indexer.spec.top_k:
+                queries = self.indexer.queries(low_TR[at], turns[at])
+                seen = self.indexer.choose(queries, self.indexer.weights(x_TH[at]), keys[:end], positions + 1)
+            block = F.scaled_dot_product_attention(
+                q_HTD[None, :, at], k_HND[None, :, :end], v_HNV[None, :, :end], attn_mask=seen, scale=self.spec.scale
+            )
+            outs.append(block[0].transpose(0, 1))
+            begin = end
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    def _expand(self, held_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [H, N, P + rope] and values [H, N, V] of latent rows."""
+        spec = self.spec
+        latent, key = held_ND.split([spec.kv_rank, spec.rope.dim], -1)
+        kv = self.wkv_b(latent).unflatten(-1, (spec.heads, -1)).transpose(0, 1)
+        k_nope, v = kv.split([spec.nope_dim, spec.value_dim], -1)
+        return torch.cat([k_nope, key.expand(spec.heads, -1, -1)], -1), v
+
+    def _decode(
+        self,
+        q_BHD: Tensor,
+        row_BD: Tensor,
+        x_BH: Tensor,
+        low_BR: Tensor | None,
+        index_key: Tensor | None,
+        turns: Tensor,
+        step: Step,
+        run: tuple[Segment, ...],
+    ) -> Tensor:
+        """One token of each of B sequences, absorbed: [B, H, V]."""
+        spec, layer = self.spec, self.layer
+        numbers = tuple(s.first for s in run)
+        step.write(layer, "latent", run, numbers, row_BD)
+        expand = self.wkv_b.weight.unflatten(0, (spec.heads, -1))
+        to_key, to_value = expand.split([spec.nope_dim, spec.value_dim], 1)
+        q_nope, q_rope = q_BHD.split([spec.nope_dim, spec.rope.dim], -1)
+        q = torch.cat([torch.bmm(q_nope.transpose(0, 1), to_key).transpose(0, 1), q_rope], -1)
+        chosen = None
+        if self.indexer and index_key is not None and low_BR is not None:
+            step.write(layer, "index", run, numbers, index_key)
+            if max(s.end for s in run) > self.indexer.spec.top_k:
+                chosen = self._choose(low_BR, x_BH, turns, step, run)
+        out_BHR = self._over_latents(q, step, run, chosen)
+        return torch.bmm(out_BHR.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+
+    def _over_latents(self, q_BHD: Tensor, step: Step, run: tuple[Segment, ...], chosen: Tensor | None) -> Tensor:
+        """[B, H, R]: all together where their rows are few, else one sequence after the other, where rows are views."""
+        spec, layer = self.spec, self.layer
+        pool = step.pool(layer, "latent")
+        ends = [s.end for s in run]
+        gathered = len(run) * max(ends) * pool.shape[1]
+        if chosen is not None or (len(run) > 1 and gathered <= _GATHERED_MAX):
+            slots = step.all(layer, "latent", run) if chosen is None else chosen
+            rows, seen = gather(pool, slots)
+            return attend_rows(q_BHD, rows, seen, scale=spec.scale, value_width=spec.kv_rank)
+        outs = []
+        for i, segment in enumerate(run):
+            assert segment.sequence is not None
+            held = step.cache.read(layer, step.spec(layer, "latent"), segment.sequence, 0, segment.end)
+            outs.append(attend_rows(q_BHD[i : i + 1], held[None], None, scale=spec.scale, value_width=spec.kv_rank))
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    def _choose(self, low_BR: Tensor, x_BH: Tensor, turns: Tensor, step: Step, run: tuple[Segment, ...]) -> Tensor:
+        """[B, k]: where the latent rows lie that the indexer chooses."""
+        assert self.indexer is not None
+        queries, weights = self.indexer.queries(low_BR, turns), self.indexer.weights(x_BH)
+        row = step.spec(self.layer, "index")
+        chosen = []
+        for i, segment in enumerate(run):
+            assert segment.sequence is not None
+            keys = step.cache.read(self.layer, row, segment.sequence, 0, segment.end)
+            visible = torch.full((1,), segment.end, device=keys.device)
+            mask = self.indexer.choose(queries[i : i + 1], weights[i : i + 1], keys, visible)
+            chosen.append(chosen_indices(mask, self.indexer.spec.top_k))
+        return step.slots(self.layer, "latent", run, torch.cat(chosen))
