@@ -56,8 +56,9 @@ def attend_rows(
     scores_THK = torch.bmm(q_THD, rows_TKD.transpose(1, 2)).float() * scale
     if seen_TK is not None:
         scores_THK = scores_THK.masked_fill(~seen_TK[:, None, :], -torch.inf)
-    values = rows_TKD if value_width is None else rows_TKD[..., :value_width]
-    return torch.bmm(weights(scores_THK, sink_H).to(q_THD.dtype), values)
+    # Whole rows are multiplied and the rest thrown away: a slice of each row would be copied first.
+    out = torch.bmm(weights(scores_THK, sink_H).to(q_THD.dtype), rows_TKD)
+    return out if value_width is None else out[..., :value_width]
 
 
 def attend_dense(

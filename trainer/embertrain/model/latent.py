@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache.step import Rows, Step
-from .attend import attend_rows, chosen_indices, gather
+from .attend import attend_dense, attend_rows, chosen_indices, gather
 from .batch import Segment
 from .config import Latent
 from .indexer import TokenIndexer
@@ -50,6 +50,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(spec.kv_rank, eps)
         self.wkv_b = Linear(spec.kv_rank, H * (spec.nope_dim + spec.value_dim))
         self.wo = Linear(H * spec.value_dim, hidden_size)
+        self._copied: tuple[tuple[int, int], Tensor, Tensor] | None = None
         self.indexer: TokenIndexer | None = None
         if spec.index and spec.q_rank is not None:
             self.indexer = TokenIndexer(spec.index, hidden_size, spec.q_rank, spec.rope)
@@ -138,8 +139,7 @@ class LatentAttention(nn.Module):
         spec, layer = self.spec, self.layer
         numbers = tuple(s.first for s in run)
         step.write(layer, "latent", run, numbers, row_BD)
-        expand = self.wkv_b.weight.unflatten(0, (spec.heads, -1))
-        to_key, to_value = expand.split([spec.nope_dim, spec.value_dim], 1)
+        to_key, to_value = self._absorbed()
         q_nope, q_rope = q_BHD.split([spec.nope_dim, spec.rope.dim], -1)
         q = torch.cat([torch.bmm(q_nope.transpose(0, 1), to_key).transpose(0, 1), q_rope], -1)
         chosen = None
@@ -148,7 +148,20 @@ class LatentAttention(nn.Module):
             if max(s.end for s in run) > self.indexer.spec.top_k:
                 chosen = self._choose(low_BR, x_BH, turns, step, run)
         out_BHR = self._over_latents(q, step, run, chosen)
-        return torch.bmm(out_BHR.transpose(0, 1), to_value.transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(out_BHR.transpose(0, 1), to_value).transpose(0, 1)
+
+    def _absorbed(self) -> tuple[Tensor, Tensor]:
+        """What queries and outputs are multiplied by, [H, P, R] and [H, R, V].
+
+        Copied from wkv_b once for as long as it stays as it is: a product of slices would copy them at every step.
+        """
+        weight = self.wkv_b.weight
+        state = (weight.data_ptr(), weight._version)
+        if self._copied is None or self._copied[0] != state:
+            spec = self.spec
+            to_key, to_value = weight.unflatten(0, (spec.heads, -1)).split([spec.nope_dim, spec.value_dim], 1)
+            self._copied = (state, to_key.contiguous(), to_value.transpose(1, 2).contiguous())
+        return self._copied[1:]
 
     def _over_latents(self, q_BHD: Tensor, step: Step, run: tuple[Segment, ...], chosen: Tensor | None) -> Tensor:
         """[B, H, R]: all together where their rows are few, else one sequence after the other, where rows are views."""
@@ -164,7 +177,8 @@ class LatentAttention(nn.Module):
         for i, segment in enumerate(run):
             assert segment.sequence is not None
             held = step.cache.read(layer, step.spec(layer, "latent"), segment.sequence, 0, segment.end)
-            outs.append(attend_rows(q_BHD[i : i + 1], held[None], None, scale=spec.scale, value_width=spec.kv_rank))
+            q_1HD = q_BHD[i : i + 1]
+            outs.append(attend_dense(q_1HD, [(held, None)], scale=spec.scale, value_width=spec.kv_rank))
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
     def _choose(self, low_BR: Tensor, x_BH: Tensor, turns: Tensor, step: Step, run: tuple[Segment, ...]) -> Tensor:
