@@ -13,7 +13,7 @@ DEV := .venv/.installed-dev
 ADAPTERS := .venv-adapters/.installed
 # The oldest DuckDB and pyarrow that emberflow is tested with.
 OLDEST := .venv-oldest/.installed
-INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h)
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h trainer/embertrain/kernels/*.c)
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-adapters test-oldest check bench docs clean

@@ -1,7 +1,7 @@
-"""Builds the C part of lanes (`fs/emberfs/lane/*.c`) into the package, where there is a compiler.
+"""Builds the C parts into the package, where there is a compiler: lanes (`fs/emberfs/lane`) and the engine's loops.
 
-Without one the package is pure Python, and does everything more slowly (see `emberfs.lane`). EMBERLINE_NATIVE=require
-makes that an error, as for wheels that are published.
+Without one the package is pure Python, and does everything more slowly (see `emberfs.lane`, `embertrain.kernels`).
+EMBERLINE_NATIVE=require makes that an error, as for wheels that are published.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCES = ("crc32c.c", "table.c", "server.c", "client.c", "stream.c", "module.c")
+LANES, LOOPS = "fs/emberfs/lane/_native.abi3.so", "trainer/embertrain/kernels/_hyper.so"
+LOOP_SOURCES = ("hyper.c",)
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
 
 
@@ -28,26 +30,26 @@ class NativeHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
-        built = Path(self.root, "fs/emberfs/lane/_native.abi3.so")
-        problem = "not Linux" if sys.platform != "linux" else compile_native(Path(self.root), built)
-        if problem:
-            if os.environ.get("EMBERLINE_NATIVE") == "require":
-                raise RuntimeError(f"the native lanes cannot be built: {problem}")
-            self.app.display_warning(f"emberline without native lanes, all else works: {problem}")
-            return
-        build_data["artifacts"].append("fs/emberfs/lane/_native.abi3.so")
+        for built, names in ((LANES, SOURCES), (LOOPS, LOOP_SOURCES)):
+            problem = "not Linux" if sys.platform != "linux" else compile_native(Path(self.root, built), names)
+            if problem:
+                if os.environ.get("EMBERLINE_NATIVE") == "require":
+                    raise RuntimeError(f"{built} cannot be built: {problem}")
+                self.app.display_warning(f"emberline without {built}, all else works: {problem}")
+                return
+            build_data["artifacts"].append(built)
         if version != "editable":
             build_data["pure_python"] = False
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["tag"] = f"cp311-abi3-{platform}"
 
 
-def compile_native(root: Path, built: Path) -> str:
-    """Compile; returns what went wrong, or nothing."""
-    sources = [str(root / "fs/emberfs/lane" / name) for name in SOURCES]
+def compile_native(built: Path, names: tuple[str, ...]) -> str:
+    """Compile sources that lie beside what is built; returns what went wrong, or nothing."""
+    sources = [str(built.parent / name) for name in names]
     compiler = shlex.split(os.environ.get("CC", "cc"))
     fresh = built.with_suffix(f".{os.getpid()}.new")
-    command = [*compiler, *FLAGS, f"-I{sysconfig.get_paths()['include']}", *sources, "-o", str(fresh)]
+    command = [*compiler, *FLAGS, f"-I{sysconfig.get_paths()['include']}", *sources, "-o", str(fresh), "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
