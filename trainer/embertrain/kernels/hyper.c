@@ -46,6 +46,7 @@ static void softmax_rows(float *m, int streams, float eps)
 
 // logits [tokens, (2 + streams) * streams]: pre, post, comb; scale [3]; base like a token's logits.
 // Gives pre and post [tokens, streams] and comb [tokens, streams, streams]. Returns 1 for too many streams, else 0.
+__attribute__((visibility("default")))
 int emberline_hyper_mix(const float *logits, const float *scale, const float *base, long tokens, int streams,
                         int iterations, float eps, float *pre, float *post, float *comb)
 {
