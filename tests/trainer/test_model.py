@@ -7,8 +7,11 @@ import random
 import pytest
 import torch
 from embertrain import kernels
+from embertrain.cache.cache import Cache
+from embertrain.cache.spec import CacheSpec
 from embertrain.cache.step import Fresh
 from embertrain.errors import ContextError, VocabularyError
+from embertrain.model import hybrid, latent
 from embertrain.model.batch import Batch
 from embertrain.model.config import Hyper, ModelConfig
 from embertrain.model.hyper import HyperConnection, sinkhorn
@@ -155,3 +158,27 @@ def test_the_kernel_is_the_formula(streams: int) -> None:
         fast = kernels.hyper_mix(logits, connection.scale, connection.base, streams, 20, 1e-6)
         for got, want in zip(fast, connection.mix(logits), strict=True):
             torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["v3", "v32", "v4"])
+def test_every_way_to_attend_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask or gathered entries, expanded or absorbed, large blocks or small: choices for speed and memory only."""
+    config = config_of(family, seed=3)
+    model = model_of(config)
+    ids = oracle.tokens(6, 320, config.vocab_size)
+
+    def logits() -> Tensor:
+        cache = Cache(CacheSpec.of(config, torch.float32), sequences=1, pages=3)
+        sequence = cache.open()
+        with torch.no_grad():
+            first = model(ids[:250], Batch.of([(0, 250, sequence)]), cache).logits
+            return torch.cat([first, model(ids[250:], Batch.of([(250, 70, sequence)]), cache).logits])
+
+    usual = logits()
+    monkeypatch.setattr(latent, "_EXPANDED_MAX", 0)
+    monkeypatch.setattr(hybrid, "_GATHER_FROM", 1)
+    assert float((logits() - usual).abs().max()) <= 2e-5
+    for module in (latent, hybrid):
+        monkeypatch.setattr(module, "SCORES_MAX", 1 << 14)
+        monkeypatch.setattr(module, "CHOICES_MAX", 1 << 12)
+    assert float((logits() - usual).abs().max()) <= 2e-5

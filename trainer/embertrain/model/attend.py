@@ -13,6 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 128
+"""Queries of one sequence that are worked through together, at most."""
+SCORES_MAX = 1 << 23
+"""Scores of all heads alive at once: 32 MiB in fp32, however long the context."""
+CHOICES_MAX = 1 << 20
+"""Queries times rows that a top-k is taken of at once: some 40 bytes each while it lasts."""
+
+
+def block_size(numbers: int, most: int) -> int:
+    """The power of two of queries, 1 to BLOCK, whose `numbers` each are no more than `most` together."""
+    return min(BLOCK, 1 << max(0, (most // max(numbers, 1)).bit_length() - 1))
+
 
 def attend(
     q_THD: Tensor,

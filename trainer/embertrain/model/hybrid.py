@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.step import Rows, Step
-from .attend import attend_dense, attend_rows, chosen_indices, gather
+from .attend import (
+    BLOCK,
+    CHOICES_MAX,
+    SCORES_MAX,
+    attend_dense,
+    attend_rows,
+    block_size,
+    chosen_indices,
+    gather,
+)
 from .batch import Segment
 from .compressor import Compressor
 from .config import Hybrid
@@ -23,11 +32,9 @@ from .linear import Linear, product
 from .norm import RMSNorm, rms
 from .rope import Angles, rotate
 
-_BLOCK = 128
-"""Queries worked through together; blocks end at absolute multiples of it, whatever the chunk."""
 _GATHER_FROM = 8
 """A block gathers its entries when there are this many times more than it may choose; below, a mask is cheaper."""
-_GATHERED_MAX = 1 << 24
+_GATHERED_MAX = 1 << 23
 """Numbers of gathered entries alive at once."""
 
 
@@ -103,10 +110,23 @@ class HybridAttention(nn.Module):
         outs = []
         begin = segment.first
         while begin < segment.end:
-            end = min(segment.end, (begin // _BLOCK + 1) * _BLOCK)
+            size = self._block_size(begin)
+            end = min(segment.end, (begin // size + 1) * size)
             outs.append(self._block(parts, segment, begin, end, window, segment.first - back, entries, keys))
             begin = end
         return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    def _block_size(self, position: int) -> int:
+        """Queries worked through together from this position on, so that memory is the same in any context.
+
+        A power of two that depends on nothing else: blocks end at the same positions however a prompt is cut.
+        """
+        spec = self.spec
+        entries = position // spec.ratio if spec.ratio else 0
+        if self.indexer is None or entries < _GATHER_FROM * self.indexer.spec.top_k:
+            return block_size(spec.heads * (entries + 2 * BLOCK), SCORES_MAX)
+        k = self.indexer.spec.top_k
+        return min(block_size(entries, CHOICES_MAX), block_size(k * spec.head_dim, _GATHERED_MAX))
 
     def _block(
         self,
@@ -127,7 +147,7 @@ class HybridAttention(nn.Module):
         local = window[first - window_first : end - window_first]
         positions = torch.arange(begin, end, device=q.device)
         behind = positions[:, None] - torch.arange(first, end, device=q.device)
-        near: tuple[Tensor, Tensor | None] = (local, (behind >= 0) & (behind < spec.window))
+        near = (local, (behind >= 0) & (behind < spec.window))
         closed = end // spec.ratio if spec.ratio else 0
         if entries is None or closed == 0:
             return attend_dense(q, [near], scale=spec.scale, sink_H=self.sink)
@@ -141,13 +161,8 @@ class HybridAttention(nn.Module):
         k = self.indexer.spec.top_k
         if closed < _GATHER_FROM * k:
             return attend_dense(q, [near, (entries, chosen)], scale=spec.scale, sink_H=self.sink)
-        outs = []
-        count = max(1, _GATHERED_MAX // (k * spec.head_dim))
-        for i in range(0, end - begin, count):
-            far = gather(entries, chosen_indices(chosen[i : i + count], k))
-            cut = (local, None if near[1] is None else near[1][i : i + count])
-            outs.append(attend_dense(q[i : i + count], [cut, far], scale=spec.scale, sink_H=self.sink))
-        return torch.cat(outs)
+        far = gather(entries, chosen_indices(chosen, k))
+        return attend_dense(q, [near, far], scale=spec.scale, sink_H=self.sink)
 
     def _decode(self, parts: _Parts, step: Step, run: tuple[Segment, ...], angles: Angles) -> Tensor:
         """One token of each of B sequences: [B, H, D]."""

@@ -15,14 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attend import top_k
+from .attend import SCORES_MAX, top_k
 from .compressor import Compressor
 from .config import Index, Rope
 from .linear import Linear
 from .rope import rotate, rotate_halves
-
-_SCORES_MAX = 1 << 23
-"""Scores of single heads alive at once: 32 MiB in fp32, however long the context."""
 
 
 class _Indexer(nn.Module):
@@ -43,7 +40,7 @@ class _Indexer(nn.Module):
     def scores(self, q_Thd: Tensor, w_Th: Tensor, keys_Nd: Tensor) -> Tensor:
         """[T, N] fp32."""
         T, N = q_Thd.shape[0], keys_Nd.shape[0]
-        rows = max(1, _SCORES_MAX // (self.spec.heads * max(N, 1)))
+        rows = max(1, SCORES_MAX // (self.spec.heads * max(N, 1)))
         out = []
         for i in range(0, T, rows):
             each = (

@@ -14,12 +14,22 @@ T tokens, H heads, N rows, P nope width, V value width, R kv_rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache.step import Rows, Step
-from .attend import attend_dense, attend_rows, chosen_indices, gather
+from .attend import (
+    CHOICES_MAX,
+    SCORES_MAX,
+    attend_dense,
+    attend_rows,
+    block_size,
+    chosen_indices,
+    gather,
+)
 from .batch import Segment
 from .config import Latent
 from .indexer import TokenIndexer
@@ -27,8 +37,8 @@ from .linear import Linear
 from .norm import RMSNorm
 from .rope import Angles, rotate
 
-_BLOCK = 128
-"""Queries worked through together; blocks end at absolute multiples of it, whatever the chunk."""
+_EXPANDED_MAX = 1 << 26
+"""Numbers of expanded keys and values; a longer context is attended to absorbed in prefill, too."""
 _GATHERED_MAX = 1 << 22
 """Numbers of latent rows that a run of decoding sequences may gather at once; above, one sequence after the other."""
 
@@ -88,33 +98,70 @@ class LatentAttention(nn.Module):
         segment: Segment,
     ) -> Tensor:
         """Many tokens of one sequence, naive: [count, H, V]."""
+        spec = self.spec
         held = rows.append(self.layer, "latent", segment, segment.first, row_TD, 0)
         keys = None
         if index_key is not None:
             keys = rows.append(self.layer, "index", segment, segment.first, index_key, 0)
+        if len(held) * spec.heads * (spec.nope_dim + spec.value_dim) > _EXPANDED_MAX and not torch.is_grad_enabled():
+            return self._blocks(
+                q_THD, x_TH, low_TR, turns, segment, keys, lambda q, n, seen: self._absorb(q, held[:n], seen)
+            )
         k_HND, v_HNV = self._expand(held)
-        q_HTD = q_THD.transpose(0, 1)
         if segment.first == 0 and (self.indexer is None or segment.end <= self.indexer.spec.top_k):
             out = F.scaled_dot_product_attention(
-                q_HTD[None], k_HND[None], v_HNV[None], is_causal=True, scale=self.spec.scale
+                q_THD.transpose(0, 1)[None], k_HND[None], v_HNV[None], is_causal=True, scale=spec.scale
             )
             return out[0].transpose(0, 1)
+
+        def naive(q: Tensor, n: int, seen: Tensor) -> Tensor:
+            keys, values = k_HND[None, :, :n], v_HNV[None, :, :n]
+            out = F.scaled_dot_product_attention(
+                q.transpose(0, 1)[None], keys, values, attn_mask=seen, scale=spec.scale
+            )
+            return out[0].transpose(0, 1)
+
+        return self._blocks(q_THD, x_TH, low_TR, turns, segment, keys, naive)
+
+    def _blocks(
+        self,
+        q_THD: Tensor,
+        x_TH: Tensor,
+        low_TR: Tensor | None,
+        turns: Tensor,
+        segment: Segment,
+        keys: Tensor | None,
+        attend: Callable[[Tensor, int, Tensor], Tensor],
+    ) -> Tensor:
+        """Block by block: `attend` gets queries, how many rows there are, and which of them each query sees."""
         outs = []
         begin = segment.first
         while begin < segment.end:
-            end = min(segment.end, (begin // _BLOCK + 1) * _BLOCK)
+            # A power of two that depends on the position alone: blocks end where they always end.
+            size = min(
+                block_size(self.spec.heads * (begin + 1), 4 * SCORES_MAX), block_size(begin + 1, 4 * CHOICES_MAX)
+            )
+            end = min(segment.end, (begin // size + 1) * size)
             at = slice(begin - segment.first, end - segment.first)
             positions = torch.arange(begin, end, device=q_THD.device)
             seen = torch.arange(end, device=q_THD.device) <= positions[:, None]
             if self.indexer and keys is not None and low_TR is not None and end > self.indexer.spec.top_k:
                 queries = self.indexer.queries(low_TR[at], turns[at])
                 seen = self.indexer.choose(queries, self.indexer.weights(x_TH[at]), keys[:end], positions + 1)
-            block = F.scaled_dot_product_attention(
-                q_HTD[None, :, at], k_HND[None, :, :end], v_HNV[None, :, :end], attn_mask=seen, scale=self.spec.scale
-            )
-            outs.append(block[0].transpose(0, 1))
+            outs.append(attend(q_THD[at], end, seen))
             begin = end
         return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    def _absorb(self, q_THD: Tensor, held_ND: Tensor, seen_TN: Tensor) -> Tensor:
+        """Many queries of one sequence over its latent rows: [T, H, V]."""
+        q = self._over_key(q_THD)
+        out = attend_dense(q, [(held_ND, seen_TN)], scale=self.spec.scale, value_width=self.spec.kv_rank)
+        return torch.bmm(out.transpose(0, 1), self._absorbed()[1]).transpose(0, 1)
+
+    def _over_key(self, q_THD: Tensor) -> Tensor:
+        """Queries for latent rows: [T, H, R + rope]."""
+        q_nope, q_rope = q_THD.split([self.spec.nope_dim, self.spec.rope.dim], -1)
+        return torch.cat([torch.bmm(q_nope.transpose(0, 1), self._absorbed()[0]).transpose(0, 1), q_rope], -1)
 
     def _expand(self, held_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [H, N, P + rope] and values [H, N, V] of latent rows."""
@@ -136,19 +183,17 @@ class LatentAttention(nn.Module):
         run: tuple[Segment, ...],
     ) -> Tensor:
         """One token of each of B sequences, absorbed: [B, H, V]."""
-        spec, layer = self.spec, self.layer
+        layer = self.layer
         numbers = tuple(s.first for s in run)
         step.write(layer, "latent", run, numbers, row_BD)
-        to_key, to_value = self._absorbed()
-        q_nope, q_rope = q_BHD.split([spec.nope_dim, spec.rope.dim], -1)
-        q = torch.cat([torch.bmm(q_nope.transpose(0, 1), to_key).transpose(0, 1), q_rope], -1)
+        q = self._over_key(q_BHD)
         chosen = None
         if self.indexer and index_key is not None and low_BR is not None:
             step.write(layer, "index", run, numbers, index_key)
             if max(s.end for s in run) > self.indexer.spec.top_k:
                 chosen = self._choose(low_BR, x_BH, turns, step, run)
         out_BHR = self._over_latents(q, step, run, chosen)
-        return torch.bmm(out_BHR.transpose(0, 1), to_value).transpose(0, 1)
+        return torch.bmm(out_BHR.transpose(0, 1), self._absorbed()[1]).transpose(0, 1)
 
     def _absorbed(self) -> tuple[Tensor, Tensor]:
         """What queries and outputs are multiplied by, [H, P, R] and [H, R, V].
