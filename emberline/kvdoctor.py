@@ -151,6 +151,9 @@ def _namespace(name: str, each: Mapping[str, Any], counts: Mapping[str, Any]) ->
     worst = max(reasons, key=lambda reason: reasons[reason], default="")
     if not each["is_owned"]:
         yield Line("WARN", name, "another server has taken it over", "give clients the addresses of all, with commas")
+    elif each.get("is_read_only"):
+        yield Line("FAIL", name, f"the store does not take its index, so it takes no pages: {each['failure']}",
+                   "give the store room: it goes on by itself")  # fmt: skip
     elif asked and not hits and each["pages"]:
         yield Line("FAIL", name, f"{detail}; they end as {worst}",
                    "do all engines hash alike? emberline kv doctor --engine URL for each")  # fmt: skip

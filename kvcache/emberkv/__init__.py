@@ -11,7 +11,16 @@ The map of the package is `kvcache/README.md`.
 from .breaker import BreakerConfig
 from .client import KVCache
 from .connect import connect
-from .errors import BreakerOpen, InvalidNamespace, KvError, NamespaceMismatch, SeatGone, SeededKeys, StaleOwner
+from .errors import (
+    BreakerOpen,
+    InvalidNamespace,
+    KvError,
+    NamespaceMismatch,
+    ReadOnly,
+    SeatGone,
+    SeededKeys,
+    StaleOwner,
+)
 from .hit import Hit
 from .namespace import Kind, Namespace
 from .operator import Operator
@@ -29,6 +38,7 @@ __all__ = [
     "NamespaceMismatch",
     "Operator",
     "Prefetch",
+    "ReadOnly",
     "SeatGone",
     "SeededKeys",
     "StaleOwner",

@@ -8,6 +8,7 @@ DeadlineExceeded, AccessDenied, LimitExceeded, ...): whoever handles those handl
         ├── InvalidNamespace (ValueError)    fields that make no namespace
         ├── NamespaceMismatch (ValueError)   the service has another namespace under this name
         ├── StaleOwner (OSError ESTALE)      another server has taken the namespace over; nothing happened
+        ├── ReadOnly (OSError EROFS)         pages are served, and none are taken until the store takes writes again
         ├── SeatGone (OSError ESTALE)        the service has forgotten this client; open the namespace again
         ├── BreakerOpen (Unavailable)        the service failed several times in a row and is left alone for a while
         ├── SeededKeys (ValueError)          an engine's keys differ from process to process; says what to set
@@ -54,6 +55,12 @@ class StaleOwner(_OSKvError):
     """Another server has taken the namespace over. Nothing happened."""
 
     errno_default = errno.ESTALE
+
+
+class ReadOnly(_OSKvError):
+    """The store does not take the index of the namespace, most likely being full: pages are served, none are taken."""
+
+    errno_default = errno.EROFS
 
 
 class SeatGone(_OSKvError):

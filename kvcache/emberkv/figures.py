@@ -58,6 +58,8 @@ def stat_of(pool: Pool, policies: Mapping[int, Mapping[str, int]], only: str | N
     return {
         "namespace": msgspec.to_builtins(pool.namespace),
         "is_owned": not pool.is_lost,
+        "is_read_only": bool(pool.failure),
+        "failure": pool.failure,
         "epoch": pool.ownership.epoch,
         "pages": index.table.count,
         "orphans": sum(len(slots) for _, slots in index.table.waiting()),

@@ -39,6 +39,7 @@ _GAUGES = {
     "leases": ("leases", "Leases that have not ended."),
     "reservations": ("reservations", "Puts that have not ended."),
     "owned": ("is_owned", "1: this process serves the namespace."),
+    "read_only": ("is_read_only", "1: the store does not take the index, so no pages are taken."),
     "epoch": ("epoch", "How often the namespace was taken over."),
 }
 """Name -> (figure of a namespace, what it is)."""

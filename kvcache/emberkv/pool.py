@@ -132,7 +132,7 @@ class Pool:
         strangers = await find_strangers(files, f"{directory}/segments", index)
         # Had somebody taken over before we looked, files of theirs would be among the strangers.
         await ownership.check()
-        wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, index)
+        wal = Wal.recover(files, runtime, f"{directory}/index", ownership, index)
         pool = cls(files, runtime, directory, namespace, ownership, wal, config, strangers, counts)
         owning.add_done_callback(pool._lose)
         pool._tasks = [owning, runtime.spawn(pool._keep_up(), "kv-upkeep")]
@@ -149,6 +149,11 @@ class Pool:
         return self._wal.is_lost or self.ownership.is_over
 
     @property
+    def failure(self) -> str:
+        """Why no pages are taken now; "": they are."""
+        return "" if self._wal.failure is None else str(self._wal.failure)
+
+    @property
     def reservations(self) -> int:
         """Puts that have not ended."""
         return len(self._reservations)
@@ -159,8 +164,10 @@ class Pool:
         upkeep.cancel()
         await asyncio.wait([upkeep])
         try:
-            with contextlib.suppress(EmberError):
+            # What could not be written was promised to nobody: the next one need not wait for it.
+            with contextlib.suppress(EmberError, OSError):
                 await self._wal.close()
+            with contextlib.suppress(EmberError, OSError):
                 await self.ownership.check()
                 owning.cancel()  # No beat comes after the last one.
                 await asyncio.wait([owning])
@@ -289,7 +296,8 @@ class Pool:
         lengths: Sequence[int],
         policy: str = WRITE_THROUGH,
     ) -> tuple[int, list[int], list[Place | None]]:
-        """(a reservation, what becomes of each page, where those go that are to be written)."""
+        """(a reservation, what becomes of each page, where those go that are to be written). Raises ReadOnly."""
+        self._wal.check_writable()
         wanted = [True] * len(keys)
         if policy == SECOND_USE:
             wanted = self._sightings.wanted(kind, keys, parents, lambda key: self._has_page(tenant, key))
@@ -416,7 +424,7 @@ class Pool:
             each.clear()
 
     async def flush(self) -> None:
-        """All that was committed is durable."""
+        """All that was committed is durable. Raises ReadOnly, StaleOwner."""
         await self._wal.flush()
 
     def end_writer(self, writer: int) -> None:
@@ -473,6 +481,7 @@ class Pool:
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
-        async with self._making_room:
-            await self.space.remove_strangers()
-            await self.space.collect()
+        if self._wal.failure is None:  # Else nothing that goes would be known to have gone.
+            async with self._making_room:
+                await self.space.remove_strangers()
+                await self.space.collect()

@@ -1,7 +1,7 @@
 """A snapshot of an index: frames of a head and of its columns, and the index that they make.
 
 A million pages are some 70 MB, written and read by columns: a page is never touched alone, or a restart would take the
-time of as many puts.
+time of as many puts. An *image* is a copy of the columns that nobody changes, so that another thread may encode it.
 
 Does not know: files.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from .journal import FORMAT, encode_frame, frames, split
 from .keys import KEY_BYTES
 from .page import HEADER_BYTES
 from .segments import Segment, State
-from .table import ORPHAN, PLACES
+from .table import FREE, ORPHAN, PLACES
 
 _BLOCK_BYTES = 64 << 20
 
@@ -43,33 +44,57 @@ class _Head(msgspec.Struct):
     """Empty in a snapshot of a program that knew none."""
 
 
-def encode_snapshot(index: Index) -> bytes:
-    """All that `index` holds."""
+@dataclass(frozen=True, slots=True)
+class Image:
+    """What an index held at one moment. Columns are by slot, of free ones too."""
+
+    keys: list[bytes]
+    parent: Any
+    used_s: Any
+    pinned_s: Any
+    tenant: Any
+    places: list[Any]
+    """Of each kind."""
+    head: _Head
+    """Its count and the numbers of its orphans are those of slots yet."""
+
+
+def image_of(index: Index) -> Image:
+    """A copy: some 20 ms a million pages."""
     table = index.table
-    slots = table.slots()
-    number = np.full(len(table.keys) + 1, -1, np.int32)
-    number[slots] = np.arange(len(slots), dtype=np.int32)
-    parent = np.asarray(table.parent, np.int32)[slots]
-    parent = np.where(parent >= 0, number[parent], parent).astype("<i4")
     head = _Head(
         format=FORMAT,
-        count=len(slots),
-        tenants=index.tenants,
-        quotas=index.quotas,
+        count=table.count,
+        tenants=list(index.tenants),
+        quotas=list(index.quotas),
         trailing=list(table.trailing),
         segments=[(each.id, each.size_bytes, int(each.state), each.end) for each in index.segments],
         next_segment=index.segments.next_id,
-        orphans=[(int(number[slot]), key) for key, waiting in table.waiting() for slot in waiting],
+        orphans=[(slot, key) for key, waiting in table.waiting() for slot in waiting],
         ttl_s=index.ttl_s,
-        ttls=index.ttls,
+        ttls=list(index.ttls),
     )
+    columns = (table.parent, table.used_s, table.pinned_s, table.tenant)
+    parent, used_s, pinned_s, tenant = (np.array(column) for column in columns)
+    places = [each[: len(table.keys)].copy() for each in table.places]
+    return Image(list(table.keys), parent, used_s, pinned_s, tenant, places, head)
+
+
+def encode_image(image: Image) -> bytes:
+    """A snapshot: all that an index held."""
+    slots = np.flatnonzero(image.parent != FREE)
+    number = np.full(len(image.keys) + 1, -1, np.int32)
+    number[slots] = np.arange(len(slots), dtype=np.int32)
+    parent = image.parent[slots]
+    parent = np.where(parent >= 0, number[parent], parent).astype("<i4")
+    head = msgspec.structs.replace(image.head, orphans=[(int(number[slot]), key) for slot, key in image.head.orphans])
     columns = [
-        b"".join([table.keys[slot] for slot in slots]),
+        b"".join([image.keys[slot] for slot in slots.tolist()]),
         parent.tobytes(),
-        np.asarray(table.used_s)[slots].astype("<f8").tobytes(),
-        np.asarray(table.pinned_s)[slots].astype("<f8").tobytes(),
-        np.asarray(table.tenant)[slots].astype("<u2").tobytes(),
-        *(places[slots].tobytes() for places in table.places),
+        image.used_s[slots].astype("<f8").tobytes(),
+        image.pinned_s[slots].astype("<f8").tobytes(),
+        image.tenant[slots].astype("<u2").tobytes(),
+        *(places[slots].tobytes() for places in image.places),
     ]
     blocks = [column[begin : begin + _BLOCK_BYTES] for column in columns for begin in _begins(column)]
     return b"".join([encode_frame(msgspec.msgpack.encode(head)), *map(encode_frame, blocks)])
@@ -80,7 +105,7 @@ def _begins(column: bytes) -> Sequence[int]:
 
 
 def decode_snapshot(data: bytes, *, segment_bytes: int) -> Index:
-    """Opposite of `encode_snapshot`. Raises ValueError for what is no whole snapshot."""
+    """The index that `encode_image` has written. Raises ValueError for what is no whole snapshot."""
     parts = frames(data)
     try:
         head = msgspec.msgpack.decode(next(parts), type=_Head)

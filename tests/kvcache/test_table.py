@@ -22,7 +22,7 @@ from emberkv.journal import (
 from emberkv.keys import ROOT
 from emberkv.leases import Leases
 from emberkv.page import HEADER_BYTES, PLACE, Place, decode_header, encode_header
-from emberkv.snapshot import decode_snapshot, encode_snapshot
+from emberkv.snapshot import decode_snapshot, encode_image, image_of
 from emberkv.table import PageTable
 
 LENGTH = 1000
@@ -239,7 +239,7 @@ def test_a_replay_gives_the_same_index() -> None:
 
 def test_a_snapshot_gives_the_same_index() -> None:
     index, _ = filled()
-    again = decode_snapshot(encode_snapshot(index), segment_bytes=1 << 20)
+    again = decode_snapshot(encode_image(image_of(index)), segment_bytes=1 << 20)
     again.table.put(1, key("nobody"), ROOT, 0, Place(2, 12000, 10, 1), now_s=50)
     index.table.put(1, key("nobody"), ROOT, 0, Place(2, 12000, 10, 1), now_s=50)
     assert again.table.slot(1, key("orphan")) is not None
@@ -259,7 +259,7 @@ def test_a_log_that_was_cut_ends_before_the_cut(cut: int) -> None:
 def test_a_snapshot_that_was_cut_is_none() -> None:
     index, _ = filled()
     with pytest.raises(ValueError):
-        decode_snapshot(encode_snapshot(index)[:-1], segment_bytes=1 << 20)
+        decode_snapshot(encode_image(image_of(index))[:-1], segment_bytes=1 << 20)
 
 
 def test_a_header_is_read_as_it_was_written_and_damage_is_seen() -> None:
@@ -315,7 +315,7 @@ def test_all_below_a_page_is_found_children_first() -> None:
     chains.put([A, B, C])
     chains.put([D, key("e")], parent=A)
     table = chains.table
-    for again in (table, decode_snapshot(encode_snapshot(index_of(table)), segment_bytes=1 << 20).table):
+    for again in (table, decode_snapshot(encode_image(image_of(index_of(table))), segment_bytes=1 << 20).table):
         slots = {each: again.slot(0, each) or 0 for each in (A, B, C, D, key("e"))}
         below = again.below([slots[B], slots[A]])
         assert sorted(below) == sorted(slots.values())
