@@ -28,9 +28,17 @@ class Serving:
 
     def start_service(self) -> None:
         """Start the service, over what an earlier one left."""
+        self.serve_by(self.start_standby())
+
+    def start_standby(self) -> subprocess.Popen[str]:
+        """One that serves when the one that does has ended."""
         command = [sys.executable, "-m", "emberline", "kv", "serve", "--store", self.cluster.url, "--root", "/kv"]
         command += ["--listen", "127.0.0.1:0", "--capacity", str(self._capacity_bytes)]
-        self.service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def serve_by(self, service: subprocess.Popen[str]) -> None:
+        """Wait until it serves."""
+        self.service = service
         assert self.service.stdout is not None
         line = self.service.stdout.readline()
         verify(bool(line), f"the service ended with {self.service.poll()}")

@@ -13,6 +13,7 @@ Source: leases with fencing by epoch, as in DESIGN.md, section 4.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import msgspec
 from emberfs import AlreadyExists, NotFound
@@ -24,10 +25,12 @@ from .files import Files
 
 log = logging.getLogger("emberline.kv")
 
-LEASE_S = 3.0
-"""An owner whose beat does not change for so long, by the clock of who watches, is taken for dead. It may do something
-that takes a second or two, as a snapshot of some million pages, and a takeover takes no more than five."""
-BEAT_S = 0.4
+LEASE_S = 2.0
+"""An owner whose beat does not change for so long, by the clock of who watches, is taken for dead. Nothing it does
+takes its loop for more than some tenths of that; a takeover takes no more than five seconds in all."""
+BEAT_S = 0.25
+QUIET_S = 0.6
+"""After so long it may be dead: who stands by begins to prepare."""
 
 
 class _Beat(msgspec.Struct):
@@ -56,12 +59,13 @@ class Ownership:
         directory: str,
         *,
         address: str,
+        on_quiet: Callable[[bool], None] = lambda is_quiet: None,
     ) -> Ownership:
-        """Wait until nobody serves the namespace, and take it."""
+        """Wait until nobody serves the namespace, and take it. `on_quiet`: the owner may be dead; False: it is not."""
         while True:
             epoch = await _last_epoch(files, directory)
             if epoch:
-                await _wait_for_silence(files, runtime, directory, epoch)
+                await _wait_for_silence(files, runtime, directory, epoch, on_quiet)
             mine = cls(files, runtime, directory, epoch=epoch + 1, address=address)
             try:
                 await files.claim(mine._path(epoch + 1), address.encode())
@@ -103,9 +107,11 @@ async def _last_epoch(files: Files, directory: str) -> int:
     return max((int(name) for name in await files.names(directory) if name.isdigit()), default=0)
 
 
-async def _wait_for_silence(files: Files, runtime: Runtime, directory: str, epoch: int) -> None:
+async def _wait_for_silence(
+    files: Files, runtime: Runtime, directory: str, epoch: int, on_quiet: Callable[[bool], None]
+) -> None:
     """Return when the beat has not changed for `LEASE_S`, or the owner of `epoch` has let go."""
-    seen, since_s = None, runtime.now_s()
+    seen, since_s, is_quiet = None, runtime.now_s(), False
     while True:
         try:
             beat = msgspec.json.decode(await files.get(f"{directory}/beat"), type=_Beat)
@@ -117,7 +123,12 @@ async def _wait_for_silence(files: Files, runtime: Runtime, directory: str, epoc
         if mark != seen:
             if seen is None and beat is not None:
                 log.info("%s is served at %s: waiting until that one ends", directory, beat.address)
-            seen, since_s = mark, runtime.now_s()
+            if is_quiet:
+                on_quiet(False)
+            seen, since_s, is_quiet = mark, runtime.now_s(), False
         elif runtime.now_s() - since_s >= LEASE_S:
             return
+        elif not is_quiet and runtime.now_s() - since_s >= QUIET_S:
+            is_quiet = True
+            on_quiet(True)
         await runtime.sleep(BEAT_S / 2)

@@ -29,9 +29,10 @@ from .leases import Leases
 from .namespace import Namespace
 from .ownership import Ownership
 from .page import HEADER_BYTES, NO_PLACE, PLACE, Place
+from .recovery import IndexReader
 from .segments import SEGMENT_BYTES_DEFAULT, Segment
 from .space import Space, SpaceConfig, find_strangers, page_header
-from .wal import Wal, read_index
+from .wal import Wal
 
 log = logging.getLogger("emberline.kv")
 
@@ -106,34 +107,40 @@ class Pool:
         counts: PoolCounts | None = None,
     ) -> Pool:  # fmt: skip
         """Take the namespace over, read its index, and serve it."""
-        ownership = await Ownership.take(files, runtime, f"{directory}/owner", address=address)
-        # From now on: who waits for silence would take over while we read.
-        owning = runtime.spawn(ownership.keep(), "kv-owner")
-        try:
-            held = ownership, owning
-            return await cls._opened(files, runtime, directory, namespace, config, held, counts or PoolCounts())
-        except BaseException:
-            owning.cancel()
-            raise
-
-    @classmethod
-    async def _opened(
-        cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, config: SpaceConfig,
-        held: tuple[Ownership, asyncio.Task[None]], counts: PoolCounts,
-    ) -> Pool:  # fmt: skip
-        ownership, owning = held
         segment_bytes = min(SEGMENT_BYTES_DEFAULT, config.capacity_bytes // SEGMENTS_PER_CAPACITY_MIN)
         trailing = [kind.trailing for kind in namespace.kinds]
 
         def make() -> Index:
             return Index(trailing, segment_bytes=segment_bytes)
 
-        index = await read_index(files, runtime, f"{directory}/index", ownership.epoch, make)
+        reader = IndexReader(files, runtime, f"{directory}/index", make)
+        try:
+            ownership = await Ownership.take(
+                files, runtime, f"{directory}/owner", address=address, on_quiet=reader.read_ahead
+            )
+            # From now on: who waits for silence would take over while we read.
+            owning = runtime.spawn(ownership.keep(), "kv-owner")
+            try:
+                index = await reader.read(ownership.epoch)
+                held = ownership, owning
+                return await cls._opened(files, runtime, directory, namespace, config, held, index, counts)
+            except BaseException:
+                owning.cancel()
+                raise
+        finally:
+            reader.read_ahead(False)
+
+    @classmethod
+    async def _opened(
+        cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, config: SpaceConfig,
+        held: tuple[Ownership, asyncio.Task[None]], index: Index, counts: PoolCounts | None,
+    ) -> Pool:  # fmt: skip
+        ownership, owning = held
         strangers = await find_strangers(files, f"{directory}/segments", index)
         # Had somebody taken over before we looked, files of theirs would be among the strangers.
         await ownership.check()
         wal = Wal.recover(files, runtime, f"{directory}/index", ownership, index)
-        pool = cls(files, runtime, directory, namespace, ownership, wal, config, strangers, counts)
+        pool = cls(files, runtime, directory, namespace, ownership, wal, config, strangers, counts or PoolCounts())
         owning.add_done_callback(pool._lose)
         pool._tasks = [owning, runtime.spawn(pool._keep_up(), "kv-upkeep")]
         return pool

@@ -20,20 +20,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
-from emberfs import NotFound
 from emberfs.errors import EmberError
 from emberfs.runtime import Runtime
 
 from .errors import ReadOnly, StaleOwner
 from .files import Files, Log
 from .index import Index
-from .journal import AnyEntry, batches, encode_batch, filling
+from .journal import AnyEntry, encode_batch, filling
 from .ownership import Ownership
+from .recovery import Head
 from .segments import SECTOR_BYTES
-from .snapshot import decode_snapshot, encode_image, image_of
+from .snapshot import encode_image, image_of
 
 log = logging.getLogger("emberline.kv")
 
@@ -46,11 +46,6 @@ LOG_BYTES_MAX = 16 << 20
 RETRY_S = 1.0
 RETRY_S_MAX = 16.0
 """After a write that failed the next one is tried so much later; twice as much each time."""
-
-
-class _Head(msgspec.Struct):
-    snapshot: str
-    log: str
 
 
 class Wal:
@@ -81,7 +76,7 @@ class Wal:
 
     @classmethod
     def recover(cls, files: Files, runtime: Runtime, directory: str, ownership: Ownership, index: Index) -> Wal:
-        """Go on with `index`, which `read_index` gave, in files of our own: what is in it is served before they are
+        """Go on with `index`, which an `IndexReader` gave, in files of our own: what is in it is served before they are
         there, or where the store takes none."""
         index.seal_all()
         wal = cls(files, runtime, directory, ownership, index)
@@ -236,7 +231,7 @@ class Wal:
             await self._end_log()
         self._number += 1
         stem = f"{self._ownership.epoch:08d}-{self._number:08d}"
-        head = _Head(f"{stem}.snapshot", f"{stem}.log")
+        head = Head(f"{stem}.snapshot", f"{stem}.log")
         # In a thread: the loop goes on to serve.
         data = await self._runtime.offload(encode_image, image)
         await self._files.put(f"{self._directory}/{head.snapshot}", data)
@@ -275,40 +270,6 @@ def _fail(waiting: Sequence[asyncio.Future[None]], error: Exception) -> None:
             future.set_exception(error)
 
 
-# ---- files
-
-
 def _is_before(name: str, stem: str) -> bool:
     """A head, log or snapshot before those of `stem`."""
     return name.removeprefix("head-").partition(".")[0] < stem
-
-
-async def read_index(files: Files, runtime: Runtime, directory: str, epoch: int, make: Callable[[], Index]) -> Index:
-    """What the last owner before `epoch` left. `make`: an empty index.
-
-    Raises ValueError for an index that a newer program wrote, Corruption for one that cannot be read.
-    """
-    before = None
-    while True:
-        heads = [name for name in await files.names(directory) if name.startswith("head-") and int(name[5:13]) < epoch]
-        if not heads:
-            return make()
-        head = msgspec.json.decode(await files.get(f"{directory}/{max(heads)}"), type=_Head)
-        try:
-            data = await files.get(f"{directory}/{head.snapshot}")
-            log = await files.get(f"{directory}/{head.log}")
-        except NotFound:
-            if head == before:
-                raise
-            before = head
-            continue  # An owner that is over was just at it: its head names others by now.
-        # In a thread: the loop goes on to say that we live.
-        return await runtime.offload(_replayed, data, log, make().segments.segment_bytes)
-
-
-def _replayed(snapshot: bytes, log: bytes, segment_bytes: int) -> Index:
-    index = decode_snapshot(snapshot, segment_bytes=segment_bytes)
-    for batch in batches(log):
-        for entry in batch:
-            index.apply(entry)
-    return index
