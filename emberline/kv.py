@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 from emberfs.cli.output import human_bytes, json_option, note, print_columns, print_fields, print_json, print_line
 
-from . import kvbench, kvcopy, kvdoctor, kvpages, kvreplay, kvservice, kvtop
+from . import kvbench, kvcopy, kvdoctor, kvpages, kvrebuild, kvreplay, kvservice, kvtop
 from .kvworth import (
     Worth,
     active_option,
@@ -51,6 +51,7 @@ for _command in (
     kvservice.serve, kvservice.stat, kvpages.ls, kvpages.match, kvpages.verify, kvpages.pin, kvpages.unpin,
     kvcopy.export_, kvcopy.import_, kvbench.bench, kvdoctor.doctor,
     kvreplay.replay, kvtop.top, kvservice.gc, kvservice.quota, kvservice.ttl, kvservice.erase, kvservice.drop,
+    kvrebuild.rebuild,
 ):  # fmt: skip
     kv.add_command(_command)
 

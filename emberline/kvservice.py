@@ -61,7 +61,7 @@ def serve(
     """Serve KV pages that lie in a store, until SIGTERM or Ctrl-C.
 
     It says where they are, takes leases and makes room; the bytes go between clients and the storage servers. A second
-    one on the same root waits until the first is silent for three seconds, and takes over. The first line of its output
+    one on the same root waits until the first is silent for two seconds, and takes over. The first line of its output
     is JSON with its address.
 
     The file of tenants holds digests, not tokens: {"operators": [SHA256, ...], "tenants": {"acme": [SHA256, ...]}},

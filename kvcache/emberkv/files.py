@@ -43,6 +43,9 @@ class Files(Protocol):
     async def exists(self, path: str) -> bool:
         """Something has that name."""
 
+    async def size(self, path: str) -> int:
+        """Bytes of a file. Raises NotFound."""
+
     async def names(self, path: str) -> list[str]:
         """Names in a directory, sorted; none if it is not there."""
 
@@ -86,6 +89,9 @@ class StoreFiles:
 
     async def exists(self, path: str) -> bool:
         return await self._client.exists(path)
+
+    async def size(self, path: str) -> int:
+        return (await self._client.stat(path)).length
 
     async def names(self, path: str) -> list[str]:
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import msgspec
 from emberfs import AlreadyExists, NotFound
-from emberfs.errors import EmberError
+from emberfs.errors import EmberError, Unavailable
 from emberfs.runtime import Runtime
 
 from .errors import StaleOwner
@@ -60,12 +60,16 @@ class Ownership:
         *,
         address: str,
         on_quiet: Callable[[bool], None] = lambda is_quiet: None,
+        may_wait: bool = True,
     ) -> Ownership:
-        """Wait until nobody serves the namespace, and take it. `on_quiet`: the owner may be dead; False: it is not."""
+        """Wait until nobody serves the namespace, and take it. `on_quiet`: the owner may be dead; False: it is not.
+
+        Raises Unavailable for one that lives, if we may not wait for its end.
+        """
         while True:
             epoch = await _last_epoch(files, directory)
             if epoch:
-                await _wait_for_silence(files, runtime, directory, epoch, on_quiet)
+                await _wait_for_silence(files, runtime, directory, epoch, on_quiet, may_wait=may_wait)
             mine = cls(files, runtime, directory, epoch=epoch + 1, address=address)
             try:
                 await files.claim(mine._path(epoch + 1), address.encode())
@@ -108,7 +112,7 @@ async def _last_epoch(files: Files, directory: str) -> int:
 
 
 async def _wait_for_silence(
-    files: Files, runtime: Runtime, directory: str, epoch: int, on_quiet: Callable[[bool], None]
+    files: Files, runtime: Runtime, directory: str, epoch: int, on_quiet: Callable[[bool], None], *, may_wait: bool
 ) -> None:
     """Return when the beat has not changed for `LEASE_S`, or the owner of `epoch` has let go."""
     seen, since_s, is_quiet = None, runtime.now_s(), False
@@ -123,6 +127,10 @@ async def _wait_for_silence(
         if mark != seen:
             if seen is None and beat is not None:
                 log.info("%s is served at %s: waiting until that one ends", directory, beat.address)
+            if seen is not None and beat is not None and not may_wait:
+                raise Unavailable(
+                    f"{directory.rpartition('/')[0]} is served at {beat.address or 'another place'}: end that"
+                )
             if is_quiet:
                 on_quiet(False)
             seen, since_s, is_quiet = mark, runtime.now_s(), False

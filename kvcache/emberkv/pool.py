@@ -13,10 +13,10 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from emberfs.errors import EmberError, LimitExceeded, NotFound, ProtocolError
+from emberfs.errors import Corruption, EmberError, LimitExceeded, NotFound, ProtocolError
 from emberfs.runtime import Runtime
 
 from .admission import SECOND_USE, WRITE_THROUGH, Sightings
@@ -121,25 +121,17 @@ class Pool:
             # From now on: who waits for silence would take over while we read.
             owning = runtime.spawn(ownership.keep(), "kv-owner")
             try:
-                index = await reader.read(ownership.epoch)
-                held = ownership, owning
-                return await cls._opened(files, runtime, directory, namespace, config, held, index, counts)
+                there = await reader.read(ownership.epoch)
+                index = await _nothing(files, directory, make) if there is None else there
+                strangers = await find_strangers(files, f"{directory}/segments", index)
+                # Had somebody taken over before we looked, files of theirs would be among the strangers.
+                await ownership.check()
+                wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, index, is_new=there is None)
             except BaseException:
                 owning.cancel()
                 raise
         finally:
             reader.read_ahead(False)
-
-    @classmethod
-    async def _opened(
-        cls, files: Files, runtime: Runtime, directory: str, namespace: Namespace, config: SpaceConfig,
-        held: tuple[Ownership, asyncio.Task[None]], index: Index, counts: PoolCounts | None,
-    ) -> Pool:  # fmt: skip
-        ownership, owning = held
-        strangers = await find_strangers(files, f"{directory}/segments", index)
-        # Had somebody taken over before we looked, files of theirs would be among the strangers.
-        await ownership.check()
-        wal = Wal.recover(files, runtime, f"{directory}/index", ownership, index)
         pool = cls(files, runtime, directory, namespace, ownership, wal, config, strangers, counts or PoolCounts())
         owning.add_done_callback(pool._lose)
         pool._tasks = [owning, runtime.spawn(pool._keep_up(), "kv-upkeep")]
@@ -492,3 +484,11 @@ class Pool:
             async with self._making_room:
                 await self.space.remove_strangers()
                 await self.space.collect()
+
+
+async def _nothing(files: Files, directory: str, make: Callable[[], Index]) -> Index:
+    """The index of a namespace that nobody has served yet. Raises Corruption if it was: its files would be removed."""
+    names = await files.names(f"{directory}/segments")
+    if names:
+        raise Corruption(f"there is no index of the {len(names)} segments in {directory}: see emberline kv rebuild")
+    return make()

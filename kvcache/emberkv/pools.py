@@ -119,7 +119,9 @@ class Pools:
                 self._events.follow(pool)
             return pool
         except Exception as error:
-            failure = Corruption(f"the index of {name}: {error}") if isinstance(error, ValueError) else error
+            failure = error
+            if isinstance(error, ValueError | NotFound):
+                failure = Corruption(f"the index of {name}: {error}; see emberline kv rebuild")
             now_s = self._runtime.now_s()
             self._failed = {other: held for other, held in self._failed.items() if held[0] > now_s}
             self._failed[name] = now_s + AGAIN_S, failure

@@ -47,15 +47,15 @@ class IndexReader:
             self._ahead.add_done_callback(lambda done: done.cancelled() or done.exception())  # Nobody asks for it.
             self._ahead = None
 
-    async def read(self, epoch: int) -> Index:
-        """What the last owner before `epoch` left, which is over.
+    async def read(self, epoch: int) -> Index | None:
+        """What the last owner before `epoch` left, which is over. None: nobody left anything.
 
         Raises ValueError for an index that a newer program wrote, Corruption for one that cannot be read.
         """
         if self._ahead is not None:
-            with contextlib.suppress(EmberError, ValueError, OSError):  # It says so again, if it is still so.
+            with contextlib.suppress(EmberError, ValueError, OSError):  # If it is still so, it is said again.
                 ahead = await self._ahead
-                if ahead.head is not None and ahead.head == await self._newest(epoch):
+                if ahead.head is not None and ahead.index is not None and ahead.head == await self._newest(epoch):
                     log = await self._files.get(f"{self._directory}/{ahead.head.log}")
                     await self._runtime.offload(_replay, ahead.index, log, ahead.log_bytes)
                     return ahead.index
@@ -75,7 +75,7 @@ class IndexReader:
             try:
                 head = await self._newest(epoch)
                 if head is None:
-                    return _Read(None, self._make(), 0)
+                    return _Read(None, None, 0)
                 data = await self._files.get(f"{self._directory}/{head.snapshot}")
                 log = await self._files.get(f"{self._directory}/{head.log}")
             except NotFound:
@@ -91,7 +91,7 @@ class IndexReader:
 @dataclass(frozen=True, slots=True)
 class _Read:
     head: Head | None
-    index: Index
+    index: Index | None
     log_bytes: int
     """So much of the log is in it."""
 

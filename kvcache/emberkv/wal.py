@@ -3,6 +3,7 @@
     index/head-EPOCH-N          which snapshot and which log make the index; the last one counts
     index/EPOCH-N.snapshot      the index when log N was begun
     index/EPOCH-N.log           journal batches since
+    tenants/EPOCH               whose pages those with a tenant's number are
 
 Invariants:
   - An entry is applied to the index first and written soon; `flush` returns when all that was noted before is durable
@@ -29,9 +30,10 @@ from emberfs.runtime import Runtime
 from .errors import ReadOnly, StaleOwner
 from .files import Files, Log
 from .index import Index
-from .journal import AnyEntry, encode_batch, filling
+from .journal import AnyEntry, QuotaSet, TenantAdded, encode_batch, filling
 from .ownership import Ownership
 from .recovery import Head
+from .roster import Roster, trim_rosters, write_roster
 from .segments import SECTOR_BYTES
 from .snapshot import encode_image, image_of
 
@@ -60,10 +62,12 @@ class Wal:
         self.log_bytes_max = LOG_BYTES_MAX
         self._files, self._runtime = files, runtime
         self._directory, self._ownership = directory, ownership
+        self._namespace_directory = directory.rpartition("/")[0]
         self._log: Log | None = None
         """None: the next write is a snapshot."""
         self._log_bytes = 0
         self._number = 0
+        """Of the last snapshot."""
         self._wants_snapshot = False
         self._retry_s = RETRY_S
         self._noted: list[AnyEntry] = []
@@ -75,11 +79,19 @@ class Wal:
         self._work: asyncio.Task[None] | None = None
 
     @classmethod
-    def recover(cls, files: Files, runtime: Runtime, directory: str, ownership: Ownership, index: Index) -> Wal:
+    async def recover(
+        cls, files: Files, runtime: Runtime, directory: str, ownership: Ownership, index: Index, *, is_new: bool
+    ) -> Wal:
         """Go on with `index`, which an `IndexReader` gave, in files of our own: what is in it is served before they are
-        there, or where the store takes none."""
+        there, or where the store takes none.
+
+        If it `is_new` they are there first, as are those of every index that has segments: else its loss could not be
+        told from its beginning. Raises what the store raises.
+        """
         index.seal_all()
         wal = cls(files, runtime, directory, ownership, index)
+        if is_new:
+            await wal._write()
         wal._work = runtime.spawn(wal._keep_writing(), "kv-wal")
         return wal
 
@@ -221,6 +233,12 @@ class Wal:
             await self._log.append(filled)
             # To read filling again takes next to no time.
             self._log_bytes += len(data) + (len(filled) - len(data)) // 8
+        if any(isinstance(entry, TenantAdded | QuotaSet) for entry in entries):
+            await self._write_roster()
+
+    async def _write_roster(self) -> None:
+        roster = Roster(self.index.tenants, self.index.quotas)
+        await write_roster(self._files, self._namespace_directory, self._ownership.epoch, roster)
 
     async def _snapshot(self) -> None:
         """Write what the index is now, go on in a new log, and remove what was before them."""
@@ -229,6 +247,7 @@ class Wal:
         if self._log is not None:
             await self._append(noted)  # It is in the snapshot; until that counts, the old log needs it.
             await self._end_log()
+        await self._write_roster()
         self._number += 1
         stem = f"{self._ownership.epoch:08d}-{self._number:08d}"
         head = Head(f"{stem}.snapshot", f"{stem}.log")
@@ -247,6 +266,7 @@ class Wal:
             for name in await self._files.names(self._directory):
                 if _is_before(name, stem):
                     await self._files.remove(f"{self._directory}/{name}")
+            await trim_rosters(self._files, self._namespace_directory, self._ownership.epoch)
 
 
 def _read_only(failure: EmberError | OSError) -> ReadOnly:

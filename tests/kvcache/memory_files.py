@@ -42,6 +42,9 @@ class MemoryFiles:
         await self._step("exists", path)
         return path in self.files
 
+    async def size(self, path: str) -> int:
+        return len(await self.get(path))
+
     async def names(self, path: str) -> list[str]:
         await self._step("names", path)
         return sorted(each[len(path) + 1 :] for each in self.files if each.rpartition("/")[0] == path)
