@@ -15,7 +15,7 @@ from emberfs import AsyncClient, AsyncFile, Corruption, NotFound
 from emberfs.errors import DataLost, EmberError
 
 SEGMENT_CHUNK_BYTES = 1 << 19
-"""Small ones are full sooner: of a chunk that grows the store makes a copy at each doubling."""
+"""Of the one that is being filled the store has taken room for all: it is little of a segment."""
 
 
 class Log(Protocol):
@@ -109,8 +109,11 @@ class StoreFiles:
         return _StoreLog(await self._client.open(path, "ab"))
 
     async def create(self, path: str, size_bytes: int) -> None:
-        await self.claim(path, b"")
-        file = await self._client.open(path, "r+b", chunk_size_bytes=SEGMENT_CHUNK_BYTES)
+        try:
+            file = await self._client.open(path, "x+b", chunk_size_bytes=SEGMENT_CHUNK_BYTES)
+        except NotFound:
+            await self._client.mkdir(path.rpartition("/")[0], parents=True, exist_ok=True)
+            file = await self._client.open(path, "x+b", chunk_size_bytes=SEGMENT_CHUNK_BYTES)
         try:
             await file.truncate(size_bytes)
         finally:
@@ -126,7 +129,7 @@ class StoreFiles:
         return [bytes(buffer) if count == len(buffer) else None for buffer, count in zip(buffers, counts, strict=True)]
 
     async def write(self, path: str, offset: int, data: bytes) -> None:
-        await self._client.batch_write([(path, offset, data)])
+        await self._client.batch_write([(path, offset, data)], whole_chunks=True)
 
 
 class _StoreLog:

@@ -258,7 +258,7 @@ class PageWriter:
         try:
             for segment, offset, begin, end in slab.runs:
                 items: list[Any] = [(file.open(segment), offset, slab.memory[begin:end])]
-                self._client.batch_write(items)
+                self._client.batch_write(items, whole_chunks=True)  # The rest of it comes with later pages.
             self._commit(slab.parts)
         except Exception as error:  # Whatever it is: a thread that ended would keep every later put waiting.
             for part in slab.parts:

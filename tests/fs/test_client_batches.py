@@ -245,6 +245,26 @@ def test_threads_move_one_file_to_chunks_together(client: Client) -> None:
         assert all(data[offset : offset + 10_000] == piece for offset, piece in pieces.items())
 
 
+def test_chunks_that_will_be_whole_get_their_room_at_once(client: Client) -> None:
+    def blocks() -> dict[int, int]:
+        found: dict[int, int] = client.maintenance.info()["targets"][0]["blocks"]
+        return found
+
+    before, step, chunk_bytes = blocks(), 24 << 10, 1 << 19
+    with client.open("/grows", "x+b", chunk_size_bytes=chunk_bytes) as file:
+        file.truncate(2 * chunk_bytes)
+    for offset in range(0, 4 * step, step):
+        client.batch_write([("/grows", offset, content(step, seed=offset))], whole_chunks=True)
+    client.batch_write([("/short", 0, content(step, seed=1))])
+    after = blocks()
+    assert after[chunk_bytes] == before.get(chunk_bytes, 0) + 1
+    assert after[64 << 10] == before.get(64 << 10, 0) + 1, "a short file of one write takes what it needs"
+    for offset in range(0, 4 * step, step):
+        assert client.get("/grows", offset, step) == content(step, seed=offset)
+    assert client.get("/grows", 4 * step) == bytes(2 * chunk_bytes - 4 * step)
+    assert client.stat("/grows").length == 2 * chunk_bytes
+
+
 def test_a_batch_that_was_refused_half_way_leaves_nothing_past_the_end(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

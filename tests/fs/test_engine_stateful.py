@@ -108,8 +108,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.sequence += 1
         request = Request(CLIENT, 1, self.sequence)
         update = Update(
-            chunk, action, offset, memoryview(payload), version=version, request=request, granule_log2=granule
-        )
+            chunk, action, offset, memoryview(payload), version=version, request=request, granule_log2=granule,
+            room_bytes=(0, 0, 100_000)[self.sequence % 3],
+        )  # fmt: skip
         (prepared,) = self.run(self.engine.prepare([update], publish=publish))
         old = self.committed.get(chunk)
         new = self.expected(action, old, offset, payload)

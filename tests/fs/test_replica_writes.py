@@ -41,6 +41,18 @@ def test_updates_of_one_chunk_in_a_batch_are_applied_in_order() -> None:
     on_chain(work)
 
 
+def test_every_replica_gives_a_chunk_the_room_that_was_asked_for() -> None:
+    async def work(chain: ReplicaChain) -> None:
+        grows = chain.update(Action.WRITE, b"x" * 4096)._replace(room_bytes=1 << 19)
+        await chain.send("a", grows, chain.update(Action.WRITE, b"short", chunk=OTHER))
+        assert [chain[name].engine.space()[0] for name in "abc"] == [(1 << 19) + (64 << 10)] * 3
+        await chain.write("a", b"y" * 100_000, offset=4096)
+        assert [chain[name].engine.space()[0] for name in "abc"] == [(1 << 19) + (64 << 10)] * 3
+        assert await chain.equal("abc")
+
+    on_chain(work)
+
+
 def test_the_tail_commits_only_what_all_before_it_hold_durably() -> None:
     async def work(chain: ReplicaChain) -> None:
         held = chain.runtime.future()

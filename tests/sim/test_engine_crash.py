@@ -196,9 +196,9 @@ def random_update(chunk: bytes, state: State, rng: random.Random, seed: int) -> 
     if action is Action.REPLACE:
         offset = 0
     payload = rng.randbytes(size) if action in (Action.WRITE, Action.REPLACE) else b""
-    return Update(
-        chunk, action, offset, memoryview(payload), granule_log2=12 if chunk == BIG_CHUNK else rng.choice([12, 14])
-    )
+    granule_log2 = 12 if chunk == BIG_CHUNK else rng.choice([12, 14])
+    room_bytes = rng.choice([0, 0, 100_000, 1 << 18])
+    return Update(chunk, action, offset, memoryview(payload), granule_log2=granule_log2, room_bytes=room_bytes)
 
 
 def random_copy(chunk: bytes, rng: random.Random) -> InstallItem:

@@ -121,14 +121,16 @@ class AsyncClient:
             await _flushed(file)
         return await self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
 
-    async def batch_write(self, items: Sequence[BatchWrite]) -> None:
+    async def batch_write(self, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
         """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.
 
-        Paths must exist or are made. Each chunk is written atomically, the batch is not.
+        Paths must exist or are made. Each chunk is written atomically, the batch is not. `whole_chunks`: every chunk
+        that is begun here will be filled, piece by piece. The store then takes room for all of it at once, which a
+        chunk that stays short wastes; without it, a chunk is written anew whenever it outgrows a power of two.
         """
         for file in open_files(items, self._attachment.store):
             await _flushed(file)
-        await self._change(lambda core: batch_write(core, items))
+        await self._change(lambda core: batch_write(core, items, whole_chunks=whole_chunks))
 
     # --- names -----------------------------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ def destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
     return views
 
 
-async def batch_write(core: Core, items: Sequence[BatchWrite]) -> None:
+async def batch_write(core: Core, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
     """See `Client.batch_write`."""
     _check_count(items)
     payloads = [flat_view(data) for _, _, data in items]
@@ -95,7 +95,8 @@ async def batch_write(core: Core, items: Sequence[BatchWrite]) -> None:
                 [
                     (handles[file] if isinstance(file, str) else file._file.write_handle(), offset, payload)
                     for (file, offset, _), payload in zip(items, payloads, strict=True)
-                ]
+                ],
+                whole_chunks=whole_chunks,
             )
     except Exception as error:
         errors.append(error)

@@ -391,7 +391,9 @@ class Core:
                 await self.refresh(handle)
         raise Conflict("the file kept changing while it was written; try again", handle.path)
 
-    async def write_many(self, work: Sequence[tuple[WriteHandle, int, memoryview]]) -> None:
+    async def write_many(
+        self, work: Sequence[tuple[WriteHandle, int, memoryview]], *, whole_chunks: bool = False
+    ) -> None:
         """Write many payloads, each as `write` does; those of files in chunks share their messages and flushes."""
         parts: dict[tuple[int, bytes], list[Part]] = {}
         together: list[tuple[WriteHandle, int, memoryview]] = []
@@ -414,7 +416,7 @@ class Core:
         generations = {handle: handle.inode.truncate_generation for handle in ends}
         try:
             for (size, client), alike in parts.items():
-                await self._write_parts(alike, size, client)
+                await self._write_parts(alike, size, client, whole_chunks=whole_chunks)
         except EmberError:
             for handle in ends:
                 await self._drop_tail(handle)
@@ -498,9 +500,9 @@ class Core:
     async def truncate_handle(self, handle: WriteHandle, length: int) -> None:
         """Set the length of an open file."""
         if type(handle.inode.layout) is Inline and length > INLINE_BYTES_MAX:
-            # Only a file in chunks can be longer; its first byte beyond the row makes it one.
-            await self.write(handle, length - 1, memoryview(b"\0"))
-            return
+            # Only a file in chunks can be longer; its first byte beyond the row makes it one. Not its last: up to there
+            # a chunk would be zeros that are written.
+            await self.write(handle, INLINE_BYTES_MAX, memoryview(b"\0"))
         try:
             handle.inode = (await self.ask(Truncate("", handle.inode.id, length), InodeReply)).inode
         except Corruption as error:
@@ -542,10 +544,12 @@ class Core:
             done, index, inside = done + step, index + 1, 0
         return parts
 
-    async def _write_parts(self, parts: list[Part], chunk_size_bytes: int, client: bytes) -> None:
+    async def _write_parts(
+        self, parts: list[Part], chunk_size_bytes: int, client: bytes, *, whole_chunks: bool = False
+    ) -> None:
         """Write parts of files with one chunk size. Raises SessionExpired when `client` has ended."""
         for connection, batch in self._batches(parts):
             _, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
             # Who may have to send it again names it: see `channels`. In one process nobody has to.
-            request = WriteChunks(client, 0, 0, chains, chunks, offsets, chunk_size_bytes)
+            request = WriteChunks(client, 0, 0, chains, chunks, offsets, chunk_size_bytes, whole_chunks=whole_chunks)
             await connection.call(request, views)

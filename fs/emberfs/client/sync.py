@@ -137,14 +137,16 @@ class Client:
                 results[place] = result
         return results
 
-    def batch_write(self, items: Sequence[BatchWrite]) -> None:
+    def batch_write(self, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
         """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.
 
-        Paths must exist or are made. Each chunk is written atomically, the batch is not.
+        Paths must exist or are made. Each chunk is written atomically, the batch is not. `whole_chunks`: every chunk
+        that is begun here will be filled, piece by piece. The store then takes room for all of it at once, which a
+        chunk that stays short wastes; without it, a chunk is written anew whenever it outgrows a power of two.
         """
         for file in open_files(items, self._attachment.store):
             file.flush()
-        self._run(lambda core: batch_write(core, items))
+        self._run(lambda core: batch_write(core, items, whole_chunks=whole_chunks))
 
     def io_queue(self, depth: int = 64) -> IoQueue:
         """Reads and writes that are begun now and waited for later, at most `depth`. Close it, or use `with`."""

@@ -412,19 +412,20 @@ class CoreEngine:
             payload = await self._merged(update, committed, granule_log2, plan.length)
         else:
             payload = padded_payload(update, begin=0)
-        return self._fresh_extent(payload, granule_log2, Stamp(version, update.chain_version), change, writes)
+        stamp = Stamp(version, update.chain_version)
+        return self._fresh_extent(payload, granule_log2, stamp, change, writes, update.room_bytes)
 
     def _fresh_extent(
-        self, payload: memoryview, granule_log2: int, versions: Stamp, change: Change, writes: list[WriteItem]
-    ) -> Extent:
+        self, payload: memoryview, granule_log2: int, versions: Stamp, change: Change, writes: list[WriteItem],
+        room_bytes: int = 0,
+    ) -> Extent:  # fmt: skip
         """The extent of `payload` in a new block."""
-        position = self._allocate(len(payload))
+        position = self._allocate(max(len(payload), room_bytes))
         change.named.append(position)
         file, block = self.allocator.place(position)
         writes.append((file, payload, block))
         sums = cumulative_sums(payload, granule=1 << granule_log2)
-        fresh = Extent(position, 0, *versions, b"")
-        return self._with_sums(fresh, len(payload), *versions, sums, writes)
+        return self._with_sums(Extent(position, 0, *versions, b""), len(payload), *versions, sums, writes)
 
     def _allocate(self, length: int) -> int:
         try:

@@ -50,6 +50,8 @@ class Update(NamedTuple):
     request: Request = NO_REQUEST
     granule_log2: int = 14
     """For a chunk that does not exist yet; a chunk keeps the granule it was made with."""
+    room_bytes: int = 0
+    """A new block has room for so many at least: the chunk is going to grow, and each block it outgrows is a copy."""
 
 
 class Prepared(NamedTuple):

@@ -60,6 +60,8 @@ class WriteChunks(Message):
     slots: list[int] = msgspec.field(default_factory=list)
     """Place of each item in the whole batch, when this message is one share of it: item i is request
     (client, channel * BATCH_ITEMS_MAX + slot i, sequence). Empty: 0, 1, 2 and so on."""
+    whole_chunks: bool = False
+    """The chunks are going to be full: a new block has room for all of `chunk_size_bytes`."""
 
 
 class TruncateChunk(Message):

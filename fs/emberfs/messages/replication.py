@@ -39,6 +39,8 @@ class Forward(Message):
     """Each item is all of its chunk (a replacement or a removal) and goes over whatever the receiver has."""
     chain_versions: list[int] = msgspec.field(default_factory=list)
     """Under which each item was first prepared; empty: all under `chain_version`."""
+    rooms_bytes: list[int] = msgspec.field(default_factory=list)
+    """What a new block for each item has room for, at least; empty: no more than it needs."""
 
 
 class Forwarded(Message):

@@ -22,7 +22,7 @@ from ..messages import Forward, RemoveChunks, TruncateChunk, WriteChunks
 from ..runtime import Runtime
 from ..types import BATCH_ITEMS_MAX
 from ..waiting import all_of
-from .service import granule_log2_of
+from .service import granule_log2_of, room_of
 
 _ACTIONS = {action.value for action in Action}
 
@@ -53,7 +53,10 @@ def writes(request: WriteChunks, buffers: Sequence[memoryview]) -> list[tuple[in
     ):
         if offset + len(payload) > request.chunk_size_bytes:
             raise LimitExceeded(f"a write ends at {offset + len(payload)} of a {request.chunk_size_bytes} B chunk")
-        update = Update(chunk, action, offset, payload, request=name_of(request, slot), granule_log2=granule_log2)
+        name = name_of(request, slot)
+        update = Update(
+            chunk, action, offset, payload, request=name, granule_log2=granule_log2, room_bytes=room_of(request)
+        )
         updates.append((chain, update))
     return updates
 
@@ -82,6 +85,7 @@ def forwarded(request: Forward, buffers: Sequence[memoryview]) -> list[Update]:
             versions[index],
             Request(*request.requests[index]),
             request.granules_log2[index],
+            request.rooms_bytes[index] if request.rooms_bytes else 0,
         )
         for index, chunk in enumerate(request.chunks)
     ]

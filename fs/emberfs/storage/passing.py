@@ -255,6 +255,7 @@ def _forward(
             vouched,
             whole,
             [each.chain_version for each in updates],
+            [each.room_bytes for each in updates] if any(each.room_bytes for each in updates) else [],
         )
 
     return build, [each.payload for each in updates]

@@ -94,7 +94,11 @@ class StorageService:
             if offset + len(payload) > request.chunk_size_bytes:
                 raise LimitExceeded(f"a write ends at {offset + len(payload)} of a {request.chunk_size_bytes} B chunk")
             name = self._name(request, len(updates)) if self._checks_requests else NO_REQUEST
-            updates.append(Update(chunk, action, offset, payload, request=name, granule_log2=granule_log2))
+            updates.append(
+                Update(
+                    chunk, action, offset, payload, request=name, granule_log2=granule_log2, room_bytes=room_of(request)
+                )
+            )
         await self._update(request.chains, updates)
         return Done()
 
@@ -165,6 +169,11 @@ def rounds(updates: Sequence[Update]) -> list[list[Update]]:
             batches.append([])
         batches[number].append(update)
     return batches
+
+
+def room_of(request: WriteChunks) -> int:
+    """What a new block for a chunk of it has room for, at least."""
+    return request.chunk_size_bytes if request.whole_chunks else 0
 
 
 def granule_log2_of(chunk_size_bytes: int) -> int:

@@ -9,10 +9,11 @@ import pytest
 
 from ..checksum import crc32c
 from ..engine import NO_REQUEST, Action, ChunkState, InstallItem, Prepared, Request, Update
+from ..engine.allocator import position_class
 from ..engine.scrub import check, scrub
 from ..errors import Corruption, StaleChunk, StoreFormat
 from ..messages import ChunkVersion
-from .bench import MIB, Bench, chunk, driven, pattern
+from .bench import KIB, MIB, Bench, chunk, driven, pattern
 
 CLIENT, OTHER_CLIENT = b"c" * 16, b"d" * 16
 
@@ -42,6 +43,29 @@ class ReplicaConformance:
     @pytest.fixture(autouse=True)
     def keep_tombstones(self, bench: Bench) -> None:
         bench.settings["keeps_tombstones"] = True
+
+    # ---- room
+
+    @driven
+    async def test_a_chunk_that_was_given_room_grows_in_its_block(self, bench: Bench) -> None:
+        step, options = 48 * KIB, {"room_bytes": MIB, "granule_log2": 12}
+        before = bench.engine.counters.block_bytes
+        for number in range(21):
+            await bench.write(number * step, pattern(step, number), **options)
+            committed = await bench.committed()
+            assert committed is not None and position_class(committed.position) == 20
+        assert bench.engine.counters.block_bytes - before == 21 * step
+        await bench.reopen()
+        assert await bench.read() == b"".join(pattern(step, number) for number in range(21))
+        assert bench.engine.space()[0] == MIB, "what is taken is told, whether it is written or not"
+        # One that was not given any is as small as it can be; so is what comes in place of the first.
+        await bench.write(0, pattern(step), name=chunk(1))
+        await bench.replace(pattern(step))
+        assert bench.engine.space()[0] == 2 * 64 * KIB
+        # A copy is given room as well: here of a write that does not begin where a sector does.
+        await bench.write(step - 5, pattern(100), **options)
+        assert bench.engine.space()[0] == MIB + 64 * KIB
+        assert await bench.blocks() == 2
 
     # ---- what an update made
 
