@@ -103,6 +103,7 @@ class Index:
     def _segment_retired(self, entry: journal.SegmentRetired) -> None:
         segment = self.segments.by_id[entry.id]
         self.segments.retire(segment)
+        self.table.forget_segment(entry.id)
 
     def _pinned(self, entry: journal.Pinned) -> None:
         for key in split(entry.keys, KEY_BYTES):

@@ -41,6 +41,11 @@ class Leases:
         """The number of the last one that was taken; 0: there was none."""
         return self._next - 1
 
+    @property
+    def first_end_s(self) -> float | None:
+        """When the next one ends, or ended or was extended: not later. None: there is none."""
+        return self._ends[0][0] if self._held else None
+
     def are_held_up_to(self, lease: int) -> bool:
         """One with that number or a smaller one has not ended."""
         return next(iter(self._held), lease + 1) <= lease

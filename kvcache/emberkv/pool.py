@@ -1,8 +1,6 @@
 """A namespace as it is served: matches with leases, and puts in two steps.
 
-A put is `reserve` (which pages are wanted, and where they go), then the writer writes them to their segment
-itself, then `commit` with their checksums. A writer that dies in between leaves a reservation that runs out and a
-segment that is sealed. Two writers of one key: the second is told that it is pending.
+How puts go: see `puts`. What makes room for them: `space`.
 
 Does not know: messages, or who is asking beyond the number of its tenant.
 """
@@ -12,63 +10,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from emberfs.errors import Corruption, EmberError, LimitExceeded, NotFound, ProtocolError
+from emberfs.errors import Corruption, EmberError, LimitExceeded
 from emberfs.runtime import Runtime
 
-from .admission import SECOND_USE, WRITE_THROUGH, Sightings
+from .admission import WRITE_THROUGH
+from .compaction import page_header
 from .counts import PoolCounts
 from .errors import StaleOwner
 from .files import Files
 from .index import Index
-from .journal import Pinned, Put, QuotaSet, TenantAdded, TtlSet, Unplaced
+from .journal import Pinned, QuotaSet, TenantAdded, TtlSet, Unplaced
 from .leases import Leases
 from .namespace import Namespace
 from .ownership import Ownership
-from .page import HEADER_BYTES, NO_PLACE, PLACE, Place
+from .page import NO_PLACE, PLACE, Place
+from .puts import Puts
 from .recovery import IndexReader
-from .segments import SEGMENT_BYTES_DEFAULT, Segment
-from .space import Space, SpaceConfig, find_strangers, page_header
+from .segments import SEGMENT_BYTES_DEFAULT
+from .space import Space, SpaceConfig, find_strangers
 from .wal import Wal
 
 log = logging.getLogger("emberline.kv")
 
-RESERVATION_S = 60.0
-"""So long a writer has between `reserve` and `commit`."""
-WRITER_SHARE = 0.5
-"""Of what may be alive, one writer may have reserved so much at a time: more is refused."""
 UPKEEP_S = 1.0
 RECHECK_S = 60.0
 """A page that was reported and is as it should be is not looked at again for so long."""
 CHECKED_MAX = 10_000
-SEGMENTS_PER_CAPACITY_MIN = 64
+SEGMENTS_PER_CAPACITY_MIN = 96
 SNAPSHOT_S = 3600.0
 """The journal does not say what was used when: a service that is killed forgets so much of it."""
 TENANTS_MAX = 1 << 16
 LEASES_MAX = 1 << 18
 """Of one tenant. What it finds beyond them may go while it is read, which a reader notices."""
-
-STORED, KNOWN, PENDING, REFUSED, DEFERRED = range(5)
-"""What becomes of a page: to be written, there already, being written by somebody else, no room for it, not before it
-is put again."""
-STATES = ("stored", "known", "pending", "refused", "deferred")
-"""What each is called."""
-
-
-@dataclass(slots=True)
-class Reservation:
-    """Places for pages, until they are committed or the time is over."""
-
-    writer: int
-    tenant: int
-    kind: int
-    ends_s: float
-    keys: list[bytes]
-    parents: list[bytes]
-    places: list[Place]
 
 
 class Pool:
@@ -87,18 +62,12 @@ class Pool:
         self.ownership = ownership
         self.space = Space(files, runtime, f"{directory}/segments", wal, self.leases, config, strangers)
         self._files, self._runtime, self._wal = files, runtime, wal
-        self._reservations: dict[int, Reservation] = {}
-        self._writers: Counter[int] = Counter()
-        """Writer -> bytes that it reserved, and has neither committed nor given up."""
-        self._pending: set[tuple[int, int, bytes]] = set()
-        """(tenant, kind, key) that somebody is writing."""
-        self._next = 1
         self._next_snapshot_s = runtime.now_s() + SNAPSHOT_S
         self._making_room = asyncio.Lock()
+        self._puts = Puts(runtime, wal, self.space, self.leases, counts, self._making_room)
         self._checking = asyncio.Lock()
         self._checked_s: dict[Place, float] = {}
         """Pages that were reported, and that nothing was wrong with, and when."""
-        self._sightings = Sightings()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -155,7 +124,7 @@ class Pool:
     @property
     def reservations(self) -> int:
         """Puts that have not ended."""
-        return len(self._reservations)
+        return len(self._puts)
 
     async def close(self) -> None:
         """Write what is left, and let the next owner in."""
@@ -217,7 +186,7 @@ class Pool:
     def _why(self, tenant: int, key: bytes, reason: str) -> str:
         """Why a page cannot be had, of which the table knows no more than `reason`."""
         slot = self.table.any_slot(tenant, key)
-        if any((tenant, kind, key) in self._pending for kind in range(len(self.table.places))):
+        if any(self._puts.is_pending(tenant, kind, key) for kind in range(len(self.table.places))):
             return "pending"
         if slot is not None and self.table.slot(tenant, key) is None:
             return "parent missing"
@@ -295,132 +264,21 @@ class Pool:
         lengths: Sequence[int],
         policy: str = WRITE_THROUGH,
     ) -> tuple[int, list[int], list[Place | None]]:
-        """(a reservation, what becomes of each page, where those go that are to be written). Raises ReadOnly."""
+        """See `Puts.reserve`. Raises ReadOnly."""
         self._wal.check_writable()
-        wanted = [True] * len(keys)
-        if policy == SECOND_USE:
-            wanted = self._sightings.wanted(kind, keys, parents, lambda key: self._has_page(tenant, key))
-        states: list[int] = []
-        places: list[Place | None] = []
-        held = Reservation(writer, tenant, kind, self._runtime.now_s() + RESERVATION_S, [], [], [])
-        number, self._next = self._next, self._next + 1
-        self._reservations[number] = held
-        try:
-            for key, parent, length, is_wanted in zip(keys, parents, lengths, wanted, strict=True):
-                state, place = await self._reserve_one(writer, tenant, kind, key, length if is_wanted else None)
-                states.append(state)
-                places.append(place)
-                if place is not None:
-                    self._writers[writer] += place.end - place.offset
-                    held.keys.append(key)
-                    held.parents.append(parent)
-                    held.places.append(place)
-                # To make room takes as long as it takes.
-                held.ends_s = self._runtime.now_s() + RESERVATION_S
-                if number not in self._reservations:
-                    raise NotFound("its seat ended while places were looked for: put the pages again")
-        except BaseException:
-            self._reservations.pop(number, None)
-            self._settle(held)
-            raise
-        if (segment := self.index.segments.of_writer(writer)) is not None:
-            self.index.segments.align(segment)
-        if not held.keys:
-            del self._reservations[number]
-            number = 0
-        self.counts.puts.update(STATES[state] for state in states)
-        return number, states, places
-
-    async def _reserve_one(
-        self, writer: int, tenant: int, kind: int, key: bytes, length: int | None
-    ) -> tuple[int, Place | None]:
-        """`length` None: it is not to be stored."""
-        if (tenant, kind, key) in self._pending:
-            return PENDING, None
-        slot = self.table.any_slot(tenant, key)
-        if slot is not None and self.table.place(slot, kind) is not None:
-            if self.table.slot(tenant, key) is not None:  # An orphan is not renewed: it may wait for what never comes.
-                self.table.touch(slot, self.space.stamp_s())
-            return KNOWN, None
-        if length is None:
-            return DEFERRED, None
-        size = HEADER_BYTES + length
-        if self._writers[writer] + size > self.space.live_bytes_max(length) * WRITER_SHARE:
-            return REFUSED, None
-        if not self.space.make_live_room(size, tenant):
-            return REFUSED, None
-        place = None
-        self._pending.add((tenant, kind, key))
-        self.space.promise(tenant, size)
-        try:
-            segment = await self._segment_for(writer, length)
-            if segment is not None:
-                place = self.index.segments.hand_out(segment, length)
-        finally:
-            if place is None:
-                self._pending.discard((tenant, kind, key))
-                self.space.redeem(tenant, size)
-        return (REFUSED, None) if place is None else (STORED, place)
-
-    def _has_page(self, tenant: int, key: bytes) -> bool:
-        slot = self.table.any_slot(tenant, key)
-        return slot is not None and any(places["segment"][slot] for places in self.table.places)
-
-    async def _segment_for(self, writer: int, length: int) -> Segment | None:
-        segment = self.index.segments.open_for(writer, length)
-        if segment is None:
-            async with self._making_room:
-                # Another request of the same writer may have made one meanwhile.
-                segment = self.index.segments.open_for(writer, length)
-                if segment is None:
-                    segment = await self.space.new_segment(writer, length)
-        return segment
+        return await self._puts.reserve(writer, tenant, kind, keys, parents, lengths, policy)
 
     def commit(self, number: int, writer: int, crcs: Sequence[int]) -> None:
-        """The pages of a reservation are written. Raises NotFound: it has run out, or is not this writer's."""
-        held = self._reservations.get(number)
-        if held is None or held.writer != writer:
-            raise NotFound(f"reservation {number} has run out: put the pages again")
-        if len(crcs) != len(held.places) or not all(0 <= crc < 1 << 32 for crc in crcs):
-            raise ProtocolError(f"a commit of {len(held.places)} pages has as many checksums, of 32 bits: not {crcs}")
-        del self._reservations[number]
-        places = [place._replace(crc=crc) for place, crc in zip(held.places, crcs, strict=True)]
-        blob = b"".join(PLACE.pack(*place) for place in places)
-        keys, parents = b"".join(held.keys), b"".join(held.parents)
-        self._settle(held)
-        self._wal.note(Put(held.tenant, held.kind, keys, parents, blob, self.space.stamp_s()))
-        self.counts.put_bytes += sum(place.length for place in places)
+        """See `Puts.commit`."""
+        self._puts.commit(number, writer, crcs)
 
     def reserved(self, number: int, writer: int) -> list[bytes]:
-        """The keys of a reservation, in the order of its checksums; none if it has run out."""
-        held = self._reservations.get(number)
-        return list(held.keys) if held is not None and held.writer == writer else []
-
-    def _end_reservation(self, overdue: Reservation) -> None:
-        """Its writer may be dead. If it has nothing else that it may be at, its segment is sealed."""
-        for number, held in list(self._reservations.items()):
-            if held is overdue:
-                self.give_up(number, held.writer)
-        if not any(held.writer == overdue.writer for held in self._reservations.values()):
-            self.space.end_segment(overdue.writer)
+        """See `Puts.reserved`."""
+        return self._puts.reserved(number, writer)
 
     def give_up(self, number: int, writer: int) -> None:
         """The pages of a reservation will not come."""
-        held = self._reservations.get(number)
-        if held is not None and held.writer == writer:
-            del self._reservations[number]
-            self._settle(held)
-
-    def _settle(self, held: Reservation) -> None:
-        for key, place in zip(held.keys, held.places, strict=True):
-            self.index.segments.settle(place)
-            self.space.redeem(held.tenant, place.end - place.offset)
-            self._writers[held.writer] -= place.end - place.offset
-            self._pending.discard((held.tenant, held.kind, key))
-        if not self._writers[held.writer]:
-            del self._writers[held.writer]
-        for each in (held.keys, held.parents, held.places):
-            each.clear()
+        self._puts.give_up(number, writer)
 
     async def flush(self) -> None:
         """All that was committed is durable. Raises ReadOnly, StaleOwner."""
@@ -428,27 +286,23 @@ class Pool:
 
     def end_writer(self, writer: int) -> None:
         """It is gone: what it reserved is given up, and its segment sealed."""
-        for number, held in list(self._reservations.items()):
-            if held.writer == writer:
-                self.give_up(number, writer)
+        self._puts.give_up_all(lambda held: held.writer == writer)
         self.space.end_segment(writer)
 
     # --- removing --------------------------------------------------------------------------------------------------
 
     async def remove(self, tenant: int, keys: Sequence[bytes]) -> int:
         """Take pages out, with all that hang below them. How many keys there were."""
-        slots = [slot for key in keys if (slot := self.table.any_slot(tenant, key)) is not None]
-        await self.space.cut(slots)
-        return len(slots)
+        there = [key for key in keys if self.table.any_slot(tenant, key) is not None]
+        await self.space.cut(tenant, there)
+        return len(there)
 
     async def erase(self, tenant: int) -> tuple[int, int]:
         """Take out all that a tenant has, and what it is about to write. (pages, bytes) that it had."""
-        for number, held in list(self._reservations.items()):
-            if held.tenant == tenant:
-                self.give_up(number, held.writer)
-        had = len(self.table.of_tenant(tenant)), self.table.tenant_bytes[tenant]
-        await self.space.cut(self.table.of_tenant(tenant))
-        return had
+        self._puts.give_up_all(lambda held: held.tenant == tenant)
+        keys, size = list(self.table.slots_of(tenant)), self.table.tenant_bytes[tenant]
+        await self.space.cut(tenant, keys)
+        return len(keys), size
 
     def pin(self, tenant: int, keys: Sequence[bytes], for_s: float) -> int:
         """Keep pages, and what is above them, for so long, whatever happens. How many of them there are."""
@@ -473,9 +327,7 @@ class Pool:
         """One round: what is over ends, what is dead goes."""
         now_s = self._runtime.now_s()
         self.leases.expire(now_s)
-        for held in list(self._reservations.values()):
-            if held.ends_s <= now_s:
-                self._end_reservation(held)
+        self._puts.end_overdue(now_s)
         if now_s >= self._next_snapshot_s:
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()

@@ -19,7 +19,7 @@ from .caller import Caller
 from .errors import SeatGone
 from .keys import ROOT
 from .page import HEADER_BYTES, places_of
-from .pool import STATES, STORED
+from .puts import STATES, STORED
 from .writing import SLAB_BYTES, Copied, PageWriter, Part, Ticket
 
 PUT_PAGES_MAX = 1024

@@ -57,6 +57,11 @@ class Segment:
         return self.state is State.RETIRED
 
     @property
+    def is_settled(self) -> bool:
+        """Nobody writes to it, and it can be compacted."""
+        return self.state is State.SEALED and self.end > 0 and not self.pending_bytes
+
+    @property
     def room(self) -> int:
         """Bytes that can still be handed out."""
         return self.size_bytes - self.end if self.state is State.OPEN else 0
@@ -177,4 +182,4 @@ class Segments:
 
     def sealed(self) -> list[Segment]:
         """Those that nobody writes to, and that can be compacted."""
-        return [each for each in self if each.state is State.SEALED and each.end and not each.pending_bytes]
+        return [each for each in self if each.is_settled]

@@ -144,6 +144,7 @@ def _fill_table(index: Index, head: _Head, rest: memoryview) -> None:
     table.used_s, table.pinned_s = array("d", used_s.tobytes()), array("d", pinned_s.tobytes())
     table.tenant, table.held = array("H", tenant.tobytes()), array("I", bytes(4 * count))
     table.places = [np.concatenate([column(PLACES), np.zeros(max(count, 1024), PLACES)]) for _ in head.trailing]
+    table.adopt_places()
     _count(index)
     for number in range(len(head.tenants)):
         mine = np.flatnonzero(tenant == number)

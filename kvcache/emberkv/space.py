@@ -19,33 +19,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
 
 from emberfs import AlreadyExists
-from emberfs.checksum import crc32c
 from emberfs.errors import LimitExceeded
 from emberfs.runtime import Runtime
 
+from .compaction import Compaction
 from .counts import Departed
 from .files import Files
 from .index import Index
-from .journal import Evicted, Moved, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
+from .journal import Evicted, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
 from .leases import Leases
-from .page import HEADER_BYTES, PLACE, Header, Place, decode_header, encode_header
-from .segments import SECTOR_BYTES, Segment
+from .segments import Segment
+from .survey import hollow
 from .wal import Wal
 
-COMPACTION = 0
-"""The writer of the service itself."""
 WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
-COMPACT_BYTES = 8 << 20
-"""So much of a segment is moved at a time."""
-NEARLY_FULL = 0.7
-"""Of what may be alive: with less, only dead pages are given back."""
-GAIN_MIN = 0.05
-"""Of a segment: less is not worth its compaction."""
 CUT_PAGES = 1000
 """After so many that went, others have their turn."""
 
@@ -116,8 +106,9 @@ class Space:
         self._files, self._runtime, self._directory = files, runtime, directory
         self._wal, self._leases = wal, leases
         self._index = wal.index
-        self._hollow = dict.fromkeys((slot, wal.index.table.keys[slot]) for slot in wal.index.table.hollow())
+        self._hollow = dict.fromkeys((slot, wal.index.table.keys[slot]) for slot in hollow(wal.index.table))
         """Slots without pages that were held, or had others below them, when their pages were taken out."""
+        self.compaction = Compaction(self, files, wal, leases)
         self._clock_offset_s = runtime.wall_ns() / 1e9 - runtime.now_s()
         self._began_s = self.stamp_s()
 
@@ -151,7 +142,7 @@ class Space:
             if not self._evict_coldest([tenant]):
                 return False
         while table.live_bytes + self._promised_bytes + size > limit:
-            if not self._evict_coldest(range(len(self._index.tenants))):
+            if not self._evict_coldest(self.every_tenant):
                 return False
         return True
 
@@ -165,14 +156,23 @@ class Space:
         self.pending_bytes[tenant] -= size
         self._promised_bytes -= size
 
-    def _evict_coldest(self, tenants: Sequence[int]) -> bool:
+    @property
+    def every_tenant(self) -> range:
+        """Their numbers."""
+        return range(len(self._index.tenants))
+
+    def coldest(self, tenants: Iterable[int]) -> int | None:
+        """Of those of some tenants the leaf that goes first. None: all are held or pinned."""
         table, now_s = self._index.table, self.stamp_s()
         found = [slot for tenant in tenants if (slot := table.coldest(tenant, now_s)) is not None]
-        if not found:
-            return False
-        self.evict([min(found, key=lambda slot: table.used_s[slot])], "evicted")
-        self.counts.evicted_pages += 1
-        return True
+        return min(found, key=table.used_s.__getitem__, default=None)
+
+    def _evict_coldest(self, tenants: Iterable[int]) -> bool:
+        slot = self.coldest(tenants)
+        if slot is not None:
+            self.evict([slot], "evicted")
+            self.counts.evicted_pages += 1
+        return slot is not None
 
     def evict(self, slots: Sequence[int], cause: str) -> None:
         """Tombstones for leaves, in this order; `cause` is what `Departed` remembers of them."""
@@ -215,16 +215,32 @@ class Space:
                 count += sum(self._cut_one(each, "expired") for each in table.below([slot]))
         return count
 
-    async def cut(self, slots: Sequence[int]) -> int:
-        """Take slots out with all below them; of what is held only the pages, it goes later. How many went."""
-        table = self._index.table
-        cut = [(slot, table.keys[slot]) for slot in table.below(slots)]
-        count = 0
-        for begin in range(0, len(cut), CUT_PAGES):
-            for slot, key in cut[begin : begin + CUT_PAGES]:
-                if table.keys[slot] == key:  # Else it went meanwhile.
+    async def cut(self, tenant: int, keys: Sequence[bytes]) -> int:
+        """Take pages out with all below them; of what is held only the pages, it goes later. How many went."""
+        table, count, steps = self._index.table, 0, 0
+        seen: set[bytes] = set()
+        for top in keys:
+            steps += 1
+            if steps % CUT_PAGES == 0:
+                await self._runtime.sleep(0)
+            if top in seen:
+                continue
+            cut = [top]
+            for key in cut:  # It grows meanwhile: what hangs on one comes somewhere behind it.
+                steps += 1
+                if steps % CUT_PAGES == 0:
+                    await self._runtime.sleep(0)
+                slot = table.any_slot(tenant, key)
+                if slot is not None and key not in seen:
+                    seen.add(key)
+                    cut.extend(table.keys[child] for child in table.children_of(slot))
+            for key in reversed(cut):
+                steps += 1
+                if steps % CUT_PAGES == 0:
+                    await self._runtime.sleep(0)
+                slot = table.any_slot(tenant, key)
+                if slot is not None:  # Else it went meanwhile.
                     count += self._cut_one(slot, "removed")
-            await self._runtime.sleep(0)
         self.counts.removed_pages += count
         return count
 
@@ -259,9 +275,10 @@ class Space:
         size_bytes = self._index.segments.size_for(payload_bytes)
         if not await self._make_disk_room(size_bytes):
             return None
-        return await self._add_segment(writer, size_bytes)
+        return await self.add_segment(writer, size_bytes)
 
-    async def _add_segment(self, writer: int, size_bytes: int) -> Segment:
+    async def add_segment(self, writer: int, size_bytes: int) -> Segment:
+        """An open segment, whether or not there is room for it."""
         segments = self._index.segments
         self.end_segment(writer)
         while True:
@@ -296,51 +313,9 @@ class Space:
                 self.seal(idle)
                 continue
             # What leases still hold comes back by itself: to move more pages would take room, not give it.
-            if segments.leaving_bytes >= size_bytes or not await self._compact_one():
+            if segments.leaving_bytes >= size_bytes or not await self.compaction.compact_one():
                 return False
         return True
-
-    async def _compact_one(self) -> bool:
-        """Give back a segment in which little is left that will be asked for again. False: there is none."""
-        table, now_s = self._index.table, self.stamp_s()
-        is_full = table.live_bytes > NEARLY_FULL * self.live_bytes_max(0)
-        table.spread_stamps()
-        cold_s = table.oldest_stamps(self.config.cold_share) if is_full else 0.0
-        warm_bytes = table.bytes_by_segment(cold_s, now_s)
-        page_bytes = table.live_bytes / max(table.count, 1)
-        found = [
-            (warm_bytes.get(each.id, 0) / each.end, each.id)
-            for each in self._index.segments.sealed()
-            # Else its pages would fill as much elsewhere.
-            if warm_bytes.get(each.id, 0) + max(GAIN_MIN * each.end, 2 * page_bytes) <= each.end
-        ]
-        if not found:
-            return self._evict_coldest_segment()
-        victim = self._index.segments.by_id[min(found)[1]]
-        self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < cold_s])
-        return await self.compact(victim)
-
-    def _evict_coldest_segment(self) -> bool:
-        """Small pages leave much of a segment empty, that no compaction gives back. False: all that is left is held."""
-        table, now_s = self._index.table, self.stamp_s()
-        found = [
-            slot for tenant in range(len(self._index.tenants)) if (slot := table.coldest(tenant, now_s)) is not None
-        ]
-        if not found:
-            return False
-        coldest = min(found, key=lambda slot: table.used_s[slot])
-        places = [place for kind in range(len(table.places)) if (place := table.place(coldest, kind)) is not None]
-        beside = [slot for place in places for slot, _ in table.in_segment(place.segment)]
-        self._evict_cold([coldest, *beside])
-        return True
-
-    def _evict_cold(self, slots: Sequence[int]) -> None:
-        """They would be among the next to go: to move them first would be in vain. So does what is below them."""
-        table, now_s = self._index.table, self.stamp_s()
-        for slot in table.below(slots):
-            if not table.held[slot] and not table.children[slot] and table.pinned_s[slot] <= now_s:
-                self.evict([slot], "evicted")
-                self.counts.evicted_pages += 1
 
     async def collect(self) -> int:
         """Retire what is dead, and remove the files that no lease can reach any more. How many files went."""
@@ -361,82 +336,6 @@ class Space:
             self.counts.removed_segments += 1
         return len(gone)
 
-    async def compact(self, victim: Segment) -> bool:
-        """Move what is alive in a segment elsewhere. False: there was no room for all of it."""
-        pages = self._index.table.in_segment(victim.id)
-        while pages:
-            batch: list[_Page] = []
-            while pages and sum(each.place.end - each.place.offset for each in batch) < COMPACT_BYTES:
-                slot, kind = pages.pop()
-                place = self._index.table.place(slot, kind)
-                if place is not None and place.segment == victim.id:  # Else it went meanwhile.
-                    batch.append(_Page(slot, kind, self._index.table.keys[slot], place))
-            if batch and not await self._move(batch):
-                return False
-        return True
-
-    async def _move(self, batch: Sequence[_Page]) -> bool:
-        """Move pages of one segment: runs that lie side by side in one write."""
-        segments = self._index.segments
-        source = batch[0].place.segment
-        ranges = [(each.place.offset, each.place.end - each.place.offset) for each in batch]
-        data = await self._files.read(self.path(source), ranges)
-        moved: list[tuple[_Page, Place, bytes]] = []
-        try:
-            has_room = await self._place_anew(zip(batch, data, strict=True), moved)
-            if (last := segments.of_writer(COMPACTION)) is not None:
-                segments.align(last)
-            for segment, run in groupby(moved, key=lambda each: each[1].segment):
-                pieces = list(run)
-                written = b"".join(each[2] for each in pieces)
-                written += bytes(-len(written) % SECTOR_BYTES)
-                await self._files.write(self.path(segment), pieces[0][1].offset, written)
-        finally:
-            for _, place, _ in moved:
-                segments.settle(place)
-        # A lease protects a slot and all above it: of a page that is neither nobody was told where it lies.
-        leased = self._index.table.above(self._leases.slots())
-        for page, place, _ in moved:
-            if self._is_there(page):
-                self._wal.note(Moved(self._index.table.tenant[page.slot], page.kind, page.key, PLACE.pack(*place)))
-                self.counts.moved_bytes += place.end - place.offset
-                if page.slot in leased:
-                    segments.by_id[source].gone_after_lease = self._leases.newest
-        return has_room
-
-    async def _place_anew(
-        self, pages: Iterable[tuple[_Page, bytes | None]], moved: list[tuple[_Page, Place, bytes]]
-    ) -> bool:
-        """Add to `moved` where each page goes, and its bytes there. False: there was no room for all."""
-        segments = self._index.segments
-        for page, data in pages:
-            if not self._is_there(page):
-                continue
-            header = None if data is None else page_header(data, page.place, page.key)
-            if data is None or header is None:
-                self.departed.note(page.key, "damaged")
-                self._wal.note(Unplaced(self._index.table.tenant[page.slot], page.kind, page.key))
-                continue
-            segment = segments.open_for(COMPACTION, page.place.length) or await self._new_for_compaction(page.place)
-            if segment is None:
-                return False
-            place = segments.hand_out(segment, page.place.length)._replace(crc=page.place.crc)
-            head = encode_header(place, key=page.key, parent=header.parent, kind=header.kind, tenant=header.tenant)
-            moved.append((page, place, head + data[HEADER_BYTES:]))
-        return True
-
-    def _is_there(self, page: _Page) -> bool:
-        """It did not go, and was not put again, since it was looked at."""
-        table = self._index.table
-        return table.keys[page.slot] == page.key and table.place(page.slot, page.kind) == page.place
-
-    async def _new_for_compaction(self, place: Place) -> Segment | None:
-        segments = self._index.segments
-        size_bytes = segments.size_for(place.length)
-        if segments.promised_bytes + size_bytes > self.config.capacity_bytes:
-            return None
-        return await self._add_segment(COMPACTION, size_bytes)
-
     async def remove_strangers(self) -> None:
         """Remove the files that the index did not name when it was read: an earlier owner's."""
         while self._strangers:
@@ -450,20 +349,3 @@ async def find_strangers(files: Files, directory: str, index: Index) -> list[str
     segments = index.segments
     segments.next_id = max([segments.next_id, *(int(name, 16) + 1 for name in names)])
     return [name for name in names if int(name, 16) not in segments.by_id]
-
-
-class _Page(NamedTuple):
-    """A page that is being moved."""
-
-    slot: int
-    kind: int
-    key: bytes
-    place: Place
-
-
-def page_header(page: bytes, place: Place, key: bytes) -> Header | None:
-    """Of the page of `key` that was written to `place`; None: it is not that, or damaged."""
-    header = decode_header(page)
-    if header is None or header.key != key or header.place != place:
-        return None
-    return header if crc32c(memoryview(page)[HEADER_BYTES:]) == place.crc else None

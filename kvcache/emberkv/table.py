@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +88,8 @@ class PageTable:
         """(tenant, key that is not there) -> the orphans."""
         self._awaited: dict[int, bytes] = {}
         """Orphan -> the key that it waits for."""
+        self._laid: dict[int, array[int]] = {}
+        """Segment -> slot * kinds + kind of every page that was laid there. Some are elsewhere by now, or gone."""
         self._stamped: set[int] = set()
         """Those above them may not have the stamp yet."""
 
@@ -171,6 +172,9 @@ class PageTable:
     def replace(self, slot: int, kind: int, place: Place) -> None:
         """Its page, which is not there, is at `place` now."""
         self.places[kind][slot] = tuple(place)
+        if place.segment not in self._laid:
+            self._laid[place.segment] = array("Q")
+        self._laid[place.segment].append(slot * len(self.places) + kind)
         size = HEADER_BYTES + place.length
         self.live_bytes += size
         self.tenant_bytes[self.tenant[slot]] += size
@@ -364,6 +368,16 @@ class PageTable:
         """The same for its leaves: (stamp, slot, key), a heap."""
         self._leaves[tenant] = heap
 
+    def adopt_places(self) -> None:
+        """The same for its pages."""
+        for kind, places in enumerate(self.places):
+            order = np.argsort(places["segment"], kind="stable")
+            segments, begins = np.unique(places["segment"][order], return_index=True)
+            codes = np.split(order.astype(np.uint64) * len(self.places) + kind, begins[1:])
+            for segment, mine in zip(segments.tolist(), codes, strict=True):
+                if segment:
+                    self._laid.setdefault(segment, array("Q")).frombytes(mine.astype("<u8").tobytes())
+
     def await_parent(self, slot: int, parent: bytes) -> None:
         """A slot is an orphan."""
         self.parent[slot] = ORPHAN
@@ -375,16 +389,6 @@ class PageTable:
     def slots(self) -> Any:
         """Every slot in use, as an array."""
         return np.flatnonzero(np.asarray(self.parent, dtype=np.int32) != FREE)
-
-    def hollow(self) -> list[int]:
-        """Slots that have no page of any kind."""
-        slots = self.slots()
-        found: list[int] = slots[~np.any([places["segment"][slots] != 0 for places in self.places], axis=0)].tolist()
-        return found
-
-    def of_tenant(self, tenant: int) -> list[int]:
-        """Its slots."""
-        return list(self._slots[tenant].values())
 
     def some_of(self, tenant: int, after: int, count: int) -> tuple[list[int], int]:
         """(at most `count` slots of a tenant from slot `after` on, no orphans; where to go on, 0 at the end)."""
@@ -405,6 +409,14 @@ class PageTable:
         """Its keys, orphans too, and their slots, as they are now."""
         return self._slots[tenant]
 
+    def children_of(self, slot: int) -> list[int]:
+        """What hangs on it."""
+        found, child = [], self.first[slot]
+        while child >= 0:
+            found.append(child)
+            child = self.next[child]
+        return found
+
     def below(self, slots: Iterable[int]) -> list[int]:
         """`slots`, and all that hang below them; each behind all that hang below it."""
         found: dict[int, None] = {}
@@ -415,30 +427,9 @@ class PageTable:
             while stack:
                 slot = stack.pop()
                 begin.append(slot)
-                child = self.first[slot]
-                while child >= 0:
-                    if child not in found:
-                        stack.append(child)
-                    child = self.next[child]
+                stack.extend(child for child in self.children_of(slot) if child not in found)
             found.update(dict.fromkeys(reversed(begin)))
         return list(found)
-
-    def oldest_stamps(self, share: float) -> float:
-        """The stamp that so large a share of the slots have not passed."""
-        used_s = np.asarray(self.used_s)[self.slots()]
-        return float(np.quantile(used_s, share)) if len(used_s) else 0.0
-
-    def bytes_by_segment(self, since_s: float, now_s: float) -> dict[int, int]:
-        """Of each segment the bytes of pages that were used since then, or are held or pinned."""
-        stays = np.asarray(self.used_s) >= since_s
-        stays |= (np.asarray(self.held) > 0) | (np.asarray(self.pinned_s) > now_s)
-        found: Counter[int] = Counter()
-        for places in self.places:
-            there = places[: len(stays)][stays]
-            sizes = np.where(there["segment"] != 0, there["length"].astype(np.float64) + HEADER_BYTES, 0)
-            sums = np.bincount(there["segment"], weights=sizes)
-            found.update({int(segment): int(sums[segment]) for segment in np.flatnonzero(sums)})
-        return found
 
     def above(self, slots: Iterable[int]) -> set[int]:
         """`slots`, and all that they hang below."""
@@ -451,8 +442,15 @@ class PageTable:
 
     def in_segment(self, segment: int) -> list[tuple[int, int]]:
         """(slot, kind) of each page that lies in a segment, in the order in which they lie."""
+        kinds = len(self.places)
         found: list[tuple[int, int, int]] = []
-        for kind, places in enumerate(self.places):
-            slots = np.flatnonzero(places["segment"] == segment)
-            found.extend(zip(places["offset"][slots].tolist(), slots.tolist(), [kind] * len(slots), strict=True))
+        for code in set(self._laid.get(segment, ())):  # A page that went may have come to its slot again.
+            slot, kind = divmod(code, kinds)
+            there, offset, *_ = self.places[kind][slot].item()
+            if there == segment:
+                found.append((offset, slot, kind))
         return [(slot, kind) for _, slot, kind in sorted(found)]
+
+    def forget_segment(self, segment: int) -> None:
+        """Nothing will lie in it any more."""
+        self._laid.pop(segment, None)

@@ -39,7 +39,7 @@ from .snapshot import encode_image, image_of
 
 log = logging.getLogger("emberline.kv")
 
-FLUSH_S = 0.05
+FLUSH_S = 0.1
 """How long an entry that nobody waits for may wait."""
 BATCH_ENTRIES_MAX = 4096
 """In one frame, which has a largest size: an entry is at most of the keys of one request."""

@@ -16,7 +16,7 @@ from emberkv.adapters.settings import Settings
 from emberkv.admission import ON_EVICT, SECOND_USE, Sightings
 from emberkv.errors import InvalidNamespace
 from emberkv.keys import ROOT
-from emberkv.pool import DEFERRED, KNOWN, STORED
+from emberkv.puts import DEFERRED, KNOWN, STORED
 from emberkv.service import KvService
 
 from tests.fs.cli_run import emberline

@@ -14,11 +14,11 @@ import emberkv
 import pytest
 from emberfs.errors import DeadlineExceeded, LimitExceeded, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
-from emberkv import pool as pools
+from emberkv import puts as pools
 from emberkv.breaker import JITTER, Breaker, BreakerConfig
 from emberkv.errors import BreakerOpen
 from emberkv.keys import ROOT
-from emberkv.pool import REFUSED, STORED
+from emberkv.puts import REFUSED, STORED
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,15 +14,18 @@ from emberfs.errors import Unavailable
 from emberfs.messages import Foreign
 from emberfs.runtime import Runtime
 from emberfs.testing.sim.loop import SimRuntime
+from emberkv.compaction import page_header
 from emberkv.errors import StaleOwner
 from emberkv.keys import ROOT, page_keys
 from emberkv.messages import Open, encode_ask
 from emberkv.namespace import Kind, Namespace
 from emberkv.page import HEADER_BYTES, Place, encode_header
-from emberkv.pool import KNOWN, PENDING, RECHECK_S, REFUSED, RESERVATION_S, SNAPSHOT_S, STORED, Pool
+from emberkv.pool import RECHECK_S, SNAPSHOT_S, Pool
+from emberkv.puts import KNOWN, PATIENCE_S, PENDING, REFUSED, RESERVATION_S, STORED
 from emberkv.segments import State
 from emberkv.service import KvService
-from emberkv.space import SpaceConfig, page_header
+from emberkv.space import SpaceConfig
+from emberkv.survey import bytes_by_segment
 from msgspec.structs import replace
 
 from tests.kvcache.memory_files import MemoryFiles
@@ -123,7 +126,7 @@ def test_a_reservation_runs_out_and_its_pages_may_be_put_by_others() -> None:
             pool.commit(number, 1, crcs)
         assert await bench.put(pool, keys, writer=2) == [STORED] * 3
         assert await bench.readable(pool, keys) == 3
-        assert not pool._pending and not pool.space.pending_bytes.total()
+        assert not pool._puts._pending and not pool.space.pending_bytes.total()
         await runtime.sleep(2)
         assert len(pool.index.segments.by_id) == 1, "the segment of who was late is given back"
 
@@ -225,13 +228,13 @@ def test_a_segment_that_could_not_be_made_is_not_written_to() -> None:
         with pytest.raises(Unavailable):
             await bench.put(pool, chain(1, 3))
         bench.files.fails = lambda operation, path: None
-        assert not pool._pending
+        assert not pool._puts._pending
         assert await bench.put(pool, chain(1, 3)) == [STORED] * 3
         bench.files.fails = lambda operation, path: Unavailable("no") if operation == "create" else None
         with pytest.raises(Unavailable):
             await bench.put(pool, chain(2, 60))  # The first of them fit.
         bench.files.fails = lambda operation, path: None
-        assert not pool._pending and not pool.space.pending_bytes.total()
+        assert not pool._puts._pending and not pool.space.pending_bytes.total()
         assert await bench.readable(pool, chain(1, 3)) == 3
 
     run(work)
@@ -300,7 +303,7 @@ def test_a_moved_page_is_readable_where_it_was_until_the_lease_ends() -> None:
         assert lease and places[0] is not None
         segment = pool.index.segments.by_id[places[0].segment]
         pool.index.segments.seal(segment)
-        assert await pool.space.compact(segment)
+        assert await pool.space.compaction.compact(segment)
         assert [pool.table.place(slot, 0) for slot in slots] != places
         await runtime.sleep(20)
         assert segment.state is State.RETIRED
@@ -328,6 +331,23 @@ def test_leases_hold_space_back_and_never_take_more() -> None:
         assert set(await bench.put(pool, chain(999, 5))) == {REFUSED}
         await runtime.sleep(601)
         assert set(await bench.put(pool, chain(999, 5))) == {STORED}
+
+    run(work)
+
+
+def test_a_put_waits_for_leases_that_end_soon() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=4 * MIB)
+        pool = await bench.open()
+        for lease_s, state, least_s in ((5.0, REFUSED, 0.0), (PATIENCE_S / 2, STORED, PATIENCE_S / 4)):
+            await runtime.sleep(10)
+            for prompt in range(100):
+                await bench.put(pool, chain(prompt, 5), durable=False)
+            for prompt in range(100):
+                pool.match(TENANT, chain(prompt, 5), lease_s)
+            begin_s = runtime.now_s()
+            assert set(await bench.put(pool, chain(999, 5), durable=False)) == {state}
+            assert least_s <= runtime.now_s() - begin_s < PATIENCE_S
 
     run(work)
 
@@ -460,6 +480,6 @@ def test_the_stamps_of_a_prefix_are_those_of_its_pages_below() -> None:
         pool.table.spread_stamps()
         stamps = {key: pool.table.used_s[pool.table.slot(TENANT, key) or 0] for key in (*old, *new)}
         assert min(stamps[key] for key in old) > max(stamps[key] for key in new)
-        assert pool.table.bytes_by_segment(stamps[old[0]], 0) == {1: 3 * (PAGE + HEADER_BYTES)}
+        assert bytes_by_segment(pool.table, stamps[old[0]], 0) == {1: 3 * (PAGE + HEADER_BYTES)}
 
     run(work)

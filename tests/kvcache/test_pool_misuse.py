@@ -10,7 +10,7 @@ from emberfs.errors import ProtocolError, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv.errors import ReadOnly, StaleOwner
 from emberkv.keys import ROOT
-from emberkv.pool import KNOWN, REFUSED, RESERVATION_S, STORED
+from emberkv.puts import KNOWN, REFUSED, RESERVATION_S, STORED
 from emberkv.segments import State
 
 from tests.kvcache.test_pool import MIB, PAGE, TENANT, Bench, chain, run
@@ -153,7 +153,7 @@ def test_upkeep_goes_on_after_a_store_that_was_away() -> None:
         await runtime.sleep(10)
         bench.files.fails = lambda operation, path: None
         await runtime.sleep(RESERVATION_S)
-        assert not pool._pending and not pool.is_lost
+        assert not pool._puts._pending and not pool.is_lost
         assert await bench.put(pool, keys, writer=2) == [STORED] * 2
 
     run(work)
@@ -268,6 +268,29 @@ def test_a_namespace_that_is_closed_answers_nobody() -> None:
             pool.commit(number, 1, crcs)
         with pytest.raises(StaleOwner):
             await pool.flush()
+
+    run(work)
+
+
+def test_others_have_their_turn_while_a_large_tenant_is_erased() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=64 * MIB)
+        pool = await bench.open()
+        root = chain(1, 1)
+        await bench.put(pool, root)
+        for prompt in range(100):  # All of them hang on one page.
+            await bench.put(pool, chain(prompt, 50), parent=root[0], durable=False)
+        await bench.put(pool, chain(999, 50))
+        pool.match(TENANT, chain(999, 50), 5)
+        count, turns = pool.table.count, 0
+        erasing = runtime.spawn(pool.erase(TENANT), "erase")
+        while not erasing.done():
+            turns += 1
+            await runtime.sleep(0)
+        assert turns > 2 * count / 1000
+        assert pool.table.live_bytes == 0 and pool.table.count == 50, "what is held stays, without its pages"
+        await runtime.sleep(8)
+        assert pool.table.count == 0
 
     run(work)
 

@@ -11,7 +11,8 @@ from emberfs.errors import Corruption, EmberError, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv.keys import ROOT
 from emberkv.page import HEADER_BYTES, Place, encode_header
-from emberkv.pool import STORED, Pool
+from emberkv.pool import Pool
+from emberkv.puts import STORED
 from emberkv.rebuild import Rebuild, Rebuilt, scan_segment
 
 from tests.kvcache.test_pool import MIB, NAMESPACE, TENANT, Bench, chain, content, run
@@ -22,7 +23,7 @@ class Lab(Bench):
 
     async def write(self, pool: Pool, number: int, places: list[Place | None], keys: list[bytes]) -> list[int]:
         crcs = []
-        parents = pool._reservations[number].parents
+        parents = pool._puts._reservations[number].parents
         for key, parent, place in zip(keys, parents, places, strict=True):
             assert place is not None
             payload = content(key, place.length)

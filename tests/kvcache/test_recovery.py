@@ -9,7 +9,8 @@ import pytest
 from emberfs.errors import EmberError
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv.ownership import LEASE_S
-from emberkv.pool import STORED, Pool
+from emberkv.pool import Pool
+from emberkv.puts import STORED
 
 from tests.kvcache.test_pool import TENANT, Bench, chain, run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 
 import pytest
 from emberkv.index import Index
@@ -326,10 +327,39 @@ def test_all_below_a_page_is_found_children_first() -> None:
         assert again.count == 0
 
 
+def test_what_lies_in_a_segment_is_known_without_a_look_at_all_pages() -> None:
+    rng, table, ends = random.Random(5), PageTable([None, 2]), Counter[int]()
+    table.add_tenant()
+    names = [key(number) for number in range(60)]
+    for _ in range(3000):
+        name, kind, segment = rng.choice(names), rng.randrange(2), rng.randint(1, 6)
+        slot = table.any_slot(0, name)
+        if slot is not None and rng.random() < 0.3:
+            table.remove(slot)
+        elif slot is not None and rng.random() < 0.3:
+            table.unplace(slot, kind)
+        else:
+            ends[segment] += HEADER_BYTES + LENGTH
+            table.put(0, name, ROOT, kind, Place(segment, ends[segment], LENGTH, 7), now_s=1.0)
+        if rng.random() < 0.01:
+            table = decode_snapshot(encode_image(image_of(index_of(table))), segment_bytes=1 << 20).table
+    for segment in range(1, 7):
+        found = [
+            (place.offset, slot, kind)
+            for slot in map(int, table.slots())
+            for kind in range(2)
+            if (place := table.place(slot, kind)) is not None and place.segment == segment
+        ]
+        assert table.in_segment(segment) == [(slot, kind) for _, slot, kind in sorted(found)]
+        table.forget_segment(segment)
+        assert table.in_segment(segment) == []
+
+
 def index_of(table: PageTable) -> Index:
-    index = Index([None], segment_bytes=1 << 20)
+    index = Index(table.trailing, segment_bytes=1 << 20)
     index.apply(TenantAdded("t"))
-    index.apply(SegmentAdded(1, 1 << 20, 1))
+    for segment in range(1, 7):
+        index.apply(SegmentAdded(segment, 1 << 20, segment))
     index.table = table
     return index
 

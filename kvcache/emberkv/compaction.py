@@ -1,0 +1,213 @@
+"""Compaction: the live pages of a segment that is mostly dead are moved into another one, so that its file can go.
+
+What is cold in it is evicted rather than moved: it would be among the next to go. Which segments have little left that
+will be asked for again is looked up for some at a time, for that is a look at all pages; before each it is checked
+what it is worth by now.
+
+Invariant: a page is named at its old place until its new one is written, and read there until the leases of that
+moment have ended.
+
+Does not know: why room is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+from emberfs.checksum import crc32c
+
+from .files import Files
+from .journal import Moved, Unplaced
+from .leases import Leases
+from .page import HEADER_BYTES, PLACE, Header, Place, decode_header, encode_header
+from .segments import SECTOR_BYTES, Segment
+from .survey import bytes_by_segment, oldest_stamps
+from .wal import Wal
+
+if TYPE_CHECKING:
+    from .space import Space
+
+COMPACTION = 0
+"""The writer of the service itself."""
+COMPACT_BYTES = 8 << 20
+"""So much of a segment is moved at a time."""
+NEARLY_FULL = 0.7
+"""Of what may be alive: with less, only dead pages are given back."""
+GAIN_MIN = 0.05
+"""Of a segment: less is not worth its compaction."""
+RANKED = 8
+"""So many victims are chosen by one look at all pages."""
+
+
+class Compaction:
+    """See the module."""
+
+    def __init__(self, space: Space, files: Files, wal: Wal, leases: Leases) -> None:
+        self._space, self._files, self._wal, self._leases = space, files, wal, leases
+        self._table, self._segments = wal.index.table, wal.index.segments
+        self._victims: list[int] = []
+        """The next ones, the best at the end."""
+        self._cold_s = 0.0
+        """What was used before that is evicted."""
+
+    async def compact_one(self) -> bool:
+        """Give back a segment in which little is left that will be asked for again. False: there is none."""
+        victim = self._next_victim()
+        if victim is None:
+            return self._evict_coldest_segment()
+        table = self._table
+        self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < self._cold_s])
+        return await self.compact(victim)
+
+    def _next_victim(self) -> Segment | None:
+        is_ranked = False
+        while True:
+            while self._victims:
+                victim = self._segments.by_id.get(self._victims.pop())
+                if victim is not None and victim.is_settled and self._is_worth_it(victim, self._warm_bytes(victim)):
+                    return victim
+            if is_ranked:
+                return None
+            self._rank()
+            is_ranked = True
+
+    def _rank(self) -> None:
+        """Choose the next victims, by a look at all pages."""
+        table, now_s = self._table, self._space.stamp_s()
+        is_full = table.live_bytes > NEARLY_FULL * self._space.live_bytes_max(0)
+        table.spread_stamps()
+        self._cold_s = oldest_stamps(table, self._space.config.cold_share) if is_full else 0.0
+        warm_bytes = bytes_by_segment(table, self._cold_s, now_s)
+        found = [
+            (warm_bytes.get(each.id, 0) / each.end, each.id)
+            for each in self._segments.sealed()
+            if self._is_worth_it(each, warm_bytes.get(each.id, 0))
+        ]
+        self._victims = [victim for _, victim in sorted(found)[:RANKED][::-1]]
+
+    def _is_worth_it(self, victim: Segment, warm_bytes: int) -> bool:
+        """Else its pages would fill as much elsewhere."""
+        page_bytes = self._table.live_bytes / max(self._table.count, 1)
+        return warm_bytes + max(GAIN_MIN * victim.end, 2 * page_bytes) <= victim.end
+
+    def _warm_bytes(self, victim: Segment) -> int:
+        """What would be moved."""
+        table, now_s, size = self._table, self._space.stamp_s(), 0
+        for slot, kind in table.in_segment(victim.id):
+            if table.used_s[slot] >= self._cold_s or table.held[slot] or table.pinned_s[slot] > now_s:
+                size += HEADER_BYTES + int(table.places[kind]["length"][slot])
+        return size
+
+    def _evict_coldest_segment(self) -> bool:
+        """Small pages leave much of a segment empty, that no compaction gives back. False: all that is left is held."""
+        coldest = self._space.coldest(self._space.every_tenant)
+        if coldest is None:
+            return False
+        table = self._table
+        places = [place for kind in range(len(table.places)) if (place := table.place(coldest, kind)) is not None]
+        beside = [slot for place in places for slot, _ in table.in_segment(place.segment)]
+        self._evict_cold([coldest, *beside])
+        return True
+
+    def _evict_cold(self, slots: Sequence[int]) -> None:
+        """They would be among the next to go: to move them first would be in vain. So does what is below them."""
+        table, now_s = self._table, self._space.stamp_s()
+        for slot in table.below(slots):
+            if not table.held[slot] and not table.children[slot] and table.pinned_s[slot] <= now_s:
+                self._space.evict([slot], "evicted")
+                self._space.counts.evicted_pages += 1
+
+    async def compact(self, victim: Segment) -> bool:
+        """Move what is alive in a segment elsewhere. False: there was no room for all of it."""
+        pages = self._table.in_segment(victim.id)
+        while pages:
+            batch: list[_Page] = []
+            while pages and sum(each.place.end - each.place.offset for each in batch) < COMPACT_BYTES:
+                slot, kind = pages.pop()
+                place = self._table.place(slot, kind)
+                if place is not None and place.segment == victim.id:  # Else it went meanwhile.
+                    batch.append(_Page(slot, kind, self._table.keys[slot], place))
+            if batch and not await self._move(batch):
+                return False
+        return True
+
+    async def _move(self, batch: Sequence[_Page]) -> bool:
+        """Move pages of one segment: runs that lie side by side in one write."""
+        segments = self._segments
+        source = batch[0].place.segment
+        ranges = [(each.place.offset, each.place.end - each.place.offset) for each in batch]
+        data = await self._files.read(self._space.path(source), ranges)
+        moved: list[tuple[_Page, Place, bytes]] = []
+        try:
+            has_room = await self._place_anew(zip(batch, data, strict=True), moved)
+            if (last := segments.of_writer(COMPACTION)) is not None:
+                segments.align(last)
+            for segment, run in groupby(moved, key=lambda each: each[1].segment):
+                pieces = list(run)
+                written = b"".join(each[2] for each in pieces)
+                written += bytes(-len(written) % SECTOR_BYTES)
+                await self._files.write(self._space.path(segment), pieces[0][1].offset, written)
+        finally:
+            for _, place, _ in moved:
+                segments.settle(place)
+        # A lease protects a slot and all above it: of a page that is neither nobody was told where it lies.
+        leased = self._table.above(self._leases.slots())
+        for page, place, _ in moved:
+            if self._is_there(page):
+                self._wal.note(Moved(self._table.tenant[page.slot], page.kind, page.key, PLACE.pack(*place)))
+                self._space.counts.moved_bytes += place.end - place.offset
+                if page.slot in leased:
+                    segments.by_id[source].gone_after_lease = self._leases.newest
+        return has_room
+
+    async def _place_anew(
+        self, pages: Iterable[tuple[_Page, bytes | None]], moved: list[tuple[_Page, Place, bytes]]
+    ) -> bool:
+        """Add to `moved` where each page goes, and its bytes there. False: there was no room for all."""
+        segments = self._segments
+        for page, data in pages:
+            if not self._is_there(page):
+                continue
+            header = None if data is None else page_header(data, page.place, page.key)
+            if data is None or header is None:
+                self._space.departed.note(page.key, "damaged")
+                self._wal.note(Unplaced(self._table.tenant[page.slot], page.kind, page.key))
+                continue
+            segment = segments.open_for(COMPACTION, page.place.length) or await self._new_for_compaction(page.place)
+            if segment is None:
+                return False
+            place = segments.hand_out(segment, page.place.length)._replace(crc=page.place.crc)
+            head = encode_header(place, key=page.key, parent=header.parent, kind=header.kind, tenant=header.tenant)
+            moved.append((page, place, head + data[HEADER_BYTES:]))
+        return True
+
+    def _is_there(self, page: _Page) -> bool:
+        """It did not go, and was not put again, since it was looked at."""
+        table = self._table
+        return table.keys[page.slot] == page.key and table.place(page.slot, page.kind) == page.place
+
+    async def _new_for_compaction(self, place: Place) -> Segment | None:
+        segments = self._segments
+        size_bytes = segments.size_for(place.length)
+        if segments.promised_bytes + size_bytes > self._space.config.capacity_bytes:
+            return None
+        return await self._space.add_segment(COMPACTION, size_bytes)
+
+
+class _Page(NamedTuple):
+    """A page that is being moved."""
+
+    slot: int
+    kind: int
+    key: bytes
+    place: Place
+
+
+def page_header(page: bytes, place: Place, key: bytes) -> Header | None:
+    """Of the page of `key` that was written to `place`; None: it is not that, or damaged."""
+    header = decode_header(page)
+    if header is None or header.key != key or header.place != place:
+        return None
+    return header if crc32c(memoryview(page)[HEADER_BYTES:]) == place.crc else None
