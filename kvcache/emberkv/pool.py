@@ -38,7 +38,8 @@ UPKEEP_S = 1.0
 RECHECK_S = 60.0
 """A page that was reported and is as it should be is not looked at again for so long."""
 CHECKED_MAX = 10_000
-SEGMENTS_PER_CAPACITY_MIN = 96
+SEGMENTS_PER_CAPACITY_MIN = 256
+"""With fewer, more of what is dead lies in segments that are worth no compaction, and a compaction moves more."""
 SNAPSHOT_S = 3600.0
 """The journal does not say what was used when: a service that is killed forgets so much of it."""
 TENANTS_MAX = 1 << 16

@@ -135,9 +135,9 @@ def test_writers_that_are_idle_hold_no_room_from_others() -> None:
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime)
         pool = await bench.open()
-        for writer in range(1, 200):  # Each has a segment of 1/64 of the capacity.
+        for writer in range(1, 400):  # Each has a segment, and there is room for fewer.
             assert await bench.put(pool, chain(writer, 1), writer=writer) == [STORED]
-        assert await bench.readable(pool, chain(199, 1)) == 1
+        assert await bench.readable(pool, chain(399, 1)) == 1
         assert pool.index.segments.promised_bytes <= bench.config.capacity_bytes
 
     run(work)

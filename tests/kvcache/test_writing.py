@@ -31,7 +31,8 @@ class Disk:
     def open(self, path: str, mode: str) -> Any:
         return _File(path)
 
-    def batch_write(self, items: Sequence[Any]) -> None:
+    def batch_write(self, items: Sequence[Any], *, whole_chunks: bool) -> None:
+        assert whole_chunks
         self.begun.set()
         assert self.lets.wait(30)
         if self.fails is not None:
