@@ -14,7 +14,8 @@ import emberkv
 import pytest
 from emberfs.errors import DeadlineExceeded, LimitExceeded, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
-from emberkv import puts as pools
+from emberkv import pool as pools
+from emberkv import puts
 from emberkv.breaker import JITTER, Breaker, BreakerConfig
 from emberkv.errors import BreakerOpen
 from emberkv.keys import ROOT
@@ -156,7 +157,7 @@ def test_one_writer_reserves_no_more_than_its_share() -> None:
             return number, states
 
         number, states = await reserve(1, keys)
-        share = int(pool.space.live_bytes_max(PAGE) * pools.WRITER_SHARE)
+        share = int(pool.space.live_bytes_max(PAGE) * puts.WRITER_SHARE)
         assert states.count(STORED) == share // (PAGE + 96)
         assert (await reserve(1, chain(2, 1)))[1] == [REFUSED]
         assert (await reserve(2, chain(3, 1)))[1] == [STORED], "there is room for others"
@@ -164,7 +165,7 @@ def test_one_writer_reserves_no_more_than_its_share() -> None:
         assert (await reserve(1, chain(2, 1)))[1] == [STORED]
         pool.end_writer(1)
         pool.end_writer(2)
-        assert not pool._writers
+        assert not pool._puts._writers
 
     run(work)
 
