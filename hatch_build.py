@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = ("crc32c.c", "table.c", "server.c", "client.c", "stream.c", "module.c")
+SOURCES = ("crc32c.c", "table.c", "grant.c", "server.c", "client.c", "stream.c", "module.c")
 LANES, LOOPS = "fs/emberfs/lane/_native.abi3.so", "trainer/embertrain/kernels/_hyper.so"
 LOOP_SOURCES = ("hyper.c",)
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")

@@ -194,7 +194,7 @@ def test_with_a_rail_there_is_no_lane_beside_it(
 
     async def work() -> None:
         config = TcpConfig(shares_memory=False, ucx="tcp")
-        server = TcpNetwork(runtime, config, adopt_lane=lambda descriptor, is_stream: os.close(descriptor))
+        server = TcpNetwork(runtime, config, adopt_lane=lambda descriptor, is_stream, tenant: os.close(descriptor))
         client = make(ucx)
         address = (await server.serve("127.0.0.1:0", Filling())).address
         await client.connection(address).call(read_request([1]), [memoryview(bytearray(1))])

@@ -461,16 +461,21 @@ def _read_change(text: str) -> tuple[str, Value]:
 
 @cluster.command(
     epilog="\b\nExamples:\n  emberline cluster token --role storage --dir /srv/ember\n"
-    "  emberline cluster token --role client --hours 1 --authority /etc/emberline/ca"
+    "  emberline cluster token --role client --hours 1 --authority /etc/emberline/ca\n"
+    "  emberline cluster token --role reader --tenant acme --dir /srv/ember"
 )
 @_directory
 @click.option("--authority", type=click.Path(file_okay=False, path_type=Path), help="Where ca.pem and ca.key are.")
-@click.option("--role", type=click.Choice(["client", "admin", "kv", "manager", "meta", "storage"]), default="client")
+@click.option(
+    "--role", type=click.Choice(["client", "reader", "admin", "kv", "manager", "meta", "storage"]), default="client"
+)
+@click.option("--tenant", default="", help="Of a reader: whose grants it may use. Without: any that it is given.")
 @click.option("--hours", type=click.FloatRange(min=0), default=24.0, show_default=True, help="How long it is good for.")
-def token(directory: Path | None, authority: Path | None, role: str, hours: float) -> None:
+def token(directory: Path | None, authority: Path | None, role: str, tenant: str, hours: float) -> None:
     """Print a secret with which another machine may `join`: whoever has it gets a certificate of that role.
 
-    A client reads and writes files; an admin also adds, drains and removes nodes; the others are servers.
+    A client reads and writes files; a reader only what grants of a KV cache name; an admin also adds, drains and
+    removes nodes; the others are servers.
     """
     from ..transport.certificates import make_token
 
@@ -478,6 +483,9 @@ def token(directory: Path | None, authority: Path | None, role: str, hours: floa
         local = _local(directory)
         local.plan()  # Raises NotFound where no cluster is.
         authority = local.directory / "ca"
+    if tenant and role != "reader":
+        raise click.UsageError("--tenant is for readers")
+    role += f":{tenant}" if tenant else ""
     click.echo(make_token(authority, role=role, valid_s=hours * 3600, now_s=time.time()))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from ..errors import EmberError
 from ..ledger import ClientStats
 from ..messages import Collected, TrashEntry, UsageReply
 from ..stores import Config, Store
@@ -19,6 +20,7 @@ from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
 from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
+from .granted import GrantedReads
 from .handle import AsyncFile, File
 from .namespace import Namespace, page_after
 
@@ -33,6 +35,7 @@ class AsyncClient:
 
     def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)
+        self._granted = GrantedReads()
 
     def __repr__(self) -> str:
         return f"<emberfs.AsyncClient {self.url}{' closed' if self._attachment.closed else ''}>"
@@ -120,6 +123,16 @@ class AsyncClient:
         for file in open_files(items, self._attachment.store):
             await _flushed(file)
         return await self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
+
+    async def read_granted(
+        self, grant: bytes, items: Sequence[tuple[int, int, int]], into: Sequence[Any]
+    ) -> Sequence[int | EmberError]:
+        """Read many (file, offset, length) under a grant, one into each buffer: all that a reader can do.
+
+        A file is a number that the grant has for it. Returns the bytes read, or what is wrong, per item; what was
+        never written, or was removed, is zeros. Raises AccessDenied where the grant is not good for it.
+        """
+        return await self._run(lambda core: self._granted.fetch(core, grant, items, into))
 
     async def batch_write(self, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
         """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.

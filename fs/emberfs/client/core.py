@@ -200,8 +200,11 @@ class Core:
             raise result
         return result
 
-    async def read_ranges(self, ranges: Sequence[Range]) -> list[int | EmberError]:
-        """Fill every range: bytes read (cut at the end of the file), or Corruption, or NotFound if its file is gone."""
+    async def read_ranges(self, ranges: Sequence[Range], *, grant: bytes = b"") -> list[int | EmberError]:
+        """Fill every range: bytes read (cut at the end of the file), or Corruption, or NotFound if its file is gone.
+
+        `grant`: what a reader reads under. Of a file that it knows by one nobody tells whether it is gone: zeros.
+        """
         results: list[int | EmberError] = []
         parts: list[Part] = []
         for number, (inode, offset, view, _) in enumerate(ranges):
@@ -223,7 +226,7 @@ class Core:
                 assert type(layout) is Inline
                 view[:count] = layout.data[offset : offset + count]
         if parts:
-            await self._read_parts(ranges, parts, results)
+            await self._read_parts(ranges, parts, results, grant)
         return results
 
     async def _read_parts(
@@ -231,11 +234,12 @@ class Core:
         ranges: Sequence[Range],
         parts: list[Part],
         results: list[int | EmberError],
+        grant: bytes,
     ) -> None:
         short: dict[int, list[int]] = {}
         for connection, batch in self._batches(parts):
             numbers, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
-            reply = await connection.call(ReadChunks(chains, chunks, offsets), views)
+            reply = await connection.call(ReadChunks(chains, chunks, offsets, grant=grant), views)
             assert type(reply) is ChunksRead
             for number, view, count in zip(numbers, views, reply.counts, strict=True):
                 if count < len(view):

@@ -328,6 +328,7 @@ class StorageRouter:
             self._versions(chains),
             request.relaxed or self.config.relaxed,
             request.uncommitted or self.config.uncommitted,
+            request.grant,
         )
         parts = [buffers[item] for item in items]
         patience_s = None

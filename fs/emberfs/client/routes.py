@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import DataLost, EmberError, LimitExceeded, SessionExpired, StoreClosed, Unavailable
+from ..errors import AccessDenied, DataLost, EmberError, LimitExceeded, SessionExpired, StoreClosed, Unavailable
 from ..messages import (
     CloseClient,
     ClusterStatus,
@@ -81,15 +81,19 @@ class Routes:
         """What goes on until `close`, or until the network is closed."""
 
     async def start(self) -> None:
-        """Get the first routing and open a session. Raises Unavailable when no manager answers in time."""
+        """Get the first routing and open a session, which a reader does without: it changes nothing.
+
+        Raises Unavailable when no manager answers in time.
+        """
         reply = await self._managers.ask(GetRouting(), RoutingReply, timeout_s=self._config.connect_timeout_s)
         assert reply.routing is not None
         self._adopt(reply.routing)
-        await self._open_session(self._config.connect_timeout_s)
-        self.tasks = [
-            self._runtime.spawn(self._follow(), "client-routing"),
-            self._runtime.spawn(self._extend(), "client-session"),
-        ]
+        self.tasks = [self._runtime.spawn(self._follow(), "client-routing")]
+        try:
+            await self._open_session(self._config.connect_timeout_s)
+        except AccessDenied:  # To us who were just told the routing: the credentials are a reader's.
+            return
+        self.tasks.append(self._runtime.spawn(self._extend(), "client-session"))
 
     async def close(self) -> None:
         """End the session. What the cluster cannot be told now it will find out."""

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..embedded import EmbeddedStore
+from ..errors import EmberError
 from ..ledger import ClientStats
 from ..maintenance import Maintenance
 from ..messages import Collected, TrashEntry, UsageReply
@@ -25,6 +26,7 @@ from .batch import BatchRead, BatchWrite, batch_read, batch_write, destinations,
 from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
+from .granted import GrantedReads
 from .handle import File
 from .io_queue import IoQueue
 from .namespace import Namespace, page_after
@@ -37,6 +39,7 @@ class Client:
 
     def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)
+        self._granted = GrantedReads()
 
     def __repr__(self) -> str:
         return f"<emberfs.Client {self.url}{' closed' if self._attachment.closed else ''}>"
@@ -136,6 +139,16 @@ class Client:
             for place, result in zip(left, found, strict=True):
                 results[place] = result
         return results
+
+    def read_granted(
+        self, grant: bytes, items: Sequence[tuple[int, int, int]], into: Sequence[Any]
+    ) -> list[int | EmberError]:
+        """Read many (file, offset, length) under a grant, one into each buffer: all that a reader can do.
+
+        A file is a number that the grant has for it. Returns the bytes read, or what is wrong, per item; what was
+        never written, or was removed, is zeros. Raises AccessDenied where the grant is not good for it.
+        """
+        return self._granted.read(self._attachment, grant, items, into)
 
     def batch_write(self, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
         """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.

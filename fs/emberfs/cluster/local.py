@@ -4,6 +4,7 @@
     D/ca/               the cluster's own certificate authority
     D/client/           credentials of this user; a copy is left under ~/.config/emberline
     D/admin/            those with which to change the cluster itself
+    D/grants.keys       what storage servers check readers' grants with: for `emberline kv serve --grants`
     D/NAME/             a server: config.toml, tls/, data/, server.log, ready.json, pid.json
 
 `up` may be run again: it starts what does not run. `down` ends only what was started from this directory. One of these
@@ -34,6 +35,7 @@ from ..errors import (
     StoreFormat,
     Unavailable,
 )
+from ..grants import KEY_BYTES
 from ..routing import Role, TargetState
 from ..server import ServerConfig, read_config, write_config
 from ..server.config import ManagerSection, StorageSection, TlsConfig
@@ -285,6 +287,10 @@ class LocalCluster:
             else:
                 addresses[server.name] = f"{HOST}:{next(ports)}"
                 new.append(server)
+        keys = self.directory / "grants.keys"
+        if plan.tls and not keys.exists():
+            keys.touch(mode=0o600)
+            keys.write_text(os.urandom(KEY_BYTES).hex() + "\n")
         managers = [address for name, address in addresses.items() if name.startswith("manager-")]
         kv = plan.kv or f"kv://{addresses['kv-1']}"
         for server in new:
@@ -307,7 +313,10 @@ class LocalCluster:
                 cluster=plan.cluster,
                 tls=TlsConfig(directory=str(directory / "tls") if plan.tls else ""),
                 ucx=plan.ucx if role == Role.STORAGE else "",
-                storage=StorageSection(reserve_bytes=plan.reserve_bytes),
+                storage=StorageSection(
+                    reserve_bytes=plan.reserve_bytes,
+                    grants=str(keys) if role == Role.STORAGE and plan.tls else "",
+                ),
                 manager=ManagerSection(
                     authority=str(self.directory / "ca") if role == Role.MANAGER and plan.tls else ""
                 ),

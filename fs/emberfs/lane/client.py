@@ -23,7 +23,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from socket import SCM_RIGHTS, SHUT_WR, SOCK_STREAM, SOL_SOCKET, socket
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import EmberError, Unreachable
 from ..portal import Portal, hold_interrupts, release_interrupts
@@ -36,7 +36,6 @@ from ..types import Chunks, Inode
 from .native import native
 
 if TYPE_CHECKING:
-    from ..client.handle import File
     from ..client.routes import Routes
 
 log = logging.getLogger("emberline.client")
@@ -65,8 +64,22 @@ _SLOT = struct.Struct("=QIi")
 _KNOWN = struct.Struct("=QQQ")
 _HEAD = struct.Struct("=IHHQ")
 _MAGIC, _REGION, _FORGET = 0x314C4D45, 3, 4
+GRANTS_MAX = 64
+"""Of a reader, that a lane remembers: LANE_GRANTS_MAX of lane.h."""
 
 _calls = itertools.count(1)
+
+
+class LaneFile(Protocol):
+    """What lanes want of a file. All but the first is theirs."""
+
+    @property
+    def inode_to_read(self) -> Inode | None:
+        """The row that reads go by; None: no lane may read it."""
+
+    lane_spec: bytes | None
+    lane_servers: list[str]
+    lane_version: tuple[int, int]
 
 
 class _Lanes:
@@ -85,6 +98,12 @@ class _Lanes:
         """Of the memory that the servers were told of."""
         self.known = b""
         self.told: set[int] = set()
+        self.places: dict[bytes, int] = {}
+        """Where servers have the grants that were shown to some of them, the one used last at the end."""
+        self.shown: list[dict[int, bytes]] = [{} for _ in range(SERVERS_MAX)]
+        """Of each server, what is where."""
+        self.shows = bytearray(SERVERS_MAX)
+        """Those that do not know what is read under now."""
         self.waited_s = 0.0
         """How long the last read was in the native part: nearly all of it for servers."""
 
@@ -92,6 +111,7 @@ class _Lanes:
         """`regions`: those that were told of to others. Raises OSError."""
         lane.settimeout(TELL_TIMEOUT_S)
         self.sockets[index] = lane
+        self.shown[index] = {}
         self.streams[index] = lane.type == SOCK_STREAM
         if not self.streams[index]:
             for region in (self.stage, *regions):
@@ -111,6 +131,15 @@ class _Lanes:
         self.told, self.version = set(regions), version
         self.known = b"".join(_KNOWN.pack(each.address, each.size, number) for number, each in regions.items())
         return bool(gone)
+
+    def place_of(self, grant: bytes) -> int:
+        """Where servers have it that know it."""
+        place = self.places.pop(grant, 0)
+        if not place:
+            is_full = len(self.places) == GRANTS_MAX
+            place = self.places.pop(next(iter(self.places))) if is_full else len(self.places) + 1
+        self.places[grant] = place
+        return place
 
     def drop(self, index: int) -> bool:
         """Give a lane up. False: its server may still write to the memory of the last read."""
@@ -172,12 +201,14 @@ class LaneReader:
         """Grows when who is barred changes: files are packed anew."""
         self._is_closed = False
 
-    def read(self, files: Sequence[File], items: list[Any], into: Any, *, code: CodeType) -> list[int] | None:
+    def read(
+        self, files: Sequence[LaneFile], items: list[Any], into: Any, *, code: CodeType, grant: bytes = b""
+    ) -> list[int] | None:
         """Read (file, offset, length) items into `into`: buffers, or one that is filled item after item.
 
         `files`: those of the items, each once. `code`: of who would read them otherwise, for the ledger. Returns the
         bytes of each item, -1 where no lane could serve it; None: it was for no lane. What such items' memory holds is
-        nothing to rely on.
+        nothing to rely on. `grant`: what a reader reads under.
         """
         if isinstance(into, tuple):
             into = list(into)
@@ -194,7 +225,7 @@ class LaneReader:
         try:
             self._open_missing(lanes, servers)
             if lanes.sockets:
-                counts = self._exchange(lanes, items, into)
+                counts = self._exchange(lanes, items, into, grant)
                 waited_s = lanes.waited_s
             is_whole = True
         except (BufferError, TypeError, ValueError, OverflowError):
@@ -218,9 +249,15 @@ class LaneReader:
             self._portal.ledger.note_lane(code, self._runtime.now_s() - began_s, waited_s, sum(counts))
         return counts
 
-    def _exchange(self, lanes: _Lanes, items: list[Any], into: Any) -> list[int]:
+    def _exchange(self, lanes: _Lanes, items: list[Any], into: Any, grant: bytes) -> list[int]:
         if lanes.version != allocated_version() and lanes.tell():
             self._close_idle()  # They hold memory that is gone, and might not be used for long.
+        place, unaware = 0, list[int]()
+        if grant:
+            place = lanes.place_of(grant)
+            unaware = [index for index in lanes.sockets if lanes.shown[index].get(place) != grant]
+            for index in unaware:
+                lanes.shows[index] = 1
         size = sum([length for _, _, length in items])
         sent_s = self._runtime.now_s()
         counts: list[int] = native.read_ranges(
@@ -237,7 +274,14 @@ class LaneReader:
             next(_calls),
             SPIN_NS_MIN + size // SPIN_BYTES_PER_NS,
             TIMEOUT_NS_MIN + int(size / TIMEOUT_BYTES_PER_NS),
+            place,
+            grant,
+            lanes.shows,
         )
+        for index in unaware:
+            if not lanes.shows[index]:
+                lanes.shown[index][place] = grant
+            lanes.shows[index] = 0
         lanes.waited_s = self._runtime.now_s() - sent_s
         return counts
 
@@ -248,7 +292,7 @@ class LaneReader:
 
     # --- files -----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, files: Sequence[File]) -> list[str]:
+    def _prepare(self, files: Sequence[LaneFile]) -> list[str]:
         """Pack what lanes need to know of the files that changed since; returns the servers of all of them."""
         if self._barred:
             self._look_barred()
@@ -261,7 +305,7 @@ class LaneReader:
             servers.update(dict.fromkeys(file.lane_servers))
         return list(servers)
 
-    def _spec(self, file: File) -> tuple[bytes | None, list[str]]:
+    def _spec(self, file: LaneFile) -> tuple[bytes | None, list[str]]:
         inode = file.inode_to_read
         if inode is None or not isinstance(inode.layout, Chunks):
             return None, []

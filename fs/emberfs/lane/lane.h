@@ -32,7 +32,8 @@
 #endif
 
 enum lane_kind {
-    LANE_READ = 1,   /* followed by `count` lane_items; answered by LANE_COUNTS of the same call */
+    LANE_READ = 1,   /* followed by `count` lane_items, and of a reader perhaps by a grant, for the place that the first
+                        item names; answered by LANE_COUNTS of the same call */
     LANE_COUNTS = 2, /* followed by `count` int32: the bytes that were read, or LANE_DECLINED */
     LANE_REGION = 3, /* `call` names the memory whose descriptor comes along (SCM_RIGHTS) */
     LANE_FORGET = 4, /* `call` names memory that is not used any more */
@@ -53,7 +54,7 @@ struct lane_item {
     uint64_t region, place; /* where its bytes go: `place` bytes into the memory of that number */
     uint32_t chain;
     uint32_t offset, length; /* within the chunk */
-    uint32_t reserved;
+    uint32_t grant; /* of a reader: the place of the grant that it reads under, of LANE_GRANTS_MAX from 1 on */
 };
 
 /* Of an item whose bytes come in a stream: they are right if their CRC, continued from that of the promise, is that of
@@ -112,6 +113,29 @@ void lane_table_find(struct lane_table *table, const struct lane_item *items, si
 void lane_table_finish(struct lane_table *table, const struct lane_item *items, size_t count,
                        const struct lane_found *found, int32_t *counts);
 
+/* ---- grants */
+
+#define LANE_GRANTS_MAX 64 /* that a lane remembers */
+#define LANE_GRANT_FILES_MAX 1024
+#define LANE_GRANT_RANGES_MAX 2048
+#define LANE_TENANT_BYTES_MAX 1024
+#define LANE_GRANT_BYTES_MAX (32 + 40 * LANE_GRANT_FILES_MAX + 16 * LANE_GRANT_RANGES_MAX + LANE_TENANT_BYTES_MAX + 32)
+#define LANE_KEY_BYTES 32
+#define LANE_KEYS_MAX 4
+
+struct lane_keys {
+    uint32_t count;
+    uint8_t keys[LANE_KEYS_MAX][LANE_KEY_BYTES];
+};
+
+struct lane_grant; /* free() lets go of it */
+
+/* What was made with one of the keys for the tenant, of 0 bytes: for whichever. NULL: it is no such grant. */
+struct lane_grant *lane_grant_new(const struct lane_keys *keys, const uint8_t *data, size_t size, const char *tenant,
+                                  size_t tenant_size);
+/* It names all bytes of the item, and has not expired. */
+int lane_grant_covers(const struct lane_grant *grant, const struct lane_item *item, int64_t now_s);
+
 /* ---- the server */
 
 struct lane_server;
@@ -121,14 +145,18 @@ struct lane_stats {
 };
 
 struct lane_server *lane_server_new(struct lane_table *table, int threads, int spin_us); /* NULL: errno */
-/* Serve a local lane, or a stream. Takes `fd` as its own; 0, or -1: errno. */
-int lane_server_adopt(struct lane_server *server, int fd, int is_stream);
+/* Serve a local lane, or a stream. Takes `fd` as its own; 0, or -1: errno. `tenant`: it is a reader's, and nothing is read
+   but under grants of that tenant ("": of any); NULL: it is not. */
+int lane_server_adopt(struct lane_server *server, int fd, int is_stream, const char *tenant);
+/* Those that grants are checked with from now on. */
+void lane_server_set_keys(struct lane_server *server, const struct lane_keys *keys);
 
 /* ---- the server's end of a stream; it has a thread of its own */
 
 #define LANE_STEP_BYTES (256u << 10) /* read, and checked or sent, in one go: it stays in the core's cache */
 #define LANE_SCRATCH_BYTES (1u << 20)
-#define LANE_PACKET_BYTES_MAX (sizeof(struct lane_head) + LANE_ITEMS_MAX * sizeof(struct lane_item))
+#define LANE_PACKET_BYTES_MAX \
+    (sizeof(struct lane_head) + LANE_ITEMS_MAX * sizeof(struct lane_item) + LANE_GRANT_BYTES_MAX)
 
 /* Serve until the client leaves or breaks the rules. */
 void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stats);

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANE_INTERFACE 2 /* of what Python calls here: `lane.native` takes no other one */
+#define LANE_INTERFACE 3 /* of what Python calls here: `lane.native` takes no other one */
 
 static PyObject *lane_lost;
 
@@ -185,12 +185,29 @@ static PyObject *server_lease(PyObject *self, PyObject *args) {
 static PyObject *server_adopt(PyObject *self, PyObject *args) {
     struct server *server = (struct server *)self;
     int fd, is_stream;
-    if (!PyArg_ParseTuple(args, "ip", &fd, &is_stream)) return NULL;
+    const char *tenant = NULL;
+    if (!PyArg_ParseTuple(args, "ip|z", &fd, &is_stream, &tenant)) return NULL;
     if (server->threads == NULL) {
         PyErr_SetString(PyExc_ValueError, "it was stopped");
         return NULL;
     }
-    if (lane_server_adopt(server->threads, fd, is_stream) != 0) return PyErr_SetFromErrno(PyExc_OSError);
+    if (lane_server_adopt(server->threads, fd, is_stream, tenant) != 0) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
+static PyObject *server_set_keys(PyObject *self, PyObject *args) {
+    struct server *server = (struct server *)self;
+    struct lane_keys keys = {0};
+    const char *packed;
+    Py_ssize_t size;
+    if (!PyArg_ParseTuple(args, "y#", &packed, &size) || check_server(self) != 0) return NULL;
+    if (size % LANE_KEY_BYTES || size > (Py_ssize_t)sizeof keys.keys) {
+        PyErr_SetString(PyExc_ValueError, "at most 4 keys of 32 bytes");
+        return NULL;
+    }
+    memcpy(keys.keys, packed, (size_t)size);
+    keys.count = (uint32_t)(size / LANE_KEY_BYTES);
+    if (server->threads != NULL) lane_server_set_keys(server->threads, &keys);
     Py_RETURN_NONE;
 }
 
@@ -217,7 +234,10 @@ static PyMethodDef server_methods[] = {
     {"clear", server_clear, METH_VARARGS, "clear(chain): its files may be closed afterwards"},
     {"allow", server_allow, METH_VARARGS, "allow(chain, version); version 0: nobody"},
     {"lease", server_lease, METH_VARARGS, "lease(until_ns), by CLOCK_BOOTTIME"},
-    {"adopt", server_adopt, METH_VARARGS, "adopt(fd, is_stream): serve a lane; the descriptor is the server's from now on"},
+    {"adopt", server_adopt, METH_VARARGS,
+     "adopt(fd, is_stream, tenant=None): serve a lane; the descriptor is the server's from now on. With a tenant it is a\n"
+     "reader's, who reads under grants of that one only (\"\": of any)."},
+    {"set_keys", server_set_keys, METH_VARARGS, "set_keys(packed): those of grants, 32 bytes each"},
     {"stats", server_stats, METH_NOARGS, "Counters, by name."},
     {"stop", server_stop, METH_NOARGS, "End the threads and the lanes."},
     {NULL, NULL, 0, NULL},
@@ -272,6 +292,10 @@ struct plan {
     uint64_t stage_number;
     uint8_t *stage;
     size_t stage_bytes, staged_bytes, total_bytes;
+    uint32_t grant_place;
+    const char *grant;
+    Py_ssize_t grant_size;
+    uint8_t *shows; /* per server: 1 until the grant was sent there */
 };
 
 static void plan_free(struct plan *plan) {
@@ -328,7 +352,8 @@ static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, 
     plan->pieces = pieces;
     struct lane_item *items = (struct lane_item *)(server->head + 1);
     items[*count] = (struct lane_item){.inode = spec->inode, .index = index, .chain_version = slot->chain_version,
-                                       .chain = slot->chain, .offset = offset, .length = length};
+                                       .chain = slot->chain, .offset = offset, .length = length,
+                                       .grant = plan->grant_place};
     if (known != NULL) {
         items[*count].region = known->number;
         items[*count].place = (uint64_t)(uintptr_t)into - known->address;
@@ -421,6 +446,14 @@ static int finish_requests(struct plan *plan, uint64_t call) {
         if (count == 0) continue;
         *server->head = (struct lane_head){LANE_MAGIC, LANE_READ, (uint16_t)count, call};
         server->size = sizeof *server->head + count * sizeof(struct lane_item);
+        if (plan->shows[at] && !server->is_stream) {
+            void *head = realloc(server->head, server->size + (size_t)plan->grant_size);
+            if (head == NULL) return -1;
+            server->head = head;
+            memcpy((char *)head + server->size, plan->grant, (size_t)plan->grant_size);
+            server->size += (size_t)plan->grant_size;
+            plan->shows[at] = 0;
+        }
         server->counts = malloc(count * sizeof *server->counts);
         server->into = malloc(count * sizeof *server->into);
         if (server->counts == NULL || server->into == NULL) return -1;
@@ -475,7 +508,7 @@ static PyObject *counts_list(const struct plan *plan) {
 }
 
 static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, const Py_buffer *streams,
-                      const Py_buffer *pending) {
+                      const Py_buffer *pending, const Py_buffer *shows) {
     size_t room = (size_t)plan->items_count + 1;
     plan->counts = malloc(room * sizeof *plan->counts);
     plan->buffers = malloc(room * sizeof *plan->buffers);
@@ -487,7 +520,8 @@ static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, c
     }
     plan->servers_count = (int)(fds->len / (Py_ssize_t)sizeof(int));
     if (plan->servers_count > SERVERS_MAX || streams->len != plan->servers_count ||
-        pending->len != plan->servers_count) {
+        pending->len != plan->servers_count || shows->len != plan->servers_count ||
+        plan->grant_size > (Py_ssize_t)LANE_GRANT_BYTES_MAX) {
         plan->servers_count = 0;
         PyErr_SetString(PyExc_ValueError, "a descriptor, and the kind of its lane, for each of at most 64 servers");
         return -1;
@@ -509,13 +543,17 @@ static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, c
 
 static PyObject *read_ranges(PyObject *module, PyObject *args) {
     PyObject *items, *into, *attribute;
-    Py_buffer fds, streams, pending, known;
+    Py_buffer fds, streams, pending, known, shows;
     unsigned long long stage_number, stage_address, call;
     Py_ssize_t stage_bytes;
     long long spin_ns, timeout_ns;
+    unsigned int grant_place;
+    const char *grant;
+    Py_ssize_t grant_size;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOy*y*w*y*KKnKLL", &PyList_Type, &items, &into, &attribute, &fds, &streams,
-                          &pending, &known, &stage_number, &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns))
+    if (!PyArg_ParseTuple(args, "O!OOy*y*w*y*KKnKLLIy#w*", &PyList_Type, &items, &into, &attribute, &fds, &streams,
+                          &pending, &known, &stage_number, &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns,
+                          &grant_place, &grant, &grant_size, &shows))
         return NULL;
     PyObject *result = NULL;
     struct plan *plan = calloc(1, sizeof *plan);
@@ -529,7 +567,11 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
     plan->stage_number = stage_number;
     plan->stage = (uint8_t *)(uintptr_t)stage_address;
     plan->stage_bytes = (size_t)stage_bytes;
-    if (start_plan(plan, into, &fds, &streams, &pending) != 0 || plan_items(plan, items, into, attribute) != 0) goto out;
+    plan->grant_place = grant_place;
+    plan->grant = grant;
+    plan->grant_size = grant_size;
+    plan->shows = shows.buf;
+    if (start_plan(plan, into, &fds, &streams, &pending, &shows) != 0 || plan_items(plan, items, into, attribute) != 0) goto out;
     if (plan->pieces_count) {
         if (finish_requests(plan, call) != 0) {
             PyErr_NoMemory();
@@ -545,6 +587,7 @@ out:
     PyBuffer_Release(&streams);
     PyBuffer_Release(&pending);
     PyBuffer_Release(&known);
+    PyBuffer_Release(&shows);
     return result;
 }
 
@@ -553,7 +596,8 @@ static PyMethodDef functions[] = {
     {"cumulative_sums", cumulative_sums, METH_VARARGS, "cumulative_sums(data, granule, offset, start) -> packed sums"},
     {"read_ranges", read_ranges, METH_VARARGS,
      "read_ranges(items, into, attribute, fds, streams, pending, known, stage_number, stage_address, stage_bytes, call,\n"
-     "spin_ns, timeout_ns) -> bytes per item, -1 where no lane could serve it. If it raises, `pending` says which lanes\n"
+     "spin_ns, timeout_ns, grant_place, grant, shows) -> bytes per item, -1 where no lane could serve it. A reader's grant\n"
+     "goes to servers whose `shows` is 1, which is 0 then. If it raises, `pending` says which lanes\n"
      "were asked and did not answer: LaneLost, or what the handler of a signal raised. What is wrong with the arguments\n"
      "is raised before anything is sent."},
     {NULL, NULL, 0, NULL},

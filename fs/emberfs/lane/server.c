@@ -50,6 +50,9 @@ struct lane {
     struct region *regions;
     uint32_t regions_count, last;
     uint64_t mapped;
+    char *tenant; /* NULL: it may read everything */
+    struct lane_grant *grants[LANE_GRANTS_MAX];
+    uint32_t keys_version; /* that they were checked with */
     struct lane *previous, *next; /* of the same thread */
 };
 
@@ -82,6 +85,8 @@ struct lane_server {
     pthread_cond_t ended;          /* a stream has */
     struct stream_thread *streams; /* guarded by the lock, as is their number */
     int streams_count, is_stopping;
+    struct lane_keys keys; /* guarded by the lock */
+    uint32_t keys_version; /* grows with each change of them, by atomic additions */
     struct lane_stats stats; /* but `lanes`, by atomic additions */
     struct worker workers[THREADS_MAX];
 };
@@ -184,12 +189,45 @@ void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count) {
     __atomic_add_fetch(&stats->bytes, bytes, __ATOMIC_RELAXED);
 }
 
+/* Of a reader: one of the grants that it has shown is for this. */
+static int is_granted(const struct lane *lane, const struct lane_item *item, int64_t now_s) {
+    if (lane->tenant == NULL) return 1;
+    const struct lane_grant *grant = item->grant - 1 < LANE_GRANTS_MAX ? lane->grants[item->grant - 1] : NULL;
+    return grant != NULL && lane_grant_covers(grant, item, now_s);
+}
+
+/* With other keys nothing that was checked before counts: the client asks the service, which checks it again. */
+static void look_at_keys(struct worker *worker, struct lane *lane) {
+    uint32_t version = __atomic_load_n(&worker->server->keys_version, __ATOMIC_ACQUIRE);
+    if (lane->tenant == NULL || lane->keys_version == version) return;
+    for (int at = 0; at < LANE_GRANTS_MAX; at++) {
+        free(lane->grants[at]);
+        lane->grants[at] = NULL;
+    }
+    lane->keys_version = version;
+}
+
+/* What is no good takes the place all the same: reads that name it are declined, and the service says why. 0, or -1: the
+   client breaks the rules. */
+static int take_grant(struct worker *worker, struct lane *lane, uint32_t place, const uint8_t *data, size_t size) {
+    if (place - 1 >= LANE_GRANTS_MAX) return -1;
+    if (lane->tenant == NULL) return 0;
+    struct lane_keys keys;
+    pthread_mutex_lock(&worker->server->lock);
+    keys = worker->server->keys;
+    pthread_mutex_unlock(&worker->server->lock);
+    free(lane->grants[place - 1]);
+    lane->grants[place - 1] = lane_grant_new(&keys, data, size, lane->tenant, strlen(lane->tenant));
+    return 0;
+}
+
 /* 0, or -1: the client breaks the rules. */
 static int serve_read(struct worker *worker, struct lane *lane, const struct lane_head *head, size_t size) {
     const struct lane_item *items = (const struct lane_item *)(head + 1);
     struct lane_table *table = worker->server->table;
     uint64_t total = 0;
-    if (head->count > LANE_ITEMS_MAX || size != sizeof *head + head->count * sizeof *items) return -1;
+    size_t plain = sizeof *head + head->count * sizeof *items;
+    if (head->count > LANE_ITEMS_MAX || size < plain || (size > plain && head->count == 0)) return -1;
     for (int at = 0; at < head->count; at++) {
         const struct region *region = region_of(lane, items[at].region);
         if (region == NULL || items[at].place > region->size || items[at].length > region->size - items[at].place)
@@ -199,7 +237,14 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
     if (total > LANE_BYTES_MAX) return -1;
     int32_t *counts = worker->reply.counts;
     lane_table_find(table, items, head->count, worker->found);
-    for (int at = 0; at < head->count; at++) counts[at] = read_item(worker, lane, &items[at], &worker->found[at]);
+    look_at_keys(worker, lane);
+    if (size > plain &&
+        take_grant(worker, lane, items[0].grant, (const uint8_t *)head + plain, size - plain) != 0)
+        return -1;
+    int64_t now_s = lane->tenant != NULL ? time(NULL) : 0;
+    for (int at = 0; at < head->count; at++)
+        counts[at] = is_granted(lane, &items[at], now_s) ? read_item(worker, lane, &items[at], &worker->found[at])
+                                                         : LANE_DECLINED;
     lane_table_finish(table, items, head->count, worker->found, counts);
     lane_count(&worker->server->stats, counts, head->count);
     worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
@@ -248,6 +293,13 @@ static int serve_packet(struct worker *worker, struct lane *lane) {
     return -1;
 }
 
+static void free_lane(struct lane *lane) {
+    for (int at = 0; at < LANE_GRANTS_MAX; at++) free(lane->grants[at]);
+    free(lane->tenant);
+    free(lane->regions);
+    free(lane);
+}
+
 static void end_lane(struct worker *worker, struct lane *lane) {
     struct lane_server *server = worker->server;
     pthread_mutex_lock(&server->lock);
@@ -258,8 +310,7 @@ static void end_lane(struct worker *worker, struct lane *lane) {
     pthread_mutex_unlock(&server->lock);
     while (lane->regions_count) forget_region(server, lane, lane->regions[0].number);
     close(lane->fd); /* At last: who sees it knows that nothing is written to its memory any more. */
-    free(lane->regions);
-    free(lane);
+    free_lane(lane);
 }
 
 static void *work(void *argument) {
@@ -329,10 +380,14 @@ struct lane_server *lane_server_new(struct lane_table *table, int threads, int s
     return NULL;
 }
 
-static int adopt_local(struct lane_server *server, int fd) {
+static int adopt_local(struct lane_server *server, int fd, const char *tenant) {
     struct lane *lane = calloc(1, sizeof *lane);
     if (lane == NULL) return -1;
     lane->fd = fd;
+    if (tenant != NULL && (lane->tenant = strdup(tenant)) == NULL) {
+        free_lane(lane);
+        return -1;
+    }
     pthread_mutex_lock(&server->lock);
     struct worker *worker = &server->workers[server->next++ % server->threads];
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = lane};
@@ -345,7 +400,7 @@ static int adopt_local(struct lane_server *server, int fd) {
     }
     pthread_mutex_unlock(&server->lock);
     if (is_in) return 0;
-    free(lane);
+    free_lane(lane);
     return -1;
 }
 
@@ -393,8 +448,17 @@ static int adopt_stream(struct lane_server *server, int fd) {
     return -1;
 }
 
-int lane_server_adopt(struct lane_server *server, int fd, int is_stream) {
-    if ((is_stream ? adopt_stream : adopt_local)(server, fd) == 0) return 0;
+void lane_server_set_keys(struct lane_server *server, const struct lane_keys *keys) {
+    pthread_mutex_lock(&server->lock);
+    server->keys = *keys;
+    __atomic_add_fetch(&server->keys_version, 1, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&server->lock);
+}
+
+int lane_server_adopt(struct lane_server *server, int fd, int is_stream, const char *tenant) {
+    /* Streams do not look at grants: a reader has none. */
+    int failed = is_stream ? tenant != NULL || adopt_stream(server, fd) : adopt_local(server, fd, tenant);
+    if (!failed) return 0;
     close(fd);
     errno = EMFILE;
     return -1;

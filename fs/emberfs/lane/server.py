@@ -6,6 +6,7 @@ Does not know: chains, beside their number and version; or how a client gets a l
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..engine.extents import Known, Mirror
@@ -60,9 +61,16 @@ class LaneServer:
         threads = max(1, min(THREADS_MAX, len(os.sched_getaffinity(0)) // CORES_PER_THREAD))
         self._server: Any = native.Server(TABLE_BYTES_MAX, threads, SPIN_US)
 
-    def adopt(self, descriptor: int, is_stream: bool) -> None:
-        """Serve the lane that ends in `descriptor`, which is ours from now on. Raises OSError."""
-        self._server.adopt(descriptor, is_stream)
+    def adopt(self, descriptor: int, is_stream: bool, tenant: str | None = None) -> None:
+        """Serve the lane that ends in `descriptor`, which is ours from now on. Raises OSError.
+
+        `tenant`: it is a reader's, who reads under grants of that tenant only ("": of any).
+        """
+        self._server.adopt(descriptor, is_stream, tenant)
+
+    def set_keys(self, keys: Sequence[bytes]) -> None:
+        """Those that grants are checked with from now on."""
+        self._server.set_keys(b"".join(keys))
 
     def mirror(self, chain: int) -> Mirror:
         return _Mirror(self._server, chain)

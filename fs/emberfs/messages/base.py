@@ -11,6 +11,9 @@ from ..routing import Node, Role
 SERVERS = frozenset[str](Role)
 OPERATORS = SERVERS | {"admin"}
 EVERYBODY = OPERATORS | {"client"}
+READER = "reader"
+"""Reads under grants, and nothing else: see `emberfs.grants`."""
+READERS = EVERYBODY | {READER}
 """Roles that a certificate may give, in sets of those who may send the same."""
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from .base import EVERYBODY, Message
+from .base import EVERYBODY, READERS, Message
 
 
 class ReadChunks(Message):
     """Read [offset, offset+length) of each chunk into the buffer of its index. Parallel lists, no object per item."""
 
-    may_send = EVERYBODY
+    may_send = READERS
     takes_turns = True
     changes_nothing = True
     fills_buffers = True
@@ -24,6 +24,8 @@ class ReadChunks(Message):
     """Take what this replica has committed, even if a newer version may be committed at the tail."""
     uncommitted: bool = False
     """Take what this replica has written, even if it is never committed."""
+    grant: bytes = b""
+    """Of a reader: what it reads under."""
 
     @property
     def local(self) -> bool | None:

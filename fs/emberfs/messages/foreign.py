@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import EVERYBODY, Message
+from .base import READERS, Message
 
 
 class Foreign(Message):
@@ -11,7 +11,7 @@ class Foreign(Message):
     It counts as one that changes nothing: such a service makes its requests so that one may be lost or come twice.
     """
 
-    may_send = EVERYBODY
+    may_send = READERS
     changes_nothing = True
 
     body: bytes

@@ -6,7 +6,7 @@ import msgspec
 
 from ..routing import LocalState, Node, Routing
 from ..settings import Config, Settings, Value
-from .base import EVERYBODY, OPERATORS, Message
+from .base import EVERYBODY, OPERATORS, READERS, Message
 
 
 class TargetReport(msgspec.Struct, frozen=True, array_like=True):
@@ -54,7 +54,7 @@ class HeartbeatReply(Message):
 class GetRouting(Message):
     """The routing if it is newer than `version`; waits up to `wait_s` for one."""
 
-    may_send = EVERYBODY
+    may_send = READERS
     changes_nothing = True
 
     version: int = 0

@@ -43,6 +43,8 @@ class StorageSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     reserve_bytes: int = 1 << 30
     """New data is refused when the disk has less than this left."""
+    grants: str = ""
+    """File of the keys that grants are checked with, the same as the signing service's. Empty: readers are refused."""
 
 
 _LOAD = LoadConfig()

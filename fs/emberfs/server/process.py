@@ -27,6 +27,7 @@ from ..routing import Role
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
 from ..transport.address import named
+from ..transport.grant_keys import GrantKeys
 from ..transport.types import Listener, Service
 from .config import ServerConfig
 from .metrics import Metered, serve_metrics
@@ -48,7 +49,12 @@ def run_server(config: ServerConfig) -> None:
     runtime = AsyncioRuntime(config.name)
     portal = Portal(runtime)
     lanes = LaneServer() if native is not None and config.role == Role.STORAGE else None
-    network = TcpNetwork(runtime, tcp_config(config), adopt_lane=None if lanes is None else lanes.adopt)
+    keys = GrantKeys(Path(config.storage.grants)) if config.storage.grants else None
+    network = TcpNetwork(
+        runtime, tcp_config(config), adopt_lane=None if lanes is None else lanes.adopt, grant_keys=keys
+    )
+    if lanes is not None and keys is not None:
+        lanes.set_keys(keys.keys)
     door = _Door()
     role: Served | None = None
     end_metrics: Callable[[], None] | None = None
@@ -62,7 +68,7 @@ def run_server(config: ServerConfig) -> None:
         if config.metrics:
             with named(config.metrics):
                 end_metrics = serve_metrics(network.meter, role.gauges, config.metrics)
-        _serve(config, role, listener, stop)
+        _serve(config, role, listener, stop, lambda: _renew_keys(keys, lanes))
         portal.run(role.retire())
         portal.run(listener.close(drain_s=config.drain_s))
     finally:
@@ -80,8 +86,16 @@ def run_server(config: ServerConfig) -> None:
         runtime.stop()
 
 
-def _serve(config: ServerConfig, role: Served, listener: Listener, stop: threading.Event) -> None:
-    """Say that we serve, and return when it is time to stop."""
+def _renew_keys(keys: GrantKeys | None, lanes: LaneServer | None) -> None:
+    """Go by those that are in the file now."""
+    if keys is not None and keys.look() and lanes is not None:
+        lanes.set_keys(keys.keys)
+
+
+def _serve(
+    config: ServerConfig, role: Served, listener: Listener, stop: threading.Event, look: Callable[[], None]
+) -> None:
+    """Say that we serve, and return when it is time to stop; `look` after what may change meanwhile."""
     log.info("%s %s serves at %s", config.role, config.name, listener.address)
     sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")
     sys.stdout.flush()
@@ -90,6 +104,7 @@ def _serve(config: ServerConfig, role: Served, listener: Listener, stop: threadi
         if reason := role.must_stop():
             log.error("stopping: %s", reason)
             break
+        look()
     log.info("stopping: calls in the air have %.0f s", config.drain_s)
     _tell_systemd("STOPPING=1")
 

@@ -67,6 +67,8 @@ class Certificate:
     names: tuple[str, ...]
     """Of hosts and of nodes; the first is the machine's own."""
     role: str
+    tenant: str = ""
+    """Of a reader: whose grants it may show; "": anybody's."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -190,4 +192,5 @@ def certificate_of(sock: object) -> Certificate | None:
     fields = dict(field for group in proved["subject"] for field in group)  # type: ignore[misc]
     others = [str(name) for _, name in proved.get("subjectAltName", ())]  # type: ignore[str-unpack]
     names = dict.fromkeys([str(fields.get("commonName", "")), *others])
-    return Certificate(tuple(names), str(fields.get("organizationalUnitName", "")))
+    role, _, tenant = str(fields.get("organizationalUnitName", "")).partition(":")
+    return Certificate(tuple(names), role, tenant)

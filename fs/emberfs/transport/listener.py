@@ -21,6 +21,7 @@ from .address import Address, is_loopback, parse_address
 from .blocks import BlockPool
 from .config import CONNECT_PATIENCE_MAX, TcpConfig
 from .door import Door
+from .grant_keys import GrantKeys
 from .handshake import certificate_of, this_host
 from .session import AdoptLane, Session
 from .tls import TlsContexts
@@ -51,9 +52,10 @@ class TcpListener:
         watch: Callable[[Wire], None],
         adopt_lane: AdoptLane | None = None,
         rails: Rails | None = None,
+        grant_keys: GrantKeys | None = None,
     ) -> None:
         """`watch` is told each new wire, to keep it alive and to notice its silence; `meter` what was served. `rails`:
-        large buffers may go by UCX.
+        large buffers may go by UCX. `grant_keys`: those of the grants that readers come with.
         """
         self._adopt_lane = adopt_lane
         self.sessions: dict[Session, None] = {}
@@ -65,6 +67,7 @@ class TcpListener:
         self._meter = meter
         self._watch = watch
         self._rails = rails
+        self._grant_keys = grant_keys
         self._pool = BlockPool()
         self._turns = Turns(runtime, config.load)
         self._address = Address()
@@ -232,6 +235,7 @@ class TcpListener:
             is_local=sock.family == socket.AF_UNIX and self._config.shares_memory,
             adopt_lane=self._adopt_lane,
             rails=self._rails,
+            grant_keys=self._grant_keys,
         )
         self.sessions[session] = None
         return session

@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from ..errors import AccessDenied, EmberError, LimitExceeded, Overloaded, ProtocolError, Unavailable
 from ..half_run import HalfRun
 from ..messages import Join, Message, ReadChunks
+from ..messages.base import READER
 from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from ..stopwatch import Stopwatch, current
@@ -35,6 +36,8 @@ from .codec import decode_message, encode_failure, encode_message, kind_of
 from .config import TcpConfig
 from .door import Door
 from .frame import HEADER_BYTES_MAX, Frame, Kind, decode_places, encode_frame
+from .gate import Gate
+from .grant_keys import GrantKeys
 from .handshake import answer_hello, certificate_of, check_sender, decode_hello, encode_hello, this_host
 from .region import ForeignRegions
 from .turns import Line, Turn, Turns
@@ -55,8 +58,9 @@ KEEPALIVE = {
     (socket_options.IPPROTO_TCP, socket_options.TCP_USER_TIMEOUT): 30_000,
 }
 """Of a lane that nobody watches: a client that vanished is noticed within a minute."""
-AdoptLane = Callable[[int, bool], None]
-"""Takes (socket that a lane of a client ends in, True if it is a stream) as its own. Raises OSError."""
+AdoptLane = Callable[[int, bool, str | None], None]
+"""Takes (socket that a lane of a client ends in, True if it is a stream, whose grants it reads under; None: it needs
+none) as its own. Raises OSError."""
 
 
 class _Served(Turn):
@@ -135,12 +139,13 @@ class Session:
         is_local: bool = False,
         adopt_lane: AdoptLane | None = None,
         rails: Rails | None = None,
+        grant_keys: GrantKeys | None = None,
     ) -> None:
         """`on_change` is called when a call has ended and when the connection is lost. In the loop's thread.
 
         `door`: where a client of this host may go on with its memory, if it is not there already (`is_local`).
         `adopt_lane`: who serves the lanes of such a client, and of any other one that needs no TLS. `rails`: its large
-        buffers may go by UCX.
+        buffers may go by UCX. `grant_keys`: those of the grants that readers come with.
         """
         self.wire = Wire(runtime.loop, sock, self, takes_descriptors=is_local)
         self.greeted: asyncio.Future[None] = runtime.future()
@@ -155,6 +160,9 @@ class Session:
         self._name = name
         self._is_stranger = is_stranger
         self._certificate = certificate_of(sock)
+        self._grant_keys = grant_keys
+        self._gate: Gate | None = None
+        """Of a reader."""
         self._on_change = on_change
         self._door = door
         self._regions = ForeignRegions() if is_local else None
@@ -261,6 +269,8 @@ class Session:
             if self._lanes > LANES_MAX:
                 raise ProtocolError(f"more than {LANES_MAX} lanes of one connection")
             self._hand_over(adopt, self.wire.take_descriptor(), is_stream=False)
+        elif self._gate is not None:
+            raise ProtocolError("a reader has no streams")
         elif self._calls or self.wire.is_sending:
             raise ProtocolError("a connection with calls on it cannot become a lane")
         else:
@@ -284,7 +294,7 @@ class Session:
 
     def _hand_over(self, adopt: AdoptLane, descriptor: int, *, is_stream: bool) -> bool:
         try:
-            adopt(descriptor, is_stream)
+            adopt(descriptor, is_stream, self._gate.tenant if self._gate is not None else None)
         except OSError as error:  # The client finds that its lane is over, and goes on without.
             log.warning("no lane for %s: %s", self._name, error)
             return False
@@ -314,6 +324,9 @@ class Session:
             self.wire.send(Outgoing(encode_frame(Kind.ERROR, 0, encode_failure(error, _NOBODY))))
             self.wire.close_when_sent()
             return
+        if self._certificate is not None and self._certificate.role == READER:
+            tenant, wall_ns = self._certificate.tenant, self._runtime.wall_ns
+            self._gate = Gate(self._grant_keys, tenant=tenant, wall_ns=wall_ns)
         self._is_admitted = True
         self.greeted.set_result(None)
         self.wire.reader.header_bytes_max = HEADER_BYTES_MAX
@@ -341,6 +354,8 @@ class Session:
             if self._is_stranger and not isinstance(served.request, Join):
                 raise AccessDenied("without a certificate of this cluster one can only join")
             check_sender(served.request, self._certificate)
+            if self._gate is not None:
+                self._gate.check(served.request, frame.lengths)
             if self._is_draining:
                 raise Unavailable("the server is shutting down")
             if placed is None and (frame.kind == Kind.FETCH) != (served.request.fills_buffers and bool(frame.lengths)):

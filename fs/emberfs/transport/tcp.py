@@ -19,6 +19,7 @@ from .address import parse_address
 from .config import TcpConfig
 from .connection import TcpConnection
 from .frame import Kind, encode_frame
+from .grant_keys import GrantKeys
 from .listener import TcpListener
 from .region import Blocks
 from .session import AdoptLane
@@ -37,10 +38,16 @@ class TcpNetwork:
     """See `types.Network`. Addresses are `host:port`, `[v6]:port` and `unix:/path`."""
 
     def __init__(
-        self, runtime: AsyncioRuntime, config: TcpConfig | None = None, *, adopt_lane: AdoptLane | None = None
+        self,
+        runtime: AsyncioRuntime,
+        config: TcpConfig | None = None,
+        *,
+        adopt_lane: AdoptLane | None = None,
+        grant_keys: GrantKeys | None = None,
     ) -> None:
-        """`adopt_lane`: who serves the lanes of our clients. Raises Unavailable where UCX is asked for and not
-        there.
+        """`adopt_lane`: who serves the lanes of our clients. `grant_keys`: those of the grants that readers come with.
+
+        Raises Unavailable where UCX is asked for and not there.
         """
         self.meter = Meter(runtime.now_s)
         """What was served here."""
@@ -50,6 +57,7 @@ class TcpNetwork:
         self._connections: dict[str, TcpConnection] = {}
         self._listeners: list[TcpListener] = []
         self._adopt_lane = adopt_lane
+        self._grant_keys = grant_keys
         self._wires: dict[Wire, _Still] = {}
         """Those that are watched."""
         self._blocks = Blocks() if self._config.shares_memory else None
@@ -88,6 +96,7 @@ class TcpNetwork:
             watch=self._watch,
             adopt_lane=self._adopt_lane,
             rails=self._rails,
+            grant_keys=self._grant_keys,
         )
         await listener.open(parse_address(address))
         self._listeners.append(listener)

@@ -1,0 +1,95 @@
+"""Reads under grants, of a client that knows no names: where the chunks are is in the grant, too.
+
+Does not know: who made a grant, or whether it is good. The storage servers see to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import AccessDenied, EmberError, LimitExceeded
+from ..grants import GrantFile, read_grant
+from ..types import BATCH_ITEMS_MAX, FILE_BYTES_MAX, Inode, Kind
+from .attachment import Attachment
+from .batch import destinations
+from .core import Core, Range
+
+GRANTS_MAX = 256
+FILES_MAX = 1024
+"""That are remembered."""
+Item = tuple[int, int, int]
+"""(number of a file, offset, length)"""
+
+
+class GrantedFile:
+    """A file as a grant names it: to lanes what an open `File` is."""
+
+    def __init__(self, file: GrantFile) -> None:
+        # How long it is the grant knows best. Without links: nobody need ask whether it was removed.
+        self.inode_to_read = Inode(file.inode, Kind.FILE, 0, 0, FILE_BYTES_MAX, 0, 0, layout=file.layout)
+        self.lane_spec: bytes | None = None
+        self.lane_servers: list[str] = []
+        self.lane_version = (-1, -1)
+
+
+class GrantedReads:
+    """The reads of one client. Safe from many threads: what one of them forgets is read from the grant again."""
+
+    def __init__(self) -> None:
+        self._grants: dict[bytes, dict[int, GrantedFile]] = {}
+        self._files: dict[GrantFile, GrantedFile] = {}
+
+    def read(
+        self, attachment: Attachment, grant: bytes, items: Sequence[Item], into: Sequence[Any]
+    ) -> list[int | EmberError]:
+        """See `Client.read_granted`: over lanes, and what they do not serve as `fetch` does."""
+        core, store, asked = attachment.live(), attachment.store, self._asked(grant, items)
+        results: list[Any] | None = None
+        if store.lanes is not None:
+            files = list(dict.fromkeys([file for file, _, _ in asked]))
+            results = store.lanes.read(files, asked, into, code=GrantedReads.read.__code__, grant=grant)
+        if results is None:
+            return store.portal.run(self.fetch(core, grant, items, into))
+        if -1 in results:
+            left = [place for place, count in enumerate(results) if count == -1]
+            rest, buffers = [items[place] for place in left], [into[place] for place in left]
+            found = store.portal.run(self.fetch(core, grant, rest, buffers))
+            for place, result in zip(left, found, strict=True):
+                results[place] = result
+        return results
+
+    async def fetch(
+        self, core: Core, grant: bytes, items: Sequence[Item], into: Sequence[Any]
+    ) -> list[int | EmberError]:
+        """See `Client.read_granted`."""
+        views = destinations(items, into)  # type: ignore[arg-type]  # Of them it looks at offsets and lengths only.
+        asked = zip(self._asked(grant, items), views, strict=True)
+        ranges = [Range(file.inode_to_read, offset, view, "") for (file, offset, _), view in asked]
+        return await core.read_ranges(ranges, grant=grant)
+
+    def _asked(self, grant: bytes, items: Sequence[Item]) -> list[tuple[GrantedFile, int, int]]:
+        """Raises AccessDenied, LimitExceeded."""
+        if len(items) > BATCH_ITEMS_MAX:
+            raise LimitExceeded(f"a batch of {len(items)} items is over the limit of {BATCH_ITEMS_MAX}")
+        files = self._files_of(grant)
+        try:
+            return [(files[number], offset, length) for number, offset, length in items]
+        except KeyError as missing:
+            raise AccessDenied(f"the grant is not for file {missing}") from None
+
+    def _files_of(self, grant: bytes) -> dict[int, GrantedFile]:
+        """By number. Raises AccessDenied."""
+        found = self._grants.get(grant)
+        if found is None:
+            if len(self._grants) >= GRANTS_MAX:
+                self._grants = {}
+            if len(self._files) >= FILES_MAX:
+                self._files = {}
+            known, found = self._files, {}
+            for file in read_grant(grant).files:
+                if (there := known.get(file)) is None:
+                    there = known[file] = GrantedFile(file)
+                found[file.number] = there
+            self._grants[grant] = found
+        return found
