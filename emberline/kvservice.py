@@ -49,6 +49,8 @@ def size_bytes_of(text: str) -> int:
               help="So many at most, each of that capacity.")  # fmt: skip
 @click.option("--tenants", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE",
               help="Whose tokens the service takes. Without it whoever reaches the port may do all.")  # fmt: skip
+@click.option("--grants", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE",
+              help="Keys that grants for readers are made with, the same as the storage servers'.")  # fmt: skip
 @tls_option
 @click.option("--metrics", default="", metavar="HOST:PORT", help="Serve a page for Prometheus there.")
 @click.option("--events", default="", metavar="ENDPOINT", help="Publish KV events by ZeroMQ there: tcp://*:5557.")
@@ -56,7 +58,7 @@ def size_bytes_of(text: str) -> int:
 @click.option("--events-tokens", is_flag=True, help="With the tokens of pages, which are the prompts.")
 def serve(
     store: str, root: str, listen: str, capacity: str, ttl_hours: float, namespaces: int, tenants: Path | None,
-    tls: Path | None, metrics: str, events: str, events_replay: str, events_tokens: bool,
+    grants: Path | None, tls: Path | None, metrics: str, events: str, events_replay: str, events_tokens: bool,
 ) -> None:  # fmt: skip
     """Serve KV pages that lie in a store, until SIGTERM or Ctrl-C.
 
@@ -86,6 +88,7 @@ def serve(
             space=space,
             namespaces_max=namespaces,
             tenants=tenants,
+            grants=grants,
             tls=tls,
             metrics=metrics,
             events=events,

@@ -21,12 +21,13 @@ from emberfs import Client, StoreClosed
 from emberfs.client.buffers import writable_view
 from emberfs.errors import EmberError, LimitExceeded
 from emberfs.transport import TcpConfig
+from msgspec.structs import replace
 
 from . import messages
 from .breaker import BreakerConfig
 from .caller import Caller
 from .errors import BreakerOpen
-from .hit import Browsed, Hit
+from .hit import GRANT_PAGES, Browsed, Hit
 from .journal import split
 from .keys import KEY_BYTES, ROOT, opaque_keys, page_keys, token_bytes
 from .namespace import Namespace
@@ -42,11 +43,13 @@ class KVCache:
 
     def __init__(
         self, address: str, namespace: Namespace, *, tenant: str, salt: bytes, token: str, policy: str,
-        timeout_s: float, store: str | None, tcp: TcpConfig, store_settings: dict[str, Any],
+        timeout_s: float, store: str | None, grants: bool, tcp: TcpConfig, store_settings: dict[str, Any],
         breaker: BreakerConfig,
     ) -> None:  # fmt: skip
         self.namespace, self.tenant, self.salt = namespace, tenant, salt
-        self._token = token
+        self.refusal = ""
+        """Why storage servers refused what was read last, of all that was refused; "": nothing ever was."""
+        self._token, self._grants = token, grants
         self._kinds = {kind.name: number for number, kind in enumerate(namespace.kinds)}
         self._caller = Caller(
             address,
@@ -98,19 +101,20 @@ class KVCache:
         """`match` of several chains in one round trip."""
         blobs = [b"".join(chain) for chain in chains]
         try:
-            answer = self._caller.ask(lambda seat: messages.Match(seat, blobs, lease_s), messages.Matched)
+            answer = self._caller.ask(lambda seat: messages.Match(seat, blobs, lease_s, self._grants), messages.Matched)
         except BreakerOpen:
             nothing = (b"",) * len(self._kinds)
             return [Hit(0, 0, "no answer", 0, blob, nothing, 0) for blob in blobs]
         hits, begin, tenant = [], 0, self._caller.seated().number
         known, partings = answer.known or answer.pages, answer.partings or [0] * len(blobs)
-        for blob, pages, reason, lease, there, parts_at in zip(
-            blobs, answer.pages, answer.reasons, answer.leases, known, partings, strict=True
+        granted = answer.grants or [[]] * len(blobs)
+        for blob, pages, reason, lease, there, parts_at, grants in zip(
+            blobs, answer.pages, answer.reasons, answer.leases, known, partings, granted, strict=True
         ):
             end = begin + pages * PLACE.size
             places = tuple(column[begin:end] for column in answer.places)
             tokens = pages * self.namespace.page_tokens
-            hits.append(Hit(pages, tokens, reason, lease, blob, places, tenant, there, parts_at))
+            hits.append(Hit(pages, tokens, reason, lease, blob, places, tenant, there, parts_at, tuple(grants)))
             begin = end
         return hits
 
@@ -118,14 +122,17 @@ class KVCache:
         """Each key for itself, whatever lies before it: a hit of one page, or None. One lease is on all of them."""
         number, blob = self._kind(kind), b"".join(keys)
         try:
-            answer = self._caller.ask(lambda seat: messages.Lookup(seat, number, blob, lease_s), messages.LookedUp)
+            answer = self._caller.ask(
+                lambda seat: messages.Lookup(seat, number, blob, lease_s, self._grants), messages.LookedUp
+            )
         except BreakerOpen:
             return [None] * len(keys)
         hits: list[Hit | None] = []
         tenant, page_tokens = self._caller.seated().number, self.namespace.page_tokens
-        for key, place in zip(keys, split(answer.places, PLACE.size), strict=True):
+        for page, (key, place) in enumerate(zip(keys, split(answer.places, PLACE.size), strict=True)):
+            grants = (answer.grants[page // GRANT_PAGES],) if answer.grants else ()
             places = tuple(place if each == number else NO_PLACE for each in range(len(self._kinds)))
-            there = Hit(1, page_tokens, "whole", answer.lease, bytes(key), places, tenant)
+            there = Hit(1, page_tokens, "whole", answer.lease, bytes(key), places, tenant, grants=grants)
             hits.append(None if place == NO_PLACE else there)
         return hits
 
@@ -176,9 +183,11 @@ class KVCache:
         for view, (segment, _, length, _) in zip(views, PLACE.iter_unpack(places), strict=True):
             if segment and begin + len(view) > length:
                 raise LimitExceeded(f"the page has {length} bytes: not {len(view)} from {begin} on")
+        grants = hit.grants_of(first, len(views))
         with self._reader() as reader:
-            done = reader.read(keys, places, views, kind=number, tenant=hit.tenant, begin=begin)
-        if reports and not all(done):
+            done = reader.read(keys, places, views, kind=number, tenant=hit.tenant, begin=begin, grants=grants)
+            is_refused = self._note_refusal(reader)
+        if reports and not all(done) and not is_refused:
             self._report(number, [key for key, good in zip(keys, done, strict=True) if not good])
         return done
 
@@ -195,6 +204,7 @@ class KVCache:
         number, views = self._kind(kind), [writable_view(buffer) for buffer in buffers]
         if first < 0 or first + len(views) > hit.pages:
             raise LimitExceeded(f"the hit has {hit.pages} pages: not {len(views)} from {first} on")
+        grants = hit.grants_of(first, len(views))
         keys, places = hit.keys_of(first, len(views)), places_of(hit.places[number])[first : first + len(views)]
         for view, place in zip(views, places, strict=True):
             if place.segment and len(view) != place.length:
@@ -206,10 +216,11 @@ class KVCache:
 
         def read(pages: Sequence[int], parts: Sequence[memoryview], layer: int) -> list[bool]:
             mine, asked = [keys[page] for page in pages], b"".join(PLACE.pack(*places[page]) for page in pages)
-            begin = layer * len(parts[0])
+            begin, under = layer * len(parts[0]), [grants[page] for page in pages] if grants else []
             with self._reader() as reader:
-                done = reader.read(mine, asked, parts, kind=number, tenant=hit.tenant, begin=begin)
-            if not all(done):
+                done = reader.read(mine, asked, parts, kind=number, tenant=hit.tenant, begin=begin, grants=under)
+                is_refused = self._note_refusal(reader)
+            if not all(done) and not is_refused:
                 self._report(number, [key for key, good in zip(mine, done, strict=True) if not good])
             return done
 
@@ -249,9 +260,16 @@ class KVCache:
             with contextlib.suppress(BreakerOpen):
                 self._caller.ask(lambda seat: messages.Release(seat, leases), messages.Okay)
 
-    def extend(self, hit: Hit, *, lease_s: float = 30.0) -> bool:
-        """Let a lease last for `lease_s` from now. False: it was over."""
-        return bool(self._caller.ask(lambda seat: messages.Extend(seat, hit.lease, lease_s), messages.Okay).count)
+    def extend(self, hit: Hit, *, lease_s: float = 30.0) -> Hit | None:
+        """Let a lease last for `lease_s` from now: the hit to go on with, whose grants last, too. None: it was over."""
+        if not hit.grants:
+            goes_on = self._caller.ask(lambda seat: messages.Extend(seat, hit.lease, lease_s), messages.Okay).count
+            return hit if goes_on else None
+        grants = list(hit.grants)
+        renewed = self._caller.ask(
+            lambda seat: messages.Renew(seat, hit.lease, lease_s, grants), messages.Renewed
+        ).grants
+        return replace(hit, grants=tuple(renewed)) if renewed else None
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -362,6 +380,11 @@ class KVCache:
         finally:
             with self._lock:
                 self._readers.append(reader)
+
+    def _note_refusal(self, reader: PageReader) -> bool:
+        """The last read of `reader` was refused: nothing to report, the pages may be as good as ever."""
+        self.refusal = reader.refusal or self.refusal
+        return bool(reader.refusal)
 
     def _report(self, kind: int, keys: Sequence[bytes]) -> None:
         """Tell the service, behind the caller's back: the pages are misses either way."""

@@ -29,6 +29,7 @@ def connect(
     tls: str | Path | None = None,
     shares_memory: bool = True,
     breaker: BreakerConfig = BREAKER,
+    grants: bool = False,
     **store_settings: Any,
 ) -> KVCache:
     """Open a namespace of the service at `address`: `host:port`, `unix:/path`, or several with commas.
@@ -42,6 +43,8 @@ def connect(
         tls            directory with ca.pem, cert.pem and key.pem
         shares_memory  storage servers of this host fill our buffers in place
         breaker        after how many calls without an answer all are misses for a while
+        grants         hits bring grants, and are read under them: what `credentials` of a reader need, and who hands a
+                       hit to one. The service must have a key
 
     Other settings are those of `emberfs.connect`. The namespace is made if it is new. Raises Unavailable,
     DeadlineExceeded, AccessDenied, NamespaceMismatch.
@@ -57,6 +60,7 @@ def connect(
         policy=policy,
         timeout_s=timeout_s,
         store=store,
+        grants=grants,
         tcp=TcpConfig(tls=tls_files(None if tls is None else Path(tls)), shares_memory=shares_memory),
         breaker=breaker,
         store_settings={**store_settings, **({} if shares_memory else {"shares_memory": False})},

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from emberfs import AsyncClient, AsyncFile, Corruption, NotFound
 from emberfs.errors import DataLost, EmberError
+from emberfs.types import Chunks
 
 SEGMENT_CHUNK_BYTES = 1 << 19
 """Of the one that is being filled the store has taken room for all: it is little of a segment."""
@@ -54,6 +55,9 @@ class Files(Protocol):
 
     async def open_log(self, path: str) -> Log:
         """A new file to append to. Raises AlreadyExists."""
+
+    async def locate(self, path: str) -> tuple[int, Chunks] | None:
+        """Its inode, and where its chunks are; None: it has none yet. Raises NotFound."""
 
     async def create(self, path: str, size_bytes: int) -> None:
         """A new file of zeros that takes no space yet. Raises AlreadyExists."""
@@ -107,6 +111,10 @@ class StoreFiles:
     async def open_log(self, path: str) -> Log:
         await self.claim(path, b"")
         return _StoreLog(await self._client.open(path, "ab"))
+
+    async def locate(self, path: str) -> tuple[int, Chunks] | None:
+        inode = await self._client.stat(path)
+        return (inode.id, inode.layout) if isinstance(inode.layout, Chunks) else None
 
     async def create(self, path: str, size_bytes: int) -> None:
         try:

@@ -12,6 +12,9 @@ import msgspec
 from .journal import split
 from .keys import KEY_BYTES
 
+GRANT_PAGES = 64
+"""A grant is of so many pages of a hit."""
+
 
 class Hit(msgspec.Struct, frozen=True, array_like=True):
     """The longest usable prefix of a chain of keys."""
@@ -37,6 +40,8 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     parts_at: int = 0
     """Not 0: after so many pages the chain parts from another one, and nobody kept states there. Whoever computes them
     should put them with the last of these pages, so that a third request goes on from there (`units`)."""
+    grants: tuple[bytes, ...] = ()
+    """What a reader may read the pages under: of the first GRANT_PAGES, and so on. Empty: there are none."""
 
     @property
     def keys(self) -> list[bytes]:
@@ -46,6 +51,10 @@ class Hit(msgspec.Struct, frozen=True, array_like=True):
     def keys_of(self, first: int, count: int) -> list[bytes]:
         """Of `count` pages from page `first` on."""
         return split(self.chain[first * KEY_BYTES : (first + count) * KEY_BYTES], KEY_BYTES)
+
+    def grants_of(self, first: int, count: int) -> list[bytes]:
+        """Of each of `count` pages from page `first` on what it is read under; empty without grants."""
+        return [self.grants[page // GRANT_PAGES] for page in range(first, first + count)] if self.grants else []
 
     def encode(self) -> bytes:
         """As bytes, for another process of the tenant."""

@@ -43,6 +43,8 @@ class Match(Ask, frozen=True):
     seat: int
     chains: list[bytes]
     lease_s: float
+    grants: bool = False
+    """To read under, too."""
 
 
 class Lookup(Ask, frozen=True):
@@ -52,6 +54,7 @@ class Lookup(Ask, frozen=True):
     kind: int
     keys: bytes
     lease_s: float
+    grants: bool = False
 
 
 class Reserve(Ask, frozen=True):
@@ -98,6 +101,15 @@ class Extend(Ask, frozen=True):
     seat: int
     lease: int
     lease_s: float
+
+
+class Renew(Ask, frozen=True):
+    """A lease goes on, and what is read under. -> Renewed"""
+
+    seat: int
+    lease: int
+    lease_s: float
+    grants: list[bytes]
 
 
 class Report(Ask, frozen=True):
@@ -195,7 +207,7 @@ class Collect(Ask, frozen=True):
 
 AnyAsk = (
     Open | Match | Lookup | Reserve | Commit | GiveUp | Release | Extend | Report | Remove | Pin | Close | Flush | Stat
-    | Erase | Drop | Quota | Collect | Browse | Ttl
+    | Erase | Drop | Quota | Collect | Browse | Ttl | Renew
 )  # fmt: skip
 
 
@@ -226,11 +238,19 @@ class Matched(Answer, frozen=True):
     """Of each chain, how many pages are there, if some match ended for want of states."""
     partings: list[int] = []
     """The same: how many of them it has in common with others that go on otherwise; 0: see `parting`."""
+    grants: list[list[bytes]] = []
+    """Of each chain."""
 
 
 class LookedUp(Answer, frozen=True):
     places: bytes
     lease: int
+    grants: list[bytes] = []
+
+
+class Renewed(Answer, frozen=True):
+    grants: list[bytes]
+    """None: the lease is over."""
 
 
 class Browsed(Answer, frozen=True):
@@ -270,7 +290,7 @@ class Failed(Answer, frozen=True):
     text: str
 
 
-AnyAnswer = Opened | Matched | LookedUp | Reserved | Committed | Okay | Numbers | Failed | Browsed
+AnyAnswer = Opened | Matched | LookedUp | Reserved | Committed | Okay | Numbers | Failed | Browsed | Renewed
 
 _encoder = msgspec.msgpack.Encoder()
 _asks = msgspec.msgpack.Decoder(AnyAsk)

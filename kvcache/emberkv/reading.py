@@ -15,7 +15,7 @@ from typing import Any
 
 from emberfs import Client, File
 from emberfs.checksum import crc32c
-from emberfs.errors import EmberError
+from emberfs.errors import AccessDenied, EmberError
 
 from .page import HEADER_BYTES, MAGIC, PLACE, VERSION
 
@@ -31,6 +31,8 @@ class PageReader:
     """Reads pages of a namespace. Not thread-safe: each thread borrows one."""
 
     def __init__(self, client: Client, segments: str) -> None:
+        self.refusal = ""
+        """Why storage servers refused some of the last read; "": they did not."""
         self._client, self._segments = client, segments
         self._files: dict[int, File] = {}
         self._scratch = client.buffer(BATCH_PAGES * HEADER_BYTES)
@@ -45,22 +47,31 @@ class PageReader:
         kind: int,
         tenant: int,
         begin: int = 0,
+        grants: Sequence[bytes] = (),
     ) -> list[bool]:
         """Read page i of `places` into `views[i]`; whether it is there and right.
 
         A view as long as the payload gets all of it, and its checksum is compared. A shorter one gets what of it
         is from `begin` on: the header is compared, and the store has verified the bytes.
+
+        `grants`: of each page what it is read under. Empty: we may read the files.
         """
         done: list[bool] = []
-        for first in range(0, len(views), BATCH_PAGES):
+        self.refusal = ""
+        first = 0
+        while first < len(views):
             last = min(first + BATCH_PAGES, len(views))
+            grant = grants[first] if grants else b""
+            if grants:  # As many as are read under one.
+                last = next((page for page in range(first, last) if grants[page] != grant), last)
             part = list(PLACE.iter_unpack(places[first * PLACE.size : last * PLACE.size]))
-            done += self._read_batch(keys[first:last], part, views[first:last], kind, tenant, begin)
+            done += self._read_batch(keys[first:last], part, views[first:last], kind, tenant, begin, grant)
+            first = last
         return done
 
     def _read_batch(
         self, keys: Sequence[bytes], places: Sequence[tuple[int, int, int, int]], views: Sequence[memoryview],
-        kind: int, tenant: int, begin: int,
+        kind: int, tenant: int, begin: int, grant: bytes,
     ) -> list[bool]:  # fmt: skip
         items: list[Any] = []
         into: list[memoryview] = []
@@ -69,7 +80,7 @@ class PageReader:
             view = views[index]
             if not segment:
                 continue
-            file = self._file(segment)
+            file = segment if grant else self._file(segment)
             if file is None:
                 continue
             asked.append(index)
@@ -81,9 +92,14 @@ class PageReader:
         if not items:
             return done
         try:
-            counts = self._client.batch_read(items, into, raise_errors=False)
-        except EmberError:
-            return done  # Nobody serves them now: a miss.
+            if grant:
+                counts: Sequence[Any] = self._client.read_granted(grant, items, into)
+            else:
+                counts = self._client.batch_read(items, into, raise_errors=False)
+        except EmberError as error:
+            if isinstance(error, AccessDenied):
+                self.refusal = str(error)
+            return done  # Nobody serves them now, or not to us: a miss.
         tail = _TENANT.pack(tenant)
         for at, index in enumerate(asked):
             segment, offset, length, crc = places[index]
@@ -106,7 +122,9 @@ class PageReader:
         if file is None:
             try:
                 file = self._client.open(f"{self._segments}/{segment:08x}", "rb")
-            except EmberError:
+            except EmberError as error:
+                if isinstance(error, AccessDenied):
+                    self.refusal = str(error)
                 return None  # It was removed with all its pages, or nobody can say: a miss.
             if len(self._files) >= OPEN_MAX:
                 oldest = next(iter(self._files))

@@ -25,10 +25,12 @@ from emberfs.runtime import AsyncioRuntime
 from emberfs.server.metrics import serve_page
 from emberfs.transport import TcpConfig, TcpNetwork
 from emberfs.transport.address import named
+from emberfs.transport.grant_keys import GrantKeys
 
 from .events import EventFeed
 from .figures import Figures
 from .files import StoreFiles
+from .grants import Granter
 from .metrics import KvCollector
 from .pools import NAMESPACES_MAX
 from .publisher import Publisher
@@ -54,6 +56,8 @@ class ServerConfig:
     namespaces_max: int = NAMESPACES_MAX
     tenants: Path | None = None
     """A file of tokens; None: whoever reaches the port may do everything."""
+    grants: Path | None = None
+    """A file of keys that grants for readers are made with, the same as the storage servers'; None: there are none."""
     tls: Path | None = None
     """Directory with ca.pem, cert.pem and key.pem."""
     events: str = ""
@@ -76,8 +80,10 @@ def run_server(config: ServerConfig) -> None:
     network = TcpNetwork(runtime, TcpConfig(tls=tls_files(config.tls)))
     client = emberfs.connect_async(config.store)
     feed = EventFeed(tells_tokens=config.events_tokens) if config.events else None
+    files = StoreFiles(client)
+    keys = None if config.grants is None else GrantKeys(config.grants)
     service = KvService(
-        StoreFiles(client),
+        files,
         runtime,
         root=config.root,
         store=config.store,
@@ -85,6 +91,7 @@ def run_server(config: ServerConfig) -> None:
         namespaces_max=config.namespaces_max,
         tenants=EVERYBODY if config.tenants is None else read_tenants(config.tenants),
         events=feed,
+        granter=None if keys is None else Granter(keys, files, runtime),
     )
     publisher: Publisher | None = None
     end_metrics: Callable[[], None] | None = None
@@ -100,7 +107,7 @@ def run_server(config: ServerConfig) -> None:
         opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         # A standby is there until the owner ends, and may be told to stop before that.
         portal.begin(_in_loop(runtime, _opened(service, publisher)), lambda _, error: opened.put(error))
-        _wait_for_end(stop, opened, listener.address)
+        _wait_for_end(stop, opened, listener.address, keys)
     finally:
         if end_metrics is not None:
             end_metrics()
@@ -112,10 +119,14 @@ def run_server(config: ServerConfig) -> None:
         runtime.stop()
 
 
-def _wait_for_end(stop: threading.Event, opened: queue.SimpleQueue[Exception | None], address: str) -> None:
+def _wait_for_end(
+    stop: threading.Event, opened: queue.SimpleQueue[Exception | None], address: str, keys: GrantKeys | None
+) -> None:
     """Say that we are ready once we are. Raises why the namespaces could not be opened."""
     # By turns, and never for ever: only the main thread sees a signal, and another one may have been woken by it.
     while not stop.wait(LOOK_S):
+        if keys is not None:
+            keys.look()
         if opened.empty():
             continue
         if (error := opened.get()) is not None:

@@ -15,9 +15,10 @@ from dataclasses import asdict
 from typing import Any
 
 from emberfs import NotFound
-from emberfs.errors import EmberError, LimitExceeded, ProtocolError
+from emberfs.errors import AccessDenied, EmberError, LimitExceeded, ProtocolError
 from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
+from msgspec.structs import replace
 
 from . import messages
 from .admission import ON_EVICT, PUT_POLICIES
@@ -26,6 +27,7 @@ from .errors import KvError, SeatGone, StaleOwner
 from .events import EventFeed
 from .figures import Figures, requests_of, stat_of
 from .files import Files
+from .grants import Granter
 from .journal import split
 from .keys import KEY_BYTES
 from .leases import LEASE_S_MAX
@@ -50,13 +52,13 @@ class KvService:
     def __init__(
         self, files: Files, runtime: Runtime, *, root: str, store: str, config: SpaceConfig, address: str = "",
         tenants: Tenants = EVERYBODY, namespaces_max: int = NAMESPACES_MAX, counts: ServiceCounts | None = None,
-        events: EventFeed | None = None,
+        events: EventFeed | None = None, granter: Granter | None = None,
     ) -> None:  # fmt: skip
         self.counts = counts or ServiceCounts()
         self.pools = Pools(files, runtime, root=root, config=config, namespaces_max=namespaces_max,
                            counts=self.counts, events=events, address=address)  # fmt: skip
         self._runtime, self._store, self._tenants = runtime, store, tenants
-        self._events = events
+        self._events, self._granter = events, granter
         self._seats = Seats(runtime)
         self._upkeep: asyncio.Task[None] | None = None
 
@@ -109,7 +111,7 @@ class KvService:
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def _match(self, ask: messages.Match) -> messages.Answer:
+    def _match(self, ask: messages.Match) -> messages.Answer | Awaitable[messages.Answer]:
         seat = self._seats.of(ask.seat)
         if len(ask.chains) > CHAINS_MAX:
             raise LimitExceeded(f"{len(ask.chains)} chains in one request: at most {CHAINS_MAX}")
@@ -124,20 +126,42 @@ class KvService:
             leases.append(lease)
             every += slots
         places = [column[every].tobytes() for column in pool.table.places]
-        if NO_STATE not in reasons:
-            return messages.Matched(counts, reasons, leases, places)
-        found = [
-            parting(pool.table, tenant, _keys(chain), pages) if reason == NO_STATE else (pages, 0)
-            for chain, pages, reason in zip(ask.chains, counts, reasons, strict=True)
-        ]
-        known, partings = map(list, zip(*found, strict=True))
-        pool.counts.partings += len(partings) - partings.count(0)
-        return messages.Matched(counts, reasons, leases, places, known, partings)
+        answer = messages.Matched(counts, reasons, leases, places)
+        if NO_STATE in reasons:
+            found = [
+                parting(pool.table, tenant, _keys(chain), pages) if reason == NO_STATE else (pages, 0)
+                for chain, pages, reason in zip(ask.chains, counts, reasons, strict=True)
+            ]
+            known, partings = map(list, zip(*found, strict=True))
+            pool.counts.partings += len(partings) - partings.count(0)
+            answer = replace(answer, known=known, partings=partings)
+        return self._granted_match(seat, lease_s, answer) if ask.grants else answer
 
-    def _lookup(self, ask: messages.Lookup) -> messages.Answer:
+    async def _granted_match(self, seat: Seat, lease_s: float, answer: messages.Matched) -> messages.Answer:
+        grants, begin = [], 0
+        for pages, lease in zip(answer.pages, answer.leases, strict=True):
+            end = begin + pages * PLACE.size
+            grants.append(await self._grants(seat, [column[begin:end] for column in answer.places], lease, lease_s))
+            begin = end
+        return replace(answer, grants=grants)
+
+    async def _granted_lookup(self, seat: Seat, lease_s: float, answer: messages.LookedUp) -> messages.Answer:
+        return replace(answer, grants=await self._grants(seat, [answer.places], answer.lease, lease_s))
+
+    async def _grants(self, seat: Seat, columns: Sequence[bytes], lease: int, lease_s: float) -> list[bytes]:
+        tenant, segments = seat.pool.index.tenants[seat.tenant], f"{seat.pool.directory}/segments"
+        return await self._signer().grants(segments, columns, tenant=tenant, lease=lease, lease_s=lease_s)
+
+    def _signer(self) -> Granter:
+        if self._granter is None:
+            raise AccessDenied("this service makes no grants: it was not told a key")
+        return self._granter
+
+    def _lookup(self, ask: messages.Lookup) -> messages.Answer | Awaitable[messages.Answer]:
         seat, lease_s = self._seats.of(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX)
         places, lease = seat.pool.lookup(seat.tenant, _kind(seat, ask.kind), _keys(ask.keys), lease_s)
-        return messages.LookedUp(b"".join(places), lease)
+        answer = messages.LookedUp(b"".join(places), lease)
+        return self._granted_lookup(seat, lease_s, answer) if ask.grants else answer
 
     def _release(self, ask: messages.Release) -> messages.Answer:
         seat = self._seats.of(ask.seat)
@@ -147,6 +171,13 @@ class KvService:
         seat, lease_s, now_s = self._seats.of(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX), self._runtime.now_s()
         goes_on = seat.pool.leases.extend(ask.lease, owner=seat.tenant, duration_s=lease_s, now_s=now_s)
         return messages.Okay(int(goes_on))
+
+    def _renew(self, ask: messages.Renew) -> messages.Answer:
+        seat, lease_s, now_s = self._seats.of(ask.seat), _seconds(ask.lease_s, LEASE_S_MAX), self._runtime.now_s()
+        tenant = seat.pool.index.tenants[seat.tenant]
+        grants = self._signer().renewed(ask.grants, tenant=tenant, lease=ask.lease, lease_s=lease_s)
+        goes_on = seat.pool.leases.extend(ask.lease, owner=seat.tenant, duration_s=lease_s, now_s=now_s)
+        return messages.Renewed(grants if goes_on else [])
 
     async def _report(self, ask: messages.Report) -> messages.Answer:
         seat = self._seats.of(ask.seat)
@@ -296,6 +327,7 @@ _HANDLERS: dict[type, Callable[[KvService, Any], messages.Answer | Awaitable[mes
     messages.GiveUp: KvService._give_up,
     messages.Release: KvService._release,
     messages.Extend: KvService._extend,
+    messages.Renew: KvService._renew,
     messages.Report: KvService._report,
     messages.Remove: KvService._remove,
     messages.Pin: KvService._pin,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from emberfs import AlreadyExists, NotFound
 from emberfs.errors import EmberError
 from emberfs.runtime import Runtime
+from emberfs.types import Chunks
 
 
 class MemoryFiles:
@@ -52,6 +53,12 @@ class MemoryFiles:
     async def remove(self, path: str) -> None:
         await self._step("remove", path)
         self.files.pop(path, None)
+
+    async def locate(self, path: str) -> tuple[int, Chunks] | None:
+        await self._step("locate", path)
+        if path not in self.files:
+            raise NotFound("no such file", path)
+        return 1000 + int(path.rpartition("/")[2], 16), Chunks(1 << 19, 2, 2, 7)
 
     async def open_log(self, path: str) -> MemoryLog:
         await self.claim(path, b"")

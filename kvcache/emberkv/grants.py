@@ -1,0 +1,90 @@
+"""Grants for what was matched: a reader shows them to the storage servers, which let it read those pages and no others.
+
+A place never holds another page (see `segments`), so a grant that outlives its lease gives away nothing of another
+tenant's: what it names is that page or zeros. That it ends is hygiene, and so clocks that differ a little do no harm.
+
+Does not know: who asks, or whether the lease is still held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from emberfs import NotFound
+from emberfs.errors import AccessDenied
+from emberfs.grants import GrantFile, check_grant, renew, sign
+from emberfs.runtime import Runtime
+from emberfs.transport.grant_keys import GrantKeys
+
+from .files import Files
+from .hit import GRANT_PAGES
+from .page import HEADER_BYTES, PLACE
+
+SLACK_S = 60
+"""A grant is good for so long behind its lease: the clock of a storage server may be ahead."""
+SEGMENTS_MAX = 65_536
+"""Whose chunks are remembered."""
+
+
+class Granter:
+    """Makes grants of pages, for one service."""
+
+    def __init__(self, keys: GrantKeys, files: Files, runtime: Runtime) -> None:
+        self._keys, self._files, self._runtime = keys, files, runtime
+        self._known: dict[tuple[str, int], GrantFile] = {}
+        """(directory of segments, segment) -> its chunks."""
+
+    async def grants(
+        self, segments: str, columns: Sequence[bytes], *, tenant: str, lease: int, lease_s: float
+    ) -> list[bytes]:
+        """Grants of pages whose places the columns are, one for each kind; each grant is of GRANT_PAGES pages."""
+        step = GRANT_PAGES * PLACE.size
+        grants, key, expires_s = [], self._keys.keys[0], self._expires_s(lease_s)
+        for begin in range(0, len(columns[0]), step):
+            ranges = [each for column in columns for each in _ranges(column[begin : begin + step])]
+            files = {}
+            for number in dict.fromkeys([number for number, _, _ in ranges]):
+                file = self._known.get((segments, number)) or await self._locate(segments, number)
+                if file is not None:
+                    files[number] = file
+            there = [each for each in ranges if each[0] in files]
+            grants.append(sign(key, tenant=tenant, lease=lease, expires_s=expires_s, files=files, ranges=there))
+        return grants
+
+    def renewed(self, grants: Sequence[bytes], *, tenant: str, lease: int, lease_s: float) -> list[bytes]:
+        """The same for longer. Raises AccessDenied for what we never gave this tenant with this lease."""
+        for grant in grants:
+            if check_grant(grant, self._keys.keys, tenant=tenant).lease != lease:
+                raise AccessDenied("the grant is of another lease")
+        return [renew(grant, self._keys.keys[0], expires_s=self._expires_s(lease_s)) for grant in grants]
+
+    def _expires_s(self, lease_s: float) -> int:
+        return self._runtime.wall_ns() // 1_000_000_000 + int(lease_s) + SLACK_S
+
+    async def _locate(self, segments: str, number: int) -> GrantFile | None:
+        """None: it is gone, or nothing was ever written to it."""
+        try:
+            located = await self._files.locate(f"{segments}/{number:08x}")
+        except NotFound:
+            return None
+        if located is None:
+            return None
+        while len(self._known) >= SEGMENTS_MAX:
+            del self._known[next(iter(self._known))]
+        found = self._known[segments, number] = GrantFile(number, *located)
+        return found
+
+
+def _ranges(places: bytes) -> list[tuple[int, int, int]]:
+    """(segment, begin, end) of pages; one for pages that lie one after the other, as they mostly do."""
+    ranges = []
+    segment = begin = end = 0
+    for number, offset, length, _ in PLACE.iter_unpack(places):
+        if number != segment or offset != end:
+            if segment:
+                ranges.append((segment, begin, end))
+            segment, begin = number, offset
+        end = offset + HEADER_BYTES + length
+    if segment:
+        ranges.append((segment, begin, end))
+    return ranges
