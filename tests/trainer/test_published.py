@@ -171,7 +171,7 @@ def test_a_model_that_the_fields_cannot_say_is_refused() -> None:
 
 
 def test_a_preset_that_is_not_there_is_told_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match="no model is named .v5.; there are v3, "):
+    with pytest.raises(ConfigError, match=r"no model is named .v5.; there are v3, "):
         preset("v5")
 
 
