@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from emberfs.cli.output import human_bytes, json_option, note, print_columns, print_json, print_line
 
+from . import modelweights
+
 if TYPE_CHECKING:
     from embertrain.info import Count
     from embertrain.model.config import ModelConfig
@@ -30,6 +32,9 @@ Examples:
 @click.group(help=HELP, short_help="The MoE model: what it costs, and its weights.", no_args_is_help=True)
 def model() -> None:
     pass
+
+
+model.add_command(modelweights.weights)
 
 
 def config_of(name: str) -> ModelConfig:

@@ -209,6 +209,18 @@ def services_are_handed_the_world(source: Source) -> Iterator[Finding]:
         yield from _reaches(source)
 
 
+def trainers_name_no_vendor(source: Source) -> Iterator[Finding]:
+    """The same code runs on a CPU and on any accelerator; what is one vendor's own is in kernels/."""
+    if source.package != "embertrain" or not source.is_python or "kernels" in source.path.parts:
+        return
+    for node in source.nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"(cuda|nccl)(:.*)?", node.value):
+                yield node.lineno, f"names {node.value}: ask torch.accelerator, or take the device as it is handed in"
+        elif isinstance(node, ast.Attribute) and node.attr == "cuda":
+            yield node.lineno, "asks for cuda: ask torch.accelerator, or move to the device that is handed in"
+
+
 def _allowance(source: Source) -> str | None:
     """The row of `REACHES_OUT` that covers the file."""
     for row in REACHES_OUT:
@@ -259,6 +271,7 @@ BAD_SAMPLES: dict[Rule, tuple[str, str]] = {
     no_machine_is_named: ("README.md", "see " + "/" + "root/store\n"),
     imports_point_down: ("dataflow/emberflow/plan.py", "def f():\n    from emberkv.page import Page\n"),
     imports_inside_a_package_are_relative: ("fs/emberfs/client.py", "from emberfs.errors import NotFound\n"),
+    trainers_name_no_vendor: ("trainer/embertrain/engine.py", 'device = "cuda:0"\n'),
     services_are_handed_the_world: ("fs/emberfs/meta/gc.py", "import time\nnow = time.monotonic()\n"),
 }
 """Every rule, with a file that breaks it."""
@@ -309,6 +322,21 @@ def test_the_rule_finds_a_bad_sample(rule: Rule) -> None:
 )
 def test_each_way_past_the_seams_is_seen(line: str) -> None:
     assert list(services_are_handed_the_world(Source(PurePosixPath("fs/emberfs/meta/gc.py"), line)))
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "count"),
+    [
+        ("trainer/embertrain/engine.py", "x = x.cuda()", 1),
+        ("trainer/embertrain/engine.py", "torch.cuda.synchronize()", 1),
+        ("trainer/embertrain/engine.py", "backend = 'nccl'", 1),
+        ("trainer/embertrain/engine.py", "'cuda is one of them'", 0),
+        ("trainer/embertrain/kernels/attend.py", "torch.cuda.synchronize()", 0),
+        ("tests/trainer/test_x.py", "torch.cuda.synchronize()", 0),
+    ],
+)
+def test_each_way_to_name_a_vendor_is_seen(path: str, line: str, count: int) -> None:
+    assert len(list(trainers_name_no_vendor(Source(PurePosixPath(path), line)))) == count
 
 
 def test_the_tree_is_seen_whole() -> None:

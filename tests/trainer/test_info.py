@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from emberkv.models import model_from_config
 from embertrain import info
 from embertrain.info import CONTEXT_PUBLISHED, Rows
+from embertrain.model.config import Hybrid
 from embertrain.model.presets import NAMES, preset
 from embertrain.model.published import to_published
 
@@ -65,6 +67,14 @@ def test_the_makers_round_to_the_same(name: str) -> None:
 )
 def test_kv_bytes_a_token(name: str, context: int, rows: Rows, bytes_per_token: int) -> None:
     assert round(info.kv(preset(name), context, rows).rows / context) == bytes_per_token
+
+
+@pytest.mark.parametrize("name", ["v3", "v3.2", "v4-flash", "v4-pro"])
+def test_the_kv_cache_reckons_with_the_same_rows(name: str) -> None:
+    config = preset(name)
+    told = model_from_config(to_published(config), dtype="bf16")
+    window_bytes = sum(128 * 1024 for layer in config.layers if isinstance(layer.attention, Hybrid))
+    assert info.kv(config, MILLION, "bf16").rows == told.bytes_per_token * MILLION + window_bytes
 
 
 def test_rows_are_as_large_as_the_engines_make_them() -> None:

@@ -20,6 +20,8 @@ from embertrain.weights.names import weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.fs.cli_run import emberline, emberline_json
+
 MICROS = ("micro", "micro-v3", "micro-v3.2")
 
 
@@ -47,6 +49,10 @@ def empty_like(state: dict[str, Tensor], dtype: torch.dtype | None = None, devic
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 class Tree(nn.Module):
@@ -146,6 +152,7 @@ def test_transformers_loads_what_we_save_and_we_load_what_it_saves(name: str, tm
             piece.name: state[n] for n, weight in weights(config, "transformers").items() for piece in weight.pieces
         }
         assert same(own, mine)
+    theirs.config.num_nextn_predict_layers = 1  # as transformers has it by default, without a weight for it
     theirs.save_pretrained(tmp_path / "saved")
     target = empty_like(state)
     load(target, tmp_path / "saved")
@@ -295,7 +302,7 @@ def test_what_to_do_is_told(tmp_path: Path) -> None:
     other = from_published(to_published(plain) | {"vocab_size": 300})
     with pytest.raises(WeightsError, match=r"Is the vocabulary another one\?"):
         load(empty_like(state_of(other)), tmp_path / "plain", config=other)
-    with pytest.raises(WeightsError, match="weights of the model are not in its config"):
+    with pytest.raises(WeightsError, match=r"weights of the model are not in its config.*no MTP layers"):
         load(empty_like(state_of(config)), tmp_path / "plain")
     with pytest.raises(WeightsError, match="not those of the model"):
         save(state_of(plain), tmp_path / "b", config)
@@ -386,5 +393,37 @@ def test_verify_finds_numbers_that_are_none(tmp_path: Path) -> None:
     assert list(verify(Source(tmp_path / "b"))) == ["layers.0.ffn.gate.tid2eid names experts 0 to 8 of 8"]
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+# ---- the command
+
+
+def test_the_commands_look_check_and_convert(tmp_path: Path) -> None:
+    config = preset("micro")
+    save(state_of(config), tmp_path / "a", config)
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    command = ("model", "weights")
+    emberline(*command, "convert", tmp_path / "a", tmp_path / "b", "--quantise", "fp4", "--shard-size", "100kB")
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "{}"
+    assert "under official names: sound" in emberline(*command, "verify", tmp_path / "b").stderr
+    listed = {line["name"]: line for line in emberline_json(*command, "ls", tmp_path / "b")}
+    assert listed["layers.1.ffn.experts.0.w1.weight"]["dtype"] == "I8"
+    assert len({line["file"] for line in listed.values()}) > 3
+    # To transformers' names only whole: and from there, as it is, to the names it came from.
+    told = emberline(*command, "convert", tmp_path / "b", tmp_path / "c", "--names", "transformers", code=1).stderr
+    assert "official names" in told
+    emberline(*command, "convert", tmp_path / "b", tmp_path / "c", "--names", "transformers", "--dtype", "bf16")
+    assert "under transformers names: sound" in emberline(*command, "verify", tmp_path / "c").stderr
+    emberline(*command, "convert", tmp_path / "b", tmp_path / "d")
+    for file in (tmp_path / "b").iterdir():
+        assert file.read_bytes() == (tmp_path / "d" / file.name).read_bytes()
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
+    config = preset("micro")
+    state = state_of(config)
+    state["norm.weight"][0] = torch.nan
+    save(state, tmp_path / "a", config)
+    told = emberline("model", "weights", "verify", tmp_path / "a", code=1)
+    assert told.stdout == "norm.weight holds 1 numbers that are not finite\n"
+    assert "1 problem" in told.stderr
+    told = emberline("model", "weights", "convert", tmp_path / "a", tmp_path / "a", code=1)
+    assert "already" in told.stderr

@@ -78,12 +78,13 @@ def save(
     quantised: Quantised | None = None,
     like: Source | None = None,
     shard_size_bytes: int | None = None,
+    beside: Iterable[Path] = (),
 ) -> None:
     """Write all weights of a model, and its config.json, to the folder `path`, which must not exist, or be empty.
 
     `state` is the model, its tensors by our names, or another checkpoint. Floating-point weights are written in
     `dtype`, or the one they have; those that are published in fp32 (sinks, biases, hyper-connections) always in fp32.
-    Files are those of `like`, or of at most `shard_size_bytes`, `SHARD_BYTES` if not said.
+    Files are those of `like`, or of at most `shard_size_bytes` (`SHARD_BYTES` if not said). Those `beside` are copied.
 
     Raises WeightsError where a weight is missing or has another shape, NotFinite where one cannot be quantised,
     FileExistsError.
@@ -106,6 +107,8 @@ def save(
     if len(shards) > 1 or shards[0].file != SINGLE:
         _write_file(partial / INDEX, _index(shards, same))
     _write_file(partial / CONFIG, _config(config, items, like))
+    for other in beside:
+        _write_file(partial / other.name, other.read_bytes())
     _sync_folder(partial)
     if path.exists():
         path.rmdir()
@@ -196,8 +199,6 @@ class _Plan:
             codes, scale = self.like.raw(held)
             was = codes if scale is None else blocks.dequantise(codes, scale, torch.empty_like(tensor))
             unchanged = torch.equal(was.to(tensor.dtype), tensor)
-            del was
-            self.like.forget(held)
             if unchanged:
                 is_copy = item.name != item.piece.name and item.name in self.like.folder.entries
                 return _named(item, self.like.folder.tensor(item.name) if is_copy else codes, scale)
@@ -208,6 +209,12 @@ class _Plan:
         else:
             codes, scale = blocks.quantise_fp8(tensor, "fp32" if item.form.scales == "F32" else "e8m0")
         return _named(item, codes, scale)
+
+    def forget(self, item: _Item) -> None:
+        """Let go of what `data` mapped."""
+        for source in (self.like, self.state):
+            if isinstance(source, Source) and (held := source.holds(item.weight, item.piece)):
+                source.forget(held)
 
 
 def _named(item: _Item, codes: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
@@ -299,6 +306,7 @@ def _write_shard(path: Path, shard: _Shard, plan: _Plan) -> None:
                     file.seek(shard.begins[name])
                     written = file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
                     assert written == sizes[name]
+            plan.forget(item)
         file.flush()
         os.fsync(file.fileno())
 

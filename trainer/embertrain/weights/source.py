@@ -34,12 +34,18 @@ Key = tuple[str, int | None, tuple[int, int] | None]
 
 
 class Source:
-    """A checkpoint of the model `config`; of the one its config.json describes, if not said. Raises WeightsError."""
+    """A checkpoint of the model `config`. Raises WeightsError.
+
+    If not said, that is the model its config.json describes, without MTP layers where the files have none of their
+    weights: transformers counts them in the config and does not save them.
+    """
 
     def __init__(self, path: Path | str, config: ModelConfig | None = None) -> None:
         self.folder = Folder(path)
-        self.config = config or from_published(self.folder.config())
         entries = self.folder.entries
+        self.config = config or from_published(self.folder.config())
+        if config is None and entries.keys().isdisjoint(_mtp_names(weights(self.config))):
+            self.config = replace(self.config, mtp=())
         tables = {names: weights(self.config, names) for names in NAMES}
         self.names: Names = max(NAMES, key=lambda names: sum(n in entries for n in _file_names(tables[names])))
         self.weights = {name: self._found(weight) for name, weight in tables[self.names].items()}
@@ -81,7 +87,7 @@ class Source:
             _told("weight has another shape", "weights have other shapes", misshapen),
         ]
         if wrong := [text for text in told if text]:
-            hint = self._hint(missing, unexpected, misshapen)
+            hint = self._hint(missing or strangers, unexpected, misshapen)
             raise WeightsError(f"{self.folder.path} does not fit the model: {'; '.join(wrong)}. {hint}")
 
     def _missing(self, chosen: Collection[Weight], wanted: Mapping[str, Tensor] | None) -> list[str]:
@@ -129,8 +135,8 @@ class Source:
         return (*entry.shape[:-1], 2 * entry.shape[-1]) if packed else entry.shape
 
     def _hint(self, missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
-        mtp = {p.name for w in self.weights.values() if w.name.startswith("mtp.") for p in w.pieces}
-        if missing and not misshapen and mtp.issuperset(missing):
+        mtp = set(_mtp_names(self.weights))
+        if missing and not misshapen and all(name in mtp or name.startswith("mtp.") for name in missing):
             return "The files have no MTP layers: build the model without (mtp=() in its config)."
         if any("embed" in name for name in misshapen):
             return "Is the vocabulary another one? Compare vocab_size of config.json with the model's."
@@ -219,6 +225,10 @@ class Source:
 
 def _file_names(table: Mapping[str, Weight]) -> Iterable[str]:
     return (piece.name for weight in table.values() for piece in weight.pieces)
+
+
+def _mtp_names(table: Mapping[str, Weight]) -> Iterable[str]:
+    return _file_names({name: weight for name, weight in table.items() if name.startswith("mtp.")})
 
 
 def _renamed(name: str) -> str:
