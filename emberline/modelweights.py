@@ -106,7 +106,7 @@ def convert(
     kept = not (dtype or quantised)
     others = [
         path
-        for path in sorted(source.folder.root.iterdir())
+        for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
         if path.is_file() and path.name != CONFIG and ".safetensors" not in path.name and not path.name.startswith(".")
     ]
     save(

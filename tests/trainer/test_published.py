@@ -155,6 +155,47 @@ def test_a_wrong_field_is_named(changes: dict[str, Any], message: str) -> None:
         from_published(FLASH | changes)
 
 
+JUNK = [None, "x", -1, 0, 2.5, True, [], {}, ["x"], {"x": 1}, float("nan"), 10**30]
+
+
+@pytest.mark.parametrize("name", ["micro", "micro-v3.2"])
+@pytest.mark.parametrize("saved_by_transformers", [False, True])
+def test_whatever_a_field_holds_the_model_is_built_or_the_field_is_named(
+    name: str, saved_by_transformers: bool
+) -> None:
+    fields = to_published(preset(name)) | {"emberline": {"top_p": 0.9}}
+    if saved_by_transformers:
+        transformers = pytest.importorskip("transformers")
+        kind = getattr(transformers, fields["architectures"][0].replace("ForCausalLM", "Config"))
+        fields = json.loads(kind.from_dict(fields).to_json_string())
+    refused = 0
+    for field in fields:
+        for junk in JUNK:
+            try:
+                from_published(fields | {field: junk})
+            except ConfigError:
+                refused += 1
+    for outer in [field for field, value in fields.items() if isinstance(value, dict)]:
+        for inner in fields[outer]:
+            for junk in JUNK:
+                try:
+                    from_published(fields | {outer: fields[outer] | {inner: junk}})
+                except ConfigError:
+                    refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("name", ["micro", "micro-v3"])
+def test_a_model_without_yarn(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = from_published(to_published(preset(name)) | {"rope_scaling": None})
+    written = to_published(config)
+    kind = getattr(transformers, written["architectures"][0].replace("ForCausalLM", "Config"))
+    kind.from_dict(dict(written)).save_pretrained(tmp_path)
+    assert from_published(json.loads((tmp_path / "config.json").read_text())) == config
+    assert from_published(written) == config
+
+
 def test_options_without_a_published_field_are_kept_under_a_key_of_our_own() -> None:
     config = _with_ffn(preset("micro"), top_p=0.9, noise=0.1, dropping=Dropping(capacity_factor=1.25))
     written = json.loads(json.dumps(to_published(config)))

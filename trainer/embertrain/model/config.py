@@ -106,7 +106,7 @@ class Latent:
     def scale(self) -> float:
         """What scores are multiplied by before the softmax."""
         yarn = self.rope.yarn
-        return (self.nope_dim + self.rope.dim) ** -0.5 * (yarn.softmax_scale if yarn else 1.0)
+        return float((self.nope_dim + self.rope.dim) ** -0.5) * (yarn.softmax_scale if yarn else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +126,8 @@ class Hybrid:
     index: Index | None = None
 
     def __post_init__(self) -> None:
+        widths = (self.heads, self.head_dim, self.q_rank, self.out_groups, self.out_rank)
+        _need(min(widths) > 0, "hybrid: all widths must be positive")
         _need(self.heads % self.out_groups == 0, f"hybrid: {self.heads} heads in {self.out_groups} out_groups")
         _need(self.rope.dim <= self.head_dim, "hybrid: rope.dim is greater than head_dim")
         _need(self.ratio in (0, 4, 128), f"hybrid: ratio is {self.ratio}, and must be 0, 4 or 128")
@@ -140,7 +142,7 @@ class Hybrid:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +201,7 @@ class Mixture:
         _need(0 < self.top_k <= self.experts, f"mixture: top_k {self.top_k} of {self.experts} experts")
         _need(self.inner_size > 0 and self.shared >= 0, "mixture: inner_size > 0 and shared >= 0")
         _need(self.scoring in ("sqrtsoftplus", "sigmoid", "softmax"), f"mixture: no scoring named {self.scoring!r}")
+        _need(self.groups > 0, f"mixture: groups is {self.groups}, and must be positive")
         _need(self.experts % self.groups == 0, f"mixture: {self.experts} experts in {self.groups} groups")
         _need(0 < self.groups_kept <= self.groups, f"mixture: {self.groups_kept} of {self.groups} groups kept")
         room = self.experts // self.groups * self.groups_kept

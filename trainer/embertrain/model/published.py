@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from typing import Any, Literal
 
 from ..errors import ConfigError
 from .config import Dense, Dropping, Hybrid, Hyper, Index, Latent, Layer, Mixture, ModelConfig, Rope, Scoring, Yarn
 
 MODEL_TYPES: dict[str, Literal["v3", "v32", "v4"]] = {"deepseek_v3": "v3", "deepseek_v32": "v32", "deepseek_v4": "v4"}
+
+LAYERS_MAX = 1000
+"""More are a mistake, and would take long to refuse otherwise."""
 
 _ARCHITECTURES = {"v3": "DeepseekV3ForCausalLM", "v32": "DeepseekV32ForCausalLM", "v4": "DeepseekV4ForCausalLM"}
 _RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
@@ -42,17 +45,35 @@ class _Fields:
             raise ConfigError(f"config.json: {name} is missing")
         return value
 
-    def integer(self, name: str) -> int:
-        value = self._need(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or int(value) != value:
-            raise ConfigError(f"config.json: {name} is {value!r}, and must be a whole number")
-        return int(value)
+    def integer(self, name: str, default: int | None = None) -> int:
+        """Without a default it must be there; so with the others."""
+        return int(self._number(name, default, "a whole number"))
 
-    def number(self, name: str) -> float:
-        value = self._need(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"config.json: {name} is {value!r}, and must be a number")
-        return float(value)
+    def number(self, name: str, default: float | None = None) -> float:
+        return float(self._number(name, default, "a number"))
+
+    def _number(self, name: str, default: float | None, sort: str) -> float:
+        value = self._need(name) if default is None else self.get(name, default)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (sort == "a whole number" and int(value) != value):
+            raise ConfigError(f"config.json: {name} is {value!r}, and must be {sort}")
+        return value  # type: ignore[no-any-return]
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"config.json: {name} is {value!r}, and must be true or false")
+        return value
+
+    def table(self, name: str) -> _Fields:
+        """Fields within fields; none where there are none."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config.json: {name} is {value!r}, and must be an object")
+        return _Fields(value)
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._values.items()
 
     def only(self, name: str, *allowed: Any) -> None:
         """A field that may be missing, and of which only these values are known here."""
@@ -60,12 +81,26 @@ class _Fields:
         if value not in allowed:
             raise ConfigError(f"config.json: {name} is {value!r}; known here: {', '.join(map(repr, allowed))}")
 
-    def list(self, name: str, length: int) -> list[Any]:
+    def layers(self, name: str) -> int:
+        """A number of layers."""
+        value = self.integer(name)
+        if not 0 <= value <= LAYERS_MAX:
+            raise ConfigError(f"config.json: {name} is {value}, and must be 0 to {LAYERS_MAX}")
+        return value
+
+    def entries(self, name: str, length: int) -> list[Any]:
         """A list with at least so many entries."""
         value = self._need(name)
         if not isinstance(value, list | tuple) or len(value) < length:
             raise ConfigError(f"config.json: {name} must be a list of {length} entries, and is {value!r}")
         return list(value)
+
+    def kinds(self, name: str, length: int, *known: str) -> list[str]:
+        """A list of so many words."""
+        words = [str(word) for word in self.entries(name, length)[:length]]
+        if unknown := set(words) - set(known):
+            raise ConfigError(f"config.json: {name} holds {sorted(unknown)}; known here: {', '.join(known)}")
+        return words
 
 
 # ---- reading
@@ -75,7 +110,7 @@ def from_published(config_json: Mapping[str, Any]) -> ModelConfig:
     """The model that a `config.json` describes."""
     fields = _Fields(config_json)
     model_type = fields.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ConfigError(f"config.json: model_type is {model_type!r}; known here: {', '.join(MODEL_TYPES)}")
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
@@ -99,7 +134,7 @@ def from_published(config_json: Mapping[str, Any]) -> ModelConfig:
         hyper=hyper,
         positions_max=fields.integer("max_position_embeddings"),
         rms_eps=fields.number("rms_norm_eps"),
-        tied=bool(fields.get("tie_word_embeddings", False)),
+        tied=fields.flag("tie_word_embeddings", False),
     )
 
 
@@ -118,14 +153,12 @@ def _latent_layers(fields: _Fields, family: str) -> tuple[tuple[Layer, ...], tup
         rope=_latent_rope(fields),
         index=_index(fields) if family == "v32" else None,
     )
-    count = fields.integer("num_hidden_layers")
+    count = fields.layers("num_hidden_layers")
     if fields.get("mlp_layer_types") is None:
-        dense_count = fields.integer("first_k_dense_replace")
+        dense_count = fields.layers("first_k_dense_replace")
         dense = [i < dense_count for i in range(count)]
     else:
-        kinds = fields.list("mlp_layer_types", count)[:count]
-        if unknown := set(kinds) - {"dense", "sparse"}:
-            raise ConfigError(f"config.json: mlp_layer_types holds {sorted(unknown)}; known here: dense, sparse")
+        kinds = fields.kinds("mlp_layer_types", count, "dense", "sparse")
         dense = [kind == "dense" for kind in kinds]
     layers = tuple(
         Layer(
@@ -141,20 +174,18 @@ def _latent_layers(fields: _Fields, family: str) -> tuple[tuple[Layer, ...], tup
 def _hybrid_layers(fields: _Fields) -> tuple[tuple[Layer, ...], tuple[Layer, ...]]:
     """V4's: a ratio for each layer, the MTP layers' behind the others', and hashed experts in the first layers."""
     fields.only("num_key_value_heads", 1)
-    count, mtp_count = fields.integer("num_hidden_layers"), _mtp_count(fields)
+    count, mtp_count = fields.layers("num_hidden_layers"), _mtp_count(fields)
     if fields.get("compress_ratios") is not None:
-        ratios = fields.list("compress_ratios", count)
+        ratios = fields.entries("compress_ratios", count)
     else:
         _check_rates(fields)
-        kinds = fields.list("layer_types", count)
-        if unknown := {str(kind) for kind in kinds} - set(_RATIOS):
-            raise ConfigError(f"config.json: layer_types holds {sorted(unknown)}; known here: {', '.join(_RATIOS)}")
-        ratios = [_RATIOS[kind] for kind in kinds[:count]]
+        ratios = [_RATIOS[kind] for kind in fields.kinds("layer_types", count, *_RATIOS)]
     ratios += [0] * (count + mtp_count - len(ratios))
     if fields.get("mlp_layer_types") is not None:
-        hashed = [kind == "hash_moe" for kind in fields.list("mlp_layer_types", count)[:count]]
+        hashed = [kind == "hash_moe" for kind in fields.kinds("mlp_layer_types", count, "hash_moe", "moe")]
     else:
-        hashed = [i < fields.integer("num_hash_layers") for i in range(count)]
+        hash_count = fields.layers("num_hash_layers")
+        hashed = [i < hash_count for i in range(count)]
     hashed += [False] * mtp_count
     plain, compressed = _hybrid_ropes(fields)
 
@@ -181,7 +212,7 @@ def _hybrid_layers(fields: _Fields) -> tuple[tuple[Layer, ...], tuple[Layer, ...
 
 def _check_rates(fields: _Fields) -> None:
     """transformers lets the ratio of each kind of layer be chosen; here it is the kind."""
-    for kind, rate in fields.get("compress_rates", {}).items():
+    for kind, rate in fields.table("compress_rates").items():
         if _RATIOS.get(kind) != rate:
             raise ConfigError(f"config.json: compress_rates has {rate!r} for {kind}; known here: {_RATIOS.get(kind)}")
 
@@ -190,7 +221,7 @@ def _mtp_count(fields: _Fields) -> int:
     """DeepSeek's name for it, or the one that transformers 5 saves."""
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
         if fields.get(name) is not None:
-            return fields.integer(name)
+            return fields.layers(name)
     return 0
 
 
@@ -203,32 +234,36 @@ def _index(fields: _Fields) -> Index:
 
 
 def _mixture(fields: _Fields, scoring: Scoring, *, hashed: bool = False) -> Mixture:
-    own = _Fields(fields.get("emberline", {}))
-    dropping = own.get("dropping")
+    own = fields.table("emberline")
+    dropping = own.table("dropping")
     return Mixture(
         experts=fields.integer("n_routed_experts"),
         top_k=fields.integer("num_experts_per_tok"),
         inner_size=fields.integer("moe_intermediate_size"),
-        shared=int(fields.get("n_shared_experts", 0)),
+        shared=fields.integer("n_shared_experts", 0),
         scoring=fields.get("scoring_func", scoring),
         scale=fields.number("routed_scaling_factor"),
-        normalise=bool(fields.get("norm_topk_prob", True)),
-        groups=int(fields.get("n_group", 1)),
-        groups_kept=int(fields.get("topk_group", 1)),
+        normalise=fields.flag("norm_topk_prob", True),
+        groups=fields.integer("n_group", 1),
+        groups_kept=fields.integer("topk_group", 1),
         hashed=hashed,
         swiglu_limit=fields.number("swiglu_limit") if fields.get("swiglu_limit") is not None else None,
-        temperature=float(own.get("temperature", 1.0)),
-        noise=float(own.get("noise", 0.0)),
-        top_p=own.get("top_p"),
-        dropping=Dropping(**dropping) if dropping else None,
+        temperature=own.number("temperature", 1.0),
+        noise=own.number("noise", 0.0),
+        top_p=own.number("top_p") if own.get("top_p") is not None else None,
+        dropping=Dropping(
+            capacity_factor=dropping.number("capacity_factor"), min_capacity=dropping.integer("min_capacity")
+        )
+        if own.get("dropping") is not None
+        else None,
     )
 
 
 def _latent_rope(fields: _Fields) -> Rope:
     """DeepSeek writes rope_theta and rope_scaling; transformers 5 saves both in rope_parameters."""
-    parameters = _Fields(fields.get("rope_parameters", {}))
-    theta = parameters if parameters.get("rope_theta") is not None else fields
-    scaling = fields.get("rope_scaling") or fields.get("rope_parameters", {})
+    both = fields.table("rope_parameters")
+    scaling = both if fields.get("rope_scaling") is None else fields.table("rope_scaling")
+    theta = fields if both.get("rope_theta") is None else both
     return Rope(
         dim=fields.integer("qk_rope_head_dim"), theta=theta.number("rope_theta"), yarn=_yarn(scaling, scaled=True)
     )
@@ -240,35 +275,32 @@ def _hybrid_ropes(fields: _Fields) -> tuple[Rope, Rope]:
         dim = fields.integer("qk_rope_head_dim")
     else:
         dim = int(fields.integer("head_dim") * fields.number("partial_rotary_factor"))
-    parameters = fields.get("rope_parameters", {})
-    main, compress = parameters.get("main", {}), parameters.get("compress", {})
-    scaling = fields.get("rope_scaling") or compress or parameters
-    return (
-        Rope(dim=dim, theta=float(main.get("rope_theta") or fields.number("rope_theta"))),
-        Rope(
-            dim=dim,
-            theta=float(compress.get("rope_theta") or fields.number("compress_rope_theta")),
-            yarn=_yarn(scaling, scaled=False),
-        ),
-    )
+    both = fields.table("rope_parameters")
+    main, compress = both.table("main"), both.table("compress")
+    scaling = both if compress.get("rope_theta") is None else compress
+    if fields.get("rope_scaling") is not None:
+        scaling = fields.table("rope_scaling")
+    plain = fields.number("rope_theta") if main.get("rope_theta") is None else main.number("rope_theta")
+    long = compress if compress.get("rope_theta") is not None else None
+    theta = long.number("rope_theta") if long else fields.number("compress_rope_theta")
+    return Rope(dim=dim, theta=plain), Rope(dim=dim, theta=theta, yarn=_yarn(scaling, scaled=False))
 
 
-def _yarn(scaling: Mapping[str, Any], *, scaled: bool) -> Yarn | None:
+def _yarn(fields: _Fields, *, scaled: bool) -> Yarn | None:
     """`scaled`: whether cosine, sine and softmax are corrected too (V3); V4 only stretches the frequencies."""
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = fields.get("rope_type", fields.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
         raise ConfigError(f"config.json: rope_scaling.type is {kind!r}; known here: 'yarn'")
-    fields = _Fields(scaling)
     yarn = Yarn(
         factor=fields.number("factor"),
         original_positions=fields.integer("original_max_position_embeddings"),
-        beta_fast=float(fields.get("beta_fast", 32)),
-        beta_slow=float(fields.get("beta_slow", 1)),
+        beta_fast=fields.number("beta_fast", 32),
+        beta_slow=fields.number("beta_slow", 1),
         # DeepSeek's defaults: cosine and sine are corrected, and the softmax is not.
-        mscale=float(fields.get("mscale", 1.0)) if scaled else 0.0,
-        mscale_all_dim=float(fields.get("mscale_all_dim", 0.0)) if scaled else 0.0,
+        mscale=fields.number("mscale", 1.0) if scaled else 0.0,
+        mscale_all_dim=fields.number("mscale_all_dim", 0.0) if scaled else 0.0,
     )
     if not scaled or fields.get("attention_factor") is None or yarn.factor <= 1:
         return yarn

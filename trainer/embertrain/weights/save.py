@@ -1,7 +1,7 @@
 """Weights into safetensors files, one tensor at a time, all or nothing.
 
 Files are written into a folder beside the place they are meant for, flushed, and the folder is renamed: whoever looks
-finds a whole checkpoint or none. What an interrupted call left is thrown away by the next.
+finds a whole checkpoint or none. What a killed process left is thrown away by the next call.
 
 Bytes are laid out as the safetensors library does, larger dtypes first and then by name, so that the same weights are
 the same file. With `like`, a checkpoint they were loaded from, every weight is written in the form it has there, and
@@ -102,14 +102,18 @@ def save(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    for shard in shards:
-        _write_shard(partial / shard.file, shard, plan)
-    if len(shards) > 1 or shards[0].file != SINGLE:
-        _write_file(partial / INDEX, _index(shards, same))
-    _write_file(partial / CONFIG, _config(config, items, like))
-    for other in beside:
-        _write_file(partial / other.name, other.read_bytes())
-    _sync_folder(partial)
+    try:
+        for shard in shards:
+            _write_shard(partial / shard.file, shard, plan)
+        if index := _index(shards, same):
+            _write_file(partial / INDEX, index)
+        _write_file(partial / CONFIG, _config(config, items, like))
+        for other in beside:
+            _write_file(partial / other.name, other.read_bytes())
+        _sync_folder(partial)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     if path.exists():
         path.rmdir()
     partial.rename(path)
@@ -311,9 +315,12 @@ def _write_shard(path: Path, shard: _Shard, plan: _Plan) -> None:
         os.fsync(file.fileno())
 
 
-def _index(shards: Sequence[_Shard], same: Source | None) -> bytes:
+def _index(shards: Sequence[_Shard], same: Source | None) -> bytes | None:
+    """Which file holds which tensor; None for one file that needs none."""
     if same and (same.folder.root / INDEX).is_file():
         return (same.folder.root / INDEX).read_bytes()
+    if len(shards) == 1:
+        return None
     total, files = 0, {}
     for shard in shards:
         for item in shard.items:

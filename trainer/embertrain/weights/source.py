@@ -118,13 +118,20 @@ class Source:
                 yield f"{weight.name} {list(shape)} in the model and {list(weight.shape)} by its config"
             for piece in weight.pieces:
                 found, scale = self._shape(piece.name), self._scale_name(piece.name)
-                if found is not None and found != piece.shape:
+                if found is not None and self._is_whole(piece.name) != (weight.form == "table"):
+                    yield f"{piece.name} is of {self.folder.entries[piece.name].kind} in the files"
+                elif found is not None and found != piece.shape:
                     yield f"{piece.name} {list(found)} in the files and {list(piece.shape)} in the model"
                 elif scale and len(piece.shape) == 2:
                     fp4 = self.folder.entries[piece.name].kind in _PACKED
                     there, due = self.folder.entries[scale].shape, blocks.scale_shape(piece.shape, fp4=fp4)
                     if there != due:
                         yield f"{scale} {list(there)} in the files and {list(due)} for a weight of {list(piece.shape)}"
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a tensor of the files is one of whole numbers."""
+        kind = self.folder.entries[name].kind
+        return kind != "BF16" and kind[0] in "IUB" and self._scale_name(name) is None
 
     def _shape(self, name: str) -> tuple[int, ...] | None:
         """Of the weight that a tensor of the files stands for."""
