@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from emberkv.models import model_from_config
 from embertrain import info
+from embertrain.cache.spec import CacheSpec
 from embertrain.info import CONTEXT_PUBLISHED, Rows
 from embertrain.model.config import Hybrid
 from embertrain.model.presets import NAMES, preset
@@ -75,6 +77,14 @@ def test_the_kv_cache_reckons_with_the_same_rows(name: str) -> None:
     told = model_from_config(to_published(config), dtype="bf16")
     window_bytes = sum(128 * 1024 for layer in config.layers if isinstance(layer.attention, Hybrid))
     assert info.kv(config, MILLION, "bf16").rows == told.bytes_per_token * MILLION + window_bytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_takes_as_many_bytes(name: str) -> None:
+    config = preset(name)
+    spec = CacheSpec.of(config, torch.bfloat16)
+    kv = info.kv(config, MILLION, "bf16")
+    assert kv.rows + kv.state == MILLION // 128 * spec.page_bytes + spec.sequence_bytes(drafts=0)
 
 
 def test_rows_are_as_large_as_the_engines_make_them() -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from embertrain.errors import WeightsError
+from embertrain.model.batch import Batch
 from embertrain.model.config import ModelConfig
-from embertrain.model.presets import preset
+from embertrain.model.model import Model
+from embertrain.model.presets import NAMES, preset
 from embertrain.model.published import from_published, to_published
 from embertrain.weights import Source, load, save, verify
 from embertrain.weights.folder import Folder
@@ -238,6 +240,37 @@ def test_the_names_can_be_changed_and_the_codes_kept(tmp_path: Path) -> None:
 
 
 # ---- models
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_names_and_shapes_are_those_of_the_model(name: str) -> None:
+    with torch.device("meta"):
+        model = Model(preset(name))
+    assert {n: t.shape for n, t in model.state_dict().items()} == {n: w.shape for n, w in weights(preset(name)).items()}
+
+
+@pytest.mark.parametrize("name", MICROS)
+def test_a_model_that_comes_back_says_the_same(name: str, tmp_path: Path) -> None:
+    config = preset(name)
+    model = Model(config)
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    save(model, tmp_path / "a", config)
+    with torch.device("meta"):
+        other = Model(config)
+    load(other, tmp_path / "a")
+    ids = torch.randint(0, config.vocab_size, (150,), generator=torch.Generator().manual_seed(1))
+    batch = Batch.of([(0, 150)])
+    assert torch.equal(model(ids, batch).logits, other(ids, batch).logits)
+
+
+def test_a_stage_of_a_pipeline_loads_its_layers(tmp_path: Path) -> None:
+    config = preset("micro")
+    state = state_of(config)
+    save(state, tmp_path / "a", config)
+    with torch.device("meta"):
+        stage = Model(config, layers=range(1, 2))
+    load(stage, tmp_path / "a", partial=True)
+    assert all(torch.equal(t, state[n].to(t.dtype)) for n, t in stage.state_dict().items())
 
 
 def test_a_model_on_the_meta_device_is_made_and_tied_weights_stay_tied(tmp_path: Path) -> None:

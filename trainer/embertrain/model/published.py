@@ -57,7 +57,8 @@ class _Fields:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or (sort == "a whole number" and int(value) != value):
             raise ConfigError(f"config.json: {name} is {value!r}, and must be {sort}")
-        return value  # type: ignore[no-any-return]
+        number: float = value
+        return number
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
