@@ -289,6 +289,18 @@ def test_a_model_on_the_meta_device_is_made_and_tied_weights_stay_tied(tmp_path:
     assert Folder(tmp_path / "b").entries == Folder(tmp_path / "a").entries
 
 
+def test_another_drafter_under_the_names_of_mtp_is_none_of_ours(tmp_path: Path) -> None:
+    config = preset("micro")
+    save(state_of(config), tmp_path / "a", config)
+    path = tmp_path / "a" / "model.safetensors"
+    save_file({name: t for name, t in load_file(path).items() if "mtp.0" not in name or "norm" not in name}, path)
+    source = Source(tmp_path / "a")
+    assert source.config == dataclasses.replace(config, mtp=())
+    with pytest.raises(WeightsError, match=r"names mean nothing here \(mtp.0.*partial=True"):
+        source.check()
+    source.check(partial=True)
+
+
 def test_a_part_of_a_model_takes_its_part(tmp_path: Path) -> None:
     config = preset("micro")
     state = state_of(config)

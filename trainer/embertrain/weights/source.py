@@ -36,15 +36,16 @@ Key = tuple[str, int | None, tuple[int, int] | None]
 class Source:
     """A checkpoint of the model `config`. Raises WeightsError.
 
-    If not said, that is the model its config.json describes, without MTP layers where the files have none of their
-    weights: transformers counts them in the config and does not save them.
+    If not said, that is the model its config.json describes, without MTP layers where the files have none: transformers
+    counts them in the config and does not save them, and V4's later releases have another drafter under their names.
     """
 
     def __init__(self, path: Path | str, config: ModelConfig | None = None) -> None:
         self.folder = Folder(path)
         entries = self.folder.entries
         self.config = config or from_published(self.folder.config())
-        if config is None and entries.keys().isdisjoint(_mtp_names(weights(self.config))):
+        joints = (name for name in _mtp_names(weights(self.config)) if name.endswith(".enorm.weight"))
+        if config is None and entries.keys().isdisjoint(joints):
             self.config = replace(self.config, mtp=())
         tables = {names: weights(self.config, names) for names in NAMES}
         self.names: Names = max(NAMES, key=lambda names: sum(n in entries for n in _file_names(tables[names])))
