@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attend import SCORES_MAX, top_k
+from .attend import BLOCK, SCORES_MAX, top_k
 from .compressor import Compressor
 from .config import Index, Rope
 from .linear import Linear
@@ -38,16 +38,13 @@ class _Indexer(nn.Module):
         return self.weights_proj(x_TH).float() * (self.spec.heads**-0.5 * self.spec.dim**-0.5)
 
     def scores(self, q_Thd: Tensor, w_Th: Tensor, keys_Nd: Tensor) -> Tensor:
-        """[T, N] fp32."""
-        T, N = q_Thd.shape[0], keys_Nd.shape[0]
-        rows = max(1, SCORES_MAX // (self.spec.heads * max(N, 1)))
+        """[T, N] fp32. Keys are taken some at a time, always the same some: what a head says of all would be large."""
+        count = max(1, SCORES_MAX // (BLOCK * self.spec.heads))
         out = []
-        for i in range(0, T, rows):
-            each = (
-                torch.relu(q_Thd[i : i + rows].flatten(0, 1) @ keys_Nd.t()).float().unflatten(0, (-1, q_Thd.shape[1]))
-            )
-            out.append(torch.bmm(w_Th[i : i + rows, None], each)[:, 0])
-        return torch.cat(out) if len(out) > 1 else out[0]
+        for keys in keys_Nd.split(count):
+            each = (q_Thd.flatten(0, 1) @ keys.t()).relu_().float().unflatten(0, q_Thd.shape[:2])
+            out.append(torch.bmm(w_Th[:, None], each)[:, 0])
+        return torch.cat(out, -1) if len(out) > 1 else out[0]
 
 
 class CompressedIndexer(_Indexer):
