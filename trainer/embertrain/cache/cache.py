@@ -3,7 +3,8 @@
 Kinds that keep all their rows have a pool of pages; a page holds 128 source tokens of one sequence, in all layers and
 kinds at once, so one table of pages per sequence addresses everything. Kinds that keep the last rows only have a ring
 per sequence, `trailing + drafts` rows long: row p lies at p modulo the ring's size. A sequence can therefore be cut
-back by up to `drafts` tokens at any time, and to any page boundary whose window somebody hands back (`import_`).
+back to `drafts` tokens before the furthest it ever reached, and opened anew at any page boundary whose window somebody
+hands back (`import_`).
 
 A sequence is a value: `export` copies rows out by kind, `import_` puts them back, here or in another cache of the same
 spec. The cache knows nothing of models: attention reads and writes through a `Step` (`step.py`).
@@ -31,6 +32,8 @@ class _Sequence:
     pages: list[int] = field(default_factory=list)
     adjoining: bool = True
     """Whether its pages follow one another in the pool: then its rows are a slice and nothing is gathered."""
+    floor: int = 0
+    """The shortest length, 0 aside, whose last rows the rings still hold."""
 
 
 class Cache:
@@ -48,6 +51,7 @@ class Cache:
         assert sequences > 0 and pages > 0 and drafts >= 0
         self.spec, self.sequences, self.pages, self.drafts = spec, sequences, pages, drafts
         self.device = torch.device(device)
+        self._has_rings = any(row.trailing is not None for rows in spec.layers for row in rows)
         self._pools: Rows = {}
         for layer, rows in enumerate(spec.layers):
             for row in rows:
@@ -107,9 +111,24 @@ class Cache:
             )
         for _ in range(wanted):
             page = self._free.pop()
-            held.adjoining &= not held.pages or page == held.pages[-1] + 1
+            held.adjoining = not held.pages or (held.adjoining and page == held.pages[-1] + 1)
             self.tables[sequence, len(held.pages)] = page
             held.pages.append(page)
+
+    def begin(self, sequence: int, end: int) -> None:
+        """Rows up to `end` will be written, and rings forget what lay in their places, even if the call then fails.
+
+        Raises ContextError when the rows that the sequence goes on from are not there.
+        """
+        held = self._open[sequence]
+        if not self._has_rings:
+            return
+        if held.length and held.length < held.floor:
+            raise ContextError(
+                f"sequence {sequence} can't go on from {held.length} tokens: its rings lack the last rows, as a call "
+                "failed or an import came without them; begin it anew"
+            )
+        held.floor = max(held.floor, end - self.drafts)
 
     def advance(self, sequence: int, length: int) -> None:
         """The sequence has `length` tokens now; their rows were written."""
@@ -120,16 +139,22 @@ class Cache:
     def truncate(self, sequence: int, length: int) -> None:
         """Forgets the tokens from `length` on; pages that hold none any more are free again.
 
-        At most `drafts` tokens can go, unless none is left: older rows of the rings are overwritten.
+        The rings allow for `drafts` tokens less than the sequence ever had, for what was imported and longer, and for
+        none at all: what lies further back is overwritten.
         """
         held = self._open[sequence]
         assert 0 <= length <= held.length
-        if length and held.length - length > self.drafts and self._has_rings:
-            raise ContextError(f"{held.length - length} tokens can't be cut off: rings keep {self.drafts} drafts")
+        if self._has_rings and 0 < length < held.floor:
+            raise ContextError(
+                f"{held.length - length} tokens can't be cut off: rings keep {self.drafts} drafts, and allow for no "
+                f"less than {held.floor} tokens now"
+            )
         keep = -(-length // PAGE_TOKENS)
         self._release(held.pages[keep:])
         del held.pages[keep:]
         held.length = length
+        if length == 0:
+            held.floor = 0
 
     def export(self, sequence: int, begin: int, end: int) -> Rows:
         """Copies of the rows of tokens `begin` to `end`, by layer and kind.
@@ -155,8 +180,8 @@ class Cache:
     def import_(self, sequence: int, begin: int, end: int, rows: Rows) -> None:
         """Puts back what `export` gave of tokens `begin` to `end`; the sequence then has `end` tokens.
 
-        A sequence without its trailing rows (an export that ended before the length) can be read again only by
-        layers that keep none, until its last window has been computed again.
+        A sequence without its trailing rows (an export that ended before the length) can only be added to by further
+        imports: a forward call raises ContextError until one brings them, unless no layer keeps any.
         """
         held = self._open[sequence]
         assert begin == held.length or held.length == 0
@@ -168,8 +193,12 @@ class Cache:
                 if given is None:
                     continue
                 last = end // row.tokens
+                count = last - begin // row.tokens if row.trailing is None else min(row.trailing, end)
+                assert given.shape == (count, row.width), f"rows {layer}, {row.kind}: {tuple(given.shape)}"
                 self.pool(layer, row.kind)[self.slots(row, sequence, last - given.shape[0], last)] = given
+        rings = all((i, r.kind) in rows for i, specs in enumerate(self.spec.layers) for r in specs if r.trailing)
         held.length = end
+        held.floor = end if rings else end + 1
 
     def read(self, layer: int, row: RowSpec, sequence: int, begin: int, end: int) -> Tensor:
         """Rows `begin` to `end` of a sequence: [end - begin, width]. A view where its pages adjoin, else a copy."""
@@ -188,10 +217,6 @@ class Cache:
             per_page = row.rows_per_page
             return self.tables[sequence][numbers // per_page] * per_page + numbers % per_page
         return sequence * self.ring(row) + numbers % self.ring(row)
-
-    @property
-    def _has_rings(self) -> bool:
-        return any(row.trailing is not None for rows in self.spec.layers for row in rows)
 
     def _release(self, pages: list[int]) -> None:
         self._free.extend(reversed(pages))

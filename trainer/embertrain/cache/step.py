@@ -51,6 +51,9 @@ class Step:
         self.batch = batch
         self._specs = [{row.kind: row for row in rows} for rows in cache.spec.layers]
         self._known: dict[object, Tensor | None] = {}
+        assert not torch.is_grad_enabled(), "rows in a cache have no gradients"
+        sequences = [s.sequence for s in batch.segments]
+        assert len(set(sequences)) == len(sequences), "a sequence is in a batch once"
         runs: list[list[Segment]] = []
         for segment in batch.segments:
             assert segment.sequence is not None
@@ -60,6 +63,9 @@ class Step:
                 runs[-1].append(segment)
             else:
                 runs.append([segment])
+        for segment in batch.segments:
+            assert segment.sequence is not None
+            cache.begin(segment.sequence, segment.end)
         self.runs = tuple(tuple(run) for run in runs)
 
     def done(self) -> None:
@@ -75,7 +81,6 @@ class Step:
         return self.cache.pool(layer, kind)
 
     def append(self, layer: int, kind: str, segment: Segment, first: int, fresh: Tensor, begin: int) -> Tensor:
-        assert not torch.is_grad_enabled(), "rows in a cache have no gradients"
         assert segment.sequence is not None
         row = self.spec(layer, kind)
         last = first + fresh.shape[0]
@@ -155,5 +160,5 @@ class Step:
             ring = self.cache.ring(row)
             return sequences[:, None] * ring + numbers_BK.remainder(ring)
         per_page = row.rows_per_page
-        pages = self.cache.tables[sequences].gather(1, numbers_BK // per_page)
+        pages = self.cache.tables[sequences[:, None], numbers_BK // per_page]
         return pages * per_page + numbers_BK % per_page

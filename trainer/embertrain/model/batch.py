@@ -80,4 +80,5 @@ class Batch:
     def segment_T(self) -> Tensor:
         """int64: which segment a token belongs to, 0 to G - 1."""
         counts = torch.tensor([s.count for s in self.segments], device=self.device)
-        return torch.repeat_interleave(torch.arange(len(self.segments), device=self.device), counts)
+        numbers = torch.arange(len(self.segments), device=self.device)
+        return torch.repeat_interleave(numbers, counts, output_size=self.count)

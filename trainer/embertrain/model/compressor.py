@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.step import Rows, Step
+from .attend import gather
 from .batch import Segment
 from .config import Rope
 from .linear import Linear
@@ -74,7 +75,7 @@ class Compressor(nn.Module):
             return
         closers = tuple(run[i] for i in closing)
         slots = step.last(layer, self.state_kind, closers, (2 if self.overlaps else 1) * r)
-        held = step.pool(layer, self.state_kind).index_select(0, slots.clamp(min=0).flatten()).unflatten(0, slots.shape)
+        held, _ = gather(step.pool(layer, self.state_kind), slots)
         fresh = self.pool(held[:, r:], held[:, :r], slots[:, 0] >= 0) if self.overlaps else self.pool(held, None, None)
         numbers = tuple(s.first // r for s in closers)
         turns = [angles.entries(self.rope, n, 1, r) for n in numbers]

@@ -172,16 +172,18 @@ class HybridAttention(nn.Module):
         far = None
         if self.compressor and parts.state is not None:
             self.compressor.step(step, layer, run, parts.state, angles)
-            far = step.all(layer, self.kind, run)
         if self.indexer and parts.index_state is not None:
             self.indexer.compressor.step(step, layer, run, parts.index_state, angles)
             if max(s.end // spec.ratio for s in run) > self.indexer.spec.top_k:
                 far = self._choose(parts, step, run)
-        held = step.pool(layer, "window").index_select(0, near.clamp(min=0).flatten()).unflatten(0, near.shape)
+        if self.compressor and far is None:
+            far = step.all(layer, self.kind, run)
+        # Where every sequence has as many rows, none is missing, and nothing has to be masked.
+        held = _held(step.pool(layer, "window"), near, min(s.end for s in run) >= near.shape[1])
         slots = near
         if far is not None and far.shape[1]:
-            entries = step.pool(layer, self.kind).index_select(0, far.clamp(min=0).flatten()).unflatten(0, far.shape)
-            held = torch.cat([held, entries], 1)
+            whole = min(s.end // spec.ratio for s in run) >= far.shape[1]
+            held = torch.cat([held, _held(step.pool(layer, self.kind), far, whole)], 1)
             slots = torch.cat([near, far], 1)
         return attend_rows(parts.q, held, slots >= 0, scale=spec.scale, sink_H=self.sink)
 
@@ -218,6 +220,14 @@ class _Parts:
     ) -> None:
         self.q, self.kv, self.x, self.latent, self.turns = q, kv, x, latent, turns
         self.state, self.index_state = state, index_state
+
+
+def _held(pool: Tensor, slots_BK: Tensor, whole: bool) -> Tensor:
+    """[B, K, D]: the rows at these places. Unless the places are `whole` some are -1, and another sequence's row there
+    is zeroed: a weight of zero does not rid a sum of NaN."""
+    if not whole:
+        return gather(pool, slots_BK)[0]
+    return pool.index_select(0, slots_BK.flatten()).unflatten(0, slots_BK.shape)
 
 
 def _cut(rows: Tensor | None, at: slice) -> Tensor | None:
