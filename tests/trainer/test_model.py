@@ -116,6 +116,73 @@ def test_selections_can_be_replayed() -> None:
     assert not torch.equal(model(ids, batch, selections=other).logits, out.logits)
 
 
+@pytest.mark.parametrize("wanted", [[], [1, 0], [2], [0, 0, 2]])
+def test_logits_are_those_asked_for_in_that_order(wanted: list[int]) -> None:
+    config = config_of("v4", mtp=True)
+    model = model_of(config)
+    ids = oracle.tokens(4, 3, config.vocab_size)
+    count = max(2, *wanted, 0) if len(wanted) == 2 else 3  # as many as there are rows, too
+    ids, batch = ids[:count], Batch.of([(0, count)], logits=wanted)
+    with torch.no_grad():
+        out, whole = model(ids, batch), model(ids, Batch.of([(0, count)]))
+        assert out.logits.shape == (len(wanted), config.vocab_size)
+        torch.testing.assert_close(out.logits, whole.logits[torch.tensor(wanted, dtype=torch.int64)])
+        predicted = model.predict(0, out.residual, ids, batch)
+        every = model.predict(0, out.residual, ids, Batch.of([(0, count)]))
+        torch.testing.assert_close(predicted.logits, every.logits[torch.tensor(wanted, dtype=torch.int64)])
+
+
+def decode_once(model: Model) -> Tensor:
+    cache = Cache(CacheSpec.of(model.config, torch.float32), sequences=1, pages=1)
+    sequence = cache.open()
+    with torch.no_grad():
+        model(torch.tensor([1, 2, 3]), Batch.of([(0, 3, sequence)]), cache)
+        return model(torch.tensor([4]), Batch.of([(3, 1, sequence)]), cache).logits
+
+
+def test_what_decoding_copies_of_weights_follows_them_and_is_not_kept() -> None:
+    from copy import deepcopy
+    from pickle import dumps
+
+    model = model_of(config_of("v3"))
+    attention = model.layers["0"].attn
+    size = len(dumps(model))
+    before = decode_once(model)
+    assert len(dumps(model)) == size
+    assert torch.equal(decode_once(deepcopy(model)), before)
+    with torch.no_grad():
+        attention.wkv_b.weight.mul_(0.5)
+    after = decode_once(model)
+    assert not torch.equal(after, before)
+    # Another parameter where the first one lay, as an allocator may give its memory again.
+    attention.wkv_b.weight = torch.nn.Parameter(attention.wkv_b.weight.detach())
+    attention.wkv_b.weight.data.mul_(2)
+    torch.testing.assert_close(decode_once(model), before)
+
+
+def test_a_model_made_in_inference_mode_decodes() -> None:
+    config = config_of("v3")
+    with torch.inference_mode():
+        made = model_of(config)
+        assert torch.equal(decode_once(made), decode_once(model_of(config)))
+
+
+@pytest.mark.parametrize("hidden_size", [32, 2048])
+def test_hyper_connections_begin_near_neutral_at_any_size(hidden_size: int) -> None:
+    from dataclasses import replace
+
+    config = replace(config_of("v4"), hidden_size=hidden_size)
+    model = Model(replace(config, layers=config.layers[:1]), mtp=False)
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    x = torch.randn(50, 4, hidden_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for connection in (model.layers["0"].hc_attn, model.layers["0"].hc_ffn):
+            y, post, comb = connection(x)
+            torch.testing.assert_close(y, x.sum(1) / 2, atol=0.2, rtol=0)
+            torch.testing.assert_close(post, torch.ones_like(post), atol=0.05, rtol=0)
+            torch.testing.assert_close(comb, torch.full_like(comb, 0.25), atol=0.05, rtol=0)
+
+
 def test_wrong_tokens_and_too_many_of_them_are_refused() -> None:
     config = config_of("v4")
     model = model_of(config)

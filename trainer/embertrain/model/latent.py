@@ -15,6 +15,7 @@ T tokens, H heads, N rows, P nope width, V value width, R kv_rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(spec.kv_rank, eps)
         self.wkv_b = Linear(spec.kv_rank, H * (spec.nope_dim + spec.value_dim))
         self.wo = Linear(H * spec.value_dim, hidden_size)
-        self._copied: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._copied: tuple[Tensor, tuple[int, int], Tensor, Tensor] | None = None
         self.indexer: TokenIndexer | None = None
         if spec.index and spec.q_rank is not None:
             self.indexer = TokenIndexer(spec.index, hidden_size, spec.q_rank, spec.rope)
@@ -199,14 +200,24 @@ class LatentAttention(nn.Module):
         """What queries and outputs are multiplied by, [H, P, R] and [H, R, V].
 
         Copied from wkv_b once for as long as it stays as it is: a product of slices would copy them at every step.
+        What is written through `weight.data` is not seen; tensors of inference mode tell nothing, and are copied anew.
         """
         weight = self.wkv_b.weight
+        if weight.is_inference():
+            return self._slices(weight)
         state = (weight.data_ptr(), weight._version)
-        if self._copied is None or self._copied[0] != state:
-            spec = self.spec
-            to_key, to_value = weight.unflatten(0, (spec.heads, -1)).split([spec.nope_dim, spec.value_dim], 1)
-            self._copied = (state, to_key.contiguous(), to_value.transpose(1, 2).contiguous())
-        return self._copied[1:]
+        if self._copied is None or self._copied[0] is not weight or self._copied[1] != state:
+            self._copied = (weight, state, *self._slices(weight.detach()))
+        return self._copied[2:]
+
+    def _slices(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        spec = self.spec
+        to_key, to_value = weight.unflatten(0, (spec.heads, -1)).split([spec.nope_dim, spec.value_dim], 1)
+        return to_key.contiguous(), to_value.transpose(1, 2).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files of the module go without what it has copied of its weights."""
+        return self.__dict__ | {"_copied": None}
 
     def _over_latents(self, q_BHD: Tensor, step: Step, run: tuple[Segment, ...], chosen: Tensor | None) -> Tensor:
         """[B, H, R]: all together where their rows are few, else one sequence after the other, where rows are views."""

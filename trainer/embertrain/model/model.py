@@ -142,8 +142,7 @@ class Model(nn.Module):
 
     def logits(self, residual: Tensor, batch: Batch) -> Tensor:
         """Of the rows that the batch asks for."""
-        if batch.logits is not None and len(batch.logits) < residual.shape[0]:
-            residual = residual[torch.tensor(batch.logits, device=residual.device)]
+        residual = _wanted(residual, batch)
         x_TH = residual if self.hc_head is None else self.hc_head(residual)
         return self.head(self.norm(x_TH))
 
@@ -161,9 +160,7 @@ class Model(nn.Module):
         x_TH, residual, routed = block.predict(embedded, residual, next_ids_T, batch, rows, Angles(batch.positions_T))
         if isinstance(rows, Step):
             rows.done()
-        if batch.logits is not None:
-            x_TH = x_TH[torch.tensor(batch.logits, device=x_TH.device)]
-        return Output(self.head(x_TH), residual, Aux({} if routed is None else {block.index: routed}))
+        return Output(self.head(_wanted(x_TH, batch)), residual, Aux({} if routed is None else {block.index: routed}))
 
     def batch_invariant(self, on: bool) -> None:
         """In this mode products have a multiple of 8 rows: a token's bits do not depend on what is beside it."""
@@ -183,13 +180,14 @@ class Model(nn.Module):
     def reset_parameters(self, generator: torch.Generator, *, std: float = 0.02) -> None:
         """Random weights: normal with `std`, those that write into the residual divided by the root of twice the depth.
 
-        Norms are one; sinks, biases and the mixtures of hyper-connections begin neutral.
+        Norms are one; sinks and biases begin neutral. So, nearly, do the mixtures of hyper-connections, whatever the
+        hidden size: their scales are 0.01 (arXiv 2512.24880).
         """
         narrow = std / math.sqrt(2 * len(self.config.layers))
         for name, parameter in self.named_parameters():
             last = name.rsplit(".", 2)[-2:]
             if parameter.dim() < 2 or last[-1] == "ape":
-                parameter.fill_(1.0 if "norm" in name or last[-1] == "scale" else 0.0)
+                parameter.fill_(1.0 if "norm" in name else 0.01 if last[-1] == "scale" else 0.0)
                 if name.endswith(".bias"):
                     parameter.zero_()
             else:
@@ -200,3 +198,10 @@ class Model(nn.Module):
         """Mean cross-entropy of the tokens that follow, -100 being none, and the call's Aux."""
         out = self(ids_T, batch)
         return F.cross_entropy(out.logits.float(), targets_T, ignore_index=-100), out.aux
+
+
+def _wanted(rows: Tensor, batch: Batch) -> Tensor:
+    """The rows that a batch asks for, in its order."""
+    if batch.logits is None or batch.logits == tuple(range(rows.shape[0])):
+        return rows
+    return rows[torch.tensor(batch.logits, dtype=torch.int64, device=rows.device)]
