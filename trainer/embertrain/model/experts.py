@@ -3,9 +3,16 @@
     y = (silu(x W1) * (x W3)) W2
 
 In V4 routed experts clamp what goes in: gate <= limit, -limit <= up <= limit. The shared one does not.
+
+Experts take rows sorted by expert with their counts, or [E, M, H], M rows for each. They know nothing of tokens,
+weights of choices, or where rows come from. `grouped_linear` is their one product, as `Linear` is everybody else's.
+
+R rows, E experts, M rows of one, I and O what a product takes and gives, H hidden size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +20,9 @@ from torch import Tensor, nn
 
 from .config import Mixture
 from .linear import Linear
+
+Counts = tuple[int, ...]
+"""Rows of each expert."""
 
 
 class Shared(nn.Module):
@@ -30,23 +40,121 @@ class Shared(nn.Module):
 
 
 class Experts(nn.Module):
-    """Many SwiGLUs; `w13` [E, 2 I, H] holds gate rows, then up rows."""
+    """Many SwiGLUs; `w13` [E, 2 * inner, H] holds gate rows, then up rows."""
 
     def __init__(self, spec: Mixture, hidden_size: int) -> None:
         super().__init__()
         self.spec = spec
+        self.pad_rows = 1
         self.w13 = nn.Parameter(torch.empty(spec.experts, 2 * spec.inner_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(spec.experts, hidden_size, spec.inner_size))
 
-    def forward(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum of each token's experts: [T, H]."""
-        out_TH = torch.zeros_like(x_TH)
-        for expert in experts_TK.unique().tolist():
-            tokens, choice = torch.where(experts_TK == expert)
-            gate, up = F.linear(x_TH[tokens], self.w13[expert]).chunk(2, -1)
-            if self.spec.swiglu_limit is not None:
-                limit = self.spec.swiglu_limit
-                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-            rows = F.linear(F.silu(gate) * up, self.w2[expert])
-            out_TH = out_TH.index_add(0, tokens, rows * weights_TK[tokens, choice, None].to(rows.dtype))
-        return out_TH
+    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        """[R, H] -> [R, H] of rows sorted by expert."""
+        inner = _SwiGLU.apply(grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit)
+        return grouped_linear(inner, self.w2, counts, self.pad_rows)
+
+    def padded(self, rows_EMH: Tensor) -> Tensor:
+        """[E, M, H] -> [E, M, H]: as many rows for all, of which any may be padding. It needs no counts on the host: a
+        low-latency all-to-all gives rows so."""
+        inner = _SwiGLU.apply(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
+        return torch.bmm(inner, self.w2.transpose(1, 2))
+
+
+# ---- the product
+
+
+def grouped_linear(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int = 1) -> Tensor:
+    """[R, O]: rows sorted by expert, each times its expert's weight. Weights of another type than plain tensors have
+    their products here too.
+
+    `pad_rows`: an expert's rows are multiplied that many at a time (see `linear.product`); without gradients.
+    """
+    assert rows_RI.shape[0] == sum(counts)
+    assert weights_EOI.shape[0] == len(counts)
+    if torch.is_grad_enabled() and (rows_RI.requires_grad or weights_EOI.requires_grad):
+        y_RO: Tensor = _Grouped.apply(rows_RI, weights_EOI, counts)
+        return y_RO
+    return _products(rows_RI, weights_EOI, counts, pad_rows)
+
+
+def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int) -> Tensor:
+    """A matrix product for each expert that has rows, straight into its part of the result."""
+    y_RO = rows_RI.new_empty(rows_RI.shape[0], weights_EOI.shape[1])
+    start = 0
+    for expert, n in enumerate(counts):
+        if n == 0:
+            continue
+        part = rows_RI[start : start + n]
+        short = -n % pad_rows
+        if short:
+            y_RO[start : start + n] = F.linear(F.pad(part, (0, 0, 0, short)), weights_EOI[expert])[:n]
+        else:
+            torch.mm(part, weights_EOI[expert].t(), out=y_RO[start : start + n])
+        start += n
+    return y_RO
+
+
+def grouped_input_gradient(grads_RO: Tensor, weights_EOI: Tensor, counts: Counts) -> Tensor:
+    """[R, I]."""
+    return _products(grads_RO, weights_EOI.transpose(1, 2), counts, 1)
+
+
+def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -> Tensor:
+    """[E, O, I]; zeros for experts without rows."""
+    grads_EOI = rows_RI.new_empty(len(counts), grads_RO.shape[1], rows_RI.shape[1])
+    start = 0
+    for expert, n in enumerate(counts):
+        if n == 0:
+            grads_EOI[expert].zero_()
+            continue
+        torch.mm(grads_RO[start : start + n].t(), rows_RI[start : start + n], out=grads_EOI[expert])
+        start += n
+    return grads_EOI
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RI: Tensor, weights_EOI: Tensor, counts: Counts) -> Tensor:
+        ctx.save_for_backward(rows_RI, weights_EOI)
+        ctx.counts = counts
+        return _products(rows_RI, weights_EOI, counts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RI, weights_EOI = ctx.saved_tensors
+        grads_RO = grads[0].contiguous()
+        return (
+            grouped_input_gradient(grads_RO, weights_EOI, ctx.counts) if ctx.needs_input_grad[0] else None,
+            grouped_weight_gradient(grads_RO, rows_RI, ctx.counts) if ctx.needs_input_grad[1] else None,
+            None,
+        )
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [..., gate | up], both clamped; only its input is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, limit: float | None) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.limit = limit
+        gate, up = _clamped(gate_up, limit)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gate_up,) = ctx.saved_tensors
+        limit: float | None = ctx.limit
+        gate, up = _clamped(gate_up, limit)
+        grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
+        grad_up = F.silu(gate).mul_(grads[0])
+        if limit is not None:
+            raw_gate, raw_up = gate_up.chunk(2, -1)
+            grad_gate.masked_fill_(raw_gate > limit, 0.0)
+            grad_up.masked_fill_(raw_up.abs() > limit, 0.0)
+        return torch.cat((grad_gate, grad_up), -1), None
+
+
+def _clamped(gate_up: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    gate, up = gate_up.chunk(2, -1)
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))

@@ -31,7 +31,7 @@ from .linear import Linear
 from .mtp import MTPBlock
 from .norm import RMSNorm
 from .rope import Angles
-from .router import Routing
+from .router import Router, Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Model(nn.Module):
     def batch_invariant(self, on: bool) -> None:
         """In this mode products have a multiple of 8 rows: a token's bits do not depend on what is beside it."""
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Router | Experts):
                 module.pad_rows = 8 if on else 1
 
     def cast(self, dtype: torch.dtype) -> Model:
@@ -181,7 +181,7 @@ class Model(nn.Module):
         """Random weights: normal with `std`, those that write into the residual divided by the root of twice the depth.
 
         Norms are one; sinks and biases begin neutral. So, nearly, do the mixtures of hyper-connections, whatever the
-        hidden size: their scales are 0.01 (arXiv 2512.24880).
+        hidden size: their scales are 0.01 (arXiv 2512.24880). Hashed layers get a table.
         """
         narrow = std / math.sqrt(2 * len(self.config.layers))
         for name, parameter in self.named_parameters():
@@ -193,6 +193,9 @@ class Model(nn.Module):
             else:
                 writes = last[0] in ("wo", "wo_b") or last[-1] == "w2" or last[0] == "w2"
                 parameter.normal_(0.0, narrow if writes else std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Router) and module.spec.hashed:
+                module.reset_table(generator)
 
     def loss(self, ids_T: Tensor, targets_T: Tensor, batch: Batch) -> tuple[Tensor, Aux]:
         """Mean cross-entropy of the tokens that follow, -100 being none, and the call's Aux."""

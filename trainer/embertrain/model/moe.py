@@ -1,17 +1,23 @@
-"""The mixture of experts: a router, its experts, and the shared expert that every token goes through."""
+"""The mixture of experts: route -> dispatch -> experts -> combine, and the shared expert that every token goes through.
+
+Nothing is kept between the four stages but what one hands to the next, so that a schedule may run them apart, or those
+of two batches in turn. Where the experts are is the dispatcher's affair.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .batch import Batch
 from .config import Mixture
+from .dispatch import Dispatched, Dispatcher, LocalDispatcher, drop
 from .experts import Experts, Shared
 from .router import Router, Routing
 
 
 class MoE(nn.Module):
-    """The feed-forward part of a layer with experts."""
+    """The feed-forward part of a layer with experts. Its middle stages are `dispatcher.dispatch`, and `combine`."""
 
     def __init__(self, spec: Mixture, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
@@ -20,9 +26,37 @@ class MoE(nn.Module):
         self.shared = Shared(hidden_size, spec.inner_size * spec.shared) if spec.shared else None
 
     def forward(
-        self, x_TH: Tensor, ids_T: Tensor, batch: Batch, *, selection_TK: Tensor | None = None
+        self,
+        x_TH: Tensor,
+        ids_T: Tensor,
+        batch: Batch,
+        *,
+        selection_TK: Tensor | None = None,
+        dispatcher: Dispatcher | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Routing]:
-        """[T, H] -> [T, H], and how the tokens were routed."""
-        routing: Routing = self.gate(x_TH, ids_T, batch, selection_TK=selection_TK)
-        y_TH = self.experts(x_TH, routing.experts_TK, routing.weights_TK)
+        """[T, H] -> [T, H], and how the tokens were routed. `selection_TK` and `generator` as in `Router.forward`."""
+        dispatcher = dispatcher or LocalDispatcher()
+        routing = self.route(x_TH, ids_T, batch, selection_TK=selection_TK, generator=generator)
+        dispatched = dispatcher.dispatch(x_TH, routing)
+        y_TH = dispatcher.combine(self.compute(dispatched), routing, dispatched)
         return y_TH if self.shared is None else y_TH + self.shared(x_TH), routing
+
+    def route(
+        self,
+        x_TH: Tensor,
+        ids_T: Tensor,
+        batch: Batch,
+        *,
+        selection_TK: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Routing:
+        """Where tokens go, after those that find no room were dropped."""
+        routing: Routing = self.gate(x_TH, ids_T, batch, selection_TK=selection_TK, generator=generator)
+        dropping = self.gate.spec.dropping
+        return routing if dropping is None else drop(routing, dropping)
+
+    def compute(self, dispatched: Dispatched) -> Tensor:
+        """[R, H]: what the experts make of the rows dispatched to them."""
+        rows_RH: Tensor = self.experts(dispatched.rows_RH, dispatched.counts)
+        return rows_RH
