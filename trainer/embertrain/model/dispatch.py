@@ -14,6 +14,7 @@ T tokens, K choices, A = T * K assignments, R rows, E physical experts, H hidden
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -85,7 +86,7 @@ def counts_on_host(bounds: Tensor) -> tuple[tuple[int, ...], int]:
     The one place of a layer where the host waits for the device.
     """
     places = bounds.tolist()
-    return tuple(after - before for before, after in zip(places, places[1:], strict=False)), places[0]
+    return tuple(after - before for before, after in itertools.pairwise(places)), places[0]
 
 
 def _sums(rows_RH: Tensor, places_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
