@@ -24,6 +24,7 @@ from . import (
     lmcache_l2,
     memory,
     metadata,
+    moe,
     peers,
     placement,
     rebuild,
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "graysort": graysort,
     "kvcache": kvcache,
     "lmcache_l2": lmcache_l2,
+    "moe": moe,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 
