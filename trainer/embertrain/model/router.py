@@ -193,7 +193,7 @@ def update_bias(router: Router, counts_E: Tensor, rate: float) -> None:
     `counts_E` are tokens of the whole step: summed over micro-batches and ranks. (arXiv 2408.15664)
     """
     load_E = counts_E.to(router.bias)
-    router.bias += rate * torch.sign(load_E.mean() - load_E)
+    router.bias.add_(torch.sign(load_E.mean() - load_E), alpha=rate)
 
 
 def balanced_table(
