@@ -71,13 +71,18 @@ class LocalDispatcher:
         rows_R = torch.arange(R, device=order_R.device)
         places_A = torch.full_like(order_A, R) if missing else torch.empty_like(order_A)
         places_TK = places_A.index_copy_(0, order_R, rows_R).view(T, K)
-        rows_RH: Tensor = _Gather.apply(x_TH, tokens_R, places_TK)
+        if torch.is_grad_enabled() and x_TH.requires_grad:
+            rows_RH: Tensor = _Gather.apply(x_TH, tokens_R, places_TK)
+        else:
+            rows_RH = x_TH.index_select(0, tokens_R)
         return Dispatched(rows_RH, counts, tokens_R, places_TK)
 
     def combine(self, rows_RH: Tensor, routing: Routing, dispatched: Dispatched) -> Tensor:
         weights_TK = routing.weights_TK.to(rows_RH.dtype)
-        y_TH: Tensor = _Combine.apply(rows_RH, weights_TK, dispatched.tokens_R, dispatched.places_TK)
-        return y_TH
+        if torch.is_grad_enabled() and (rows_RH.requires_grad or weights_TK.requires_grad):
+            y_TH: Tensor = _Combine.apply(rows_RH, weights_TK, dispatched.tokens_R, dispatched.places_TK)
+            return y_TH
+        return _sums(rows_RH, dispatched.places_TK, weights_TK)
 
 
 def counts_on_host(bounds: Tensor) -> tuple[tuple[int, ...], int]:
@@ -124,9 +129,9 @@ class _Combine(torch.autograd.Function):
         R = rows_RH.shape[0]
         grads_RH = grads[0].index_select(0, tokens_R)
         # The last place belongs to all assignments without a row.
-        products = F.pad((rows_RH * grads_RH).sum(-1, dtype=torch.float32), (0, 1))
+        products = F.pad(torch.linalg.vecdot(rows_RH, grads_RH), (0, 1))
         weights_R = weights_TK.new_empty(R + 1).index_copy_(0, places_TK.flatten(), weights_TK.flatten())[:R]
-        return grads_RH.mul_(weights_R[:, None]), products[places_TK].to(weights_TK.dtype), None, None
+        return grads_RH.mul_(weights_R[:, None]), products[places_TK], None, None
 
 
 # ---- rows of equal number for every expert

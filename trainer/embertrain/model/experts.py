@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.products import linear, linear_into
 from .config import Mixture
 from .linear import Linear
 
@@ -51,13 +52,13 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """[R, H] -> [R, H] of rows sorted by expert."""
-        inner = _SwiGLU.apply(grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit)
+        inner = _swiglu(grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit)
         return grouped_linear(inner, self.w2, counts, self.pad_rows)
 
     def padded(self, rows_EMH: Tensor) -> Tensor:
         """[E, M, H] -> [E, M, H]: as many rows for all, of which any may be padding. It needs no counts on the host: a
         low-latency all-to-all gives rows so."""
-        inner = _SwiGLU.apply(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
+        inner = _swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
         return torch.bmm(inner, self.w2.transpose(1, 2))
 
 
@@ -88,9 +89,9 @@ def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: in
         part = rows_RI[start : start + n]
         short = -n % pad_rows
         if short:
-            y_RO[start : start + n] = F.linear(F.pad(part, (0, 0, 0, short)), weights_EOI[expert])[:n]
+            y_RO[start : start + n] = linear(F.pad(part, (0, 0, 0, short)), weights_EOI[expert])[:n]
         else:
-            torch.mm(part, weights_EOI[expert].t(), out=y_RO[start : start + n])
+            linear_into(y_RO[start : start + n], part, weights_EOI[expert])
         start += n
     return y_RO
 
@@ -108,7 +109,7 @@ def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -
         if n == 0:
             grads_EOI[expert].zero_()
             continue
-        torch.mm(grads_RO[start : start + n].t(), rows_RI[start : start + n], out=grads_EOI[expert])
+        linear_into(grads_EOI[expert], grads_RO[start : start + n].t(), rows_RI[start : start + n].t())
         start += n
     return grads_EOI
 
@@ -131,6 +132,13 @@ class _Grouped(torch.autograd.Function):
         )
 
 
+def _swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
+    if torch.is_grad_enabled() and gate_up.requires_grad:
+        y: Tensor = _SwiGLU.apply(gate_up, limit)
+        return y
+    return _gated(*_clamped(gate_up, limit))
+
+
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up of [..., gate | up], both clamped; only its input is kept for the gradient."""
 
@@ -138,21 +146,26 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, limit: float | None) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.limit = limit
-        gate, up = _clamped(gate_up, limit)
-        return F.silu(gate).mul_(up)
+        return _gated(*_clamped(gate_up, limit))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         limit: float | None = ctx.limit
         gate, up = _clamped(gate_up, limit)
-        grad_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
-        grad_up = F.silu(gate).mul_(grads[0])
+        grad = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad.chunk(2, -1)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)
+        torch.mul(F.silu(gate), grads[0], out=grad_up)
         if limit is not None:
             raw_gate, raw_up = gate_up.chunk(2, -1)
             grad_gate.masked_fill_(raw_gate > limit, 0.0)
             grad_up.masked_fill_(raw_up.abs() > limit, 0.0)
-        return torch.cat((grad_gate, grad_up), -1), None
+        return grad, None
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
 
 
 def _clamped(gate_up: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
