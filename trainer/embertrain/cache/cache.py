@@ -99,11 +99,15 @@ class Cache:
         held = self._open[sequence]
         return held.pages[0] if held.pages and held.adjoining else None
 
+    def lacks(self, sequence: int, tokens: int) -> int:
+        """Pages that the sequence would take for `tokens` tokens in all."""
+        return max(0, -(-tokens // PAGE_TOKENS) - len(self._open[sequence].pages))
+
     def reserve(self, sequence: int, tokens: int) -> None:
         """Pages for `tokens` tokens in all. Raises ContextError, having taken none, when there are too few."""
         held = self._open[sequence]
-        wanted = -(-tokens // PAGE_TOKENS) - len(held.pages)
-        if wanted <= 0:
+        wanted = self.lacks(sequence, tokens)
+        if wanted == 0:
             return
         if wanted > len(self._free):
             raise ContextError(

@@ -96,14 +96,16 @@ class Model(nn.Module):
         cache: Cache | None = None,
         *,
         selections: Mapping[int, Tensor] | None = None,
+        checked: bool = False,
     ) -> Output:
         """A whole model's forward call. Without a cache every segment is a whole document.
 
-        `selections` are experts [T, K] by layer, to be used instead of the router's own choice. Raises
-        VocabularyError, ContextError.
+        `selections` are experts [T, K] by layer, to be used instead of the router's own choice. `checked`: the caller
+        knows that the model can take these tokens. Raises VocabularyError, ContextError.
         """
         assert self.is_first and self.is_last
-        self.check(ids_T, batch)
+        if not checked:
+            self.check(ids_T, batch)
         rows: Rows = Fresh(batch) if cache is None else Step(cache, batch)
         crossing = self.run(self.begin(ids_T), batch, rows, selections=selections)
         logits = self.logits(crossing.residual, batch)
