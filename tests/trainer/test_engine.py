@@ -5,7 +5,6 @@ Run: pytest tests/trainer/test_engine.py. Greedy tokens of small random models s
 
 from __future__ import annotations
 
-import random
 from functools import cache
 
 import pytest
