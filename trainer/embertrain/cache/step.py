@@ -46,7 +46,8 @@ class Fresh:
 class Step:
     """A forward call on sequences of a cache. The sequences' lengths move when it is `done`."""
 
-    def __init__(self, cache: Cache, batch: Batch) -> None:
+    def __init__(self, cache: Cache, batch: Batch, *, apart: bool = False) -> None:
+        """`apart`: every segment is a run by itself."""
         self.cache = cache
         self.batch = batch
         self._specs = [{row.kind: row for row in rows} for rows in cache.spec.layers]
@@ -59,7 +60,7 @@ class Step:
             assert segment.sequence is not None
             assert segment.first == cache.length(segment.sequence)
             cache.reserve(segment.sequence, segment.end)
-            if segment.count == 1 and runs and runs[-1][0].count == 1:
+            if segment.count == 1 and not apart and runs and runs[-1][0].count == 1:
                 runs[-1].append(segment)
             else:
                 runs.append([segment])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..kernels.products import linear, linear_into
 from .config import Mixture
 from .linear import Linear
+from .pointwise import silu
 
 Counts = tuple[int, ...]
 """Rows of each expert."""
@@ -36,7 +37,7 @@ class Shared(nn.Module):
         self.w2 = Linear(inner_size, hidden_size)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        y: Tensor = self.w2(F.silu(self.w1(x_TH)) * self.w3(x_TH))
+        y: Tensor = self.w2(silu(self.w1(x_TH), steady=self.w1.pad_rows > 1) * self.w3(x_TH))
         return y
 
 
@@ -52,7 +53,9 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """[R, H] -> [R, H] of rows sorted by expert."""
-        inner = _swiglu(grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit)
+        inner = _swiglu(
+            grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1
+        )
         return grouped_linear(inner, self.w2, counts, self.pad_rows)
 
     def padded(self, rows_EMH: Tensor) -> Tensor:
@@ -132,11 +135,12 @@ class _Grouped(torch.autograd.Function):
         )
 
 
-def _swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
+def _swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor:
     if torch.is_grad_enabled() and gate_up.requires_grad:
         y: Tensor = _SwiGLU.apply(gate_up, limit)
         return y
-    return _gated(*_clamped(gate_up, limit))
+    gate, up = _clamped(gate_up, limit)
+    return silu(gate, steady=steady).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -146,7 +150,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, limit: float | None) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.limit = limit
-        return _gated(*_clamped(gate_up, limit))
+        gate, up = _clamped(gate_up, limit)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,10 +167,6 @@ class _SwiGLU(torch.autograd.Function):
             grad_gate.masked_fill_(raw_gate > limit, 0.0)
             grad_up.masked_fill_(raw_up.abs() > limit, 0.0)
         return grad, None
-
-
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
 
 
 def _clamped(gate_up: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ class HybridAttention(nn.Module):
         G = self.spec.out_groups
         grouped = out_THD.flatten(1).unflatten(-1, (G, -1))
         weight = self.wo_a.weight.unflatten(0, (G, -1))
-        if out_THD.shape[0] == 1 or torch.is_grad_enabled():
+        if (out_THD.shape[0] == 1 and self.wo_a.pad_rows == 1) or torch.is_grad_enabled():
             low = torch.einsum("tgd,grd->tgr", grouped, weight)
         else:
             low = torch.stack([product(grouped[:, g], weight[g], self.wo_a.pad_rows) for g in range(G)], 1)

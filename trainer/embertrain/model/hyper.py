@@ -10,12 +10,13 @@ T tokens, S streams, D hidden size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import hyper_mix, native
 from .config import Hyper
+from .linear import product
 from .norm import rms
+from .pointwise import sigmoid
 
 
 def sinkhorn(logits_TSS: Tensor, iterations: int, eps: float) -> Tensor:
@@ -35,14 +36,14 @@ class HyperConnection(nn.Module):
     def __init__(self, spec: Hyper, hidden_size: int, rms_eps: float) -> None:
         super().__init__()
         S = spec.streams
-        self.spec, self.rms_eps = spec, rms_eps
+        self.spec, self.rms_eps, self.pad_rows = spec, rms_eps, 1
         self.fn = nn.Parameter(torch.empty((2 + S) * S, S * hidden_size, dtype=torch.float32))
         self.base = nn.Parameter(torch.zeros((2 + S) * S, dtype=torch.float32))
         self.scale = nn.Parameter(torch.ones(3, dtype=torch.float32))
 
     def forward(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block's input [T, D], and post [T, S] and comb [T, S, S] for `expand`, both fp32."""
-        logits = F.linear(rms(x_TSD.flatten(1).float(), self.rms_eps), self.fn)
+        logits = product(rms(x_TSD.flatten(1).float(), self.rms_eps), self.fn, self.pad_rows)
         if native is not None and logits.device.type == "cpu" and not torch.is_grad_enabled():
             spec = self.spec
             mixtures = hyper_mix(logits, self.scale, self.base, spec.streams, spec.iterations, spec.eps)
@@ -53,12 +54,12 @@ class HyperConnection(nn.Module):
 
     def mix(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """pre, post and comb of a linear layer's output [T, (2 + S) * S]."""
-        S = self.spec.streams
+        S, steady = self.spec.streams, self.pad_rows > 1
         pre_scale, post_scale, comb_scale = self.scale.unbind()
         pre_base, post_base, comb_base = self.base.split([S, S, S * S])
         pre_TS, post_TS, comb = logits.split([S, S, S * S], -1)
-        pre_TS = torch.sigmoid(pre_TS * pre_scale + pre_base) + self.spec.eps
-        post_TS = 2 * torch.sigmoid(post_TS * post_scale + post_base)
+        pre_TS = sigmoid(pre_TS * pre_scale + pre_base, steady=steady) + self.spec.eps
+        post_TS = 2 * sigmoid(post_TS * post_scale + post_base, steady=steady)
         comb_TSS = (comb * comb_scale + comb_base).unflatten(-1, (S, S))
         return pre_TS, post_TS, sinkhorn(comb_TSS, self.spec.iterations, self.spec.eps)
 
@@ -69,14 +70,15 @@ class HyperHead(nn.Module):
     def __init__(self, spec: Hyper, hidden_size: int, rms_eps: float) -> None:
         super().__init__()
         S = spec.streams
-        self.spec, self.rms_eps = spec, rms_eps
+        self.spec, self.rms_eps, self.pad_rows = spec, rms_eps, 1
         self.fn = nn.Parameter(torch.empty(S, S * hidden_size, dtype=torch.float32))
         self.base = nn.Parameter(torch.zeros(S, dtype=torch.float32))
         self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     def forward(self, x_TSD: Tensor) -> Tensor:
-        mix = F.linear(rms(x_TSD.flatten(1).float(), self.rms_eps), self.fn)
-        return collapse(torch.sigmoid(mix * self.scale + self.base) + self.spec.eps, x_TSD)
+        mix = product(rms(x_TSD.flatten(1).float(), self.rms_eps), self.fn, self.pad_rows)
+        pre_TS = sigmoid(mix * self.scale + self.base, steady=self.pad_rows > 1) + self.spec.eps
+        return collapse(pre_TS, x_TSD)
 
 
 def collapse(pre_TS: Tensor, x_TSD: Tensor) -> Tensor:

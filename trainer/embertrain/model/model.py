@@ -88,6 +88,8 @@ class Model(nn.Module):
         count = len(config.layers)
         blocks = [MTPBlock(config, layer, count + i) for i, layer in enumerate(config.mtp)] if with_mtp else []
         self.mtp = nn.ModuleList(blocks)
+        self.apart = False
+        """Whether attention takes decoding sequences one by one (`batch_invariant`)."""
 
     def forward(
         self,
@@ -106,7 +108,7 @@ class Model(nn.Module):
         assert self.is_first and self.is_last
         if not checked:
             self.check(ids_T, batch)
-        rows: Rows = Fresh(batch) if cache is None else Step(cache, batch)
+        rows: Rows = Fresh(batch) if cache is None else Step(cache, batch, apart=self.apart)
         crossing = self.run(self.begin(ids_T), batch, rows, selections=selections)
         logits = self.logits(crossing.residual, batch)
         if isinstance(rows, Step):
@@ -157,7 +159,7 @@ class Model(nn.Module):
         """
         block = self.mtp[depth]
         assert isinstance(block, MTPBlock)
-        rows: Rows = Fresh(batch) if cache is None else Step(cache, batch)
+        rows: Rows = Fresh(batch) if cache is None else Step(cache, batch, apart=self.apart)
         embedded = self.embed(next_ids_T)
         x_TH, residual, routed = block.predict(embedded, residual, next_ids_T, batch, rows, Angles(batch.positions_T))
         if isinstance(rows, Step):
@@ -165,7 +167,12 @@ class Model(nn.Module):
         return Output(self.head(_wanted(x_TH, batch)), residual, Aux({} if routed is None else {block.index: routed}))
 
     def batch_invariant(self, on: bool) -> None:
-        """In this mode products have a multiple of 8 rows: a token's bits do not depend on what is beside it."""
+        """In this mode a token's bits do not depend on what is beside it.
+
+        Products have a multiple of 8 rows, functions of single numbers are `pointwise`'s steady ones, and attention
+        takes decoding sequences one by one.
+        """
+        self.apart = on
         for module in self.modules():
             if isinstance(module, Linear | Router | Experts):
                 module.pad_rows = 8 if on else 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Rope, Yarn
@@ -48,14 +49,23 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """x with its last 2 * turns.shape[-1] numbers turned; `turns` must broadcast to x's other dimensions."""
     width = 2 * turns.shape[-1]
     pairs = torch.view_as_complex(x[..., -width:].float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    turned = torch.view_as_real(_turn(pairs, turns)).flatten(-2).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat([x[..., :-width], turned], dim=-1)
+
+
+def _turn(pairs: Tensor, turns: Tensor) -> Tensor:
+    """pairs * turns. torch multiplies 16 at a time and rounds those that are left otherwise, so that a row's bits would
+    depend on the rows beside it where rows are narrow: of these there are always enough for nothing to be left."""
+    lacks = -pairs.shape[0] % (16 // math.gcd(16, pairs.shape[-1])) if pairs.dim() == 2 else 0
+    if not lacks:
+        return pairs * turns
+    return (F.pad(pairs, (0, 0, 0, lacks)) * F.pad(turns, (0, 0, 0, lacks)))[:-lacks]
 
 
 def rotate_halves(x: Tensor, turns: Tensor) -> Tensor:
     """V3.2's indexer: the first 2 * n numbers turn, paired as (i, n + i)."""
     n = turns.shape[-1]
-    pairs = torch.complex(x[..., :n].float(), x[..., n : 2 * n].float()) * turns
+    pairs = _turn(torch.complex(x[..., :n].float(), x[..., n : 2 * n].float()), turns)
     return torch.cat([pairs.real.to(x.dtype), pairs.imag.to(x.dtype), x[..., 2 * n :]], dim=-1)
 
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .batch import Batch
 from .config import Mixture
 from .linear import product
+from .pointwise import sigmoid, softplus
 
 EPS = 1e-20
 """Added to the sum that weights are divided by, as in the published code."""
@@ -131,11 +131,12 @@ class Router(nn.Module):
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """[T, E] fp32."""
+        steady = self.pad_rows > 1
         match self.spec.scoring:
             case "sqrtsoftplus":
-                return F.softplus(logits_TE).clamp_min(TINY).sqrt()
+                return softplus(logits_TE, steady=steady).clamp_min(TINY).sqrt()
             case "sigmoid":
-                return logits_TE.sigmoid()
+                return sigmoid(logits_TE, steady=steady)
             case "softmax":
                 return logits_TE.softmax(-1)
 
