@@ -17,6 +17,7 @@ from rich.console import Console
 from . import (
     dataflow,
     datapath,
+    decode,
     embedded_io,
     failover,
     graysort,
@@ -47,6 +48,7 @@ BENCHMARKS = {
     "graysort": graysort,
     "kvcache": kvcache,
     "lmcache_l2": lmcache_l2,
+    "decode": decode,
     "moe": moe,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
