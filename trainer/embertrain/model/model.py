@@ -25,7 +25,7 @@ from ..errors import ContextError, VocabularyError
 from .batch import Batch
 from .config import ModelConfig
 from .experts import Experts
-from .hyper import HyperHead
+from .hyper import HyperConnection, HyperHead
 from .layer import Block, streams
 from .linear import Linear
 from .mtp import MTPBlock
@@ -174,7 +174,7 @@ class Model(nn.Module):
         """
         self.apart = on
         for module in self.modules():
-            if isinstance(module, Linear | Router | Experts):
+            if isinstance(module, Linear | Experts | Router | HyperConnection | HyperHead):
                 module.pad_rows = 8 if on else 1
 
     def cast(self, dtype: torch.dtype) -> Model:
