@@ -51,6 +51,9 @@ class Size:
     rounds: int
     far: int = 16_384
     far_steps: int = 4
+    models: tuple[str, ...] = ("bench-v4", "bench-v3")
+    bandwidth_bytes: int = 1 << 29
+    """What is read to measure the memory's bandwidth."""
 
 
 FULL = Size(new=128, rounds=5)
@@ -63,10 +66,11 @@ def run(directory: Path, size: Size) -> list[Row]:
     torch.set_num_threads(THREADS)
     try:
         with torch.no_grad():
-            bandwidth = memory_bandwidth()
+            bandwidth = memory_bandwidth(size.bandwidth_bytes)
             rows = []
-            for family in ("v4", "v3"):
-                ours, theirs = pair(family)
+            for name in size.models:
+                ours, theirs = pair(name)
+                family = ours.config.family
                 _same_tokens(ours, theirs)
                 ours.cast(torch.bfloat16)
                 theirs.to(torch.bfloat16)
@@ -79,9 +83,10 @@ def run(directory: Path, size: Size) -> list[Row]:
         torch.set_num_threads(before)
 
 
-def pair(family: str) -> tuple[Model, Any]:
+def pair(name: str) -> tuple[Model, Any]:
     """Our model and transformers', with the same weights, in fp32; theirs with the kernels it chooses itself."""
-    ours = Model(preset(f"bench-{family}"), mtp=False)
+    ours = Model(preset(name), mtp=False)
+    family = ours.config.family
     theirs = (oracle.v4_oracle if family == "v4" else oracle.v3_oracle)(ours.config)
     oracle.randomise(theirs, 1)
     oracle.copy_weights(ours, theirs)
@@ -153,9 +158,9 @@ def _decode(family: str, ours: Model, theirs: Any, batch: int, size: Size, bandw
     return [row, share]
 
 
-def memory_bandwidth() -> float:
+def memory_bandwidth(size_bytes: int) -> float:
     """Bytes/s of reading what is in no cache."""
-    numbers = torch.ones(1 << 27)
+    numbers = torch.ones(size_bytes // 4)
     passes = []
     for _ in range(5):
         begin_s = time.perf_counter()
