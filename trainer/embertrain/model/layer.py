@@ -50,9 +50,10 @@ class Block(nn.Module):
         rows: Rows,
         angles: Angles,
         selection_TK: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The residual after the layer, and how tokens were routed (None: the layer has no experts)."""
-        return self.feed(self.attend(x, rows, angles), ids_T, batch, selection_TK)
+        return self.feed(self.attend(x, rows, angles), ids_T, batch, selection_TK, generator)
 
     def attend(self, x: Tensor, rows: Rows, angles: Angles) -> Tensor:
         """The residual after attention: [T, H], or [T, S, H] of streams."""
@@ -62,22 +63,26 @@ class Block(nn.Module):
         return expand(self.attn(self.attn_norm(y), rows, angles), post, comb, x)
 
     def feed(
-        self, x: Tensor, ids_T: Tensor, batch: Batch, selection_TK: Tensor | None = None
+        self,
+        x: Tensor,
+        ids_T: Tensor,
+        batch: Batch,
+        selection_TK: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The residual after the feed-forward part."""
+
+        def block(y_TH: Tensor) -> tuple[Tensor, Routing | None]:
+            if isinstance(self.ffn, MoE):
+                return self.ffn(y_TH, ids_T, batch, selection_TK=selection_TK, generator=generator)
+            return self.ffn(y_TH), None
+
         if self.hc_ffn is None:
-            y, routing = self._ffn(self.ffn_norm(x), ids_T, batch, selection_TK)
+            y, routing = block(self.ffn_norm(x))
             return x + y, routing
         y, post, comb = self.hc_ffn(x)
-        y, routing = self._ffn(self.ffn_norm(y), ids_T, batch, selection_TK)
+        y, routing = block(self.ffn_norm(y))
         return expand(y, post, comb, x), routing
-
-    def _ffn(
-        self, x_TH: Tensor, ids_T: Tensor, batch: Batch, selection_TK: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
-        if isinstance(self.ffn, MoE):
-            return self.ffn(x_TH, ids_T, batch, selection_TK=selection_TK)
-        return self.ffn(x_TH), None
 
 
 def _connection(hyper: Hyper | None, hidden_size: int, eps: float) -> HyperConnection | None:

@@ -98,18 +98,20 @@ class Model(nn.Module):
         cache: Cache | None = None,
         *,
         selections: Mapping[int, Tensor] | None = None,
+        generator: torch.Generator | None = None,
         checked: bool = False,
     ) -> Output:
         """A whole model's forward call. Without a cache every segment is a whole document.
 
-        `selections` are experts [T, K] by layer, to be used instead of the router's own choice. `checked`: the caller
-        knows that the model can take these tokens. Raises VocabularyError, ContextError.
+        `selections` are experts [T, K] by layer, to be used instead of the router's own choice. `generator` is for
+        routers that add noise in training. `checked`: the caller knows that the model can take these tokens. Raises
+        VocabularyError, ContextError.
         """
         assert self.is_first and self.is_last
         if not checked:
             self.check(ids_T, batch)
         rows: Rows = Fresh(batch) if cache is None else Step(cache, batch, apart=self.apart)
-        crossing = self.run(self.begin(ids_T), batch, rows, selections=selections)
+        crossing = self.run(self.begin(ids_T), batch, rows, selections=selections, generator=generator)
         logits = self.logits(crossing.residual, batch)
         if isinstance(rows, Step):
             rows.done()
@@ -131,7 +133,13 @@ class Model(nn.Module):
         return Crossing(streams(self.embed(ids_T), self.config.hyper), ids_T)
 
     def run(
-        self, crossing: Crossing, batch: Batch, rows: Rows, *, selections: Mapping[int, Tensor] | None = None
+        self,
+        crossing: Crossing,
+        batch: Batch,
+        rows: Rows,
+        *,
+        selections: Mapping[int, Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Crossing:
         """Through this model's layers."""
         x, ids_T = crossing.residual, crossing.ids_T
@@ -139,7 +147,8 @@ class Model(nn.Module):
         routing = dict(crossing.routing)
         for name, block in self.layers.items():
             index = int(name)
-            x, routed = block(x, ids_T, batch, rows, angles, selections.get(index) if selections else None)
+            chosen = selections.get(index) if selections else None
+            x, routed = block(x, ids_T, batch, rows, angles, chosen, generator)
             if routed is not None:
                 routing[index] = routed
         return Crossing(x, ids_T, routing)
@@ -159,6 +168,8 @@ class Model(nn.Module):
         """
         block = self.mtp[depth]
         assert isinstance(block, MTPBlock)
+        if depth == 0 and self.config.family != "v4":
+            residual = self.norm(residual)  # V3's weights are made for what the head sees, not for the bare residual.
         rows: Rows = Fresh(batch) if cache is None else Step(cache, batch, apart=self.apart)
         embedded = self.embed(next_ids_T)
         x_TH, residual, routed = block.predict(embedded, residual, next_ids_T, batch, rows, Angles(batch.positions_T))
@@ -205,6 +216,8 @@ class Model(nn.Module):
         for module in self.modules():
             if isinstance(module, Router) and module.spec.hashed:
                 module.reset_table(generator)
+            elif isinstance(module, Router):
+                module.bias.zero_()
 
     def loss(self, ids_T: Tensor, targets_T: Tensor, batch: Batch) -> tuple[Tensor, Aux]:
         """Mean cross-entropy of the tokens that follow, -100 being none, and the call's Aux."""
