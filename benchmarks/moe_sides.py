@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from embertrain.kernels.products import linear
 from embertrain.model.batch import Batch
 from embertrain.model.config import Mixture
 from embertrain.model.dispatch import LocalDispatcher
@@ -76,12 +77,12 @@ class Sides:
 
         def go(check: bool) -> float:
             for _ in range(repeats):
-                F.linear(rows, w13)
-                F.linear(inner, w2)
+                linear(rows, w13)
+                linear(inner, w2)
                 if backward:
                     for grad, weight, row in ((both, w13, rows), (rows, w2, inner)):
-                        grad @ weight
-                        grad.t() @ row
+                        linear(grad, weight.t())
+                        linear(grad.t(), row.t())
             return float(repeats * shape.tokens)
 
         return go
