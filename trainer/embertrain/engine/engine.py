@@ -125,7 +125,8 @@ class Engine:
         """One forward call; gives what is new. Without requests nothing happens.
 
         Raises NotFinite for a request whose logits are not: it has ended then, and what the step has given to others is
-        theirs all the same (`Request.new_ids`).
+        theirs all the same (`Request.new_ids`). A step that something else has ended (Ctrl-C, no memory) has written
+        a part of its rows: the engine is not to be used after it.
         """
         runs = self._plan()
         if not runs:
