@@ -272,3 +272,24 @@ def test_reset_parameters_leaves_no_memory_as_it_was() -> None:
     model.reset_parameters(torch.Generator().manual_seed(0))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         assert not bool((tensor == 77).all()), name
+
+
+@pytest.mark.parametrize("family", ["v3", "v32", "v4"])
+def test_mtp_layers_have_a_cache_of_their_own(family: str) -> None:
+    config = config_of(family, mtp=True)
+    model = model_of(config)
+    ids = oracle.tokens(8, 200, config.vocab_size)
+    count = len(config.layers)
+    spec = CacheSpec.of(config, torch.float32, layers=range(count, count + 1))
+    assert not any(spec.layers[:count]) and spec.layers[count]
+    cache = Cache(spec, sequences=1, pages=2)
+    sequence = cache.open()
+    with torch.no_grad():
+        residual = model(ids[:-1], Batch.of([(0, 199)])).residual
+        want = model.predict(0, residual, ids[1:], Batch.of([(0, 199)])).logits
+        got, at = [], 0
+        for n in (150, 1, 1, 40, *[1] * 7):
+            batch = Batch.of([(at, n, sequence)])
+            got.append(model.predict(0, residual[at : at + n], ids[at + 1 : at + n + 1], batch, cache).logits)
+            at += n
+    assert float((torch.cat(got) - want).abs().max()) <= 2e-5

@@ -52,15 +52,18 @@ class RowSpec:
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """The rows of every layer, MTP layers after the others."""
+    """The rows of every layer, MTP layers after the others; none of a layer that is elsewhere."""
 
     layers: tuple[tuple[RowSpec, ...], ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: torch.dtype, *, mtp: bool = False) -> CacheSpec:
-        """Of a model that computes in `dtype`; `mtp`: of its MTP layers as well."""
-        layers = (*config.layers, *(config.mtp if mtp else ()))
-        return cls(tuple(rows_of(layer.attention, dtype) for layer in layers))
+    def of(cls, config: ModelConfig, dtype: torch.dtype, *, layers: range | None = None) -> CacheSpec:
+        """Of a model that computes in `dtype`, or of a range of its layers: a stage's, or the MTP layers', which are
+        numbered after the others and are a step behind, and so have a cache of their own (`Model.predict`)."""
+        here = range(len(config.layers)) if layers is None else layers
+        every = (*config.layers, *config.mtp)
+        assert 0 <= here.start < here.stop <= len(every)
+        return cls(tuple(rows_of(layer.attention, dtype) if i in here else () for i, layer in enumerate(every)))
 
     @property
     def page_bytes(self) -> int:

@@ -28,7 +28,7 @@ from .batch import Segment
 from .compressor import Compressor
 from .config import Hybrid
 from .indexer import CompressedIndexer
-from .linear import Linear, product
+from .linear import GroupedLinear, Linear
 from .norm import RMSNorm, rms
 from .rope import Angles, rotate
 
@@ -50,7 +50,7 @@ class HybridAttention(nn.Module):
         self.wq_b = Linear(spec.q_rank, H * D)
         self.wkv = Linear(hidden_size, D)
         self.kv_norm = RMSNorm(D, eps)
-        self.wo_a = Linear(H * D // spec.out_groups, spec.out_groups * spec.out_rank)
+        self.wo_a = GroupedLinear(H * D // spec.out_groups, spec.out_rank, spec.out_groups)
         self.wo_b = Linear(spec.out_groups * spec.out_rank, hidden_size)
         self.sink = nn.Parameter(torch.zeros(H, dtype=torch.float32))
         self.kind = "csa" if spec.overlaps else "hca"
@@ -89,14 +89,8 @@ class HybridAttention(nn.Module):
 
     def project(self, out_THD: Tensor) -> Tensor:
         """The output projection: heads in groups, each to a low rank, then all to the hidden size."""
-        G = self.spec.out_groups
-        grouped = out_THD.flatten(1).unflatten(-1, (G, -1))
-        weight = self.wo_a.weight.unflatten(0, (G, -1))
-        if (out_THD.shape[0] == 1 and self.wo_a.pad_rows == 1) or torch.is_grad_enabled():
-            low = torch.einsum("tgd,grd->tgr", grouped, weight)
-        else:
-            low = torch.stack([product(grouped[:, g], weight[g], self.wo_a.pad_rows) for g in range(G)], 1)
-        return self.wo_b(low.flatten(1))
+        grouped = out_THD.flatten(1).unflatten(-1, (self.spec.out_groups, -1))
+        return self.wo_b(self.wo_a(grouped).flatten(1))
 
     def _segment(self, parts: _Parts, rows: Rows, segment: Segment, angles: Angles) -> Tensor:
         """Many tokens of one sequence, in blocks of queries: [count, H, D]."""

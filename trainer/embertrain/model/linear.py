@@ -70,3 +70,19 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+class GroupedLinear(Linear):
+    """A block-diagonal one: each of G groups of numbers has its own rows of the weight, [G * out, in]."""
+
+    def __init__(self, in_size: int, out_size: int, groups: int, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(in_size, groups * out_size, dtype=dtype)
+        self.groups = groups
+
+    def forward(self, x_TGI: Tensor) -> Tensor:
+        """[T, G, in] -> [T, G, out]."""
+        weight_GOI = self.weight.unflatten(0, (self.groups, -1))
+        if x_TGI.shape[0] == 1 and self.pad_rows == 1 and not torch.is_grad_enabled():
+            return torch.bmm(x_TGI.transpose(0, 1), weight_GOI.transpose(1, 2)).transpose(0, 1)
+        parts = [product(x_TGI[:, g], weight_GOI[g], self.pad_rows) for g in range(self.groups)]
+        return torch.stack(parts, 1)
