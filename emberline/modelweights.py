@@ -35,7 +35,12 @@ _folder = click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @_folder
 @json_option
 def ls(folder: Path, as_json: bool) -> None:
-    """List the tensors of FOLDER, or of one safetensors file, as they stand there."""
+    """List the tensors of FOLDER, or of one safetensors file, as they stand there.
+
+    \b
+    Example:
+      emberline model weights ls ./DeepSeek-V4-Flash
+    """
     from embertrain.weights.folder import Folder
 
     entries = Folder(folder).entries
@@ -57,6 +62,10 @@ def verify(folder: Path, as_json: bool) -> None:
     """Check every name, shape and number of the checkpoint in FOLDER against its config.json.
 
     Exits with 1 if anything is wrong.
+
+    \b
+    Example:
+      emberline model weights verify ./DeepSeek-V4-Flash
     """
     from embertrain.weights import Source
     from embertrain.weights import verify as problems
@@ -94,6 +103,10 @@ def convert(
 
     Without --dtype and --quantise every weight keeps the form and the bytes it has. The other files of FOLDER (the
     tokenizer) are copied. TARGET appears when it is whole.
+
+    \b
+    Example:
+      emberline model weights convert ./DeepSeek-V4-Flash ./flash-bf16 --names transformers --dtype bf16
     """
     import torch
     from embertrain.weights import Source, save
