@@ -46,12 +46,9 @@ def attend(
     if extra_pool is not None and extra_indices is not None:
         more_TKD, more_TK = gather(extra_pool, extra_indices)
         rows_TKD, seen_TK = torch.cat([rows_TKD, more_TKD], 1), torch.cat([seen_TK, more_TK], 1)
-    scores_THK = torch.bmm(q_THD, rows_TKD.transpose(1, 2)).float() * scale
-    scores_THK = scores_THK.masked_fill(~seen_TK[:, None, :], -torch.inf)
-    lse_TH = torch.logsumexp(scores_THK, -1)
+    lse_TH = torch.logsumexp(_scores(q_THD, rows_TKD, seen_TK, scale), -1)
     empty_T = ~seen_TK.any(-1)
-    values = rows_TKD if value_width is None else rows_TKD[..., :value_width]
-    out = torch.bmm(weights(scores_THK, sink_H).to(q_THD.dtype), values)
+    out = attend_rows(q_THD, rows_TKD, seen_TK, scale=scale, value_width=value_width, sink_H=sink_H)
     return out.masked_fill(empty_T[:, None, None], 0), lse_TH.masked_fill(empty_T[:, None], torch.inf)
 
 
@@ -65,12 +62,20 @@ def attend_rows(
     sink_H: Tensor | None = None,
 ) -> Tensor:
     """`attend` over rows already gathered, without lse; every query must see a row. `seen_TK` None: all are seen."""
-    scores_THK = torch.bmm(q_THD, rows_TKD.transpose(1, 2)).float() * scale
-    if seen_TK is not None:
-        scores_THK = scores_THK.masked_fill(~seen_TK[:, None, :], -torch.inf)
+    scores_THK = _scores(q_THD, rows_TKD, seen_TK, scale)
     # Whole rows are multiplied and the rest thrown away: a slice of each row would be copied first.
     out = torch.bmm(weights(scores_THK, sink_H).to(q_THD.dtype), rows_TKD)
     return out if value_width is None else out[..., :value_width]
+
+
+def _scores(q_THD: Tensor, rows: Tensor, seen_TN: Tensor | None, scale: float) -> Tensor:
+    """[T, H, N] fp32 over rows [N, D] or [T, N, D]; -inf where a row is not seen."""
+    if rows.dim() == 3:
+        scores = torch.bmm(q_THD, rows.transpose(1, 2))
+    else:
+        scores = (q_THD.flatten(0, 1) @ rows.t()).unflatten(0, q_THD.shape[:2])
+    scores = scores.float() * scale
+    return scores if seen_TN is None else scores.masked_fill(~seen_TN[:, None, :], -torch.inf)
 
 
 def attend_dense(
@@ -87,12 +92,7 @@ def attend_dense(
     Every query must see a row.
     """
     T, H, _ = q_THD.shape
-    flat = q_THD.flatten(0, 1)
-    scores = []
-    for rows, seen_TN in parts:
-        s = torch.bmm(q_THD, rows.transpose(1, 2)) if rows.dim() == 3 else (flat @ rows.t()).view(T, H, -1)
-        s = s.float() * scale
-        scores.append(s if seen_TN is None else s.masked_fill(~seen_TN[:, None, :], -torch.inf))
+    scores = [_scores(q_THD, rows, seen_TN, scale) for rows, seen_TN in parts]
     p_THN = weights(torch.cat(scores, -1) if len(scores) > 1 else scores[0], sink_H).to(q_THD.dtype)
     out: Tensor | None = None
     for (rows, _), p in zip(parts, p_THN.split([s.shape[-1] for s in scores], -1), strict=True):
