@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..model.batch import Batch, Segment
+from ..model.lesson import Lessons
 from .cache import Cache
 from .spec import RowSpec
 
@@ -28,6 +29,10 @@ class Rows(Protocol):
     def runs(self) -> tuple[tuple[Segment, ...], ...]:
         """Segments in order; of several in a run each has one token."""
 
+    @property
+    def lessons(self) -> Lessons | None:
+        """What indexers are to be taught in this call; None: nothing."""
+
     def append(self, layer: int, kind: str, segment: Segment, first: int, fresh: Tensor, begin: int) -> Tensor:
         """Keeps `fresh` as the segment's rows from `first` on; gives its rows from `begin` to the last fresh one."""
 
@@ -35,8 +40,9 @@ class Rows(Protocol):
 class Fresh:
     """No cache: nothing came before, and nothing is kept."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, lessons: Lessons | None = None) -> None:
         self.runs = tuple((segment,) for segment in batch.segments)
+        self.lessons = lessons
 
     def append(self, layer: int, kind: str, segment: Segment, first: int, fresh: Tensor, begin: int) -> Tensor:
         assert first == 0 and begin == 0
@@ -50,6 +56,7 @@ class Step:
         """`apart`: every segment is a run by itself."""
         self.cache = cache
         self.batch = batch
+        self.lessons: Lessons | None = None
         self._specs = [{row.kind: row for row in rows} for rows in cache.spec.layers]
         self._known: dict[object, Tensor | None] = {}
         assert not torch.is_grad_enabled(), "rows in a cache have no gradients"

@@ -92,15 +92,22 @@ def attend_dense(
     Every query must see a row.
     """
     T, H, _ = q_THD.shape
-    scores = [_scores(q_THD, rows, seen_TN, scale) for rows, seen_TN in parts]
-    p_THN = weights(torch.cat(scores, -1) if len(scores) > 1 else scores[0], sink_H).to(q_THD.dtype)
+    p_THN = dense_weights(q_THD, parts, scale=scale, sink_H=sink_H).to(q_THD.dtype)
     out: Tensor | None = None
-    for (rows, _), p in zip(parts, p_THN.split([s.shape[-1] for s in scores], -1), strict=True):
+    for (rows, _), p in zip(parts, p_THN.split([rows.shape[-2] for rows, _ in parts], -1), strict=True):
         values = rows if value_width is None else rows[..., :value_width]
         term = torch.bmm(p, values) if rows.dim() == 3 else (p.flatten(0, 1) @ values).view(T, H, -1)
         out = term if out is None else out + term
     assert out is not None
     return out
+
+
+def dense_weights(
+    q_THD: Tensor, parts: list[tuple[Tensor, Tensor | None]], *, scale: float, sink_H: Tensor | None = None
+) -> Tensor:
+    """What each query gives to all rows of all parts, one part after the other: [T, H, N] fp32."""
+    scores = [_scores(q_THD, rows, seen_TN, scale) for rows, seen_TN in parts]
+    return weights(torch.cat(scores, -1) if len(scores) > 1 else scores[0], sink_H)
 
 
 def weights(scores_THN: Tensor, sink_H: Tensor | None) -> Tensor:

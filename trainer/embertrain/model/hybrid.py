@@ -22,12 +22,15 @@ from .attend import (
     attend_rows,
     block_size,
     chosen_indices,
+    dense_weights,
     gather,
+    top_k,
 )
 from .batch import Segment
 from .compressor import Compressor
 from .config import Hybrid
 from .indexer import CompressedIndexer
+from .lesson import Lessons
 from .linear import GroupedLinear, Linear
 from .norm import RMSNorm, rms
 from .rope import Angles, rotate
@@ -73,7 +76,8 @@ class HybridAttention(nn.Module):
         q_THD = rotate(q_THD, turns[:, None])
         kv_TD = rotate(self.kv_norm(self.wkv(x_TH)), turns)
         state = self.compressor.state(x_TH) if self.compressor else None
-        index_state = self.indexer.compressor.state(x_TH) if self.indexer else None
+        # Only lessons reach an indexer's weights, and they stop there.
+        index_state = self.indexer.compressor.state(x_TH.detach()) if self.indexer else None
         outs = []
         for run in rows.runs:
             at = slice(run[0].start, run[-1].start + run[-1].count)
@@ -106,7 +110,9 @@ class HybridAttention(nn.Module):
         while begin < segment.end:
             size = self._block_size(begin)
             end = min(segment.end, (begin // size + 1) * size)
-            outs.append(self._block(parts, segment, begin, end, window, segment.first - back, entries, keys))
+            outs.append(
+                self._block(parts, segment, begin, end, window, segment.first - back, entries, keys, rows.lessons)
+            )
             begin = end
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
@@ -132,6 +138,7 @@ class HybridAttention(nn.Module):
         window_first: int,
         entries: Tensor | None,
         keys: Tensor | None,
+        lessons: Lessons | None,
     ) -> Tensor:
         """The queries at positions `begin` to `end`."""
         spec = self.spec
@@ -147,15 +154,24 @@ class HybridAttention(nn.Module):
             return attend_dense(q, [near], scale=spec.scale, sink_H=self.sink)
         entries = entries[:closed]
         visible = (positions + 1) // spec.ratio
-        if self.indexer is None or keys is None or closed <= self.indexer.spec.top_k:
-            seen = torch.arange(closed, device=q.device) < visible[:, None]
-            return attend_dense(q, [near, (entries, seen)], scale=spec.scale, sink_H=self.sink)
-        queries = self.indexer.queries(parts.latent[at], parts.turns[at])
-        chosen = self.indexer.choose(queries, self.indexer.weights(parts.x[at]), keys[:closed], visible)
+        seen = torch.arange(closed, device=q.device) < visible[:, None]
+        far = (entries, seen)
+        if self.indexer is None or keys is None or (closed <= self.indexer.spec.top_k and lessons is None):
+            return attend_dense(q, [near, far], scale=spec.scale, sink_H=self.sink)
         k = self.indexer.spec.top_k
-        if closed < _GATHER_FROM * k:
-            return attend_dense(q, [near, (entries, chosen)], scale=spec.scale, sink_H=self.sink)
-        far = gather(entries, chosen_indices(chosen, k))
+        queries = self.indexer.queries(parts.latent[at].detach(), parts.turns[at])
+        scores = self.indexer.scores(queries, self.indexer.weights(parts.x[at].detach()), keys[:closed])
+        if closed > k and not (lessons and lessons.dense):
+            chosen = top_k(scores.detach(), visible, k)
+            far = (entries, chosen)
+            if closed >= _GATHER_FROM * k:
+                indices = chosen_indices(chosen, k)
+                far = gather(entries, indices)
+                scores = scores.gather(1, indices.clamp(min=0))
+        if lessons is not None:
+            with torch.no_grad():
+                given = dense_weights(q, [near, far], scale=spec.scale, sink_H=self.sink)[..., len(local) :]
+            lessons.add(self.layer, given, scores, far[1])
         return attend_dense(q, [near, far], scale=spec.scale, sink_H=self.sink)
 
     def _decode(self, parts: _Parts, step: Step, run: tuple[Segment, ...], angles: Angles) -> Tensor:

@@ -30,10 +30,12 @@ from .attend import (
     block_size,
     chosen_indices,
     gather,
+    top_k,
 )
 from .batch import Segment
 from .config import Latent
 from .indexer import TokenIndexer
+from .lesson import Lessons
 from .linear import Linear
 from .norm import RMSNorm
 from .rope import Angles, rotate
@@ -75,7 +77,8 @@ class LatentAttention(nn.Module):
         q_THD = rotate(q_THD, turns[:, None])
         latent, key = self.wkv_a(x_TH).split([spec.kv_rank, spec.rope.dim], -1)
         row_TD = torch.cat([self.kv_norm(latent), rotate(key, turns)], -1)
-        index_key = self.indexer.keys(x_TH, turns) if self.indexer else None
+        # Only lessons reach an indexer's weights, and they stop there.
+        index_key = self.indexer.keys(x_TH.detach(), turns) if self.indexer else None
         outs = []
         for run in rows.runs:
             at = slice(run[0].start, run[-1].start + run[-1].count)
@@ -109,7 +112,8 @@ class LatentAttention(nn.Module):
                 q_THD, x_TH, low_TR, turns, segment, keys, lambda q, n, seen: self._absorb(q, held[:n], seen)
             )
         k_HND, v_HNV = self._expand(held)
-        if segment.first == 0 and (self.indexer is None or segment.end <= self.indexer.spec.top_k):
+        taught = rows.lessons if self.indexer else None
+        if segment.first == 0 and taught is None and (self.indexer is None or segment.end <= self.indexer.spec.top_k):
             out = F.scaled_dot_product_attention(
                 q_THD.transpose(0, 1)[None], k_HND[None], v_HNV[None], is_causal=True, scale=spec.scale
             )
@@ -122,7 +126,7 @@ class LatentAttention(nn.Module):
             )
             return out[0].transpose(0, 1)
 
-        return self._blocks(q_THD, x_TH, low_TR, turns, segment, keys, naive)
+        return self._blocks(q_THD, x_TH, low_TR, turns, segment, keys, naive, (taught, k_HND) if taught else None)
 
     def _blocks(
         self,
@@ -133,9 +137,14 @@ class LatentAttention(nn.Module):
         segment: Segment,
         keys: Tensor | None,
         attend: Callable[[Tensor, int, Tensor], Tensor],
+        taught: tuple[Lessons, Tensor] | None = None,
     ) -> Tensor:
-        """Block by block: `attend` gets queries, how many rows there are, and which of them each query sees."""
+        """Block by block: `attend` gets queries, how many rows there are, and which of them each query sees.
+
+        `taught` are the indexer's lessons and the keys they are about.
+        """
         outs = []
+        dense = taught is not None and taught[0].dense
         begin = segment.first
         while begin < segment.end:
             # A power of two that depends on the position alone: blocks end where they always end.
@@ -146,12 +155,24 @@ class LatentAttention(nn.Module):
             at = slice(begin - segment.first, end - segment.first)
             positions = torch.arange(begin, end, device=q_THD.device)
             seen = torch.arange(end, device=q_THD.device) <= positions[:, None]
-            if self.indexer and keys is not None and low_TR is not None and end > self.indexer.spec.top_k:
-                queries = self.indexer.queries(low_TR[at], turns[at])
-                seen = self.indexer.choose(queries, self.indexer.weights(x_TH[at]), keys[:end], positions + 1)
+            scored = taught is not None or (self.indexer is not None and end > self.indexer.spec.top_k)
+            if self.indexer and keys is not None and low_TR is not None and scored:
+                queries = self.indexer.queries(low_TR[at].detach(), turns[at])
+                scores = self.indexer.scores(queries, self.indexer.weights(x_TH[at].detach()), keys[:end])
+                if not dense:
+                    seen = top_k(scores.detach(), positions + 1, self.indexer.spec.top_k)
+                if taught is not None:
+                    lessons, k_HND = taught
+                    lessons.add(self.layer, self._weights(q_THD[at], k_HND[:, :end], seen), scores, seen)
             outs.append(attend(q_THD[at], end, seen))
             begin = end
         return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    @torch.no_grad()
+    def _weights(self, q_THD: Tensor, k_HND: Tensor, seen_TN: Tensor) -> Tensor:
+        """What queries give to the keys they see: [T, H, N] fp32."""
+        scores = torch.bmm(q_THD.transpose(0, 1), k_HND.transpose(1, 2)).float() * self.spec.scale
+        return scores.masked_fill(~seen_TN, -torch.inf).softmax(-1).transpose(0, 1)
 
     def _absorb(self, q_THD: Tensor, held_ND: Tensor, seen_TN: Tensor) -> Tensor:
         """Many queries of one sequence over its latent rows: [T, H, V]."""

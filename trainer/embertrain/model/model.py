@@ -27,6 +27,7 @@ from .config import ModelConfig
 from .experts import Experts
 from .hyper import HyperConnection, HyperHead
 from .layer import Block, streams
+from .lesson import Lessons
 from .linear import Linear
 from .mtp import MTPBlock
 from .norm import RMSNorm
@@ -39,6 +40,8 @@ class Aux:
     """What a forward call tells beside its logits, by layer; MTP layers come after the others."""
 
     routing: Mapping[int, Routing] = field(default_factory=dict)
+    index_losses: Mapping[int, Tensor] = field(default_factory=dict)
+    """Scalars: what the indexers' lessons cost, summed over queries; empty unless lessons were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +102,25 @@ class Model(nn.Module):
         *,
         selections: Mapping[int, Tensor] | None = None,
         generator: torch.Generator | None = None,
+        lessons: Lessons | None = None,
         checked: bool = False,
     ) -> Output:
         """A whole model's forward call. Without a cache every segment is a whole document.
 
         `selections` are experts [T, K] by layer, to be used instead of the router's own choice. `generator` is for
-        routers that add noise in training. `checked`: the caller knows that the model can take these tokens. Raises
+        routers that add noise in training. `lessons` are for indexers, without a cache. `checked`: the caller knows that the model can take these tokens. Raises
         VocabularyError, ContextError.
         """
         assert self.is_first and self.is_last
         if not checked:
             self.check(ids_T, batch)
-        rows: Rows = Fresh(batch) if cache is None else Step(cache, batch, apart=self.apart)
+        assert cache is None or lessons is None
+        rows: Rows = Fresh(batch, lessons) if cache is None else Step(cache, batch, apart=self.apart)
         crossing = self.run(self.begin(ids_T), batch, rows, selections=selections, generator=generator)
         logits = self.logits(crossing.residual, batch)
         if isinstance(rows, Step):
             rows.done()
-        return Output(logits, crossing.residual, Aux(crossing.routing))
+        return Output(logits, crossing.residual, Aux(crossing.routing, lessons.losses() if lessons else {}))
 
     def check(self, ids_T: Tensor, batch: Batch) -> None:
         """Whether the model can take these tokens there. Waits for the device."""
@@ -160,7 +165,14 @@ class Model(nn.Module):
         return self.head(self.norm(x_TH))
 
     def predict(
-        self, depth: int, residual: Tensor, next_ids_T: Tensor, batch: Batch, cache: Cache | None = None
+        self,
+        depth: int,
+        residual: Tensor,
+        next_ids_T: Tensor,
+        batch: Batch,
+        cache: Cache | None = None,
+        *,
+        lessons: Lessons | None = None,
     ) -> Output:
         """What MTP layer `depth` says of the tokens after `next_ids_T`: logits of the rows the batch asks for.
 
@@ -170,12 +182,15 @@ class Model(nn.Module):
         assert isinstance(block, MTPBlock)
         if depth == 0 and self.config.family != "v4":
             residual = self.norm(residual)  # V3's weights are made for what the head sees, not for the bare residual.
-        rows: Rows = Fresh(batch) if cache is None else Step(cache, batch, apart=self.apart)
+        assert cache is None or lessons is None
+        rows: Rows = Fresh(batch, lessons) if cache is None else Step(cache, batch, apart=self.apart)
         embedded = self.embed(next_ids_T)
         x_TH, residual, routed = block.predict(embedded, residual, next_ids_T, batch, rows, Angles(batch.positions_T))
         if isinstance(rows, Step):
             rows.done()
-        return Output(self.head(_wanted(x_TH, batch)), residual, Aux({} if routed is None else {block.index: routed}))
+        routing = {} if routed is None else {block.index: routed}
+        aux = Aux(routing, lessons.losses() if lessons else {})
+        return Output(self.head(_wanted(x_TH, batch)), residual, aux)
 
     def batch_invariant(self, on: bool) -> None:
         """In this mode a token's bits do not depend on what is beside it.
