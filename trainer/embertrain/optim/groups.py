@@ -126,7 +126,7 @@ def _assign(model: Model) -> tuple[dict[int, list[nn.Parameter]], list[nn.Parame
             case HyperConnection() | HyperHead():
                 parts[module.fn] = 1
             case nn.Embedding():
-                decaying.add(module.weight)
+                decaying.update(module.parameters())
     if model.is_last:
         decaying.update(model.head.parameters())
     matrices: dict[int, list[nn.Parameter]] = {}
