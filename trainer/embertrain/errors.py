@@ -5,6 +5,8 @@ TrainError
 ├── WeightsError (ValueError)      weights that do not fit the model: wrong, missing, damaged
 ├── VocabularyError (ValueError)   tokens the model has no embedding for, or a tokenizer of another vocabulary
 ├── ContextError (ValueError)      more positions than the model or its cache holds
+├── DataError (ValueError)         token shards that a run cannot use: too few, or of other tokens
+├── ResumeError (ValueError)       a checkpoint that this run does not go on from
 └── NotFinite (ArithmeticError)    a NaN or an infinity where none may be; says where it was met first
 """
 
@@ -29,6 +31,14 @@ class VocabularyError(TrainError, ValueError):
 
 class ContextError(TrainError, ValueError):
     """More positions than the model or the cache holds."""
+
+
+class DataError(TrainError, ValueError):
+    """Token shards that a run cannot use."""
+
+
+class ResumeError(TrainError, ValueError):
+    """A checkpoint that this run does not go on from."""
 
 
 class NotFinite(TrainError, ArithmeticError):

@@ -259,6 +259,36 @@ def _row_flops(attention: Latent | Hybrid) -> int:
     return 2 * attention.heads * 2 * attention.head_dim
 
 
+def training_flops(config: ModelConfig, tokens: int, *, mtp: bool = True) -> float:
+    """Of one token of a training step, on average over a document of that many tokens: forward, and twice that for the
+    gradient. V3's attention is the naive one, as in training; nothing is computed twice.
+    """
+    layers = (*config.layers, *(config.mtp if mtp else ()))
+    weights = flops(config, 1).weights
+    if mtp and config.mtp:
+        parts = mtp_parameters(config)
+        heads = len(config.mtp) * config.vocab_size * config.hidden_size
+        weights += 2 * (sum(part.active for name, part in parts.items() if name != "norms") + heads)
+    # Rows seen grow by pieces that are straight: so many places tell the mean.
+    places = sorted({max(1, round(tokens * (i + 0.5) / _PLACES)) for i in range(_PLACES)})
+    rows = 0.0
+    for layer in layers:
+        for place in places:
+            seen, scored = _seen(layer.attention, place)
+            row = _naive_row_flops(layer.attention)
+            rows += (seen * row + scored * _score_flops(layer.attention.index)) / len(places)
+    return 3 * (weights + rows)
+
+
+_PLACES = 64
+
+
+def _naive_row_flops(attention: Latent | Hybrid) -> int:
+    if isinstance(attention, Hybrid):
+        return _row_flops(attention)
+    return 2 * attention.heads * (attention.nope_dim + attention.rope.dim + attention.value_dim)
+
+
 # ---- KV
 
 

@@ -1,6 +1,6 @@
 """What an indexer is taught: to rank rows as the attention that it chooses for does.
 
-    p_t = the attention weights of query t, summed over heads, over the rows the index chooses among, scaled to sum to one
+    p_t = the attention weights of query t summed over heads, of the rows the index chooses among, scaled to sum to 1
     loss = sum over t of KL(p_t || softmax of the index's scores of the same rows)
 
 Dense lessons are over all rows that a query sees, and attention then attends to all of them; sparse ones are over the

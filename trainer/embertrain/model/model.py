@@ -108,8 +108,8 @@ class Model(nn.Module):
         """A whole model's forward call. Without a cache every segment is a whole document.
 
         `selections` are experts [T, K] by layer, to be used instead of the router's own choice. `generator` is for
-        routers that add noise in training. `lessons` are for indexers, without a cache. `checked`: the caller knows that the model can take these tokens. Raises
-        VocabularyError, ContextError.
+        routers that add noise in training. `lessons` are the indexers', without a cache. `checked`: the caller knows
+        that the model can take these tokens. Raises VocabularyError, ContextError.
         """
         assert self.is_first and self.is_last
         if not checked:
@@ -158,9 +158,14 @@ class Model(nn.Module):
                 routing[index] = routed
         return Crossing(x, ids_T, routing)
 
-    def logits(self, residual: Tensor, batch: Batch) -> Tensor:
-        """Of the rows that the batch asks for."""
-        residual = _wanted(residual, batch)
+    def logits(self, residual: Tensor, batch: Batch | None = None, depth: int | None = None) -> Tensor:
+        """Of the rows that the batch asks for, or of all; with a depth, of that MTP layer's residual."""
+        if batch is not None:
+            residual = _wanted(residual, batch)
+        if depth is not None:
+            block = self.mtp[depth]
+            assert isinstance(block, MTPBlock)
+            return self.head(block.final(residual))
         x_TH = residual if self.hc_head is None else self.hc_head(residual)
         return self.head(self.norm(x_TH))
 
@@ -172,11 +177,13 @@ class Model(nn.Module):
         batch: Batch,
         cache: Cache | None = None,
         *,
+        generator: torch.Generator | None = None,
         lessons: Lessons | None = None,
     ) -> Output:
         """What MTP layer `depth` says of the tokens after `next_ids_T`: logits of the rows the batch asks for.
 
         `next_ids_T` are the tokens that follow those `batch` names. A cache here is one of the MTP layers' own rows.
+        `generator` and `lessons` as in `forward`.
         """
         block = self.mtp[depth]
         assert isinstance(block, MTPBlock)
@@ -184,8 +191,8 @@ class Model(nn.Module):
             residual = self.norm(residual)  # V3's weights are made for what the head sees, not for the bare residual.
         assert cache is None or lessons is None
         rows: Rows = Fresh(batch, lessons) if cache is None else Step(cache, batch, apart=self.apart)
-        embedded = self.embed(next_ids_T)
-        x_TH, residual, routed = block.predict(embedded, residual, next_ids_T, batch, rows, Angles(batch.positions_T))
+        embedded, angles = self.embed(next_ids_T), Angles(batch.positions_T)
+        x_TH, residual, routed = block.predict(embedded, residual, next_ids_T, batch, rows, angles, generator)
         if isinstance(rows, Step):
             rows.done()
         routing = {} if routed is None else {block.index: routed}

@@ -39,7 +39,14 @@ class MTPBlock(Block):
             self.hc_head = HyperHead(config.hyper, H, eps)
 
     def predict(
-        self, embedded_TH: Tensor, h: Tensor, ids_T: Tensor, batch: Batch, rows: Rows, angles: Angles
+        self,
+        embedded_TH: Tensor,
+        h: Tensor,
+        ids_T: Tensor,
+        batch: Batch,
+        rows: Rows,
+        angles: Angles,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """Rows for the head [T, H], this layer's residual, and its routing.
 
@@ -50,5 +57,9 @@ class MTPBlock(Block):
             x = self.eh_proj(torch.cat([e, self.hnorm(h)], -1))
         else:
             x = self.e_proj(e)[:, None] + self.h_proj(self.hnorm(h).flatten(0, 1)).view_as(h)
-        x, routing = self(x, ids_T, batch, rows, angles)
-        return self.norm(x if self.hc_head is None else self.hc_head(x)), x, routing
+        x, routing = self(x, ids_T, batch, rows, angles, None, generator)
+        return self.final(x), x, routing
+
+    def final(self, x: Tensor) -> Tensor:
+        """Rows for the head of this layer's residual: [T, H]."""
+        return self.norm(x if self.hc_head is None else self.hc_head(x))

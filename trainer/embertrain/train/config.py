@@ -1,0 +1,231 @@
+"""What a run of training is: one TOML file, one frozen dataclass a table.
+
+A file is read by `TrainConfig.read`, and refused with the key that is wrong. What is checked here needs neither the
+data nor the model's weights; `Trainer` checks the rest before its first step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from ..model.config import ModelConfig
+from ..model.presets import preset
+from ..model.published import from_published
+from ..optim import OptimConfig, ScheduleConfig
+from . import toml
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """[model]: its shape. Either a preset's name, or a config.json."""
+
+    preset: str | None = None
+    """`emberline model info` lists them: micro, tiny, small, v4-flash and others."""
+    config: str | None = None
+    """A config.json as DeepSeek or transformers write it."""
+    vocab_size: int | None = None
+    """In place of the shape's own."""
+    init_std: float = 0.02
+    """Standard deviation of new weights."""
+
+    def __post_init__(self) -> None:
+        _need((self.preset is None) != (self.config is None), "say either preset or config")
+        _need(self.vocab_size is None or self.vocab_size > 0, "vocab_size is more than 0")
+        _need(self.init_std > 0, "init_std is more than 0")
+
+    def shape(self) -> ModelConfig:
+        """Raises ConfigError."""
+        if self.preset is not None:
+            shape = preset(self.preset)
+        else:
+            assert self.config is not None
+            try:
+                shape = from_published(json.loads(Path(self.config).read_bytes()))
+            except FileNotFoundError:
+                raise ConfigError(f"model.config: there is no file {self.config}") from None
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"model.config: {self.config} is not JSON: {error}") from error
+        return shape if self.vocab_size is None else replace(shape, vocab_size=self.vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """[data]: token shards, and how much of them a step takes."""
+
+    url: str
+    """Of the token shards."""
+    sequence_tokens: int
+    """Tokens of a sample."""
+    batch_samples: int
+    """Samples of one step, of all ranks together."""
+    micro_samples: int = 0
+    """Samples of one forward call of a rank; gradients are summed over as many as it takes. 0: all of the rank's."""
+    prefetch: int = 2
+    """Batches read ahead."""
+
+    def __post_init__(self) -> None:
+        _need(self.sequence_tokens > 1, "sequence_tokens is more than 1")
+        _need(self.batch_samples > 0, "batch_samples is more than 0")
+        _need(self.micro_samples >= 0, "micro_samples is 0 or more")
+        _need(self.prefetch >= 0, "prefetch is 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationSection:
+    """[validation]: the loss on other data, now and then."""
+
+    url: str | None = None
+    """Token shards that are not trained on. None: no validation."""
+    every_steps: int = 100
+    samples: int = 32
+    """The first so many of a fixed order."""
+
+    def __post_init__(self) -> None:
+        _need(self.every_steps > 0 and self.samples > 0, "every_steps and samples are more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSection:
+    """[losses]: what is minimised beside the cross-entropy of the next token, and what keeps experts even."""
+
+    mtp_weight: float = 0.3
+    """Of the mean of the MTP layers' losses; 0: MTP layers stay as they are."""
+    balance_weight: float = 1e-4
+    """Of the sequence-wise balance loss, summed over layers."""
+    bias_rate: float = 1e-3
+    """By how much a step moves the bias of an expert that is chosen too often or too seldom; 0: not at all."""
+    index_weight: float = 1.0
+    """Of the indexers' lessons, summed over layers; 0: indexers stay as they are."""
+    index_dense_steps: int = 0
+    """So many steps attention sees every row and indexers learn from all of them; then only what they choose."""
+
+    def __post_init__(self) -> None:
+        weights = (self.mtp_weight, self.balance_weight, self.bias_rate, self.index_weight)
+        _need(min(weights) >= 0, "weights and rates are 0 or more")
+        _need(self.index_dense_steps >= 0, "index_dense_steps is 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeSection:
+    """[compute]: how, not what."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of products. Weights, gradients and optimizers are fp32 either way."""
+    recompute: bool = False
+    """Keep only what layers take in, and compute the rest again for the gradient: less memory, a third more time."""
+    compile: bool = False
+    """Layers go through torch.compile."""
+    deterministic: bool = True
+    """Refuse operations whose bits change from run to run."""
+    threads: int = 0
+    """Of torch, on a CPU; 0: as it finds it. A resumed run has the same bits with as many only."""
+
+    def __post_init__(self) -> None:
+        _need(self.threads >= 0, "threads is 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSection:
+    """[checkpoint]: what a run goes on from."""
+
+    url: str | None = None
+    """A folder on any file system, ember:// too. None: nothing is saved."""
+    every_steps: int = 500
+    """And at the end, and when the run is interrupted."""
+    keep: int = 3
+    """The newest so many stay."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written."""
+
+    def __post_init__(self) -> None:
+        _need(self.every_steps > 0 and self.keep > 0, "every_steps and keep are more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsSection:
+    """[metrics]: what is told of each step."""
+
+    folder: str | None = None
+    """A local folder for metrics.jsonl, TensorBoard's files and traces. None: nothing is written."""
+    tensorboard: bool = False
+    """Needs the package tensorboard."""
+    peak_flops: float | None = None
+    """Of one rank's device a second, which MFU is a share of. None: measured at the start by a product."""
+    trace_from_step: int | None = None
+    """The first step of a profiler trace, for chrome://tracing or Perfetto. None: no trace."""
+    trace_steps: int = 3
+
+    def __post_init__(self) -> None:
+        _need(self.peak_flops is None or self.peak_flops > 0, "peak_flops is more than 0")
+        _need(self.trace_from_step is None or self.trace_from_step > 0, "trace_from_step is 1 or more")
+        _need(self.trace_steps > 0, "trace_steps is more than 0")
+        needs_folder = self.tensorboard or self.trace_from_step is not None
+        _need(self.folder is not None or not needs_folder, "tensorboard and traces need a folder")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A run."""
+
+    model: ModelSection
+    data: DataSection
+    schedule: ScheduleConfig
+    """Of learning rates; its `steps` are the run's."""
+    optimizer: OptimConfig = field(default_factory=OptimConfig)
+    losses: LossSection = field(default_factory=LossSection)
+    gradient_norm_max: float = 1.0
+    """Gradients of a greater norm are scaled down to it."""
+    compute: ComputeSection = field(default_factory=ComputeSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
+    seed: int = 0
+    """Of new weights, of the order of samples, and of routers' noise."""
+
+    def __post_init__(self) -> None:
+        _need(self.gradient_norm_max > 0, "gradient_norm_max is more than 0")
+        _need(self.seed >= 0, "seed is 0 or more")
+
+    @classmethod
+    def of(cls, tables: dict[str, Any]) -> TrainConfig:
+        """Of the tables of a TOML file. Raises ConfigError."""
+        return toml.build(cls, tables)
+
+    @classmethod
+    def read(cls, source: str | Path, assignments: Iterable[str] = ()) -> TrainConfig:
+        """Of a TOML file or a recipe's name, with some keys set otherwise ("data.batch_samples=4").
+
+        Raises ConfigError.
+        """
+        tables = toml.parse(_text(str(source)), str(source))
+        toml.override(tables, assignments)
+        return cls.of(tables)
+
+
+def recipes() -> tuple[str, ...]:
+    """Names of the configs that come with the package."""
+    folder = resources.files(__package__) / "recipes"
+    return tuple(sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml")))
+
+
+def _text(source: str) -> str:
+    path = Path(source)
+    if not path.exists() and source in recipes():
+        return (resources.files(__package__) / "recipes" / f"{source}.toml").read_text()
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        raise ConfigError(f"{source} is neither a file nor one of {', '.join(recipes())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} cannot be read: {error}") from error

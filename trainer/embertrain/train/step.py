@@ -1,0 +1,203 @@
+"""One step: the losses of a batch, its gradients, and what they move.
+
+    pack -> forward and backward of each micro-batch -> reduce over ranks -> clip -> optimizers -> biases of routers
+
+A step is a function of the model, the optimizers and its number: noise is drawn from generators made of (seed, step,
+rank, micro-batch), and nothing else is remembered. Loads are counted once, after the last micro-batch, from what the
+forward calls gave back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import NotFinite
+from ..model.config import Mixture
+from ..model.router import load, update_bias
+from ..optim import clip, lr, set_lr
+from .config import TrainConfig
+from .objective import Objective, Totals, routers
+from .packing import Packed, pack
+from .precision import DTYPES, computing_in
+
+
+class Samples(Protocol):
+    """What a step reads, as `emberflow.TokenDataset` gives it."""
+
+    @property
+    def tokens(self) -> NDArray[np.uint32]:
+        """[B, S + 1]."""
+
+    @property
+    def starts(self) -> Sequence[NDArray[np.int64]]:
+        """Where documents begin, of each sample."""
+
+
+class Ranks(Protocol):
+    """The processes that share a step; each has samples of its own."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def ranks(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks."""
+
+    def reduce_gradients(self, model: torch.nn.Module) -> None:
+        """To their means over ranks, after the last backward."""
+
+
+class Alone:
+    """One process."""
+
+    rank, ranks = 0, 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def reduce_gradients(self, model: torch.nn.Module) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step was, over all ranks."""
+
+    loss: float
+    """Cross-entropy of the next token, in nats."""
+    mtp_loss: float
+    balance_loss: float
+    index_loss: float
+    gradient_norm: float
+    """Before it was cut."""
+    lr: float
+    tokens: int
+    loads: dict[int, float]
+    """Of layers that choose their experts: tokens of the fullest over the mean."""
+    stopped: bool
+    """Whether a rank was asked to stop."""
+
+
+class Stepper:
+    """Steps of one run."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizers: Sequence[torch.optim.Optimizer],
+        config: TrainConfig,
+        ranks: Ranks,
+        *,
+        eos_id: int,
+    ) -> None:
+        self.objective, self.optimizers, self.config, self.ranks, self.eos_id = (
+            objective, optimizers, config, ranks, eos_id,
+        )  # fmt: skip
+        self.dtype = DTYPES[config.compute.dtype]
+        layers = (*objective.model.config.layers, *objective.model.config.mtp)
+        self._noisy = any(isinstance(layer.ffn, Mixture) and layer.ffn.noise > 0 for layer in layers)
+
+    def step(self, number: int, samples: Samples, *, stop: bool = False) -> Stepped:
+        """Step `number`, 0 being the first, on this rank's samples. Raises NotFinite before anything is moved."""
+        config, model = self.config, self.objective.model
+        model.train()
+        batches = self._packed(samples)
+        totals = self._totals(batches)
+        dense = number < config.losses.index_dense_steps
+        terms = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        counts: dict[int, Tensor] = {}
+        for i, packed in enumerate(batches):
+            with computing_in(model, self.dtype):
+                losses = self.objective(packed, totals, dense=dense, generator=self._generator(number, i))
+                (losses.total * self.ranks.ranks).backward()
+            terms += losses.terms()
+            counts = {layer: counts.get(layer, 0) + count for layer, count in losses.counts.items()}
+        self.ranks.reduce_gradients(model)
+        norm = float(clip(model, config.gradient_norm_max))
+        told = self.ranks.sum(torch.cat([terms, terms.new_tensor([float(stop)])])).tolist()
+        self._check(number, told[0], norm)
+        rate = lr(config.schedule, number)
+        set_lr(self.optimizers, rate)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        loads = self._balance(counts)
+        return Stepped(told[0], told[1], told[2], told[3], norm, rate, totals.tokens, loads, told[4] > 0)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Samples]) -> float:
+        """The mean cross-entropy of the next token, over the samples of all ranks."""
+        model = self.objective.model
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        for samples in batches:
+            for packed in self._packed(samples):
+                with computing_in(model, self.dtype):
+                    sums[0] += self.objective.language(packed).double()
+                sums[1] += packed.counts[0]
+        summed, count = self.ranks.sum(sums).tolist()
+        return summed / max(count, 1)
+
+    def _packed(self, samples: Samples) -> list[Packed]:
+        """Micro-batches."""
+        tokens_BS, starts = samples.tokens, samples.starts
+        size = self.config.data.micro_samples or len(tokens_BS)
+        return [
+            pack(
+                tokens_BS[i : i + size],
+                starts[i : i + size],
+                eos_id=self.eos_id,
+                depths=self.objective.depths,
+                device=self.ranks.device,
+            )
+            for i in range(0, len(tokens_BS), size)
+        ]
+
+    def _totals(self, batches: Sequence[Packed]) -> Totals:
+        rows = [(packed.tokens, *packed.counts) for packed in batches]
+        here = torch.tensor([sum(column) for column in zip(*rows, strict=True)], dtype=torch.int64)
+        tokens, *targets = self.ranks.sum(here.to(self.ranks.device)).tolist()
+        return Totals(tokens, tuple(targets))
+
+    def _generator(self, number: int, micro: int) -> torch.Generator | None:
+        if not self._noisy:
+            return None
+        seed = np.random.SeedSequence([self.config.seed, number, self.ranks.rank, micro]).generate_state(1, np.uint64)
+        return torch.Generator(self.ranks.device).manual_seed(int(seed[0] >> 1))
+
+    def _check(self, number: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFinite(
+                f"step {number + 1}: the loss is {loss} and the gradients' norm {norm}. Nothing was changed by this "
+                "step, and no checkpoint is saved after it; lower schedule.lr or gradient_norm_max, or lengthen "
+                "schedule.warmup_steps, and go on from the last checkpoint"
+            )
+
+    def _balance(self, counts: dict[int, Tensor]) -> dict[int, float]:
+        """Moves the routers' biases by the loads of the whole step, and tells the loads."""
+        loads = {}
+        rate = self.config.losses.bias_rate
+        for layer, router in routers(self.objective.model):
+            if router.spec.hashed or layer not in counts:
+                continue
+            count_E = self.ranks.sum(counts[layer])
+            if rate > 0:
+                update_bias(router, count_E, rate)
+            loads[layer] = load(count_E).max_over_mean
+        return loads
