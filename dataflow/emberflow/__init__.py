@@ -14,6 +14,7 @@ from .errors import (
     OutOfMemory,
     QueryError,
     SessionClosed,
+    TokensInvalid,
     UnsupportedType,
     UserCodeError,
     WorkerDied,
@@ -21,6 +22,7 @@ from .errors import (
 from .functions.sqltypes import UDFAnyParameters, UDFListType, UDFMapType, UDFStructType, UDFType
 from .functions.udf import Udf, udf
 from .session import Session, SessionConfig, init
+from .tokens import Samples, TokenBatch, TokenDataset, TokensReport, write_tokens
 from .writer import WriteReport
 
 __all__ = [
@@ -34,9 +36,14 @@ __all__ = [
     "InvalidArgument",
     "OutOfMemory",
     "QueryError",
+    "Samples",
     "Session",
     "SessionClosed",
     "SessionConfig",
+    "TokenBatch",
+    "TokenDataset",
+    "TokensInvalid",
+    "TokensReport",
     "UDFAnyParameters",
     "UDFListType",
     "UDFMapType",
@@ -49,4 +56,5 @@ __all__ = [
     "WriteReport",
     "init",
     "udf",
+    "write_tokens",
 ]

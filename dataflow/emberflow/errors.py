@@ -13,6 +13,7 @@ comes through as it was raised, with a note that says which query met it.
     ├── UnsupportedType (TypeError)            a DuckDB type that does not go through what was asked of it
     ├── UserCodeError (RuntimeError)           a Python function of the user's raised, or gave what does not fit
     ├── ExchangeCorrupt (IOError)              an intermediate is damaged or gone; the job makes it again
+    ├── TokensInvalid (ValueError)             token shards that are damaged, not whole, or of another version
     ├── CallCancelled (InterruptedError)       a call was cancelled, by its user, a limit or a deadline
     ├── WorkerDied (ConnectionError)           the worker of a call is gone; what the call did is unknown
     └── CallOutOfMemory (MemoryError)          the call, or the worker for it, needed more memory than it was given
@@ -117,3 +118,7 @@ class WorkerDied(FlowError, ConnectionError):
 
 class CallOutOfMemory(FlowError, MemoryError):
     """A call needed more memory than it was given; with more it may succeed."""
+
+
+class TokensInvalid(FlowError, ValueError):
+    """What should be token shards is not whole, damaged, or of a version or form that this program does not read."""

@@ -1,0 +1,205 @@
+"""Many byte ranges of files read in one step, straight into the caller's memory where the filesystem can do that.
+
+`ember://`: one `batch_read` of the store, which checks what it returns. A local path: `preadv`. Anything else: fsspec's
+`cat_ranges`, and a copy.
+
+`Files` travel to other processes as their address. A forked child forgets what its parent had open, and opens its own:
+a store's files are closed to it. Any number of threads may read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from emberfs.types import BATCH_ITEMS_MAX
+
+from ..errors import TokensInvalid
+from ..sources import StorageOptions, open_url, protocol_of
+
+if TYPE_CHECKING:
+    from emberfs import Client, File
+
+Range = tuple[str, int, memoryview]
+"""(path in the filesystem, offset in bytes, where the bytes go)."""
+
+_DESCRIPTORS_MAX = 256
+
+
+class RangeReader(Protocol):
+    """Reads ranges of files that do not change."""
+
+    def read(self, ranges: Sequence[Range]) -> None: ...
+
+    def close(self) -> object:
+        """Lets go of the files."""
+
+
+class Files:
+    """The files of one filesystem, opened when they are first read."""
+
+    def __init__(self, url: str, storage_options: StorageOptions) -> None:
+        self._url = url
+        self._storage_options = storage_options
+        self._reader: RangeReader | None = None
+        self._lock = threading.Lock()
+        _everyone.add(self)
+
+    def read(self, ranges: Sequence[Range]) -> None:
+        """Fills all views. Raises `TokensInvalid` for a file that is too short, and what the filesystem raises."""
+        reader = self._reader
+        if reader is None:
+            with self._lock:
+                if self._reader is None:
+                    self._reader = _reader_for(open_url(self._url, self._storage_options)[0])
+                reader = self._reader
+        reader.read(ranges)
+
+    def close(self) -> None:
+        """Lets go of the files; a read opens them again."""
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def forget(self) -> None:
+        """What a parent had open is not ours to close."""
+        self._reader = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Files, (self._url, self._storage_options)
+
+
+_everyone: weakref.WeakSet[Files] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    for files in list(_everyone):
+        files.forget()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def _reader_for(filesystem: Any) -> RangeReader:
+    protocol = protocol_of(filesystem)
+    if protocol == "ember":
+        return EmberRanges(filesystem.client)
+    return LocalRanges() if protocol in ("file", "local") else FsspecRanges(filesystem)
+
+
+class LocalRanges:
+    """Files of this machine, the latest ones kept open."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, ranges: Sequence[Range]) -> None:
+        preadv = os.preadv
+        last, number = "", -1
+        for path, offset, view in ranges:
+            if path != last:
+                # Held here too, so that it is not closed under us.
+                descriptor = self._descriptor(path)
+                last, number = path, descriptor.number
+            count = preadv(number, (view,), offset)
+            while count < len(view):
+                more = preadv(number, (view[count:],), offset + count)
+                if not more:
+                    raise _too_short(path)
+                count += more
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+    def _descriptor(self, path: str) -> _Descriptor:
+        with self._lock:
+            found = self._open.get(path)
+            if found is None:
+                found = self._open[path] = _Descriptor(path)
+                if len(self._open) > _DESCRIPTORS_MAX:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(path)
+            return found
+
+
+class _Descriptor:
+    """An open file, closed when nothing refers to it."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class EmberRanges:
+    """Files of a store. They stay open: so a file that is replaced is read on, and then an error, never the new one."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._open: dict[str, File] = {}
+        self._lock = threading.Lock()
+        self.close = weakref.finalize(self, _let_go, self._client, self._open, os.getpid())
+
+    def read(self, ranges: Sequence[Range]) -> None:
+        for begin in range(0, len(ranges), BATCH_ITEMS_MAX):
+            some = ranges[begin : begin + BATCH_ITEMS_MAX]
+            items = [(self._file(path), offset, len(view)) for path, offset, view in some]
+            views = [view for _, _, view in some]
+            for (path, _, view), count in zip(some, self._client.batch_read(items, views), strict=True):
+                if count < len(view):
+                    raise _too_short(path)
+
+    def _file(self, path: str) -> File:
+        file = self._open.get(path)
+        if file is None:
+            with self._lock:
+                file = self._open.get(path)
+                if file is None:
+                    file = self._open[path] = self._client.open(path, "rb")
+        return file
+
+
+def _let_go(client: Client, files: dict[str, File], pid: int) -> None:
+    if pid == os.getpid():
+        for file in files.values():
+            file.close()
+        client.close()
+
+
+class FsspecRanges:
+    """Any other filesystem."""
+
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem = filesystem
+
+    def read(self, ranges: Sequence[Range]) -> None:
+        found = self._filesystem.cat_ranges(
+            [path for path, _, _ in ranges],
+            [offset for _, offset, _ in ranges],
+            [offset + len(view) for _, offset, view in ranges],
+            on_error="raise",
+        )
+        for (path, _, view), data in zip(ranges, found, strict=True):
+            if len(data) != len(view):
+                raise _too_short(path)
+            view[:] = data
+
+    def close(self) -> None:
+        pass
+
+
+def _too_short(path: str) -> TokensInvalid:
+    return TokensInvalid(
+        f"{path} is shorter than the shard it should be: `emberline corpus verify` looks at all of them"
+    )

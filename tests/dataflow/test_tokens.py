@@ -1,0 +1,364 @@
+"""Token shards: what is written, what is read at random, in which order. Run: pytest tests/dataflow/test_tokens.py"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import zarr
+from emberflow import DatasetExists, DatasetNotFound, InvalidArgument, TokenDataset, TokensInvalid, write_tokens
+from emberflow.tokens import array, group
+from emberflow.tokens.order import Order
+from fsspec.core import url_to_fs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+VOCABULARY = 500
+EOS = 499
+WORDS = {"tokenizer": "numbers", "tokenizer_hash": "sha256:1", "vocab_size": VOCABULARY, "eos_id": EOS}
+
+Documents = list[np.ndarray[Any, Any]]
+
+
+def documents(count: int, *, longest: int = 60, seed: int = 0) -> Documents:
+    """Rows of random tokens, some of them empty, without eos."""
+    random = np.random.default_rng(seed)
+    return [random.integers(0, EOS, random.integers(0, longest)) for _ in range(count)]
+
+
+def stream(texts: Documents) -> np.ndarray[Any, Any]:
+    """All of them end to end, as they are stored."""
+    return np.concatenate([np.append(text, EOS) for text in texts]).astype(np.uint32)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of several chunks and files, without much in them."""
+    monkeypatch.setattr(array, "CHUNK_ITEMS", 64)
+    monkeypatch.setattr(array, "SHARD_CHUNKS", 3)
+
+
+@pytest.fixture
+def dataset(root: str, small_chunks: None) -> Iterator[TokenDataset]:
+    write_tokens(f"{root}/corpus", documents(100), **WORDS)
+    with TokenDataset(f"{root}/corpus", sequence_tokens=50, seed=7) as dataset:
+        yield dataset
+
+
+# ---- the order
+
+
+@given(length=st.integers(1, 5000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_each_epoch_is_a_permutation(length: int, seed: int, epoch: int) -> None:
+    assert sorted(Order(length, seed).at(epoch * length, length)) == list(range(length))
+
+
+@given(
+    length=st.integers(1, 2**50),
+    seed=st.integers(0, 2**64),
+    begin=st.integers(0, 2**60),
+    cuts=st.lists(st.integers(0, 9)),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_part_of_the_order_is_known_by_itself(length: int, seed: int, begin: int, cuts: list[int]) -> None:
+    order = Order(length, seed)
+    whole = order.at(begin, sum(cuts))
+    places = itertools.accumulate(cuts, initial=begin)
+    assert [*whole] == [number for at, count in zip(places, cuts, strict=False) for number in order.at(at, count)]
+    assert all(0 <= number < length for number in whole)
+
+
+def test_the_order_is_the_same_in_every_version() -> None:
+    assert Order(10, 0).at(0, 20).tolist() == [1, 0, 9, 3, 5, 6, 2, 8, 7, 4, 0, 3, 9, 5, 8, 4, 2, 7, 1, 6]
+    assert Order(1_000_003, 42).at(5_000_000, 4).tolist() == [875190, 614236, 764823, 100918]
+    assert Order(2**40 + 1, -1).at(2**60, 3).tolist() == [786717224244, 741545620568, 343702977698]
+
+
+def test_the_order_shows_no_pattern() -> None:
+    """Neighbours are as far from each other, and seeds and epochs agree as seldom, as they would by chance."""
+    length = 10_000
+    first, other, later = (
+        Order(length, 1).at(0, length),
+        Order(length, 2).at(0, length),
+        Order(length, 1).at(length, length),
+    )
+    assert abs(np.abs(np.diff(first)).mean() / (length / 3) - 1) < 0.03
+    for one, two in itertools.combinations((first, other, later, np.arange(length)), 2):
+        assert np.count_nonzero(one == two) < 12
+        assert abs(np.corrcoef(one, two)[0, 1]) < 0.05
+
+
+# ---- what is read
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_zarr_reads_what_was_written(root: str) -> None:
+    texts = documents(100)
+    report = write_tokens(f"{root}/corpus", texts, **WORDS)
+    found = zarr.open_group(f"{root}/corpus", mode="r")
+    assert (report.documents, report.tokens) == (100, len(stream(texts)))
+    assert found["tokens"].dtype == np.uint32 and found["offsets"].dtype == np.int64
+    assert np.array_equal(found["tokens"][:], stream(texts))
+    assert found["offsets"][:].tolist() == [0, *itertools.accumulate(len(text) + 1 for text in texts)]
+    assert found.attrs["vocab_size"] == VOCABULARY and found.attrs["eos_id"] == EOS
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 191, 192, 193, 384, 1000])
+@pytest.mark.usefixtures("small_chunks")
+def test_arrays_end_at_chunks_at_shards_and_between(tmp_path: Path, length: int) -> None:
+    text = np.arange(length - 1) % EOS
+    write_tokens(str(tmp_path / "corpus"), [text], **WORDS)
+    assert np.array_equal(zarr.open_group(tmp_path / "corpus", mode="r")["tokens"][:], stream([text]))
+    if length > 1:
+        with TokenDataset(str(tmp_path / "corpus"), sequence_tokens=length - 1) as dataset:
+            assert np.array_equal(dataset.read([0]).tokens[0], stream([text]))
+            assert not list(dataset.verify())
+
+
+def test_samples_are_windows_of_the_stream(dataset: TokenDataset) -> None:
+    tokens = stream(documents(100))
+    assert dataset.tokens_count == len(tokens) and len(dataset) == (len(tokens) - 1) // 50
+    numbers = [*range(len(dataset)), 0, 3, 3]
+    samples = dataset.read(numbers)
+    assert samples.tokens.dtype == np.uint32 and samples.tokens.flags.c_contiguous and samples.tokens.flags.writeable
+    for row, starts, number in zip(samples.tokens, samples.starts, numbers, strict=True):
+        begin = number * 50
+        assert np.array_equal(row, tokens[begin : begin + 51])
+        assert starts.dtype == np.int64
+        assert starts.tolist() == [0, *(i for i in range(1, 50) if tokens[begin + i - 1] == EOS)]
+    empty = dataset.read([])
+    assert empty.tokens.shape == (0, 51) and empty.starts == ()
+    for wrong in ([-1], [len(dataset)]):
+        with pytest.raises(IndexError, match="from 0 to"):
+            dataset.read(wrong)
+
+
+def seen(dataset: TokenDataset, steps: int, batch: int, **options: Any) -> list[tuple[int, list[list[int]]]]:
+    with dataset.batches(batch, **options) as batches:
+        return [(step.step, step.samples.tokens.tolist()) for step in itertools.islice(batches, steps)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 5])
+def test_ranks_share_one_order_over_epochs(dataset: TokenDataset, prefetch: int) -> None:
+    steps = 3 * len(dataset) // 12 + 1
+    whole = seen(dataset, steps, 12)
+    assert [step for step, _ in whole] == list(range(steps))
+    flat = [tuple(sample) for _, samples in whole for sample in samples]
+    for epoch in range(3):
+        of_epoch = flat[epoch * len(dataset) : (epoch + 1) * len(dataset)]
+        assert sorted(of_epoch) == sorted(map(tuple, dataset.read(range(len(dataset))).tokens.tolist()))
+    for ranks in (2, 4):
+        parts = [seen(dataset, steps, 12, rank=rank, ranks=ranks, prefetch=prefetch) for rank in range(ranks)]
+        together = [[sample for _, samples in part for sample in samples] for part in zip(*parts, strict=True)]
+        assert together == [samples for _, samples in whole]
+        start = steps // 2
+        assert seen(dataset, 5, 12, rank=1, ranks=ranks, start=start, prefetch=prefetch) == parts[1][start : start + 5]
+
+
+def test_batches_go_on_where_they_were(dataset: TokenDataset) -> None:
+    expected = seen(dataset, 9, 4)
+    with dataset.batches(4) as batches:
+        for _ in range(3):
+            next(batches)
+        batches.close()
+        with pickle.loads(pickle.dumps(batches)) as other:
+            assert other.step == batches.step == 3
+            told = [(step.step, step.samples.tokens.tolist()) for step in itertools.islice(other, 3)]
+        assert told == expected[3:6]
+        assert next(batches).samples.tokens.tolist() == expected[3][1]
+
+
+def tell(connection: Any, batches: Any) -> None:
+    connection.send([(step.step, step.samples.tokens.tolist()) for step in itertools.islice(batches, 4)])
+    batches.close()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_the_same(dataset: TokenDataset, method: str) -> None:
+    if method == "spawn" and dataset.url.startswith("memory:"):
+        pytest.skip("nobody else has this process' memory")
+    expected = seen(dataset, 6, 4)
+    context = multiprocessing.get_context(method)
+    with dataset.batches(4) as batches:
+        next(batches), next(batches)  # now threads read ahead, and files are open
+        ours, theirs = context.Pipe()
+        process = context.Process(target=tell, args=(theirs, batches))
+        process.start()
+        assert ours.poll(60) and ours.recv() == expected[2:6]
+        process.join(60)
+        assert process.exitcode == 0
+        assert [next(batches).samples.tokens.tolist() for _ in range(4)] == [samples for _, samples in expected[2:6]]
+
+
+def test_a_fingerprint_is_of_what_decides_the_batches(root: str) -> None:
+    def fingerprint(name: str, texts: Documents, sequence: int = 20, seed: int = 0, **words: Any) -> str:
+        write_tokens(f"{root}/{name}", texts, **WORDS | words)
+        with TokenDataset(f"{root}/{name}", sequence_tokens=sequence, seed=seed) as dataset:
+            return dataset.fingerprint
+
+    texts = documents(30)
+    first = fingerprint("a", texts)
+    assert first == fingerprint("b", texts, tokenizer="the same, by another name")
+    others = [
+        fingerprint("c", documents(30, seed=1)),
+        fingerprint("d", texts, 21),
+        fingerprint("e", texts, seed=1),
+        fingerprint("f", texts, tokenizer_hash="sha256:2"),
+    ]
+    assert len({first, *others}) == 5
+
+
+# ---- what is refused
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(root: str) -> None:
+    bad: list[tuple[list[Any], dict[str, Any], str]] = [
+        ([], {}, "no documents"),
+        ([[1], [2, EOS, 3]], {}, "document 1 has the eos token 499 inside"),
+        ([[1], [VOCABULARY]], {}, "document 1 has ids outside"),
+        ([[-1]], {}, "ids outside"),
+        ([[[1]]], {}, "row of integers"),
+        ([[0.5]], {}, "row of integers"),
+        ([[1]], {"vocab_size": 2**32 + 1}, "32 bits"),
+        ([[1]], {"eos_id": VOCABULARY}, "not in the vocabulary"),
+        ([[1]], {"mode": "append"}, "mode is"),
+    ]
+    for texts, words, message in bad:
+        with pytest.raises(InvalidArgument, match=message):
+            write_tokens(f"{root}/corpus", texts, **WORDS | words)
+    filesystem, path = url_to_fs(root)
+    assert not filesystem.find(path)
+
+
+def test_an_existing_group_is_kept_or_replaced_whole(root: str) -> None:
+    url = f"{root}/corpus"
+    write_tokens(url, [[1, 2, 3]], **WORDS)
+    with pytest.raises(DatasetExists, match="overwrite"):
+        write_tokens(url, [[4, 5, 6]], **WORDS)
+    with pytest.raises(InvalidArgument):
+        write_tokens(url, [[4, EOS, 6]], **WORDS, mode="overwrite")
+    with TokenDataset(url, sequence_tokens=3) as dataset:
+        assert dataset.read([0]).tokens.tolist() == [[1, 2, 3, EOS]]
+    write_tokens(url, [[4, 5, 6, EOS]], **WORDS, mode="overwrite")
+    with TokenDataset(url, sequence_tokens=3) as dataset:
+        assert dataset.read([0]).tokens.tolist() == [[4, 5, 6, EOS]]
+    filesystem, path = url_to_fs(root)
+    assert not [name for name in filesystem.find(path) if "emberflow" in name]
+    filesystem.makedirs(f"{path}/other")
+    filesystem.pipe_file(f"{path}/other/data.bin", b"x")
+    with pytest.raises(InvalidArgument, match="something else"):
+        write_tokens(f"{root}/other", [[1]], **WORDS, mode="overwrite")
+
+
+def test_an_overwrite_that_dies_half_way_is_taken_back(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{root}/corpus"
+    write_tokens(url, [[1, 2, 3]], **WORDS)
+    moved = group.GroupPlace._move
+
+    def dying(self: group.GroupPlace, source: str, target: str, **order: str) -> None:
+        if source == self.new:
+            raise KeyboardInterrupt
+        moved(self, source, target, **order)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(group.GroupPlace, "_move", dying)
+        patch.setattr(group.GroupPlace, "discard", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_tokens(url, [[4, 5, 6]], **WORDS, mode="overwrite")
+    with pytest.raises(DatasetNotFound):
+        TokenDataset(url, sequence_tokens=3)
+    with pytest.raises(DatasetExists):
+        write_tokens(url, [[7]], **WORDS)
+    with TokenDataset(url, sequence_tokens=3) as dataset:
+        assert dataset.read([0]).tokens.tolist() == [[1, 2, 3, EOS]]
+
+
+def test_of_two_writers_at_once_one_wins_whole(root: str) -> None:
+    def slow() -> Iterator[Sequence[int]]:
+        yield [1] * 10
+        write_tokens(f"{root}/corpus", [[2] * 10], **WORDS)
+        yield [1] * 10
+
+    with pytest.raises((DatasetExists, OSError)):
+        write_tokens(f"{root}/corpus", slow(), **WORDS)
+    with TokenDataset(f"{root}/corpus", sequence_tokens=10) as dataset:
+        assert dataset.read([0]).tokens.tolist() == [[2] * 10 + [EOS]] and not list(dataset.verify())
+
+
+def test_what_is_no_group_is_told_apart(root: str) -> None:
+    filesystem, path = url_to_fs(root)
+    with pytest.raises(DatasetNotFound, match="corpus tokenize"):
+        TokenDataset(f"{root}/nothing", sequence_tokens=3)
+    with pytest.raises(DatasetNotFound):
+        TokenDataset(root, sequence_tokens=3)
+    write_tokens(f"{root}/corpus", [[1, 2, 3]], **WORDS)
+    metadata = json.loads(filesystem.cat_file(f"{path}/corpus/zarr.json"))
+
+    def refused(message: str, **attributes: Any) -> None:
+        changed = metadata | {"attributes": metadata["attributes"] | attributes}
+        filesystem.pipe_file(f"{path}/corpus/zarr.json", json.dumps(changed).encode())
+        with pytest.raises(TokensInvalid, match=message):
+            TokenDataset(f"{root}/corpus", sequence_tokens=3)
+
+    refused("version 2, and this program reads version 1", version=2)
+    refused("its format is", format="other")
+    refused("not whole", checksums=None)
+    filesystem.pipe_file(f"{path}/corpus/zarr.json", b'{"zarr_format": 3, "node_type": "group"}')
+    with pytest.raises(TokensInvalid, match="says nothing"):
+        TokenDataset(f"{root}/corpus", sequence_tokens=3)
+
+
+def test_another_tokenizer_and_too_few_tokens_are_refused(root: str) -> None:
+    write_tokens(f"{root}/corpus", [[1, 2, 3]], **WORDS)
+    TokenDataset(f"{root}/corpus", sequence_tokens=3, tokenizer_hash="sha256:1").close()
+    with pytest.raises(InvalidArgument, match="'numbers'"):
+        TokenDataset(f"{root}/corpus", sequence_tokens=3, tokenizer_hash="sha256:2")
+    with pytest.raises(InvalidArgument, match="4 tokens, too few for one sample of 4"):
+        TokenDataset(f"{root}/corpus", sequence_tokens=4)
+    with TokenDataset(f"{root}/corpus", sequence_tokens=1) as dataset:
+        for batch, options in ((0, {}), (3, {"ranks": 2}), (2, {"rank": 2, "ranks": 2}), (1, {"start": -1})):
+            with pytest.raises(InvalidArgument):
+                dataset.batches(batch, **options)
+
+
+# ---- damage
+
+
+def flipped(filesystem: Any, path: str, at: int) -> None:
+    data = bytearray(filesystem.cat_file(path))
+    data[at] ^= 1
+    filesystem.pipe_file(path, bytes(data))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda fs, path: flipped(fs, f"{path}/tokens/c/1", 70), "tokens/c/1: the chunk at byte 0 is damaged"),
+        (lambda fs, path: flipped(fs, f"{path}/tokens/c/1", -9), "the index at its end is damaged"),
+        (lambda fs, path: flipped(fs, f"{path}/offsets/c/0", 8), "offsets/c/0: the chunk at byte 0 is damaged"),
+        (lambda fs, path: fs.rm_file(f"{path}/tokens/c/2"), "tokens/c/2"),
+        (lambda fs, path: fs.pipe_file(f"{path}/tokens/c/2", b"short"), "tokens/c/2 is shorter"),
+        (
+            lambda fs, path: fs.cp_file(f"{path}/tokens/c/0", f"{path}/tokens/c/1"),
+            "not what the group was written with",
+        ),
+    ],
+)
+def test_verify_finds_damage(tmp_path: Path, harm: Callable[[Any, str], None], message: str) -> None:
+    url = str(tmp_path / "corpus")
+    write_tokens(url, documents(60), **WORDS)
+    with TokenDataset(url, sequence_tokens=5) as dataset:
+        assert not list(dataset.verify())
+        harm(fsspec.filesystem("file"), url)
+    with TokenDataset(url, sequence_tokens=5) as dataset:
+        assert any(message in problem for problem in dataset.verify())
