@@ -18,6 +18,7 @@ from ..model.config import ModelConfig
 from ..model.presets import preset
 from ..model.published import from_published
 from ..optim import OptimConfig, ScheduleConfig
+from ..parallel import ParallelConfig
 from . import toml
 
 
@@ -187,6 +188,7 @@ class TrainConfig:
     gradient_norm_max: float = 1.0
     """Gradients of a greater norm are scaled down to it."""
     compute: ComputeSection = field(default_factory=ComputeSection)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationSection = field(default_factory=ValidationSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)

@@ -23,6 +23,7 @@ from ..errors import NotFinite
 from ..model.config import Mixture
 from ..model.router import load, update_bias
 from ..optim import clip, lr, set_lr
+from ..parallel import Mesh, reduce_gradients
 from .config import TrainConfig
 from .objective import Objective, Totals, routers
 from .packing import Packed, pack
@@ -39,40 +40,6 @@ class Samples(Protocol):
     @property
     def starts(self) -> Sequence[NDArray[np.int64]]:
         """Where documents begin, of each sample."""
-
-
-class Ranks(Protocol):
-    """The processes that share a step; each has samples of its own."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def ranks(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Over all ranks."""
-
-    def reduce_gradients(self, model: torch.nn.Module) -> None:
-        """To their means over ranks, after the last backward."""
-
-
-class Alone:
-    """One process."""
-
-    rank, ranks = 0, 1
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def reduce_gradients(self, model: torch.nn.Module) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +69,12 @@ class Stepper:
         objective: Objective,
         optimizers: Sequence[torch.optim.Optimizer],
         config: TrainConfig,
-        ranks: Ranks,
+        mesh: Mesh,
         *,
         eos_id: int,
     ) -> None:
-        self.objective, self.optimizers, self.config, self.ranks, self.eos_id = (
-            objective, optimizers, config, ranks, eos_id,
-        )  # fmt: skip
+        self.objective, self.optimizers, self.config = objective, optimizers, config
+        self.mesh, self.eos_id = mesh, eos_id
         self.dtype = DTYPES[config.compute.dtype]
         layers = (*objective.model.config.layers, *objective.model.config.mtp)
         self._noisy = any(isinstance(layer.ffn, Mixture) and layer.ffn.noise > 0 for layer in layers)
@@ -120,17 +86,17 @@ class Stepper:
         batches = self._packed(samples)
         totals = self._totals(batches)
         dense = number < config.losses.index_dense_steps
-        terms = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        terms = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
         counts: dict[int, Tensor] = {}
         for i, packed in enumerate(batches):
             with computing_in(model, self.dtype):
                 losses = self.objective(packed, totals, dense=dense, generator=self._generator(number, i))
-                (losses.total * self.ranks.ranks).backward()
+                (losses.total * self.mesh.ranks).backward()
             terms += losses.terms()
             counts = {layer: counts.get(layer, 0) + count for layer, count in losses.counts.items()}
-        self.ranks.reduce_gradients(model)
+        reduce_gradients(model, self.mesh)
         norm = float(clip(model, config.gradient_norm_max))
-        told = self.ranks.sum(torch.cat([terms, terms.new_tensor([float(stop)])])).tolist()
+        told = self.mesh.sum(torch.cat([terms, terms.new_tensor([float(stop)])])).tolist()
         self._check(number, told[0], norm)
         rate = lr(config.schedule, number)
         set_lr(self.optimizers, rate)
@@ -145,13 +111,13 @@ class Stepper:
         """The mean cross-entropy of the next token, over the samples of all ranks."""
         model = self.objective.model
         model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         for samples in batches:
             for packed in self._packed(samples):
                 with computing_in(model, self.dtype):
                     sums[0] += self.objective.language(packed).double()
                 sums[1] += packed.counts[0]
-        summed, count = self.ranks.sum(sums).tolist()
+        summed, count = self.mesh.sum(sums).tolist()
         return summed / max(count, 1)
 
     def _packed(self, samples: Samples) -> list[Packed]:
@@ -164,7 +130,7 @@ class Stepper:
                 starts[i : i + size],
                 eos_id=self.eos_id,
                 depths=self.objective.depths,
-                device=self.ranks.device,
+                device=self.mesh.device,
             )
             for i in range(0, len(tokens_BS), size)
         ]
@@ -172,14 +138,14 @@ class Stepper:
     def _totals(self, batches: Sequence[Packed]) -> Totals:
         rows = [(packed.tokens, *packed.counts) for packed in batches]
         here = torch.tensor([sum(column) for column in zip(*rows, strict=True)], dtype=torch.int64)
-        tokens, *targets = self.ranks.sum(here.to(self.ranks.device)).tolist()
+        tokens, *targets = self.mesh.sum(here.to(self.mesh.device)).tolist()
         return Totals(tokens, tuple(targets))
 
     def _generator(self, number: int, micro: int) -> torch.Generator | None:
         if not self._noisy:
             return None
-        seed = np.random.SeedSequence([self.config.seed, number, self.ranks.rank, micro]).generate_state(1, np.uint64)
-        return torch.Generator(self.ranks.device).manual_seed(int(seed[0] >> 1))
+        seed = np.random.SeedSequence([self.config.seed, number, self.mesh.rank, micro]).generate_state(1, np.uint64)
+        return torch.Generator(self.mesh.device).manual_seed(int(seed[0] >> 1))
 
     def _check(self, number: int, loss: float, norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -196,7 +162,7 @@ class Stepper:
         for layer, router in routers(self.objective.model):
             if router.spec.hashed or layer not in counts:
                 continue
-            count_E = self.ranks.sum(counts[layer])
+            count_E = self.mesh.sum(counts[layer])
             if rate > 0:
                 update_bias(router, count_E, rate)
             loads[layer] = load(count_E).max_over_mean

@@ -1,0 +1,353 @@
+"""A run of training: its parts put together, gone on from the last checkpoint, step after step, saved now and then.
+
+    trainer = Trainer(TrainConfig.read("run.toml"))
+    report = trainer.run()
+
+Invariant: all state of a run is the model, the optimizers and the number of steps done. Data, learning rates and noise
+follow from that number, so a run that was killed anywhere and goes on computes the same bits as one that was not (on as
+many ranks and threads). A checkpoint of step n is saved after step n's metrics are written; whoever resumes forgets the
+lines after n.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from emberflow import TokenDataset
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .. import info
+from ..checkpoint import Checkpoints
+from ..errors import ConfigError, DataError, ResumeError, VocabularyError
+from ..model.config import ModelConfig
+from ..model.model import Model
+from ..optim import build
+from ..parallel import Mesh, apply
+from .config import TrainConfig
+from .metrics import JsonLines, Sink, StepRecord, TensorBoard, measured_peak_flops
+from .objective import Objective, blocks
+from .precision import DTYPES
+from .recompute import recompute
+from .resume import Run, compare
+from .step import Samples, Stepped, Stepper
+from .stop import StopSignals
+from .trace import Trace
+
+log = logging.getLogger("emberline.train")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a run ended."""
+
+    step: int
+    """Steps done, those of earlier runs too."""
+    loss: float | None
+    """Of the last step; None: there was none to do."""
+    interrupted_by: int | None
+    """The signal's number."""
+    saved_step: int | None
+    """What the next run goes on from."""
+
+
+class Trainer:
+    """One run. `data` and `checkpoints` are opened from the config if not given, the mesh is torchrun's.
+
+    `fresh`: do not go on from a checkpoint; `force`: even if there is one. Raises ConfigError, DataError,
+    VocabularyError, ResumeError, and what the data and the checkpoints raise.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        fresh: bool = False,
+        force: bool = False,
+        mesh: Mesh | None = None,
+        data: TokenDataset | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config, self.clock = config, clock
+        self.mesh = mesh or Mesh.start(config.parallel)
+        if config.compute.threads:
+            torch.set_num_threads(config.compute.threads)
+        self.shape = config.model.shape()
+        self.data = data or TokenDataset(
+            config.data.url, sequence_tokens=config.data.sequence_tokens, seed=config.seed
+        )
+        check_data(self.data, config, self.shape, self.mesh.ranks)
+        self.model = _model(config, self.shape, self.mesh.device)
+        objective = Objective(self.model, config.losses)
+        objective.freeze_untaught()
+        _arrange(self.model, config)
+        apply(self.model, self.mesh)
+        self.optimizers = build(self.model, config.optimizer)
+        self.stepper = Stepper(objective, self.optimizers, config, self.mesh, eos_id=self.data.eos_id)
+        self.done = 0
+        """Steps."""
+        self.notes: list[str] = []
+        """What a person should know about how the run begins."""
+        section = config.checkpoint
+        self.checkpoints = None if section.url is None else Checkpoints(section.url, keep=section.keep, config=self.shape)
+        self.saved: int | None = None
+        """The step of the last checkpoint."""
+        self._resume(fresh, force)
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds. Tensors are the run's own, not copies."""
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
+            "trainer": {"step": self.done, "run": asdict(self._run())},
+        }
+
+    def _run(self) -> Run:
+        return Run.of(
+            self.config,
+            self.shape,
+            data=self.data.fingerprint,
+            tokenizer=self.data.tokenizer_hash,
+            ranks=self.mesh.ranks,
+            threads=torch.get_num_threads(),
+        )
+
+    def _resume(self, fresh: bool, force: bool) -> None:
+        if self.checkpoints is None:
+            return
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return
+        if fresh and not force:
+            raise ResumeError(
+                f"{self.config.checkpoint.url} holds a checkpoint of step {latest}: go on from it without --fresh, "
+                "name another checkpoint.url, or begin anew all the same with --force"
+            )
+        if fresh:
+            self._save(wait=True)  # From here on this run is what is gone on from.
+            return
+        told: dict[str, Any] = {"trainer": {"step": 0, "run": asdict(self._run())}}
+        self.checkpoints.load(told, latest, partial=True)
+        self.notes += compare(Run(**told["trainer"]["run"]), self._run())
+        state = self.state()
+        self.checkpoints.load(state, latest)
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
+        self.done = self.saved = int(state["trainer"]["step"])
+        self.notes.insert(0, f"going on from step {self.done}")
+
+    def _save(self, *, wait: bool = False) -> None:
+        if self.checkpoints is None or self.saved == self.done:
+            return
+        if wait or not self.config.checkpoint.asynchronous:
+            self.checkpoints.save(self.done, self.state())
+        else:
+            self.checkpoints.save_async(self.done, self.state())
+        self.saved = self.done
+
+    # ---- the loop
+
+    def run(self, *, until: int | None = None, on_step: Callable[[StepRecord], None] | None = None) -> Report:
+        """To the schedule's last step, or step `until` if that is earlier; `on_step` is called on rank 0.
+
+        SIGINT and SIGTERM end the run after the step they meet, with a checkpoint. Raises NotFinite.
+        """
+        last = self.config.schedule.steps if until is None else min(until, self.config.schedule.steps)
+        stepped: Stepped | None = None
+        with ExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            stack.enter_context(_deterministic(self.config.compute.deterministic))
+            told = _Telling(self, stack, on_step)
+            data = self.config.data
+            batches = stack.enter_context(
+                self.data.batches(
+                    data.batch_samples,
+                    start=self.done,
+                    rank=self.mesh.rank,
+                    ranks=self.mesh.ranks,
+                    prefetch=data.prefetch,
+                )
+            )
+            while self.done < last and not (stepped and stepped.stopped):
+                with told.timed("data"):
+                    samples = next(batches).samples
+                with told.timed("compute"):
+                    stepped = self.stepper.step(self.done, samples, stop=signals.asked is not None)
+                self.done += 1
+                with told.timed("validation"):
+                    validation = told.validate(self.done == last)
+                told.tell(stepped, validation)
+                if self.done % self.config.checkpoint.every_steps == 0:
+                    with told.timed("checkpoint"):
+                        self._save()
+            if self.checkpoints is not None:
+                self._save(wait=True)
+                self.checkpoints.wait()
+            stopped = stepped is not None and stepped.stopped
+            number = int(signals.asked or 0) if stopped else None
+        return Report(self.done, stepped.loss if stepped else None, number, self.saved)
+
+    def close(self) -> None:
+        """Lets go of the data, the checkpoints and the mesh."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+        self.data.close()
+        self.mesh.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class _Telling:
+    """Times, validation and records of a run; files are rank 0's."""
+
+    def __init__(self, trainer: Trainer, stack: ExitStack, on_step: Callable[[StepRecord], None] | None) -> None:
+        self.trainer, self.on_step, self.clock = trainer, on_step, trainer.clock
+        config, mesh = trainer.config, trainer.mesh
+        metrics = config.metrics
+        self.sinks: list[Sink] = []
+        self.trace: Trace | None = None
+        if metrics.folder is not None and mesh.rank == 0:
+            folder = Path(metrics.folder)
+            self.sinks.append(JsonLines(folder, trainer.done))
+            if metrics.tensorboard:
+                self.sinks.append(TensorBoard(folder, trainer.done))
+            if metrics.trace_from_step is not None:
+                self.trace = Trace(folder, metrics.trace_from_step, metrics.trace_steps)
+                self.trace.step(trainer.done)
+                stack.callback(self.trace.close)
+        for sink in self.sinks:
+            stack.callback(sink.close)
+        data = config.data
+        self.peak_flops = metrics.peak_flops or measured_peak_flops(mesh.device, DTYPES[config.compute.dtype])
+        self.token_flops = info.training_flops(
+            trainer.shape, data.sequence_tokens, mtp=trainer.stepper.objective.depths > 0
+        )
+        self.step_tokens = data.batch_samples * data.sequence_tokens
+        self.seconds: dict[str, float] = {}
+        self.validation = _validation(trainer)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        begin_s = self.clock()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + self.clock() - begin_s
+
+    def validate(self, last: bool) -> float | None:
+        trainer = self.trainer
+        due = last or trainer.done % trainer.config.validation.every_steps == 0
+        return trainer.stepper.evaluate(self.validation) if self.validation and due else None
+
+    def tell(self, stepped: Stepped, validation_loss: float | None) -> None:
+        """One step."""
+        trainer = self.trainer
+        step_s = max(self.seconds["data"] + self.seconds["compute"], 1e-9)
+        per_s = stepped.tokens / step_s
+        record = StepRecord(
+            step=trainer.done,
+            loss=stepped.loss,
+            mtp_loss=stepped.mtp_loss,
+            balance_loss=stepped.balance_loss,
+            index_loss=stepped.index_loss,
+            gradient_norm=stepped.gradient_norm,
+            lr=stepped.lr,
+            tokens=trainer.done * self.step_tokens,
+            tokens_per_s=per_s,
+            mfu=per_s * self.token_flops / (self.peak_flops * trainer.mesh.ranks),
+            expert_load_max_over_mean=max(stepped.loads.values(), default=None),
+            expert_load={str(layer): value for layer, value in stepped.loads.items()},
+            seconds={part: round(value, 6) for part, value in self.seconds.items()},
+            validation_loss=validation_loss,
+        )
+        self.seconds = {}
+        for sink in self.sinks:
+            sink.write(record)
+        if self.trace is not None:
+            self.trace.step(trainer.done)
+        if self.on_step is not None and trainer.mesh.rank == 0:
+            self.on_step(record)
+
+
+def check_data(data: TokenDataset, config: TrainConfig, shape: ModelConfig, ranks: int) -> None:
+    """Whether a run can train on it. Raises VocabularyError, DataError, ConfigError."""
+    if data.vocab_size > shape.vocab_size:
+        raise VocabularyError(
+            f"the tokens of {config.data.url} are of a vocabulary of {data.vocab_size:,}, and the model has "
+            f"{shape.vocab_size:,}: set model.vocab_size = {data.vocab_size}, or make the tokens with another tokenizer"
+        )
+    wanted = config.data.batch_samples
+    if len(data) < wanted:
+        raise DataError(
+            f"{config.data.url} has {data.tokens_count:,} tokens, {len(data):,} samples of "
+            f"{config.data.sequence_tokens:,}: fewer than the {wanted:,} of one step (data.batch_samples)"
+        )
+    if wanted % ranks:
+        raise ConfigError(f"data.batch_samples is {wanted}, and {ranks} ranks cannot share that evenly")
+    if config.data.sequence_tokens > shape.positions_max:
+        raise ConfigError(
+            f"data.sequence_tokens is {config.data.sequence_tokens:,}, and the model is made for "
+            f"{shape.positions_max:,} positions"
+        )
+
+
+def _model(config: TrainConfig, shape: ModelConfig, device: torch.device) -> Model:
+    """New weights, the same on any device."""
+    model = Model(shape)
+    model.reset_parameters(torch.Generator().manual_seed(config.seed), std=config.model.init_std)
+    return model.to(device)
+
+
+def _arrange(model: Model, config: TrainConfig) -> None:
+    for block in blocks(model):
+        if config.compute.compile:
+            block.compile()
+        if config.compute.recompute:
+            recompute(block)
+
+
+def _validation(trainer: Trainer) -> Sequence[Samples]:
+    """This rank's samples, a forward call's at a time."""
+    section, data, mesh = trainer.config.validation, trainer.config.data, trainer.mesh
+    if section.url is None:
+        return []
+    with TokenDataset(section.url, sequence_tokens=data.sequence_tokens, seed=trainer.config.seed) as held_out:
+        if held_out.tokenizer_hash != trainer.data.tokenizer_hash:
+            raise DataError(f"{section.url} and {data.url} were made by different tokenizers")
+        count = min(section.samples, len(held_out)) // mesh.ranks
+        if count == 0:
+            raise DataError(f"{section.url} has {len(held_out)} samples, and {mesh.ranks} ranks want one each")
+        numbers = range(mesh.rank * count, (mesh.rank + 1) * count)
+        size = data.micro_samples or data.batch_samples // mesh.ranks
+        return [held_out.read(list(numbers)[i : i + size]) for i in range(0, count, size)]
+
+
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """Operations whose bits change from run to run are refused meanwhile."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if on:
+        torch.use_deterministic_algorithms(True)
+        # What is not written yet is never read.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
