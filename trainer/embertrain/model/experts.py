@@ -52,17 +52,22 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(spec.experts, hidden_size, spec.inner_size))
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
-        """[R, H] -> [R, H] of rows sorted by expert."""
-        inner = _swiglu(
-            grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1
-        )
-        return grouped_linear(inner, self.w2, counts, self.pad_rows)
+        """[R, H] -> [R, H] of rows sorted by expert; of the experts that are on this rank."""
+        w13, w2 = _here(self.w13), _here(self.w2)
+        inner = _swiglu(grouped_linear(rows_RH, w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1)
+        return grouped_linear(inner, w2, counts, self.pad_rows)
 
     def padded(self, rows_EMH: Tensor) -> Tensor:
         """[E, M, H] -> [E, M, H]: as many rows for all, of which any may be padding. It needs no counts on the host: a
         low-latency all-to-all gives rows so."""
         inner = _swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
         return torch.bmm(inner, self.w2.transpose(1, 2))
+
+
+def _here(weights_EOI: Tensor) -> Tensor:
+    """Those on this rank: experts that are spread over ranks are a DTensor, which only the one who spreads imports."""
+    to_local = getattr(weights_EOI, "to_local", None)
+    return weights_EOI if to_local is None else to_local()
 
 
 # ---- the product

@@ -17,13 +17,17 @@ from .router import Router, Routing
 
 
 class MoE(nn.Module):
-    """The feed-forward part of a layer with experts. Its middle stages are `dispatcher.dispatch`, and `combine`."""
+    """The feed-forward part of a layer with experts. Its middle stages are `dispatcher.dispatch`, and `combine`.
+
+    `dispatcher` is the one of calls that name none: whoever spreads experts over ranks puts another one there.
+    """
 
     def __init__(self, spec: Mixture, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.gate = Router(spec, hidden_size, vocab_size)
         self.experts = Experts(spec, hidden_size)
         self.shared = Shared(hidden_size, spec.inner_size * spec.shared) if spec.shared else None
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(
         self,
@@ -36,7 +40,7 @@ class MoE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Routing]:
         """[T, H] -> [T, H], and how the tokens were routed. `selection_TK` and `generator` as in `Router.forward`."""
-        dispatcher = dispatcher or LocalDispatcher()
+        dispatcher = dispatcher or self.dispatcher
         routing = self.route(x_TH, ids_T, batch, selection_TK=selection_TK, generator=generator)
         dispatched = dispatcher.dispatch(x_TH, routing)
         y_TH = dispatcher.combine(self.compute(dispatched), routing, dispatched)

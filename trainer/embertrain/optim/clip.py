@@ -43,7 +43,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
             square = square.to(mesh.device_type)
-            groups = tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if p.is_shard())
+            groups = tuple(mesh.get_group(i) for i, p in enumerate(parameter.placements) if not p.is_replicate())
         squares[groups] = squares[groups] + square if groups in squares else square
     total = torch.zeros((), dtype=torch.float64)
     for groups, square in squares.items():

@@ -180,11 +180,10 @@ def _rows_over(parameter: Tensor) -> dist.ProcessGroup | None:
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh
-    cut = [i for i, placement in enumerate(parameter.placements) if placement.is_shard() and mesh.size(i) > 1]
-    assert all(parameter.placements[i].is_shard(0) for i in cut), "Muon's parameters are sharded along their first side"
+    cut = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate() and mesh.size(i) > 1]
     if not cut or parameter.dim() > 2:
         return None
-    assert len(cut) == 1
+    assert len(cut) == 1 and parameter.placements[cut[0]].is_shard(0), "a matrix is cut once, and into rows"
     return mesh.get_group(cut[0])
 
 
