@@ -56,7 +56,7 @@ def pack(
 ) -> Packed:
     """`tokens_BS` [B, S + 1], and for each sample where its documents begin, 0 first. `depths` is D."""
     B, S = tokens_BS.shape[0], tokens_BS.shape[1] - 1
-    assert B == len(starts) and all(at[0] == 0 and at[-1] < S for at in starts)
+    assert len(starts) == B and all(at[0] == 0 and at[-1] < S for at in starts)
     tokens = tokens_BS.astype(np.int64)
     ids, following = tokens[:, :-1], tokens[:, 1:]
     # Positions whose next token is of another document.

@@ -84,9 +84,7 @@ class Trainer:
         if config.compute.threads:
             torch.set_num_threads(config.compute.threads)
         self.shape = config.model.shape()
-        self.data = data or TokenDataset(
-            config.data.url, sequence_tokens=config.data.sequence_tokens, seed=config.seed
-        )
+        self.data = data or TokenDataset(config.data.url, sequence_tokens=config.data.sequence_tokens, seed=config.seed)
         check_data(self.data, config, self.shape, self.mesh.ranks)
         self.model = _model(config, self.shape, self.mesh.device)
         objective = Objective(self.model, config.losses)
@@ -100,7 +98,9 @@ class Trainer:
         self.notes: list[str] = []
         """What a person should know about how the run begins."""
         section = config.checkpoint
-        self.checkpoints = None if section.url is None else Checkpoints(section.url, keep=section.keep, config=self.shape)
+        self.checkpoints = (
+            None if section.url is None else Checkpoints(section.url, keep=section.keep, config=self.shape)
+        )
         self.saved: int | None = None
         """The step of the last checkpoint."""
         self._resume(fresh, force)
