@@ -7,7 +7,11 @@ TrainError
 ├── ContextError (ValueError)      more positions than the model or its cache holds
 ├── DataError (ValueError)         token shards that a run cannot use: too few, or of other tokens
 ├── ResumeError (ValueError)       a checkpoint that this run does not go on from
-└── NotFinite (ArithmeticError)    a NaN or an infinity where none may be; says where it was met first
+├── NotFinite (ArithmeticError)    a NaN or an infinity where none may be; says where it was met first
+├── StateError (ValueError)        a state that a checkpoint cannot hold, or that does not fit the one it is filled from
+├── NoCheckpoint (ValueError)      there is none, or none of that step
+├── Damaged (OSError)              a file of a checkpoint is not what was written; `.step` and `.file` say which
+└── SaveFailed (RuntimeError)      another rank could not write its part; the ranks that could not raise what they met
 """
 
 from __future__ import annotations
@@ -43,3 +47,28 @@ class ResumeError(TrainError, ValueError):
 
 class NotFinite(TrainError, ArithmeticError):
     """A NaN or an infinity in numbers that must be finite."""
+
+
+class StateError(TrainError, ValueError):
+    """A state that a checkpoint cannot hold, or that does not fit the one it is filled from."""
+
+
+class NoCheckpoint(TrainError, ValueError):
+    """There is no checkpoint, or none of that step."""
+
+
+class Damaged(TrainError, OSError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+    def __init__(self, step: int, file: str, what: str) -> None:
+        super().__init__(f"the checkpoint of step {step} is damaged: {file} {what}")
+        self.step = step
+        self.file = file
+        self.what = what
+
+    def __reduce__(self) -> tuple[type[Damaged], tuple[int, str, str]]:
+        return Damaged, (self.step, self.file, self.what)
+
+
+class SaveFailed(TrainError, RuntimeError):
+    """Another rank could not write its part of a checkpoint."""
