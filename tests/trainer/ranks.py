@@ -67,6 +67,11 @@ def _rank(rank: int, count: int, folder: Path, work: Callable[..., Any], args: t
         raise
 
 
+def each(works: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Several works of the same processes, one after the other: starting them takes longer than most."""
+    return [work(*args) for work, args in works]
+
+
 @dataclass(frozen=True)
 class Run:
     """What a training left."""
@@ -76,15 +81,24 @@ class Run:
     weights: dict[str, Tensor]
 
 
-def train(name: str, parallel: ParallelConfig, optim: OptimConfig, steps: int, lr: float = 1e-3) -> Run:
+def train(name: str, parallel: ParallelConfig, optim: OptimConfig, steps: int, lr: float = 2e-3) -> Run:
     """A rank's part of it, or all of it where there is one process."""
     mesh = Mesh(parallel, torch.device("cpu"))
+    model = begin(name, mesh)
+    return go_on(model, build(model, optim), mesh, range(steps), lr)
+
+
+def begin(name: str, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Model:
     model = Model(preset(name))
     model.reset_parameters(torch.Generator().manual_seed(0))
-    apply(model, mesh)
-    optimizers = build(model, optim)
+    apply(model, mesh, dtype=dtype)
+    return model
+
+
+def go_on(model: Model, optimizers: list[torch.optim.Optimizer], mesh: Mesh, steps: range, lr: float = 2e-3) -> Run:
+    """So many steps on; two batches by turns, which a model soon begins to learn."""
     run = Run([], [], {})
-    for step in range(steps):
+    for step in steps:
         loss, counts = backward(model, mesh, step)
         reduce_gradients(model, mesh)
         run.norms.append(clip(model, 0.5).item())
@@ -129,7 +143,7 @@ def _sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 def samples(step: int, rank: int, count: int) -> tuple[Tensor, Tensor, Tensor, Batch]:
     """Tokens, those after them, and those after these, of a rank's part of a step's samples."""
-    stream = torch.randint(0, 256, (SAMPLES, TOKENS + 2), generator=torch.Generator().manual_seed(step))
+    stream = torch.randint(0, 256, (SAMPLES, TOKENS + 2), generator=torch.Generator().manual_seed(step % 2))
     ids, targets, further = (stream[:, i : i + TOKENS].clone() for i in range(3))
     for sample in range(SAMPLES):
         targets[sample, : 10 * sample] = -100

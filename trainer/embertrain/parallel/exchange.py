@@ -1,9 +1,9 @@
 """A dispatcher for experts that are spread over ranks: rows go to the rank of their expert, and come back.
 
-Rank i of ep holds the experts from i * E / ep on. Each rank sorts its rows by expert, as `LocalDispatcher` does, so that
-those of one rank lie together; two all-to-alls carry first the counts, then the rows. What arrives is put in the order
-of expert, then rank, then token: with samples in the order of ranks, that in which one process would have them, so
-that the experts' sums have the same terms in the same order. The way back is the same in reverse, and so are gradients.
+Rank i of ep holds the experts from i * E / ep on. Each rank sorts its rows by expert, as `LocalDispatcher` does, so
+that those of one rank lie together; two all-to-alls carry first the counts, then the rows. What arrives is put in the
+order of expert, then rank, then token: with samples in the order of ranks, that in which one process would have them,
+so that the experts' sums have the same terms in the same order. The way back is the reverse, and so are gradients.
 
 E experts in all, R rows, H hidden size.
 """

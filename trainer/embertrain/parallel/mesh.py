@@ -1,8 +1,8 @@
-"""The ranks of a run and what each is for: `dp` copies of `fsdp` shards, over each of which experts are spread `ep` ways.
+"""The ranks of a run, and what each is for: dp * fsdp * ep of them.
 
-Every rank reads samples of its own, so a rank's number is that of its data. Weights outside experts are cut over fsdp
-and the same on all dp * ep others; experts are spread over ep, then cut over fsdp, and the same on dp. Neighbouring
-ranks differ in ep: they exchange rows in every layer, and should be close to each other.
+Every rank reads samples of its own, so a rank's number is that of its data. Matrices outside experts are cut over fsdp,
+with dp * ep copies; experts are spread over ep, then cut over fsdp, with dp copies. Neighbouring ranks differ in ep:
+they exchange rows in every layer, and should be close to each other.
 
 `torchrun` says how many ranks there are. Without it there is one, and no process group.
 """
