@@ -159,6 +159,10 @@ _TOP = {
 }  # fmt: skip
 
 
+BUFFERS = {rest: _FFN[rest] for rest in ("ffn.gate.bias", "ffn.gate.tid2eid")}
+"""What is no parameter: our names within a layer to transformers'."""
+
+
 def copy_weights(ours: Model, oracle: nn.Module) -> None:
     """The oracle's numbers into our model, every one of them."""
     table = _FFN | (_V4 if ours.config.family == "v4" else _LATENT)

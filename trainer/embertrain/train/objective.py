@@ -37,7 +37,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Of one forward call: scalars in fp32, its share of the step's. All but `total` are without gradient and weight."""
+    """Of one forward call: its share of the step's, fp32 scalars. All but `total` are without gradient and weight."""
 
     total: Tensor
     language: Tensor
