@@ -51,6 +51,7 @@ def ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> lis
             process.kill()
     errors = [path.read_text() for path in sorted(folder.glob("error.*"))]
     assert not errors, "\n".join(errors)
+    assert all(process.exitcode == 0 for process in processes), f"not done after {TIMEOUT_S} s"
     return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(count)]
 
 

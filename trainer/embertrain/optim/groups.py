@@ -83,7 +83,7 @@ def build(model: Model, config: OptimConfig) -> list[torch.optim.Optimizer]:
     ]
     groups = [group for group in groups if group["params"]]
     if groups:
-        adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, foreach=False)
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
         _begin(adamw)
         optimizers.append(adamw)
     return optimizers

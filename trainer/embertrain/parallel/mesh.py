@@ -89,9 +89,9 @@ class Mesh:
             torch.accelerator.set_device_index(int(environment.get("LOCAL_RANK", "0")))
         if ranks == 1 or dist.is_initialized():
             return Mesh(config, device)
-        backend = "cpu:gloo"  # Tensors in the host's memory cross too: offloaded weights, checkpoints.
+        backend = dist.get_default_backend_for_device(device)
         if device.type != "cpu":
-            backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
+            backend = f"cpu:gloo,{device.type}:{backend}"  # What is in the host's memory crosses too: checkpoints.
         dist.init_process_group(backend)
         return Mesh(config, device, owned=True)
 
