@@ -57,7 +57,7 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """[R, H] -> [R, H] of rows sorted by expert."""
-        inner = _swiglu(
+        inner = swiglu(
             grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1
         )
         return grouped_linear(inner, self.w2, counts, self.pad_rows)
@@ -72,7 +72,7 @@ class Experts(nn.Module):
     def padded(self, rows_EMH: Tensor) -> Tensor:
         """[E, M, H] -> [E, M, H]: as many rows for all, of which any may be padding. It needs no counts on the host: a
         low-latency all-to-all gives rows so."""
-        inner = _swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
+        inner = swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
         return torch.bmm(inner, self.w2.transpose(1, 2))
 
 
@@ -146,7 +146,8 @@ class _Grouped(torch.autograd.Function):
         )
 
 
-def _swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor:
+def swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor:
+    """silu(gate) * up of [..., gate | up], both clamped."""
     if torch.is_grad_enabled() and gate_up.requires_grad:
         y: Tensor = _SwiGLU.apply(gate_up, limit)
         return y

@@ -210,8 +210,8 @@ class LatentAttention(nn.Module):
         Copied from wkv_b once for as long as it stays as it is: a product of slices would copy them at every step.
         What is written through `weight.data` is not seen; tensors of inference mode tell nothing, and are copied anew.
         """
-        weight = self.wkv_b.weight
-        if weight.is_inference():
+        weight = self.wkv_b.whole()
+        if weight.is_inference() or not isinstance(weight, nn.Parameter):
             return self._slices(weight)
         state = (weight.data_ptr(), weight._version)
         if self._copied is None or self._copied[0] is not weight or self._copied[1] != state:

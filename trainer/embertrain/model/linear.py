@@ -70,6 +70,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.pad_rows)
 
+    def whole(self) -> Tensor:
+        """The matrix that this multiplies with, for whoever multiplies with parts of it (MLA, absorbed)."""
+        return self.weight
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
@@ -83,8 +87,12 @@ class GroupedLinear(Linear):
 
     def forward(self, x_TGI: Tensor) -> Tensor:
         """[T, G, in] -> [T, G, out]."""
-        weight_GOI = self.weight.unflatten(0, (self.groups, -1))
-        if self.pad_rows == 1 and kernels.loops_for_few(x_TGI, self.weight):
+        return self.multiply(x_TGI, self.weight)
+
+    def multiply(self, x_TGI: Tensor, weight: Tensor) -> Tensor:
+        """By any weight of as many groups."""
+        weight_GOI = weight.unflatten(0, (self.groups, -1))
+        if self.pad_rows == 1 and kernels.loops_for_few(x_TGI, weight):
             return kernels.product_by_group(x_TGI, weight_GOI)
         parts = [product(x_TGI[:, g], weight_GOI[g], self.pad_rows) for g in range(self.groups)]
         return torch.stack(parts, 1)
