@@ -59,7 +59,7 @@ def by_hand(attention: Any, x_TH: Tensor, dense: bool) -> float:
     low = attention.q_norm(attention.wq_a(x_TH))
     q = attention.wq_b(low).unflatten(-1, (spec.heads, -1))
     if isinstance(spec, Latent):
-        q = rotate(q, turns[:, None])
+        q = rotate(q, turns)
         latent, key = attention.wkv_a(x_TH).split([spec.kv_rank, spec.rope.dim], -1)
         k_HND, _ = attention._expand(torch.cat([attention.kv_norm(latent), rotate(key, turns)], -1))
         index_keys = indexer.keys(x_TH, turns)
@@ -69,7 +69,7 @@ def by_hand(attention: Any, x_TH: Tensor, dense: bool) -> float:
         from embertrain.model.norm import rms
 
         rows, segment = Fresh(batch), batch.segments[0]
-        q = rotate(rms(q, attention.eps), turns[:, None])
+        q = rotate(rms(q, attention.eps), turns)
         kv = rotate(attention.kv_norm(attention.wkv(x_TH)), turns)
         entries = attention.compressor.append(rows, 0, segment, attention.compressor.state(x_TH), angles)
         index_keys = indexer.compressor.append(rows, 0, segment, indexer.compressor.state(x_TH), angles)

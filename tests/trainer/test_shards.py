@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from embertrain.errors import ConfigError
 from embertrain.model.batch import Batch
-from embertrain.model.dispatch import LocalDispatcher
 from embertrain.model.experts import Experts
 from embertrain.model.linear import Linear
 from embertrain.model.model import Model
@@ -193,7 +192,7 @@ def test_one_process_needs_no_group_and_is_a_mesh_too() -> None:
         assert mesh.sum(total).equal(total)
         model = Model(preset("micro"))
         apply(model, mesh)
-        assert isinstance(model.layers["1"].ffn.dispatcher, LocalDispatcher)
+        assert model.layers["1"].ffn.dispatcher is None
     assert not dist.is_initialized()
 
 

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
+from emberflow import Samples, TokenDataset
 from embertrain.model.model import Model
-from embertrain.model.presets import preset
 from embertrain.optim import build, clip, lr, set_lr
 from embertrain.parallel import Mesh, ParallelConfig
 from embertrain.train import TrainConfig
 from embertrain.train.objective import Objective
 from embertrain.train.step import Stepper
-from emberflow import Samples, TokenDataset
 
 from . import oracle, texts
 

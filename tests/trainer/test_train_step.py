@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emberflow import Samples, TokenDataset
 from embertrain.errors import ConfigError, DataError, NotFinite, VocabularyError
 from embertrain.model.config import Mixture, ModelConfig
 from embertrain.model.model import Model
@@ -18,7 +19,6 @@ from embertrain.train import TrainConfig, Trainer
 from embertrain.train.objective import Objective, blocks
 from embertrain.train.recompute import recompute
 from embertrain.train.step import Stepped, Stepper
-from emberflow import Samples, TokenDataset
 from torch import Tensor
 
 from . import runs, texts
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(url: str) -> None:
     with torch.no_grad():
         model.head.weight[7] = torch.inf
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(NotFinite, match="step 5: the loss is nan.*lower schedule.lr"):
+    with pytest.raises(NotFinite, match=r"step 5: the loss is nan.*lower schedule\.lr"):
         stepper.step(4, samples_of(tables))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 

@@ -75,7 +75,8 @@ class Stepper:
     ) -> None:
         self.objective, self.optimizers, self.config = objective, optimizers, config
         self.mesh, self.eos_id = mesh, eos_id
-        self.dtype = DTYPES[config.compute.dtype]
+        # With fsdp weights are cast as they are gathered.
+        self.dtype = torch.float32 if mesh.fsdp > 1 else DTYPES[config.compute.dtype]
         layers = (*objective.model.config.layers, *objective.model.config.mtp)
         self._noisy = any(isinstance(layer.ffn, Mixture) and layer.ffn.noise > 0 for layer in layers)
 

@@ -90,7 +90,7 @@ class Trainer:
         objective = Objective(self.model, config.losses)
         objective.freeze_untaught()
         _arrange(self.model, config)
-        apply(self.model, self.mesh)
+        apply(self.model, self.mesh, dtype=DTYPES[config.compute.dtype])
         self.optimizers = build(self.model, config.optimizer)
         self.stepper = Stepper(objective, self.optimizers, config, self.mesh, eos_id=self.data.eos_id)
         self.done = 0

@@ -1,0 +1,46 @@
+"""The trainer as several processes over gloo: the same losses as one, whatever the ranks are for; and a checkpoint of
+one kind of run continued as another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from embertrain.parallel import Mesh
+from embertrain.train import TrainConfig, Trainer
+
+from . import ranks, runs, texts
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return texts.shards(tmp_path_factory.mktemp("tokens"), piece=150)
+
+
+def work(tables: dict[str, Any], until: int) -> None:
+    config = TrainConfig.of(tables)
+    with Trainer(config, mesh=Mesh(config.parallel, torch.device("cpu"))) as trainer:
+        trainer.run(until=until)
+
+
+@pytest.mark.parametrize("parallel", [{"dp": 2}, {"fsdp": 2}, {"ep": 2}], ids=lambda p: next(iter(p)))
+def test_two_ranks_are_one(url: str, tmp_path: Path, parallel: dict[str, int]) -> None:
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    tables = {"optimizer": {"kind": "adamw"}, "checkpoint": {"every_steps": 100}, "data": {"micro_samples": 1}}
+    work(runs.tables(url, whole, **tables), STEPS)
+    # Half of it alone, and half by two.
+    work(runs.tables(url, shared, **tables), STEPS // 2)
+    ranks.ranks(2, work, tmp_path / "ranks", runs.tables(url, shared, parallel=parallel, **tables), STEPS)
+    expected, records = runs.lines(whole), runs.lines(shared)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert records[: STEPS // 2] == expected[: STEPS // 2]
+    for record, other in zip(records, expected, strict=True):
+        for key in ("loss", "mtp_loss", "balance_loss", "index_loss", "gradient_norm", "expert_load_max_over_mean"):
+            assert record[key] == pytest.approx(other[key], rel=2e-4), (record["step"], key)
+    with Trainer(TrainConfig.of(runs.tables(url, shared, **tables))) as trainer:
+        assert trainer.done == STEPS
+        assert any("ranks were 2 and are 1" in note for note in trainer.notes)
