@@ -92,6 +92,7 @@ main = _CommandLine(
     lazy={
         "fs": LazyCommand("emberline.fs:fs", "Files in a store, and between stores."),
         "sql": LazyCommand("emberline.sql:sql", "Run SQL over files of a store, or of any URL."),
+        "corpus": LazyCommand("emberline.corpus:corpus", "Corpora for training: texts to token shards, tokenizers."),
         "jobs": LazyCommand("emberline.jobs:jobs", "Jobs of emberflow: list, look into one, end one, clean up."),
         "kv": LazyCommand("emberline.kv:kv", "KV cache of inference nodes: serve it, size one, simulate one."),
         "model": LazyCommand("emberline.model:model", "The MoE model: what it costs, and its weights."),

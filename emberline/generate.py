@@ -177,20 +177,14 @@ def _prompts(prompt: str | None, prompt_file: Path | None, batch: Path | None) -
 
 
 def _tokenizer(text: str | None, name: str, shape: ModelConfig) -> Tokenizer:
-    from embertrain.engine.tokenizers import V4_VOCABULARY, ByteTokenizer, FileTokenizer, fit, v4_tokenizer
+    from embertrain.engine.tokenizers import V4_VOCABULARY, fit, load_tokenizer
 
     beside = Path(name) / "tokenizer.json"
-    tokenizer: Tokenizer
     if text is None and beside.exists():
         text = str(beside)
     if text is None:
         text = "v4" if shape.vocab_size == V4_VOCABULARY else "byte"
-    if text == "byte":
-        tokenizer = ByteTokenizer()
-    elif text == "v4":
-        tokenizer = v4_tokenizer()
-    else:
-        tokenizer = FileTokenizer(text)
+    tokenizer = load_tokenizer(text)
     fit(tokenizer, shape.vocab_size)
     return tokenizer
 

@@ -22,7 +22,7 @@ from .errors import (
 from .functions.sqltypes import UDFAnyParameters, UDFListType, UDFMapType, UDFStructType, UDFType
 from .functions.udf import Udf, udf
 from .session import Session, SessionConfig, init
-from .tokens import Samples, TokenBatch, TokenDataset, TokensReport, write_tokens
+from .tokens import TokenDataset, tokenize, write_tokens
 from .writer import WriteReport
 
 __all__ = [
@@ -36,14 +36,11 @@ __all__ = [
     "InvalidArgument",
     "OutOfMemory",
     "QueryError",
-    "Samples",
     "Session",
     "SessionClosed",
     "SessionConfig",
-    "TokenBatch",
     "TokenDataset",
     "TokensInvalid",
-    "TokensReport",
     "UDFAnyParameters",
     "UDFListType",
     "UDFMapType",
@@ -55,6 +52,7 @@ __all__ = [
     "WorkerDied",
     "WriteReport",
     "init",
+    "tokenize",
     "udf",
     "write_tokens",
 ]

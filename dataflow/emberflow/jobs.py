@@ -154,13 +154,13 @@ class Jobs:
         """Whether the frame's rows are here."""
         return self.computed(frame) is not None
 
-    def compute(self, frame: Frame, *, now: datetime.datetime | None = None) -> Computed:
+    def compute(self, frame: Frame, *, now: datetime.datetime | None = None, progress: bool | None = None) -> Computed:
         """Runs the frame's job, unless its rows are here already, and keeps them as long as the frame is referred to.
-        `now` is what now() gives, if a larger whole says it."""
+        `now` is what now() gives, if a larger whole says it. `progress` shows a bar; None: on a terminal."""
         with self._alone(frame):
             computed = self.computed(frame)
             if computed is None:
-                computed = self._whole(lambda: self._computed(frame, now or self.now()))
+                computed = self.whole(lambda: self._computed(frame, now or self.now(), progress))
                 with self._lock:
                     self._results[frame] = computed
             return computed
@@ -184,7 +184,7 @@ class Jobs:
         same, if they are of a type that does not go through exchanges."""
         try:
             computed = self.computed(query)
-            return of_table(computed or self._whole(lambda: self._computed(query, self.now())))
+            return of_table(computed or self.whole(lambda: self._computed(query, self.now(), None)))
         except UnsupportedType:
             if any(not isinstance(source, pa.Table | Query) for source in query.tables.values()):
                 raise
@@ -196,11 +196,11 @@ class Jobs:
         columns = self.planner(frame).pipes(frame)[1] if computed is None else computed.columns
         return self.compute(frame).columns if columns is None else columns
 
-    def _computed(self, frame: Frame, now: datetime.datetime) -> Computed:
+    def _computed(self, frame: Frame, now: datetime.datetime, progress: bool | None) -> Computed:
         program = self.planner(frame, now=now).program(frame)
         job = self._job(program, frame, None)
         info = JobInfo(id=job.id, name=_name_of(frame), query=_text_of(frame))
-        with self._recorded(job, info, progress=None):
+        with self._recorded(job, info, progress=progress):
             outputs = job.run()
         exchange = program.result
         columns = program.columns
@@ -241,9 +241,9 @@ class Jobs:
                 publish(files, program.partitioned)
             return files
 
-        return self._whole(written)
+        return self.whole(written)
 
-    def _whole(self, run: Callable[[], Made]) -> Made:
+    def whole(self, run: Callable[[], Made]) -> Made:
         """What `run` gives; it runs once more if rows that were kept turn out to be damaged, and are made again."""
         try:
             return run()
@@ -371,6 +371,8 @@ class Jobs:
 
     def threads_of(self, frame: Frame) -> int:
         """Threads of a task of the frame's job."""
+        while isinstance(frame, Apply):
+            frame = frame.child
         deterministic = isinstance(frame, Query) and frame.deterministic
         return 1 if deterministic else self.config.threads or 1
 
@@ -419,18 +421,27 @@ class Jobs:
             names = [column.name for column in computed.columns]
             cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS {nothing(columns, names)}")
             return None
+        reader = self._reader(computed, outputs)
+        cursor.register(f"{name}_arrow", reader)
+        exprs = restored(columns, reader.schema, cursor)
+        listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
+        cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
+        return reader
+
+    def batches(self, computed: Computed) -> Iterator[pa.RecordBatch]:
+        """Rows that a job has made, in the order of its tasks, with columns c0, c1, ... as they travel. Raises
+        `ExchangeCorrupt`."""
+        if outputs := [output for output in computed.outputs if output.rows]:
+            yield from self._reader(computed, outputs)
+
+    def _reader(self, computed: Computed, outputs: Sequence[Output]) -> ExchangeReader:
         sources = []
         for output in outputs:
             filesystem, path = open_url(output.url, self.config.storage_options)
             if not filesystem.exists(path):
                 raise ExchangeCorrupt(f"{path} is gone", path)
             sources.append(Source(filesystem, path, output.exchange()))
-        reader = ExchangeReader(sources, range(computed.exchange.partitions))
-        cursor.register(f"{name}_arrow", reader)
-        exprs = restored(columns, reader.schema, cursor)
-        listed = ", ".join(f"{e} AS {quoted(c.name)}" for e, c in zip(exprs, computed.columns, strict=True))
-        cursor.execute(f"CREATE OR REPLACE TEMP VIEW {quoted(name)} AS SELECT {listed} FROM {quoted(name + '_arrow')}")
-        return reader
+        return ExchangeReader(sources, range(computed.exchange.partitions))
 
 
 def _found_columns(outputs: Sequence[Output]) -> tuple[Column, ...]:

@@ -16,8 +16,9 @@ from .quantities import plural, seconds_text
 
 
 @contextmanager
-def row_progress(title: str, *, show: bool | None) -> Iterator[Callable[[int], None]]:
+def row_progress(title: str, *, show: bool | None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
     """A counter of rows with their rate on stderr; the block calls what it is given with each number of new rows.
+    `unit`: what else is counted, many of them.
 
     `show=None` means: on a terminal only.
     """
@@ -29,7 +30,7 @@ def row_progress(title: str, *, show: bool | None) -> Iterator[Callable[[int], N
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    rate = TextColumn("{task.completed:,.0f} rows, {task.fields[rate]:,.0f}/s")
+    rate = TextColumn(f"{{task.completed:,.0f}} {unit}, {{task.fields[rate]:,.0f}}/s")
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), rate, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(title, total=None, rate=0.0)
 

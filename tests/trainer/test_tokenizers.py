@@ -74,7 +74,7 @@ def test_a_file(tmp_path: Path) -> None:
     assert tokenizer.encode("b a z") == [2, 1, 3] and tokenizer.stop_ids == (0,)
     assert "".join(streamed(tokenizer, [2, 1, 1, 0])) == tokenizer.decode([2, 1, 1]) == "b a a"
     path.write_text("{}")
-    with pytest.raises(VocabularyError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
         FileTokenizer(path)
     with pytest.raises(FileNotFoundError):
         FileTokenizer(tmp_path / "missing.json")

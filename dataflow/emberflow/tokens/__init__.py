@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .batches import Batches, TokenBatch
+from .corpus import tokenize, train_tokenizer
 from .dataset import Samples, TokenDataset
-from .group import TokenGroup, TokensReport, open_group, write_tokens
+from .group import TokenGroup, TokensReport, Vocabulary, open_group, write_tokens
+from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batches",
@@ -12,7 +14,12 @@ __all__ = [
     "TokenBatch",
     "TokenDataset",
     "TokenGroup",
+    "Tokenizer",
     "TokensReport",
+    "Vocabulary",
+    "load_tokenizer",
     "open_group",
+    "tokenize",
+    "train_tokenizer",
     "write_tokens",
 ]

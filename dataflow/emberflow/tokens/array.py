@@ -72,6 +72,12 @@ class ArrayLayout:
     def shards(self) -> int:
         return -(-self.chunks // self.shard_chunks)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of its shards."""
+        index_bytes = 16 * self.shard_chunks + CRC_BYTES
+        return self.chunks * self.chunk_bytes + self.shards * index_bytes
+
     def shard_path(self, shard: int) -> str:
         return posixpath.join(self.path, "c", str(shard))
 

@@ -70,12 +70,13 @@ class TokenDataset:
         if tokenizer_hash is not None and tokenizer_hash != vocabulary.tokenizer_hash:
             raise InvalidArgument(
                 f"the tokens at {url} were made by the tokenizer {vocabulary.tokenizer!r} "
-                f"({vocabulary.tokenizer_hash}), not by the one that was asked for ({tokenizer_hash}): ids would mean other texts"
+                f"({vocabulary.tokenizer_hash}), and its ids mean other texts to the one that was asked for "
+                f"({tokenizer_hash})"
             )
         self._length = max(0, (self.tokens_count - 1) // sequence_tokens)
         if not self._length:
             raise InvalidArgument(
-                f"{url} has {self.tokens_count:,} tokens, too few for one sample of {sequence_tokens:,} and the one after"
+                f"{url} has {self.tokens_count:,} tokens, too few for a sample of {sequence_tokens:,} and 1 to predict"
             )
         self._order = Order(self._length, seed)
 

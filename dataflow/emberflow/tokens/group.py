@@ -87,6 +87,11 @@ class TokenGroup:
         return self.offsets.length - 1
 
     @property
+    def size_bytes(self) -> int:
+        """Of its files, but for a few metadata."""
+        return self.tokens.size_bytes + self.offsets.size_bytes
+
+    @property
     def content_hash(self) -> str:
         """Equal for equal tokens of equal meaning."""
         told = [VERSION, self.vocabulary.tokenizer_hash, self.tokens.length, self.documents, *self.checksums]
