@@ -95,6 +95,7 @@ main = _CommandLine(
         "jobs": LazyCommand("emberline.jobs:jobs", "Jobs of emberflow: list, look into one, end one, clean up."),
         "kv": LazyCommand("emberline.kv:kv", "KV cache of inference nodes: serve it, size one, simulate one."),
         "model": LazyCommand("emberline.model:model", "The MoE model: what it costs, and its weights."),
+        "checkpoint": LazyCommand("emberline.checkpoint:checkpoint", "Checkpoints of a training: list, check, export."),
         "generate": LazyCommand("emberline.generate:generate", "Text from a model."),
         "cluster": LazyCommand("emberfs.cli.cluster:cluster", "A store of several servers: start one, look after it."),
         "server": LazyCommand("emberfs.cli.server:server", "Run one server of a cluster in this process."),
