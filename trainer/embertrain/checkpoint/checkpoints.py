@@ -112,6 +112,11 @@ class Checkpoints:
         if job.failed_early:
             self.wait()
 
+    @property
+    def saving(self) -> bool:
+        """Whether an asynchronous save is under way."""
+        return self._job is not None and self._job.is_alive()
+
     def wait(self) -> None:
         """Return when no save is under way; raise what the last asynchronous one raised, once."""
         job, self._job = self._job, None
