@@ -15,6 +15,7 @@ import click
 from rich.console import Console
 
 from . import (
+    checkpoint,
     dataflow,
     datapath,
     decode,
@@ -50,6 +51,7 @@ BENCHMARKS = {
     "lmcache_l2": lmcache_l2,
     "decode": decode,
     "moe": moe,
+    "checkpoint": checkpoint,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 

@@ -97,6 +97,7 @@ main = _CommandLine(
         "kv": LazyCommand("emberline.kv:kv", "KV cache of inference nodes: serve it, size one, simulate one."),
         "model": LazyCommand("emberline.model:model", "The MoE model: what it costs, and its weights."),
         "train": LazyCommand("emberline.train:train", "Train a model from a TOML file."),
+        "checkpoint": LazyCommand("emberline.checkpoint:checkpoint", "Checkpoints of a training: list, check, export."),
         "generate": LazyCommand("emberline.generate:generate", "Text from a model."),
         "cluster": LazyCommand("emberfs.cli.cluster:cluster", "A store of several servers: start one, look after it."),
         "server": LazyCommand("emberfs.cli.server:server", "Run one server of a cluster in this process."),

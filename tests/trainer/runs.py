@@ -18,7 +18,7 @@ TOLD = ("seconds", "tokens_per_s", "mfu")
 
 
 def tables(url: str, folder: Path | None = None, **changes: dict[str, Any]) -> dict[str, Any]:
-    """A run of V4 in miniature on the shards at `url`; with a folder it saves and tells. `changes` are keys by table."""
+    """A run of V4 in miniature on the shards at `url`; with a folder it saves and tells. `changes`: keys by table."""
     out: dict[str, Any] = {
         "seed": 3,
         "model": {"preset": "micro", "vocab_size": texts.VOCABULARY},

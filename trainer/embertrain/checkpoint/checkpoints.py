@@ -26,14 +26,18 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import Damaged
 from .catalog import Catalog, Entry, Retention
+from .check import problems
 from .place import open_place
 
 if TYPE_CHECKING:
+    import torch
+
     from ..model.config import ModelConfig
+    from ..weights.save import Quantised
     from .ranks import Ranks
     from .staging import Staging
 
@@ -107,6 +111,11 @@ class Checkpoints:
         job.staged.wait()
         if job.failed_early:
             self.wait()
+
+    @property
+    def saving(self) -> bool:
+        """Whether an asynchronous save is under way."""
+        return self._job is not None and self._job.is_alive()
 
     def wait(self) -> None:
         """Return when no save is under way; raise what the last asynchronous one raised, once."""
@@ -185,6 +194,42 @@ class Checkpoints:
         from ..model.published import to_published
 
         return to_published(self._config)
+
+    # ---- checking and exporting
+
+    def verify(self, step: int | None = None, *, progress: Callable[[int], object] = lambda _: None) -> list[str]:
+        """Read every byte of the checkpoint of `step`, or the latest, and tell what is damaged. Raises NoCheckpoint.
+
+        `progress` is called with the number of bytes just read.
+        """
+        return [str(problem) for problem in problems(self.catalog, self.catalog.find(step), progress)]
+
+    def export(
+        self,
+        step: int | None,
+        url: str | os.PathLike[str],
+        *,
+        config: ModelConfig | None = None,
+        names: Literal["official", "transformers"] = "official",
+        dtype: torch.dtype | None = None,
+        quantised: Quantised | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> int:
+        """Write state["model"] as safetensors with a config.json to a new folder at any URL; return the step.
+
+        `config` is that of the checkpoint if not said; the rest is as in `embertrain.weights.save`. The model has to
+        fit into memory and, if the URL is not a local path, on a temporary disk too. Raises NoCheckpoint, Damaged,
+        StateError, WeightsError, FileExistsError.
+        """
+        from .export import config_of, model_of, write
+
+        entry = self.catalog.find(step)
+        marker = self.catalog.marker(entry)
+        model = model_of(self.catalog.index(entry, marker))
+        shape = config or config_of(marker)
+        self.load({"model": model}, entry.step, partial=True)
+        write(model, url, shape, storage_options, names=names, dtype=dtype, quantised=quantised)
+        return entry.step
 
     # ---- loading
 

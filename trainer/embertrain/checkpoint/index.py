@@ -155,20 +155,11 @@ class Marker(msgspec.Struct, frozen=True, kw_only=True):
     index_crc32c: str
     config: dict[str, Any] | None = None
     """`config.json` of the model, if it was told."""
-    crc32c: str = ""
-    """Of this object as it is written, with "" here."""
 
     def encode(self) -> bytes:
-        """`checkpoint.json`."""
-        return msgspec.json.encode(msgspec.structs.replace(self, crc32c=checksum(self._unsigned())))
-
-    def _unsigned(self) -> bytes:
-        return msgspec.json.encode(msgspec.structs.replace(self, crc32c=""))
-
-    @property
-    def sound(self) -> bool:
-        """Whether it is what was written."""
-        return self.crc32c == checksum(self._unsigned())
+        """`checkpoint.json`: the object, its last field the checksum of all bytes before that field."""
+        text = msgspec.json.encode(self)[:-1]
+        return text + _seal(text)
 
 
 class _Versioned(msgspec.Struct):
@@ -184,7 +175,7 @@ def decode_marker(text: bytes, step: int) -> Marker:
         marker = msgspec.json.decode(text, type=Marker)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise Damaged(step, MARKER, f"makes no sense ({error})") from error
-    if not marker.sound:
+    if _seal(text[:-_SEAL_BYTES]) != text[-_SEAL_BYTES:]:
         raise Damaged(step, MARKER, "is not what was written")
     return marker
 
@@ -205,6 +196,14 @@ def decode_index(text: bytes, marker: Marker) -> Index:
 def checksum(content: bytes) -> str:
     """CRC32C in hex."""
     return f"{crc32c(content):08x}"
+
+
+def _seal(text: bytes) -> bytes:
+    """The end of a marker."""
+    return b',"crc32c":"%s"}' % checksum(text).encode()
+
+
+_SEAL_BYTES = len(_seal(b""))
 
 
 def sums_of(piece: memoryview) -> bytes:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from ..errors import Damaged
+from .check import read_checked
 from .image import Image, Part, flat, view
-from .index import GRANULE_BYTES, PIECE_BYTES, File, Files, Index, Shard, TensorEntry, sums_of
+from .index import GRANULE_BYTES, PIECE_BYTES, File, Files, Index, Shard, TensorEntry
 from .place import Place
 from .threads import in_threads
 
@@ -114,22 +115,6 @@ class Reader(StorageReader):
             raise
         except OSError as error:
             raise Damaged(self._step, file.name, f"cannot be read: {error}") from error
-
-
-def read_checked(source: IO[bytes], file: File, begin: int, into: memoryview, step: int) -> None:
-    """Fill `into` from byte `begin` of an open file: whole granules, of which the file's last may be short."""
-    source.seek(begin)
-    filled = 0
-    while filled < len(into) and (count := source.readinto(into[filled:])):  # type: ignore[attr-defined]
-        filled += count
-    if filled < len(into):
-        raise Damaged(step, file.name, f"ends at byte {begin + filled} of {file.size}")
-    found = sums_of(into)
-    first = 4 * (begin // GRANULE_BYTES)
-    want = file.sums[first : first + len(found)]
-    if found != want:
-        bad = next(at for at in range(0, len(found), 4) if found[at : at + 4] != want[at : at + 4]) // 4
-        raise Damaged(step, file.name, f"is not what was written, at byte {begin + bad * GRANULE_BYTES} or behind it")
 
 
 def _each(work: list[Any]) -> None:

@@ -1,0 +1,144 @@
+"""`emberline checkpoint`: checkpoints of a training, at any URL: list, check, export.
+
+Invariant: what is imported here does not load torch, and only `export` needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import click
+from emberfs.cli.output import (
+    human_bytes,
+    human_time,
+    iso_time,
+    json_option,
+    note,
+    plural,
+    print_columns,
+    print_json,
+    print_line,
+    progress_bar,
+)
+
+HELP = """Checkpoints of a training: list them, check them, export the model.
+
+\b
+Examples:
+  emberline checkpoint ls ember:///srv/store/run-1/checkpoints
+  emberline checkpoint verify ember:///srv/store/run-1/checkpoints
+  emberline checkpoint export ember:///srv/store/run-1/checkpoints ./model
+"""
+
+
+@click.group(help=HELP, short_help="Checkpoints of a training: list, check, export.", no_args_is_help=True)
+def checkpoint() -> None:
+    pass
+
+
+_step = click.option("--step", type=click.IntRange(min=0), metavar="N", help="Which one; the latest, if not said.")
+
+
+@checkpoint.command()
+@click.argument("url")
+@json_option
+def ls(url: str, as_json: bool) -> None:
+    """List the checkpoints at URL in the order in which they were published: the last one is the latest.
+
+    \b
+    Examples:
+      emberline checkpoint ls ember:///srv/store/run-1/checkpoints
+      emberline checkpoint ls ./checkpoints --json
+    """
+    from embertrain.checkpoint import Checkpoints
+    from embertrain.errors import Damaged
+
+    catalog = Checkpoints(url).catalog
+    rows = [("step", "published", "size", "tensors", "ranks", "")]
+    entries = catalog.published()
+    for entry in entries:
+        fields: dict[str, Any] = {"step": entry.step, "folder": entry.folder, "latest": entry == entries[-1]}
+        last = "latest" if entry == entries[-1] else ""
+        try:
+            marker = catalog.marker(entry)
+        except Damaged as damaged:
+            fields["problem"] = str(damaged)
+            rows.append((str(entry.step), "-", "-", "-", "-", "damaged"))
+        else:
+            fields |= {"published": iso_time(marker.time), "bytes": marker.size_bytes, "tensors": marker.tensors,
+                       "ranks": marker.ranks, "config": marker.config is not None}  # fmt: skip
+            rows.append((str(entry.step), human_time(marker.time), human_bytes(marker.size_bytes), str(marker.tensors),
+                         str(marker.ranks), last))  # fmt: skip
+        if as_json:
+            print_json(fields)
+    if not as_json and entries:
+        print_columns(rows, right=(0, 2, 3, 4))
+    note(plural(len(entries), "checkpoint"))
+
+
+@checkpoint.command()
+@click.argument("url")
+@_step
+@json_option
+def verify(url: str, step: int | None, as_json: bool) -> None:
+    """Read every byte of a checkpoint at URL and compare its checksums. Exits with 1 if anything is damaged.
+
+    \b
+    Examples:
+      emberline checkpoint verify ember:///srv/store/run-1/checkpoints
+      emberline checkpoint verify ./checkpoints --step 1000 --json
+    """
+    from embertrain.checkpoint import Checkpoints
+    from embertrain.errors import Damaged
+
+    checkpoints = Checkpoints(url)
+    entry = checkpoints.catalog.find(step)
+    try:
+        size = checkpoints.catalog.marker(entry).size_bytes
+    except Damaged:
+        size = 0  # `verify` tells more
+    with progress_bar(f"step {entry.step}", size) as advance:
+        problems = checkpoints.verify(entry.step, progress=advance)
+    for problem in problems:
+        if as_json:
+            print_json({"step": entry.step, "problem": problem})
+        else:
+            print_line(problem)
+    note(f"step {entry.step}, {human_bytes(size)}: {plural(len(problems), 'problem') if problems else 'sound'}")
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+@checkpoint.command()
+@click.argument("url")
+@click.argument("out")
+@_step
+@click.option("--config", metavar="CONFIG", help="The model, as in `emberline model info`; the checkpoint's, if not said.")  # fmt: skip
+@click.option("--names", type=click.Choice(["official", "transformers"]), default="official", show_default=True,
+              help="Whose names the weights have.")  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "fp32"]), help="Write numbers of this sort; that they have, if not."
+)
+def export(
+    url: str, out: str, step: int | None, config: str | None, names: Literal["official", "transformers"],
+    dtype: str | None,
+) -> None:  # fmt: skip
+    """Write the model of a checkpoint at URL as safetensors with its config.json to OUT, a new folder at any URL.
+
+    The whole model is read into memory. A folder elsewhere than on this machine is written to a temporary one first.
+
+    \b
+    Examples:
+      emberline checkpoint export ember:///srv/store/run-1/checkpoints ./model
+      emberline checkpoint export ./checkpoints ember:///srv/store/models/run-1 --step 1000 --dtype bf16
+    """
+    import torch
+    from embertrain.checkpoint import Checkpoints
+
+    from .model import config_of
+
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    done = Checkpoints(url).export(
+        step, out, config=config_of(config) if config else None, names=names, dtype=dtypes.get(dtype or "")
+    )
+    note(f"{out}: the model of step {done}")

@@ -1,0 +1,165 @@
+"""One of the processes that save and load sharded states together, run by test_checkpoint_ranks.
+
+    python -m tests.trainer.ranks_probe RANK SCRATCH '[["save", 2, URL], ["load", 1, URL], ...]'
+
+They do one job after the other, each with as many ranks as it says: starting a process takes longer than any of them.
+Every tensor is what `numbers` says by its name, whatever number of ranks holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from embertrain.checkpoint import Checkpoints
+from embertrain.errors import SaveFailed, StateError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+
+class Net(nn.Module):
+    """Sizes that no number of ranks divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(13, 37)
+        self.b = nn.Linear(37, 3, bias=False)
+        self.one = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x))) * self.one
+
+
+def numbers(name: str, shape: torch.Size) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def job(ranks: int) -> dict[str, Any]:
+    """A state in every way of sharding, with numbers in it that are not those of `numbers`."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    if ranks > 1:
+        fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    columns = distribute_tensor(torch.zeros(5, 11), mesh, [Shard(1)])
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "more": {
+            "columns": columns,
+            "rows": distribute_tensor(torch.zeros(21 << 10, 25), mesh, [Shard(0)]),
+            "same": distribute_tensor(torch.zeros(7), mesh, [Replicate()]),
+            "plain": torch.zeros(1000),
+        },
+        "step": 0,
+    }
+    if ranks == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        state["more"]["columns"] = distribute_tensor(torch.zeros(5, 11), square, [Shard(1), Shard(0)])
+    return state
+
+
+def tensors(value: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(name, value)]
+    inner = value.items() if isinstance(value, dict) else ()
+    return [found for key, each in inner for found in tensors(each, f"{name}.{key}")]
+
+
+def fill(state: dict[str, Any]) -> None:
+    for name, tensor in tensors(state):
+        full = numbers(name, tensor.shape)
+        with torch.no_grad():
+            tensor.copy_(
+                distribute_tensor(full, tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else full
+            )
+    state["step"] = 7
+
+
+def check(state: dict[str, Any]) -> None:
+    for name, tensor in tensors(state):
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(full, numbers(name, tensor.shape)), name
+    assert state["step"] == 7
+    assert len(tensors(state)) == 4 + 3 * 4 + 4
+
+
+def fail(url: str, rank: int, state: dict[str, Any]) -> None:
+    """The last rank cannot write, then cannot even say what it holds: every rank hears of it, and saves go on."""
+    checkpoints = Checkpoints(url)
+    place, last = checkpoints.catalog.place, rank == dist.get_world_size() - 1
+    works = place.write
+
+    def broken(*_: object) -> None:
+        raise OSError("this disk is gone")
+
+    if last:
+        place.write = broken  # type: ignore[method-assign]
+    try:
+        checkpoints.save(8, state)
+    except (OSError, SaveFailed) as error:
+        assert isinstance(error, SaveFailed) is not last and "this disk is gone" in str(error)
+    else:
+        raise AssertionError("the save of a rank that cannot write succeeded")
+    place.write = works  # type: ignore[method-assign]
+    try:
+        checkpoints.save_async(9, state | ({"lock": object()} if last else {}))
+    except (StateError, SaveFailed) as error:
+        assert "lock holds a builtins.object" in str(error)
+    else:
+        raise AssertionError("a state that cannot be saved was")
+    assert checkpoints.latest() is None
+    checkpoints.save(10, state)
+    assert checkpoints.steps() == [10]
+    checkpoints.close()
+
+
+def run(task: str, rank: int, ranks: int, url: str) -> None:
+    """This rank's part of one job."""
+    state = job(ranks)
+    if task == "fail":
+        fill(state)
+        fail(url, rank, state)
+    with Checkpoints(url) as checkpoints:
+        if task == "save":
+            fill(state)
+            checkpoints.save_async(7, state)
+            for _, tensor in tensors(state):
+                with torch.no_grad():
+                    tensor.zero_()
+            checkpoints.wait()
+        elif task == "load":
+            assert checkpoints.load(state) == 7
+            check(state)
+
+
+def main() -> None:
+    rank, scratch = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    for number, (task, ranks, url) in enumerate(json.loads(sys.argv[3])):
+        if rank < ranks:
+            rendezvous = (scratch / f"rendezvous-{number}").as_uri()
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
+            run(task, rank, ranks, url)
+            dist.barrier()
+            dist.destroy_process_group()
+        else:  # the next job may be of what this one saves
+            done = scratch / f"done-{number}"
+            while not done.exists():
+                time.sleep(0.05)
+        if rank == 0:
+            (scratch / f"done-{number}").touch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""What becomes of checkpoints when a save is cut short, and when bytes on disk change.
+
+Run: pytest tests/trainer/test_checkpoint_faults.py. EMBERLINE_CHECKPOINT_KILLS=100 kills more often.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from embertrain.checkpoint import Checkpoints
+from embertrain.checkpoint.place import LocalPlace, Place
+from embertrain.errors import Damaged
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .save_probe import numbers
+from .states import blank, differences, state
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KILLS = int(os.environ.get("EMBERLINE_CHECKPOINT_KILLS", "4"))
+
+
+# ---- a process that dies
+
+
+@pytest.mark.parametrize("where", ["local", "ember"])
+def test_a_killed_save_leaves_the_checkpoint_before_it_or_is_whole(tmp_path: Path, where: str) -> None:
+    url = str(tmp_path / "run") if where == "local" else f"ember://{tmp_path}/store/!/run"
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        acknowledged = _kill_after(url, chance.random() * 1.5)
+        with Checkpoints(url, keep=2) as checkpoints:
+            latest = checkpoints.latest() or 0
+            assert latest in (acknowledged, acknowledged + 1) or acknowledged == 0
+            if latest:
+                assert checkpoints.verify() == []
+                target: dict[str, Any] = {"model": blank(numbers(0)), "step": 0}
+                assert checkpoints.load(target) == target["step"] == latest
+                assert not differences(target["model"], numbers(latest))
+    with Checkpoints(url, keep=2) as checkpoints:
+        checkpoints.save(10_000, {})
+        assert len(checkpoints.catalog.place.folders()) <= 2, "nothing of the dead is left"
+
+
+def _kill_after(url: str, delay_s: float) -> int:
+    """Let a process save, kill it, and return the last step it said was saved, or 0."""
+    command = [sys.executable, "-m", "tests.trainer.save_probe", url]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay_s)
+        process.kill()
+        told = process.stdout.read().split("\n")[:-1]
+    return int(told[-1]) if told else 0
+
+
+class Cut(BaseException):
+    """The process ends here."""
+
+
+class CutPlace(LocalPlace):
+    """A place whose process ends at its nth call that changes something: before it, half-way through it, or after."""
+
+    def __init__(self, root: Path, calls: int, when: str) -> None:
+        super().__init__(root)
+        self.left = calls
+        self._when = when
+
+    def _cut(self, call: Callable[[], None], half: Callable[[], None]) -> None:
+        self.left -= 1
+        if self.left > 0:
+            call()
+        elif self.left == 0:
+            {"before": lambda: None, "half": half, "after": call}[self._when]()
+            raise Cut
+        else:
+            raise Cut
+
+    def make(self, folder: str) -> None:
+        self._cut(lambda: super(CutPlace, self).make(folder), lambda: None)
+
+    def write(self, name: str, pieces: Iterable[memoryview]) -> None:
+        whole = b"".join(pieces)
+        self._cut(
+            lambda: super(CutPlace, self).write(name, [memoryview(whole)]),
+            lambda: super(CutPlace, self).write(name, [memoryview(whole)[: len(whole) // 2]]),
+        )
+
+    def put(self, name: str, content: bytes) -> None:
+        def half() -> None:
+            path = self._root / name
+            path.with_name(f".{path.name}.new").write_bytes(content[: len(content) // 2])
+
+        self._cut(lambda: super(CutPlace, self).put(name, content), half)
+
+    def settle(self, folder: str) -> None:
+        self._cut(lambda: super(CutPlace, self).settle(folder), lambda: None)
+
+    def remove(self, name: str) -> None:
+        def half() -> None:
+            for file in list((self._root / name).glob("*"))[:2]:
+                file.unlink()
+
+        self._cut(lambda: super(CutPlace, self).remove(name), half)
+
+
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+def test_a_save_that_ends_at_any_call_leaves_old_or_new(tmp_path: Path, when: str) -> None:
+    calls = 0
+    ended = False
+    while not ended:
+        calls += 1
+        root = tmp_path / str(calls)
+        with Checkpoints(root, keep=1) as checkpoints:
+            checkpoints.save(1, state(1))
+            place: Place = CutPlace(root, calls, when)
+            checkpoints.catalog.place = place
+            try:
+                checkpoints.save(2, state(2))
+                ended = True
+            except Cut:
+                pass
+        with Checkpoints(root, keep=1) as again:
+            latest = again.latest()
+            target = blank(state(1))
+            assert again.load(target) == latest
+            assert latest is not None and not differences(target, state(latest))
+            assert latest == 2 or not ended
+            again.save(3, state(3))
+            assert again.steps() == [3]
+    assert calls > 8
+
+
+# ---- bytes that change
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints."""
+    root = tmp_path_factory.mktemp("whole")
+    with Checkpoints(root) as checkpoints:
+        checkpoints.save(1, state(1))
+        checkpoints.save(2, state(2))
+    return root
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_changed_byte_is_never_loaded(whole: Path, data: st.DataObject) -> None:
+    (folder,) = whole.glob("step-000000002.*")
+    names = [file.name for file in folder.iterdir() if file.name != "attempt.json"]
+    name = data.draw(st.sampled_from(sorted(names)))
+    path = folder / name
+    before = path.read_bytes()
+    at = data.draw(st.integers(0, len(before) - 1))
+    flip = data.draw(st.integers(1, 255))
+    path.write_bytes(before[:at] + bytes([before[at] ^ flip]) + before[at + 1 :])
+    try:
+        with Checkpoints(whole) as checkpoints:
+            with pytest.raises(Damaged) as raised:
+                checkpoints.load(blank(state(2)))
+            assert raised.value.step == 2 and raised.value.file == name
+            assert len(checkpoints.verify()) == 1
+            target = blank(state(1))
+            assert checkpoints.load(target, fallback=True) == 1
+            assert not differences(target, state(1))
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("name", ["rank-00000-0.bin", "index.json"])
+@pytest.mark.parametrize("change", ["gone", "short", "empty"])
+def test_a_file_that_is_not_whole_is_found(whole: Path, name: str, change: str) -> None:
+    (folder,) = whole.glob("step-000000002.*")
+    path = folder / name
+    before = path.read_bytes()
+    path.unlink()
+    if change != "gone":
+        path.write_bytes(before[:-1] if change == "short" else b"")
+    try:
+        with Checkpoints(whole) as checkpoints:
+            with pytest.raises(Damaged, match=name):
+                checkpoints.load(blank(state(2)))
+            assert len(checkpoints.verify()) == 1
+    finally:
+        path.write_bytes(before)
+
+
+def test_damage_in_a_store_is_damage(tmp_path: Path) -> None:
+    url = f"ember://{tmp_path}/store/!/run"
+    with Checkpoints(url) as checkpoints:
+        checkpoints.save(1, {"w": torch.rand(300_000)})
+    for blocks in (tmp_path / "store" / "target-1").glob("blocks-*"):
+        with blocks.open("r+b") as file:
+            file.seek(100_000)
+            byte = file.read(1)
+            file.seek(100_000)
+            file.write(bytes([byte[0] ^ 1]))
+    with Checkpoints(url) as checkpoints, pytest.raises(Damaged, match=r"rank-00000-0.bin cannot be read"):
+        checkpoints.load({"w": torch.zeros(300_000)})
+
+
+def test_a_newer_format_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {})
+        (marker,) = tmp_path.glob("*/checkpoint.json")
+        marker.write_text('{"format": 2, "all": "new"}')
+        with pytest.raises(Damaged, match="is of format 2, and this code reads 1: update emberline"):
+            checkpoints.load({})
+
+
+def test_an_interpreter_that_ends_finishes_the_save_in_the_air(tmp_path: Path) -> None:
+    for url in (str(tmp_path / "local"), f"ember://{tmp_path}/store/!/run"):
+        script = (
+            "import sys, torch; from embertrain.checkpoint import Checkpoints\n"
+            "Checkpoints(sys.argv[1], threads=4).save_async(1, {'w': torch.arange(20 << 20)})"
+        )
+        subprocess.run([sys.executable, "-c", script, url], check=True, timeout=120)
+        with Checkpoints(url) as checkpoints:
+            assert checkpoints.latest() == 1 and checkpoints.verify() == []
