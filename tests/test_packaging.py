@@ -78,7 +78,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         f"{package}/{path.relative_to(folder)}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*")
-        if path.suffix in {".py", ".pyi"} or path.name == "py.typed"
+        if path.suffix in {".py", ".pyi", ".toml"} or path.name == "py.typed"
     }
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"{package}/py.typed" for package in PACKAGES} <= expected

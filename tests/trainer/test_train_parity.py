@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from emberflow import Samples, TokenDataset
+from emberflow import TokenDataset
+from emberflow.tokens import Samples
 from embertrain.model.model import Model
 from embertrain.optim import build, clip, lr, set_lr
 from embertrain.parallel import Mesh, ParallelConfig

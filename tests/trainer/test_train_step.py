@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from emberflow import Samples, TokenDataset
+from emberflow import TokenDataset
+from emberflow.tokens import Samples
 from embertrain.errors import ConfigError, DataError, NotFinite, VocabularyError
 from embertrain.model.config import Mixture, ModelConfig
 from embertrain.model.model import Model
