@@ -23,13 +23,19 @@ def slow(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """[M, K], [N, K] -> [M, N], without gradients; M, N and K are positive, and either may be a transposed view."""
+    """[M, K], [N, K] -> [M, N], without gradients; M, N and K are positive."""
     if slow(x):
         return linear(x.float(), weight.float()).bfloat16()
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn:
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn and _dense(x) and _dense(weight):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y
     return F.linear(x, weight)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether rows, or columns, follow one another. For what is strided both ways oneDNN has a loop of its own that is
+    a hundred times slower."""
+    return x.is_contiguous() or x.t().is_contiguous()
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:

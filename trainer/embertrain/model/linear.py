@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels.products import linear
+from ..kernels.products import linear, matmul
 
 
 def input_gradient(grad_y: Tensor, weight_OI: Tensor) -> Tensor:
     """[T, O] -> [T, I]."""
-    return linear(grad_y, weight_OI.t())
+    return matmul(grad_y, weight_OI)
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
     """[T, O], [T, I] -> [O, I]."""
-    return linear(grad_y.t(), x.t())
+    return matmul(grad_y.t(), x)
 
 
 class _Product(torch.autograd.Function):
@@ -53,9 +53,10 @@ def product(x: Tensor, weight_OI: Tensor, pad_rows: int = 1) -> Tensor:
         return y
     if pad_rows == 1 and kernels.loops_for_few(x, weight_OI):
         return kernels.product(x, weight_OI)
-    short = -x.shape[0] % pad_rows
-    if short:
-        return linear(F.pad(x, (0, 0, 0, short)), weight_OI)[: x.shape[0]]
+    if pad_rows > 1:
+        # Always laid out alike: where rows are strided another library multiplies.
+        short = -x.shape[0] % pad_rows
+        return linear(F.pad(x, (0, 0, 0, short)) if short else x.contiguous(), weight_OI)[: x.shape[0]]
     return linear(x, weight_OI)
 
 
