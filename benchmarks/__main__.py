@@ -24,6 +24,7 @@ from . import (
     graysort,
     kvcache,
     lmcache_l2,
+    loader,
     memory,
     metadata,
     moe,
@@ -52,6 +53,7 @@ BENCHMARKS = {
     "decode": decode,
     "moe": moe,
     "checkpoint": checkpoint,
+    "loader": loader,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 
@@ -113,7 +115,7 @@ def main(name: str | None, quick: bool, as_json: bool, keep: bool, setup: bool, 
     """
     if setup:
         missing = peers.describe(click.echo)
-        for environment in (MOONCAKE, SMALLPOND_ENVIRONMENT, DATA_ENVIRONMENT):
+        for environment in (MOONCAKE, SMALLPOND_ENVIRONMENT, DATA_ENVIRONMENT, loader.ENVIRONMENT):
             environment.set_up(click.echo)
         raise SystemExit(1 if missing else 0)
     if name is None:

@@ -17,7 +17,18 @@ from click.testing import CliRunner
 from fsspec.implementations.local import LocalFileSystem
 
 from benchmarks import __main__ as command_line
-from benchmarks import embedded_io, environments, graysort, memory, memory_probe, metadata, peers, placement, runner
+from benchmarks import (
+    embedded_io,
+    environments,
+    graysort,
+    loader,
+    memory,
+    memory_probe,
+    metadata,
+    peers,
+    placement,
+    runner,
+)
 from benchmarks.kvcache import table_probe, traces
 from benchmarks.runner import Row, Seconds, WrongResult, compare, summary
 
@@ -201,6 +212,17 @@ TINY_IO = embedded_io.Size(
 TINY_METADATA = metadata.Size(flat_files=20, tree=(2, 5), creates_in_flight=64, creates=3, changes=3, rounds=1)
 TINY_PLACEMENT = placement.Size(regular=(7, 2), larger=(9,), irregular=(8, 4))
 TINY_MEMORY = memory.Size(chunks=600, chunk_log2=(16,), stream_bytes=4 * MIB, rounds=1, has_goals=False)
+
+
+TINY_LOADER = loader.Size(data_bytes=1 * MIB, sequences=(64,), steps=2, rounds=1, has_goals=False)
+
+
+def test_loader_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "PEERS", ())
+    monkeypatch.setattr(loader, "BATCH_TOKENS", 1024)
+    rows = loader.run(tmp_path, TINY_LOADER)
+    assert [row.row.split(",")[0] for row in rows[:-1]] == ["from a store", "from an embedded store", "from a folder"]
+    assert all(row.ours > 0 for row in rows) and rows[-1].met
 
 
 def test_embedded_io_runs_through(tmp_path: Path) -> None:

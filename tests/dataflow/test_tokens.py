@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zarr
 from emberflow import DatasetExists, DatasetNotFound, InvalidArgument, TokenDataset, TokensInvalid, write_tokens
-from emberflow.tokens import array, group
+from emberflow.tokens import array, group, ranges
 from emberflow.tokens.order import Order
 from fsspec.core import url_to_fs
 from hypothesis import given, settings
@@ -59,7 +59,7 @@ def dataset(root: str, small_chunks: None) -> Iterator[TokenDataset]:
 @given(length=st.integers(1, 5000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 2**40))
 @settings(max_examples=60, deadline=None)
 def test_each_epoch_is_a_permutation(length: int, seed: int, epoch: int) -> None:
-    assert sorted(Order(length, seed).at(epoch * length, length)) == list(range(length))
+    assert sorted(Order(length, seed).at(epoch * length + np.arange(length))) == list(range(length))
 
 
 @given(
@@ -71,25 +71,27 @@ def test_each_epoch_is_a_permutation(length: int, seed: int, epoch: int) -> None
 @settings(max_examples=60, deadline=None)
 def test_any_part_of_the_order_is_known_by_itself(length: int, seed: int, begin: int, cuts: list[int]) -> None:
     order = Order(length, seed)
-    whole = order.at(begin, sum(cuts))
+    whole = order.at(begin + np.arange(sum(cuts)))
     places = itertools.accumulate(cuts, initial=begin)
-    assert [*whole] == [number for at, count in zip(places, cuts, strict=False) for number in order.at(at, count)]
+    assert [*whole] == [
+        number for at, count in zip(places, cuts, strict=False) for number in order.at(at + np.arange(count))
+    ]
     assert all(0 <= number < length for number in whole)
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
-    assert Order(10, 0).at(0, 20).tolist() == [1, 0, 9, 3, 5, 6, 2, 8, 7, 4, 0, 3, 9, 5, 8, 4, 2, 7, 1, 6]
-    assert Order(1_000_003, 42).at(5_000_000, 4).tolist() == [875190, 614236, 764823, 100918]
-    assert Order(2**40 + 1, -1).at(2**60, 3).tolist() == [786717224244, 741545620568, 343702977698]
+    assert Order(10, 0).at(0 + np.arange(20)).tolist() == [1, 0, 9, 3, 5, 6, 2, 8, 7, 4, 0, 3, 9, 5, 8, 4, 2, 7, 1, 6]
+    assert Order(1_000_003, 42).at(5_000_000 + np.arange(4)).tolist() == [875190, 614236, 764823, 100918]
+    assert Order(2**40 + 1, -1).at(2**60 + np.arange(3)).tolist() == [786717224244, 741545620568, 343702977698]
 
 
 def test_the_order_shows_no_pattern() -> None:
     """Neighbours are as far from each other, and seeds and epochs agree as seldom, as they would by chance."""
     length = 10_000
     first, other, later = (
-        Order(length, 1).at(0, length),
-        Order(length, 2).at(0, length),
-        Order(length, 1).at(length, length),
+        Order(length, 1).at(0 + np.arange(length)),
+        Order(length, 2).at(0 + np.arange(length)),
+        Order(length, 1).at(length + np.arange(length)),
     )
     assert abs(np.abs(np.diff(first)).mean() / (length / 3) - 1) < 0.03
     for one, two in itertools.combinations((first, other, later, np.arange(length)), 2):
@@ -175,6 +177,19 @@ def test_batches_go_on_where_they_were(dataset: TokenDataset) -> None:
             told = [(step.step, step.samples.tokens.tolist()) for step in itertools.islice(other, 3)]
         assert told == expected[3:6]
         assert next(batches).samples.tokens.tolist() == expected[3][1]
+
+
+def test_a_step_that_could_not_be_read_is_read_again(dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = seen(dataset, 4, 4)
+    with dataset.batches(4, prefetch=2) as batches:
+        next(batches)
+        batches.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(ranges.Files, "read", lambda self, wanted: Path(__file__, "no").read_bytes())
+            with pytest.raises(NotADirectoryError):
+                next(batches)
+        told = [(step.step, step.samples.tokens.tolist()) for step in itertools.islice(batches, 3)]
+    assert told == expected[1:4]
 
 
 def tell(connection: Any, batches: Any) -> None:
@@ -322,7 +337,7 @@ def test_another_tokenizer_and_too_few_tokens_are_refused(root: str) -> None:
     TokenDataset(f"{root}/corpus", sequence_tokens=3, tokenizer_hash="sha256:1").close()
     with pytest.raises(InvalidArgument, match="'numbers'"):
         TokenDataset(f"{root}/corpus", sequence_tokens=3, tokenizer_hash="sha256:2")
-    with pytest.raises(InvalidArgument, match="4 tokens, too few for one sample of 4"):
+    with pytest.raises(InvalidArgument, match="4 tokens, too few for a sample of 4"):
         TokenDataset(f"{root}/corpus", sequence_tokens=4)
     with TokenDataset(f"{root}/corpus", sequence_tokens=1) as dataset:
         for batch, options in ((0, {}), (3, {"ranks": 2}), (2, {"rank": 2, "ranks": 2}), (1, {"start": -1})):

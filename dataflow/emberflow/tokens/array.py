@@ -22,9 +22,10 @@ import numpy.typing as npt
 from emberfs.checksum import crc32c
 
 from ..errors import TokensInvalid
+from .ranges import Range
 
-CHUNK_ITEMS = 1 << 16
-SHARD_CHUNKS = 1 << 14
+CHUNK_ITEMS = 1 << 18
+SHARD_CHUNKS = 1 << 12
 """A shard of tokens is 4 GiB: a thousand files for 10^12 tokens."""
 CRC_BYTES = 4
 
@@ -81,14 +82,35 @@ class ArrayLayout:
     def shard_path(self, shard: int) -> str:
         return posixpath.join(self.path, "c", str(shard))
 
-    def pieces(self, begin: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """Where the items [begin, begin + count) are: (shard, byte offset, first item after begin, items) in order."""
+    def ranges(self, begins: npt.NDArray[np.int64], count: int, into: memoryview) -> list[Range]:
+        """What to read so that `into` holds `count` items from each of `begins` on, one row after the other."""
+        row_bytes = count * self.item_bytes
+        chunks, inside = np.divmod(begins, self.chunk_items)
+        shards, numbers = np.divmod(chunks, self.shard_chunks)
+        offsets = numbers * self.chunk_bytes + inside * self.item_bytes
+        is_whole = inside + count <= self.chunk_items
+        paths: dict[int, str] = {}
+        found: list[Range] = []
+        for row, (shard, offset, whole) in enumerate(
+            zip(shards.tolist(), offsets.tolist(), is_whole.tolist(), strict=True)
+        ):
+            at = row * row_bytes
+            if whole:
+                path = paths.get(shard) or paths.setdefault(shard, self.shard_path(shard))
+                found.append((path, offset, into[at : at + row_bytes]))
+            else:
+                found += self._pieces(int(begins[row]), count, into[at : at + row_bytes])
+        return found
+
+    def _pieces(self, begin: int, count: int, into: memoryview) -> Iterator[Range]:
+        """The same of one row, chunk by chunk."""
         done = 0
         while done < count:
             chunk, inside = divmod(begin + done, self.chunk_items)
             shard, number = divmod(chunk, self.shard_chunks)
             items = min(count - done, self.chunk_items - inside)
-            yield shard, number * self.chunk_bytes + inside * self.item_bytes, done, items
+            offset = number * self.chunk_bytes + inside * self.item_bytes
+            yield self.shard_path(shard), offset, into[done * self.item_bytes : (done + items) * self.item_bytes]
             done += items
 
     def chunks_of(self, shard: int) -> int:

@@ -13,12 +13,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from ..errors import InvalidArgument
 
 if TYPE_CHECKING:
     from .dataset import Samples, TokenDataset
 
 _THREADS_MAX = 4
+_ORDER_SAMPLES = 4096
+"""So many are put in order at once: each call costs as much as some reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,9 @@ class Batches(Iterator[TokenBatch]):
         self._prefetch = prefetch
         self.step = step
         """The next one."""
+        self._ahead_steps = max(1, _ORDER_SAMPLES // (batch_size // ranks))
+        self._indices: tuple[int, npt.NDArray[np.int64]] = (0, np.empty((0, 0), np.int64))
+        """The samples of some steps, from one on."""
         self._pool: ThreadPoolExecutor | None = None
         self._reading: deque[Future[TokenBatch]] = deque()
         """The steps from `step` on."""
@@ -64,8 +72,12 @@ class Batches(Iterator[TokenBatch]):
                 self._pool = ThreadPoolExecutor(min(self._prefetch, _THREADS_MAX), "emberflow-tokens")
             while len(self._reading) < self._prefetch:
                 self._reading.append(self._pool.submit(self._read, self.step + len(self._reading)))
-            batch = self._reading[0].result()
-            # Not before: after a failure the step is still the next one.
+            try:
+                batch = self._reading[0].result()
+            except BaseException:
+                # The step is still the next one, and is read again.
+                self._reading.clear()
+                raise
             self._reading.popleft()
             self._reading.append(self._pool.submit(self._read, self.step + 1 + len(self._reading)))
         self.step += 1
@@ -88,8 +100,17 @@ class Batches(Iterator[TokenBatch]):
         return _batches, (self._dataset, self._batch_size, self.step, self._rank, self._ranks, self._prefetch)
 
     def _read(self, step: int) -> TokenBatch:
-        indices = self._dataset.indices(step, self._batch_size, rank=self._rank, ranks=self._ranks)
-        return TokenBatch(step, self._dataset.read(indices))
+        first, indices = self._indices
+        if not first <= step < first + len(indices):
+            # Threads may do this at the same time, to the same end.
+            first, indices = (
+                step,
+                self._dataset.indices(
+                    step, self._batch_size, rank=self._rank, ranks=self._ranks, steps=self._ahead_steps
+                ),
+            )
+            self._indices = first, indices
+        return TokenBatch(step, self._dataset.read(indices[step - first]))
 
 
 def _batches(dataset: TokenDataset, batch_size: int, step: int, rank: int, ranks: int, prefetch: int) -> Batches:

@@ -26,7 +26,7 @@ from ..sources import StorageOptions
 from .array import bytes_view
 from .group import open_group
 from .order import ORDER_VERSION, Order
-from .ranges import Files, Range
+from .ranges import Files
 
 if TYPE_CHECKING:
     from .batches import Batches
@@ -65,7 +65,7 @@ class TokenDataset:
         self.sequence_tokens = sequence_tokens
         self.seed = seed
         self.group = open_group(url, storage_options)
-        self._files = Files(url, storage_options or {})
+        self._files = Files(self.group.url, storage_options or {})
         vocabulary = self.group.vocabulary
         if tokenizer_hash is not None and tokenizer_hash != vocabulary.tokenizer_hash:
             raise InvalidArgument(
@@ -124,21 +124,17 @@ class TokenDataset:
             raise IndexError(f"sample numbers are from 0 to {self._length - 1}")
         width = self.sequence_tokens + 1
         tokens = np.empty((numbers.size, width), "<u4")
-        memory = bytes_view(tokens)
-        ranges: list[Range] = []
-        layout = self.group.tokens
-        for row, number in enumerate(numbers.tolist()):
-            place = row * width
-            for shard, offset, first, count in layout.pieces(number * self.sequence_tokens, width):
-                begin = 4 * (place + first)
-                ranges.append((layout.shard_path(shard), offset, memory[begin : begin + 4 * count]))
-        self._files.read(ranges)
+        self._files.read(self.group.tokens.ranges(numbers * self.sequence_tokens, width, bytes_view(tokens)))
         return Samples(tokens, _starts(tokens, self.eos_id))
 
-    def indices(self, step: int, batch_size: int, *, rank: int = 0, ranks: int = 1) -> npt.NDArray[np.int64]:
-        """Which samples rank `rank` of `ranks` reads in step `step` of global batches of `batch_size`."""
+    def indices(
+        self, step: int, batch_size: int, *, rank: int = 0, ranks: int = 1, steps: int = 1
+    ) -> npt.NDArray[np.int64]:
+        """Which samples rank `rank` of `ranks` reads in `steps` steps from `step` on of global batches of `batch_size`:
+        [steps, batch_size // ranks]."""
         share = batch_size // ranks
-        return self._order.at(step * batch_size + rank * share, share)
+        firsts = (step + np.arange(steps)) * batch_size + rank * share
+        return self._order.at((firsts[:, None] + np.arange(share)).reshape(-1)).reshape(steps, share)
 
     def batches(self, batch_size: int, *, start: int = 0, rank: int = 0, ranks: int = 1, prefetch: int = 2) -> Batches:
         """The steps `start`, `start + 1`, ... for ever, each with `rank`'s share of the step's `batch_size` samples.
@@ -175,6 +171,8 @@ def _starts(tokens: npt.NDArray[np.uint32], eos_id: int) -> tuple[npt.NDArray[np
     # Position S is only predicted; behind it, place 0 of the next row is not this one's.
     inside = (places > 0) & (places < width - 1)
     rows, places = rows[inside], places[inside]
-    bounds = np.searchsorted(rows, np.arange(count + 1))
-    zero = np.zeros(1, np.int64)
-    return tuple(np.concatenate((zero, places[begin:end])) for begin, end in itertools.pairwise(bounds.tolist()))
+    # Of each row a zero, then its places.
+    starts = np.zeros(count + len(places), np.int64)
+    starts[np.arange(1, len(places) + 1) + rows] = places
+    bounds = (np.searchsorted(rows, np.arange(count + 1)) + np.arange(count + 1)).tolist()
+    return tuple(starts[begin:end] for begin, end in itertools.pairwise(bounds))

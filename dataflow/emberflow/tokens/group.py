@@ -76,6 +76,7 @@ class TokenGroup:
     """A group as its metadata describes it."""
 
     url: str
+    """The same from every working directory."""
     vocabulary: Vocabulary
     tokens: ArrayLayout
     offsets: ArrayLayout
@@ -130,7 +131,9 @@ def open_group(url: str, storage_options: StorageOptions | None = None) -> Token
         checksums = (str(attributes["checksums"]["tokens"]), str(attributes["checksums"]["offsets"]))
     except (FileNotFoundError, KeyError, TypeError) as error:
         raise TokensInvalid(f"the token shards at {url} are not whole: {error!r}") from error
-    return TokenGroup(url=url, vocabulary=vocabulary, tokens=tokens, offsets=offsets, checksums=checksums)
+    return TokenGroup(
+        url=url_of(filesystem, path), vocabulary=vocabulary, tokens=tokens, offsets=offsets, checksums=checksums
+    )
 
 
 def write_tokens(

@@ -32,15 +32,14 @@ class Order:
         self._low = np.uint64((1 << bits // 2) - 1)
         self._high = np.uint64((1 << bits - bits // 2) - 1)
 
-    def at(self, begin: int, count: int) -> npt.NDArray[np.int64]:
-        """The samples at the positions [begin, begin + count); position p is in epoch p // length."""
-        parts = []
-        while count:
-            epoch, first = divmod(begin, self.length)
-            share = min(count, self.length - first)
-            parts.append(self._permuted(np.arange(first, first + share, dtype=np.uint64), self._keys(epoch)))
-            begin, count = begin + share, count - share
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+    def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The samples at these positions; position p is in epoch p // length."""
+        epochs, places = np.divmod(positions, self.length)
+        result = np.empty(len(positions), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            result[chosen] = self._permuted(places[chosen].astype(np.uint64), self._keys(epoch))
+        return result
 
     def _keys(self, epoch: int) -> list[np.uint64]:
         key = _mixed((_mixed(self.seed & _BITS) + epoch) & _BITS)

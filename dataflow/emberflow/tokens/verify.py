@@ -16,7 +16,7 @@ from emberfs.checksum import crc32c
 from ..errors import TokensInvalid
 from .array import CRC_BYTES, ArrayLayout, bytes_view
 from .group import TokenGroup, checksum_of
-from .ranges import Files, Range
+from .ranges import Files
 
 Items = npt.NDArray[Any]
 
@@ -106,10 +106,6 @@ def _read(layout: ArrayLayout, files: Files, begin: int, count: int) -> Items:
     """Some items of an array, as many as there are."""
     count = max(0, min(count, layout.length - begin))
     items = np.empty(count, layout.dtype)
-    view = bytes_view(items)
-    ranges: list[Range] = []
-    for shard, offset, first, number in layout.pieces(begin, count):
-        start = first * layout.item_bytes
-        ranges.append((layout.shard_path(shard), offset, view[start : start + number * layout.item_bytes]))
-    files.read(ranges)
+    if count:
+        files.read(layout.ranges(np.array([begin]), count, bytes_view(items)))
     return items
