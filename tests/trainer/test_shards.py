@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from embertrain.errors import ConfigError
+from embertrain.lora import LoraConfig, attach
 from embertrain.model.batch import Batch
-from embertrain.model.dispatch import LocalDispatcher
 from embertrain.model.experts import Experts
 from embertrain.model.linear import Linear
 from embertrain.model.model import Model
@@ -105,6 +105,22 @@ def test_a_rank_holds_its_part_and_computes_in_the_dtype_asked_for(tmp_path: Pat
     assert spread["loss"] == pytest.approx(alone.losses[0], abs=1e-6)
 
 
+def _adapted(parallel: ParallelConfig) -> list[float]:
+    mesh = Mesh(parallel, torch.device("cpu"))
+    model = Model(preset("micro"))
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    attach(model, LoraConfig(rank=2), torch.Generator().manual_seed(5))
+    apply(model, mesh)
+    return go_on(model, build(model, OptimConfig()), mesh, range(3), lr=1e-2).losses
+
+
+def test_adapters_of_experts_are_spread_with_them(tmp_path: Path) -> None:
+    alone = _adapted(ParallelConfig())
+    assert alone[2] < alone[0] - 1e-4
+    for found in ranks(2, each, tmp_path, [(_adapted, (ParallelConfig(**{name: 2}),)) for name in ("ep", "fsdp")])[0]:
+        assert found == pytest.approx(alone, abs=1e-6)
+
+
 # ---- the pieces
 
 
@@ -193,7 +209,7 @@ def test_one_process_needs_no_group_and_is_a_mesh_too() -> None:
         assert mesh.sum(total).equal(total)
         model = Model(preset("micro"))
         apply(model, mesh)
-        assert isinstance(model.layers["1"].ffn.dispatcher, LocalDispatcher)
+        assert model.layers["1"].ffn.dispatcher is None
     assert not dist.is_initialized()
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..kernels.products import linear, linear_into
 from .config import Mixture
 from .linear import Linear
@@ -37,6 +38,9 @@ class Shared(nn.Module):
         self.w2 = Linear(inner_size, hidden_size)
 
     def forward(self, x_TH: Tensor) -> Tensor:
+        few = self.w1.pad_rows == 1 and type(self.w1) is type(self.w2) is type(self.w3) is Linear
+        if few and kernels.loops_for_few(x_TH, self.w1.weight) and self.w2.weight.shape[1] % 32 == 0:
+            return kernels.swiglu(x_TH, self.w1.weight, self.w3.weight, self.w2.weight)
         y: Tensor = self.w2(silu(self.w1(x_TH), steady=self.w1.pad_rows > 1) * self.w3(x_TH))
         return y
 
@@ -53,21 +57,23 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """[R, H] -> [R, H] of rows sorted by expert; of the experts that are on this rank."""
-        w13, w2 = _here(self.w13), _here(self.w2)
-        inner = _swiglu(grouped_linear(rows_RH, w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1)
-        return grouped_linear(inner, w2, counts, self.pad_rows)
+        inner = swiglu(
+            grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1
+        )
+        return grouped_linear(inner, self.w2, counts, self.pad_rows)
+
+    def few(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+        """[T, H]: of each token the weighted sum of its experts (-1: none), without sorting rows first; None where
+        tokens are many, or this is not the faster way."""
+        if self.pad_rows > 1 or not kernels.loops_for_few(x_TH, self.w13) or self.w2.shape[2] % 32:
+            return None
+        return kernels.experts(x_TH, self.w13, self.w2, experts_TK, weights_TK, self.spec.swiglu_limit)
 
     def padded(self, rows_EMH: Tensor) -> Tensor:
         """[E, M, H] -> [E, M, H]: as many rows for all, of which any may be padding. It needs no counts on the host: a
         low-latency all-to-all gives rows so."""
-        inner = _swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
+        inner = swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
         return torch.bmm(inner, self.w2.transpose(1, 2))
-
-
-def _here(weights_EOI: Tensor) -> Tensor:
-    """Those on this rank: experts that are spread over ranks are a DTensor, which only the one who spreads imports."""
-    to_local = getattr(weights_EOI, "to_local", None)
-    return weights_EOI if to_local is None else to_local()
 
 
 # ---- the product
@@ -75,16 +81,23 @@ def _here(weights_EOI: Tensor) -> Tensor:
 
 def grouped_linear(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int = 1) -> Tensor:
     """[R, O]: rows sorted by expert, each times its expert's weight. Weights of another type than plain tensors have
-    their products here too.
+    their products here too; of experts that are spread over ranks, those of this rank are meant.
 
     `pad_rows`: an expert's rows are multiplied that many at a time (see `linear.product`); without gradients.
     """
+    weights_EOI = _here(weights_EOI)
     assert rows_RI.shape[0] == sum(counts)
     assert weights_EOI.shape[0] == len(counts)
     if torch.is_grad_enabled() and (rows_RI.requires_grad or weights_EOI.requires_grad):
         y_RO: Tensor = _Grouped.apply(rows_RI, weights_EOI, counts)
         return y_RO
     return _products(rows_RI, weights_EOI, counts, pad_rows)
+
+
+def _here(weights_EOI: Tensor) -> Tensor:
+    """Those on this rank: experts that are spread over ranks are a DTensor, which only the one who spreads imports."""
+    to_local = getattr(weights_EOI, "to_local", None)
+    return weights_EOI if to_local is None else to_local()
 
 
 def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int) -> Tensor:
@@ -140,7 +153,8 @@ class _Grouped(torch.autograd.Function):
         )
 
 
-def _swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor:
+def swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor:
+    """silu(gate) * up of [..., gate | up], both clamped."""
     if torch.is_grad_enabled() and gate_up.requires_grad:
         y: Tensor = _SwiGLU.apply(gate_up, limit)
         return y

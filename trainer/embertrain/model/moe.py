@@ -19,7 +19,7 @@ from .router import Router, Routing
 class MoE(nn.Module):
     """The feed-forward part of a layer with experts. Its middle stages are `dispatcher.dispatch`, and `combine`.
 
-    `dispatcher` is the one of calls that name none: whoever spreads experts over ranks puts another one there.
+    `dispatcher` is that of calls that name none; None: `LocalDispatcher`. Whoever spreads experts over ranks sets it.
     """
 
     def __init__(self, spec: Mixture, hidden_size: int, vocab_size: int) -> None:
@@ -27,7 +27,7 @@ class MoE(nn.Module):
         self.gate = Router(spec, hidden_size, vocab_size)
         self.experts = Experts(spec, hidden_size)
         self.shared = Shared(hidden_size, spec.inner_size * spec.shared) if spec.shared else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher | None = None
 
     def forward(
         self,
@@ -42,6 +42,10 @@ class MoE(nn.Module):
         """[T, H] -> [T, H], and how the tokens were routed. `selection_TK` and `generator` as in `Router.forward`."""
         dispatcher = dispatcher or self.dispatcher
         routing = self.route(x_TH, ids_T, batch, selection_TK=selection_TK, generator=generator)
+        y = None if dispatcher else self.experts.few(x_TH, routing.experts_TK, routing.weights_TK)
+        if y is not None:
+            return y if self.shared is None else y + self.shared(x_TH), routing
+        dispatcher = dispatcher or LocalDispatcher()
         dispatched = dispatcher.dispatch(x_TH, routing)
         y_TH = dispatcher.combine(self.compute(dispatched), routing, dispatched)
         return y_TH if self.shared is None else y_TH + self.shared(x_TH), routing
