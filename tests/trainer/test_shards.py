@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from embertrain.errors import ConfigError
+from embertrain.lora import LoraConfig, attach
 from embertrain.model.batch import Batch
 from embertrain.model.experts import Experts
 from embertrain.model.linear import Linear
@@ -102,6 +103,22 @@ def test_a_rank_holds_its_part_and_computes_in_the_dtype_asked_for(tmp_path: Pat
     assert spread["shapes"][wq_b] == whole[wq_b]
     assert spread["computed"] == {torch.float32}
     assert spread["loss"] == pytest.approx(alone.losses[0], abs=1e-6)
+
+
+def _adapted(parallel: ParallelConfig) -> list[float]:
+    mesh = Mesh(parallel, torch.device("cpu"))
+    model = Model(preset("micro"))
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    attach(model, LoraConfig(rank=2), torch.Generator().manual_seed(5))
+    apply(model, mesh)
+    return go_on(model, build(model, OptimConfig()), mesh, range(3), lr=1e-2).losses
+
+
+def test_adapters_of_experts_are_spread_with_them(tmp_path: Path) -> None:
+    alone = _adapted(ParallelConfig())
+    assert alone[2] < alone[0] - 1e-4
+    for found in ranks(2, each, tmp_path, [(_adapted, (ParallelConfig(**{name: 2}),)) for name in ("ep", "fsdp")])[0]:
+        assert found == pytest.approx(alone, abs=1e-6)
 
 
 # ---- the pieces

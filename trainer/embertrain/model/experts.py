@@ -57,9 +57,10 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """[R, H] -> [R, H] of rows sorted by expert; of the experts that are on this rank."""
-        w13, w2 = _here(self.w13), _here(self.w2)
-        inner = swiglu(grouped_linear(rows_RH, w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1)
-        return grouped_linear(inner, w2, counts, self.pad_rows)
+        inner = swiglu(
+            grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1
+        )
+        return grouped_linear(inner, self.w2, counts, self.pad_rows)
 
     def few(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
         """[T, H]: of each token the weighted sum of its experts (-1: none), without sorting rows first; None where
@@ -75,27 +76,28 @@ class Experts(nn.Module):
         return torch.bmm(inner, self.w2.transpose(1, 2))
 
 
-def _here(weights_EOI: Tensor) -> Tensor:
-    """Those on this rank: experts that are spread over ranks are a DTensor, which only the one who spreads imports."""
-    to_local = getattr(weights_EOI, "to_local", None)
-    return weights_EOI if to_local is None else to_local()
-
-
 # ---- the product
 
 
 def grouped_linear(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int = 1) -> Tensor:
     """[R, O]: rows sorted by expert, each times its expert's weight. Weights of another type than plain tensors have
-    their products here too.
+    their products here too; of experts that are spread over ranks, those of this rank are meant.
 
     `pad_rows`: an expert's rows are multiplied that many at a time (see `linear.product`); without gradients.
     """
+    weights_EOI = _here(weights_EOI)
     assert rows_RI.shape[0] == sum(counts)
     assert weights_EOI.shape[0] == len(counts)
     if torch.is_grad_enabled() and (rows_RI.requires_grad or weights_EOI.requires_grad):
         y_RO: Tensor = _Grouped.apply(rows_RI, weights_EOI, counts)
         return y_RO
     return _products(rows_RI, weights_EOI, counts, pad_rows)
+
+
+def _here(weights_EOI: Tensor) -> Tensor:
+    """Those on this rank: experts that are spread over ranks are a DTensor, which only the one who spreads imports."""
+    to_local = getattr(weights_EOI, "to_local", None)
+    return weights_EOI if to_local is None else to_local()
 
 
 def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int) -> Tensor:

@@ -19,7 +19,7 @@ from .router import Router, Routing
 class MoE(nn.Module):
     """The feed-forward part of a layer with experts. Its middle stages are `dispatcher.dispatch`, and `combine`.
 
-    `dispatcher` is the one of calls that name none: whoever spreads experts over ranks puts another one there.
+    `dispatcher` is that of calls that name none; None: `LocalDispatcher`. Whoever spreads experts over ranks sets it.
     """
 
     def __init__(self, spec: Mixture, hidden_size: int, vocab_size: int) -> None:

@@ -2,7 +2,7 @@
 
 Muon: weight matrices, those of routers and hyper-connections among them. AdamW: embedding and head, with decay; norms,
 sinks, position biases, and the scales and biases of hyper-connections, without (arXiv 2606.19348 section 4.2.2, which
-does not tell what decays).
+does not tell what decays). Low-rank adapters are among the latter.
 """
 
 from __future__ import annotations

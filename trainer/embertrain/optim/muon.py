@@ -94,28 +94,23 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         split: dict[dist.ProcessGroup, list[_Update]] = {}
         for update in self._updates():
-            group = _rows_over(update.parameter)
-            if group is None:
-                update.apply(self._orthogonal(update.computed_from(), update.parts))
+            ranks = _rows_over(update.parameter)
+            if ranks is None:
+                update.apply(self._orthogonal(update.direction(), update.parts))
             else:
-                split.setdefault(group, []).append(update)
-        for group, updates in split.items():
+                split.setdefault(ranks, []).append(update)
+        for ranks, updates in split.items():
             # Neighbours in this order are alike, so that ranks have as much to do.
             updates.sort(key=lambda update: update.parameter.shape, reverse=True)
-            ranks = group.size()
-            for i in range(0, len(updates), ranks):
-                self._in_turns(updates[i : i + ranks], group)
+            for i in range(0, len(updates), ranks.size()):
+                self._in_turns(updates[i : i + ranks.size()], ranks)
         return loss
 
     def _updates(self) -> Iterator[_Update]:
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                momentum, grad = local(self.state[parameter]["momentum_buffer"]), local(parameter.grad).float()
-                momentum.mul_(group["momentum"]).add_(grad)
-                nesterov = torch.add(grad, momentum, alpha=group["momentum"])
-                yield _Update(parameter, nesterov, group["lr"], group["weight_decay"], group["rms"], group["parts"])
+                if parameter.grad is not None:
+                    yield _Update(parameter, self.state[parameter]["momentum_buffer"], group)
 
     def _orthogonal(self, stacked: Tensor, parts: int) -> Tensor:
         """Of a whole parameter, or of whole matrices of it, as it lies in memory."""
@@ -130,44 +125,50 @@ class Muon(torch.optim.Optimizer):
         """Of at most as many matrices as there are ranks, each rank's rows: to the i-th rank the i-th, and back."""
         rank, ranks = group.rank(), group.size()
         mine = updates[rank] if rank < len(updates) else None
-        sent = [update.computed_from() for update in updates]
+        sent = [update.direction().to(self.dtype) for update in updates]
         width = mine.parameter.shape[1] if mine else 0
         heights = _rows_of_ranks(mine.parameter.shape[0], ranks) if mine else [0] * ranks
         here = [n * width for n in heights]
         there = [part.numel() for part in sent] + [0] * (ranks - len(sent))
 
-        gathered = _exchange(torch.cat([part.flatten() for part in sent]), there, here, group)
+        numbers = _exchange(torch.cat([part.flatten() for part in sent]), there, here, group)
         if mine:
-            gathered = self._orthogonal(gathered.view(-1, width), mine.parts).float().flatten()
-        returned = _exchange(gathered, here, there, group)
+            numbers = self._orthogonal(numbers.view(-1, width), mine.parts).flatten()
+        returned = _exchange(numbers, here, there, group)
         for update, rows in zip(updates, returned.split(there[: len(sent)]), strict=True):
             update.apply(rows)
 
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """What a step does to one parameter."""
+    """What a step does to one parameter, of which this rank may have a shard."""
 
     parameter: Tensor
-    nesterov: Tensor
-    """fp32, this rank's shard: what is orthogonalised."""
-    lr: float
-    weight_decay: float
-    rms: float
-    parts: int
+    momentum: Tensor
+    group: dict[str, Any]
 
-    def computed_from(self) -> Tensor:
-        """On the device that computes: with optimizer states offloaded, parameters are elsewhere."""
+    @property
+    def parts(self) -> int:
+        parts: int = self.group["parts"]
+        return parts
+
+    def direction(self) -> Tensor:
+        """What is orthogonalised, in fp32; the momentum moves on. Where weights are offloaded, it is on the device that
+        computes nevertheless."""
+        assert self.parameter.grad is not None
+        momentum, grad = local(self.momentum), local(self.parameter.grad).float()
+        momentum.mul_(self.group["momentum"]).add_(grad)
+        nesterov = torch.add(grad, momentum, alpha=self.group["momentum"])
         if isinstance(self.parameter, DTensor):
-            return self.nesterov.to(self.parameter.device_mesh.device_type)
-        return self.nesterov
+            return nesterov.to(self.parameter.device_mesh.device_type)
+        return nesterov
 
     def apply(self, orthogonal: Tensor) -> None:
         """`orthogonal` is this rank's shard too."""
-        n, m = self.parameter.shape[-2] // self.parts, self.parameter.shape[-1]
+        lr, n, m = self.group["lr"], self.parameter.shape[-2] // self.parts, self.parameter.shape[-1]
         parameter = local(self.parameter)
-        parameter.mul_(1 - self.lr * self.weight_decay)
-        parameter.add_(orthogonal.view(parameter.shape).to(parameter), alpha=-self.lr * self.rms * max(n, m) ** 0.5)
+        parameter.mul_(1 - lr * self.group["weight_decay"])
+        parameter.add_(orthogonal.view(parameter.shape).to(parameter), alpha=-lr * self.group["rms"] * max(n, m) ** 0.5)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..errors import ConfigError
+from ..model.dispatch import LocalDispatcher
 from ..model.experts import Experts
 from ..model.hybrid import HybridAttention
 from ..model.linear import Linear
@@ -93,6 +94,8 @@ def _cut(model: Model, mixtures: Iterable[MoE], mesh: Mesh, dtype: torch.dtype) 
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     for mixture in mixtures:
+        # A dispatcher, so that weights are not read but in the experts' own forward call, which gathers them.
+        mixture.dispatcher = mixture.dispatcher or LocalDispatcher()
         fully_shard(mixture.experts, mesh=mesh.experts, **options)
     for block in model.layers.values():
         fully_shard(block, mesh=mesh.dense, **options)
