@@ -243,6 +243,7 @@ def _steps(ours: Checkpoints, state: dict[str, Any], size: Size) -> list[Row]:
     model.reset_parameters(torch.Generator().manual_seed(0))
     ids = torch.randint(0, model.config.vocab_size, (STEP_TOKENS,), generator=torch.Generator().manual_seed(0))
     batch = Batch.of([(0, STEP_TOKENS)])
+    torch.set_num_threads(1)  # `run` puts it back; threads of so small a product would wait for each other
 
     def one() -> None:
         model.zero_grad()
