@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from embertrain.checkpoint import Checkpoints
-from embertrain.errors import Damaged, SaveFailed, StateError
+from embertrain.errors import Damaged, RankFailed, StateError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -107,8 +107,8 @@ def fail(url: str, rank: int, state: dict[str, Any]) -> None:
         place.write = broken  # type: ignore[method-assign]
     try:
         checkpoints.save(8, state)
-    except (OSError, SaveFailed) as error:
-        assert isinstance(error, SaveFailed) is not last and "this disk is gone" in str(error)
+    except (OSError, RankFailed) as error:
+        assert isinstance(error, RankFailed) is not last and "this disk is gone" in str(error)
     else:
         raise AssertionError("the save of a rank that cannot write succeeded")
     place.write = works  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..errors import SaveFailed, TrainError
+from ..errors import RankFailed, TrainError
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Ranks:
         if isinstance(error, TrainError):
             return error
         own = failed.failures.get(self.rank)
-        return own[0] if own else SaveFailed(f"rank {rank}: {error}")
+        return own[0] if own else RankFailed(f"rank {rank}: {error}")
 
     def close(self) -> None:
         """Let go of the group."""

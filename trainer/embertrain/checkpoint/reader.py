@@ -31,7 +31,7 @@ from ..errors import Damaged, StateError
 from .check import read_checked
 from .image import Image, Part, flat, view
 from .index import GRANULE_BYTES, PIECE_BYTES, File, Files, Index, Shard, TensorEntry
-from .place import Place
+from .place import Place, is_lost
 from .threads import in_threads
 
 
@@ -113,9 +113,9 @@ class Reader(StorageReader):
                         image.scatter(begin + first, data)
                     else:
                         read_checked(source, file, first, view(piece), self._step)
-        except Damaged:
-            raise
         except OSError as error:
+            if not is_lost(error):
+                raise
             raise Damaged(self._step, file.name, f"cannot be read: {error}") from error
 
 
