@@ -120,15 +120,17 @@ def compare(
     goal: float | None = None,
     rounds: int,
     servers: Mapping[str, Sequence[int]] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Row:
     """Time `ours` beside the others; rates are amount per wall second. `baseline` as in Row.
 
-    `servers`: the processes that serve a subject, whose CPU time is told beside its own. Raises WrongResult.
+    `servers`: the processes that serve a subject, whose CPU time is told beside its own. `between` is done before each
+    timed pass, and not timed. Raises WrongResult.
     """
     subjects = {OURS: ours, **(peers or {})} | ({"ceiling": ceiling} if ceiling is not None else {})
     for subject in subjects.values():
         subject(True)
-    passes = _interleave(subjects, rounds, servers or {})
+    passes = _interleave(subjects, rounds, servers or {}, between)
     rounds = {name: tuple(done.rate for done in passes[name]) for name in subjects}
     rates = {name: statistics.median(each) for name, each in rounds.items()}
     found = Row(
@@ -145,13 +147,17 @@ def compare(
 
 
 def _interleave(
-    subjects: Mapping[str, Subject], rounds: int, servers: Mapping[str, Sequence[int]]
+    subjects: Mapping[str, Subject],
+    rounds: int,
+    servers: Mapping[str, Sequence[int]],
+    between: Callable[[], None],
 ) -> dict[str, list[_Pass]]:
     passes: dict[str, list[_Pass]] = {name: [] for name in subjects}
     names = list(subjects)
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            between()
             gc.collect()  # Nobody pays for another one's garbage.
             pids = servers.get(name)
             servers_s = cpu_s_of(pids) if pids is not None else 0.0

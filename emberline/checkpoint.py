@@ -113,7 +113,7 @@ def verify(url: str, step: int | None, as_json: bool) -> None:
 @click.argument("url")
 @click.argument("out")
 @_step
-@click.option("--config", metavar="CONFIG", help="The model, as in `emberline model info`; the checkpoint's, if not said.")  # fmt: skip
+@click.option("--config", metavar="CONFIG", help="The model, as for `model info`; the checkpoint's, if not.")
 @click.option("--names", type=click.Choice(["official", "transformers"]), default="official", show_default=True,
               help="Whose names the weights have.")  # fmt: skip
 @click.option(

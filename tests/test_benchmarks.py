@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from benchmarks import __main__ as command_line
 from benchmarks import (
+    checkpoint,
     embedded_io,
     environments,
     graysort,
@@ -294,3 +295,14 @@ def test_a_wrong_length_stops_the_benchmark(tmp_path: Path, monkeypatch: pytest.
 def test_a_lost_stream_stops_the_benchmark(tmp_path: Path) -> None:
     with pytest.raises(WrongResult, match="wrong bytes in MiB 0"):
         memory_probe.probe_stream("/dev/null", MIB)
+
+
+# ---- checkpoints
+
+
+def test_the_smallest_checkpoints_go_through_every_row(tmp_path: Path) -> None:
+    size = checkpoint.Size(data_bytes=1, rounds=1, steps=1, has_goals=True, shapes=((300, 7), (5,), (1,)))
+    rows = checkpoint.run(tmp_path, size)
+    assert [row.goal for row in rows] == [0.7, 0.7, 0.2, None]
+    assert all(row.ours > 0 for row in rows)
+    assert set(rows[0].peers) == {"dcp", "torch.save"}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from embertrain.checkpoint import Checkpoints
-from embertrain.errors import SaveFailed, StateError
+from embertrain.errors import Damaged, RankFailed, StateError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -107,14 +107,14 @@ def fail(url: str, rank: int, state: dict[str, Any]) -> None:
         place.write = broken  # type: ignore[method-assign]
     try:
         checkpoints.save(8, state)
-    except (OSError, SaveFailed) as error:
-        assert isinstance(error, SaveFailed) is not last and "this disk is gone" in str(error)
+    except (OSError, RankFailed) as error:
+        assert isinstance(error, RankFailed) is not last and "this disk is gone" in str(error)
     else:
         raise AssertionError("the save of a rank that cannot write succeeded")
     place.write = works  # type: ignore[method-assign]
     try:
         checkpoints.save_async(9, state | ({"lock": object()} if last else {}))
-    except (StateError, SaveFailed) as error:
+    except StateError as error:
         assert "lock holds a builtins.object" in str(error)
     else:
         raise AssertionError("a state that cannot be saved was")
@@ -122,6 +122,27 @@ def fail(url: str, rank: int, state: dict[str, Any]) -> None:
     checkpoints.save(10, state)
     assert checkpoints.steps() == [10]
     checkpoints.close()
+
+
+def fallback(checkpoints: Checkpoints, rank: int, state: dict[str, Any]) -> None:
+    """What one rank reads of the latest is damaged: all of them raise it, or take the one before together."""
+    fill(state)
+    checkpoints.save(7, state)
+    checkpoints.save(8, state | {"step": 8})
+    if rank == 0:
+        (file,) = Path(checkpoints.catalog.place.url).glob("step-000000008.*/rank-00001-0.bin")
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    dist.barrier()
+    try:
+        checkpoints.load(job(dist.get_world_size()))
+    except Damaged as error:
+        assert (error.step, error.file) == (8, "rank-00001-0.bin")
+    else:
+        raise AssertionError("damage was loaded")
+    target = job(dist.get_world_size())
+    assert checkpoints.load(target, fallback=True) == 7
+    check(target)
 
 
 def run(task: str, rank: int, ranks: int, url: str) -> None:
@@ -138,6 +159,8 @@ def run(task: str, rank: int, ranks: int, url: str) -> None:
                 with torch.no_grad():
                     tensor.zero_()
             checkpoints.wait()
+        elif task == "fallback":
+            fallback(checkpoints, rank, state)
         elif task == "load":
             assert checkpoints.load(state) == 7
             check(state)

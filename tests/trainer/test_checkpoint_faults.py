@@ -210,6 +210,19 @@ def test_damage_in_a_store_is_damage(tmp_path: Path) -> None:
         checkpoints.load({"w": torch.zeros(300_000)})
 
 
+@pytest.mark.parametrize("moment", ["index", "bytes"])
+def test_what_is_out_of_reach_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    def fail(*_: object) -> None:
+        raise TimeoutError("no answer")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1))
+        checkpoints.save(2, state(2))
+        monkeypatch.setattr(checkpoints.catalog.place, "read" if moment == "index" else "open", fail)
+        with pytest.raises(TimeoutError, match="no answer"):
+            checkpoints.load(blank(state(2)), fallback=True)
+
+
 def test_a_newer_format_is_refused_with_a_sentence(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {})

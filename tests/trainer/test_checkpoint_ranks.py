@@ -42,9 +42,9 @@ def test_any_number_of_ranks_loads_what_any_other_saved(tmp_path: Path) -> None:
     )
 
 
-def test_what_one_rank_meets_fails_the_save_on_all(tmp_path: Path) -> None:
+def test_what_one_rank_meets_all_of_them_raise(tmp_path: Path) -> None:
     url = tmp_path / "checkpoints"
-    together(tmp_path, [("fail", 2, str(url))])
+    together(tmp_path, [("fail", 2, str(url)), ("fallback", 2, str(tmp_path / "damaged"))])
     (folder,) = url.iterdir()
     index = json.loads((folder / "index.json").read_text())
     assert len(index["images"]) == 2

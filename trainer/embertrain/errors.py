@@ -11,7 +11,7 @@ TrainError
 ├── StateError (ValueError)        a state that a checkpoint cannot hold, or that does not fit the one it is filled from
 ├── NoCheckpoint (ValueError)      there is none, or none of that step
 ├── Damaged (OSError)              a file of a checkpoint is not what was written; `.step` and `.file` say which
-└── SaveFailed (RuntimeError)      another rank could not write its part; the ranks that could not raise what they met
+└── RankFailed (RuntimeError)      another rank could not do its part; a rank that could not raises what it met
 """
 
 from __future__ import annotations
@@ -70,5 +70,5 @@ class Damaged(TrainError, OSError):
         return Damaged, (self.step, self.file, self.what)
 
 
-class SaveFailed(TrainError, RuntimeError):
-    """Another rank could not write its part of a checkpoint."""
+class RankFailed(TrainError, RuntimeError):
+    """Another rank could not write or read its part of a checkpoint."""

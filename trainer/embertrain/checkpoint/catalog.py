@@ -26,7 +26,7 @@ import msgspec
 
 from ..errors import Damaged, NoCheckpoint
 from .index import ATTEMPT, INDEX, MARKER, Index, Marker, decode_index, decode_marker
-from .place import Place
+from .place import Place, is_lost
 
 log = logging.getLogger("emberline.checkpoint")
 
@@ -153,6 +153,8 @@ class Catalog:
         try:
             return self.place.read(f"{entry.folder}/{file}")
         except OSError as error:
+            if not is_lost(error):
+                raise
             raise Damaged(entry.step, file, f"cannot be read: {error}") from error
 
     # ---- changing

@@ -8,6 +8,7 @@ from typing import IO
 from ..errors import Damaged
 from .catalog import Catalog, Entry
 from .index import GRANULE_BYTES, PIECE_BYTES, File, Index, shard_bytes, sums_of
+from .place import is_lost
 
 _TOLD_MAX = 3
 """Tensors that a problem names."""
@@ -52,6 +53,8 @@ def problems(catalog: Catalog, entry: Entry, progress: Callable[[int], object] =
                             yield _with_tensors(damaged, index, number, place * image.file_bytes + begin, len(piece))
                         progress(len(piece))
             except OSError as error:
+                if not is_lost(error):
+                    raise
                 yield Damaged(entry.step, file.name, f"cannot be read: {error}")
 
 

@@ -91,7 +91,7 @@ class Checkpoints:
     # ---- saving
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Save, and return when it is published. Raises StateError, SaveFailed, and what the file system raises."""
+        """Save, and return when it is published. Raises StateError, RankFailed, and what the file system raises."""
         self.wait()
         self._save(step, state, None)
 

@@ -33,8 +33,8 @@ def config_of(marker: Marker) -> ModelConfig:
 def model_of(index: Index) -> dict[str, Tensor]:
     """Memory for the model's tensors, by our names. Raises StateError if there is none."""
     model = {
-        ".".join(map(str, entry.path[1:])): torch.empty(entry.shape, dtype=dtype_of(entry))
-        for entry in index.tensors.values()
+        ".".join(map(str, entry.path[1:])): torch.empty(entry.shape, dtype=dtype_of(name, entry))
+        for name, entry in index.tensors.items()
         if entry.path[0] == MODEL
     }
     if not model:

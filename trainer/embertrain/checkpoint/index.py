@@ -26,8 +26,8 @@ INDEX = "index.json"
 ATTEMPT = "attempt.json"
 
 GRANULE_BYTES = 1 << 20
-PIECE_BYTES = 32 << 20
-"""Written and read at once: eight chunks of a store, which are one commit of it."""
+PIECE_BYTES = 64 << 20
+"""Written and read at once: as much as one message to a store takes, and so one commit of it."""
 FILE_BYTES_MIN = 64 << 20
 """A rank with less than two of these writes one file."""
 

@@ -14,6 +14,7 @@ It does not know what the files mean. Names are relative to the place: `folder` 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import fsspec
+from emberfs.errors import Corruption, DataLost
 from fsspec.implementations.local import LocalFileSystem
 
 
@@ -64,6 +66,11 @@ def open_place(url: str | os.PathLike[str], storage_options: dict[str, Any] | No
     """The place at a URL or local path. `storage_options` are fsspec's."""
     fs, path = fsspec.url_to_fs(os.fspath(url), **(storage_options or {}))
     return LocalPlace(Path(path)) if isinstance(fs, LocalFileSystem) else RemotePlace(fs, path)
+
+
+def is_lost(error: OSError) -> bool:
+    """Whether what could not be read is damaged or gone, and not only out of reach for now."""
+    return isinstance(error, FileNotFoundError | Corruption | DataLost) or error.errno == errno.EIO
 
 
 class LocalPlace:

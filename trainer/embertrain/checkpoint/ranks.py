@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..errors import SaveFailed
+from ..errors import RankFailed, TrainError
 
 T = TypeVar("T")
 
@@ -43,12 +43,16 @@ class Ranks:
         return answer[0]
 
     def cause(self, failed: CheckpointException) -> BaseException:
-        """What to raise for DCP's collection of what all ranks met."""
+        """What to raise for DCP's collection of what all ranks met.
+
+        An error of ours is the same on every rank, so that all react alike; any other is that rank's own.
+        """
+        rank = min(failed.failures)
+        error = failed.failures[rank][0]
+        if isinstance(error, TrainError):
+            return error
         own = failed.failures.get(self.rank)
-        if own is not None:
-            return own[0]
-        rank, (error, _) = min(failed.failures.items(), key=lambda item: item[0])
-        return SaveFailed(f"rank {rank}: {error}")
+        return own[0] if own else RankFailed(f"rank {rank}: {error}")
 
     def close(self) -> None:
         """Let go of the group."""

@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from ..errors import Damaged
+from ..errors import Damaged, StateError
 from .check import read_checked
 from .image import Image, Part, flat, view
 from .index import GRANULE_BYTES, PIECE_BYTES, File, Files, Index, Shard, TensorEntry
-from .place import Place
+from .place import Place, is_lost
 from .threads import in_threads
 
 
@@ -44,6 +44,11 @@ class Reader(StorageReader):
         self._step = step
         self._index = index
         self._threads = threads
+        # Made here: what is wrong with it would not come out of DCP as it went in.
+        self._metadata = Metadata(
+            {name: _tensor(name, entry) for name, entry in index.tensors.items()}
+            | {name: BytesStorageMetadata() for name in index.values}
+        )
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -53,10 +58,7 @@ class Reader(StorageReader):
         return False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(
-            {name: _tensor(entry) for name, entry in self._index.tensors.items()}
-            | {name: BytesStorageMetadata() for name in self._index.values}
-        )
+        return self._metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -111,9 +113,9 @@ class Reader(StorageReader):
                         image.scatter(begin + first, data)
                     else:
                         read_checked(source, file, first, view(piece), self._step)
-        except Damaged:
-            raise
         except OSError as error:
+            if not is_lost(error):
+                raise
             raise Damaged(self._step, file.name, f"cannot be read: {error}") from error
 
 
@@ -176,17 +178,17 @@ class _Copy:
             self.target.copy_(self.box.reshape(self.target.shape))
 
 
-def _tensor(entry: TensorEntry) -> TensorStorageMetadata:
+def _tensor(name: str, entry: TensorEntry) -> TensorStorageMetadata:
     return TensorStorageMetadata(
-        TensorProperties(dtype=dtype_of(entry)),
+        TensorProperties(dtype=dtype_of(name, entry)),
         torch.Size(entry.shape),
         [ChunkStorageMetadata(torch.Size(shard.begin), torch.Size(shard.shape)) for shard in entry.shards],
     )
 
 
-def dtype_of(entry: TensorEntry) -> torch.dtype:
-    """torch's dtype of an entry. Raises ValueError for one that this torch does not have."""
+def dtype_of(name: str, entry: TensorEntry) -> torch.dtype:
+    """torch's dtype of an entry. Raises StateError for one that this torch does not have."""
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype) or dtype.itemsize != entry.item_bytes:
-        raise ValueError(f"this torch has no dtype {entry.dtype} of {entry.item_bytes} bytes")
+        raise StateError(f"{name} is of {entry.item_bytes}-byte {entry.dtype}, which this torch does not have")
     return dtype
