@@ -28,6 +28,7 @@ from . import (
     moe,
     peers,
     placement,
+    prefix,
     rebuild,
     ucx,
 )
@@ -50,6 +51,7 @@ BENCHMARKS = {
     "lmcache_l2": lmcache_l2,
     "decode": decode,
     "moe": moe,
+    "prefix": prefix,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 
