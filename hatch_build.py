@@ -7,6 +7,7 @@ EMBERLINE_NATIVE=require makes that an error, as for wheels that are published.
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCES = ("crc32c.c", "table.c", "grant.c", "server.c", "client.c", "stream.c", "module.c")
-LANES, LOOPS = "fs/emberfs/lane/_native.abi3.so", "trainer/embertrain/kernels/_hyper.so"
-LOOP_SOURCES = ("hyper.c",)
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
+LANES, LOOPS = "fs/emberfs/lane/_native.abi3.so", "trainer/embertrain/kernels/_loops.{}.so"
+LOOP_SOURCES = ("threads.c", "products.c", "attend.c", "experts.c", "route.c", "rows.c", "hyper.c")
+GENERATIONS = {"v4": ("-march=x86-64-v4",), "v3": ("-march=x86-64-v3",), "any": ()}
+"""Of processors, and what has the compiler use them; `embertrain.kernels.library` takes one when it is imported."""
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi")
 
 
 class NativeHook(BuildHookInterface):
@@ -30,8 +33,8 @@ class NativeHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
             return
-        for built, names in ((LANES, SOURCES), (LOOPS, LOOP_SOURCES)):
-            problem = "not Linux" if sys.platform != "linux" else compile_native(Path(self.root, built), names)
+        for built, names, flags in parts():
+            problem = "not Linux" if sys.platform != "linux" else compile_native(Path(self.root, built), names, flags)
             if problem:
                 if os.environ.get("EMBERLINE_NATIVE") == "require":
                     raise RuntimeError(f"{built} cannot be built: {problem}")
@@ -40,16 +43,23 @@ class NativeHook(BuildHookInterface):
             build_data["artifacts"].append(built)
         if version != "editable":
             build_data["pure_python"] = False
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-            build_data["tag"] = f"cp311-abi3-{platform}"
+            machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["tag"] = f"cp311-abi3-{machine}"
 
 
-def compile_native(built: Path, names: tuple[str, ...]) -> str:
+def parts() -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """What is built, from which sources, with which flags."""
+    generations = GENERATIONS if platform.machine() == "x86_64" else {"any": ()}
+    loops = [(LOOPS.format(name), LOOP_SOURCES, flags) for name, flags in generations.items()]
+    return [(LANES, SOURCES, ()), *loops]
+
+
+def compile_native(built: Path, names: tuple[str, ...], flags: tuple[str, ...] = ()) -> str:
     """Compile sources that lie beside what is built; returns what went wrong, or nothing."""
     sources = [str(built.parent / name) for name in names]
     compiler = shlex.split(os.environ.get("CC", "cc"))
     fresh = built.with_suffix(f".{os.getpid()}.new")
-    command = [*compiler, *FLAGS, f"-I{sysconfig.get_paths()['include']}", *sources, "-o", str(fresh), "-lm"]
+    command = [*compiler, *FLAGS, *flags, f"-I{sysconfig.get_paths()['include']}", *sources, "-o", str(fresh), "-lm"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -18,32 +18,13 @@ from embertrain.cache.spec import CacheSpec
 from embertrain.model.batch import Batch
 from embertrain.model.config import ModelConfig
 from embertrain.model.model import Model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import oracle
+from .margins import MARGIN, Margins
 
 COUNT = 300
 SEEDS = range(12)
 LOGITS = 2e-5
-MARGIN = 5e-6
-
-
-class Margins(TorchDispatchMode):
-    """The least difference between what a top-k takes and what it leaves, over all of a forward call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.least = float("inf")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.topk.default:
-            scores, k = args[0], args[1]
-            if k < scores.shape[-1]:
-                best = scores.topk(k + 1, dim=-1).values[..., -2:]
-                gaps = (best[..., 0] - best[..., 1])[(best > -1e30).all(-1)]  # what a mask left
-                if gaps.numel():
-                    self.least = min(self.least, float(gaps.min()))
-        return func(*args, **(kwargs or {}))
 
 
 @cache

@@ -1,7 +1,10 @@
-"""One matrix product, `x @ weight.T`, by whichever of torch's libraries is the faster here; without gradients.
+"""One matrix product, `x @ weight.T`, by whichever of torch's libraries is the faster here.
 
 torch gives fp32 products on CPUs to MKL, which on processors that are not Intel's leaves AVX-512 alone; oneDNN, which
 bf16 products go to, does not. torch has an operation that asks for oneDNN by name, made for its compiler.
+
+Without AVX-512 neither multiplies bf16 numbers faster than one by one: there they go through fp32, which sums them just
+so, and the result is rounded.
 """
 
 from __future__ import annotations
@@ -11,10 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_multiplies_bf16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+def slow(x: Tensor) -> bool:
+    """Whether products of such tensors are better made in fp32."""
+    return x.dtype == torch.bfloat16 and not _multiplies_bf16 and x.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """[M, K], [N, K] -> [M, N]; M, N and K are positive, and either may be a transposed view."""
+    """[M, K], [N, K] -> [M, N], without gradients; M, N and K are positive, and either may be a transposed view."""
+    if slow(x):
+        return linear(x.float(), weight.float()).bfloat16()
     if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y
@@ -23,7 +34,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """`linear` written to `out`, which is contiguous."""
-    if out.dtype == torch.float32:
+    if out.dtype == torch.float32 or slow(out):
         out.copy_(linear(x, weight))
     else:
         torch.mm(x, weight.t(), out=out)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """[..., M, K], [..., K, N] -> [..., M, N]; this one has gradients."""
+    if slow(a):
+        return (a.float() @ b.float()).bfloat16()
+    return a @ b

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.products import matmul
+
 BLOCK = 128
 """Queries of one sequence that are worked through together, at most."""
 SCORES_MAX = 1 << 23
@@ -64,16 +66,16 @@ def attend_rows(
     """`attend` over rows already gathered, without lse; every query must see a row. `seen_TK` None: all are seen."""
     scores_THK = _scores(q_THD, rows_TKD, seen_TK, scale)
     # Whole rows are multiplied and the rest thrown away: a slice of each row would be copied first.
-    out = torch.bmm(weights(scores_THK, sink_H).to(q_THD.dtype), rows_TKD)
+    out = matmul(weights(scores_THK, sink_H).to(q_THD.dtype), rows_TKD)
     return out if value_width is None else out[..., :value_width]
 
 
 def _scores(q_THD: Tensor, rows: Tensor, seen_TN: Tensor | None, scale: float) -> Tensor:
     """[T, H, N] fp32 over rows [N, D] or [T, N, D]; -inf where a row is not seen."""
     if rows.dim() == 3:
-        scores = torch.bmm(q_THD, rows.transpose(1, 2))
+        scores = matmul(q_THD, rows.transpose(1, 2))
     else:
-        scores = (q_THD.flatten(0, 1) @ rows.t()).unflatten(0, q_THD.shape[:2])
+        scores = matmul(q_THD.flatten(0, 1), rows.t()).unflatten(0, q_THD.shape[:2])
     scores = scores.float() * scale
     return scores if seen_TN is None else scores.masked_fill(~seen_TN[:, None, :], -torch.inf)
 
@@ -97,7 +99,7 @@ def attend_dense(
     out: Tensor | None = None
     for (rows, _), p in zip(parts, p_THN.split([s.shape[-1] for s in scores], -1), strict=True):
         values = rows if value_width is None else rows[..., :value_width]
-        term = torch.bmm(p, values) if rows.dim() == 3 else (p.flatten(0, 1) @ values).view(T, H, -1)
+        term = matmul(p, values) if rows.dim() == 3 else matmul(p.flatten(0, 1), values).view(T, H, -1)
         out = term if out is None else out + term
     assert out is not None
     return out

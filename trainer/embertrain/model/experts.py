@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..kernels.products import linear, linear_into
 from .config import Mixture
 from .linear import Linear
@@ -37,6 +38,9 @@ class Shared(nn.Module):
         self.w2 = Linear(inner_size, hidden_size)
 
     def forward(self, x_TH: Tensor) -> Tensor:
+        few = self.w1.pad_rows == 1 and type(self.w1) is type(self.w2) is type(self.w3) is Linear
+        if few and kernels.loops_for_few(x_TH, self.w1.weight) and self.w2.weight.shape[1] % 32 == 0:
+            return kernels.swiglu(x_TH, self.w1.weight, self.w3.weight, self.w2.weight)
         y: Tensor = self.w2(silu(self.w1(x_TH), steady=self.w1.pad_rows > 1) * self.w3(x_TH))
         return y
 
@@ -53,15 +57,22 @@ class Experts(nn.Module):
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """[R, H] -> [R, H] of rows sorted by expert."""
-        inner = _swiglu(
+        inner = swiglu(
             grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1
         )
         return grouped_linear(inner, self.w2, counts, self.pad_rows)
 
+    def few(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+        """[T, H]: of each token the weighted sum of its experts (-1: none), without sorting rows first; None where
+        tokens are many, or this is not the faster way."""
+        if self.pad_rows > 1 or not kernels.loops_for_few(x_TH, self.w13) or self.w2.shape[2] % 32:
+            return None
+        return kernels.experts(x_TH, self.w13, self.w2, experts_TK, weights_TK, self.spec.swiglu_limit)
+
     def padded(self, rows_EMH: Tensor) -> Tensor:
         """[E, M, H] -> [E, M, H]: as many rows for all, of which any may be padding. It needs no counts on the host: a
         low-latency all-to-all gives rows so."""
-        inner = _swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
+        inner = swiglu(torch.bmm(rows_EMH, self.w13.transpose(1, 2)), self.spec.swiglu_limit)
         return torch.bmm(inner, self.w2.transpose(1, 2))
 
 
@@ -135,7 +146,8 @@ class _Grouped(torch.autograd.Function):
         )
 
 
-def _swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor:
+def swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor:
+    """silu(gate) * up of [..., gate | up], both clamped."""
     if torch.is_grad_enabled() and gate_up.requires_grad:
         y: Tensor = _SwiGLU.apply(gate_up, limit)
         return y

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..cache.step import Rows, Step
 from .attend import (
     BLOCK,
@@ -69,9 +70,8 @@ class HybridAttention(nn.Module):
         """[T, hidden] -> [T, hidden]."""
         turns = angles.tokens(self.spec.rope)
         latent_TR = self.q_norm(self.wq_a(x_TH))
-        q_THD = rms(self.wq_b(latent_TR).unflatten(-1, (self.spec.heads, -1)), self.eps)
-        q_THD = rotate(q_THD, turns[:, None])
-        kv_TD = rotate(self.kv_norm(self.wkv(x_TH)), turns)
+        q_THD = rms(self.wq_b(latent_TR).unflatten(-1, (self.spec.heads, -1)), self.eps, turns)
+        kv_TD = self.kv_norm(self.wkv(x_TH), turns)
         state = self.compressor.state(x_TH) if self.compressor else None
         index_state = self.indexer.compressor.state(x_TH) if self.indexer else None
         outs = []
@@ -85,7 +85,7 @@ class HybridAttention(nn.Module):
             else:
                 outs.append(self._segment(parts, rows, run[0], angles))
         out_THD = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return self.project(rotate(out_THD, turns[:, None].conj()))
+        return self.project(rotate(out_THD, turns, back=True))
 
     def project(self, out_THD: Tensor) -> Tensor:
         """The output projection: heads in groups, each to a low rank, then all to the hidden size."""
@@ -172,6 +172,12 @@ class HybridAttention(nn.Module):
                 far = self._choose(parts, step, run)
         if self.compressor and far is None:
             far = step.all(layer, self.kind, run)
+        if kernels.loops(parts.q) and parts.q.shape[-1] % 32 == 0:
+            more = None if far is None else (step.pool(layer, self.kind), far)
+            pool = step.pool(layer, "window")
+            return kernels.attend(
+                *(parts.q, (pool, near), more), scale=spec.scale, value_width=spec.head_dim, sink_H=self.sink
+            )
         # Where every sequence has as many rows, none is missing, and nothing has to be masked.
         held = _held(step.pool(layer, "window"), near, min(s.end for s in run) >= near.shape[1])
         slots = near

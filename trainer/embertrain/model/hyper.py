@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import hyper_mix, native
+from .. import kernels
 from .config import Hyper
 from .linear import product
 from .norm import rms
@@ -43,10 +43,18 @@ class HyperConnection(nn.Module):
 
     def forward(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block's input [T, D], and post [T, S] and comb [T, S, S] for `expand`, both fp32."""
+        spec = self.spec
+        few = self.pad_rows == 1 and x_TSD.shape[0] <= kernels.FEW
+        if few and kernels.loops(x_TSD) and x_TSD.shape[-1] % 32 == 0:
+            return kernels.hyper_begin(
+                *(x_TSD, self.fn, self.scale, self.base),
+                iterations=spec.iterations,
+                eps=spec.eps,
+                rms_eps=self.rms_eps,
+            )
         logits = product(rms(x_TSD.flatten(1).float(), self.rms_eps), self.fn, self.pad_rows)
-        if native is not None and logits.device.type == "cpu" and not torch.is_grad_enabled():
-            spec = self.spec
-            mixtures = hyper_mix(logits, self.scale, self.base, spec.streams, spec.iterations, spec.eps)
+        if kernels.loops(logits):
+            mixtures = kernels.hyper_mix(logits, self.scale, self.base, spec.streams, spec.iterations, spec.eps)
         else:
             mixtures = self.mix(logits)
         pre_TS, post_TS, comb_TSS = mixtures
@@ -88,5 +96,7 @@ def collapse(pre_TS: Tensor, x_TSD: Tensor) -> Tensor:
 
 def expand(y_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, x_TSD: Tensor) -> Tensor:
     """The streams after a block: stream k is post_k * y + the sum over j of comb_jk * x_j."""
+    if kernels.loops(x_TSD) and x_TSD.shape[-1] % 16 == 0:
+        return kernels.expand(y_TD, post_TS, comb_TSS, x_TSD)
     mixed = torch.bmm(comb_TSS.transpose(1, 2), x_TSD.float())
     return torch.baddbmm(mixed, post_TS[:, :, None], y_TD[:, None].float()).to(x_TSD.dtype)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels.products import matmul
 from .attend import BLOCK, SCORES_MAX, top_k
 from .compressor import Compressor
 from .config import Index, Rope
@@ -42,7 +43,7 @@ class _Indexer(nn.Module):
         count = max(1, SCORES_MAX // (BLOCK * self.spec.heads))
         out = []
         for keys in keys_Nd.split(count):
-            each = (q_Thd.flatten(0, 1) @ keys.t()).relu_().float().unflatten(0, q_Thd.shape[:2])
+            each = matmul(q_Thd.flatten(0, 1), keys.t()).relu_().float().unflatten(0, q_Thd.shape[:2])
             out.append(torch.bmm(w_Th[:, None], each)[:, 0])
         return torch.cat(out, -1) if len(out) > 1 else out[0]
 
@@ -57,7 +58,7 @@ class CompressedIndexer(_Indexer):
         )
 
     def queries(self, latent_TR: Tensor, turns: Tensor) -> Tensor:
-        return rotate(self.wq_b(latent_TR).unflatten(-1, (self.spec.heads, -1)), turns[:, None])
+        return rotate(self.wq_b(latent_TR).unflatten(-1, (self.spec.heads, -1)), turns)
 
 
 class TokenIndexer(_Indexer):

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
 from ..cache.step import Rows, Step
+from ..kernels.products import matmul
 from .attend import (
     CHOICES_MAX,
     SCORES_MAX,
@@ -72,7 +74,7 @@ class LatentAttention(nn.Module):
         turns = angles.tokens(spec.rope)
         low_TR = None if spec.q_rank is None else self.q_norm(self.wq_a(x_TH))
         q_THD = (self.wq(x_TH) if low_TR is None else self.wq_b(low_TR)).unflatten(-1, (spec.heads, -1))
-        q_THD = rotate(q_THD, turns[:, None])
+        q_THD = rotate(q_THD, turns)
         latent, key = self.wkv_a(x_TH).split([spec.kv_rank, spec.rope.dim], -1)
         row_TD = torch.cat([self.kv_norm(latent), rotate(key, turns)], -1)
         index_key = self.indexer.keys(x_TH, turns) if self.indexer else None
@@ -157,12 +159,18 @@ class LatentAttention(nn.Module):
         """Many queries of one sequence over its latent rows: [T, H, V]."""
         q = self._over_key(q_THD)
         out = attend_dense(q, [(held_ND, seen_TN)], scale=self.spec.scale, value_width=self.spec.kv_rank)
-        return torch.bmm(out.transpose(0, 1), self._absorbed()[1]).transpose(0, 1)
+        return self._by_head(out, self._absorbed()[1])
 
     def _over_key(self, q_THD: Tensor) -> Tensor:
         """Queries for latent rows: [T, H, R + rope]."""
         q_nope, q_rope = q_THD.split([self.spec.nope_dim, self.spec.rope.dim], -1)
-        return torch.cat([torch.bmm(q_nope.transpose(0, 1), self._absorbed()[0]).transpose(0, 1), q_rope], -1)
+        return torch.cat([self._by_head(q_nope, self._absorbed()[0]), q_rope], -1)
+
+    def _by_head(self, x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
+        """[T, H, O]: each head's numbers times its own weight."""
+        if self.wo.pad_rows == 1 and kernels.loops_for_few(x_THI, weight_HOI):
+            return kernels.product_by_group(x_THI, weight_HOI)
+        return matmul(x_THI.transpose(0, 1), weight_HOI.transpose(1, 2)).transpose(0, 1)
 
     def _expand(self, held_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [H, N, P + rope] and values [H, N, V] of latent rows."""
@@ -194,16 +202,16 @@ class LatentAttention(nn.Module):
             if max(s.end for s in run) > self.indexer.spec.top_k:
                 chosen = self._choose(low_BR, x_BH, turns, step, run)
         out_BHR = self._over_latents(q, step, run, chosen)
-        return torch.bmm(out_BHR.transpose(0, 1), self._absorbed()[1]).transpose(0, 1)
+        return self._by_head(out_BHR, self._absorbed()[1])
 
     def _absorbed(self) -> tuple[Tensor, Tensor]:
-        """What queries and outputs are multiplied by, [H, P, R] and [H, R, V].
+        """What queries and outputs are multiplied by, [H, R, P] and [H, V, R].
 
         Copied from wkv_b once for as long as it stays as it is: a product of slices would copy them at every step.
         What is written through `weight.data` is not seen; tensors of inference mode tell nothing, and are copied anew.
         """
-        weight = self.wkv_b.weight
-        if weight.is_inference():
+        weight = self.wkv_b.whole()
+        if weight.is_inference() or not isinstance(weight, nn.Parameter):
             return self._slices(weight)
         state = (weight.data_ptr(), weight._version)
         if self._copied is None or self._copied[0] is not weight or self._copied[1] != state:
@@ -213,7 +221,7 @@ class LatentAttention(nn.Module):
     def _slices(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         spec = self.spec
         to_key, to_value = weight.unflatten(0, (spec.heads, -1)).split([spec.nope_dim, spec.value_dim], 1)
-        return to_key.contiguous(), to_value.transpose(1, 2).contiguous()
+        return to_key.transpose(1, 2).contiguous(), to_value.contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files of the module go without what it has copied of its weights."""
@@ -225,6 +233,11 @@ class LatentAttention(nn.Module):
         pool = step.pool(layer, "latent")
         ends = [s.end for s in run]
         gathered = len(run) * max(ends) * pool.shape[1]
+        if kernels.loops(q_BHD) and q_BHD.shape[-1] % 32 == spec.kv_rank % 32 == 0:
+            slots = step.all(layer, "latent", run) if chosen is None else chosen
+            return kernels.attend(
+                *(q_BHD, (pool, slots), None), scale=spec.scale, value_width=spec.kv_rank, sink_H=None
+            )
         if chosen is not None or (len(run) > 1 and gathered <= _GATHERED_MAX):
             slots = step.all(layer, "latent", run) if chosen is None else chosen
             rows, seen = gather(pool, slots)

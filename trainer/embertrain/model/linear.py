@@ -16,22 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import kernels
+from ..kernels.products import linear
+
 
 def input_gradient(grad_y: Tensor, weight_OI: Tensor) -> Tensor:
-    """[..., O] -> [..., I]."""
-    return grad_y @ weight_OI
+    """[T, O] -> [T, I]."""
+    return linear(grad_y, weight_OI.t())
 
 
 def weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    """[..., O], [..., I] -> [O, I]."""
-    return grad_y.flatten(0, -2).t() @ x.flatten(0, -2)
+    """[T, O], [T, I] -> [O, I]."""
+    return linear(grad_y.t(), x.t())
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return F.linear(x, weight_OI)
+        return linear(x, weight_OI)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -44,17 +47,16 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight_OI: Tensor, pad_rows: int = 1) -> Tensor:
-    """`x @ weight.T` of [..., I] and [O, I]: [..., O], multiplied `pad_rows` rows at a time at least.
-
-    Padding is for x of two dimensions, [rows, I].
-    """
+    """`x @ weight.T` of [T, I] and [O, I]: [T, O], multiplied `pad_rows` rows at a time at least."""
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
         y: Tensor = _Product.apply(x, weight_OI)
         return y
+    if pad_rows == 1 and kernels.loops_for_few(x, weight_OI):
+        return kernels.product(x, weight_OI)
     short = -x.shape[0] % pad_rows
     if short:
-        return F.linear(F.pad(x, (0, 0, 0, short)), weight_OI)[: x.shape[0]]
-    return F.linear(x, weight_OI)
+        return linear(F.pad(x, (0, 0, 0, short)), weight_OI)[: x.shape[0]]
+    return linear(x, weight_OI)
 
 
 class Linear(nn.Module):
@@ -67,6 +69,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.pad_rows)
+
+    def whole(self) -> Tensor:
+        """The matrix that this multiplies with, for whoever multiplies with parts of it (MLA, absorbed)."""
+        return self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
@@ -81,8 +87,12 @@ class GroupedLinear(Linear):
 
     def forward(self, x_TGI: Tensor) -> Tensor:
         """[T, G, in] -> [T, G, out]."""
-        weight_GOI = self.weight.unflatten(0, (self.groups, -1))
-        if x_TGI.shape[0] == 1 and self.pad_rows == 1 and not torch.is_grad_enabled():
-            return torch.bmm(x_TGI.transpose(0, 1), weight_GOI.transpose(1, 2)).transpose(0, 1)
+        return self.multiply(x_TGI, self.weight)
+
+    def multiply(self, x_TGI: Tensor, weight: Tensor) -> Tensor:
+        """By any weight of as many groups."""
+        weight_GOI = weight.unflatten(0, (self.groups, -1))
+        if self.pad_rows == 1 and kernels.loops_for_few(x_TGI, weight):
+            return kernels.product_by_group(x_TGI, weight_GOI)
         parts = [product(x_TGI[:, g], weight_GOI[g], self.pad_rows) for g in range(self.groups)]
         return torch.stack(parts, 1)

@@ -36,8 +36,11 @@ class MoE(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Routing]:
         """[T, H] -> [T, H], and how the tokens were routed. `selection_TK` and `generator` as in `Router.forward`."""
-        dispatcher = dispatcher or LocalDispatcher()
         routing = self.route(x_TH, ids_T, batch, selection_TK=selection_TK, generator=generator)
+        y = None if dispatcher else self.experts.few(x_TH, routing.experts_TK, routing.weights_TK)
+        if y is not None:
+            return y if self.shared is None else y + self.shared(x_TH), routing
+        dispatcher = dispatcher or LocalDispatcher()
         dispatched = dispatcher.dispatch(x_TH, routing)
         y_TH = dispatcher.combine(self.compute(dispatched), routing, dispatched)
         return y_TH if self.shared is None else y_TH + self.shared(x_TH), routing

@@ -8,22 +8,35 @@ Angles of one forward call are computed once and shared by its layers: `Angles`.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from .config import Rope, Yarn
 
 
 def frequencies(rope: Rope, device: torch.device) -> Tensor:
-    """[dim / 2] fp32, radians a position."""
+    """[dim / 2] fp32, radians a position. Kept, for a dozen small operations would be a part of every step; a compiler
+    that reads this is shown how they are computed."""
+    if torch.compiler.is_compiling():
+        return _frequencies(rope, device)
+    with torch.inference_mode(False):
+        return _known_frequencies(rope, device)
+
+
+def _frequencies(rope: Rope, device: torch.device) -> Tensor:
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32, device=device) / rope.dim
     plain = 1.0 / rope.theta**exponents
     if rope.yarn is None:
         return plain
     kept = 1.0 - _ramp(rope, rope.yarn, device)
     return plain / rope.yarn.factor * (1 - kept) + plain * kept
+
+
+_known_frequencies = lru_cache(maxsize=64)(_frequencies)
 
 
 def _ramp(rope: Rope, yarn: Yarn, device: torch.device) -> Tensor:
@@ -45,9 +58,14 @@ def rotations(rope: Rope, positions: Tensor) -> Tensor:
     return torch.polar(torch.full_like(angles, scale), angles)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """x with its last 2 * turns.shape[-1] numbers turned; `turns` must broadcast to x's other dimensions."""
-    width = 2 * turns.shape[-1]
+def rotate(x: Tensor, turns_TN: Tensor, *, back: bool = False) -> Tensor:
+    """x [T, ..., W] with its last 2 * N numbers turned, or turned back."""
+    if kernels.loops(x) and x.shape[-1] % 16 == 0:
+        return kernels.norm(x, None, -1.0, turns_TN, back=back)
+    width = 2 * turns_TN.shape[-1]
+    turns = turns_TN.conj() if back else turns_TN
+    if x.dim() == 3:
+        turns = turns[:, None]
     pairs = torch.view_as_complex(x[..., -width:].float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(_turn(pairs, turns)).flatten(-2).to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat([x[..., :-width], turned], dim=-1)

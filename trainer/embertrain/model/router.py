@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..errors import ConfigError
 from .batch import Batch
 from .config import Mixture
@@ -102,6 +103,19 @@ class Router(nn.Module):
         """`selection_TK` are experts, or -1, to be used instead of the router's own choice; their weights still come
         from the scores. `generator` is for noise, in training. Raises ConfigError."""
         spec = self.spec
+        if self._can_loop(x_TH, selection_TK):
+            experts_TK, weights_TK, scores_TE = kernels.route(
+                *(x_TH, self.weight, None if spec.hashed else self.bias, self.tid2eid if spec.hashed else None, ids_T),
+                scoring=spec.scoring,
+                groups=spec.groups,
+                groups_kept=spec.groups_kept,
+                top_k=spec.top_k,
+                normalise=spec.normalise,
+                scale=spec.scale,
+                tiny=TINY,
+                eps=EPS,
+            )
+            return Routing(experts_TK, weights_TK, scores_TE, experts_TK, batch)
         logits_TE = self.logits(x_TH)
         scores_TE = self.scores(logits_TE)
         partial = spec.top_p is not None or selection_TK is not None
@@ -123,6 +137,13 @@ class Router(nn.Module):
         if spec.scale != 1.0:
             weights_TK = weights_TK * spec.scale
         return Routing(experts_TK, weights_TK, scores_TE, experts_TK, batch)
+
+    def _can_loop(self, x_TH: Tensor, selection_TK: Tensor | None) -> bool:
+        """Whether tokens are few, and no option is on that the loop lacks."""
+        spec = self.spec
+        plain = selection_TK is None and spec.top_p is None and spec.temperature == 1.0 and not spec.noise
+        few = self.pad_rows == 1 and x_TH.shape[0] <= kernels.FEW and x_TH.shape[1] % 32 == 0
+        return plain and few and kernels.loops(x_TH) and type(self.weight) is nn.Parameter
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """[T, E] fp32."""

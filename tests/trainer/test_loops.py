@@ -1,0 +1,238 @@
+"""The loops in C against the torch versions that they stand for, in both types, of each generation that runs here."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from embertrain import kernels
+from embertrain.kernels import few, hyper, library
+from embertrain.model import attend as torch_attend
+from embertrain.model.batch import Batch
+from embertrain.model.config import Hyper, Mixture
+from embertrain.model.experts import Experts, Shared
+from embertrain.model.hyper import HyperConnection
+from embertrain.model.hyper import expand as torch_expand
+from embertrain.model.norm import RMSNorm
+from embertrain.model.rope import rotate
+from embertrain.model.router import Router
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(kernels.native is None, reason="the C part was not built")
+
+ORDER = ("any", "v3", "v4")
+HERE = ORDER[: ORDER.index(library.generation()) + 1]
+CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""How far two results may be apart, in units of the largest number."""
+
+
+@pytest.fixture(params=HERE, autouse=True)
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = library.load(request.param)
+    assert built is not None
+    for module in (few, hyper, library):
+        monkeypatch.setattr(module, "native", built)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls what it is given with no loops at hand."""
+
+    def call(function: Any, *args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "native", None)
+            return function(*args, **options)
+
+    return call
+
+
+def random_of(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    most = float(theirs.abs().max())
+    assert float((ours.double() - theirs.double()).abs().max()) <= CLOSE[ours.dtype] * max(most, 1e-6)
+
+
+TYPES = pytest.mark.parametrize("dtype", list(CLOSE), ids=["fp32", "bf16"])
+
+
+@TYPES
+def test_products_of_any_few_rows(dtype: torch.dtype) -> None:
+    for rows, (inner, out) in itertools.product((1, 2, 3, 4, 5, 8, 9, 16), ((32, 1), (64, 7), (512, 33))):
+        x = random_of(rows, rows, inner, dtype=dtype)
+        weight = random_of(inner, out, inner, dtype=dtype)
+        assert kernels.loops_for_few(x, weight)
+        assert_close(kernels.product(x, weight), (x.double() @ weight.double().t()).to(dtype))
+
+
+@TYPES
+def test_products_by_group_of_strided_rows(dtype: torch.dtype) -> None:
+    x = random_of(1, 5, 3, 96, dtype=dtype)[..., 32:]
+    weight = random_of(2, 3, 20, 64, dtype=dtype)
+    expected = torch.einsum("tgi,goi->tgo", x.double(), weight.double()).to(dtype)
+    assert_close(kernels.product_by_group(x, weight), expected)
+
+
+@TYPES
+def test_the_number_of_threads_does_not_show(dtype: torch.dtype) -> None:
+    x, weight = random_of(1, 7, 512, dtype=dtype), random_of(2, 1024, 512, dtype=dtype)
+    alone = kernels.product(x, weight)
+    torch.set_num_threads(2)
+    try:
+        together = kernels.product(x, weight)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(alone, together)
+
+
+def test_what_the_loops_cannot_take_is_left_to_torch() -> None:
+    weight = random_of(1, 8, 64)
+    assert not kernels.loops_for_few(random_of(2, kernels.FEW + 1, 64), weight)
+    assert not kernels.loops_for_few(random_of(2, 2, 48), random_of(1, 8, 48))
+    assert not kernels.loops_for_few(random_of(2, 2, 64, dtype=torch.float64), weight.double())
+    assert not kernels.loops_for_few(random_of(2, 2, 64, dtype=torch.bfloat16), weight)
+    with torch.enable_grad():
+        assert not kernels.loops_for_few(random_of(2, 2, 64), weight)
+
+
+@TYPES
+def test_norms_and_turns(dtype: torch.dtype, reference: Any) -> None:
+    x = random_of(1, 3, 5, 64, dtype=dtype)
+    turns = torch.polar(torch.ones(3, 8), random_of(2, 3, 8))
+    norm = RMSNorm(64, 1e-6)
+    norm.weight.copy_(random_of(3, 64))
+    for args in ((x,), (x, turns)):
+        assert_close(norm(*args), reference(norm, *args))
+    assert_close(rotate(x, turns), reference(rotate, x, turns))
+    assert_close(rotate(rotate(x, turns), turns, back=True), x)
+    assert torch.equal(norm(x)[1:2], norm(x[1:2])), "a row's bits depend on the rows beside it"
+
+
+@TYPES
+@pytest.mark.parametrize("heads", [1, 3, 4, 9])
+def test_attention_over_one_pool_and_two(dtype: torch.dtype, heads: int) -> None:
+    pool, extra = random_of(1, 40, 96, dtype=dtype), random_of(2, 50, 96, dtype=dtype)
+    rng = random.Random(heads)
+    slots = torch.tensor([[rng.randrange(20) for _ in range(13)] for _ in range(3)])
+    slots[0, 5] = slots[2, :4] = -1
+    more = torch.tensor([[rng.randrange(30) for _ in range(21)] for _ in range(3)])
+    more[1, 7:] = -1
+    pool[20:] = extra[30:] = float("nan")  # Nobody's rows: they change nothing.
+    q = random_of(3, 3, heads, 96, dtype=dtype)
+    sink = random_of(4, heads)
+    for far, width, with_sink in itertools.product((None, (extra, more)), (96, 64), (None, sink)):
+        got = kernels.attend(q, (pool, slots), far, scale=0.3, value_width=width, sink_H=with_sink)
+        expected, _ = torch_attend.attend(
+            *(q.double(), pool.double(), slots),
+            scale=0.3,
+            value_width=width,
+            extra_pool=None if far is None else far[0].double(),
+            extra_indices=None if far is None else far[1],
+            sink_H=with_sink,
+        )
+        assert_close(got, expected.to(dtype))
+        first = None if far is None else (far[0], far[1][:1])
+        alone = kernels.attend(q[:1], (pool, slots[:1]), first, scale=0.3, value_width=width, sink_H=with_sink)
+        assert torch.equal(alone, got[:1]), "a query's bits depend on the queries beside it"
+
+
+def test_a_softmax_of_extreme_scores_is_exact() -> None:
+    pool = torch.zeros(4, 32)
+    pool[:, 0] = torch.tensor([0.0, -200.0, 90.0, 90.0])
+    pool[:, 1] = torch.tensor([1.0, 2.0, 3.0, 5.0])
+    q = torch.zeros(1, 1, 32)
+    q[..., 0] = 1.0
+    out = kernels.attend(q, (pool, torch.arange(4)[None]), None, scale=1.0, value_width=32, sink_H=None)
+    assert float(out[0, 0, 1]) == pytest.approx(4.0, rel=1e-6)
+
+
+def mixture_of(**options: Any) -> Mixture:
+    values: dict[str, Any] = {"experts": 8, "top_k": 3, "inner_size": 96, "shared": 1, "scoring": "sigmoid"}
+    return Mixture(**(values | options))
+
+
+@TYPES
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_experts_of_few_tokens(dtype: torch.dtype, limit: float | None, reference: Any) -> None:
+    experts = Experts(mixture_of(swiglu_limit=limit), 64)
+    experts.w13.copy_(random_of(1, *experts.w13.shape) / 8)
+    experts.w2.copy_(random_of(2, *experts.w2.shape) / 8)
+    experts.to(dtype)
+    for tokens in (1, 2, 9, 16):
+        x = random_of(tokens, tokens, 64, dtype=dtype)
+        chosen = random_of(tokens + 1, tokens, 8).argsort(-1)[:, :3]
+        chosen[0, 1] = -1
+        weights = random_of(tokens + 2, tokens, 3).abs()
+        got = experts.few(x, chosen, weights)
+        assert got is not None
+        expected = torch.zeros(tokens, 64, dtype=torch.float64)
+        for t, k in itertools.product(range(tokens), range(3)):
+            e = int(chosen[t, k])
+            if e >= 0:
+                counts = tuple(int(i == e) for i in range(8))
+                expected[t] += reference(experts, x[t : t + 1], counts)[0].double() * float(weights[t, k])
+        assert_close(got, expected.to(dtype))
+
+
+@TYPES
+def test_the_shared_expert(dtype: torch.dtype, reference: Any) -> None:
+    shared = Shared(64, 96)
+    for i, parameter in enumerate(shared.parameters()):
+        parameter.copy_(random_of(i, *parameter.shape) / 8)
+    shared.to(dtype)
+    x = random_of(9, 3, 64, dtype=dtype)
+    assert_close(shared(x), reference(shared, x))
+
+
+@TYPES
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scoring": "sigmoid"},
+        {"scoring": "softmax", "normalise": False},
+        {"scoring": "sqrtsoftplus", "scale": 2.5},
+        {"scoring": "sigmoid", "groups": 4, "groups_kept": 2},
+        {"scoring": "sqrtsoftplus", "hashed": True},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_routing_of_few_tokens(dtype: torch.dtype, options: dict[str, Any], reference: Any) -> None:
+    router = Router(mixture_of(**options), 64, 50)
+    router.weight.copy_(random_of(1, 8, 64))
+    router.weight[3] = router.weight[5]  # Of equal scores the first is taken.
+    if router.spec.hashed:
+        router.reset_table(torch.Generator().manual_seed(2))
+    else:
+        router.bias.copy_(random_of(3, 8) / 10)
+        router.bias[3] = router.bias[5]
+    x, ids = random_of(4, 9, 64, dtype=dtype), torch.arange(9)
+    batch = Batch.of([(0, 9)])
+    got, expected = router(x, ids, batch), reference(router, x, ids, batch)
+    assert torch.equal(got.experts_TK, expected.experts_TK)
+    assert_close(got.weights_TK, expected.weights_TK)
+    assert_close(got.scores_TE, expected.scores_TE)
+    assert got.counts_E.tolist() == expected.counts_E.tolist()
+
+
+@TYPES
+def test_hyper_connections(dtype: torch.dtype, reference: Any) -> None:
+    connection = HyperConnection(Hyper(streams=4), 64, 1e-6)
+    for i, parameter in enumerate(connection.parameters()):
+        parameter.copy_(random_of(i, *parameter.shape) / 4)
+    x, y = random_of(7, 5, 4, 64, dtype=dtype), random_of(8, 5, 64, dtype=dtype)
+    got, expected = connection(x), reference(connection, x)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert_close(ours, theirs)
+    assert_close(torch_expand(y, *got[1:], x), reference(torch_expand, y, *got[1:], x))

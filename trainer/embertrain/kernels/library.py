@@ -1,0 +1,79 @@
+"""The loops in C: which of them this processor and this call can use.
+
+Without a compiler the package has no C part and does everything by torch alone. What was built is one library for each
+of three generations of x86-64 processors, or one for any other; torch has asked the processor which it is
+(ATEN_CPU_CAPABILITY=default or avx2 has both take an earlier one).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+TYPES = {torch.bfloat16: 0, torch.float32: 1}
+"""As the loops number them."""
+FEW = 16
+"""Rows up to which the loops' products are the faster ones."""
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_ARGUMENTS = {
+    "product": (_P, _P, _P, *(_L,) * 9, _I, _I),
+    "norm": (_P, _P, _P, _F, _P, _L, _L, _I, _L, _L, _I, _I),
+    "attend": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _L, _L, _L, _F, _I, _I),
+    "experts": (_P, _P, _P, _P, _L, _L, _P, _P, _P, *(_L,) * 5, _F, _I, _I),
+    "route": (*(_P,) * 8, *(_L,) * 6, _I, _I, _F, _F, _F, _I),
+    "hyper_mix": (_P, _P, _P, _L, _I, _I, _F, _P, _P, _P),
+    "hyper_begin": (_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _I, _F, _F, _I, _I),
+    "expand": (_P, _P, _P, _P, _P, _L, _L, _L, _I, _I),
+}
+
+
+def generation() -> str:
+    """This processor's."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "v4" if capability.startswith("AVX512") else "v3" if capability == "AVX2" else "any"
+
+
+def load(generation: str) -> ctypes.CDLL | None:
+    """The loops built for a generation, if they were: v4, v3 or any."""
+    built = Path(__file__).with_name(f"_loops.{generation}.so")
+    if not built.exists():
+        return None
+    library = ctypes.CDLL(str(built))
+    for name, arguments in _ARGUMENTS.items():
+        function = library[f"emberline_{name}"]
+        function.argtypes = arguments
+        setattr(library, name, function)
+    # The OpenMP that torch has loaded, if it is there by the name that GCC's code calls.
+    process = ctypes.CDLL(None)
+    try:
+        threads = [process[f] for f in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
+    except AttributeError:
+        return library
+    library["emberline_threads"](*(ctypes.cast(f, _P) for f in threads))
+    return library
+
+
+native = load(generation())
+"""None where no loops were built."""
+
+
+def loops(x: Tensor) -> bool:
+    """Whether loops can be used on x: on the CPU, without gradients, in a type they know."""
+    return native is not None and not torch.is_grad_enabled() and x.dtype in TYPES and x.device.type == "cpu"
+
+
+def loops_for_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether x [rows, in], or [rows, groups, in], has so few rows that a loop multiplies them faster with a weight."""
+    return (
+        x.shape[0] <= FEW
+        and loops(x)
+        and type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype == x.dtype
+        and x.shape[-1] % 32 == 0
+        and x.stride(-1) == 1
+        and weight.is_contiguous()
+    )
