@@ -11,6 +11,7 @@ import pytest
 import torch
 from embertrain.cache.cache import Cache, Rows
 from embertrain.cache.spec import PAGE_TOKENS, CacheSpec
+from embertrain.lora import LoraConfig, attach
 from embertrain.model.batch import Batch
 from embertrain.model.model import Model
 from embertrain.prefix.layout import Layout
@@ -118,6 +119,17 @@ def test_a_fingerprint_is_of_every_weight() -> None:
         other.layers["2"].ffn.gate.bias[0] += 1e-6  # type: ignore[union-attr, index]
     assert fingerprint(one) != fingerprint(other)
     assert fingerprint(one) != fingerprint(same.cast(torch.bfloat16))
+
+
+def test_a_fingerprint_is_of_adapters_and_how_much_they_count() -> None:
+    found = set()
+    for alpha in (None, 8.0, 16.0):
+        model = Model(model_of("v4").config, mtp=False)
+        oracle.randomise(model, 5)
+        if alpha is not None:
+            attach(model, LoraConfig(alpha=alpha), torch.Generator().manual_seed(1))
+        found.add(fingerprint(model))
+    assert len(found) == 3
 
 
 def test_the_tag_of_invariant_bits_says_what_they_depend_on() -> None:

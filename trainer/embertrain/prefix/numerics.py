@@ -1,9 +1,9 @@
 """Whose rows are whose: everything that the bits of a row depend on, as fields of a page's namespace.
 
 Rows of other weights, another dtype or another layout are another model's. So are those of other code: whoever changes
-what a row's bits are adds one to REVISION. In batch-invariant mode a hit promises the bits of a cold run, and pages
-are shared by what has the same bits only: torch, device and number of threads are in the tag. Without it rows agree to
-2e-5 anyway, and the tag leaves them out.
+what a row's bits are adds one to REVISION. In batch-invariant mode a hit promises the bits of a cold run, and pages are
+shared by what has the same bits only: the tag says which torch, device and loops in C there are, and how many threads.
+Without it rows agree to 2e-5 anyway, and the tag leaves all that out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from emberkv import Kind, Namespace
 
 from ..cache.spec import PAGE_TOKENS
+from ..kernels import native
 from ..model.model import Model
 from .layout import Layout
 
@@ -46,15 +47,21 @@ def numerics(device: torch.device, batch_invariant: bool) -> str:
     if not batch_invariant:
         return "free"
     if device.type == "cpu":
-        where = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} threads {torch.get_num_threads()}"
+        loops = "loops" if native is not None else "plain"
+        where = (
+            f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {loops} threads {torch.get_num_threads()}"
+        )
     else:
         where = f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
     return f"invariant torch {torch.__version__} {where}"
 
 
 def fingerprint(model: Model) -> str:
-    """SHA-256 over all weights and buffers, by name."""
+    """SHA-256 over all weights and buffers, by name, and how much adapters count (`lora`)."""
     digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(scale := getattr(module, "scale", None), float):
+            digest.update(f"{name} {scale!r}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
