@@ -30,6 +30,7 @@ from . import (
     moe,
     peers,
     placement,
+    prefix,
     rebuild,
     ucx,
 )
@@ -54,6 +55,7 @@ BENCHMARKS = {
     "moe": moe,
     "checkpoint": checkpoint,
     "loader": loader,
+    "prefix": prefix,
 }
 WORK = Path(__file__).resolve().parent.parent / ".bench"
 

@@ -81,6 +81,19 @@ SEQUENCES_MAX = 8
 @click.option(
     "--batch-invariant", is_flag=True, help="The same bits for a prompt whatever else is in its batch. Slower."
 )
+@click.option(
+    "--prefixes",
+    "address",
+    metavar="ADDRESS",
+    help="A KV-cache service (emberline kv serve) that keeps pages of prompts, for others that begin alike.",
+)
+@click.option(
+    "--windows",
+    default="full",
+    show_default=True,
+    metavar="full|periodic:N|zero",
+    help="With --prefixes: what is kept of V4's windows. At every page, every N tokens, or nothing.",
+)
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Print text as it comes, or when it ends.")
 @json_option  # fmt: skip
 def generate(
@@ -97,13 +110,15 @@ def generate(
     top_k: int | None,
     seed: int,
     batch_invariant: bool,
+    address: str | None,
+    windows: str,
     stream: bool,
     as_json: bool,
 ) -> None:
     """Go on from a prompt, token by token.
 
     Text goes to the standard output, timings to the standard error. --json prints one object for each prompt: ids,
-    text, why it ended, and timings in seconds.
+    text, why it ended, how many tokens came from disk, and timings in seconds.
 
     \b
     Examples:
@@ -111,6 +126,7 @@ def generate(
       emberline generate --model ./checkpoint --prompt-file question.txt --temperature 0.7 --top-p 0.95 --seed 1
       cat notes.txt | emberline generate --model ./checkpoint --max-new 400
       emberline generate --model ./checkpoint --batch prompts.txt --json > answers.jsonl
+      emberline generate --model ./checkpoint --prompt-file book.txt --prefixes 127.0.0.1:7400
     """
     prompts = _prompts(prompt, prompt_file, batch)
     shape = config_of(name)
@@ -123,7 +139,7 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     encoded = [tokenizer.encode(each) for each in prompts]
-    engine = _engine(model, [len(ids) + max_new for ids in encoded], batch_invariant)
+    engine = _engine(model, [len(ids) + max_new for ids in encoded], batch_invariant, address, windows)
     answers = _submit(engine, prompts, encoded, sampling, max_new, tokenizer.stop_ids)
     try:
         if as_json:
@@ -132,11 +148,13 @@ def generate(
         else:
             for answer in answers:
                 _print(engine, answers, answer, tokenizer, stream)
-            note(_told(answers, loaded_s))
+            note(_told(answers, loaded_s, address))
     except KeyboardInterrupt:
         if not as_json:
             click.echo()
         raise
+    finally:
+        engine.close()
 
 
 @dataclass(slots=True)
@@ -208,7 +226,7 @@ def _model(name: str, shape: ModelConfig, dtype: str, seed: int | None) -> Model
     return model
 
 
-def _engine(model: Model, counts: list[int], batch_invariant: bool) -> Engine:
+def _engine(model: Model, counts: list[int], batch_invariant: bool, address: str | None, windows: str) -> Engine:
     """As large as these many tokens need."""
     from embertrain.cache.spec import PAGE_TOKENS
     from embertrain.engine import Engine, EngineConfig
@@ -216,7 +234,13 @@ def _engine(model: Model, counts: list[int], batch_invariant: bool) -> Engine:
     sequences = min(len(counts), SEQUENCES_MAX)
     largest = [min(count, model.config.positions_max) for count in sorted(counts, reverse=True)[:sequences]]
     pages = sum(-(-count // PAGE_TOKENS) for count in largest)
-    return Engine(model, config=EngineConfig(sequences=sequences, pages=pages, batch_invariant=batch_invariant))
+    config = EngineConfig(sequences=sequences, pages=pages, batch_invariant=batch_invariant)
+    prefixes = None
+    if address is not None:
+        from embertrain.prefix import Prefixes
+
+        prefixes = Prefixes(address, windows=windows)
+    return Engine(model, config=config, prefixes=prefixes)
 
 
 def _submit(
@@ -286,15 +310,20 @@ def _fields(answer: _Answer, tokenizer: Tokenizer, loaded_s: float) -> dict[str,
         "ids": request.new_ids,
         "text": tokenizer.decode(request.new_ids),
         "finish": request.finish,
+        "cached_tokens": request.cached_tokens,
         "seconds": {"load": loaded_s, **answer.seconds()},
     }
 
 
-def _told(answers: list[_Answer], loaded_s: float) -> str:
+def _told(answers: list[_Answer], loaded_s: float, address: str | None) -> str:
     begin_s = answers[0].begin_s
     first_s = min(a.first_s for a in answers if a.first_s is not None) - begin_s
     whole_s = max(a.end_s for a in answers if a.end_s is not None) - begin_s
     count = sum(len(a.request.new_ids) for a in answers)
     after = count - 1
     rate = f", then {after / (whole_s - first_s):,.1f} tokens/s" if after and whole_s > first_s else ""
-    return f"loaded in {loaded_s:.1f} s, first token after {first_s:.2f} s{rate}; {plural(count, 'token')}"
+    told = f"loaded in {loaded_s:.1f} s, first token after {first_s:.2f} s{rate}; {plural(count, 'token')}"
+    if address is None:
+        return told
+    prompts = sum(len(a.request.prompt_ids) for a in answers)
+    return f"{told}; from disk {sum(a.request.cached_tokens for a in answers):,} of the prompts' {prompts:,}"

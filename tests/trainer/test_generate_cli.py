@@ -17,6 +17,7 @@ from embertrain.weights import save
 from emberline.cli import main
 
 from . import oracle
+from .prefix_lab import serving
 
 
 def run(*arguments: str, text: str | None = None) -> Result:
@@ -129,6 +130,21 @@ def test_what_a_model_writes_does_not_command_a_terminal(monkeypatch: pytest.Mon
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     generate._echo("a\x1b[31m\nb")
     assert told == ["a\\x1b[31m\nb"]
+
+
+def test_a_prompt_that_begins_alike_comes_from_disk(tmp_path: Path) -> None:
+    prompt, more = "the same words again and again; " * 10, ["--max-new", "4", "--batch-invariant"]
+    want = random_model("--prompt", prompt, *more).stdout
+    with serving(tmp_path) as service:
+        for windows, cached in (("full", [0, 256]), ("zero", [0, 0])):  # zero: as many would be computed again
+            found = ["--prefixes", service.address, "--windows", windows]
+            for tokens in cached:
+                shown = random_model("--prompt", prompt, *more, *found)
+                assert shown.stdout == want and f"from disk {tokens} of the prompts' 320" in shown.stderr
+        told = json.loads(random_model("--prompt", prompt, *more, "--prefixes", service.address, "--json").stdout)
+        assert told["cached_tokens"] == 256
+        wrong = random_model("--prompt", prompt, "--prefixes", service.address, "--windows", "half")
+        assert wrong.exit_code == 1 and 'windows: "full", "zero", or' in wrong.stderr
 
 
 def test_random_weights_are_the_seeds() -> None:

@@ -34,6 +34,8 @@ class _Sequence:
     """Whether its pages follow one another in the pool: then its rows are a slice and nothing is gathered."""
     floor: int = 0
     """The shortest length, 0 aside, whose last rows the rings still hold."""
+    known: int = 0
+    """Tokens whose rows of kinds that keep all are there, though the sequence may be shorter (`replay`)."""
 
 
 class Cache:
@@ -147,7 +149,7 @@ class Cache:
         none at all: what lies further back is overwritten.
         """
         held = self._open[sequence]
-        assert 0 <= length <= held.length
+        assert 0 <= length <= held.length and (length == 0 or held.known <= held.length)
         if self._has_rings and 0 < length < held.floor:
             raise ContextError(
                 f"{held.length - length} tokens can't be cut off: rings keep {self.drafts} drafts, and allow for no "
@@ -156,7 +158,7 @@ class Cache:
         keep = -(-length // PAGE_TOKENS)
         self._release(held.pages[keep:])
         del held.pages[keep:]
-        held.length = length
+        held.length, held.known = length, 0
         if length == 0:
             held.floor = 0
 
@@ -164,9 +166,10 @@ class Cache:
         """Copies of the rows of tokens `begin` to `end`, by layer and kind.
 
         Both must be multiples of the page, or `end` the sequence's length. Of kinds that keep the last rows: those
-        before `end`, if it is the length; none otherwise.
+        before `end` that are needed to go on, if it is the length; none otherwise.
         """
         held = self._open[sequence]
+        assert held.known <= held.length, "a sequence that replays has not the rows that it goes on from"
         assert begin % PAGE_TOKENS == 0 and begin <= end <= held.length
         assert end % PAGE_TOKENS == 0 or end == held.length
         out: Rows = {}
@@ -177,18 +180,18 @@ class Cache:
                         layer, row, sequence, begin // row.tokens, end // row.tokens
                     ).clone()
                 elif end == held.length:
-                    first = max(0, end - row.trailing)
-                    out[layer, row.kind] = self.read(layer, row, sequence, first, end).clone()
+                    out[layer, row.kind] = self.read(layer, row, sequence, end - row.needed(end), end).clone()
         return out
 
     def import_(self, sequence: int, begin: int, end: int, rows: Rows) -> None:
-        """Puts back what `export` gave of tokens `begin` to `end`; the sequence then has `end` tokens.
+        """Puts back what `export` gave of tokens `begin` to `end`; the sequence then has `end` tokens, whatever it had
+        from `begin` on.
 
         A sequence without its trailing rows (an export that ended before the length) can only be added to by further
         imports: a forward call raises ContextError until one brings them, unless no layer keeps any.
         """
         held = self._open[sequence]
-        assert begin == held.length or held.length == 0
+        assert begin <= held.length or held.length == 0
         assert begin % PAGE_TOKENS == 0
         self.reserve(sequence, end)
         for layer, specs in enumerate(self.spec.layers):
@@ -197,12 +200,31 @@ class Cache:
                 if given is None:
                     continue
                 last = end // row.tokens
-                count = last - begin // row.tokens if row.trailing is None else min(row.trailing, end)
+                count = last - begin // row.tokens if row.trailing is None else row.needed(end)
                 assert given.shape == (count, row.width), f"rows {layer}, {row.kind}: {tuple(given.shape)}"
                 self.pool(layer, row.kind)[self.slots(row, sequence, last - given.shape[0], last)] = given
         rings = all((i, r.kind) in rows for i, specs in enumerate(self.spec.layers) for r in specs if r.trailing)
-        held.length = end
+        held.length, held.known = end, 0
         held.floor = end if rings else end + 1
+
+    def replay(self, sequence: int, begin: int) -> None:
+        """Has a sequence go through its tokens from `begin` on once more, a page's end, to fill its rings.
+
+        Rows of kinds that keep all stay, and are not written again until the sequence is as long as it was. Rings
+        begin with zeros: what is computed first is wrong where it would have seen what lay there, by a window more in
+        every layer, and right behind that (`prefix`).
+        """
+        held = self._open[sequence]
+        assert begin % PAGE_TOKENS == 0 and begin <= held.length
+        held.known, held.length, held.floor = held.length, begin, begin
+        for layer, rows in enumerate(self.spec.layers):
+            for row in rows:
+                if row.trailing is not None:
+                    self.pool(layer, row.kind)[sequence * self.ring(row) : (sequence + 1) * self.ring(row)] = 0
+
+    def known(self, sequence: int) -> int:
+        """Tokens whose rows of kinds that keep all are not to be written: more than its length while it replays."""
+        return self._open[sequence].known
 
     def read(self, layer: int, row: RowSpec, sequence: int, begin: int, end: int) -> Tensor:
         """Rows `begin` to `end` of a sequence: [end - begin, width]. A view where its pages adjoin, else a copy."""

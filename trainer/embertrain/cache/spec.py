@@ -36,10 +36,19 @@ class RowSpec:
     dtype: torch.dtype
     trailing: int | None = None
     """How many rows back from the end are kept; None: all."""
+    closes: int | None = None
+    """Rows of a compressor's window, of kinds that keep no more than windows ask for: once one is closed, its rows are
+    needed by the next one only, where windows overlap. None: all that are kept are needed."""
 
     def __post_init__(self) -> None:
         assert PAGE_TOKENS % self.tokens == 0
         assert self.trailing is None or self.tokens == 1
+
+    def needed(self, end: int) -> int:
+        """Of a kind that keeps the last rows: how many of those before `end` a sequence goes on from."""
+        assert self.trailing is not None
+        count = self.trailing if self.closes is None else self.trailing - self.closes + end % self.closes
+        return min(count, end)
 
     @property
     def row_bytes(self) -> int:
@@ -95,4 +104,4 @@ def rows_of(attention: Latent | Hybrid, dtype: torch.dtype) -> tuple[RowSpec, ..
 def _state(kind: str, attention: Hybrid, dim: int) -> RowSpec:
     """A token's values and gates, fp32, for its own entry and, overlapping, for the next one as well."""
     series = 2 if attention.overlaps else 1
-    return RowSpec(kind, 1, 2 * series * dim, torch.float32, trailing=series * attention.ratio)
+    return RowSpec(kind, 1, 2 * series * dim, torch.float32, trailing=series * attention.ratio, closes=attention.ratio)

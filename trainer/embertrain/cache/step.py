@@ -66,6 +66,9 @@ class Step:
         for segment in batch.segments:
             assert segment.sequence is not None
             assert segment.first == cache.length(segment.sequence)
+            # What replays does so in whole pages: `write` knows nothing of it.
+            assert segment.end <= cache.known(segment.sequence) or segment.first >= cache.known(segment.sequence)
+            assert segment.count > 1 or segment.first >= cache.known(segment.sequence)
             cache.reserve(segment.sequence, segment.end)
             if segment.count == 1 and not apart and runs and runs[-1][0].count == 1:
                 runs[-1].append(segment)
@@ -94,7 +97,7 @@ class Step:
         last = first + fresh.shape[0]
         pool = self.cache.pool(layer, kind)
         if row.trailing is None:
-            if fresh.shape[0]:
+            if fresh.shape[0] and segment.end > self.cache.known(segment.sequence):
                 self._put(pool, row, segment.sequence, first, last, fresh)
             return self.cache.read(layer, row, segment.sequence, begin, last)
         # A ring forgets: what came before is read before the fresh rows take its place.

@@ -9,6 +9,8 @@ Batch-invariant mode gives a request the same bits whatever else runs: prompts a
 tokens, one block of each a step, and the model's products do not depend on what is beside a row
 (`Model.batch_invariant`).
 
+With `prefixes` a request begins behind the pages of its prompt that are on disk, and leaves its own there (`prefix`).
+
 It knows no text, no clock and no thread: `step` is called by whoever owns the engine.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +29,9 @@ from ..model.batch import Batch
 from ..model.model import Model
 from .request import Finish, Request, Token
 from .sampling import Sampling, choose
+
+if TYPE_CHECKING:
+    from ..prefix import Prefixes, Reuse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +68,8 @@ class _Run:
 class Engine:
     """Generation by one model, in one cache."""
 
-    def __init__(self, model: Model, *, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: Model, *, config: EngineConfig | None = None, prefixes: Prefixes | None = None) -> None:
+        """With `prefixes` it is to be closed. Raises ConfigError, and what `Prefixes.open` does."""
         self.model, self.config = model, config or EngineConfig()
         model.batch_invariant(self.config.batch_invariant)
         weight = model.embed.weight
@@ -74,6 +81,13 @@ class Engine:
             drafts=self.config.drafts,
             device=self.device,
         )
+        self.reuse: Reuse | None = None
+        if prefixes is not None:
+            self.reuse = prefixes.open(model, self.cache.spec, batch_invariant=self.config.batch_invariant)
+            least = self.config.sequences + PAGE_TOKENS
+            if self.reuse.replays and self.config.step_tokens < least:
+                self.reuse.close()
+                raise ConfigError(f"engine: zero windows replay whole pages: step_tokens must be {least} or more")
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._count = 0
@@ -149,6 +163,7 @@ class Engine:
             chosen = choose(logits, wanted) if ready else []
         for run in runs:
             run.request.length = run.end
+            self._keep(run.request)
         return self._take([request for _, request in ready], chosen)
 
     def stream(self, request: Request) -> Iterator[int]:
@@ -175,6 +190,11 @@ class Engine:
             self.step()
         return requests
 
+    def close(self) -> None:
+        """What is to be kept of prefixes is kept when this returns. Closing twice is allowed."""
+        if self.reuse is not None:
+            self.reuse.close()
+
     # ---- what a step is made of
 
     def _plan(self) -> list[_Run]:
@@ -200,6 +220,8 @@ class Engine:
             end = min(request.count, (request.length // PAGE_TOKENS + 1) * PAGE_TOKENS)
             return end if end - request.length <= left else None
         end = min(request.count, request.length + left)
+        if request.trail is not None:
+            end = request.trail.cut(request.length, end)
         return end if end > request.length else None
 
     def _grow(self, request: Request) -> None:
@@ -214,6 +236,8 @@ class Engine:
 
     def _preempt(self, request: Request) -> None:
         assert request.sequence is not None
+        if request.trail is not None and request.trail.replays(request.length):
+            request.length, request.trail = 0, None  # Half of its windows are of no use.
         request.rows = self.cache.export(request.sequence, 0, request.length) if request.length else None
         request.preempted += 1
         self._leave(request)
@@ -226,11 +250,18 @@ class Engine:
                 return
             self._waiting.pop(0)
             request.sequence = self.cache.open()
-            self.cache.reserve(request.sequence, request.count)
             if request.rows is not None:
                 self.cache.import_(request.sequence, 0, request.length, request.rows)
                 request.rows = None
+            elif self.reuse is not None:
+                request.trail = self.reuse.restore(self.cache, request.sequence, request.prompt_ids)
+                request.length = self.cache.length(request.sequence)
+            self.cache.reserve(request.sequence, request.count)
             self._running.append(request)
+
+    def _keep(self, request: Request) -> None:
+        if self.reuse is not None and request.trail is not None and request.sequence is not None:
+            self.reuse.reached(request.trail, self.cache, request.sequence, request.length, request.ids)
 
     def _take(self, requests: list[Request], chosen: list[int | None]) -> list[Token]:
         tokens: list[Token] = []
@@ -256,6 +287,8 @@ class Engine:
         if request.sequence is None:
             self._waiting.remove(request)
         else:
+            if self.reuse is not None and request.trail is not None:
+                self.reuse.ended(request.trail)
             self._leave(request)
 
     def _leave(self, request: Request) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..cache.cache import Rows
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from ..prefix import Trail
 
 Finish = Literal["stop", "length", "cancelled", "not finite"]
 
@@ -32,11 +35,18 @@ class Request:
     """Its sequence in the cache; None: it waits, or has ended."""
     rows: Rows | None = None
     """What it takes back into the cache."""
+    trail: Trail | None = None
+    """What it has from disk and leaves there; None: it has not run, or there is no prefix reuse."""
 
     @property
     def count(self) -> int:
         """Tokens there are, of prompt and answer."""
         return len(self.prompt_ids) + len(self.new_ids)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of its prompt, those that came from disk."""
+        return 0 if self.trail is None else self.trail.cached_tokens
 
     def ids(self, begin: int, end: int) -> list[int]:
         """Tokens `begin` to `end`."""

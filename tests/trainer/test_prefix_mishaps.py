@@ -1,0 +1,183 @@
+"""Prefix reuse when something goes wrong: what is damaged, gone or does not answer is computed, and nobody is told an
+error. Run: pytest tests/trainer/test_prefix_mishaps.py."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import emberfs
+import emberkv
+import pytest
+import torch
+from emberkv.operator import Operator
+from emberkv.page import places_of
+from embertrain.engine import Sampling
+from embertrain.prefix import Prefixes
+from torch import Tensor
+
+from . import oracle
+from .prefix_lab import Service, answers, engine_of, model_of, recorded, serving
+
+PROMPT = oracle.tokens(60, 1000, 256).tolist()
+PAGES = 7
+STRATEGIES = ["full", "periodic:256", "zero"]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("mishaps")) as running:
+        yield running
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    _, (rows,) = answers(engine_of(model_of("v4")), [PROMPT], monkeypatch)
+    return rows
+
+
+class Stored:
+    """The pages of PROMPT, once a request has left them."""
+
+    def __init__(self, service: Service, prefixes: Prefixes, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.service, self.prefixes, self.model = service, prefixes, model_of("v4")
+        engine = engine_of(self.model, prefixes)
+        assert engine.reuse is not None
+        self.namespace = engine.reuse.namespace
+        answers(engine, [PROMPT], monkeypatch)
+
+    def cache(self) -> emberkv.KVCache:
+        return emberkv.connect(self.service.address, self.namespace, salt=self.prefixes.salt.encode())
+
+    def damage(self, kind: str, page: int) -> None:
+        """Another byte in the middle of a page, where the store has it."""
+        with self.cache() as cache, emberfs.connect(self.service.store) as client:
+            hit = cache.match(cache.keys(PROMPT[: PAGES * 128]), lease_s=0)
+            place = places_of(hit.places[[each.name for each in self.namespace.kinds].index(kind)])[page]
+            with client.open(f"/kv/{self.namespace.name}/segments/{place.segment:08x}", "r+b") as file:
+                file.seek((place.offset + place.end) // 2)
+                (byte,) = file.read(1)
+                file.seek((place.offset + place.end) // 2)
+                file.write(bytes([byte ^ 1]))
+
+    def cached(self, monkeypatch: pytest.MonkeyPatch, cold: Tensor) -> int:
+        """Pages that a request begins with; it goes on as one that has none."""
+        (request,), (got,) = answers(engine_of(self.model, self.prefixes), [PROMPT], monkeypatch)
+        assert torch.equal(got, cold)
+        return request.cached_tokens // 128
+
+    def cached_in_the_end(self, monkeypatch: pytest.MonkeyPatch, cold: Tensor) -> int:
+        """The same, once the service has looked at what was reported, and the pages were put again."""
+        soon = time.monotonic() + 10
+        while (pages := self.cached(monkeypatch, cold)) < PAGES and time.monotonic() < soon:
+            pass
+        return pages
+
+
+@pytest.mark.parametrize(
+    ("windows", "kind", "page", "left"),
+    [
+        ("full", "rows", 5, 5),
+        ("full", "rows", 0, 0),
+        ("full", "states", 6, 6),
+        ("periodic:256", "rows", 5, 4),
+        ("periodic:256", "states", 6, 6),
+        ("zero", "rows", 6, 6),
+        ("zero", "rows", 2, 0),
+    ],
+)
+def test_a_damaged_page_is_computed_and_stored_again(
+    service: Service, windows: str, kind: str, page: int, left: int, monkeypatch: pytest.MonkeyPatch, cold: Tensor
+) -> None:
+    stored = Stored(service, Prefixes(service.address, windows=windows, salt=f"{windows} {kind} {page}"), monkeypatch)
+    assert stored.cached(monkeypatch, cold) == PAGES
+    stored.damage(kind, page)
+    assert stored.cached(monkeypatch, cold) == left
+    assert stored.cached_in_the_end(monkeypatch, cold) == PAGES
+
+
+@pytest.mark.parametrize("windows", STRATEGIES)
+def test_what_was_evicted_is_computed_and_stored_again(
+    service: Service, windows: str, monkeypatch: pytest.MonkeyPatch, cold: Tensor
+) -> None:
+    stored = Stored(service, Prefixes(service.address, windows=windows, tenant=f"small {windows}"), monkeypatch)
+    name = stored.namespace.name
+    rows, *states = (kind.payload_bytes + 96 for kind in stored.namespace.kinds)
+    with Operator(service.address) as operator:
+        # Room for some of the pages: the end of the chain goes first.
+        operator.set_quota(name, stored.prefixes.tenant, 5 * rows + 4 * sum(states))
+        operator.collect(name)
+        left = stored.cached(monkeypatch, cold)
+        assert (windows == "periodic:256") <= left < PAGES
+        operator.set_quota(name, stored.prefixes.tenant, 0)
+    assert stored.cached_in_the_end(monkeypatch, cold) == PAGES
+
+
+def test_a_page_that_goes_between_match_and_read_is_a_miss(
+    service: Service, monkeypatch: pytest.MonkeyPatch, cold: Tensor
+) -> None:
+    stored = Stored(service, Prefixes(service.address, salt="gone"), monkeypatch)
+    read = emberkv.KVCache.get_into
+    gone = []
+
+    def get_into(cache: emberkv.KVCache, hit: emberkv.Hit, buffers: list[memoryview], **how: object) -> list[bool]:
+        done = read(cache, hit, buffers, **how)  # type: ignore[arg-type]
+        if how["kind"] == "rows" and not gone:
+            gone.append(len(done))
+            done[3:] = [False] * len(done[3:])  # as a reader finds it whose segment was removed
+        return done
+
+    monkeypatch.setattr(emberkv.KVCache, "get_into", get_into)
+    assert stored.cached(monkeypatch, cold) == 3 and gone == [7]
+    assert stored.cached(monkeypatch, cold) == PAGES
+
+
+def test_a_service_that_is_not_there_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, cold: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    prefixes = Prefixes("127.0.0.1:1", timeout_s=0.3)
+    engine = engine_of(model_of("v4"), prefixes)
+    (request, again), got = answers(engine, [PROMPT, PROMPT], monkeypatch)
+    assert all(torch.equal(rows, cold) for rows in got)
+    assert request.cached_tokens == again.cached_tokens == 0
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert engine.reuse is not None and engine.reuse.counts.refused_pages > 0
+
+
+@pytest.mark.parametrize("windows", STRATEGIES)
+def test_a_service_that_is_killed_costs_time_only(
+    windows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of("v4")
+    with serving(tmp_path) as service:
+        prefixes = Prefixes(service.address, windows=windows, timeout_s=0.5)
+        answers(engine_of(model, prefixes), [PROMPT], monkeypatch)
+        engine = engine_of(model, prefixes)
+        with recorded(monkeypatch) as rows:
+            first = engine.submit(PROMPT, Sampling(seed=0), max_new_tokens=4)
+            other = engine.submit([*PROMPT[:300], *PROMPT[:500]], Sampling(seed=1), max_new_tokens=4)
+            engine.step()
+            service.server.end(signal.SIGKILL)
+            third = engine.submit(PROMPT, Sampling(seed=2), max_new_tokens=4)
+            while not engine.idle:
+                engine.step()
+            engine.close()
+    assert first.cached_tokens == PAGES * 128 and other.finish == third.finish == "length"
+    assert torch.equal(torch.stack(rows[0]), cold) and torch.equal(torch.stack(rows[2]), cold)
+    assert sum("what it would have had is computed" in record.message for record in caplog.records) <= 1
+
+
+def test_a_replay_sees_nothing_of_who_had_its_place_before(
+    service: Service, monkeypatch: pytest.MonkeyPatch, cold: Tensor
+) -> None:
+    """Windows that begin empty hold zeros, and not what another request left there: NaN, here."""
+    stored = Stored(service, Prefixes(service.address, windows="zero", salt="nan"), monkeypatch)
+    engine = engine_of(stored.model, stored.prefixes)
+    for layer, rows in enumerate(engine.cache.spec.layers):
+        for row in rows:
+            engine.cache.pool(layer, row.kind).fill_(torch.nan)
+    (request,), (got,) = answers(engine, [PROMPT], monkeypatch)
+    assert request.cached_tokens == PAGES * 128 and torch.equal(got, cold)
