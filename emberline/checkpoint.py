@@ -114,31 +114,43 @@ def verify(url: str, step: int | None, as_json: bool) -> None:
 @click.argument("out")
 @_step
 @click.option("--config", metavar="CONFIG", help="The model, as for `model info`; the checkpoint's, if not.")
+@click.option("--base", metavar="URL", help="Of adapters: the weights they were trained beside, if no longer where "
+              "they were then.")  # fmt: skip
 @click.option("--names", type=click.Choice(["official", "transformers"]), default="official", show_default=True,
               help="Whose names the weights have.")  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["bf16", "fp32"]), help="Write numbers of this sort; that they have, if not."
 )
 def export(
-    url: str, out: str, step: int | None, config: str | None, names: Literal["official", "transformers"],
-    dtype: str | None,
+    url: str, out: str, step: int | None, config: str | None, base: str | None,
+    names: Literal["official", "transformers"], dtype: str | None,
 ) -> None:  # fmt: skip
     """Write the model of a checkpoint at URL as safetensors with its config.json to OUT, a new folder at any URL.
 
-    The whole model is read into memory. A folder elsewhere than on this machine is written to a temporary one first.
+    Adapters are merged into the weights they were trained beside. The whole model is read into memory. A folder
+    elsewhere than on this machine is written to a temporary one first.
 
     \b
     Examples:
       emberline checkpoint export ember:///srv/store/run-1/checkpoints ./model
       emberline checkpoint export ./checkpoints ember:///srv/store/models/run-1 --step 1000 --dtype bf16
+      emberline checkpoint export ./lora ./model --base ./DeepSeek-V3
     """
     import torch
     from embertrain.checkpoint import Checkpoints
+    from embertrain.train import export_merged, origin_of
 
     from .model import config_of
 
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    done = Checkpoints(url).export(
-        step, out, config=config_of(config) if config else None, names=names, dtype=dtypes.get(dtype or "")
-    )
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype or "")
+    with Checkpoints(url) as checkpoints:
+        step = checkpoints.catalog.find(step).step
+        if origin_of(checkpoints, step) is not None:
+            if config:
+                raise click.UsageError("--config: adapters are of the model that their checkpoint tells")
+            done = export_merged(checkpoints, step, out, base=base, names=names, dtype=kind)
+        elif base:
+            raise click.UsageError("--base: the checkpoint holds a whole model, and no adapters")
+        else:
+            done = checkpoints.export(step, out, config=config_of(config) if config else None, names=names, dtype=kind)
     note(f"{out}: the model of step {done}")

@@ -77,10 +77,12 @@ def train(
 def _begin(trainer: Trainer, until: int | None) -> None:
     """What is known before the first step."""
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    adapted = "" if trainer.origin is None else f", of which adapters' {trained / 1e6:,.1f} M are trained,"
     data = trainer.config.data
     epoch = len(trainer.data) / data.batch_samples
     note(
-        f"{total / 1e6:,.1f} M parameters on {trainer.mesh.ranks} rank(s), {trainer.mesh.device.type}; "
+        f"{total / 1e6:,.1f} M parameters{adapted} on {trainer.mesh.ranks} rank(s), {trainer.mesh.device.type}; "
         f"{data.batch_samples * data.sequence_tokens:,} tokens a step, {epoch:,.0f} steps an epoch"
     )
     for line in trainer.notes:

@@ -1,9 +1,10 @@
-"""Real text as token shards: the sources of Python's own library, as bytes."""
+"""Real text as token shards: the sources of Python's own library, and its manual, as bytes."""
 
 from __future__ import annotations
 
 import functools
 import json as library
+import pydoc_data.topics as manual
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,22 @@ def documents(count: int = 40) -> list[NDArray[np.uint32]]:
     return [np.frombuffer(file.read_bytes(), np.uint8).astype(np.uint32) for file in files]
 
 
+@functools.cache
+def prose() -> list[NDArray[np.uint32]]:
+    """Chapters of the manual."""
+    return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for _, text in sorted(manual.topics.items())]
+
+
 def shards(folder: Path, *, piece: int | None = None, tokenizer: str = "bytes") -> str:
     """The URL of token shards of all documents; `piece`: each cut into documents of at most that many tokens."""
-    url = str(folder / "tokens")
     whole = documents()
     if piece is not None:
         whole = [document[i : i + piece] for document in whole for i in range(0, len(document), piece)]
-    write_tokens(url, [d for d in whole if len(d)], tokenizer=tokenizer, tokenizer_hash=f"{tokenizer}-1",
+    return write(folder / "tokens", whole, tokenizer=tokenizer)
+
+
+def write(path: Path, whole: list[NDArray[np.uint32]], *, tokenizer: str = "bytes") -> str:
+    """The URL of token shards of these documents."""
+    write_tokens(str(path), [d for d in whole if len(d)], tokenizer=tokenizer, tokenizer_hash=f"{tokenizer}-1",
                  vocab_size=VOCABULARY, eos_id=EOS)  # fmt: skip
-    return url
+    return str(path)

@@ -2,7 +2,10 @@
 
 Muon: weight matrices, those of routers and hyper-connections among them. AdamW: embedding and head, with decay; norms,
 sinks, position biases, and the scales and biases of hyper-connections, without (arXiv 2606.19348 section 4.2.2, which
-does not tell what decays). Low-rank adapters are among the latter.
+does not tell what decays).
+
+Low-rank adapters are among the latter. Muon moves all directions of a matrix alike; of an adapter it would do so with
+either of two thin factors, one of which begins as zero, and not with their product, which is what counts.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from emberkv import Kind, Namespace
 from ..cache.spec import PAGE_TOKENS
 from ..kernels import native
 from ..model.model import Model
+from ..weights.fingerprint import fingerprint
 from .layout import Layout
 
 REVISION = 1
@@ -54,16 +55,3 @@ def numerics(device: torch.device, batch_invariant: bool) -> str:
     else:
         where = f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
     return f"invariant torch {torch.__version__} {where}"
-
-
-def fingerprint(model: Model) -> str:
-    """SHA-256 over all weights and buffers, by name, and how much adapters count (`lora`)."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        if isinstance(scale := getattr(module, "scale", None), float):
-            digest.update(f"{name} {scale!r}\n".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"

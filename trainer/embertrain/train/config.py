@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from ..lora import LoraConfig
 from ..model.config import ModelConfig
 from ..model.presets import preset
 from ..model.published import from_published
@@ -29,7 +30,10 @@ def _need(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """[model]: its shape. Either a preset's name, or a config.json."""
+    """[model]: its shape, by a preset's name or a config.json, and its weights.
+
+    With weights alone the shape is theirs.
+    """
 
     preset: str | None = None
     """`emberline model info` lists them: micro, tiny, small, v4-flash and others."""
@@ -37,16 +41,30 @@ class ModelSection:
     """A config.json as DeepSeek or transformers write it."""
     vocab_size: int | None = None
     """In place of the shape's own."""
+    weights: str | None = None
+    """What the run begins with, at any URL: a folder of safetensors, or the checkpoints of an earlier run, of which the
+    latest is taken. None: new weights."""
     init_std: float = 0.02
     """Standard deviation of new weights."""
 
     def __post_init__(self) -> None:
-        _need((self.preset is None) != (self.config is None), "say either preset or config")
+        shapes = (self.preset, self.config)
+        _need(None in shapes, "say either preset or config")
+        _need(shapes != (None, None) or self.weights is not None, "say preset or config, or weights to begin with")
+        _need(
+            shapes != (None, None) or self.vocab_size is None,
+            "weights have a vocabulary of their own: vocab_size goes with preset or config",
+        )
         _need(self.vocab_size is None or self.vocab_size > 0, "vocab_size is more than 0")
         _need(self.init_std > 0, "init_std is more than 0")
 
+    @property
+    def is_shaped(self) -> bool:
+        """Whether a shape is said; if not it is that of the weights."""
+        return self.preset is not None or self.config is not None
+
     def shape(self) -> ModelConfig:
-        """Raises ConfigError."""
+        """The one that is said. Raises ConfigError."""
         if self.preset is not None:
             shape = preset(self.preset)
         else:
@@ -183,6 +201,9 @@ class TrainConfig:
     data: DataSection
     schedule: ScheduleConfig
     """Of learning rates; its `steps` are the run's."""
+    lora: LoraConfig | None = None
+    """Adapters are trained, and the weights they stand beside stay as they are: biases of routers and indexers too,
+    whatever [losses] says. None: all weights are trained."""
     optimizer: OptimConfig = field(default_factory=OptimConfig)
     losses: LossSection = field(default_factory=LossSection)
     gradient_norm_max: float = 1.0
@@ -193,11 +214,21 @@ class TrainConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     metrics: MetricsSection = field(default_factory=MetricsSection)
     seed: int = 0
-    """Of new weights, of the order of samples, and of routers' noise."""
+    """Of new weights and adapters, of the order of samples, and of routers' noise."""
 
     def __post_init__(self) -> None:
         _need(self.gradient_norm_max > 0, "gradient_norm_max is more than 0")
         _need(self.seed >= 0, "seed is 0 or more")
+        if self.lora is not None:
+            _need(self.model.weights is not None, "lora: adapters stand beside weights: say model.weights")
+            shared = self.parallel.fsdp > 1 or self.parallel.ep > 1
+            _need(not shared, "lora: adapters are trained on copies of the model (parallel.dp), not with fsdp or ep")
+
+    def settled(self) -> TrainConfig:
+        """What a run does: with adapters it moves no bias of a router, and teaches no indexer."""
+        if self.lora is None:
+            return self
+        return replace(self, losses=replace(self.losses, bias_rate=0.0, index_weight=0.0))
 
     @classmethod
     def of(cls, tables: dict[str, Any]) -> TrainConfig:

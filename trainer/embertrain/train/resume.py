@@ -13,12 +13,14 @@ from typing import Any
 from ..errors import ResumeError
 from ..model.config import ModelConfig
 from . import toml
+from .base import Origin
 from .config import TrainConfig
 
 FIXED = ("seed", "data.sequence_tokens", "data.batch_samples", "optimizer.kind")
 """Keys of the config that may not change."""
 FREE = ("checkpoint.", "metrics.", "validation.", "data.url", "data.prefetch", "model.")
-"""Keys that change nothing of what is learned; the model is compared by its shape, data by its fingerprint."""
+"""Keys that change nothing of what is learned; the model is compared by its shape, data by its fingerprint, and so are
+weights that are not in the checkpoint. Those that are in it are gone on from, whatever the run began with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,7 @@ def compare(was: Run, now: Run) -> list[str]:
     wrong = [
         f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in FIXED if before.get(key) != after.get(key)
     ]
+    wrong += _adapter_changes(before, after)
     wrong += _shape_changes(json.loads(was.shape), json.loads(now.shape))
     for key, what in (("losses.mtp_weight", "MTP layers"), ("losses.index_weight", "indexers")):
         if (before.get(key, 0) > 0) != (after.get(key, 0) > 0):
@@ -77,6 +80,32 @@ def compare(was: Run, now: Run) -> list[str]:
         if old != new:
             notes.append(f"{name} were {old} and are {new}: losses may differ in their last bits")
     return notes
+
+
+def _adapter_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What of [lora] is another; one line if there are adapters in one of the two only."""
+    names = sorted(key for key in {*before, *after} if key.startswith("lora."))
+    if any(key.startswith("lora.") for key in before) != any(key.startswith("lora.") for key in after):
+        trained = ("adapters", "all weights")
+        was, now = trained if "lora.rank" in before else trained[::-1]
+        return [f"{was} were trained, and {now} are to be ([lora])"]
+    return [
+        f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in names if before.get(key) != after.get(key)
+    ]
+
+
+def check_origin(was: Origin, now: Origin) -> None:
+    """Whether adapters go on beside the weights they were trained beside. Raises ResumeError."""
+    if was.fingerprint == now.fingerprint:
+        return
+    told = [
+        f"{where.url}{'' if where.step is None else f', step {where.step}'} ({where.fingerprint[:15]})"
+        for where in (was, now)
+    ]
+    raise ResumeError(
+        f"model.weights are not those that the adapters were trained beside: they were {told[0]} and are {told[1]}. "
+        "Bring those back, or begin anew at another checkpoint.url"
+    )
 
 
 def _shape_changes(before: dict[str, Any], after: dict[str, Any], name: str = "model") -> list[str]:

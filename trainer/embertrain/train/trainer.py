@@ -5,7 +5,8 @@
 
 Invariant: all state of a run is the model, the optimizers and the number of steps done. Data, learning rates and noise
 follow from that number, so a run that was killed anywhere and goes on computes the same bits as one that was not (on as
-many ranks and threads). A checkpoint of step n is saved after step n's metrics are written; whoever resumes forgets the
+many ranks and threads). With adapters the model's state is theirs alone, beside weights that are checked to be the same
+ones. A checkpoint of step n is saved after step n's metrics are written; whoever resumes forgets the
 lines after n.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,28 @@ from typing import Any
 import torch
 from emberflow import TokenDataset
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 
-from .. import info
+from .. import info, lora
 from ..checkpoint import Checkpoints
 from ..errors import ConfigError, DataError, ResumeError, VocabularyError
 from ..model.config import ModelConfig
 from ..model.model import Model
 from ..optim import build
 from ..parallel import Mesh, apply
+from ..weights.fingerprint import fingerprint
+from .base import Base, Origin, open_base
 from .config import TrainConfig
 from .metrics import JsonLines, Sink, StepRecord, TensorBoard, measured_peak_flops
 from .objective import Objective, blocks
 from .precision import DTYPES
 from .recompute import recompute
-from .resume import Run, compare
+from .resume import Run, check_origin, compare
 from .step import Samples, Stepped, Stepper
 from .stop import StopSignals
 from .trace import Trace
@@ -66,7 +70,7 @@ class Trainer:
     """One run. `data` and `checkpoints` are opened from the config if not given, the mesh is torchrun's.
 
     `fresh`: do not go on from a checkpoint; `force`: even if there is one. Raises ConfigError, DataError,
-    VocabularyError, ResumeError, and what the data and the checkpoints raise.
+    VocabularyError, WeightsError, ResumeError, and what the data and the checkpoints raise.
     """
 
     def __init__(
@@ -79,14 +83,25 @@ class Trainer:
         data: TokenDataset | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        config = config.settled()
         self.config, self.clock = config, clock
         self.mesh = mesh or Mesh.start(config.parallel)
         if config.compute.threads:
             torch.set_num_threads(config.compute.threads)
-        self.shape = config.model.shape()
-        self.data = data or TokenDataset(config.data.url, sequence_tokens=config.data.sequence_tokens, seed=config.seed)
-        check_data(self.data, config, self.shape, self.mesh.ranks)
-        self.model = _model(config, self.shape, self.mesh.device)
+        weights = config.model.weights
+        with nullcontext() if weights is None else open_base(weights) as base:
+            self.shape = _shape(config, base)
+            self.data = data or TokenDataset(
+                config.data.url, sequence_tokens=config.data.sequence_tokens, seed=config.seed
+            )
+            check_data(self.data, config, self.shape, self.mesh.ranks)
+            self.model = _model(config, self.shape, base)
+        self.origin: Origin | None = None
+        """Of the weights that adapters stand beside."""
+        if config.lora is not None and base is not None:
+            self.origin = Origin(url=base.url, step=base.step, fingerprint=fingerprint(self.model))
+            lora.attach(self.model, config.lora, torch.Generator().manual_seed(config.seed))
+        self.model.to(self.mesh.device)
         objective = Objective(self.model, config.losses)
         objective.freeze_untaught()
         _arrange(self.model, config)
@@ -109,10 +124,15 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds. Tensors are the run's own, not copies."""
+        model = get_model_state_dict(self.model)
+        trainer: dict[str, Any] = {"step": self.done, "run": asdict(self._run())}
+        if self.origin is not None:
+            model = {name: model[name] for name in lora.adapters(self.model)}
+            trainer["origin"] = asdict(self.origin)
         return {
-            "model": get_model_state_dict(self.model),
+            "model": model,
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
-            "trainer": {"step": self.done, "run": asdict(self._run())},
+            "trainer": trainer,
         }
 
     def _run(self) -> Run:
@@ -142,9 +162,14 @@ class Trainer:
         told: dict[str, Any] = {"trainer": {"step": 0, "run": asdict(self._run())}}
         self.checkpoints.load(told, latest, partial=True)
         self.notes += compare(Run(**told["trainer"]["run"]), self._run())
+        if self.origin is not None:
+            told = {"trainer": {"origin": asdict(self.origin)}}
+            self.checkpoints.load(told, latest, partial=True)
+            check_origin(Origin(**told["trainer"]["origin"]), self.origin)
         state = self.state()
         self.checkpoints.load(state, latest)
-        set_model_state_dict(self.model, state["model"])
+        options = StateDictOptions(strict=self.origin is None)
+        set_model_state_dict(self.model, state["model"], options=options)
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.done = self.saved = int(state["trainer"]["step"])
         self.notes.insert(0, f"going on from step {self.done}")
@@ -287,9 +312,10 @@ class _Telling:
 def check_data(data: TokenDataset, config: TrainConfig, shape: ModelConfig, ranks: int) -> None:
     """Whether a run can train on it. Raises VocabularyError, DataError, ConfigError."""
     if data.vocab_size > shape.vocab_size:
+        change = "" if config.model.weights else f"set model.vocab_size = {data.vocab_size}, or "
         raise VocabularyError(
             f"the tokens of {config.data.url} are of a vocabulary of {data.vocab_size:,}, and the model has "
-            f"{shape.vocab_size:,}: set model.vocab_size = {data.vocab_size}, or make the tokens with another tokenizer"
+            f"{shape.vocab_size:,}: {change}make the tokens with another tokenizer"
         )
     wanted = config.data.batch_samples
     if len(data) < wanted:
@@ -306,11 +332,21 @@ def check_data(data: TokenDataset, config: TrainConfig, shape: ModelConfig, rank
         )
 
 
-def _model(config: TrainConfig, shape: ModelConfig, device: torch.device) -> Model:
-    """New weights, the same on any device."""
+def _shape(config: TrainConfig, base: Base | None) -> ModelConfig:
+    """The one that is said, or that of the weights."""
+    return config.model.shape() if config.model.is_shaped or base is None else base.shape()
+
+
+def _model(config: TrainConfig, shape: ModelConfig, base: Base | None) -> Model:
+    """With the weights of the base, or new ones, the same on any device."""
     model = Model(shape)
-    model.reset_parameters(torch.Generator().manual_seed(config.seed), std=config.model.init_std)
-    return model.to(device)
+    if base is None:
+        model.reset_parameters(torch.Generator().manual_seed(config.seed), std=config.model.init_std)
+    else:
+        # What says itself which model it is may hold more: V4's later releases have another drafter. What is said to be
+        # of a model may not: that would be a part of another one.
+        base.fill(model, partial=not config.model.is_shaped)
+    return model
 
 
 def _arrange(model: Model, config: TrainConfig) -> None:
