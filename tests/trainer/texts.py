@@ -1,10 +1,10 @@
-"""Real text as token shards: the sources of Python's own library, and its manual, as bytes."""
+"""Real text as token shards: the sources of Python's own library, as bytes."""
 
 from __future__ import annotations
 
+import encodings
 import functools
 import json as library
-import pydoc_data.topics as manual
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,11 @@ def documents(count: int = 40) -> list[NDArray[np.uint32]]:
 
 
 @functools.cache
-def prose() -> list[NDArray[np.uint32]]:
-    """Chapters of the manual."""
-    return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for _, text in sorted(manual.topics.items())]
+def tables() -> list[NDArray[np.uint32]]:
+    """Sets of characters, one a file: other text than the rest of the library."""
+    files = sorted(Path(encodings.__file__).parent.glob("cp*.py"))
+    assert len(files) > 20
+    return [np.frombuffer(file.read_bytes(), np.uint8).astype(np.uint32) for file in files]
 
 
 def shards(folder: Path, *, piece: int | None = None, tokenizer: str = "bytes") -> str:

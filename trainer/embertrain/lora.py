@@ -145,11 +145,11 @@ class LoraExperts(Experts):
         return plain
 
 
-def attach(model: Model, config: LoraConfig, generator: torch.Generator) -> None:
-    """Adapters beside the matrices that `config` names; everything else is frozen. The model says what it said before,
-    until the adapters are trained."""
+def attach(model: Model, config: LoraConfig, generator: torch.Generator, *, mtp: bool = True) -> None:
+    """Adapters beside the matrices that `config` names, those of MTP layers if `mtp`; everything else is frozen. The
+    model says what it said before, until the adapters are trained."""
     model.requires_grad_(False)
-    for parent, name, module in list(_targets(model, config)):
+    for parent, name, module in list(_targets(model, config, mtp)):
         match module:
             case Experts():
                 fresh: nn.Module = LoraExperts(module, config, generator)
@@ -177,10 +177,12 @@ def adapters(model: Model) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in ours}
 
 
-def _targets(model: Model, config: LoraConfig) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
+def _targets(model: Model, config: LoraConfig, mtp: bool) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
     """Parent, name and module of each matrix that gets an adapter."""
     for path, parent in model.named_modules():
         last = path.rpartition(".")[2]
+        if path.startswith("mtp.") and not mtp:
+            continue
         for name, module in parent.named_children():
             if isinstance(module, Experts):
                 if "experts" in config.targets:

@@ -53,7 +53,10 @@ class Base(Protocol):
         """Of the model they are of, as they tell it. Raises StateError, WeightsError, ConfigError."""
 
     def fill(self, model: Model, *, partial: bool = False) -> None:
-        """All weights of a model; `partial`: there may be more here. Every rank calls this. Raises WeightsError, Damaged."""
+        """All weights of a model; with `partial` there may be more here. Every rank calls this.
+
+        Raises WeightsError, Damaged.
+        """
 
 
 @contextmanager

@@ -58,18 +58,14 @@ def export_merged(
             f"the weights at {base or origin.url} are not those that the adapters of step {entry.step} were trained "
             "beside: say where those are (--base)"
         )
-    lora.attach(model, _config(checkpoints, entry.step), torch.Generator())
+    run = json.loads(_values(checkpoints, entry.step, "trainer.run.")["config"])
+    config = LoraConfig(rank=run["lora.rank"], alpha=run["lora.alpha"], targets=tuple(run["lora.targets"]))
+    lora.attach(model, config, torch.Generator(), mtp=run["losses.mtp_weight"] > 0)
     adapters = {name: parameter.detach() for name, parameter in lora.adapters(model).items()}
     checkpoints.load({MODEL: adapters}, entry.step, partial=True)
     lora.merge(model)
     write(model.state_dict(), url, model.config, None, names=names, dtype=dtype)
     return entry.step
-
-
-def _config(checkpoints: Checkpoints, step: int) -> LoraConfig:
-    """The run's own."""
-    keys = json.loads(_values(checkpoints, step, "trainer.run.")["config"])
-    return LoraConfig(rank=keys["lora.rank"], alpha=keys["lora.alpha"], targets=tuple(keys["lora.targets"]))
 
 
 def _values(checkpoints: Checkpoints, step: int | None, prefix: str) -> dict[str, Any]:

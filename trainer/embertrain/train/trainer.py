@@ -100,7 +100,8 @@ class Trainer:
         """Of the weights that adapters stand beside."""
         if config.lora is not None and base is not None:
             self.origin = Origin(url=base.url, step=base.step, fingerprint=fingerprint(self.model))
-            lora.attach(self.model, config.lora, torch.Generator().manual_seed(config.seed))
+            generator = torch.Generator().manual_seed(config.seed)
+            lora.attach(self.model, config.lora, generator, mtp=config.losses.mtp_weight > 0)
         self.model.to(self.mesh.device)
         objective = Objective(self.model, config.losses)
         objective.freeze_untaught()
