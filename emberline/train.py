@@ -44,6 +44,7 @@ def train(
     Examples:
       emberline train run.toml
       emberline train tiny --set data.url=ember:///srv/store/tokens --set schedule.steps=500
+      emberline train run.toml --set model.weights=./DeepSeek-V3 --set lora.rank=8
       emberline train run.toml --steps 100 --json | tail -1
       torchrun --nproc-per-node 2 -m emberline train run.toml --set parallel.fsdp=2
     """

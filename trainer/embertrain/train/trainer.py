@@ -88,7 +88,7 @@ class Trainer:
         self.mesh = mesh or Mesh.start(config.parallel)
         if config.compute.threads:
             torch.set_num_threads(config.compute.threads)
-        weights = config.model.weights
+        weights = _begun_with(config, fresh)
         with nullcontext() if weights is None else open_base(weights) as base:
             self.shape = _shape(config, base)
             self.data = data or TokenDataset(
@@ -331,6 +331,18 @@ def check_data(data: TokenDataset, config: TrainConfig, shape: ModelConfig, rank
             f"data.sequence_tokens is {config.data.sequence_tokens:,}, and the model is made for "
             f"{shape.positions_max:,} positions"
         )
+
+
+def _begun_with(config: TrainConfig, fresh: bool) -> str | None:
+    """Where weights are to be had. A run that goes on has its own in its checkpoint, unless it trains adapters: what it
+    once began with may be gone, and only their shape may be wanted."""
+    own = config.checkpoint.url
+    if config.model.weights is None or config.lora is not None or fresh or own is None:
+        return config.model.weights
+    with Checkpoints(own) as checkpoints:
+        if checkpoints.latest() is None:
+            return config.model.weights
+    return None if config.model.is_shaped else own
 
 
 def _shape(config: TrainConfig, base: Base | None) -> ModelConfig:
