@@ -34,8 +34,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _dense(x: Tensor) -> bool:
     """Whether rows, or columns, follow one another. For what is strided both ways oneDNN has a loop of its own that is
-    a hundred times slower."""
-    return x.is_contiguous() or x.t().is_contiguous()
+    a hundred times slower. torch.compile knows nothing of what that operation gives, and does not get it."""
+    return not torch.compiler.is_compiling() and (x.is_contiguous() or x.t().is_contiguous())
 
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
