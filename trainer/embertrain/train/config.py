@@ -126,7 +126,8 @@ class ComputeSection:
     recompute: bool = False
     """Keep only what layers take in, and compute the rest again for the gradient: less memory, a third more time."""
     compile: bool = False
-    """Layers go through torch.compile."""
+    """Layers go through torch.compile. Not shown to work yet: on a CPU it compiles for many minutes, as documents of
+    every length are other shapes."""
     deterministic: bool = True
     """Refuse operations whose bits change from run to run."""
     threads: int = 0
