@@ -35,7 +35,7 @@ VOCAB_SIZE = 2048
 SAVES = 4
 """Checkpoints of a run. It is killed between the second and the third."""
 LAST = 50
-"""Steps that the load of experts is a mean over."""
+"""Steps over which the load of experts is summed."""
 PROMPT_CHARACTERS = 2800
 NEW_TOKENS = 40
 
@@ -68,7 +68,7 @@ class ModelReport:
     steps_repeated: int = 0
     """Steps that both runs did, and in which every loss and norm has the same bits."""
     load_max_over_mean: dict[str, float] = field(default_factory=dict)
-    """By layer: the fullest expert's tokens over the mean, a mean over the last steps."""
+    """By layer that chooses: the fullest expert's tokens of the last steps over the mean."""
     model_folder: str = ""
     text: str = ""
     cached_tokens: int = 0
@@ -134,17 +134,18 @@ vocab_size = {VOCAB_SIZE}
 [data]
 url = "{tokens}"
 sequence_tokens = 256
-batch_samples = 4
+batch_samples = 2
 
 [schedule]
 kind = "wsd"
-lr = 5e-3
+lr = 3e-3
 steps = {steps}
 warmup_steps = {max(1, steps // 20)}
 decay_steps = {max(1, steps // 5)}
 
 [losses]
-bias_rate = 0.02
+bias_rate = 0.005
+balance_weight = 0.3
 
 [checkpoint]
 url = "{store}/run/checkpoints"
@@ -152,6 +153,7 @@ every_steps = {max(1, steps // SAVES)}
 
 [metrics]
 folder = "{work}"
+expert_tokens = true
 """
     )
     return config
@@ -210,7 +212,9 @@ def train(config: Path, work: Path, steps: int, report: ModelReport, console: Co
 
 
 def _numbers(record: dict[str, Any]) -> list[Any]:
-    return [record[name] for name in ("loss", "mtp_loss", "balance_loss", "index_loss", "gradient_norm", "expert_load")]
+    return [
+        record[name] for name in ("loss", "mtp_loss", "balance_loss", "index_loss", "gradient_norm", "expert_tokens")
+    ]
 
 
 def _summarise(records: list[dict[str, Any]], report: ModelReport) -> None:
@@ -218,8 +222,9 @@ def _summarise(records: list[dict[str, Any]], report: ModelReport) -> None:
     report.losses = [record["loss"] for record in records]
     report.tokens_per_s = statistics.median(record["tokens_per_s"] for record in records)
     last = records[-LAST:]
-    for layer in last[-1]["expert_load"]:
-        report.load_max_over_mean[layer] = statistics.fmean(record["expert_load"][layer] for record in last)
+    for layer in last[-1]["expert_tokens"]:
+        experts = [sum(step) for step in zip(*(record["expert_tokens"][layer] for record in last), strict=True)]
+        report.load_max_over_mean[layer] = max(experts) / statistics.fmean(experts)
     if len(records) >= LAST and statistics.fmean(report.losses[-10:]) >= statistics.fmean(report.losses[:10]):
         raise QuickstartError("the loss did not fall")
 

@@ -162,6 +162,8 @@ class MetricsSection:
     """A local folder for metrics.jsonl, TensorBoard's files and traces. None: nothing is written."""
     tensorboard: bool = False
     """Needs the package tensorboard."""
+    expert_tokens: bool = False
+    """Tell the tokens of each expert, not of the fullest alone: numbers by layer and expert in every line."""
     peak_flops: float | None = None
     """Of one rank's device a second, which MFU is a share of. None: measured at the start by a product."""
     trace_from_step: int | None = None

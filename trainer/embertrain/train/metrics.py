@@ -47,6 +47,8 @@ class StepRecord:
     """Of the layer where it is greatest, of those that choose their experts."""
     expert_load: dict[str, float]
     """By layer."""
+    expert_tokens: dict[str, tuple[int, ...]] | None
+    """By layer, each expert's; None unless asked for (`MetricsSection`)."""
     seconds: dict[str, float]
     """Of this step: waiting for data, computing; and, since the record before, checkpoint and validation."""
     validation_loss: float | None = None
