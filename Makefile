@@ -2,7 +2,7 @@
 #
 # constraints.txt holds torch back to one version. On a Linux machine without a GPU add
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# or pip fetches gigabytes of CUDA libraries with it. `make quickstart` needs no torch at all.
+# or pip fetches gigabytes of CUDA libraries with it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +21,7 @@ INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/la
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name what; do printf '  make %-14s %s\n' "$$name" "$$what"; done
 
-quickstart: $(RUN) ## ingest a real corpus, run SQL over it, read it back, print a report (no torch needed)
+quickstart: $(RUN) ## the whole story on real text: corpus, SQL, tokens, a small model trained, killed, resumed, asked (STEPS=)
 	$(BIN)/python -m emberline.quickstart
 
 test: $(DEV) ## run every test
@@ -46,12 +46,12 @@ docs: $(DEV) ## check that every link in the documents resolves and every comman
 	$(BIN)/pytest -q tests/test_docs.py
 
 clean: ## remove what make, the tools and quickstart made, .venv too
-	rm -rf .venv .venv-adapters .venv-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis .bench build dist quickstart-store
+	rm -rf .venv .venv-adapters .venv-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis .bench build dist quickstart-store quickstart-run
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN): $(INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[quickstart,train]'
 	@touch $@
 
 $(DEV): $(INPUTS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import emberflow
 import pytest
 from click.testing import CliRunner, Result
 
-from emberline import quickstart
+from emberline.quickstart import __main__ as quickstart
+from emberline.quickstart import corpus
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def run(store: str, source: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(quickstart.main, ["--store", store, "--source", str(source), *arguments])
+    return CliRunner().invoke(quickstart.main, ["--store", store, "--source", str(source), "--steps", "0", *arguments])
 
 
 def report_of(result: Result) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def test_the_whole_job_and_again(source: Path, tmp_path: Path) -> None:
 
 
 def test_many_parts(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "_PART_BYTES", 30)
+    monkeypatch.setattr(corpus, "_PART_BYTES", 30)
     assert report_of(run("memory://quickstart-parts", source, "--json"))["parts"] > 2
 
 
@@ -73,7 +76,7 @@ def test_the_report_for_people(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_byte_fails_the_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row_of = quickstart._row
+    row_of = corpus._row
 
     def lying(path: Path, data: bytes) -> dict[str, Any] | None:
         row = row_of(path, data)
@@ -81,7 +84,7 @@ def test_a_wrong_byte_fails_the_run(source: Path, tmp_path: Path, monkeypatch: p
             row["text"] = "one two thRee\r\n"
         return row
 
-    monkeypatch.setattr(quickstart, "_row", lying)
+    monkeypatch.setattr(corpus, "_row", lying)
     result = run(str(tmp_path / "store"), source)
     assert result.exit_code == 1
     assert "checksum" in result.stderr
@@ -102,3 +105,20 @@ def test_a_source_without_text(tmp_path: Path) -> None:
     result = run(str(tmp_path / "store"), tmp_path / "empty")
     assert result.exit_code == 1
     assert "no text" in result.stderr
+
+
+def test_the_whole_story(tmp_path: Path) -> None:
+    """On some files of the library: a model is trained, killed, gone on with, and asked twice."""
+    source = tmp_path / "library"
+    source.mkdir()
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(library.glob("[a-e]*.py")):
+        shutil.copy(file, source)
+    (source / "test_prompt.py").write_text((library / "this.py").read_text() * 3)
+    arguments = ["--store", f"ember://{tmp_path}/store", "--source", str(source), "--work", str(tmp_path / "run")]
+    result = CliRunner().invoke(quickstart.main, [*arguments, "--steps", "8", "--json"])
+    model = report_of(result)["model"]
+    assert model["steps"] == 8 and len(model["losses"]) == 8
+    assert (model["killed_after"], model["resumed_from"], model["steps_repeated"]) == (5, 4, 1)
+    assert 0 < model["cached_tokens"] < model["prompt_tokens"]
+    assert set(model["first_token_s"]) == {"cold", "from disk"}

@@ -32,6 +32,7 @@ KILLS = int(os.environ.get("EMBERLINE_CHECKPOINT_KILLS", "4"))
 # ---- a process that dies
 
 
+@pytest.mark.timeout(60 + 60 * KILLS)
 @pytest.mark.parametrize("where", ["local", "ember"])
 def test_a_killed_save_leaves_the_checkpoint_before_it_or_is_whole(tmp_path: Path, where: str) -> None:
     url = str(tmp_path / "run") if where == "local" else f"ember://{tmp_path}/store/!/run"

@@ -11,6 +11,9 @@ import torch
 from emberflow import TokenDataset
 from emberflow.tokens import Samples
 from embertrain.errors import ConfigError, DataError, NotFinite, VocabularyError
+from embertrain.info import training_flops
+from embertrain.kernels import products
+from embertrain.model.batch import Batch
 from embertrain.model.config import Mixture, ModelConfig
 from embertrain.model.model import Model
 from embertrain.model.presets import preset
@@ -21,6 +24,7 @@ from embertrain.train.objective import Objective, blocks
 from embertrain.train.recompute import recompute
 from embertrain.train.step import Stepped, Stepper
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import runs, texts
 
@@ -123,16 +127,17 @@ def test_noise_is_a_function_of_the_step(url: str) -> None:
 def test_biases_even_the_load(url: str) -> None:
     def last_loads(rate: float) -> float:
         tables = runs.tables(
-            url, model={"preset": "micro-v3"}, losses={"bias_rate": rate, "balance_weight": 0.0},
-            optimizer={"kind": "adamw"}, schedule={"lr": 3e-3, "steps": 60}, data={"batch_samples": 16},
+            url, model={"preset": "micro"}, losses={"bias_rate": rate, "balance_weight": 0.0, "index_weight": 0.0,
+            "mtp_weight": 0.0}, optimizer={"kind": "adamw"}, schedule={"lr": 3e-3, "steps": 60},
+            data={"batch_samples": 8},
         )  # fmt: skip
         stepper = stepper_of(tables)
-        stepped = [stepper.step(step, samples_of(tables, step)) for step in range(40)]
+        stepped = [stepper.step(step, samples_of(tables, step)) for step in range(30)]
         return max(sum(s.loads[layer] for s in stepped[-10:]) / 10 for layer in stepped[0].loads)
 
     even, left = last_loads(0.02), last_loads(0.0)
     print(f"max/mean load {even:.2f}, without the update {left:.2f}")
-    assert even < 1.5 < left
+    assert even < 0.7 * left
 
 
 def test_bf16_tracks_fp32(url: str) -> None:
@@ -180,7 +185,7 @@ def test_what_no_loss_reaches_stays(url: str) -> None:
     [
         ({"model": {"vocab_size": 256}}, VocabularyError, "vocabulary of 257, and the model has 256: set"),
         ({"data": {"batch_samples": 10**6}}, DataError, "fewer than the 1,000,000 of one step"),
-        ({"data": {"sequence_tokens": 2_000_000}}, ValueError, "too few for one sample"),
+        ({"data": {"sequence_tokens": 2_000_000}}, ValueError, "too few for a sample of 2,000,000"),
         ({"parallel": {"fsdp": 2}}, ConfigError, "torchrun --nproc-per-node 2"),
     ],
 )
@@ -211,17 +216,15 @@ def test_what_a_run_writes(url: str, tmp_path: Path) -> None:
     assert "traceEvents" in trace and "aten::" in trace
 
 
-def test_a_stage_costs_what_its_products_cost() -> None:
-    from embertrain.info import training_flops
-    from torch.utils.flop_counter import FlopCounterMode
-
+def test_a_step_costs_what_its_products_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_has_onednn", False)  # The counter does not know oneDNN's.
     shape = replace(preset("micro-v3"), mtp=())
     model = Model(shape)
     model.reset_parameters(torch.Generator().manual_seed(0))
-    from embertrain.model.batch import Batch
-
     ids = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         model(ids, Batch.of([(0, 64)]))
     counted = 3 * counter.get_total_flops() / 64
-    assert training_flops(shape, 64) == pytest.approx(counted, rel=0.06)  # The counter has masked scores, too.
+    # Scores and sums that the mask throws away are counted: 31.5 rows a query, 4 heads, 3 layers.
+    masked = 3 * 31.5 * 2 * 4 * (16 + 16 + 16) * 3
+    assert training_flops(shape, 64) + masked == pytest.approx(counted, rel=0.005)

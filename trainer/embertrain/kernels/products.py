@@ -26,15 +26,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """[M, K], [N, K] -> [M, N], without gradients; M, N and K are positive."""
     if slow(x):
         return linear(x.float(), weight.float()).bfloat16()
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn and _dense(x) and _dense(weight):
+    if _for_onednn(x) and _for_onednn(weight):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return y
     return F.linear(x, weight)
 
 
-def _dense(x: Tensor) -> bool:
-    """Whether rows, or columns, follow one another. For what is strided both ways oneDNN has a loop of its own that is
-    a hundred times slower."""
+def _for_onednn(x: Tensor) -> bool:
+    """Whether rows, or columns, follow one another: for what is strided both ways oneDNN has a loop of its own that is
+    a hundred times slower. torch.compile knows nothing of what that operation gives, and does not get it."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not _has_onednn or torch.compiler.is_compiling():
+        return False
     return x.is_contiguous() or x.t().is_contiguous()
 
 

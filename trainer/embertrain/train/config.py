@@ -144,7 +144,8 @@ class ComputeSection:
     recompute: bool = False
     """Keep only what layers take in, and compute the rest again for the gradient: less memory, a third more time."""
     compile: bool = False
-    """Layers go through torch.compile."""
+    """Layers go through torch.compile. Not shown to work yet: on a CPU it compiles for many minutes, as documents of
+    every length are other shapes."""
     deterministic: bool = True
     """Refuse operations whose bits change from run to run."""
     threads: int = 0
@@ -179,6 +180,8 @@ class MetricsSection:
     """A local folder for metrics.jsonl, TensorBoard's files and traces. None: nothing is written."""
     tensorboard: bool = False
     """Needs the package tensorboard."""
+    expert_tokens: bool = False
+    """Tell the tokens of each expert, not of the fullest alone: numbers by layer and expert in every line."""
     peak_flops: float | None = None
     """Of one rank's device a second, which MFU is a share of. None: measured at the start by a product."""
     trace_from_step: int | None = None

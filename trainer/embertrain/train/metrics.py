@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..kernels.products import linear
+
 FILE = "metrics.jsonl"
 
 
@@ -45,6 +47,8 @@ class StepRecord:
     """Of the layer where it is greatest, of those that choose their experts."""
     expert_load: dict[str, float]
     """By layer."""
+    expert_tokens: dict[str, tuple[int, ...]] | None
+    """By layer, each expert's; None unless asked for (`MetricsSection`)."""
     seconds: dict[str, float]
     """Of this step: waiting for data, computing; and, since the record before, checkpoint and validation."""
     validation_loss: float | None = None
@@ -115,14 +119,15 @@ def _scalars(fields: dict[str, Any]) -> list[tuple[str, float]]:
 def measured_peak_flops(
     device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """FLOPs a second of a large square product, the best of five: what MFU is a share of if nobody says better."""
+    """FLOPs a second of a large square product, the best of five, by the way the model takes: what MFU is a share of
+    if nobody says better."""
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     best_s = float("inf")
     for _ in range(5):
         _wait(device)
         begin_s = clock()
-        a @ b
+        linear(a, b)
         _wait(device)
         best_s = min(best_s, clock() - begin_s)
     return 2 * n**3 / max(best_s, 1e-9)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import NotFinite
 from ..model.config import Mixture
-from ..model.router import load, update_bias
+from ..model.router import update_bias
 from ..optim import clip, lr, set_lr
 from ..parallel import Mesh, reduce_gradients
 from .config import TrainConfig
@@ -55,8 +55,8 @@ class Stepped:
     """Before it was cut."""
     lr: float
     tokens: int
-    loads: dict[int, float]
-    """Of layers that choose their experts: tokens of the fullest over the mean."""
+    counts: dict[int, tuple[int, ...]]
+    """Of layers that choose their experts: the tokens of each."""
     stopped: bool
     """Whether a rank was asked to stop."""
 
@@ -104,8 +104,8 @@ class Stepper:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        loads = self._balance(counts)
-        return Stepped(told[0], told[1], told[2], told[3], norm, rate, totals.tokens, loads, told[4] > 0)
+        counted = self._balance(counts)
+        return Stepped(told[0], told[1], told[2], told[3], norm, rate, totals.tokens, counted, told[4] > 0)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Samples]) -> float:
@@ -156,9 +156,9 @@ class Stepper:
                 "schedule.warmup_steps, and go on from the last checkpoint"
             )
 
-    def _balance(self, counts: dict[int, Tensor]) -> dict[int, float]:
+    def _balance(self, counts: dict[int, Tensor]) -> dict[int, tuple[int, ...]]:
         """Moves the routers' biases by the loads of the whole step, and tells the loads."""
-        loads = {}
+        counted = {}
         rate = self.config.losses.bias_rate
         for layer, router in routers(self.objective.model):
             if router.spec.hashed or layer not in counts:
@@ -166,5 +166,5 @@ class Stepper:
             count_E = self.mesh.sum(counts[layer])
             if rate > 0:
                 update_bias(router, count_E, rate)
-            loads[layer] = load(count_E).max_over_mean
-        return loads
+            counted[layer] = tuple(count_E.tolist())
+        return counted

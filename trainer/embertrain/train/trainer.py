@@ -266,6 +266,7 @@ class _Telling:
             trainer.shape, data.sequence_tokens, mtp=trainer.stepper.objective.depths > 0
         )
         self.step_tokens = data.batch_samples * data.sequence_tokens
+        self.tells_experts = metrics.expert_tokens
         self.seconds: dict[str, float] = {}
         self.validation = _validation(trainer)
 
@@ -285,6 +286,7 @@ class _Telling:
         trainer = self.trainer
         step_s = max(self.seconds["data"] + self.seconds["compute"], 1e-9)
         per_s = stepped.tokens / step_s
+        loads = {str(n): max(count) * len(count) / max(sum(count), 1) for n, count in stepped.counts.items()}
         record = StepRecord(
             step=trainer.done,
             loss=stepped.loss,
@@ -296,8 +298,9 @@ class _Telling:
             tokens=trainer.done * self.step_tokens,
             tokens_per_s=per_s,
             mfu=per_s * self.token_flops / (self.peak_flops * trainer.mesh.ranks),
-            expert_load_max_over_mean=max(stepped.loads.values(), default=None),
-            expert_load={str(layer): value for layer, value in stepped.loads.items()},
+            expert_load_max_over_mean=max(loads.values(), default=None),
+            expert_load=loads,
+            expert_tokens={str(n): count for n, count in stepped.counts.items()} if self.tells_experts else None,
             seconds={part: round(value, 6) for part, value in self.seconds.items()},
             validation_loss=validation_loss,
         )

@@ -1,26 +1,20 @@
-"""The main job on real text: `python -m emberline.quickstart`.
+"""The first half: text into a store, SQL over it, and back again without a byte that differs.
 
 Takes the text of the Python standard library of this machine into a store as Parquet, runs SQL over it, writes it
-back partitioned, reads that with other programs' readers, and checks that not a byte differs. The store stays for
-the user to look around in. Running it again replaces what it wrote and nothing else. Exits with 1 when a check fails.
+back partitioned, and reads that with other programs' readers. Running it again replaces what it wrote and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
-import shutil
-import sys
-import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
 import emberflow
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -28,12 +22,11 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
-_DEFAULT_STORE = "ember://./quickstart-store"
 _PART_BYTES = 8 * 1024 * 1024
 _SKIPPED_DIRECTORIES = frozenset({"site-packages", "__pycache__"})
-_MB = 1_000_000
+MB = 1_000_000
+"""Bytes, as rates count them."""
 
 _SCHEMA = pa.schema(
     [
@@ -68,7 +61,7 @@ class QuickstartError(Exception):
 
 
 @dataclass(kw_only=True, slots=True)
-class Report:
+class CorpusReport:
     """What the job did and how fast. Sizes are of the text itself, before compression."""
 
     store: str
@@ -89,37 +82,14 @@ class Report:
         """MB/s in, rows and MB/s through SQL, MB/s partitioned and MB/s read back."""
         query_s = sum(self.query_s.values())
         return {
-            "ingest_mb_per_s": self.text_bytes / _MB / self.ingest_s,
+            "ingest_mb_per_s": self.text_bytes / MB / self.ingest_s,
             "sql_rows_per_s": self.files * len(self.query_s) / query_s,
-            "partition_mb_per_s": self.text_bytes / _MB / self.partition_s,
-            "verify_mb_per_s": self.text_bytes * len(self.checked_with) / _MB / self.verify_s,
+            "partition_mb_per_s": self.text_bytes / MB / self.partition_s,
+            "verify_mb_per_s": self.text_bytes * len(self.checked_with) / MB / self.verify_s,
         }
 
 
-@click.command()
-@click.option("--store", default=_DEFAULT_STORE, show_default=True, help="Any fsspec URL, or a directory.")
-@click.option("--source", type=click.Path(exists=True, file_okay=False), help="Text to take in, instead of Python's.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def main(store: str, source: str | None, as_json: bool) -> None:
-    """Take real text into a store, run SQL over it, read it back, and check every byte."""
-    console = Console(stderr=as_json)
-    store = store.rstrip("/")
-    if store.startswith("ember://") and "/!" not in store:
-        # Says where the store's directory ends, also when there is no store there yet.
-        store += "/!"
-    root = Path(source or sysconfig.get_paths()["stdlib"])
-    report = Report(store=store)
-    try:
-        run(root, report, console)
-    except (QuickstartError, emberflow.FlowError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    if as_json:
-        click.echo(json.dumps(asdict(report) | report.rates(), indent=2))
-    else:
-        _print(report, console)
-
-
-def run(source: Path, report: Report, console: Console) -> None:
+def run(source: Path, report: CorpusReport, console: Console) -> None:
     """The whole job, filling in `report`. Raises `QuickstartError` when a check fails."""
     raw, by_suffix = f"{report.store}/corpus/raw", f"{report.store}/corpus/by_suffix"
     for url in (raw, by_suffix):
@@ -138,7 +108,7 @@ def run(source: Path, report: Report, console: Console) -> None:
     verify(raw, by_suffix, report)
 
 
-def ingest(source: Path, url: str, report: Report, console: Console) -> None:
+def ingest(source: Path, url: str, report: CorpusReport, console: Console) -> None:
     """Writes every text file under `source` as a row, into Parquet files of about 8 MiB of text."""
     fs, path = url_to_fs(url)
     fs.makedirs(path, exist_ok=True)
@@ -168,7 +138,7 @@ def ingest(source: Path, url: str, report: Report, console: Console) -> None:
         raise QuickstartError(f"there is no text under {source}")
 
 
-def query(session: emberflow.Session, raw: str, report: Report) -> None:
+def query(session: emberflow.Session, raw: str, report: CorpusReport) -> None:
     """Runs each question over the whole corpus, by its URL."""
     for title, text in _QUERIES.items():
         start = time.perf_counter()
@@ -176,7 +146,7 @@ def query(session: emberflow.Session, raw: str, report: Report) -> None:
         report.query_s[title] = time.perf_counter() - start
 
 
-def verify(raw: str, by_suffix: str, report: Report) -> None:
+def verify(raw: str, by_suffix: str, report: CorpusReport) -> None:
     """Reads the partitioned corpus with readers that are not ours and compares it with what went in."""
     start = time.perf_counter()
     expected = (report.files, report.text_bytes)
@@ -238,7 +208,7 @@ def _row(path: Path, data: bytes) -> dict[str, Any] | None:
     }
 
 
-def _write_part(fs: Any, directory: str, rows: list[dict[str, Any]], report: Report) -> None:
+def _write_part(fs: Any, directory: str, rows: list[dict[str, Any]], report: CorpusReport) -> None:
     name = f"{directory}/part-{report.parts:05}.parquet"
     with fs.open(name, "wb") as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, compression="zstd")
@@ -256,41 +226,3 @@ def _remove_old(url: str) -> None:
     if foreign := [name for name in fs.find(path) if not name.endswith(".parquet")]:
         raise QuickstartError(f"will not replace {url}: {foreign[0]!r} is not from an earlier run")
     fs.rm(path, recursive=True)
-
-
-def _print(report: Report, console: Console) -> None:
-    for title, rows in report.results.items():
-        table = Table(title=f"{title} ({report.query_s[title]:.2f} s)", title_justify="left", header_style="bold")
-        for name, value in (rows[0] if rows else {"none": ""}).items():
-            table.add_column(name, justify="right" if isinstance(value, int) else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-        console.print(table)
-    rates = report.rates()
-    mb = report.text_bytes / _MB
-    console.print(
-        f"[bold green]All checks passed.[/] {report.files:,} files, {mb:.1f} MB of text in {report.parts} Parquet files"
-        f" ({report.stored_bytes / _MB:.1f} MB); {report.skipped_files:,} files were not text.\n"
-        f"  ingest     {rates['ingest_mb_per_s']:8.1f} MB/s   in {report.ingest_s:.1f} s\n"
-        f"  SQL        {rates['sql_rows_per_s']:8,.0f} rows/s in {sum(report.query_s.values()):.1f} s,"
-        f" {len(report.query_s)} queries\n"
-        f"  partition  {rates['partition_mb_per_s']:8.1f} MB/s   in {report.partition_s:.1f} s,"
-        f" {report.partitions} files\n"
-        f"  read back  {rates['verify_mb_per_s']:8.1f} MB/s   in {report.verify_s:.1f} s,"
-        f" with {' and '.join(report.checked_with)}\n"
-    )
-    # Now that the store is there its URL needs no mark, which an interactive shell would take for history.
-    store = report.store.removesuffix("/!")
-    corpus = f"{store}/corpus"
-    console.print("Look around:")
-    program = "emberline" if shutil.which("emberline") else os.path.relpath(Path(sys.executable).with_name("emberline"))
-    for command in (
-        f"{program} fs ls {corpus}/by_suffix",
-        f"{program} fs du {store}",
-        f"{program} sql \"select path, lines from '{corpus}/raw/*.parquet' where text like '%yield from%' limit 10\"",
-    ):
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

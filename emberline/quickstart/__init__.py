@@ -1,0 +1,1 @@
+"""The whole story on real text, on one machine: `python -m emberline.quickstart`."""
