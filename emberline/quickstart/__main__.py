@@ -30,7 +30,7 @@ from .corpus import MB, CorpusReport, QuickstartError
 from .model import ModelReport
 
 _DEFAULT_STORE = "ember://./quickstart-store"
-_STEPS = 80
+_STEPS = 64
 
 
 @click.command()

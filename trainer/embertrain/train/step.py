@@ -60,6 +60,11 @@ class Stepped:
     stopped: bool
     """Whether a rank was asked to stop."""
 
+    @property
+    def loads(self) -> dict[int, float]:
+        """Tokens of the fullest expert over the mean."""
+        return {layer: max(count) * len(count) / max(sum(count), 1) for layer, count in self.counts.items()}
+
 
 class Stepper:
     """Steps of one run."""

@@ -286,7 +286,7 @@ class _Telling:
         trainer = self.trainer
         step_s = max(self.seconds["data"] + self.seconds["compute"], 1e-9)
         per_s = stepped.tokens / step_s
-        loads = {str(n): max(count) * len(count) / max(sum(count), 1) for n, count in stepped.counts.items()}
+        loads = {str(layer): value for layer, value in stepped.loads.items()}
         record = StepRecord(
             step=trainer.done,
             loss=stepped.loss,
