@@ -6,8 +6,7 @@
 Invariant: all state of a run is the model, the optimizers and the number of steps done. Data, learning rates and noise
 follow from that number, so a run that was killed anywhere and goes on computes the same bits as one that was not (on as
 many ranks and threads). With adapters the model's state is theirs alone, beside weights that are checked to be the same
-ones. A checkpoint of step n is saved after step n's metrics are written; whoever resumes forgets the
-lines after n.
+ones. A checkpoint of step n is saved after step n's metrics are written; whoever resumes forgets the lines after n.
 """
 
 from __future__ import annotations
