@@ -62,8 +62,10 @@ native = load(generation())
 
 
 def loops(x: Tensor) -> bool:
-    """Whether loops can be used on x: on the CPU, without gradients, in a type they know."""
-    return native is not None and not torch.is_grad_enabled() and x.dtype in TYPES and x.device.type == "cpu"
+    """Whether loops can be used on x: on the CPU, without gradients, in a type they know, and not for torch.compile."""
+    if native is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return x.dtype in TYPES and x.device.type == "cpu"
 
 
 def loops_for_few(x: Tensor, weight: Tensor) -> bool:
