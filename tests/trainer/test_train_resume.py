@@ -122,7 +122,7 @@ def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
     def record(step: int, loss: float) -> StepRecord:
         return StepRecord(step=step, loss=loss, mtp_loss=0, balance_loss=0, index_loss=0, gradient_norm=1, lr=1,
                           tokens=step, tokens_per_s=1, mfu=0.1, expert_load_max_over_mean=None, expert_load={},
-                          seconds={})  # fmt: skip
+                          expert_tokens=None, seconds={})  # fmt: skip
 
     first = JsonLines(tmp_path, 0)
     for step in range(1, 6):
