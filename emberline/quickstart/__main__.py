@@ -39,7 +39,7 @@ _STEPS = 64
               help="A local folder for the run's file, its metrics and the exported model.")  # fmt: skip
 @click.option("--source", type=click.Path(exists=True, file_okay=False), help="Text to take in, instead of Python's.")
 @click.option("--steps", type=click.IntRange(min=0), default=_STEPS, show_default=True, envvar="STEPS",
-              help="Of training; 0: the corpus only. Or set STEPS.")  # fmt: skip
+              help="Of training, 4 or more; 0: the corpus only. Or set STEPS.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(store: str, work: Path, source: str | None, steps: int, as_json: bool) -> None:
     """Take real text into a store, run SQL over it, train a model on it, and check every byte and every bit."""
@@ -50,8 +50,14 @@ def main(store: str, work: Path, source: str | None, steps: int, as_json: bool) 
         store += "/!"
     root = Path(source or sysconfig.get_paths()["stdlib"])
     report, trained = CorpusReport(store=store), ModelReport()
-    if steps and importlib.util.find_spec("torch") is None:
-        console.print("[yellow]no torch here: pip install 'emberline[train]' for the model's half of the story[/]")
+    if 0 < steps < model.SAVES:
+        raise click.UsageError(f"--steps {steps}: it takes {model.SAVES} to be killed on the way; 0 is the corpus only")
+    missing = [name for name in ("torch", "safetensors", "tokenizers") if importlib.util.find_spec(name) is None]
+    if steps and missing:
+        console.print(
+            f"no {' and no '.join(missing)} here: for the model's half of the story pip install "
+            "'emberline[quickstart,train]'", style="yellow", markup=False,
+        )  # fmt: skip
         steps = 0
     start = time.perf_counter()
     try:

@@ -11,7 +11,7 @@ store.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -38,6 +38,9 @@ LAST = 50
 """Steps over which the load of experts is summed."""
 PROMPT_CHARACTERS = 2800
 NEW_TOKENS = 40
+
+_MARK = "# Written by the quickstart."
+"""What the file of its run begins with."""
 
 _CLEAN = """
     select path, text from (
@@ -80,17 +83,19 @@ class ModelReport:
 def run(raw: str, work: Path, steps: int, report: ModelReport, console: Console) -> None:
     """All of it; `raw` is the corpus, `work` a local folder for what is no data. Raises QuickstartError."""
     store = raw.removesuffix("/corpus/raw")
+    config, folder = work / "run.toml", work / "model"
+    _refuse_others(store, work)
     work.mkdir(parents=True, exist_ok=True)
     console.print("[bold]5[/] cleaning the corpus with SQL, training a tokenizer, writing token shards")
     tokens = prepare(raw, store, report)
     console.print(f"[bold]6[/] training a small V4 for {steps} steps; it is killed on the way, and goes on")
-    config = configure(store, tokens, work, steps)
+    configure(config, store, tokens, work, steps)
     train(config, work, steps, report, console)
     console.print("[bold]7[/] going on from a prompt, and once more with its beginning from disk")
-    checkpoints, folder = f"{store}/run/checkpoints", work / "model"
     report.model_folder = str(folder)
-    _remove_folder(folder)
-    _command("checkpoint", "export", checkpoints, str(folder))
+    if folder.exists():
+        shutil.rmtree(folder)
+    _command("checkpoint", "export", f"{store}/run/checkpoints", str(folder))
     _download(f"{store}/tokenizer.json", folder / "tokenizer.json")
     generate(raw, store, folder, work, report)
 
@@ -116,15 +121,14 @@ def prepare(raw: str, store: str, report: ModelReport) -> str:
     return tokens
 
 
-def configure(store: str, tokens: str, work: Path, steps: int) -> Path:
-    """A run's file; an earlier run's checkpoints and metrics go."""
+def configure(config: Path, store: str, tokens: str, work: Path, steps: int) -> None:
+    """A run's file; an earlier quickstart's checkpoints and metrics go."""
     fs, path = url_to_fs(f"{store}/run")
     if fs.exists(path):
         fs.rm(path, recursive=True)
     (work / "metrics.jsonl").unlink(missing_ok=True)
-    config = work / "run.toml"
     config.write_text(
-        f"""# Written by the quickstart. Go on with it: emberline train {config} --set schedule.steps={4 * steps}
+        f"""{_MARK} Go on with it: emberline train {config} --set schedule.steps={4 * steps}
 seed = 1
 
 [model]
@@ -156,7 +160,6 @@ folder = "{work}"
 expert_tokens = true
 """
     )
-    return config
 
 
 def train(config: Path, work: Path, steps: int, report: ModelReport, console: Console) -> None:
@@ -184,9 +187,8 @@ def train(config: Path, work: Path, steps: int, report: ModelReport, console: Co
                 show(record)
                 if record["step"] == kill_after:
                     process.send_signal(signal.SIGKILL)
-                    break
-        if len(first) < kill_after:
-            raise QuickstartError(f"training ended after step {len(first)}")
+        if process.returncode != -signal.SIGKILL:
+            raise QuickstartError(f"training ended with {process.returncode}, after step {max(first, default=0)}")
         second: dict[int, dict[str, Any]] = {}
         with _process("train", str(config), "--json") as process:
             for record in _records(process):
@@ -195,7 +197,7 @@ def train(config: Path, work: Path, steps: int, report: ModelReport, console: Co
         if process.returncode or steps not in second:
             raise QuickstartError(f"training ended with {process.returncode}, after step {max(second, default=0)}")
     report.train_s = time.perf_counter() - start
-    report.killed_after, report.resumed_from = kill_after, min(second) - 1
+    report.killed_after, report.resumed_from = max(first), min(second) - 1
     both = sorted(first.keys() & second.keys())
     differ = [n for n in both if _numbers(first[n]) != _numbers(second[n])]
     if differ:
@@ -287,9 +289,10 @@ def _process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def _records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     assert process.stdout is not None
     for line in process.stdout:
-        yield json.loads(line)
+        if line.endswith("\n"):  # the last one may be cut off by a kill
+            yield json.loads(line)
     process.wait()
-    if process.returncode:
+    if process.returncode > 0:
         assert process.stderr is not None
         raise QuickstartError(f"training failed: {process.stderr.read().strip()[-1000:]}")
 
@@ -316,12 +319,21 @@ def _download(url: str, path: Path) -> None:
     path.write_bytes(fs.cat_file(inside))
 
 
-def _remove_folder(folder: Path) -> None:
-    """An earlier run's export: its files, and nothing else."""
-    if not folder.exists():
+def _refuse_others(store: str, work: Path) -> None:
+    """What an earlier quickstart left may be replaced; a run and a model of the user's own may not.
+
+    Both halves belong together: where `work` holds no file of ours, what is in the store's `run` is somebody else's.
+    """
+    config = work / "run.toml"
+    if config.exists() and config.read_text().startswith(_MARK):
         return
-    for file in folder.iterdir():
-        if file.suffix not in {".json", ".safetensors"}:
-            raise QuickstartError(f"will not replace {folder}: {file.name!r} is not from an earlier run")
-        file.unlink()
-    os.rmdir(folder)
+    fs, path = url_to_fs(f"{store}/run")
+    taken = [
+        str(file) for file in (config, work / "model", work / "metrics.jsonl", work / "prompt.txt") if file.exists()
+    ]
+    if fs.exists(path):
+        taken.append(f"{store}/run")
+    if taken:
+        raise QuickstartError(
+            f"will not replace {taken[0]}: it is not from an earlier run; name another --store or --work"
+        )
