@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from embertrain import kernels
+from embertrain.cache import Cache, CacheSpec
 from embertrain.kernels import few, hyper, library
 from embertrain.model import attend as torch_attend
 from embertrain.model.batch import Batch
@@ -16,10 +17,13 @@ from embertrain.model.config import Hyper, Mixture
 from embertrain.model.experts import Experts, Shared
 from embertrain.model.hyper import HyperConnection
 from embertrain.model.hyper import expand as torch_expand
+from embertrain.model.model import Model
 from embertrain.model.norm import RMSNorm
 from embertrain.model.rope import rotate
 from embertrain.model.router import Router
 from torch import Tensor
+
+from . import oracle
 
 pytestmark = pytest.mark.skipif(kernels.native is None, reason="the C part was not built")
 
@@ -236,3 +240,40 @@ def test_hyper_connections(dtype: torch.dtype, reference: Any) -> None:
     for ours, theirs in zip(got, expected, strict=True):
         assert_close(ours, theirs)
     assert_close(torch_expand(y, *got[1:], x), reference(torch_expand, y, *got[1:], x))
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_ids_of_any_width_and_stride_route_alike(hashed: bool) -> None:
+    router = Router(mixture_of(hashed=hashed), 64, 50)
+    router.weight.copy_(random_of(1, 8, 64))
+    if hashed:
+        router.reset_table(torch.Generator().manual_seed(2))
+    x, batch = random_of(4, 9, 64), Batch.of([(0, 9)])
+    ids = torch.arange(18).view(9, 2)
+    expected = router(x, ids[:, 1].clone(), batch)
+    for other in (ids[:, 1], ids[:, 1].int()):
+        got = router(x, other, batch)
+        assert torch.equal(got.experts_TK, expected.experts_TK) and got.experts_TK.dtype == torch.int64
+
+
+@pytest.mark.parametrize("family", ["v3", "v4"])
+def test_types_that_do_not_go_together_are_not_misread(family: str) -> None:
+    """A loop given a pointer knows nothing of types. torch refuses, or, where it multiplies in fp32, takes them."""
+    rng = random.Random(family)
+    config = oracle.v4_config(rng) if family == "v4" else oracle.v3_config(rng, sparse=False)
+    model = Model(config, mtp=False)
+    oracle.randomise(model, 1)
+    model.cast(torch.bfloat16)
+
+    def told(dtype: torch.dtype) -> Tensor:
+        cache = Cache(CacheSpec.of(config, dtype), sequences=1, pages=1)
+        return model(oracle.tokens(3, 1, config.vocab_size), Batch.of([(0, 1, cache.open())]), cache).logits
+
+    expected = told(torch.bfloat16)
+    try:
+        assert float((told(torch.float32) - expected).float().abs().mean()) < 0.05 * float(expected.float().std())
+    except RuntimeError as error:
+        assert "dtype" in str(error)
+    # `.to` casts what is to stay fp32 as well.
+    with pytest.raises(RuntimeError, match="dtype"):
+        model.to(torch.bfloat16)(oracle.tokens(3, 1, config.vocab_size), Batch.of([(0, 1)]))

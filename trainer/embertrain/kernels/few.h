@@ -158,5 +158,5 @@ INLINE void share(long count, long step, int part, int parts, long *begin, long 
         *begin = count;
 }
 
-// Memory of this thread's for as long as a kernel runs; NULL: there is none.
+// Memory of this thread's for as long as a kernel runs. Where there is none the process ends, and says so.
 float *scratch(size_t numbers);

@@ -73,6 +73,10 @@ def attend(
     """[T, H, V]: `model.attend.attend` of rows in one pool or two, each with [T, K] int64 places."""
     assert native is not None
     T, H, D = q_THD.shape
+    assert sink_H is None or (sink_H.dtype == torch.float32 and sink_H.is_contiguous())
+    for pool, slots in (near, far or near):
+        assert pool.dtype == q_THD.dtype, f"rows of a cache are {pool.dtype}, and queries {q_THD.dtype}"
+        assert pool.is_contiguous() and slots.dtype == torch.int64
     q_THD = q_THD.contiguous()
     out = q_THD.new_empty(T, H, value_width)
     pool, slots = near
@@ -110,8 +114,11 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Experts [T, K] int64, their weights [T, K] and all scores [T, E], fp32; by a table, or by score and bias."""
     assert native is not None
+    assert weight_EH.dtype == torch.float32 and weight_EH.is_contiguous()
+    assert bias_E is None or (bias_E.dtype == torch.float32 and bias_E.is_contiguous())
+    assert table_VK is None or (table_VK.dtype == torch.int32 and table_VK.is_contiguous())
     (T, H), E = x_TH.shape, weight_EH.shape[0]
-    x_TH = x_TH.contiguous()
+    x_TH, ids_T = x_TH.contiguous(), ids_T.to(torch.int64).contiguous()
     scores = weight_EH.new_empty(T, E)
     chosen, weights = ids_T.new_empty(T, top_k), weight_EH.new_empty(T, top_k)
     native.route(
@@ -125,6 +132,7 @@ def route(
 
 def swiglu(x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor, w2_HI: Tensor) -> Tensor:
     """[T, H]: one SwiGLU."""
+    assert w3_IH.dtype == x_TH.dtype and w3_IH.shape == w1_IH.shape and w3_IH.is_contiguous()
     return _experts(x_TH, w1_IH.data_ptr(), w3_IH.data_ptr(), w2_HI, 0, None, None, 1, w1_IH.shape[0], None)
 
 
@@ -151,12 +159,13 @@ def _experts(
     limit: float | None,
 ) -> Tensor:
     assert native is not None
+    assert down.dtype == x_TH.dtype and down.is_contiguous()
     T, H = x_TH.shape
     x_TH = x_TH.contiguous()
     y = torch.empty_like(x_TH)
     chosen, weights, K = None, None, 1
     if experts_TK is not None and weights_TK is not None:
-        experts_TK, weights_TK = experts_TK.contiguous(), weights_TK.contiguous()
+        experts_TK, weights_TK = experts_TK.to(torch.int64).contiguous(), weights_TK.float().contiguous()
         chosen, weights, K = experts_TK.data_ptr(), weights_TK.data_ptr(), experts_TK.shape[1]
     failed = native.experts(
         *(x_TH.data_ptr(), gate, up, down.data_ptr(), gate_step, inner * H, chosen, weights, y.data_ptr()),

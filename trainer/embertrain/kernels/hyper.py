@@ -31,6 +31,7 @@ def hyper_begin(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A block's input [T, D], and post [T, S] and comb [T, S, S] fp32: `HyperConnection.forward` of a few tokens."""
     assert native is not None
+    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in (fn, scale, base))
     T, S, D = x_TSD.shape
     x_TSD = x_TSD.contiguous()
     y = x_TSD.new_empty(T, D)
@@ -48,7 +49,9 @@ def expand(y_TD: Tensor, post_TS: Tensor, comb_TSS: Tensor, x_TSD: Tensor) -> Te
     """The streams after a block: `model.hyper.expand`. D is a multiple of 16."""
     assert native is not None
     T, S, D = x_TSD.shape
+    assert post_TS.dtype == comb_TSS.dtype == torch.float32 and y_TD.dtype == x_TSD.dtype
     y_TD, x_TSD = y_TD.contiguous(), x_TSD.contiguous()
+    post_TS, comb_TSS = post_TS.contiguous(), comb_TSS.contiguous()
     out = torch.empty_like(x_TSD)
     native.expand(
         *(y_TD.data_ptr(), post_TS.data_ptr(), comb_TSS.data_ptr(), x_TSD.data_ptr(), out.data_ptr()),

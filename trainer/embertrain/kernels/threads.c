@@ -1,5 +1,7 @@
 // torch's own OpenMP threads, asked by their functions' addresses: a second set beside them would wait busily for work.
 
+#include <stdio.h>
+
 #include "few.h"
 
 typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
@@ -45,7 +47,11 @@ float *scratch(size_t numbers)
     if (numbers > held_numbers) {
         free(held);
         held = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
-        held_numbers = held ? numbers : 0;
+        if (held == NULL) {
+            fprintf(stderr, "emberline: no memory for %zu numbers of a loop\n", numbers);
+            abort(); // In the middle of a step, on one of several threads: nobody could go on.
+        }
+        held_numbers = numbers;
     }
     return held;
 }

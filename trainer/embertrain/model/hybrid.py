@@ -188,7 +188,8 @@ class HybridAttention(nn.Module):
                 far = self._choose(parts, step, run)
         if self.compressor and far is None:
             far = step.all(layer, self.kind, run)
-        if kernels.loops(parts.q) and parts.q.shape[-1] % 32 == 0:
+        alike = step.pool(layer, "window").dtype == parts.q.dtype and self.sink.dtype == torch.float32
+        if alike and kernels.loops(parts.q) and parts.q.shape[-1] % 32 == 0:
             more = None if far is None else (step.pool(layer, self.kind), far)
             pool = step.pool(layer, "window")
             return kernels.attend(

@@ -44,7 +44,7 @@ class HyperConnection(nn.Module):
     def forward(self, x_TSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block's input [T, D], and post [T, S] and comb [T, S, S] for `expand`, both fp32."""
         spec = self.spec
-        few = self.pad_rows == 1 and x_TSD.shape[0] <= kernels.FEW
+        few = self.pad_rows == 1 and x_TSD.shape[0] <= kernels.FEW and self.fn.dtype == torch.float32
         if few and kernels.loops(x_TSD) and x_TSD.shape[-1] % 32 == 0:
             return kernels.hyper_begin(
                 *(x_TSD, self.fn, self.scale, self.base),

@@ -254,7 +254,7 @@ class LatentAttention(nn.Module):
         pool = step.pool(layer, "latent")
         ends = [s.end for s in run]
         gathered = len(run) * max(ends) * pool.shape[1]
-        if kernels.loops(q_BHD) and q_BHD.shape[-1] % 32 == spec.kv_rank % 32 == 0:
+        if pool.dtype == q_BHD.dtype and kernels.loops(q_BHD) and q_BHD.shape[-1] % 32 == spec.kv_rank % 32 == 0:
             slots = step.all(layer, "latent", run) if chosen is None else chosen
             return kernels.attend(
                 *(q_BHD, (pool, slots), None), scale=spec.scale, value_width=spec.kv_rank, sink_H=None

@@ -143,7 +143,8 @@ class Router(nn.Module):
         spec = self.spec
         plain = selection_TK is None and spec.top_p is None and spec.temperature == 1.0 and not spec.noise
         few = self.pad_rows == 1 and x_TH.shape[0] <= kernels.FEW and x_TH.shape[1] % 32 == 0
-        return plain and few and kernels.loops(x_TH) and type(self.weight) is nn.Parameter
+        whole = type(self.weight) is nn.Parameter and self.weight.dtype == torch.float32
+        return plain and few and whole and kernels.loops(x_TH)
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """[T, E] fp32."""
