@@ -167,6 +167,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(url: str) -> None:
     with pytest.raises(NotFinite, match=r"step 5: the loss is nan.*lower schedule\.lr"):
         stepper.step(4, samples_of(tables))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()), "the next step would add to what is not finite"
 
 
 def test_what_no_loss_reaches_stays(url: str) -> None:

@@ -176,6 +176,9 @@ class Catalog:
     def abandon(self, folder: str) -> None:
         """Remove an attempt that failed, as far as that goes."""
         try:
+            # First the marker: who failed to hear that it was written may have written it.
+            if self.place.exists(f"{folder}/{MARKER}"):
+                self.place.remove(f"{folder}/{MARKER}")
             self.place.remove(folder)
         except OSError as error:
             log.warning("%s/%s is left behind: %s", self.place.url, folder, error)

@@ -26,13 +26,15 @@ class Staging:
     def take(self, image: Image) -> Image:
         """A copy of an image."""
         accelerated = torch.accelerator.is_available()
+        # This thread's current device need not be the tensors'. What is still to be computed there is waited for, too.
+        devices = {part.data.device for part in image.parts if part.data.device.type != "cpu"}
+        _synchronise(devices)
         parts = []
         for number, begin in enumerate(range(0, image.size, BLOCK_BYTES)):
             block = self._block(number, min(BLOCK_BYTES, image.size - begin), pinned=accelerated)
             image.gather(begin, block)
             parts.append(Part(begin, block))
-        if accelerated:
-            torch.accelerator.synchronize()
+        _synchronise(devices)
         return Image(parts)
 
     def _block(self, number: int, size: int, *, pinned: bool) -> Tensor:
@@ -41,3 +43,8 @@ class Staging:
         if self._blocks[number].numel() < size:
             self._blocks[number] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         return self._blocks[number][:size]
+
+
+def _synchronise(devices: set[torch.device]) -> None:
+    for device in devices:
+        torch.accelerator.synchronize(device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from emberkv import Hit, KVCache, Namespace
 from emberkv.adapters.door import Door
 from emberkv.keys import ROOT, page_keys
@@ -119,6 +120,9 @@ class Reuse:
             return
         first = min(trail.stored, pages)
         rows = cache.export(sequence, first * PAGE_TOKENS, end)
+        if not all(bool(torch.isfinite(held).all()) for held in rows.values()):
+            trail.is_broken = True  # Others would go on from it, and end as this one will.
+            return
         if pages > first:
             tokens = tuple(ids(first * PAGE_TOKENS, end))
             self._writer.add(Pages(trail, "rows", first, self._layout.pack_rows(rows, pages - first), tokens))

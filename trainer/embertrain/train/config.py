@@ -133,6 +133,8 @@ class LossSection:
         weights = (self.mtp_weight, self.balance_weight, self.bias_rate, self.index_weight)
         _need(min(weights) >= 0, "weights and rates are 0 or more")
         _need(self.index_dense_steps >= 0, "index_dense_steps is 0 or more")
+        taught = self.index_weight > 0 or not self.index_dense_steps
+        _need(taught, "index_dense_steps are for indexers that learn: index_weight is 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ forward calls gave back.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,8 +85,11 @@ class Stepper:
         layers = (*objective.model.config.layers, *objective.model.config.mtp)
         self._noisy = any(isinstance(layer.ffn, Mixture) and layer.ffn.noise > 0 for layer in layers)
 
-    def step(self, number: int, samples: Samples, *, stop: bool = False) -> Stepped:
-        """Step `number`, 0 being the first, on this rank's samples. Raises NotFinite before anything is moved."""
+    def step(self, number: int, samples: Samples, *, stop: Callable[[], bool] = bool) -> Stepped:
+        """Step `number`, 0 being the first, on this rank's samples; `stop` is asked once its gradients are there.
+
+        Raises NotFinite before anything is moved, with no gradients left.
+        """
         config, model = self.config, self.objective.model
         model.train()
         batches = self._packed(samples)
@@ -102,13 +105,15 @@ class Stepper:
             counts = {layer: counts.get(layer, 0) + count for layer, count in losses.counts.items()}
         reduce_gradients(model, self.mesh)
         norm = float(clip(model, config.gradient_norm_max))
-        told = self.mesh.sum(torch.cat([terms, terms.new_tensor([float(stop)])])).tolist()
-        self._check(number, told[0], norm)
+        told = self.mesh.sum(torch.cat([terms, terms.new_tensor([float(stop())])])).tolist()
+        if not (math.isfinite(told[0]) and math.isfinite(norm)):
+            self._drop_gradients()
+            raise _not_finite(number, told[0], norm)
         rate = lr(config.schedule, number)
         set_lr(self.optimizers, rate)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         counted = self._balance(counts)
         return Stepped(told[0], told[1], told[2], told[3], norm, rate, totals.tokens, counted, told[4] > 0)
 
@@ -153,13 +158,9 @@ class Stepper:
         seed = np.random.SeedSequence([self.config.seed, number, self.mesh.rank, micro]).generate_state(1, np.uint64)
         return torch.Generator(self.mesh.device).manual_seed(int(seed[0] >> 1))
 
-    def _check(self, number: int, loss: float, norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFinite(
-                f"step {number + 1}: the loss is {loss} and the gradients' norm {norm}. Nothing was changed by this "
-                "step, and no checkpoint is saved after it; lower schedule.lr or gradient_norm_max, or lengthen "
-                "schedule.warmup_steps, and go on from the last checkpoint"
-            )
+    def _drop_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _balance(self, counts: dict[int, Tensor]) -> dict[int, tuple[int, ...]]:
         """Moves the routers' biases by the loads of the whole step, and tells the loads."""
@@ -173,3 +174,11 @@ class Stepper:
                 update_bias(router, count_E, rate)
             counted[layer] = tuple(count_E.tolist())
         return counted
+
+
+def _not_finite(number: int, loss: float, norm: float) -> NotFinite:
+    return NotFinite(
+        f"step {number + 1}: the loss is {loss} and the gradients' norm {norm}. Nothing was changed by this "
+        "step, and no checkpoint is saved after it; lower schedule.lr or gradient_norm_max, or lengthen "
+        "schedule.warmup_steps, and go on from the last checkpoint"
+    )

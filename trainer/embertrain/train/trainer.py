@@ -170,13 +170,28 @@ class Trainer:
         self.checkpoints.load(state, latest)
         options = StateDictOptions(strict=self.origin is None)
         set_model_state_dict(self.model, state["model"], options=options)
-        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
+        self._load_optimizers(state["optimizer"])
         self.done = self.saved = int(state["trainer"]["step"])
         self.notes.insert(0, f"going on from step {self.done}")
+
+    def _load_optimizers(self, state: dict[str, Any]) -> None:
+        """What they have gathered. Their settings are the config's, which torch would replace by those of the file."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        set_optimizer_state_dict(self.model, self.optimizers, state)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, kept in zip(groups, settings, strict=True):
+            group.update(kept)
 
     def _save(self, *, wait: bool = False) -> None:
         if self.checkpoints is None or self.saved == self.done:
             return
+        try:
+            self.checkpoints.wait()
+        except Exception as error:
+            # The save before this one. What it would have held is held by this one, which is waited for.
+            log.warning("a checkpoint could not be saved (%s): saving step %d now", error, self.done)
+            wait = True
         if wait or not self.config.checkpoint.asynchronous:
             self.checkpoints.save(self.done, self.state())
         else:
@@ -210,7 +225,7 @@ class Trainer:
                 with told.timed("data"):
                     samples = next(batches).samples
                 with told.timed("compute"):
-                    stepped = self.stepper.step(self.done, samples, stop=signals.asked is not None)
+                    stepped = self.stepper.step(self.done, samples, stop=lambda: signals.asked is not None)
                 self.done += 1
                 with told.timed("validation"):
                     validation = told.validate(self.done == last)
