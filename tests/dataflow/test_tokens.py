@@ -309,6 +309,19 @@ def test_of_two_writers_at_once_one_wins_whole(root: str) -> None:
         assert dataset.read([0]).tokens.tolist() == [[2] * 10 + [EOS]] and not list(dataset.verify())
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_tokens_of_an_overwritten_corpus_are_not_mixed(root: str) -> None:
+    url = f"{root}/corpus"
+    write_tokens(url, documents(100), **WORDS)
+    with TokenDataset(url, sequence_tokens=50) as dataset, TokenDataset(url, sequence_tokens=50) as other:
+        dataset.read([0])  # one of several files is open
+        write_tokens(url, documents(100, longest=80, seed=1), **WORDS, mode="overwrite")
+        with pytest.raises(TokensInvalid, match="replaced"):
+            dataset.read([len(dataset) - 1])
+        with pytest.raises(TokensInvalid, match="replaced"):
+            pickle.loads(pickle.dumps(other)).read([0])
+
+
 def test_what_is_no_group_is_told_apart(root: str) -> None:
     filesystem, path = url_to_fs(root)
     with pytest.raises(DatasetNotFound, match="corpus tokenize"):

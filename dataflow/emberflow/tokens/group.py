@@ -29,6 +29,7 @@ import numpy.typing as npt
 from ..errors import DatasetExists, DatasetNotFound, InvalidArgument, TokensInvalid
 from ..sources import STAGING_PREFIX, StorageOptions, open_url, protocol_of, url_of
 from .array import METADATA, ArrayLayout, ArrayWriter
+from .ranges import Seal
 
 FORMAT = "emberline-tokens"
 VERSION = 1
@@ -82,6 +83,8 @@ class TokenGroup:
     offsets: ArrayLayout
     checksums: tuple[str, str]
     """Of the tokens and of the offsets: SHA-256 over the CRC32C of all chunks, 4 bytes each, little-endian."""
+    seal: Seal
+    """Its zarr.json, which has the checksums in it: other tokens, another seal."""
 
     @property
     def documents(self) -> int:
@@ -104,7 +107,8 @@ def open_group(url: str, storage_options: StorageOptions | None = None) -> Token
     filesystem, path = open_url(url, storage_options or {})
     path = path.rstrip("/")
     try:
-        fields = json.loads(filesystem.cat_file(posixpath.join(path, METADATA)))
+        seal = Seal(metadata := posixpath.join(path, METADATA), filesystem.cat_file(metadata))
+        fields = json.loads(seal.held)
         attributes = fields["attributes"]
         written_as, version = attributes["format"], attributes["version"]
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -132,8 +136,9 @@ def open_group(url: str, storage_options: StorageOptions | None = None) -> Token
     except (FileNotFoundError, KeyError, TypeError) as error:
         raise TokensInvalid(f"the token shards at {url} are not whole: {error!r}") from error
     return TokenGroup(
-        url=url_of(filesystem, path), vocabulary=vocabulary, tokens=tokens, offsets=offsets, checksums=checksums
-    )
+        url=url_of(filesystem, path), vocabulary=vocabulary, tokens=tokens, offsets=offsets, checksums=checksums,
+        seal=seal,
+    )  # fmt: skip
 
 
 def write_tokens(
