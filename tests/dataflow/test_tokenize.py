@@ -232,6 +232,18 @@ def test_a_trained_tokenizer_is_the_same_each_time(pages: str, root: str) -> Non
         train_tokenizer(pages, f"{root}/bpe3", vocab_size=256)
 
 
+def test_settings_of_another_tokenizer_are_kept(pages: str, tmp_path: Path) -> None:
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"eos_token": "</s>", "chat_template": "{{ it }}"}')
+    with pytest.raises(DatasetExists, match=r"tokenizer_config\.json exists"):
+        train_tokenizer(pages, str(tmp_path), vocab_size=260)
+    train_tokenizer(pages, str(tmp_path), vocab_size=260, eos="<end>", mode="overwrite")
+    assert json.loads(settings.read_text()) == {"eos_token": "<end>", "chat_template": "{{ it }}"}
+    settings.write_text("[]")
+    with pytest.raises(InvalidArgument, match="something else"):
+        train_tokenizer(pages, str(tmp_path), vocab_size=260, mode="overwrite")
+
+
 def test_a_trained_tokenizer_makes_a_corpus(pages: str, tmp_path: Path) -> None:
     trained = train_tokenizer(pages, str(tmp_path / "bpe"), vocab_size=400)
     tokenize(pages, str(tmp_path / "tokens"), tokenizer=str(tmp_path / "bpe" / "tokenizer.json"))
