@@ -1,4 +1,4 @@
-"""How fast are token batches read at random: beside one `preadv` loop over the same bytes, and beside other loaders?
+"""How fast are token batches read at random: beside `preadv` of the same bytes, and beside other loaders?
 
 Everybody reads the same samples in the same order from the page cache, in one process. Ours is `TokenDataset.batches`,
 as a trainer uses it: it works the order out, and where documents begin, and reads two batches ahead.
@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ MI = 1 << 20
 BATCH_TOKENS = 1 << 18
 DOCUMENT_TOKENS = 1000
 """On average."""
+PREFETCH = 2
+"""Batches read ahead by ours, each by a thread."""
 VOCABULARY = Vocabulary(tokenizer="random", tokenizer_hash="random", vocab_size=129_280, eos_id=1)
 
 CEILING_GOAL = 0.5
@@ -122,7 +125,7 @@ def _rows(
         amount = size.steps * BATCH_TOKENS / 1e6
 
         def ours(check: bool) -> float:
-            with dataset.batches(batch) as batches:
+            with dataset.batches(batch, prefetch=PREFETCH) as batches:
                 for step, read in zip(calls, batches, strict=False):
                     if check:
                         for row, number in zip(read.samples.tokens, step.tolist(), strict=True):
@@ -153,21 +156,25 @@ def _rows(
 def _preadv(
     stack: contextlib.ExitStack, raw: Path, sequence: int, calls: npt.NDArray[np.int64], amount: float
 ) -> Subject:
-    """The same bytes, one after the other, into memory that rotates."""
+    """The same bytes, by as many threads as ours, into memory that rotates."""
     width = 4 * (sequence + 1)
     batch_bytes = calls.shape[1] * width
-    memory = memoryview(bytearray(64 * MI // batch_bytes * batch_bytes))
+    slots = 64 * MI // batch_bytes
+    memory = memoryview(bytearray(slots * batch_bytes))
     file = os.open(raw, os.O_RDONLY)
     stack.callback(os.close, file)
     offsets = (calls * (4 * sequence)).tolist()
 
+    def read_step(step: int) -> None:
+        at = step % slots * batch_bytes
+        for offset in offsets[step]:
+            verify(os.preadv(file, (memory[at : at + width],), offset) == width, "the file is too short")
+            at += width
+
     def read(check: bool) -> float:
-        at = 0
-        for step in offsets:
-            at = at if at + batch_bytes <= len(memory) else 0
-            for offset in step:
-                verify(os.preadv(file, (memory[at : at + width],), offset) == width, "the file is too short")
-                at += width
+        with ThreadPoolExecutor(PREFETCH) as pool:
+            for _ in pool.map(read_step, range(len(offsets))):
+                pass
         return amount
 
     return read

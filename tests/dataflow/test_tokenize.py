@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -9,10 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import emberflow
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,6 +145,53 @@ def test_what_is_no_corpus_is_refused_and_leaves_nothing(pages: str, tmp_path: P
         tokenize("nothing/*.parquet", url, tokenizer="byte")
 
 
+def dying(call: Callable[..., None], steps: Iterator[int], last: int) -> Callable[..., None]:
+    """`call`, but no more from the step `last` on."""
+
+    def step(*paths: str) -> None:
+        if next(steps) >= last:
+            raise KeyboardInterrupt
+        call(*paths)
+
+    return step
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_a_corpus_is_whole_wherever_publishing_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrites: bool
+) -> None:
+    """Where files are moved one by one, each a copy and a removal, and at any of these the process dies."""
+    for number, text in enumerate(("first", "second and longer", "third")):
+        pq.write_table(pa.table({"text": [text]}), tmp_path / f"{number}.parquet")
+    memory = fsspec.filesystem("memory")
+    with emberflow.init() as session:
+        for cut in itertools.count(1):
+            parent = f"/{uuid.uuid4().hex}"
+            url = f"memory:/{parent}/tokens"
+
+            def write(number: int, mode: Literal["error", "overwrite"], url: str = url) -> None:
+                tokenize(f"{tmp_path}/{number}.parquet", url, tokenizer="byte", mode=mode, session=session)
+
+            if overwrites:
+                write(0, "overwrite")
+            with monkeypatch.context() as patch:
+                steps = itertools.count(1)
+                for name in ("cp_file", "rm_file"):
+                    patch.setattr(memory, name, dying(getattr(memory, name), steps, cut))
+                with contextlib.suppress(KeyboardInterrupt):
+                    write(1, "overwrite")
+            if next(steps) <= cut:
+                break
+            with pytest.raises(DatasetExists, match="has files already"):
+                write(2, "error")
+            assert tokens_of(url) in (bytes_of(["second and longer"]), *([bytes_of(["first"])] * overwrites))
+            write(2, "overwrite")
+            assert tokens_of(url) == bytes_of(["third"])
+            assert set(memory.find(parent)) == set(memory.find(f"{parent}/tokens"))
+            memory.rm(parent, recursive=True)
+        assert cut > 10
+
+
 # ---- tokenizers
 
 
@@ -178,6 +230,18 @@ def test_a_trained_tokenizer_is_the_same_each_time(pages: str, root: str) -> Non
     assert again.vocabulary().tokenizer_hash != trained.vocabulary().tokenizer_hash
     with pytest.raises(InvalidArgument, match="at least 257"):
         train_tokenizer(pages, f"{root}/bpe3", vocab_size=256)
+
+
+def test_settings_of_another_tokenizer_are_kept(pages: str, tmp_path: Path) -> None:
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"eos_token": "</s>", "chat_template": "{{ it }}"}')
+    with pytest.raises(DatasetExists, match=r"tokenizer_config\.json exists"):
+        train_tokenizer(pages, str(tmp_path), vocab_size=260)
+    train_tokenizer(pages, str(tmp_path), vocab_size=260, eos="<end>", mode="overwrite")
+    assert json.loads(settings.read_text()) == {"eos_token": "<end>", "chat_template": "{{ it }}"}
+    settings.write_text("[]")
+    with pytest.raises(InvalidArgument, match="something else"):
+        train_tokenizer(pages, str(tmp_path), vocab_size=260, mode="overwrite")
 
 
 def test_a_trained_tokenizer_makes_a_corpus(pages: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import pickle
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,19 +275,25 @@ def test_an_existing_group_is_kept_or_replaced_whole(root: str) -> None:
         write_tokens(f"{root}/other", [[1]], **WORDS, mode="overwrite")
 
 
-def test_an_overwrite_that_dies_half_way_is_taken_back(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dies", ["before", "behind"])
+def test_an_overwrite_that_dies_between_its_moves_is_ended(
+    root: str, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """Back if it had not said that it is ready, else forth."""
     url = f"{root}/corpus"
     write_tokens(url, [[1, 2, 3]], **WORDS)
-    moved = group.GroupPlace._move
+    note = group.GroupPlace._note
 
-    def dying(self: group.GroupPlace, source: str, target: str, **order: str) -> None:
-        if source == self.new:
-            raise KeyboardInterrupt
-        moved(self, source, target, **order)
+    def dying(self: group.GroupPlace, name: str) -> None:
+        if name != "ready":
+            note(self, name)
+            return
+        if dies == "behind":
+            note(self, name)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(group.GroupPlace, "_move", dying)
-        patch.setattr(group.GroupPlace, "discard", lambda self: None)
+        patch.setattr(group.GroupPlace, "_note", dying)
         with pytest.raises(KeyboardInterrupt):
             write_tokens(url, [[4, 5, 6]], **WORDS, mode="overwrite")
     with pytest.raises(DatasetNotFound):
@@ -294,7 +301,74 @@ def test_an_overwrite_that_dies_half_way_is_taken_back(root: str, monkeypatch: p
     with pytest.raises(DatasetExists):
         write_tokens(url, [[7]], **WORDS)
     with TokenDataset(url, sequence_tokens=3) as dataset:
+        assert dataset.read([0]).tokens.tolist() == [[*([1, 2, 3] if dies == "before" else [4, 5, 6]), EOS]]
+    filesystem, path = url_to_fs(root)
+    assert not [name for name in filesystem.find(path) if "emberflow" in name]
+
+
+def test_what_is_in_the_way_is_no_place_to_move_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even of a directory that came at the last moment."""
+    url = tmp_path / "corpus"
+    note = group.GroupPlace._note
+
+    def late(self: group.GroupPlace, name: str) -> None:
+        note(self, name)
+        if name == "ready":
+            url.mkdir()
+
+    monkeypatch.setattr(group.GroupPlace, "_note", late)
+    with pytest.raises(DatasetExists, match="in the way"):
+        write_tokens(str(url), [[1, 2, 3]], **WORDS)
+    assert not list(url.iterdir())
+    url.rmdir()
+    with pytest.raises(DatasetExists, match="overwrite"):
+        write_tokens(str(url), [[4, 5, 6]], **WORDS)
+    with TokenDataset(str(url), sequence_tokens=3) as dataset:
         assert dataset.read([0]).tokens.tolist() == [[1, 2, 3, EOS]]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of a file's size stands for it: what is in the file's buffer fails again as it is closed."""
+    monkeypatch.setattr(array, "CHUNK_ITEMS", 1 << 14)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 14, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tokens(str(tmp_path / "corpus"), [np.zeros(1 << 16, int)], **WORDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_local_corpus_is_on_disk_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(group, "sync", lambda path: synced.append(path))
+    moved = group.GroupPlace._move
+
+    def move(self: group.GroupPlace, source: str, target: str, **order: str) -> None:
+        assert set(synced) == {source, *self.filesystem.find(source, withdirs=True)}
+        moved(self, source, target, **order)
+
+    monkeypatch.setattr(group.GroupPlace, "_move", move)
+    write_tokens(str(tmp_path / "corpus"), [[1, 2, 3]], **WORDS)
+    assert synced[-1] == str(tmp_path)
+
+
+def test_a_writer_that_was_overtaken_writes_nothing_to_the_other(root: str) -> None:
+    first, second = (group.GroupPlace(f"{root}/corpus", "error") for _ in range(2))
+    first.begin()
+    second.begin()
+    assert first.new != second.new
+    first.filesystem.makedirs(first.new, exist_ok=True)
+    first.filesystem.pipe_file(f"{first.new}/late", b"x")
+    with pytest.raises(DatasetExists, match="took over"):
+        first.settle()
+    first.discard()
+    assert not first.filesystem.exists(first.new)
+    second.settle()
+    second.discard()
+    filesystem, path = url_to_fs(root)
+    assert not filesystem.find(path)
 
 
 def test_of_two_writers_at_once_one_wins_whole(root: str) -> None:
@@ -307,6 +381,19 @@ def test_of_two_writers_at_once_one_wins_whole(root: str) -> None:
         write_tokens(f"{root}/corpus", slow(), **WORDS)
     with TokenDataset(f"{root}/corpus", sequence_tokens=10) as dataset:
         assert dataset.read([0]).tokens.tolist() == [[2] * 10 + [EOS]] and not list(dataset.verify())
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_tokens_of_an_overwritten_corpus_are_not_mixed(root: str) -> None:
+    url = f"{root}/corpus"
+    write_tokens(url, documents(100), **WORDS)
+    with TokenDataset(url, sequence_tokens=50) as dataset, TokenDataset(url, sequence_tokens=50) as other:
+        dataset.read([0])  # one of several files is open
+        write_tokens(url, documents(100, longest=80, seed=1), **WORDS, mode="overwrite")
+        with pytest.raises(TokensInvalid, match="replaced"):
+            dataset.read([len(dataset) - 1])
+        with pytest.raises(TokensInvalid, match="replaced"):
+            pickle.loads(pickle.dumps(other)).read([0])
 
 
 def test_what_is_no_group_is_told_apart(root: str) -> None:

@@ -14,6 +14,7 @@ import json
 import posixpath
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,7 +219,9 @@ class ArrayWriter:
         """Lets go of the file that is open, after a failure."""
         file, self._file = self._file, None
         if file is not None:
-            file.close()
+            # What it could not write, it tries to write again.
+            with suppress(OSError):
+                file.close()
 
     def _write_chunk(self) -> None:
         shard, number = divmod(len(self.sums), self._layout.shard_chunks)

@@ -100,7 +100,8 @@ def train_tokenizer(
     progress: bool | None = None,
 ) -> Tokenizer:
     """Trains a byte-level BPE of `vocab_size` tokens, `eos` among them, and writes it: to `url` if that ends in .json,
-    else to `url`/tokenizer.json, with a tokenizer_config.json beside it that names `eos`. Gives the tokenizer.
+    else to `url`/tokenizer.json, with a tokenizer_config.json beside it that names `eos`; of one that is there, `mode`
+    "overwrite" keeps all else. Gives the tokenizer.
 
     Equal texts in equal order make equal files. What the texts consist of, each different word once, is held in this
     process: of a large corpus take a `sample`, a fraction of the texts by their hash. A small one may not have so many
@@ -116,8 +117,11 @@ def train_tokenizer(
     with _session_for(source, session) as session:
         filesystem, path = open_url(url, session.config.storage_options)
         path = path if path.endswith(".json") else posixpath.join(path, "tokenizer.json")
-        if mode == "error" and filesystem.exists(path):
-            raise DatasetExists(f'{path} exists; pass mode="overwrite" to replace it')
+        config_path = posixpath.join(posixpath.dirname(path), CONFIG)
+        for name in (path, config_path) if mode == "error" else ():
+            if filesystem.exists(name):
+                raise DatasetExists(f'{name} exists; pass mode="overwrite" to replace it')
+        config = {**_config(filesystem, config_path), "eos_token": eos}
         texts = _texts(session, source, text_column)
         if sample is not None:
             texts = texts.sample(sample)
@@ -133,8 +137,7 @@ def train_tokenizer(
         with row_progress(f"reading for {url}", show=progress) as advance:
             trained.train_from_iterator(_read(texts, advance), trainer)
         filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
-        config = json.dumps({"eos_token": eos}, indent=2)
-        _put(filesystem, posixpath.join(posixpath.dirname(path), CONFIG), config)
+        _put(filesystem, config_path, json.dumps(config, indent=2))
         _put(filesystem, path, trained.to_str(pretty=True))
         return load_tokenizer(
             url if url.endswith(".json") else f"{url.rstrip('/')}/tokenizer.json",
@@ -213,6 +216,19 @@ def _read(texts: DataFrame, advance: Callable[[int], None]) -> Iterator[list[str
     for batch in texts.to_batches(BATCH_DOCUMENTS):
         yield [text for text in batch.column(0).to_pylist() if text]
         advance(batch.num_rows)
+
+
+def _config(filesystem: Any, path: str) -> dict[str, Any]:
+    """What the tokenizer_config.json at `path` says; nothing if there is none."""
+    try:
+        config = json.loads(filesystem.cat_file(path))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise InvalidArgument(f"will not overwrite {path}: it holds something else than a tokenizer's settings")
+    return config
 
 
 def _put(filesystem: Any, path: str, text: str) -> None:

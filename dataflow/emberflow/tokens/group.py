@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,12 +30,14 @@ import numpy.typing as npt
 from ..errors import DatasetExists, DatasetNotFound, InvalidArgument, TokensInvalid
 from ..sources import STAGING_PREFIX, StorageOptions, open_url, protocol_of, url_of
 from .array import METADATA, ArrayLayout, ArrayWriter
+from .ranges import Seal
 
 FORMAT = "emberline-tokens"
 VERSION = 1
 VOCABULARY_SIZE_MAX = 1 << 32
 
 _OWNER = "owner"
+_READY = "ready"
 
 GroupMode = Literal["error", "overwrite"]
 
@@ -82,6 +85,8 @@ class TokenGroup:
     offsets: ArrayLayout
     checksums: tuple[str, str]
     """Of the tokens and of the offsets: SHA-256 over the CRC32C of all chunks, 4 bytes each, little-endian."""
+    seal: Seal
+    """Its zarr.json, which has the checksums in it: other tokens, another seal."""
 
     @property
     def documents(self) -> int:
@@ -104,7 +109,8 @@ def open_group(url: str, storage_options: StorageOptions | None = None) -> Token
     filesystem, path = open_url(url, storage_options or {})
     path = path.rstrip("/")
     try:
-        fields = json.loads(filesystem.cat_file(posixpath.join(path, METADATA)))
+        seal = Seal(metadata := posixpath.join(path, METADATA), filesystem.cat_file(metadata))
+        fields = json.loads(seal.held)
         attributes = fields["attributes"]
         written_as, version = attributes["format"], attributes["version"]
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -132,8 +138,9 @@ def open_group(url: str, storage_options: StorageOptions | None = None) -> Token
     except (FileNotFoundError, KeyError, TypeError) as error:
         raise TokensInvalid(f"the token shards at {url} are not whole: {error!r}") from error
     return TokenGroup(
-        url=url_of(filesystem, path), vocabulary=vocabulary, tokens=tokens, offsets=offsets, checksums=checksums
-    )
+        url=url_of(filesystem, path), vocabulary=vocabulary, tokens=tokens, offsets=offsets, checksums=checksums,
+        seal=seal,
+    )  # fmt: skip
 
 
 def write_tokens(
@@ -243,16 +250,26 @@ def writing(
     try:
         yield writer
         writer.close()
+        place.settle()
     except BaseException:
-        writer.discard()
-        place.discard()
+        try:
+            writer.discard()
+        finally:
+            place.discard()
         raise
+    # If this fails, the parts are for the next attempt to find.
     place.publish()
 
 
 class GroupPlace:
     """Where a group goes, and the hidden directory beside it where it is made: the same one for each attempt, so that
-    what a dead one left is found and taken away."""
+    what a dead one left is found, and put in place or taken away. In it
+
+        owner       whose attempt is under way
+        <owner>/    what it makes
+        old/        what it replaces, set aside
+        ready       the owner, once only the move of what it made to its place is left to do
+    """
 
     def __init__(self, url: str, mode: GroupMode, storage_options: StorageOptions | None = None) -> None:
         if mode not in ("error", "overwrite"):
@@ -266,13 +283,52 @@ class GroupPlace:
         if not name:
             raise InvalidArgument(f"token shards need a directory of their own, not the root of a store: {url!r}")
         id = hashlib.sha256(url_of(self.filesystem, self._path).encode()).hexdigest()[:12]
-        self._stage = posixpath.join(parent, f"{STAGING_PREFIX}{id}")
-        self.new = posixpath.join(self._stage, "new")
-        self._old = posixpath.join(self._stage, "old")
         self._owner = uuid.uuid4().hex
+        self._stage = posixpath.join(parent, f"{STAGING_PREFIX}{id}")
+        self.new = posixpath.join(self._stage, self._owner)
+        self._old = posixpath.join(self._stage, "old")
 
     def check(self) -> None:
-        """Refuses a target that may not be touched."""
+        """Ends what a dead attempt had begun to publish, and refuses a target that may not be touched."""
+        self._recover()
+        self._refuse()
+
+    def begin(self) -> None:
+        """Checks the target, and makes the hidden directory empty."""
+        self.check()
+        self._remove(self._stage)
+        self.filesystem.makedirs(self.new, exist_ok=True)
+        self._note(_OWNER)
+
+    def settle(self) -> None:
+        """Has the disk keep what was written. Raises `DatasetExists` if another write of the same group has begun."""
+        if self._noted(_OWNER) != self._owner:
+            raise DatasetExists(f"another write to {self.url} has begun, and took over from this one")
+        self._refuse()
+        if self._is_local:
+            sync_tree(self.new)
+
+    def publish(self) -> None:
+        """Puts the group in place: in one step where the filesystem can move a directory so, else its zarr.json last.
+        Raises `DatasetExists` if another one came there meanwhile."""
+        if self.filesystem.exists(self._path):
+            self._move(self._path, self._old, first=METADATA)
+        if self.filesystem.exists(self._path):
+            self._remove(self.new)
+            raise DatasetExists(f"another write to {self.url} came first")
+        self._note(_READY)
+        self._move(self.new, self._path, last=METADATA)
+        self._remove(self._stage)
+
+    def discard(self) -> None:
+        """Removes what was made, and the hidden directory unless it is another write's by now."""
+        self._remove(self._stage if self._noted(_OWNER) in (self._owner, "") else self.new)
+
+    @property
+    def _is_local(self) -> bool:
+        return protocol_of(self.filesystem) in ("file", "local")
+
+    def _refuse(self) -> None:
         files = self.filesystem.find(self._path)
         if not files:
             return
@@ -281,53 +337,43 @@ class GroupPlace:
         if not self.filesystem.exists(posixpath.join(self._path, METADATA)):
             raise InvalidArgument(f"will not overwrite {self.url}: it holds something else than token shards")
 
-    def begin(self) -> None:
-        """Checks the target, and makes the hidden directory empty."""
-        self._recover()
-        self.check()
-        self._clear()
-        self.filesystem.makedirs(self.new, exist_ok=True)
-        self.filesystem.pipe_file(posixpath.join(self._stage, _OWNER), self._owner.encode())
+    def _note(self, name: str) -> None:
+        self.filesystem.pipe_file(posixpath.join(self._stage, name), self._owner.encode())
 
-    def publish(self) -> None:
-        """Puts the group in place: in one step where the filesystem can move a directory so, else its zarr.json last.
-        Raises `DatasetExists` if another write of the same group has begun meanwhile."""
-        if not self._is_ours():
-            raise DatasetExists(f"another write to {self.url} has begun, and took over from this one")
-        self.check()
-        if self.filesystem.exists(self._path):
-            self._move(self._path, self._old, first=METADATA)
-        self._move(self.new, self._path, last=METADATA)
-        self._clear()
-
-    def discard(self) -> None:
-        """Removes the hidden directory, unless it is another write's by now."""
-        if self._is_ours():
-            self._clear()
-
-    def _is_ours(self) -> bool:
+    def _noted(self, name: str) -> str:
+        """Whose attempt noted that; "" for nobody's."""
         try:
-            owner: bytes = self.filesystem.cat_file(posixpath.join(self._stage, _OWNER))
+            owner: bytes = self.filesystem.cat_file(posixpath.join(self._stage, name))
         except FileNotFoundError:
-            return False
-        return owner.decode() == self._owner
+            return ""
+        return owner.decode()
 
-    def _clear(self) -> None:
-        if self.filesystem.exists(self._stage):
+    def _remove(self, path: str) -> None:
+        if self.filesystem.exists(path):
             # Not into a store's trash: nobody wants half a group back.
             for_good = {"trash": False} if protocol_of(self.filesystem) == "ember" else {}
-            self.filesystem.rm(self._stage, recursive=True, **for_good)
+            self.filesystem.rm(path, recursive=True, **for_good)
 
     def _recover(self) -> None:
-        """Puts back what an attempt that died in the middle of an overwrite had set aside."""
-        old, here = (self.filesystem.exists(posixpath.join(path, METADATA)) for path in (self._old, self._path))
-        if old and not here:
-            self._move(self._old, self._path, last=METADATA)
+        """Ends what an attempt that died had begun to publish. What was ready goes where it should; else what had been
+        set aside goes back."""
+        if self.filesystem.exists(posixpath.join(self._path, METADATA)):
+            return
+        for source in (posixpath.join(self._stage, self._noted(_READY)), self._old):
+            if self.filesystem.exists(posixpath.join(source, METADATA)):
+                self._move(source, self._path, last=METADATA)
+                self._remove(self._stage)
+                return
 
     def _move(self, source: str, target: str, *, first: str = "", last: str = "") -> None:
         """Moves all files of a directory; where that is not one step, with the one of a name before or after others."""
-        if protocol_of(self.filesystem) in ("file", "local", "ember"):
+        if self._is_local or protocol_of(self.filesystem) == "ember":
+            if self.filesystem.exists(target):
+                # It would go into that, not there.
+                raise DatasetExists(f"{target} is in the way of the token shards in {source}: remove it and try again")
             self.filesystem.mv(source, target, recursive=True)
+            if self._is_local:
+                sync(posixpath.dirname(target))
             return
         names = [name[len(source) + 1 :] for name in self.filesystem.find(source)]
         for name in sorted(names, key=lambda name: (name == last, name != first)):
@@ -336,3 +382,20 @@ class GroupPlace:
             self.filesystem.mv(posixpath.join(source, name), destination)
         if self.filesystem.exists(source):
             self.filesystem.rm(source, recursive=True)
+
+
+def sync_tree(folder: str) -> None:
+    """Has the disk keep a folder of this machine, and all in it."""
+    for inner, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(posixpath.join(inner, name))
+        sync(inner)
+
+
+def sync(path: str) -> None:
+    """Has the disk keep a file of this machine, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,9 @@
 `ember://`: one `batch_read` of the store, which checks what it returns. A local path: `preadv`. Anything else: fsspec's
 `cat_ranges`, and a copy.
 
+Whoever overwrites the files while they are read is found out by their seal, read again behind each opening (for
+`cat_ranges`, behind each batch): bytes are of the files that were asked for, or there is an error.
+
 `Files` travel to other processes as their address. A forked child forgets what its parent had open, and opens its own:
 a store's files are closed to it. Any number of threads may read.
 """
@@ -13,7 +16,10 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from emberfs.types import BATCH_ITEMS_MAX
@@ -30,6 +36,31 @@ Range = tuple[str, int, memoryview]
 _DESCRIPTORS_MAX = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """A file that is put behind the others, and taken away before them: while it holds this, they are the same ones."""
+
+    path: str
+    held: bytes
+
+    @contextmanager
+    def unbroken(self, read: Callable[[str], bytes]) -> Iterator[None]:
+        """What the block opens is of the sealed files. Raises `TokensInvalid`, whatever the block raised, if what
+        `read` gives says that they were replaced."""
+        try:
+            yield
+        finally:
+            try:
+                now = read(self.path)
+            except FileNotFoundError:
+                now = b""
+            if now != self.held:
+                raise TokensInvalid(
+                    f"the files of {self.path} were replaced or removed while they were read: open the dataset again, "
+                    "and write a new corpus to a new place"
+                )
+
+
 class RangeReader(Protocol):
     """Reads ranges of files that do not change."""
 
@@ -42,20 +73,22 @@ class RangeReader(Protocol):
 class Files:
     """The files of one filesystem, opened when they are first read."""
 
-    def __init__(self, url: str, storage_options: StorageOptions) -> None:
+    def __init__(self, url: str, storage_options: StorageOptions, seal: Seal) -> None:
         self._url = url
         self._storage_options = storage_options
+        self._seal = seal
         self._reader: RangeReader | None = None
         self._lock = threading.Lock()
         _everyone.add(self)
 
     def read(self, ranges: Sequence[Range]) -> None:
-        """Fills all views. Raises `TokensInvalid` for a file that is too short, and what the filesystem raises."""
+        """Fills all views. Raises `TokensInvalid` for a file that is too short or was replaced, and what the filesystem
+        raises."""
         reader = self._reader
         if reader is None:
             with self._lock:
                 if self._reader is None:
-                    self._reader = _reader_for(open_url(self._url, self._storage_options)[0])
+                    self._reader = _reader_for(open_url(self._url, self._storage_options)[0], self._seal)
                 reader = self._reader
         reader.read(ranges)
 
@@ -72,7 +105,7 @@ class Files:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Files, (self._url, self._storage_options)
+        return Files, (self._url, self._storage_options, self._seal)
 
 
 _everyone: weakref.WeakSet[Files] = weakref.WeakSet()
@@ -86,17 +119,18 @@ def _forget_after_fork() -> None:
 os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def _reader_for(filesystem: Any) -> RangeReader:
+def _reader_for(filesystem: Any, seal: Seal) -> RangeReader:
     protocol = protocol_of(filesystem)
     if protocol == "ember":
-        return EmberRanges(filesystem.client)
-    return LocalRanges() if protocol in ("file", "local") else FsspecRanges(filesystem)
+        return EmberRanges(filesystem.client, seal)
+    return LocalRanges(seal) if protocol in ("file", "local") else FsspecRanges(filesystem, seal)
 
 
 class LocalRanges:
-    """Files of this machine, the latest ones kept open."""
+    """Files of this machine, the latest ones kept open: what replaces them is not read in their stead."""
 
-    def __init__(self) -> None:
+    def __init__(self, seal: Seal) -> None:
+        self._seal = seal
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -123,12 +157,18 @@ class LocalRanges:
         with self._lock:
             found = self._open.get(path)
             if found is None:
-                found = self._open[path] = _Descriptor(path)
+                with self._seal.unbroken(_bytes_of):
+                    opened = _Descriptor(path)
+                found = self._open[path] = opened
                 if len(self._open) > _DESCRIPTORS_MAX:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(path)
             return found
+
+
+def _bytes_of(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 class _Descriptor:
@@ -145,8 +185,9 @@ class _Descriptor:
 class EmberRanges:
     """Files of a store. They stay open: so a file that is replaced is read on, and then an error, never the new one."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, seal: Seal) -> None:
         self._client = client
+        self._seal = seal
         self._open: dict[str, File] = {}
         self._lock = threading.Lock()
         self.close = weakref.finalize(self, _let_go, self._client, self._open, os.getpid())
@@ -166,7 +207,9 @@ class EmberRanges:
             with self._lock:
                 file = self._open.get(path)
                 if file is None:
-                    file = self._open[path] = self._client.open(path, "rb")
+                    with self._seal.unbroken(self._client.get):
+                        opened = self._client.open(path, "rb")
+                    file = self._open[path] = opened
         return file
 
 
@@ -178,18 +221,20 @@ def _let_go(client: Client, files: dict[str, File], pid: int) -> None:
 
 
 class FsspecRanges:
-    """Any other filesystem."""
+    """Any other filesystem. Nothing stays open, so the seal is read with every batch."""
 
-    def __init__(self, filesystem: Any) -> None:
+    def __init__(self, filesystem: Any, seal: Seal) -> None:
         self._filesystem = filesystem
+        self._seal = seal
 
     def read(self, ranges: Sequence[Range]) -> None:
-        found = self._filesystem.cat_ranges(
-            [path for path, _, _ in ranges],
-            [offset for _, offset, _ in ranges],
-            [offset + len(view) for _, offset, view in ranges],
-            on_error="raise",
-        )
+        with self._seal.unbroken(self._filesystem.cat_file):
+            found = self._filesystem.cat_ranges(
+                [path for path, _, _ in ranges],
+                [offset for _, offset, _ in ranges],
+                [offset + len(view) for _, offset, view in ranges],
+                on_error="raise",
+            )
         for (path, _, view), data in zip(ranges, found, strict=True):
             if len(data) != len(view):
                 raise _too_short(path)

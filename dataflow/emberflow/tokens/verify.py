@@ -25,7 +25,7 @@ def problems(
     group: TokenGroup, files: Files | None = None, advance: Callable[[int], None] = lambda tokens: None
 ) -> Iterator[str]:
     """What is wrong with the group, a sentence each. `advance` is told of tokens that were looked at."""
-    files = files or Files(group.url, {})
+    files = files or Files(group.url, {}, group.seal)
     end = 0
     for first, offsets in (chunks := _Chunks(group.offsets, files)):
         if first == 0 and offsets[0] != 0:
