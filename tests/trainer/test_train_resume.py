@@ -159,6 +159,20 @@ def test_other_data_are_refused(whole: Path, tmp_path: Path) -> None:
             Trainer(TrainConfig.of(runs.tables(texts.shards(folder, **options), whole)))  # type: ignore[arg-type]
 
 
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(url: str, whole: Path, tmp_path: Path) -> None:
+    runs.run(runs.tables(url, tmp_path), until=6)
+    (newest,) = (tmp_path / "checkpoints").glob("step-000000006.*")
+    data = max(newest.iterdir(), key=lambda file: file.stat().st_size)
+    held = bytearray(data.read_bytes())
+    held[len(held) // 2] ^= 1
+    data.write_bytes(held)
+    with Trainer(TrainConfig.of(runs.tables(url, tmp_path))) as trainer:
+        assert trainer.done == 4
+        assert "the checkpoint of step 6 is damaged, and its steps are done again" in trainer.notes
+        trainer.run()
+    assert_same(tmp_path, whole, url)
+
+
 def test_what_may_change_is_told(url: str, whole: Path) -> None:
     tables = runs.tables(url, whole, schedule={"steps": 20}, optimizer={"weight_decay": 0.05})
     with Trainer(TrainConfig.of(tables)) as trainer:

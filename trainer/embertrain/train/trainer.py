@@ -160,14 +160,16 @@ class Trainer:
             self._save(wait=True)  # From here on this run is what is gone on from.
             return
         told: dict[str, Any] = {"trainer": {"step": 0, "run": asdict(self._run())}}
-        self.checkpoints.load(told, latest, partial=True)
+        newest, latest = latest, self.checkpoints.load(told, latest, partial=True, fallback=True)
         self.notes += compare(Run(**told["trainer"]["run"]), self._run())
         if self.origin is not None:
             told = {"trainer": {"origin": asdict(self.origin)}}
             self.checkpoints.load(told, latest, partial=True)
             check_origin(Origin(**told["trainer"]["origin"]), self.origin)
         state = self.state()
-        self.checkpoints.load(state, latest)
+        latest = self.checkpoints.load(state, latest, fallback=True)
+        if latest != newest:
+            self.notes.append(f"the checkpoint of step {newest} is damaged, and its steps are done again")
         options = StateDictOptions(strict=self.origin is None)
         set_model_state_dict(self.model, state["model"], options=options)
         self._load_optimizers(state["optimizer"])
