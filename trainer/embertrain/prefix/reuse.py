@@ -1,8 +1,9 @@
 """Prefix reuse as an engine sees it: a sequence is filled as far as there are pages of its prompt, and leaves its own.
 
 Invariants: no call raises what befalls the service or the store, or begins to read rows when the time that was set is
-up; what fails is a miss, and is computed. Rows that are not finite are kept for nobody. In batch-invariant mode pages of a prompt are kept, each of which was computed in one
-piece; those of an answer, token by token, would have other bits than a prompt of the same tokens.
+up; what fails is a miss, and is computed. Rows that are not finite are kept for nobody. In batch-invariant mode pages
+of a prompt are kept, each of which was computed in one piece; those of an answer, token by token, would have other
+bits than a prompt of the same tokens.
 """
 
 from __future__ import annotations
