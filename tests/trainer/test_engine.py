@@ -149,3 +149,16 @@ def test_a_nan_ends_the_request_that_has_it() -> None:
         engine.step()
     assert bad.finish == "not finite" and len(good.new_ids) == 1
     assert list(engine.stream(good)) == good.new_ids and good.finish == "length"
+
+
+def test_engines_of_one_model_run_in_their_own_mode() -> None:
+    model = Model(preset("micro-v3"), mtp=False)
+    oracle.randomise(model, 1)
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: modes.append(model.apart))
+    engines = [Engine(model, config=EngineConfig(batch_invariant=on)) for on in (True, False)]
+    for engine in engines:
+        engine.submit([1, 2, 3], max_new_tokens=2)
+    for engine in engines * 2:
+        engine.step()
+    assert modes == [True, False] * 2

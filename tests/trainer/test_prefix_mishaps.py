@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import emberfs
 import emberkv
@@ -16,7 +17,10 @@ import torch
 from emberkv.operator import Operator
 from emberkv.page import places_of
 from embertrain.engine import Sampling
-from embertrain.prefix import Prefixes
+from embertrain.errors import NotFinite
+from embertrain.model.model import Model
+from embertrain.model.presets import preset
+from embertrain.prefix import Prefixes, reading
 from torch import Tensor
 
 from . import oracle
@@ -135,6 +139,25 @@ def test_a_page_that_goes_between_match_and_read_is_a_miss(
     assert stored.cached(monkeypatch, cold) == PAGES
 
 
+@pytest.mark.parametrize(("windows", "left"), [("full", 3), ("periodic:256", 2)])
+def test_reads_of_a_hit_have_one_deadline_together(
+    service: Service, windows: str, left: int, monkeypatch: pytest.MonkeyPatch, cold: Tensor
+) -> None:
+    stored = Stored(service, Prefixes(service.address, windows=windows, salt=f"slow {windows}"), monkeypatch)
+    read, clock = emberkv.KVCache.get_into, SimpleNamespace(now_s=0.0)
+
+    def get_into(cache: emberkv.KVCache, hit: emberkv.Hit, buffers: list[memoryview], **how: object) -> list[bool]:
+        clock.now_s += 0.4 * stored.prefixes.timeout_s * (how["kind"] == "rows")
+        return read(cache, hit, buffers, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emberkv.KVCache, "get_into", get_into)
+        patch.setattr(reading, "READ_BYTES", 1)  # a page a read
+        patch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+        assert stored.cached(monkeypatch, cold) == left
+    assert stored.cached(monkeypatch, cold) == PAGES
+
+
 def test_a_service_that_is_not_there_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, cold: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,3 +204,23 @@ def test_a_replay_sees_nothing_of_who_had_its_place_before(
             engine.cache.pool(layer, row.kind).fill_(torch.nan)
     (request,), (got,) = answers(engine, [PROMPT], monkeypatch)
     assert request.cached_tokens == PAGES * 128 and torch.equal(got, cold)
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_rows_that_are_not_finite_are_kept_for_nobody(service: Service, invariant: bool) -> None:
+    """They come in the middle of a prompt, whose chunks have no logits: the pages before them are good."""
+    model = Model(preset("micro"), mtp=False)
+    oracle.randomise(model, 11)
+    prompt = [token % 255 for token in PROMPT]
+    prompt[3 * 128 + 5] = 255
+    with torch.no_grad():
+        model.embed.weight[255] = torch.nan
+    prefixes = Prefixes(service.address, revision="nan", salt=f"not finite {invariant}")
+    for pages in (0, 3):
+        engine = engine_of(model, prefixes, invariant=invariant, step_tokens=256)
+        request = engine.submit(prompt, max_new_tokens=1)
+        with pytest.raises(NotFinite):
+            while not engine.idle:
+                engine.step()
+        engine.close()
+        assert request.cached_tokens == pages * 128

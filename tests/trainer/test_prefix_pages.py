@@ -6,6 +6,7 @@ Run: pytest tests/trainer/test_prefix_pages.py.
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from embertrain.cache.spec import PAGE_TOKENS, CacheSpec
 from embertrain.lora import LoraConfig, attach
 from embertrain.model.batch import Batch
 from embertrain.model.model import Model
+from embertrain.prefix import numerics as numerics_module
 from embertrain.prefix.layout import Layout
 from embertrain.prefix.numerics import fingerprint, numerics
 from embertrain.prefix.trail import Trail
@@ -137,3 +139,22 @@ def test_the_tag_of_invariant_bits_says_what_they_depend_on() -> None:
     assert numerics(cpu, batch_invariant=False) == "free"
     tag = numerics(cpu, batch_invariant=True)
     assert torch.__version__ in tag and f"threads {torch.get_num_threads()}" in tag and tag.isprintable()
+
+
+def test_the_tag_of_invariant_bits_tells_processors_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def tag(cpuinfo: str | None) -> str:
+        path = tmp_path / "cpuinfo"
+        path.unlink(missing_ok=True)
+        if cpuinfo is not None:
+            path.write_text(cpuinfo)
+        monkeypatch.setattr(numerics_module, "CPUINFO", path)
+        return numerics(torch.device("cpu"), batch_invariant=True)
+
+    one = "processor\t: 0\nmodel name\t: A\ncpu MHz\t\t: 2000\nflags\t\t: avx2 avx512f\n"
+    same = one + one.replace(": 0", ": 1").replace("2000", "1800")
+    others = [one.replace("model name\t: A", "model name\t: B"), one.replace("avx512f", "avx512f amx_bf16"), None]
+    assert tag(one) == tag(same)
+    assert len({tag(each) for each in (one, *others)}) == 4
+    before = tag(one)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert tag(one) != before

@@ -71,7 +71,6 @@ class Engine:
     def __init__(self, model: Model, *, config: EngineConfig | None = None, prefixes: Prefixes | None = None) -> None:
         """With `prefixes` it is to be closed. Raises ConfigError, and what `Prefixes.open` does."""
         self.model, self.config = model, config or EngineConfig()
-        model.batch_invariant(self.config.batch_invariant)
         weight = model.embed.weight
         self.device = weight.device
         self.cache = Cache(
@@ -156,6 +155,8 @@ class Engine:
             if run.end == run.request.count:
                 ready.append((at - 1, run.request))
         batch = Batch.of(spans, logits=[row for row, _ in ready], device=self.device)
+        if self.model.apart != self.config.batch_invariant:  # It is new, or another engine's, too.
+            self.model.batch_invariant(self.config.batch_invariant)
         with torch.no_grad():
             ids_T = torch.tensor(ids, device=self.device)
             logits = self.model(ids_T, batch, self.cache, checked=True).logits

@@ -2,14 +2,16 @@
 
 Rows of other weights, another dtype or another layout are another model's. So are those of other code: whoever changes
 what a row's bits are adds one to REVISION. In batch-invariant mode a hit promises the bits of a cold run, and pages are
-shared by what has the same bits only: the tag says which torch, device and loops in C there are, and how many threads.
-Without it rows agree to 2e-5 anyway, and the tag leaves all that out.
+shared by what has the same bits only: the tag says which torch, processor or device and loops in C there are, and how
+many threads. Without it rows agree to 2e-5 anyway, and the tag leaves all that out.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+from pathlib import Path
 
 import torch
 from emberkv import Kind, Namespace
@@ -22,6 +24,18 @@ from .layout import Layout
 
 REVISION = 1
 """Of the code that makes rows, and of how they lie in a page."""
+CPUINFO = Path("/proc/cpuinfo")
+CPU_FIELDS = {
+    *("vendor_id", "cpu family", "model", "model name", "stepping", "flags"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features"),
+}
+"""Of x86 and of Arm; the others are of the moment (MHz) or of one core."""
+DISPATCH_VARIABLES = (
+    *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS"),
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+    *("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE"),
+)
+"""By which oneDNN and MKL are told to choose other loops."""
 
 
 def namespace_of(
@@ -49,9 +63,20 @@ def numerics(device: torch.device, batch_invariant: bool) -> str:
         return "free"
     if device.type == "cpu":
         loops = "loops" if native is not None else "plain"
-        where = (
-            f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {loops} threads {torch.get_num_threads()}"
-        )
+        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        where = f"{platform.machine()} {capability} {_processor()} {loops} threads {threads}"
     else:
         where = f"{device.type} {torch.get_device_module(device).get_device_name(device)}"
     return f"invariant torch {torch.__version__} {where}"
+
+
+def _processor() -> str:
+    """A digest of what oneDNN and MKL choose their loops by: they tell more processors apart than ATen does."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        facts = {platform.processor()}
+    else:
+        facts = {line for line in lines if line.partition(":")[0].strip() in CPU_FIELDS}
+    told = [(name, os.environ[name]) for name in DISPATCH_VARIABLES if name in os.environ]
+    return hashlib.sha256(repr((sorted(facts), told)).encode()).hexdigest()[:12]

@@ -1,8 +1,9 @@
 """Pages of a hit into a sequence of the cache.
 
 Bytes go from the storage server into memory that is used again for every read (shared with it, where it is on this
-host), and from there into the cache's pools. A page that is damaged, or went since the match, ends the prefix there;
-of states that can't be read those before are tried. Nothing here is an error of the caller's.
+host), and from there into the cache's pools. A page that is damaged, or went since the match, or that there is no time
+for, ends the prefix there; of states that can't be read those before are tried. Nothing here is an error of the
+caller's.
 
 Invariant: the sequence has whole pages that were read and checked, and, where the layout has states, those of its end;
 or it has nothing.
@@ -38,16 +39,20 @@ class Reader:
         self._memory: dict[str, tuple[KVCache, memoryview]] = {}
 
     def fill(self, kv: KVCache, hit: Hit, cache: Cache, sequence: int) -> int:
-        """Pages that the empty sequence has now, of those of the hit. Raises EmberError, the sequence then in parts."""
+        """Pages that the empty sequence has now, of those of the hit. Raises EmberError, the sequence then in parts.
+
+        After `timeout_s` no read is begun, but for one of the states that pages which are there cannot do without.
+        """
+        until_s = time.monotonic() + self._timeout_s
         wanted, there = hit.pages, None
         for _ in range(STATES_TRIED):
             states = None
             if self._keeps_states:
-                wanted, states = self._states(kv, hit, wanted)
+                wanted, states = self._states(kv, hit, wanted, until_s)
             if not wanted:
                 break
             if there is None:
-                there = self._rows(kv, hit, wanted, cache, sequence)
+                there = self._rows(kv, hit, wanted, cache, sequence, until_s)
             if there >= wanted:
                 if states is not None:
                     end = wanted * PAGE_TOKENS
@@ -57,7 +62,7 @@ class Reader:
         cache.truncate(sequence, 0)
         return 0
 
-    def _states(self, kv: KVCache, hit: Hit, pages: int) -> tuple[int, Tensor | None]:
+    def _states(self, kv: KVCache, hit: Hit, pages: int, until_s: float) -> tuple[int, Tensor | None]:
         """(the most pages at whose end there are states, and they); 0 if there are none."""
         tried = 0
         for page in reversed(range(pages)):
@@ -67,16 +72,18 @@ class Reader:
             if self._read(kv, hit, [memory], page, "states") == [True]:
                 return page + 1, torch.frombuffer(memory, dtype=torch.uint8)
             tried += 1
-            if tried == STATES_TRIED:
+            if tried == STATES_TRIED or time.monotonic() >= until_s:
                 break
         return 0, None
 
-    def _rows(self, kv: KVCache, hit: Hit, pages: int, cache: Cache, sequence: int) -> int:
+    def _rows(self, kv: KVCache, hit: Hit, pages: int, cache: Cache, sequence: int, until_s: float) -> int:
         """How many of the first pages the sequence has now."""
         size = self._layout.rows_bytes
         most = min(pages, max(1, READ_BYTES // size))
         memory = self._buffer(kv, "rows", most * size)
         for first in range(0, pages, most):
+            if time.monotonic() >= until_s:
+                return first
             count = min(most, pages - first)
             views = [memory[at * size : (at + 1) * size] for at in range(count)]
             done = self._read(kv, hit, views, first, "rows")

@@ -1,8 +1,9 @@
 """Prefix reuse as an engine sees it: a sequence is filled as far as there are pages of its prompt, and leaves its own.
 
-Invariants: no call raises what befalls the service or the store, or waits longer than the time that was set; what
-fails is a miss, and is computed. In batch-invariant mode pages of a prompt are kept, each of which was computed in one
-piece; those of an answer, token by token, would have other bits than a prompt of the same tokens.
+Invariants: no call raises what befalls the service or the store, or begins to read rows when the time that was set is
+up; what fails is a miss, and is computed. Rows that are not finite are kept for nobody. In batch-invariant mode pages
+of a prompt are kept, each of which was computed in one piece; those of an answer, token by token, would have other
+bits than a prompt of the same tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from emberkv import Hit, KVCache, Namespace
 from emberkv.adapters.door import Door
 from emberkv.keys import ROOT, page_keys
@@ -120,8 +120,8 @@ class Reuse:
             return
         first = min(trail.stored, pages)
         rows = cache.export(sequence, first * PAGE_TOKENS, end)
-        if not all(bool(torch.isfinite(held).all()) for held in rows.values()):
-            trail.is_broken = True  # Others would go on from it, and end as this one will.
+        if not all(bool(each.isfinite().all()) for each in rows.values()):
+            trail.is_broken = True  # Whoever began behind such rows would end "not finite", too.
             return
         if pages > first:
             tokens = tuple(ids(first * PAGE_TOKENS, end))

@@ -35,7 +35,7 @@ class Trail:
     unstored: list[tuple[int, Tensor]] = field(default_factory=list)
     """The states of the last page of an answer so far, if it turns out to be the last one: (pages, payload)."""
     is_broken: bool = False
-    """A page was not taken: what comes after it, nobody would find."""
+    """A page was not taken, or is not finite: nothing that comes after it is kept."""
 
     def replays(self, tokens: int) -> bool:
         """Whether so many tokens of it are only there to have their windows."""
