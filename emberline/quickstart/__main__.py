@@ -30,7 +30,7 @@ from .corpus import MB, CorpusReport, QuickstartError
 from .model import ModelReport
 
 _DEFAULT_STORE = "ember://./quickstart-store"
-_STEPS = 64
+_STEPS = 54
 
 
 @click.command()
