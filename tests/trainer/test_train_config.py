@@ -38,11 +38,13 @@ from . import runs
         ("metrics.folder", "'metrics.folder' is not KEY=VALUE"),
         ("model.config=x.json", "say either preset or config"),
         ("parallel.fsdp=0", "fsdp is 1 or more"),
+        ("losses.index_weight=0", "index_dense_steps are for indexers that learn"),
+        ("lora.rank=8", "lora: indexers are not taught: leave out losses.index_dense_steps"),
     ],
 )
 def test_a_mistake_is_told_by_its_key(tmp_path: Path, line: str, told: str) -> None:
     file = tmp_path / "run.toml"
-    file.write_text(_toml(runs.tables("x")))
+    file.write_text(_toml(runs.tables("x", model={"weights": "y"}, losses={"index_dense_steps": 1})))
     TrainConfig.read(file)
     with pytest.raises(ConfigError, match=told):
         TrainConfig.read(file, [line])

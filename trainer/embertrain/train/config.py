@@ -228,6 +228,9 @@ class TrainConfig:
             _need(self.model.weights is not None, "lora: adapters stand beside weights: say model.weights")
             shared = self.parallel.fsdp > 1 or self.parallel.ep > 1
             _need(not shared, "lora: adapters are trained on copies of the model (parallel.dp), not with fsdp or ep")
+            _need(
+                not self.losses.index_dense_steps, "lora: indexers are not taught: leave out losses.index_dense_steps"
+            )
 
     def settled(self) -> TrainConfig:
         """What a run does: with adapters it moves no bias of a router, and teaches no indexer."""
