@@ -91,6 +91,42 @@ def test_a_kill_during_a_checkpoint(url: str, whole: Path, tmp_path: Path) -> No
     assert_same(tmp_path, whole, url)
 
 
+@pytest.mark.parametrize(("at", "steps"), [(2, [4]), (4, [2, 4])], ids=["an interval", "the end"])
+def test_a_failed_save_in_the_background_is_made_up_for(
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    at: int,
+    steps: list[int],
+) -> None:
+    publish, failed = Catalog.publish, []
+
+    def fails_once(self: Catalog, folder: str, *args: Any) -> None:
+        if folder.startswith(f"step-{at:09d}") and not failed:
+            failed.append(folder)
+            raise OSError("no space")
+        publish(self, folder, *args)
+
+    monkeypatch.setattr(Catalog, "publish", fails_once)
+    with Trainer(TrainConfig.of(runs.tables(url, tmp_path))) as trainer:
+        report = trainer.run(until=4)
+        assert trainer.checkpoints is not None and trainer.checkpoints.steps() == steps
+    assert (report.step, report.saved_step) == (4, 4)
+    assert f"step {at} could not be saved (no space): saving step 4 now" in caplog.text
+
+
+def test_saves_that_go_on_failing_end_the_run(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(Catalog, "publish", fails)
+    with Trainer(TrainConfig.of(runs.tables(url, tmp_path))) as trainer:
+        with pytest.raises(OSError, match="no space"):
+            trainer.run()
+        assert (trainer.done, trainer.saved) == (4, None), "the next save is waited for"
+
+
 def interrupt(tables: dict[str, Any], at: int) -> None:
     """A run that gets SIGTERM in the middle of step `at`."""
     step = Stepper.step

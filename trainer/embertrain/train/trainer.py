@@ -117,7 +117,9 @@ class Trainer:
             None if section.url is None else Checkpoints(section.url, keep=section.keep, config=self.shape)
         )
         self.saved: int | None = None
-        """The step of the last checkpoint."""
+        """The step of the last checkpoint that is published."""
+        self._saving: int | None = None
+        """The step that is being saved."""
         self._resume(fresh, force)
 
     # ---- state
@@ -186,19 +188,30 @@ class Trainer:
             group.update(kept)
 
     def _save(self, *, wait: bool = False) -> None:
-        if self.checkpoints is None or self.saved == self.done:
+        """Raises what the save of this step raises; an earlier one that failed makes this one waited for."""
+        if self.checkpoints is None:
             return
-        try:
-            self.checkpoints.wait()
-        except Exception as error:
-            # The save before this one. What it would have held is held by this one, which is waited for.
-            log.warning("a checkpoint could not be saved (%s): saving step %d now", error, self.done)
-            wait = True
+        wait = not self._settle(self.checkpoints) or wait
+        if self.saved == self.done:
+            return
         if wait or not self.config.checkpoint.asynchronous:
             self.checkpoints.save(self.done, self.state())
+            self.saved = self.done
         else:
             self.checkpoints.save_async(self.done, self.state())
-        self.saved = self.done
+            self._saving = self.done
+
+    def _settle(self, checkpoints: Checkpoints) -> bool:
+        """Waits for the save under way; whether none failed. All ranks hear of a failure."""
+        saving, self._saving = self._saving, None
+        try:
+            checkpoints.wait()
+        except Exception as error:
+            log.warning("step %s could not be saved (%s): saving step %d now", saving, error, self.done)
+            return False
+        if saving is not None:
+            self.saved = saving
+        return True
 
     # ---- the loop
 
@@ -235,9 +248,7 @@ class Trainer:
                 if self.done % self.config.checkpoint.every_steps == 0:
                     with told.timed("checkpoint"):
                         self._save()
-            if self.checkpoints is not None:
-                self._save(wait=True)
-                self.checkpoints.wait()
+            self._save(wait=True)
             stopped = stepped is not None and stepped.stopped
             number = int(signals.asked or 0) if stopped else None
         return Report(self.done, stepped.loss if stepped else None, number, self.saved)
