@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from embertrain.checkpoint import Checkpoints
 from embertrain.parallel import Mesh
 from embertrain.train import TrainConfig, Trainer
 
@@ -44,3 +46,21 @@ def test_two_ranks_are_one(url: str, tmp_path: Path, parallel: dict[str, int]) -
     with Trainer(TrainConfig.of(runs.tables(url, shared, **tables))) as trainer:
         assert trainer.done == STEPS
         assert any("ranks were 2 and are 1" in note for note in trainer.notes)
+
+
+def go_on_blind(tables: dict[str, Any]) -> tuple[int, int]:
+    """The steps done before and after one more, where the file system of rank 1 does not list the checkpoints yet."""
+    if dist.get_rank() == 1:
+        Checkpoints.latest = lambda self: None  # type: ignore[method-assign]
+    config = TrainConfig.of(tables)
+    with Trainer(config, mesh=Mesh(config.parallel, torch.device("cpu"))) as trainer:
+        begun = trainer.done
+        trainer.run(until=begun + 1)
+        return begun, trainer.done
+
+
+def test_ranks_go_on_from_what_the_first_finds(url: str, tmp_path: Path) -> None:
+    work(runs.tables(url, tmp_path), 2)
+    # The weights it began with are not looked for again.
+    tables = runs.tables(url, tmp_path, parallel={"dp": 2}, model={"weights": str(tmp_path / "gone")})
+    assert ranks.ranks(2, go_on_blind, tmp_path / "ranks", tables) == [(2, 3), (2, 3)]

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from .. import info, lora
 from ..checkpoint import Checkpoints
+from ..checkpoint.ranks import Ranks
 from ..errors import ConfigError, DataError, ResumeError, VocabularyError
 from ..model.config import ModelConfig
 from ..model.model import Model
@@ -150,7 +151,7 @@ class Trainer:
     def _resume(self, fresh: bool, force: bool) -> None:
         if self.checkpoints is None:
             return
-        latest = self.checkpoints.latest()
+        latest = _latest(self.checkpoints)
         if latest is None:
             return
         if fresh and not force:
@@ -370,9 +371,18 @@ def _begun_with(config: TrainConfig, fresh: bool) -> str | None:
     if config.model.weights is None or config.lora is not None or fresh or own is None:
         return config.model.weights
     with Checkpoints(own) as checkpoints:
-        if checkpoints.latest() is None:
+        if _latest(checkpoints) is None:
             return config.model.weights
     return None if config.model.is_shaped else own
+
+
+def _latest(checkpoints: Checkpoints) -> int | None:
+    """The step that rank 0 finds: ranks that each looked might not see the same, and wait for each other for ever."""
+    ranks = Ranks()
+    try:
+        return ranks.told(checkpoints.latest)
+    finally:
+        ranks.close()
 
 
 def _shape(config: TrainConfig, base: Base | None) -> ModelConfig:
