@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from embertrain.kernels.products import linear
 from embertrain.model.batch import Batch
 from embertrain.model.config import Mixture
-from embertrain.model.dispatch import LocalDispatcher
 from embertrain.model.experts import Experts
+from embertrain.model.moe import mix
 from embertrain.model.router import Routing
 from torch import Tensor, nn
 
@@ -119,9 +119,7 @@ class Sides:
         # Scores are there for their shape: the number of experts.
         scores_TE = torch.empty(0, self.shape.experts)
         routing = Routing(self.chosen_TK, self.weights_TK, scores_TE, self.chosen_TK, self.batch)
-        dispatcher = LocalDispatcher()
-        sent = dispatcher.dispatch(self.x_TH, routing)
-        return dispatcher.combine(self.experts(sent.rows_RH, sent.counts), routing, sent)
+        return mix(self.x_TH, routing, self.experts)
 
     def _reference(self) -> Tensor:
         """In fp32, an expert at a time."""

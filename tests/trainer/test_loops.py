@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -69,15 +71,24 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
     assert float((ours.double() - theirs.double()).abs().max()) <= CLOSE[ours.dtype] * max(most, 1e-6)
 
 
+@contextlib.contextmanager
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 TYPES = pytest.mark.parametrize("dtype", list(CLOSE), ids=["fp32", "bf16"])
 
 
 @TYPES
 def test_products_of_any_few_rows(dtype: torch.dtype) -> None:
-    for rows, (inner, out) in itertools.product((1, 2, 3, 4, 5, 8, 9, 16), ((32, 1), (64, 7), (512, 33))):
+    for rows, (inner, out) in itertools.product((1, 2, 3, 4, 5, 8, 9, 16, 33), ((32, 1), (64, 7), (512, 33))):
         x = random_of(rows, rows, inner, dtype=dtype)
         weight = random_of(inner, out, inner, dtype=dtype)
-        assert kernels.loops_for_few(x, weight)
+        assert kernels.loops_for_few(x, weight) or rows > kernels.FEW
         assert_close(kernels.product(x, weight), (x.double() @ weight.double().t()).to(dtype))
 
 
@@ -93,17 +104,15 @@ def test_products_by_group_of_strided_rows(dtype: torch.dtype) -> None:
 def test_the_number_of_threads_does_not_show(dtype: torch.dtype) -> None:
     x, weight = random_of(1, 7, 512, dtype=dtype), random_of(2, 1024, 512, dtype=dtype)
     alone = kernels.product(x, weight)
-    torch.set_num_threads(2)
-    try:
+    with two_threads():
         together = kernels.product(x, weight)
-    finally:
-        torch.set_num_threads(1)
     assert torch.equal(alone, together)
 
 
 def test_what_the_loops_cannot_take_is_left_to_torch() -> None:
     weight = random_of(1, 8, 64)
     assert not kernels.loops_for_few(random_of(2, kernels.FEW + 1, 64), weight)
+    assert not kernels.loops_for_experts(random_of(2, library.FEW_MORE + 1, 64), weight[:4, None], 4)
     assert not kernels.loops_for_few(random_of(2, 2, 48), random_of(1, 8, 48))
     assert not kernels.loops_for_few(random_of(2, 2, 64, dtype=torch.float64), weight.double())
     assert not kernels.loops_for_few(random_of(2, 2, 64, dtype=torch.bfloat16), weight)
@@ -152,6 +161,24 @@ def test_attention_over_one_pool_and_two(dtype: torch.dtype, heads: int) -> None
         assert torch.equal(alone, got[:1]), "a query's bits depend on the queries beside it"
 
 
+@pytest.mark.parametrize("heads", [2, 9])
+def test_long_contexts_are_summed_in_pieces(heads: int) -> None:
+    pool, rng = random_of(1, 200, 64), random.Random(heads)
+    slots = torch.tensor([[rng.randrange(200) for _ in range(9000)] for _ in range(2)])
+    slots[0, 4000:8500] = -1  # Nothing of the second piece,
+    slots[1, :5000] = -1  # of the first,
+    slots[:, 8999] = -1
+    extra, more = random_of(2, 50, 64), torch.full((2, 4), -1)  # or of the other pool is seen.
+    q, sink = random_of(3, 2, heads, 64), random_of(4, heads)
+    options: dict[str, Any] = {"scale": 0.1, "value_width": 32, "sink_H": sink}
+    got = kernels.attend(q, (pool, slots), (extra, more), **options)
+    expected, _ = torch_attend.attend(q.double(), pool.double(), slots, **options)
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())  # Thousands of sums.
+    with two_threads():
+        alone = kernels.attend(q[1:], (pool, slots[1:]), None, **options)
+    assert torch.equal(alone, got[1:]), "a query's bits depend on threads or on the queries beside it"
+
+
 def test_a_softmax_of_extreme_scores_is_exact() -> None:
     pool = torch.zeros(4, 32)
     pool[:, 0] = torch.tensor([0.0, -200.0, 90.0, 90.0])
@@ -174,7 +201,7 @@ def test_experts_of_few_tokens(dtype: torch.dtype, limit: float | None, referenc
     experts.w13.copy_(random_of(1, *experts.w13.shape) / 8)
     experts.w2.copy_(random_of(2, *experts.w2.shape) / 8)
     experts.to(dtype)
-    for tokens in (1, 2, 9, 16):
+    for tokens in (1, 2, 9, 50):
         x = random_of(tokens, tokens, 64, dtype=dtype)
         chosen = random_of(tokens + 1, tokens, 8).argsort(-1)[:, :3]
         chosen[0, 1] = -1

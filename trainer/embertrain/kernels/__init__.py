@@ -2,7 +2,7 @@
 
 from .few import attend, experts, norm, product, product_by_group, route, swiglu
 from .hyper import expand, hyper_begin, hyper_mix
-from .library import FEW, loops, loops_for_few, native
+from .library import FEW, loops, loops_for_experts, loops_for_few, native
 
 __all__ = [
     "FEW",
@@ -12,6 +12,7 @@ __all__ = [
     "hyper_begin",
     "hyper_mix",
     "loops",
+    "loops_for_experts",
     "loops_for_few",
     "native",
     "norm",

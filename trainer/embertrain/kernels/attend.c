@@ -1,9 +1,13 @@
 // The core of attention for one query of each of some sequences: heads over rows that are key and value at once, named by
 // their places in two pools, in one softmax with a sink (`model/attend.py`). Nothing is gathered or copied first.
+//
+// Rows are read once, a few at a time, for all heads of a thread: scores, then their share of the sum, rescaled when a score
+// exceeds all before (Milakov and Gimelshein 2018). Long contexts are cut into pieces of a fixed length, so that threads may
+// share one query, and sums of pieces are joined in their order.
 
 #include "few.h"
 
-enum { HEADS = 4 }; // of one query at once
+enum { HEADS = 4, ROWS = 16, PIECE = 4096 }; // heads and rows at once; rows that are summed up by one thread
 
 struct rows {
     const void *pool;
@@ -18,26 +22,37 @@ struct attention {
     const float *sink; // [heads], or NULL
     long queries, heads, width, value_width;
     float scale;
+    long pieces; // of a query
+    float *sums; // [queries, pieces, heads, value_width + 2]: weighted sum, sum of weights, greatest score; of several pieces
 };
 
-INLINE void dots(const float *q, int heads, const void *row, long width, float scale, float *scores, long step, int type)
+// Scores of two rows, each read number after number, by some heads: more than one row to keep the multipliers busy.
+INLINE void dots(const float *q, int heads, const void *const *rows, long width, float scale, float *scores, int type)
 {
-    vec total[HEADS][2];
+    vec total[2][HEADS];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
-        total[h][0] = total[h][1] = (vec){0};
+        total[0][h] = total[1][h] = (vec){0};
     for (long d = 0; d < width; d += 2 * LANES) {
-        vec even, odd;
-        load_pair(row, d, type, &even, &odd);
+        vec even[2], odd[2];
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+            load_pair(rows[r], d, type, &even[r], &odd[r]);
 #pragma GCC unroll 4
         for (int h = 0; h < heads; h++) {
-            total[h][0] += even * load(q, h * width + d, FP32);
-            total[h][1] += odd * load(q, h * width + d + LANES, FP32);
+            vec a = load(q, h * width + d, FP32), b = load(q, h * width + d + LANES, FP32);
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; r++) {
+                total[r][h] += even[r] * a;
+                total[r][h] += odd[r] * b;
+            }
         }
     }
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
-        scores[h * step] = sum(total[h][0] + total[h][1]) * scale;
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+            scores[h * ROWS + r] = sum(total[r][h]) * scale;
 }
 
 // exp(x) for x <= 0 to 2 in the last place or so, 0 below -87: 2^n times a polynomial. (Cephes; Moshier 1989)
@@ -59,101 +74,201 @@ INLINE vec exponential(vec x)
     return (vec)((bits)(y * (vec)((k + 127) << 23)) & ~tiny);
 }
 
-// Scores to weights that sum to one with the sink's; `count` is padded with -inf to a multiple of LANES.
-INLINE void softmax(float *scores, long count, const float *sink)
+// The state of a head: a weighted sum of rows as they are `spread`, the sum of the weights, and the greatest score.
+struct head {
+    float *sum, *total, *most;
+};
+
+INLINE struct head head_of(float *sums, long head, long value_width)
 {
-    float most = sink ? *sink : -INFINITY, total = 0.0f;
+    float *sum = sums + head * (value_width + 2);
+    return (struct head){sum, sum + value_width, sum + value_width + 1};
+}
+
+INLINE void scaled(float *x, float by, long count)
+{
+    for (long i = 0; i < count; i += LANES)
+        store(x, i, load(x, i, FP32) * by, FP32);
+}
+
+// Scores to weights beside the greatest score so far, which may have grown: what was summed up before is scaled down.
+INLINE void weigh(float *scores, long count, struct head head, long value_width)
+{
+    float most = *head.most;
     for (long i = 0; i < count; i++)
         most = fmaxf(most, scores[i]);
+    if (most > *head.most) {
+        float by = expf(*head.most - most);
+        scaled(head.sum, by, value_width);
+        *head.total *= by;
+        *head.most = most;
+    }
+    for (long i = count; i < ROWS; i++)
+        scores[i] = -INFINITY;
     vec sums = {0};
-    for (long i = 0; i < count; i += LANES) {
+    for (long i = 0; i < ROWS; i += LANES) {
         vec e = exponential(load(scores, i, FP32) - most);
         sums += e;
         store(scores, i, e, FP32);
     }
-    total = sum(sums) + (sink ? expf(*sink - most) : 0.0f);
-    for (long i = 0; i < count; i += LANES)
-        store(scores, i, load(scores, i, FP32) / total, FP32);
+    *head.total += sum(sums);
 }
 
-// The weighted sum of rows, twice LANES columns of it.
-INLINE void columns(const void *const *rows, const float *weights, long step, long count, int heads, long d, void *out,
-                    long out_step, int type)
+// Rows times their weights are added to the sums of some heads.
+INLINE void add(const void *const *rows, const float *weights, long count, int heads, float *sums, long value_width, int type)
 {
-    vec even[HEADS], odd[HEADS];
-#pragma GCC unroll 4
-    for (int h = 0; h < heads; h++)
-        even[h] = odd[h] = (vec){0};
-    for (long i = 0; i < count; i++) {
-        if (rows[i] == NULL)
-            continue;
-        vec a, b;
-        load_pair(rows[i], d, type, &a, &b);
+    for (long d = 0; d < value_width; d += 2 * LANES) {
+        vec even[HEADS], odd[HEADS];
 #pragma GCC unroll 4
         for (int h = 0; h < heads; h++) {
-            even[h] += a * weights[h * step + i];
-            odd[h] += b * weights[h * step + i];
+            even[h] = load(sums, h * (value_width + 2) + d, FP32);
+            odd[h] = load(sums, h * (value_width + 2) + d + LANES, FP32);
+        }
+        for (long i = 0; i < count; i++) {
+            vec a, b;
+            load_pair(rows[i], d, type, &a, &b);
+#pragma GCC unroll 4
+            for (int h = 0; h < heads; h++) {
+                even[h] += a * weights[h * ROWS + i];
+                odd[h] += b * weights[h * ROWS + i];
+            }
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            store(sums, h * (value_width + 2) + d, even[h], FP32);
+            store(sums, h * (value_width + 2) + d + LANES, odd[h], FP32);
         }
     }
-#pragma GCC unroll 4
-    for (int h = 0; h < heads; h++)
-        store_pair(out, h * out_step + d, even[h], odd[h], type);
 }
 
-INLINE void some_heads(const struct attention *a, long query, long head, int heads, int type)
+INLINE void some_heads(const struct attention *a, const float *q, const void *const *rows, long count, int heads, float *sums,
+                       int type)
 {
-    long count = a->near.count + a->far.count, step = (count + LANES - 1) / LANES * LANES;
-    float *q = scratch((size_t)(HEADS * (a->width + step) + 2 * count + LANES));
-    float *scores = q + HEADS * a->width;
-    const void **rows = (const void **)(scores + HEADS * step);
-    for (long i = 0; i < count; i++) {
-        const struct rows *from = i < a->near.count ? &a->near : &a->far;
-        long long slot = from->slots[query * from->count + (i < a->near.count ? i : i - a->near.count)];
-        rows[i] = slot < 0 ? NULL : at(from->pool, slot * a->width, type);
-    }
-    for (int h = 0; h < heads; h++) {
-        spread(q + h * a->width, at(a->q, (query * a->heads + head + h) * a->width, type), a->width, type);
-        for (long i = count; i < step; i++)
-            scores[h * step + i] = -INFINITY;
-    }
-    for (long i = 0; i < count; i++)
-        if (rows[i])
-            dots(q, heads, rows[i], a->width, a->scale, scores + i, step, type);
-        else
-            for (int h = 0; h < heads; h++)
-                scores[h * step + i] = -INFINITY;
+    float scores[HEADS * ROWS];
+    for (long i = 0; i < count; i += 2)
+        dots(q, heads, (const void *const[]){rows[i], rows[i + 1 < count ? i + 1 : i]}, a->width, a->scale, scores + i, type);
     for (int h = 0; h < heads; h++)
-        softmax(scores + h * step, step, a->sink ? a->sink + head + h : NULL);
-    void *out = (void *)at(a->out, (query * a->heads + head) * a->value_width, type);
-    for (long d = 0; d < a->value_width; d += 2 * LANES)
-        columns(rows, scores, step, count, heads, d, out, a->value_width, type);
+        weigh(scores + h * ROWS, count, head_of(sums, h, a->value_width), a->value_width);
+    add(rows, scores, count, heads, sums, a->value_width, type);
 }
 
+// The next rows that a query sees, up to ROWS, from place `*at` of its piece on.
+INLINE long next_rows(const struct attention *a, long query, long *at_place, long end, const void **rows, int type)
+{
+    long count = 0;
+    for (; *at_place < end && count < ROWS; ++*at_place) {
+        int near = *at_place < a->near.count;
+        const struct rows *from = near ? &a->near : &a->far;
+        long long slot = from->slots[query * from->count + *at_place - (near ? 0 : a->near.count)];
+        if (slot >= 0)
+            rows[count++] = at(from->pool, slot * a->width, type);
+    }
+    return count;
+}
+
+// Heads `first` to `last` of one query over one piece of its rows.
+INLINE void piece_part(const struct attention *a, long query, long piece, long first, long last, float *q, float *sums, int type)
+{
+    for (long h = first; h < last; h++) {
+        spread(q + (h - first) * a->width, at(a->q, (query * a->heads + h) * a->width, type), a->width, type);
+        struct head head = head_of(sums, h - first, a->value_width);
+        memset(head.sum, 0, (size_t)a->value_width * sizeof(float));
+        *head.total = 0.0f;
+        *head.most = -INFINITY;
+    }
+    long place = piece * PIECE, end = a->near.count + a->far.count;
+    if (end > place + PIECE)
+        end = place + PIECE;
+    const void *rows[ROWS];
+    for (long count; (count = next_rows(a, query, &place, end, rows, type)) > 0;)
+        for (long h = 0; h < last - first; h += HEADS) {
+            const float *some = q + h * a->width;
+            float *to = sums + h * (a->value_width + 2);
+            switch (last - first - h) {
+            case 1: some_heads(a, some, rows, count, 1, to, type); break;
+            case 2: some_heads(a, some, rows, count, 2, to, type); break;
+            case 3: some_heads(a, some, rows, count, 3, to, type); break;
+            default: some_heads(a, some, rows, count, 4, to, type);
+            }
+        }
+}
+
+// What heads `first` to `last` of a query come to: pieces' sums [pieces, heads of a piece, value_width + 2] are joined.
+INLINE void finish(const struct attention *a, long query, long first, long last, float *sums, long heads, int type)
+{
+    for (long h = first; h < last; h++) {
+        struct head all = head_of(sums, h - first, a->value_width);
+        for (long piece = 1; piece < a->pieces; piece++) {
+            struct head more = head_of(sums, piece * heads + h - first, a->value_width);
+            float most = fmaxf(*all.most, *more.most);
+            if (most == -INFINITY)
+                continue;
+            float by = expf(*all.most - most), by_more = expf(*more.most - most);
+            for (long d = 0; d < a->value_width; d += LANES)
+                store(all.sum, d, load(all.sum, d, FP32) * by + load(more.sum, d, FP32) * by_more, FP32);
+            *all.total = *all.total * by + *more.total * by_more;
+            *all.most = most;
+        }
+        float by = 1.0f / *all.total;
+        if (a->sink) { // Another row, of zeros.
+            float most = fmaxf(*all.most, a->sink[h]), own = expf(*all.most - most);
+            by = own / (*all.total * own + expf(a->sink[h] - most));
+        }
+        void *out = (void *)at(a->out, (query * a->heads + h) * a->value_width, type);
+        for (long d = 0; d < a->value_width; d += 2 * LANES)
+            store_pair(out, d, load(all.sum, d, FP32) * by, load(all.sum, d + LANES, FP32) * by, type);
+    }
+}
+
+// Threads share blocks of HEADS heads of pieces of queries.
 INLINE void attend_part(const struct attention *a, int part, int parts, int type)
 {
-    long blocks = (a->heads + HEADS - 1) / HEADS, begin, end;
-    share(a->queries * blocks, 1, part, parts, &begin, &end);
-    for (long i = begin; i < end; i++) {
-        long query = i / blocks, head = i % blocks * HEADS;
-        switch (a->heads - head) {
-        case 1: some_heads(a, query, head, 1, type); break;
-        case 2: some_heads(a, query, head, 2, type); break;
-        case 3: some_heads(a, query, head, 3, type); break;
-        default: some_heads(a, query, head, 4, type);
-        }
+    long blocks = (a->heads + HEADS - 1) / HEADS, begin, end, width = a->value_width + 2;
+    share(a->queries * a->pieces * blocks, 1, part, parts, &begin, &end);
+    float *q = scratch((size_t)(a->heads * (a->width + width)));
+    for (long i = begin, next; i < end; i = next) {
+        long unit = i / blocks, query = unit / a->pieces, piece = unit % a->pieces;
+        next = (unit + 1) * blocks < end ? (unit + 1) * blocks : end;
+        long first = i % blocks * HEADS, last = first + (next - i) * HEADS;
+        if (last > a->heads)
+            last = a->heads;
+        float *sums = a->pieces > 1 ? a->sums + (unit * a->heads + first) * width : q + a->heads * a->width;
+        piece_part(a, query, piece, first, last, q, sums, type);
+        if (a->pieces == 1)
+            finish(a, query, first, last, sums, a->heads, type);
     }
+}
+
+INLINE void join_part(const struct attention *a, int part, int parts, int type)
+{
+    long begin, end;
+    share(a->queries, 1, part, parts, &begin, &end);
+    for (long query = begin; query < end; query++)
+        finish(a, query, 0, a->heads, a->sums + query * a->pieces * a->heads * (a->value_width + 2), a->heads, type);
 }
 
 static void attend_bf16(void *a, int part, int parts) { attend_part(a, part, parts, BF16); }
 static void attend_fp32(void *a, int part, int parts) { attend_part(a, part, parts, FP32); }
+static void join_bf16(void *a, int part, int parts) { join_part(a, part, parts, BF16); }
+static void join_fp32(void *a, int part, int parts) { join_part(a, part, parts, FP32); }
 
-// Widths are multiples of 32; `far` may have no rows. A query that sees nothing and has no sink gives NaN.
-PUBLIC void emberline_attend(const void *q, void *out, const void *near_pool, const long long *near_slots, long near_count,
-                             const void *far_pool, const long long *far_slots, long far_count, const float *sink, long queries,
-                             long heads, long width, long value_width, float scale, int type, int threads)
+// Widths are multiples of 32; `far` may have no rows. A query that sees nothing and has no sink gives NaN. Returns 1 without
+// memory, else 0.
+PUBLIC int emberline_attend(const void *q, void *out, const void *near_pool, const long long *near_slots, long near_count,
+                            const void *far_pool, const long long *far_slots, long far_count, const float *sink, long queries,
+                            long heads, long width, long value_width, float scale, int type, int threads)
 {
-    struct attention a = {q,     out,     {near_pool, near_slots, near_count}, {far_pool, far_slots, far_count}, sink, queries,
-                          heads, width, value_width, scale};
-    long cost = queries * heads * (near_count + far_count) * (width + value_width);
-    in_parts(type == BF16 ? attend_bf16 : attend_fp32, &a, cost, threads);
+    long count = near_count + far_count, pieces = count > PIECE ? (count + PIECE - 1) / PIECE : 1;
+    struct attention a = {q,     out,   {near_pool, near_slots, near_count}, {far_pool, far_slots, far_count}, sink, queries, heads,
+                          width, value_width, scale, pieces, NULL};
+    if (pieces > 1) {
+        a.sums = malloc((size_t)(queries * pieces * heads * (value_width + 2)) * sizeof(float));
+        if (a.sums == NULL)
+            return 1;
+    }
+    in_parts(type == BF16 ? attend_bf16 : attend_fp32, &a, queries * heads * count * (width + value_width), threads);
+    if (pieces > 1)
+        in_parts(type == BF16 ? join_bf16 : join_fp32, &a, queries * pieces * heads * value_width, threads);
+    free(a.sums);
+    return 0;
 }

@@ -5,7 +5,7 @@ on processors without bf16 instructions multiplies few rows slowly. These loops 
 operations there, read a weight once in the order in which it lies, and round where the torch version rounds its
 results, not in between: they agree to the rounding of the dtype.
 
-Callers ask `loops` or `loops_for_few` first.
+Callers ask `loops`, `loops_for_few` or `loops_for_experts` first.
 """
 
 from __future__ import annotations
@@ -83,12 +83,14 @@ def attend(
     slots = slots.contiguous()
     more, more_slots = (pool, slots[:, :0]) if far is None else far
     more_slots = more_slots.contiguous()
-    native.attend(
+    failed = native.attend(
         *(q_THD.data_ptr(), out.data_ptr(), pool.data_ptr(), slots.data_ptr(), slots.shape[1]),
         *(more.data_ptr(), more_slots.data_ptr(), more_slots.shape[1]),
         *(None if sink_H is None else sink_H.data_ptr(), T, H, D, value_width, scale),
         *(TYPES[q_THD.dtype], torch.get_num_threads()),
     )
+    if failed:
+        raise MemoryError("no memory for the sums of a long context")
     return out
 
 

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .library import MULTIPLIES_BF16
+
 _has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_multiplies_bf16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def slow(x: Tensor) -> bool:
     """Whether products of such tensors are better made in fp32."""
-    return x.dtype == torch.bfloat16 and not _multiplies_bf16 and x.device.type == "cpu"
+    return x.dtype == torch.bfloat16 and not MULTIPLIES_BF16 and x.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

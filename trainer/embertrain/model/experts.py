@@ -65,7 +65,7 @@ class Experts(nn.Module):
     def few(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
         """[T, H]: of each token the weighted sum of its experts (-1: none), without sorting rows first; None where
         tokens are many, or this is not the faster way."""
-        if self.pad_rows > 1 or not kernels.loops_for_few(x_TH, self.w13) or self.w2.shape[2] % 32:
+        if self.pad_rows > 1 or self.w2.shape[2] % 32 or not kernels.loops_for_experts(x_TH, self.w13, self.spec.top_k):
             return None
         return kernels.experts(x_TH, self.w13, self.w2, experts_TK, weights_TK, self.spec.swiglu_limit)
 

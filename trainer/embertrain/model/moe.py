@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .config import Mixture
-from .dispatch import Dispatched, Dispatcher, LocalDispatcher, drop
+from .dispatch import Dispatcher, LocalDispatcher, drop
 from .experts import Experts, Shared
 from .router import Router, Routing
 
 
 class MoE(nn.Module):
-    """The feed-forward part of a layer with experts. Its middle stages are `dispatcher.dispatch`, and `combine`.
+    """The feed-forward part of a layer with experts. Its stages: `route`, `dispatcher.dispatch`, `experts`,
+    `dispatcher.combine`.
 
     `dispatcher` is that of calls that name none; None: `LocalDispatcher`. Whoever spreads experts over ranks sets it.
     """
@@ -42,12 +43,7 @@ class MoE(nn.Module):
         """[T, H] -> [T, H], and how the tokens were routed. `selection_TK` and `generator` as in `Router.forward`."""
         dispatcher = dispatcher or self.dispatcher
         routing = self.route(x_TH, ids_T, batch, selection_TK=selection_TK, generator=generator)
-        y = None if dispatcher else self.experts.few(x_TH, routing.experts_TK, routing.weights_TK)
-        if y is not None:
-            return y if self.shared is None else y + self.shared(x_TH), routing
-        dispatcher = dispatcher or LocalDispatcher()
-        dispatched = dispatcher.dispatch(x_TH, routing)
-        y_TH = dispatcher.combine(self.compute(dispatched), routing, dispatched)
+        y_TH = mix(x_TH, routing, self.experts, dispatcher)
         return y_TH if self.shared is None else y_TH + self.shared(x_TH), routing
 
     def route(
@@ -64,7 +60,13 @@ class MoE(nn.Module):
         dropping = self.gate.spec.dropping
         return routing if dropping is None else drop(routing, dropping)
 
-    def compute(self, dispatched: Dispatched) -> Tensor:
-        """[R, H]: what the experts make of the rows dispatched to them."""
-        rows_RH: Tensor = self.experts(dispatched.rows_RH, dispatched.counts)
-        return rows_RH
+
+def mix(x_TH: Tensor, routing: Routing, experts: Experts, dispatcher: Dispatcher | None = None) -> Tensor:
+    """[T, H]: dispatch, experts and combine; at once where all is here and that is faster."""
+    if dispatcher is None:
+        y_TH = experts.few(x_TH, routing.experts_TK, routing.weights_TK)
+        if y_TH is not None:
+            return y_TH
+        dispatcher = LocalDispatcher()
+    dispatched = dispatcher.dispatch(x_TH, routing)
+    return dispatcher.combine(experts(dispatched.rows_RH, dispatched.counts), routing, dispatched)
