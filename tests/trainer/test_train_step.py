@@ -218,7 +218,7 @@ def test_what_a_run_writes(url: str, tmp_path: Path) -> None:
 
 
 def test_a_step_costs_what_its_products_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_has_onednn", False)  # The counter does not know oneDNN's.
+    monkeypatch.setattr(products, "_asks_onednn", False)  # The counter does not know oneDNN's.
     shape = replace(preset("micro-v3"), mtp=())
     model = Model(shape)
     model.reset_parameters(torch.Generator().manual_seed(0))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 TYPES = {torch.bfloat16: 0, torch.float32: 1}
 """As the loops number them."""
-MULTIPLIES_BF16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-"""Whether this processor multiplies bf16 numbers faster than one by one: what has AVX-512 mostly does."""
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether torch uses it. What has it mostly multiplies bf16 numbers faster than one by one."""
 FEW = 16
 """Rows up to which loops are the faster ones."""
 FEW_MORE = 64
@@ -74,14 +74,14 @@ def loops(x: Tensor) -> bool:
 
 def loops_for_few(x: Tensor, weight: Tensor) -> bool:
     """Whether x [rows, in], or [rows, groups, in], has so few rows that a loop multiplies them faster with a weight."""
-    slow_bf16 = x.dtype == torch.bfloat16 and not MULTIPLIES_BF16
+    slow_bf16 = x.dtype == torch.bfloat16 and not AVX512
     return x.shape[0] <= (FEW_MORE if slow_bf16 else FEW) and _can_multiply(x, weight)
 
 
 def loops_for_experts(x_TH: Tensor, weight_EIH: Tensor, top_k: int) -> bool:
     """Whether a loop is faster with T tokens that choose `top_k` of E experts each."""
     rows_each = x_TH.shape[0] * top_k / weight_EIH.shape[0]
-    fast_bf16 = x_TH.dtype == torch.bfloat16 and MULTIPLIES_BF16
+    fast_bf16 = x_TH.dtype == torch.bfloat16 and AVX512
     return rows_each <= (FEW if fast_bf16 else FEW_MORE) and _can_multiply(x_TH, weight_EIH)
 
 
