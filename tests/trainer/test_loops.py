@@ -112,7 +112,7 @@ def test_the_number_of_threads_does_not_show(dtype: torch.dtype) -> None:
 def test_what_the_loops_cannot_take_is_left_to_torch() -> None:
     weight = random_of(1, 8, 64)
     assert not kernels.loops_for_few(random_of(2, kernels.FEW + 1, 64), weight)
-    assert not kernels.loops_for_experts(random_of(2, library.FEW_MORE + 1, 64), weight[:4, None], 4)
+    assert not kernels.loops_for_experts(random_of(2, 1025, 64), weight[:4, None], 4)
     assert not kernels.loops_for_few(random_of(2, 2, 48), random_of(1, 8, 48))
     assert not kernels.loops_for_few(random_of(2, 2, 64, dtype=torch.float64), weight.double())
     assert not kernels.loops_for_few(random_of(2, 2, 64, dtype=torch.bfloat16), weight)

@@ -55,25 +55,6 @@ INLINE void dots(const float *q, int heads, const void *const *rows, long width,
             scores[h * ROWS + r] = sum(total[r][h]) * scale;
 }
 
-// exp(x) for x <= 0 to 2 in the last place or so, 0 below -87: 2^n times a polynomial. (Cephes; Moshier 1989)
-INLINE vec exponential(vec x)
-{
-    bits tiny = (bits)(x < -87.0f);
-    x = (vec)((bits)x & ~tiny);
-    vec n = x * 1.44269504088896341f;
-    typedef int whole __attribute__((vector_size(4 * LANES)));
-    whole k = __builtin_convertvector(n - 0.5f, whole); // towards zero: n is not positive
-    n = __builtin_convertvector(k, vec);
-    x = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec y = x * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * x + 8.3334519073e-3f;
-    y = y * x + 4.1665795894e-2f;
-    y = y * x + 1.6666665459e-1f;
-    y = y * x + 5.0000001201e-1f;
-    y = y * x * x + x + 1.0f;
-    return (vec)((bits)(y * (vec)((k + 127) << 23)) & ~tiny);
-}
-
 // The state of a head: a weighted sum of rows as they are `spread`, the sum of the weights, and the greatest score.
 struct head {
     float *sum, *total, *most;

@@ -26,10 +26,17 @@ INLINE long run_of(const struct mixture *m, long r)
     return n;
 }
 
+// NaN stays one.
+INLINE vec at_most(vec x, float limit)
+{
+    bits over = (bits)(x > limit);
+    return (vec)(((bits)x & ~over) | ((bits)((vec){0} + limit) & over));
+}
+
 INLINE void first_part(const struct mixture *m, int part, int parts, int type)
 {
     long begin, end;
-    share(m->inner, 1, part, parts, &begin, &end);
+    share(m->inner, LANES, part, parts, &begin, &end);
     long width = end - begin;
     float *x = scratch((size_t)(TILE * (m->hidden + 2 * width)));
     float *gate = x + TILE * m->hidden, *up = gate + TILE * width;
@@ -43,13 +50,13 @@ INLINE void first_part(const struct mixture *m, int part, int parts, int type)
         outputs(x, n, at(m->gate, from, type), m->hidden, width, gate, width, type, FP32);
         outputs(x, n, at(m->up, from, type), m->hidden, width, up, width, type, FP32);
         for (long i = 0; i < n; i++)
-            for (long k = 0; k < width; k++) {
-                float g = gate[i * width + k], u = up[i * width + k];
+            for (long k = 0; k < width; k += LANES) {
+                vec g = load(gate, i * width + k, FP32), u = load(up, i * width + k, FP32);
                 if (m->limit > 0) {
-                    g = g > m->limit ? m->limit : g;
-                    u = u > m->limit ? m->limit : u < -m->limit ? -m->limit : u;
+                    g = at_most(g, m->limit);
+                    u = -at_most(-at_most(u, m->limit), m->limit);
                 }
-                store1(m->middle, (r + i) * m->inner + begin + k, g / (1.0f + expf(-g)) * u, type);
+                store(m->middle, (r + i) * m->inner + begin + k, silu(g) * u, type);
             }
     }
 }

@@ -19,8 +19,10 @@ AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether torch uses it. What has it mostly multiplies bf16 numbers faster than one by one."""
 FEW = 16
 """Rows up to which loops are the faster ones."""
-FEW_MORE = 64
-"""The same where torch has more to do: for bf16 products without bf16 instructions, and rows of each expert."""
+FEW_SLOW = 64
+"""The same of bf16 rows without bf16 instructions."""
+FEW_NUMBERS = 1 << 16
+"""The same of each expert's rows, in numbers: torch is called twice for each, and has to sort rows first."""
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -75,14 +77,14 @@ def loops(x: Tensor) -> bool:
 def loops_for_few(x: Tensor, weight: Tensor) -> bool:
     """Whether x [rows, in], or [rows, groups, in], has so few rows that a loop multiplies them faster with a weight."""
     slow_bf16 = x.dtype == torch.bfloat16 and not AVX512
-    return x.shape[0] <= (FEW_MORE if slow_bf16 else FEW) and _can_multiply(x, weight)
+    return x.shape[0] <= (FEW_SLOW if slow_bf16 else FEW) and _can_multiply(x, weight)
 
 
 def loops_for_experts(x_TH: Tensor, weight_EIH: Tensor, top_k: int) -> bool:
     """Whether a loop is faster with T tokens that choose `top_k` of E experts each."""
     rows_each = x_TH.shape[0] * top_k / weight_EIH.shape[0]
     fast_bf16 = x_TH.dtype == torch.bfloat16 and AVX512
-    return rows_each <= (FEW if fast_bf16 else FEW_MORE) and _can_multiply(x_TH, weight_EIH)
+    return rows_each <= (FEW if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
 
 
 def _can_multiply(x: Tensor, weight: Tensor) -> bool:
