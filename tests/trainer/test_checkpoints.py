@@ -225,6 +225,21 @@ def test_a_background_failure_is_raised_by_the_next_call_once(
         assert checkpoints.steps() == [1, 3]
 
 
+@pytest.mark.parametrize("error", [OSError("no answer"), RuntimeError("a library's own")])
+def test_a_save_is_good_though_old_ones_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state(1))
+        monkeypatch.setattr(checkpoints.catalog.place, "remove", fail)
+        checkpoints.save(2, state(2))
+        assert checkpoints.steps() == [1, 2]
+    assert f"are left behind: {error}" in caplog.text
+
+
 def test_dead_attempts_are_swept_and_living_ones_are_not(tmp_path: Path) -> None:
     now = [0.0]
     with Checkpoints(tmp_path, clock=lambda: now[0]) as checkpoints:

@@ -180,7 +180,7 @@ class Catalog:
             if self.place.exists(f"{folder}/{MARKER}"):
                 self.place.remove(f"{folder}/{MARKER}")
             self.place.remove(folder)
-        except OSError as error:
+        except Exception as error:
             log.warning("%s/%s is left behind: %s", self.place.url, folder, error)
 
     def tidy(self) -> None:
@@ -194,7 +194,7 @@ class Catalog:
             for entry in set(folders).difference(published):
                 if self._is_dead(entry):
                     self.place.remove(entry.folder)
-        except OSError as error:
+        except Exception as error:  # whatever it is: the save is good, and the other ranks have been told so
             log.warning("old checkpoints of %s are left behind: %s", self.place.url, error)
 
     def _is_dead(self, entry: Entry) -> bool:
