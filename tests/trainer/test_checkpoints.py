@@ -195,6 +195,14 @@ def test_retention_keeps_the_last_and_every_so_many(url: str) -> None:
                     [100, 200, 300, 350]]  # fmt: skip
 
 
+def test_a_step_is_not_negative(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for save in (checkpoints.save, checkpoints.save_async):
+            with pytest.raises(ValueError, match="a step is 0 or more: -1"):
+                save(-1, {})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": 0}, {"threads": 0}])
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
@@ -204,8 +212,9 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, options: dict[s
 # ---- what failed
 
 
+@pytest.mark.parametrize("call", ["make", "write"])
 def test_a_background_failure_is_raised_by_the_next_call_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1))
@@ -214,7 +223,7 @@ def test_a_background_failure_is_raised_by_the_next_call_once(
             raise OSError("no space")
 
         with monkeypatch.context() as broken, caplog.at_level(logging.ERROR):
-            broken.setattr(checkpoints.catalog.place, "write", fail)
+            broken.setattr(checkpoints.catalog.place, call, fail)
             checkpoints.save_async(2, state(2))
             with pytest.raises(OSError, match="no space"):
                 checkpoints.save_async(3, state(3))

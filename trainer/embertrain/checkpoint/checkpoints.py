@@ -28,7 +28,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import Damaged
+from ..errors import Damaged, StateError
 from .catalog import Catalog, Entry, Retention
 from .check import problems
 from .place import open_place
@@ -93,14 +93,17 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Save, and return when it is published. Raises StateError, RankFailed, and what the file system raises."""
         self.wait()
+        _check(step)
         self._save(step, state, None)
 
     def save_async(self, step: int, state: dict[str, Any]) -> None:
         """Save in the background. When this returns the state may change.
 
-        Before, it waits for the save before it, and raises what that one raised. Raises StateError.
+        Before, it waits for the save before it, and raises what that one raised. Raises StateError; what else goes
+        wrong, at whichever moment, is raised by the next call, on all ranks.
         """
         self.wait()
+        _check(step)
         if self._staging is None:
             from .staging import Staging
 
@@ -109,7 +112,7 @@ class Checkpoints:
         job = self._job = _Job(lambda staged: self._save(step, state, staged))
         job.start()
         job.staged.wait()
-        if job.failed_early:
+        if job.is_refused:
             self.wait()
 
     @property
@@ -160,9 +163,6 @@ class Checkpoints:
         from .image import Image
         from .planner import SavePlanner
         from .writer import Writer
-
-        if step < 0:
-            raise ValueError(f"a step is 0 or more: {step}")
 
         def stage(image: Image) -> Image:
             if staged is None:
@@ -293,14 +293,13 @@ class _Job(threading.Thread):
     def __init__(self, save: Callable[[Callable[[], None]], None]) -> None:
         super().__init__(name="emberline-checkpoint")
         self._save = save
-        self._is_staged = False
         self.staged = threading.Event()
         """Set when the state may change: it is copied, or the save has failed before that."""
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._save(self._set_staged)
+            self._save(self.staged.set)
         except BaseException as error:
             # Whoever never waits is told all the same.
             log.error("a checkpoint was not written: %s", error)
@@ -308,14 +307,15 @@ class _Job(threading.Thread):
         finally:
             self.staged.set()
 
-    def _set_staged(self) -> None:
-        self._is_staged = True
-        self.staged.set()
-
     @property
-    def failed_early(self) -> bool:
-        """Whether it failed before the state was copied."""
-        return not self._is_staged
+    def is_refused(self) -> bool:
+        """Whether the state cannot be saved, now or later: it is looked at before it is copied."""
+        return isinstance(self.error, StateError)
+
+
+def _check(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"a step is 0 or more: {step}")
 
 
 def _state_dicts(state: dict[str, Any]) -> dict[str, Any]:
