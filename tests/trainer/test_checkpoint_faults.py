@@ -142,6 +142,27 @@ def test_a_save_that_ends_at_any_call_leaves_old_or_new(tmp_path: Path, when: st
     assert calls > 8
 
 
+def test_a_machine_that_loses_power_keeps_what_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the marker is written all else is synced: files, and the names of every folder that the save made."""
+    synced: list[Path] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    root = tmp_path / "runs" / "1" / "checkpoints"
+    with Checkpoints(root) as checkpoints:
+        checkpoints.save(1, state(1))
+    (folder,) = root.iterdir()
+    before = synced[: synced.index(folder / ".checkpoint.json.new")]
+    above = {tmp_path, tmp_path / "runs", tmp_path / "runs" / "1", root}
+    assert above <= set(before) and before[-1] == folder
+    assert {*folder.glob("*.bin"), folder / "index.json"} <= set(before)
+    assert synced[-1] == folder
+
+
 # ---- bytes that change
 
 

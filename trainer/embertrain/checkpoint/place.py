@@ -3,8 +3,8 @@
 Invariants:
   - What `write` and `put` wrote is durable when they return; `put` gives a name its whole content at once or not at
     all.
-  - `settle` makes the names in a folder durable where that is a step of its own (a local disk). It comes before the
-    file that says that the folder is whole.
+  - So is the name of what `make` made when it returns. `settle` makes the names in a folder durable where that is a
+    step of its own (a local disk). It comes before the file that says that the folder is whole.
 
 A local folder is used without fsspec, which has no word for fsync. A store of ours makes a file durable when it is
 closed, and so does S3. On a file system that does neither, a machine that loses power may lose the last checkpoints.
@@ -18,6 +18,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -35,7 +36,7 @@ class Place(Protocol):
         """Names of the folders, in no order; none where the place is not there yet."""
 
     def make(self, folder: str) -> None:
-        """Make a folder, and the place with it."""
+        """Make a folder, and the place with it; their names are durable."""
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
         """A new file from pieces in order."""
@@ -44,7 +45,7 @@ class Place(Protocol):
         """A small file, whole or not at all."""
 
     def settle(self, folder: str) -> None:
-        """Make the names in a folder, and its own, durable."""
+        """Make the names in a folder durable."""
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
@@ -87,7 +88,11 @@ class LocalPlace:
             return []
 
     def make(self, folder: str) -> None:
-        (self._root / folder).mkdir(parents=True)
+        path = self._root / folder
+        new = [path, *takewhile(lambda parent: not parent.exists(), path.parents)]
+        path.mkdir(parents=True)
+        for each in new:
+            _sync_folder(each.parent)
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
         with (self._root / name).open("xb", buffering=0) as file:
@@ -107,8 +112,7 @@ class LocalPlace:
         _sync_folder(path.parent)
 
     def settle(self, folder: str) -> None:
-        for path in (self._root / folder, self._root, self._root.parent):
-            _sync_folder(path)
+        _sync_folder(self._root / folder)
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
