@@ -128,7 +128,8 @@ def export(
     """Write the model of a checkpoint at URL as safetensors with its config.json to OUT, a new folder at any URL.
 
     Adapters are merged into the weights they were trained beside. The whole model is read into memory. A folder
-    elsewhere than on this machine is written to a temporary one first.
+    elsewhere than on this machine is written to a temporary one first, and its config.json comes last: without that it
+    is half an export.
 
     \b
     Examples:

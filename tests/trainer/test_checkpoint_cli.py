@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from embertrain.checkpoint import Checkpoints
-from embertrain.errors import StateError
+from embertrain.errors import ConfigError, StateError, WeightsError
 from embertrain.model.model import Model
 from embertrain.model.presets import preset
+from embertrain.train.base import open_base
 from embertrain.weights import Source, load
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load as load_safetensors
 
 from emberline.cli import main
@@ -115,6 +119,68 @@ def test_an_export_into_a_store_is_read_by_any_program(saved: tuple[str, Model],
         assert fs.cat_file(f"{path}/{file.name}") == file.read_bytes()
     assert "head.weight" in load_safetensors(fs.cat_file(f"{path}/model.safetensors"))
     assert run("export", url, out).exit_code == 1
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_an_export_that_ends_half_way_is_not_taken_for_a_model(
+    saved: tuple[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that moves nothing at once, and at whichever call to it the process ends."""
+    left = 0
+
+    def counted(name: str) -> None:
+        works = getattr(MemoryFileSystem, name)
+
+        def call(self: MemoryFileSystem, *args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if (left := left - 1) < 0:
+                raise Killed
+            return works(self, *args, **kwargs)
+
+        monkeypatch.setattr(MemoryFileSystem, name, call)
+
+    monkeypatch.setattr(import_module("embertrain.weights.save"), "SHARD_BYTES", 200_000)
+    for name in ("put_file", "cp_file", "rm", "makedirs"):
+        counted(name)
+    fs = MemoryFileSystem()
+    calls, ended = 0, False
+    while not ended:
+        out = f"memory://exports/{calls}"
+        calls, left = calls + 1, calls
+        with Checkpoints(saved[0]) as checkpoints:
+            try:
+                checkpoints.export(4, out)
+                ended = True
+            except Killed:
+                left = 100
+                with pytest.raises((ConfigError, WeightsError)), open_base(out) as base:
+                    base.shape()
+                if fs.exists(out):
+                    with pytest.raises(FileExistsError, match=r"without config.json: if half an export"):
+                        checkpoints.export(4, out)
+    assert calls > 5, "there were several files"
+    model = Model(preset("micro"))
+    left = 100
+    with open_base(out) as base:
+        base.fill(model)
+    assert not differences(model.state_dict(), saved[1].state_dict())
+
+
+def test_a_failed_export_leaves_nothing(saved: tuple[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    works = MemoryFileSystem.put_file
+
+    def fail(self: MemoryFileSystem, file: str, path: str, **kwargs: Any) -> None:
+        if path.endswith("config.json"):
+            raise OSError("no space")
+        works(self, file, path, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", fail)
+    with Checkpoints(saved[0]) as checkpoints, pytest.raises(OSError, match="no space"):
+        checkpoints.export(4, "memory://exports/failed")
+    assert not MemoryFileSystem().exists("memory://exports/failed")
 
 
 def test_an_export_has_to_know_the_model(saved: tuple[str, Model], tmp_path: Path) -> None:
