@@ -19,6 +19,8 @@ import torch
 from embertrain.checkpoint import Checkpoints
 from embertrain.checkpoint.place import LocalPlace, Place
 from embertrain.errors import Damaged
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,6 +246,24 @@ def test_what_is_out_of_reach_is_not_damaged(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(checkpoints.catalog.place, "read" if moment == "index" else "open", fail)
         with pytest.raises(TimeoutError, match="no answer"):
             checkpoints.load(blank(state(2)), fallback=True)
+
+
+def test_what_is_out_of_reach_is_there_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not looked past by a run that goes on, and not swept."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)  # as object stores have it
+    with Checkpoints(f"memory://{tmp_path}") as checkpoints:
+        checkpoints.save(1, state(1))
+        with monkeypatch.context() as broken:
+            broken.setattr(MemoryFileSystem, "info", fail)
+            for look in (checkpoints.latest, checkpoints.steps):
+                with pytest.raises(TimeoutError, match="no answer"):
+                    look()
+            checkpoints.catalog.tidy()
+        assert checkpoints.steps() == [1] and checkpoints.verify() == []
 
 
 def test_a_newer_format_is_refused_with_a_sentence(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..model.published import from_published
 from ..weights import save
 from ..weights.folder import CONFIG, INDEX
 from .index import Index, Marker
+from .place import exists
 from .reader import dtype_of
 
 MODEL = "model"
@@ -61,8 +62,10 @@ def write(
         save(model, path, config, **form)
         return
     path = path.rstrip("/")
-    if fs.exists(path):
-        half = "" if fs.exists(f"{path}/{CONFIG}") else f", without {CONFIG}: if half an export is all it is, remove it"
+    if exists(fs, path):
+        half = (
+            "" if exists(fs, f"{path}/{CONFIG}") else f", without {CONFIG}: if half an export is all it is, remove it"
+        )
         raise FileExistsError(f"there is something at {url} already{half}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "weights"

@@ -54,7 +54,7 @@ class Place(Protocol):
         """A file to seek and `readinto`. Raises FileNotFoundError."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Whether there is such a file or folder. Raises where that cannot be told now."""
 
     def touched_s(self, folder: str) -> float:
         """Unix time of the last change of the folder or of a file in it, in seconds."""
@@ -72,6 +72,16 @@ def open_place(url: str | os.PathLike[str], storage_options: dict[str, Any] | No
 def is_lost(error: OSError) -> bool:
     """Whether what could not be read is damaged or gone, and not only out of reach for now."""
     return isinstance(error, FileNotFoundError | Corruption | DataLost) or error.errno == errno.EIO
+
+
+def exists(fs: Any, path: str) -> bool:
+    """Unlike fsspec's own, which many file systems have, it does not say no where it cannot tell: a checkpoint that is
+    out of reach would be none, and be swept."""
+    try:
+        fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 class LocalPlace:
@@ -187,7 +197,7 @@ class RemotePlace:
         return file
 
     def exists(self, name: str) -> bool:
-        return bool(self._fs.exists(self._path(name)))
+        return exists(self._fs, self._path(name))
 
     def touched_s(self, folder: str) -> float:
         files = self._fs.ls(self._path(folder), detail=False)
