@@ -6,6 +6,7 @@ Run: pytest tests/trainer/test_checkpoint_cli.py
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -17,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from embertrain.checkpoint import Checkpoints
+from embertrain.checkpoint.place import LocalPlace
 from embertrain.errors import ConfigError, StateError, WeightsError
 from embertrain.model.model import Model
 from embertrain.model.presets import preset
@@ -45,6 +47,25 @@ def test_ls_lists_in_order_of_publication(tmp_path: Path) -> None:
     assert [row["step"] for row in told] == [10, 30, 20] and [row["latest"] for row in told] == [False, False, True]
     assert told[0]["ranks"] == 1 and told[0]["bytes"] > 840_000 and told[0]["config"] is False
     assert run("ls", str(tmp_path / "nothing")).stdout == ""
+
+
+def test_what_is_removed_meanwhile_is_neither_listed_nor_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(1))
+    (folder,) = tmp_path.glob("step-000000001.*")
+    reads = LocalPlace.read
+
+    def overtaken(self: LocalPlace, name: str) -> bytes:
+        if name.startswith(folder.name):
+            shutil.rmtree(folder)
+        return reads(self, name)
+
+    monkeypatch.setattr(LocalPlace, "read", overtaken)
+    listed = run("ls", str(tmp_path))
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["step", "2"] and "1 checkpoint" in listed.stderr
 
 
 def test_a_look_and_a_check_load_no_torch(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pytest
 import torch
 from embertrain.checkpoint import Checkpoints
 from embertrain.checkpoint.place import LocalPlace, Place
-from embertrain.errors import Damaged
+from embertrain.errors import Damaged, NoCheckpoint
+from embertrain.model.presets import preset
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
@@ -233,6 +235,32 @@ def test_damage_in_a_store_is_damage(tmp_path: Path) -> None:
             file.write(bytes([byte[0] ^ 1]))
     with Checkpoints(url) as checkpoints, pytest.raises(Damaged, match=r"rank-00000-0.bin cannot be read"):
         checkpoints.load({"w": torch.zeros(300_000)})
+
+
+@pytest.mark.parametrize("where", ["local", "ember"])
+@pytest.mark.parametrize("file", ["checkpoint.json", "index.json", "rank-00000-0.bin"])
+@pytest.mark.parametrize("use", ["verify", "load", "export"])
+def test_what_retention_removes_meanwhile_is_not_damaged(tmp_path: Path, where: str, file: str, use: str) -> None:
+    url = str(tmp_path / "run") if where == "local" else f"ember://{tmp_path}/store/!/run"
+    with Checkpoints(url, keep=1) as run, Checkpoints(url) as reader:
+        run.save(1, {"model": {"w": torch.rand(9)}})
+        place = reader.catalog.place
+
+        def overtaken(call: Callable[[str], Any], name: str) -> Any:
+            if name.endswith(file):
+                run.save(2, {"model": {"w": torch.rand(9)}})
+            return call(name)
+
+        place.read = partial(overtaken, place.read)  # type: ignore[method-assign]
+        place.open = partial(overtaken, place.open)  # type: ignore[method-assign]
+        uses: dict[str, Callable[[], Any]] = {
+            "verify": lambda: reader.verify(1),
+            "load": lambda: reader.load({"model": {"w": torch.zeros(9)}}, fallback=True),
+            "export": lambda: reader.export(1, tmp_path / "out", config=preset("micro")),
+        }
+        with pytest.raises(NoCheckpoint, match=r"step 1 at .* was removed while it was read"):
+            uses[use]()
+        assert run.verify() == []
 
 
 @pytest.mark.parametrize("moment", ["index", "bytes"])

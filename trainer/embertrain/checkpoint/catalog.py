@@ -141,12 +141,17 @@ class Catalog:
     def _is_published(self, entry: Entry) -> bool:
         return self.place.exists(f"{entry.folder}/{MARKER}")
 
+    def check_there(self, entry: Entry) -> None:
+        """Raises NoCheckpoint if one that was found is removed since: what it lacks now is no damage."""
+        if not self._is_published(entry):
+            raise NoCheckpoint(f"the checkpoint of step {entry.step} at {self.place.url} was removed while it was read")
+
     def marker(self, entry: Entry) -> Marker:
-        """Raises Damaged."""
+        """Raises Damaged, NoCheckpoint."""
         return decode_marker(self._read(entry, MARKER), entry.step)
 
     def index(self, entry: Entry, marker: Marker) -> Index:
-        """Raises Damaged."""
+        """Raises Damaged, NoCheckpoint."""
         return decode_index(self._read(entry, INDEX), marker)
 
     def _read(self, entry: Entry, file: str) -> bytes:
@@ -155,6 +160,7 @@ class Catalog:
         except OSError as error:
             if not is_lost(error):
                 raise
+            self.check_there(entry)
             raise Damaged(entry.step, file, f"cannot be read: {error}") from error
 
     # ---- changing

@@ -20,6 +20,7 @@ both: one of them is saved. What differs by rank needs a name of its own.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -198,11 +199,16 @@ class Checkpoints:
     # ---- checking and exporting
 
     def verify(self, step: int | None = None, *, progress: Callable[[int], object] = lambda _: None) -> list[str]:
-        """Read every byte of the checkpoint of `step`, or the latest, and tell what is damaged. Raises NoCheckpoint.
+        """Read every byte of the checkpoint of `step`, or the latest, and tell what is damaged.
 
+        Raises NoCheckpoint, also for one that is removed meanwhile, as a run that goes on may do.
         `progress` is called with the number of bytes just read.
         """
-        return [str(problem) for problem in problems(self.catalog, self.catalog.find(step), progress)]
+        entry = self.catalog.find(step)
+        found = [str(problem) for problem in problems(self.catalog, entry, progress)]
+        if found:
+            self.catalog.check_there(entry)
+        return found
 
     def export(
         self,
@@ -243,7 +249,7 @@ class Checkpoints:
         `partial` takes only what the state has a place for.
 
         A damaged checkpoint raises Damaged, and may have filled some of the tensors. With `fallback` the one published
-        before it is tried then, and so on. Raises NoCheckpoint, StateError.
+        before it is tried then, and so on. Raises NoCheckpoint, also for one that is removed meanwhile, and StateError.
         """
         self.wait()
         ranks = self._collective()
@@ -253,6 +259,7 @@ class Checkpoints:
                 self._load(entry, state, partial)
                 return entry.step
             except Damaged as damaged:
+                ranks.told(functools.partial(self.catalog.check_there, entry))
                 if older == len(choice):
                     raise
                 log.warning("%s: taking the one before it", damaged)
