@@ -51,7 +51,7 @@ def ls(url: str, as_json: bool) -> None:
       emberline checkpoint ls ./checkpoints --json
     """
     from embertrain.checkpoint import Checkpoints
-    from embertrain.errors import Damaged
+    from embertrain.errors import Damaged, NoCheckpoint
 
     catalog = Checkpoints(url).catalog
     rows = [("step", "published", "size", "tensors", "ranks", "")]
@@ -61,6 +61,8 @@ def ls(url: str, as_json: bool) -> None:
         last = "latest" if entry == entries[-1] else ""
         try:
             marker = catalog.marker(entry)
+        except NoCheckpoint:
+            continue  # removed since it was listed
         except Damaged as damaged:
             fields["problem"] = str(damaged)
             rows.append((str(entry.step), "-", "-", "-", "-", "damaged"))
@@ -71,9 +73,9 @@ def ls(url: str, as_json: bool) -> None:
                          str(marker.ranks), last))  # fmt: skip
         if as_json:
             print_json(fields)
-    if not as_json and entries:
+    if not as_json and len(rows) > 1:
         print_columns(rows, right=(0, 2, 3, 4))
-    note(plural(len(entries), "checkpoint"))
+    note(plural(len(rows) - 1, "checkpoint"))
 
 
 @checkpoint.command()
@@ -128,7 +130,8 @@ def export(
     """Write the model of a checkpoint at URL as safetensors with its config.json to OUT, a new folder at any URL.
 
     Adapters are merged into the weights they were trained beside. The whole model is read into memory. A folder
-    elsewhere than on this machine is written to a temporary one first.
+    elsewhere than on this machine is written to a temporary one first, and its config.json comes last: without that it
+    is half an export.
 
     \b
     Examples:

@@ -94,8 +94,16 @@ def check(state: dict[str, Any]) -> None:
     assert len(tensors(state)) == 4 + 3 * 4 + 4
 
 
+class Odd(Exception):
+    """As libraries have them: it can be pickled, and not unpickled."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(what)
+
+
 def fail(url: str, rank: int, state: dict[str, Any]) -> None:
-    """The last rank cannot write, then cannot even say what it holds: every rank hears of it, and saves go on."""
+    """The last rank cannot write, then fails in a way that cannot be sent, then cannot even say what it holds: every
+    rank hears of it, and saves go on."""
     checkpoints = Checkpoints(url)
     place, last = checkpoints.catalog.place, rank == dist.get_world_size() - 1
     works = place.write
@@ -109,6 +117,18 @@ def fail(url: str, rank: int, state: dict[str, Any]) -> None:
         checkpoints.save(8, state)
     except (OSError, RankFailed) as error:
         assert isinstance(error, RankFailed) is not last and "this disk is gone" in str(error)
+    else:
+        raise AssertionError("the save of a rank that cannot write succeeded")
+
+    def oddly(*_: object) -> None:
+        raise Odd("no such bucket", 404)
+
+    if last:
+        place.write = oddly  # type: ignore[method-assign]
+    try:
+        checkpoints.save(8, state)
+    except RankFailed as error:
+        assert "Odd: no such bucket" in str(error)
     else:
         raise AssertionError("the save of a rank that cannot write succeeded")
     place.write = works  # type: ignore[method-assign]
@@ -125,7 +145,8 @@ def fail(url: str, rank: int, state: dict[str, Any]) -> None:
 
 
 def fallback(checkpoints: Checkpoints, rank: int, state: dict[str, Any]) -> None:
-    """What one rank reads of the latest is damaged: all of them raise it, or take the one before together."""
+    """What one rank reads of the latest is damaged: all of them raise it, or take the one before together. So they do
+    where another rank cannot read at all for the moment."""
     fill(state)
     checkpoints.save(7, state)
     checkpoints.save(8, state | {"step": 8})
@@ -140,9 +161,19 @@ def fallback(checkpoints: Checkpoints, rank: int, state: dict[str, Any]) -> None
         assert (error.step, error.file) == (8, "rank-00001-0.bin")
     else:
         raise AssertionError("damage was loaded")
-    target = job(dist.get_world_size())
-    assert checkpoints.load(target, fallback=True) == 7
-    check(target)
+    place, works = checkpoints.catalog.place, checkpoints.catalog.place.open
+
+    def away(name: str) -> Any:
+        if name.startswith("step-000000008"):
+            raise TimeoutError("no answer")
+        return works(name)
+
+    for opens in (works, away):
+        if rank == 0:
+            place.open = opens  # type: ignore[method-assign]
+        target = job(dist.get_world_size())
+        assert checkpoints.load(target, fallback=True) == 7
+        check(target)
 
 
 def run(task: str, rank: int, ranks: int, url: str) -> None:

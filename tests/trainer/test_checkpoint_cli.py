@@ -6,19 +6,25 @@ Run: pytest tests/trainer/test_checkpoint_cli.py
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from embertrain.checkpoint import Checkpoints
-from embertrain.errors import StateError
+from embertrain.checkpoint.place import LocalPlace
+from embertrain.errors import ConfigError, StateError, WeightsError
 from embertrain.model.model import Model
 from embertrain.model.presets import preset
+from embertrain.train.base import open_base
 from embertrain.weights import Source, load
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load as load_safetensors
 
 from emberline.cli import main
@@ -41,6 +47,25 @@ def test_ls_lists_in_order_of_publication(tmp_path: Path) -> None:
     assert [row["step"] for row in told] == [10, 30, 20] and [row["latest"] for row in told] == [False, False, True]
     assert told[0]["ranks"] == 1 and told[0]["bytes"] > 840_000 and told[0]["config"] is False
     assert run("ls", str(tmp_path / "nothing")).stdout == ""
+
+
+def test_what_is_removed_meanwhile_is_neither_listed_nor_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(1))
+    (folder,) = tmp_path.glob("step-000000001.*")
+    reads = LocalPlace.read
+
+    def overtaken(self: LocalPlace, name: str) -> bytes:
+        if name.startswith(folder.name):
+            shutil.rmtree(folder)
+        return reads(self, name)
+
+    monkeypatch.setattr(LocalPlace, "read", overtaken)
+    listed = run("ls", str(tmp_path))
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["step", "2"] and "1 checkpoint" in listed.stderr
 
 
 def test_a_look_and_a_check_load_no_torch(tmp_path: Path) -> None:
@@ -115,6 +140,68 @@ def test_an_export_into_a_store_is_read_by_any_program(saved: tuple[str, Model],
         assert fs.cat_file(f"{path}/{file.name}") == file.read_bytes()
     assert "head.weight" in load_safetensors(fs.cat_file(f"{path}/model.safetensors"))
     assert run("export", url, out).exit_code == 1
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_an_export_that_ends_half_way_is_not_taken_for_a_model(
+    saved: tuple[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that moves nothing at once, and at whichever call to it the process ends."""
+    left = 0
+
+    def counted(name: str) -> None:
+        works = getattr(MemoryFileSystem, name)
+
+        def call(self: MemoryFileSystem, *args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if (left := left - 1) < 0:
+                raise Killed
+            return works(self, *args, **kwargs)
+
+        monkeypatch.setattr(MemoryFileSystem, name, call)
+
+    monkeypatch.setattr(import_module("embertrain.weights.save"), "SHARD_BYTES", 200_000)
+    for name in ("put_file", "cp_file", "rm", "makedirs"):
+        counted(name)
+    fs = MemoryFileSystem()
+    calls, ended = 0, False
+    while not ended:
+        out = f"memory://exports/{calls}"
+        calls, left = calls + 1, calls
+        with Checkpoints(saved[0]) as checkpoints:
+            try:
+                checkpoints.export(4, out)
+                ended = True
+            except Killed:
+                left = 100
+                with pytest.raises((ConfigError, WeightsError)), open_base(out) as base:
+                    base.shape()
+                if fs.exists(out):
+                    with pytest.raises(FileExistsError, match=r"without config.json: if half an export"):
+                        checkpoints.export(4, out)
+    assert calls > 5, "there were several files"
+    model = Model(preset("micro"))
+    left = 100
+    with open_base(out) as base:
+        base.fill(model)
+    assert not differences(model.state_dict(), saved[1].state_dict())
+
+
+def test_a_failed_export_leaves_nothing(saved: tuple[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    works = MemoryFileSystem.put_file
+
+    def fail(self: MemoryFileSystem, file: str, path: str, **kwargs: Any) -> None:
+        if path.endswith("config.json"):
+            raise OSError("no space")
+        works(self, file, path, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", fail)
+    with Checkpoints(saved[0]) as checkpoints, pytest.raises(OSError, match="no space"):
+        checkpoints.export(4, "memory://exports/failed")
+    assert not MemoryFileSystem().exists("memory://exports/failed")
 
 
 def test_an_export_has_to_know_the_model(saved: tuple[str, Model], tmp_path: Path) -> None:

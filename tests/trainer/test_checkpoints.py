@@ -195,6 +195,14 @@ def test_retention_keeps_the_last_and_every_so_many(url: str) -> None:
                     [100, 200, 300, 350]]  # fmt: skip
 
 
+def test_a_step_is_not_negative(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        for save in (checkpoints.save, checkpoints.save_async):
+            with pytest.raises(ValueError, match="a step is 0 or more: -1"):
+                save(-1, {})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("options", [{"keep": 0}, {"keep_every": 0}, {"threads": 0}])
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
@@ -204,8 +212,9 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path, options: dict[s
 # ---- what failed
 
 
+@pytest.mark.parametrize("call", ["make", "write"])
 def test_a_background_failure_is_raised_by_the_next_call_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state(1))
@@ -214,7 +223,7 @@ def test_a_background_failure_is_raised_by_the_next_call_once(
             raise OSError("no space")
 
         with monkeypatch.context() as broken, caplog.at_level(logging.ERROR):
-            broken.setattr(checkpoints.catalog.place, "write", fail)
+            broken.setattr(checkpoints.catalog.place, call, fail)
             checkpoints.save_async(2, state(2))
             with pytest.raises(OSError, match="no space"):
                 checkpoints.save_async(3, state(3))
@@ -223,6 +232,21 @@ def test_a_background_failure_is_raised_by_the_next_call_once(
         checkpoints.save_async(3, state(3))
         checkpoints.wait()
         assert checkpoints.steps() == [1, 3]
+
+
+@pytest.mark.parametrize("error", [OSError("no answer"), RuntimeError("a library's own")])
+def test_a_save_is_good_though_old_ones_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state(1))
+        monkeypatch.setattr(checkpoints.catalog.place, "remove", fail)
+        checkpoints.save(2, state(2))
+        assert checkpoints.steps() == [1, 2]
+    assert f"are left behind: {error}" in caplog.text
 
 
 def test_dead_attempts_are_swept_and_living_ones_are_not(tmp_path: Path) -> None:

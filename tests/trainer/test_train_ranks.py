@@ -10,8 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from embertrain.checkpoint import Checkpoints
+from embertrain.checkpoint.place import LocalPlace
+from embertrain.model.model import Model
 from embertrain.parallel import Mesh
 from embertrain.train import TrainConfig, Trainer
+from embertrain.train.base import open_base
+from embertrain.weights.fingerprint import fingerprint
+from fsspec.implementations.local import LocalFileSystem
 
 from . import ranks, runs, texts
 
@@ -64,3 +69,26 @@ def test_ranks_go_on_from_what_the_first_finds(url: str, tmp_path: Path) -> None
     # The weights it began with are not looked for again.
     tables = runs.tables(url, tmp_path, parallel={"dp": 2}, model={"weights": str(tmp_path / "gone")})
     assert ranks.ranks(2, go_on_blind, tmp_path / "ranks", tables) == [(2, 3), (2, 3)]
+
+
+def begin_blind(urls: list[str]) -> list[str]:
+    """What weights each URL gives, where the file system of rank 1 lists nothing yet."""
+    if dist.get_rank() == 1:
+        LocalPlace.folders = lambda self: []  # type: ignore[method-assign]
+        LocalFileSystem.isdir = lambda self, path: False  # type: ignore[method-assign]
+    found = []
+    for url in urls:
+        with open_base(url) as base:
+            model = Model(base.shape())
+            base.fill(model)
+            found.append(fingerprint(model))
+    return found
+
+
+def test_ranks_begin_with_what_the_first_finds(url: str, tmp_path: Path) -> None:
+    work(runs.tables(url, tmp_path), 2)
+    checkpoints, exported = str(tmp_path / "checkpoints"), str(tmp_path / "exported")
+    with Checkpoints(checkpoints) as saved:
+        saved.export(2, exported)
+    ours, theirs = ranks.ranks(2, begin_blind, tmp_path / "ranks", [checkpoints, exported])
+    assert ours == theirs and ours[0] == ours[1]

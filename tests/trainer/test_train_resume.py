@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from embertrain.checkpoint.catalog import Catalog
+from embertrain.checkpoint.staging import Staging
 from embertrain.errors import ResumeError
 from embertrain.train import TrainConfig, Trainer
 from embertrain.train.metrics import JsonLines, StepRecord
@@ -91,24 +92,27 @@ def test_a_kill_during_a_checkpoint(url: str, whole: Path, tmp_path: Path) -> No
     assert_same(tmp_path, whole, url)
 
 
+@pytest.mark.parametrize("what", [(Catalog, "begin"), (Staging, "take"), (Catalog, "publish")], ids=lambda w: w[1])
 @pytest.mark.parametrize(("at", "steps"), [(2, [4]), (4, [2, 4])], ids=["an interval", "the end"])
 def test_a_failed_save_in_the_background_is_made_up_for(
     url: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    what: tuple[type, str],
     at: int,
     steps: list[int],
 ) -> None:
-    publish, failed = Catalog.publish, []
+    """Also one that fails before the state is copied, for want of the place or of memory."""
+    works, saves = getattr(*what), []
 
-    def fails_once(self: Catalog, folder: str, *args: Any) -> None:
-        if folder.startswith(f"step-{at:09d}") and not failed:
-            failed.append(folder)
+    def fails_once(*args: Any) -> Any:
+        saves.append(args)
+        if len(saves) == at // 2:
             raise OSError("no space")
-        publish(self, folder, *args)
+        return works(*args)
 
-    monkeypatch.setattr(Catalog, "publish", fails_once)
+    monkeypatch.setattr(*what, fails_once)
     with Trainer(TrainConfig.of(runs.tables(url, tmp_path))) as trainer:
         report = trainer.run(until=4)
         assert trainer.checkpoints is not None and trainer.checkpoints.steps() == steps

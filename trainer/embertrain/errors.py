@@ -9,7 +9,7 @@ TrainError
 ├── ResumeError (ValueError)       a checkpoint that this run does not go on from
 ├── NotFinite (ArithmeticError)    a NaN or an infinity where none may be; says where it was met first
 ├── StateError (ValueError)        a state that a checkpoint cannot hold, or that does not fit the one it is filled from
-├── NoCheckpoint (ValueError)      there is none, or none of that step
+├── NoCheckpoint (ValueError)      there is none, or none of that step, or it was removed while it was read
 ├── Damaged (OSError)              a file of a checkpoint is not what was written; `.step` and `.file` say which
 └── RankFailed (RuntimeError)      another rank could not do its part; a rank that could not raises what it met
 """
@@ -54,7 +54,7 @@ class StateError(TrainError, ValueError):
 
 
 class NoCheckpoint(TrainError, ValueError):
-    """There is no checkpoint, or none of that step."""
+    """There is no checkpoint, or none of that step, or it was removed while it was read."""
 
 
 class Damaged(TrainError, OSError):

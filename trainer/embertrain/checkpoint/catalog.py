@@ -141,12 +141,17 @@ class Catalog:
     def _is_published(self, entry: Entry) -> bool:
         return self.place.exists(f"{entry.folder}/{MARKER}")
 
+    def check_there(self, entry: Entry) -> None:
+        """Raises NoCheckpoint if one that was found is removed since: what it lacks now is no damage."""
+        if not self._is_published(entry):
+            raise NoCheckpoint(f"the checkpoint of step {entry.step} at {self.place.url} was removed while it was read")
+
     def marker(self, entry: Entry) -> Marker:
-        """Raises Damaged."""
+        """Raises Damaged, NoCheckpoint."""
         return decode_marker(self._read(entry, MARKER), entry.step)
 
     def index(self, entry: Entry, marker: Marker) -> Index:
-        """Raises Damaged."""
+        """Raises Damaged, NoCheckpoint."""
         return decode_index(self._read(entry, INDEX), marker)
 
     def _read(self, entry: Entry, file: str) -> bytes:
@@ -155,6 +160,7 @@ class Catalog:
         except OSError as error:
             if not is_lost(error):
                 raise
+            self.check_there(entry)
             raise Damaged(entry.step, file, f"cannot be read: {error}") from error
 
     # ---- changing
@@ -180,7 +186,7 @@ class Catalog:
             if self.place.exists(f"{folder}/{MARKER}"):
                 self.place.remove(f"{folder}/{MARKER}")
             self.place.remove(folder)
-        except OSError as error:
+        except Exception as error:
             log.warning("%s/%s is left behind: %s", self.place.url, folder, error)
 
     def tidy(self) -> None:
@@ -194,7 +200,7 @@ class Catalog:
             for entry in set(folders).difference(published):
                 if self._is_dead(entry):
                     self.place.remove(entry.folder)
-        except OSError as error:
+        except Exception as error:  # whatever it is: the save is good, and the other ranks have been told so
             log.warning("old checkpoints of %s are left behind: %s", self.place.url, error)
 
     def _is_dead(self, entry: Entry) -> bool:

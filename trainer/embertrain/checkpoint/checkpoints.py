@@ -20,6 +20,7 @@ both: one of them is saved. What differs by rank needs a name of its own.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -28,7 +29,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import Damaged
+from ..errors import Damaged, StateError
 from .catalog import Catalog, Entry, Retention
 from .check import problems
 from .place import open_place
@@ -93,14 +94,17 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Save, and return when it is published. Raises StateError, RankFailed, and what the file system raises."""
         self.wait()
+        _check(step)
         self._save(step, state, None)
 
     def save_async(self, step: int, state: dict[str, Any]) -> None:
         """Save in the background. When this returns the state may change.
 
-        Before, it waits for the save before it, and raises what that one raised. Raises StateError.
+        Before, it waits for the save before it, and raises what that one raised. Raises StateError; what else goes
+        wrong, at whichever moment, is raised by the next call, on all ranks.
         """
         self.wait()
+        _check(step)
         if self._staging is None:
             from .staging import Staging
 
@@ -109,7 +113,7 @@ class Checkpoints:
         job = self._job = _Job(lambda staged: self._save(step, state, staged))
         job.start()
         job.staged.wait()
-        if job.failed_early:
+        if job.is_refused:
             self.wait()
 
     @property
@@ -161,9 +165,6 @@ class Checkpoints:
         from .planner import SavePlanner
         from .writer import Writer
 
-        if step < 0:
-            raise ValueError(f"a step is 0 or more: {step}")
-
         def stage(image: Image) -> Image:
             if staged is None:
                 return image
@@ -198,11 +199,16 @@ class Checkpoints:
     # ---- checking and exporting
 
     def verify(self, step: int | None = None, *, progress: Callable[[int], object] = lambda _: None) -> list[str]:
-        """Read every byte of the checkpoint of `step`, or the latest, and tell what is damaged. Raises NoCheckpoint.
+        """Read every byte of the checkpoint of `step`, or the latest, and tell what is damaged.
 
+        Raises NoCheckpoint, also for one that is removed meanwhile, as a run that goes on may do.
         `progress` is called with the number of bytes just read.
         """
-        return [str(problem) for problem in problems(self.catalog, self.catalog.find(step), progress)]
+        entry = self.catalog.find(step)
+        found = [str(problem) for problem in problems(self.catalog, entry, progress)]
+        if found:
+            self.catalog.check_there(entry)
+        return found
 
     def export(
         self,
@@ -243,7 +249,7 @@ class Checkpoints:
         `partial` takes only what the state has a place for.
 
         A damaged checkpoint raises Damaged, and may have filled some of the tensors. With `fallback` the one published
-        before it is tried then, and so on. Raises NoCheckpoint, StateError.
+        before it is tried then, and so on. Raises NoCheckpoint, also for one that is removed meanwhile, and StateError.
         """
         self.wait()
         ranks = self._collective()
@@ -253,6 +259,7 @@ class Checkpoints:
                 self._load(entry, state, partial)
                 return entry.step
             except Damaged as damaged:
+                ranks.told(functools.partial(self.catalog.check_there, entry))
                 if older == len(choice):
                     raise
                 log.warning("%s: taking the one before it", damaged)
@@ -293,14 +300,13 @@ class _Job(threading.Thread):
     def __init__(self, save: Callable[[Callable[[], None]], None]) -> None:
         super().__init__(name="emberline-checkpoint")
         self._save = save
-        self._is_staged = False
         self.staged = threading.Event()
         """Set when the state may change: it is copied, or the save has failed before that."""
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._save(self._set_staged)
+            self._save(self.staged.set)
         except BaseException as error:
             # Whoever never waits is told all the same.
             log.error("a checkpoint was not written: %s", error)
@@ -308,14 +314,15 @@ class _Job(threading.Thread):
         finally:
             self.staged.set()
 
-    def _set_staged(self) -> None:
-        self._is_staged = True
-        self.staged.set()
-
     @property
-    def failed_early(self) -> bool:
-        """Whether it failed before the state was copied."""
-        return not self._is_staged
+    def is_refused(self) -> bool:
+        """Whether the state cannot be saved, now or later: it is looked at before it is copied."""
+        return isinstance(self.error, StateError)
+
+
+def _check(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"a step is 0 or more: {step}")
 
 
 def _state_dicts(state: dict[str, Any]) -> dict[str, Any]:

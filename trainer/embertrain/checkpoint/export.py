@@ -1,4 +1,9 @@
-"""The model of a checkpoint as safetensors, at any URL."""
+"""The model of a checkpoint as safetensors, at any URL.
+
+Invariant: an export is there once its config.json is, which is written last. On this machine the whole folder comes by
+one rename; elsewhere nothing hangs on one, and a process that dies half-way leaves a folder without it, that no reader
+takes for a model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,9 @@ from ..errors import StateError
 from ..model.config import ModelConfig
 from ..model.published import from_published
 from ..weights import save
+from ..weights.folder import CONFIG, INDEX
 from .index import Index, Marker
+from .place import exists
 from .reader import dtype_of
 
 MODEL = "model"
@@ -49,19 +56,24 @@ def write(
     storage_options: dict[str, Any] | None,
     **form: Any,
 ) -> None:
-    """Write a new folder. Elsewhere than on this machine it is written beside its place first, and moved."""
+    """Write a new folder. Raises FileExistsError, also for what an export that was cut short left."""
     fs, path = fsspec.url_to_fs(os.fspath(url), **(storage_options or {}))
     if isinstance(fs, LocalFileSystem):
         save(model, path, config, **form)
         return
-    if fs.exists(path):
-        raise FileExistsError(f"there is something at {url} already")
-    partial = f"{path.rstrip('/')}.partial"
-    if fs.exists(partial):
-        fs.rm(partial, recursive=True)
+    path = path.rstrip("/")
+    if exists(fs, path):
+        half = (
+            "" if exists(fs, f"{path}/{CONFIG}") else f", without {CONFIG}: if half an export is all it is, remove it"
+        )
+        raise FileExistsError(f"there is something at {url} already{half}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "weights"
         save(model, folder, config, **form)
-        for file in sorted(folder.iterdir()):
-            fs.put_file(str(file), f"{partial}/{file.name}")
-    fs.mv(partial, path.rstrip("/"), recursive=True)
+        fs.makedirs(path, exist_ok=True)
+        try:
+            for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG, file.name == INDEX, file.name)):
+                fs.put_file(str(file), f"{path}/{file.name}")
+        except BaseException:
+            fs.rm(path, recursive=True)
+            raise

@@ -3,8 +3,8 @@
 Invariants:
   - What `write` and `put` wrote is durable when they return; `put` gives a name its whole content at once or not at
     all.
-  - `settle` makes the names in a folder durable where that is a step of its own (a local disk). It comes before the
-    file that says that the folder is whole.
+  - So is the name of what `make` made when it returns. `settle` makes the names in a folder durable where that is a
+    step of its own (a local disk). It comes before the file that says that the folder is whole.
 
 A local folder is used without fsspec, which has no word for fsync. A store of ours makes a file durable when it is
 closed, and so does S3. On a file system that does neither, a machine that loses power may lose the last checkpoints.
@@ -18,6 +18,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -35,7 +36,7 @@ class Place(Protocol):
         """Names of the folders, in no order; none where the place is not there yet."""
 
     def make(self, folder: str) -> None:
-        """Make a folder, and the place with it."""
+        """Make a folder, and the place with it; their names are durable."""
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
         """A new file from pieces in order."""
@@ -44,7 +45,7 @@ class Place(Protocol):
         """A small file, whole or not at all."""
 
     def settle(self, folder: str) -> None:
-        """Make the names in a folder, and its own, durable."""
+        """Make the names in a folder durable."""
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
@@ -53,7 +54,7 @@ class Place(Protocol):
         """A file to seek and `readinto`. Raises FileNotFoundError."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Whether there is such a file or folder. Raises where that cannot be told now."""
 
     def touched_s(self, folder: str) -> float:
         """Unix time of the last change of the folder or of a file in it, in seconds."""
@@ -73,6 +74,16 @@ def is_lost(error: OSError) -> bool:
     return isinstance(error, FileNotFoundError | Corruption | DataLost) or error.errno == errno.EIO
 
 
+def exists(fs: Any, path: str) -> bool:
+    """Unlike fsspec's own, which many file systems have, it does not say no where it cannot tell: a checkpoint that is
+    out of reach would be none, and be swept."""
+    try:
+        fs.info(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class LocalPlace:
     """A folder of this machine."""
 
@@ -87,7 +98,11 @@ class LocalPlace:
             return []
 
     def make(self, folder: str) -> None:
-        (self._root / folder).mkdir(parents=True)
+        path = self._root / folder
+        new = [path, *takewhile(lambda parent: not parent.exists(), path.parents)]
+        path.mkdir(parents=True)
+        for each in new:
+            _sync_folder(each.parent)
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
         with (self._root / name).open("xb", buffering=0) as file:
@@ -107,8 +122,7 @@ class LocalPlace:
         _sync_folder(path.parent)
 
     def settle(self, folder: str) -> None:
-        for path in (self._root / folder, self._root, self._root.parent):
-            _sync_folder(path)
+        _sync_folder(self._root / folder)
 
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
@@ -183,7 +197,7 @@ class RemotePlace:
         return file
 
     def exists(self, name: str) -> bool:
-        return bool(self._fs.exists(self._path(name)))
+        return exists(self._fs, self._path(name))
 
     def touched_s(self, folder: str) -> float:
         files = self._fs.ls(self._path(folder), detail=False)

@@ -32,6 +32,7 @@ from .check import read_checked
 from .image import Image, Part, flat, view
 from .index import GRANULE_BYTES, PIECE_BYTES, File, Files, Index, Shard, TensorEntry
 from .place import Place, is_lost
+from .ranks import sends_errors
 from .threads import in_threads
 
 
@@ -69,6 +70,7 @@ class Reader(StorageReader):
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
+    @sends_errors
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         parts: dict[int, list[Part]] = {}
         copies: list[_Copy] = []

@@ -33,6 +33,7 @@ from .index import (
     file_bytes_of,
     sums_of,
 )
+from .ranks import sends_errors
 from .threads import in_threads
 
 _FILES = MetadataIndex("")
@@ -74,10 +75,12 @@ class Writer(StorageWriter):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
 
+    @sends_errors
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self.attempt = self._catalog.begin(self._step)
         return [dataclasses.replace(plan, storage_data=(self.attempt, rank)) for rank, plan in enumerate(plans)]
 
+    @sends_errors
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         folder, rank = plan.storage_data
         results, parts, end = [], [], 0
@@ -116,6 +119,7 @@ class Writer(StorageWriter):
         in_threads([partial(write, number) for number in range(len(begins))])
         return Files(file_bytes, [file for file in files if file])
 
+    @sends_errors
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self.attempt is not None
         index = _index(metadata, results)

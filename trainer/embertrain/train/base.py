@@ -4,8 +4,8 @@
         model = Model(base.shape())
         base.fill(model)
 
-What is at the URL decides which it is. A folder elsewhere than on this machine is copied to a temporary one, by each
-rank.
+What is at the URL decides which it is: what rank 0 finds there, since ranks that each looked might not see the same. A
+folder elsewhere than on this machine is copied to a temporary one, by each rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..checkpoint import Checkpoints
+from ..checkpoint.catalog import Catalog
 from ..checkpoint.export import MODEL, config_of
+from ..checkpoint.index import Index, Marker
+from ..checkpoint.ranks import Ranks
 from ..errors import ConfigError, StateError, WeightsError
 from ..model.config import ModelConfig
 from ..model.model import Model
@@ -61,23 +64,37 @@ class Base(Protocol):
 
 @contextmanager
 def open_base(url: str, *, step: int | None = None) -> Iterator[Base]:
-    """`step` of checkpoints; None: the latest. Raises ConfigError where there is nothing to begin with."""
+    """`step` of checkpoints; None: the latest. Every rank calls this.
+
+    Raises ConfigError where there is nothing to begin with, NoCheckpoint, Damaged.
+    """
     fs, path = fsspec.url_to_fs(url)
     is_local = isinstance(fs, LocalFileSystem)
     url = os.path.abspath(path) if is_local else url
-    files = [PurePosixPath(name) for name in fs.ls(path, detail=False)] if fs.isdir(path) else []
-    if any(file.suffix == ".safetensors" for file in files):
-        with tempfile.TemporaryDirectory() as scratch:
-            if not is_local:
-                for file in files:
-                    if file.suffix in (".safetensors", ".json"):
-                        fs.get_file(str(file), f"{scratch}/{file.name}")
-            yield _Folder(url, Path(url if is_local else scratch))
-        return
-    with Checkpoints(url) as checkpoints:
-        if checkpoints.latest() is None:
-            raise ConfigError(f"there are neither weights (safetensors) nor checkpoints at {url}")
-        yield _Checkpoint(url, checkpoints, step)
+    with Ranks() as ranks:
+        files = ranks.told(lambda: _files(fs, path))
+        if any(file.suffix == ".safetensors" for file in files):
+            with tempfile.TemporaryDirectory() as scratch:
+                if not is_local:
+                    for file in files:
+                        if file.suffix in (".safetensors", ".json"):
+                            fs.get_file(str(file), f"{scratch}/{file.name}")
+                yield _Folder(url, Path(url if is_local else scratch))
+            return
+        with Checkpoints(url) as checkpoints:
+            yield _Checkpoint(url, checkpoints, *ranks.told(lambda: _found(url, checkpoints.catalog, step)))
+
+
+def _files(fs: Any, path: str) -> list[PurePosixPath]:
+    return [PurePosixPath(name) for name in fs.ls(path, detail=False)] if fs.isdir(path) else []
+
+
+def _found(url: str, catalog: Catalog, step: int | None) -> tuple[Marker, Index]:
+    if catalog.latest() is None:
+        raise ConfigError(f"there are neither weights (safetensors) nor checkpoints at {url}")
+    entry = catalog.find(step)
+    marker = catalog.marker(entry)
+    return marker, catalog.index(entry, marker)
 
 
 class _Folder:
@@ -97,13 +114,9 @@ class _Folder:
 class _Checkpoint:
     """The model of a checkpoint."""
 
-    def __init__(self, url: str, checkpoints: Checkpoints, step: int | None) -> None:
-        self.url, self._checkpoints = url, checkpoints
-        catalog = checkpoints.catalog
-        entry = catalog.find(step)
-        self.step: int | None = entry.step
-        self._marker = catalog.marker(entry)
-        self._index = catalog.index(entry, self._marker)
+    def __init__(self, url: str, checkpoints: Checkpoints, marker: Marker, index: Index) -> None:
+        self.url, self._checkpoints, self._marker, self._index = url, checkpoints, marker, index
+        self.step: int | None = marker.step
 
     def shape(self) -> ModelConfig:
         return config_of(self._marker)

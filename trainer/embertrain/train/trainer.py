@@ -378,11 +378,8 @@ def _begun_with(config: TrainConfig, fresh: bool) -> str | None:
 
 def _latest(checkpoints: Checkpoints) -> int | None:
     """The step that rank 0 finds: ranks that each looked might not see the same, and wait for each other for ever."""
-    ranks = Ranks()
-    try:
+    with Ranks() as ranks:
         return ranks.told(checkpoints.latest)
-    finally:
-        ranks.close()
 
 
 def _shape(config: TrainConfig, base: Base | None) -> ModelConfig:
