@@ -13,7 +13,7 @@ settings.load_profile("emberline")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="replay this one seed in every simulation test")
     parser.addoption(
-        "--sim-seeds", type=int, default=20, help="how many seeds each simulation test tries (0, 1, 2, ...)"
+        "--sim-seeds", type=int, default=8, help="how many seeds each simulation test tries (0, 1, 2, ...)"
     )
     parser.addoption(
         "--chaos-seconds", type=float, default=0.0, help="how long the chaos test goes on (0: each fault once)"

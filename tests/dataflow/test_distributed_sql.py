@@ -68,6 +68,8 @@ def test_the_answer_is_duckdbs(
     expected = plain.execute(statement.sql).fetchall()
     types = [(row[0], row[1]) for row in plain.execute(f"DESCRIBE {statement.sql}").fetchall()]
     frame = session.sql(statement.sql)
+    if shares.SKEW == 1 and not can_be_cut(frame):
+        return  # As in the first session, too.
     computed = session.jobs.compute(frame.query)
     rows = session.jobs.rows_of(frame.query)
     with session.running(rows) as cursor:
@@ -84,6 +86,12 @@ def test_the_answer_is_duckdbs(
         got, expected = (sorted(rows, key=lambda row: repr(row).replace("-0.0,", "0.0,")) for rows in (got, expected))
     assert len(got) == len(expected)
     assert all(map(same, got, expected)), (got, expected)
+
+
+def can_be_cut(frame: emberflow.DataFrame) -> bool:
+    """Whether a partition may become several tasks."""
+    program = frame.session.jobs.planner(frame.query).program(frame.query)
+    return any(exchange.splittable for stage in program.stages for exchange in stage.inputs())
 
 
 def same(left: Any, right: Any) -> bool:

@@ -6,8 +6,9 @@ Run: pytest tests/dataflow/test_plan_corpus.py.
 from __future__ import annotations
 
 import datetime
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import duckdb
@@ -50,6 +51,12 @@ def shadows(tables: duckdb.DuckDBPyConnection) -> dict[str, list[Column]]:
     return {name: columns_of(tables, f"FROM {name}") for name in TABLES}
 
 
+@pytest.fixture(scope="module")
+def plan_of(shadows: dict[str, list[Column]]) -> Callable[[Statement], Bound]:
+    """A statement's plan, made once: several tests look at all of them."""
+    return functools.cache(lambda statement: bind(statement.sql, shadows, now=NOW))
+
+
 def columns_of(connection: duckdb.DuckDBPyConnection, sql: str) -> list[Column]:
     return [Column(row[0], row[1]) for row in connection.execute(f"DESCRIBE ({sql}\n)").fetchall()]
 
@@ -90,14 +97,14 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("statement", STATEMENTS, ids=lambda statement: statement.name)
 def test_the_plans_text_has_duckdbs_answer(
-    statement: Statement, tables: duckdb.DuckDBPyConnection, shadows: dict[str, list[Column]]
+    statement: Statement, tables: duckdb.DuckDBPyConnection, plan_of: Callable[[Statement], Bound]
 ) -> None:
     if statement.name in REFUSED:
         with pytest.raises(NotPlannable) as refusal:
-            bind(statement.sql, shadows, now=NOW)
+            plan_of(statement)
         assert refusal.value.reason.startswith(REFUSED[statement.name])
         return
-    bound = bind(statement.sql, shadows, now=NOW)
+    bound = plan_of(statement)
     expected_columns, expected = answer(tables, statement.sql, ordered=statement.ordered)
     columns, rows = answer(tables, text_of(bound), ordered=statement.ordered)
     assert list(bound.columns) == columns == expected_columns
@@ -108,7 +115,7 @@ def test_the_plans_text_has_duckdbs_answer(
 
 
 def test_every_operator_has_the_types_it_says(
-    tables: duckdb.DuckDBPyConnection, shadows: dict[str, list[Column]]
+    tables: duckdb.DuckDBPyConnection, plan_of: Callable[[Statement], Bound]
 ) -> None:
     """The text of each part of each plan binds to the types the plan has for it: no overload is another."""
 
@@ -122,7 +129,7 @@ def test_every_operator_has_the_types_it_says(
     for statement in STATEMENTS:
         if statement.name in REFUSED:
             continue
-        for node in walk(bind(statement.sql, shadows, now=NOW).plan):
+        for node in walk(plan_of(statement).plan):
             types = [column.type for column in columns_of(tables, select(node, source=source))]
             # The row's number, which nothing refers to, is read as a NULL.
             assert types == [column.type.replace("ROWID", "BIGINT") for column in node.columns] or not node.columns
@@ -130,8 +137,8 @@ def test_every_operator_has_the_types_it_says(
     assert checked > 500
 
 
-def test_the_corpus_covers_the_operators(shadows: dict[str, list[Column]]) -> None:
-    plans = [bind(s.sql, shadows, now=NOW).plan for s in STATEMENTS if s.name not in REFUSED]
+def test_the_corpus_covers_the_operators(plan_of: Callable[[Statement], Bound]) -> None:
+    plans = [plan_of(s).plan for s in STATEMENTS if s.name not in REFUSED]
     kinds = {type(node) for plan in plans for node in walk(plan)}
     assert kinds == set(Node.__args__)
     assert len(STATEMENTS) >= 150

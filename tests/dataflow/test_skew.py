@@ -1,6 +1,7 @@
 """Many rows with one key: the partition that holds them becomes several tasks, and the rows are DuckDB's.
 
-Run: pytest tests/dataflow/test_skew.py. The exchanges here hold some tens of MiB, so that a partition can be large.
+Run: pytest tests/dataflow/test_skew.py. The exchanges here hold a few MiB, and a partition counts as large from a
+sixteenth of the usual size on.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import duckdb
 import emberflow
 import pytest
+from emberflow.job import shares
 
-ROWS = 600_000
+ROWS = 60_000
+SMALL_BYTES = 256 << 10
 KEYS = {
     "one key": f"CASE WHEN i % 10 < 6 THEN 7 ELSE i % {ROWS // 20} END",
     "no key": "CAST(NULL AS BIGINT)",
@@ -40,6 +43,13 @@ class Facts:
         return re.sub(r"\bnames\b", f"'{self.directory}/all.parquet'", text)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_is_large() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shares, "_SKEW_BYTES_MIN", shares._SKEW_BYTES_MIN >> 4)
+        yield
+
+
 @pytest.fixture(scope="module", params=KEYS)
 def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Facts:
     directory = tmp_path_factory.mktemp("skew")
@@ -57,7 +67,7 @@ def facts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def session() -> Iterator[emberflow.Session]:
     # Small shares of files: a partition is cut between what several tasks have put into it.
     with emberflow.init(
-        executor="inline", workers=2, shuffle="always", partitions=6, threads=1, partition_bytes=2 << 20
+        executor="inline", workers=2, shuffle="always", partitions=6, threads=1, partition_bytes=SMALL_BYTES
     ) as session:
         yield session
 
@@ -159,8 +169,9 @@ def test_pieces_that_are_lost_or_damaged_are_made_again(facts: Facts, tmp_path_f
 
     def run() -> list[str]:
         with emberflow.init(
-            executor="inline", shuffle="always", partitions=6, broadcast_bytes=0, data_root=str(root)
-        ) as session:
+            executor="inline", shuffle="always", partitions=6, broadcast_bytes=0, data_root=str(root),
+            partition_bytes=SMALL_BYTES,
+        ) as session:  # fmt: skip
             check(session, facts, text)
             assert "result in pieces" in tasks(session)
             return [event.kind for event in session.jobs.last]

@@ -16,12 +16,13 @@ from tests.kvcache.serving import Server
 from tests.kvcache.traces import CONVERSATIONS, chat_requests
 
 PAGE = 4096
+REQUESTS = 130
 
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     path = tmp_path / "chats.jsonl"
-    path.write_bytes(b"".join(trace_lines(chat_requests(seed=7, requests=250))))
+    path.write_bytes(b"".join(trace_lines(chat_requests(seed=7, requests=REQUESTS))))
     return path
 
 
@@ -42,15 +43,15 @@ def test_with_room_for_all_it_hits_all_that_can(serve: Callable[..., Server], tr
     assert (told["lost_pages"], told["wrong_pages"], told["evicted_pages"]) == (0, 0, 0)
     assert told["puts"] == {"stored": end["stored"]}
     assert told["read_bytes"] == end["hit_pages"] * PAGE
-    assert told["latency"]["match"]["calls"] == 250
+    assert told["latency"]["match"]["calls"] == REQUESTS
     with Operator(address) as operator:
         (figures,) = operator.stat()["namespaces"].values()
     assert figures["pages"] == 0, "it takes out what it put"
 
 
 def test_with_less_room_it_hits_what_is_simulated(serve: Callable[..., Server], trace: Path) -> None:
-    # Of 900 pages that there are. Smaller ones leave more of a segment empty than is thought of for live pages.
-    address = serve(capacity_bytes=room_for(400, 16384)).address
+    # Of 400 pages that there are. Smaller ones leave more of a segment empty than is thought of for live pages.
+    address = serve(capacity_bytes=room_for(200, 16384)).address
     (told,) = emberline_json("kv", "replay", trace, address, "--page", "16384")
     simulated = told["simulated"]
     assert simulated["evicted"] > 100 and told["evicted_pages"] > 100
@@ -75,8 +76,8 @@ def test_it_is_told_for_people(serve: Callable[..., Server], trace: Path) -> Non
 def test_an_excerpt_of_the_published_trace(serve: Callable[..., Server], tmp_path: Path) -> None:
     if not CONVERSATIONS.exists():
         pytest.skip("the conversation trace is not beside the repository")
-    address = serve(capacity_bytes=room_for(1500, 16384)).address
-    (told,) = emberline_json("kv", "replay", CONVERSATIONS, address, "--requests", "300")
-    assert told["simulated"]["capacity"] == 1500 and told["simulated"]["evicted"] > 2000
+    address = serve(capacity_bytes=room_for(1000, 16384)).address
+    (told,) = emberline_json("kv", "replay", CONVERSATIONS, address, "--requests", "150")
+    assert told["simulated"]["capacity"] == 1000 and told["simulated"]["evicted"] > 2000
     assert abs(told["page_rate"] - told["simulated"]["page_rate"]) <= 0.005
     assert (told["lost_pages"], told["wrong_pages"]) == (0, 0)

@@ -175,20 +175,21 @@ def test_a_standby_takes_over(serve: Serve, tmp_path: Path) -> None:
 
 
 def test_a_full_cache_evicts_the_coldest_and_gives_the_space_back(serve: Serve, store: str) -> None:
-    with emberkv.connect(serve(16 * MIB).address, PLAIN) as cache:
-        prompts = [cache.keys(tokens(prompt, 10)) for prompt in range(1, 200)]
+    with emberkv.connect(serve(4 * MIB).address, PLAIN) as cache:
+        # Six times what there is room for.
+        prompts = [cache.keys(tokens(prompt, 20)) for prompt in range(1, 66)]
         for number, keys in enumerate(prompts):
             cache.match(prompts[0], lease_s=0)  # It stays warm.
-            states = cache.put(keys, [page(number)] * 10)
+            states = cache.put(keys, [page(number)] * 20)
             cache.flush()
             assert set(states) <= {"stored"}
-        assert cache.match(prompts[0], lease_s=0).pages == 10
-        assert cache.get(cache.match(prompts[0])) == [page(0)] * 10
+        assert cache.match(prompts[0], lease_s=0).pages == 20
+        assert cache.get(cache.match(prompts[0])) == [page(0)] * 20
         assert cache.match(prompts[5], lease_s=0).pages == 0
         last = cache.match(prompts[-1])
-        assert cache.get(last) == [page(len(prompts) - 1)] * 10
+        assert cache.get(last) == [page(len(prompts) - 1)] * 20
         numbers = cache.stat()["namespaces"][PLAIN.name]
-        assert numbers["disk_bytes"] <= 16 * MIB and numbers["live_bytes"] <= 0.9 * 16 * MIB
+        assert numbers["disk_bytes"] <= 4 * MIB and numbers["live_bytes"] <= 0.9 * 4 * MIB
         assert numbers["counts"]["evicted_pages"] > 1000
 
 

@@ -12,7 +12,7 @@ from emberfs.testing.sim.cluster import ClusterConfig, SimCluster, StoredTarget
 from emberfs.testing.sim.loop import SimRuntime, run
 from emberfs.testing.sim.workload import Workload
 
-INTERVAL_S = 300.0
+INTERVAL_S = 100.0
 SHAPE = ClusterConfig(managers=1, storage_nodes=3, scrub_interval_s=INTERVAL_S)
 TEXT = b"nobody reads this" * 100
 

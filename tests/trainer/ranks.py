@@ -7,7 +7,6 @@ right by symmetry.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -28,6 +27,8 @@ from embertrain.parallel import Mesh, ParallelConfig, apply, reduce_gradients
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .runs import forkserver
+
 SAMPLES = 4
 TOKENS = 160
 CUTS: tuple[tuple[int, ...], ...] = ((160,), (60, 100), (100, 60), (30, 130))
@@ -37,8 +38,7 @@ TIMEOUT_S = 120
 
 def ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """What `work(*args)` gives in each of so many processes that have joined one process group."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = forkserver()
     folder.mkdir(parents=True, exist_ok=True)
     processes = [context.Process(target=_rank, args=(rank, count, folder, work, args)) for rank in range(count)]
     for process in processes:

@@ -1,16 +1,10 @@
-"""One of the processes that save and load sharded states together, run by test_checkpoint_ranks.
+"""What processes do that save and load sharded states together, for test_checkpoint_ranks.
 
-    python -m tests.trainer.ranks_probe RANK SCRATCH '[["save", 2, URL], ["load", 1, URL], ...]'
-
-They do one job after the other, each with as many ranks as it says: starting a process takes longer than any of them.
 Every tensor is what `numbers` says by its name, whatever number of ranks holds it.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -176,9 +170,9 @@ def fallback(checkpoints: Checkpoints, rank: int, state: dict[str, Any]) -> None
         check(target)
 
 
-def run(task: str, rank: int, ranks: int, url: str) -> None:
-    """This rank's part of one job."""
-    state = job(ranks)
+def run(task: str, url: str) -> None:
+    """This rank's part of a task."""
+    rank, state = dist.get_rank(), job(dist.get_world_size())
     if task == "fail":
         fill(state)
         fail(url, rank, state)
@@ -195,25 +189,3 @@ def run(task: str, rank: int, ranks: int, url: str) -> None:
         elif task == "load":
             assert checkpoints.load(state) == 7
             check(state)
-
-
-def main() -> None:
-    rank, scratch = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    for number, (task, ranks, url) in enumerate(json.loads(sys.argv[3])):
-        if rank < ranks:
-            rendezvous = (scratch / f"rendezvous-{number}").as_uri()
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
-            run(task, rank, ranks, url)
-            dist.barrier()
-            dist.destroy_process_group()
-        else:  # the next job may be of what this one saves
-            done = scratch / f"done-{number}"
-            while not done.exists():
-                time.sleep(0.05)
-        if rank == 0:
-            (scratch / f"done-{number}").touch()
-
-
-if __name__ == "__main__":
-    main()

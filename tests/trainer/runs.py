@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from embertrain.train import TrainConfig, Trainer
 
 from . import texts
 
+STEPS = 8
+"""Of a run, unless it is said."""
 TOLD = ("seconds", "tokens_per_s", "mfu")
 """What differs between runs that compute the same."""
 
@@ -23,7 +26,7 @@ def tables(url: str, folder: Path | None = None, **changes: dict[str, Any]) -> d
         "seed": 3,
         "model": {"preset": "micro", "vocab_size": texts.VOCABULARY},
         "data": {"url": url, "sequence_tokens": 64, "batch_samples": 4},
-        "schedule": {"lr": 3e-3, "steps": 12, "warmup_steps": 2},
+        "schedule": {"lr": 3e-3, "steps": STEPS, "warmup_steps": 2},
         "losses": {"bias_rate": 0.01},
         "compute": {"threads": 1},
         "metrics": {"peak_flops": 1e11},
@@ -41,11 +44,16 @@ def run(tables: dict[str, Any], until: int | None = None) -> None:
         trainer.run(until=until)
 
 
-def start(work: Any, *args: Any) -> BaseProcess:
-    """A process that has what it imports already."""
+def forkserver() -> ForkServerContext:
+    """Its processes have what they import already, which takes seconds. The first preload of all is the one that
+    counts, so there is one list: dynamo is what torch loads with the first optimizer or DTensor."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_single, args=(work, args))
+    context.set_forkserver_preload([__name__, f"{__package__}.ranks", "torch._dynamo"])
+    return context
+
+
+def start(work: Any, *args: Any) -> BaseProcess:
+    process = forkserver().Process(target=_single, args=(work, args))
     process.start()
     return process
 

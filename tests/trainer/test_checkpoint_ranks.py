@@ -6,28 +6,16 @@ Run: pytest tests/trainer/test_checkpoint_ranks.py
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-TIMEOUT_S = 240
+from . import ranks_probe
+from .ranks import ranks
 
 
-def together(scratch: Path, jobs: list[tuple[str, int, str]]) -> None:
-    """Run (task, ranks, URL) after each other in the probe's processes, and see that every one ends well."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainer.ranks_probe"]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(scratch), json.dumps(jobs)], cwd=ROOT, env=environment)
-        for rank in range(max(ranks for _, ranks, _ in jobs))
-    ]
-    try:
-        assert [process.wait(TIMEOUT_S) for process in processes] == [0] * len(processes)
-    finally:
-        for process in processes:
-            process.kill()
+def together(scratch: Path, tasks: list[tuple[str, int, str]]) -> None:
+    """Each (task, ranks, URL) after the one before."""
+    for number, (task, count, url) in enumerate(tasks):
+        ranks(count, ranks_probe.run, scratch / f"ranks-{number}", task, url)
 
 
 def test_any_number_of_ranks_loads_what_any_other_saved(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ one kind of run continued as another."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from . import ranks, runs, texts
 
 STEPS = 4
+TABLES = {"optimizer": {"kind": "adamw"}, "checkpoint": {"every_steps": 100}, "data": {"micro_samples": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +36,28 @@ def work(tables: dict[str, Any], until: int) -> None:
         trainer.run(until=until)
 
 
+@pytest.fixture(scope="module")
+def alone(url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of a run of one process: done, and half done."""
+    folders = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
+    for folder, until in zip(folders, (STEPS, STEPS // 2), strict=True):
+        work(runs.tables(url, folder, **TABLES), until)
+    return folders
+
+
 @pytest.mark.parametrize("parallel", [{"dp": 2}, {"fsdp": 2}, {"ep": 2}], ids=lambda p: next(iter(p)))
-def test_two_ranks_are_one(url: str, tmp_path: Path, parallel: dict[str, int]) -> None:
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
-    tables = {"optimizer": {"kind": "adamw"}, "checkpoint": {"every_steps": 100}, "data": {"micro_samples": 1}}
-    work(runs.tables(url, whole, **tables), STEPS)
+def test_two_ranks_are_one(url: str, alone: tuple[Path, Path], tmp_path: Path, parallel: dict[str, int]) -> None:
+    whole, half = alone
     # Half of it alone, and half by two.
-    work(runs.tables(url, shared, **tables), STEPS // 2)
-    ranks.ranks(2, work, tmp_path / "ranks", runs.tables(url, shared, parallel=parallel, **tables), STEPS)
+    shared = shutil.copytree(half, tmp_path / "shared")
+    ranks.ranks(2, work, tmp_path / "ranks", runs.tables(url, shared, parallel=parallel, **TABLES), STEPS)
     expected, records = runs.lines(whole), runs.lines(shared)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert records[: STEPS // 2] == expected[: STEPS // 2]
     for record, other in zip(records, expected, strict=True):
         for key in ("loss", "mtp_loss", "balance_loss", "index_loss", "gradient_norm", "expert_load_max_over_mean"):
             assert record[key] == pytest.approx(other[key], rel=2e-4), (record["step"], key)
-    with Trainer(TrainConfig.of(runs.tables(url, shared, **tables))) as trainer:
+    with Trainer(TrainConfig.of(runs.tables(url, shared, **TABLES))) as trainer:
         assert trainer.done == STEPS
         assert any("ranks were 2 and are 1" in note for note in trainer.notes)
 

@@ -23,7 +23,6 @@ from embertrain.train.step import Stepper
 from . import runs, texts
 
 KILLS = int(os.environ.get("EMBERLINE_KILLS", "3"))
-STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +35,14 @@ def whole(url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run without a break."""
     folder = tmp_path_factory.mktemp("whole")
     runs.run(runs.tables(url, folder))
-    assert [line["step"] for line in runs.lines(folder)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in runs.lines(folder)] == list(range(1, runs.STEPS + 1))
     return folder
 
 
 def end(folder: Path, url: str) -> dict[str, torch.Tensor]:
     """Weights and optimizer states at the end of a run."""
     with Trainer(TrainConfig.of(runs.tables(url, folder))) as trainer:
-        assert trainer.done == STEPS
+        assert trainer.done == runs.STEPS
         return {name: t.clone() for name, t in runs.weights(trainer.state()).items()}
 
 
@@ -57,7 +56,7 @@ def assert_same(folder: Path, whole: Path, url: str) -> None:
 
 def test_kills_at_random_moments(url: str, whole: Path, tmp_path: Path) -> None:
     rng = random.Random(os.environ.get("EMBERLINE_KILL_SEED", "1"))
-    steps = sorted(rng.randrange(1, STEPS - 1) for _ in range(KILLS))
+    steps = sorted(rng.randrange(1, runs.STEPS - 1) for _ in range(KILLS))
     for step in steps:
         process = runs.start(runs.run, runs.tables(url, tmp_path))
         while len(runs.lines(tmp_path)) < step and process.is_alive():
@@ -216,8 +215,8 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(url: str, whole: Path,
 def test_what_may_change_is_told(url: str, whole: Path) -> None:
     tables = runs.tables(url, whole, schedule={"steps": 20}, optimizer={"weight_decay": 0.05})
     with Trainer(TrainConfig.of(tables)) as trainer:
-        changes = ["optimizer.weight_decay was 0.1 and is 0.05", "schedule.steps was 12 and is 20"]
-        assert trainer.notes[0] == f"going on from step {STEPS}" and sorted(trainer.notes[1:]) == changes
+        changes = ["optimizer.weight_decay was 0.1 and is 0.05", f"schedule.steps was {runs.STEPS} and is 20"]
+        assert trainer.notes[0] == f"going on from step {runs.STEPS}" and sorted(trainer.notes[1:]) == changes
         decays = {group["weight_decay"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
         assert decays == {0.0, 0.05}, "settings are the file's, not the config's"
 

@@ -129,7 +129,6 @@ def test_biases_even_the_load(url: str) -> None:
         tables = runs.tables(
             url, model={"preset": "micro"}, losses={"bias_rate": rate, "balance_weight": 0.0, "index_weight": 0.0,
             "mtp_weight": 0.0}, optimizer={"kind": "adamw"}, schedule={"lr": 3e-3, "steps": 60},
-            data={"batch_samples": 8},
         )  # fmt: skip
         stepper = stepper_of(tables)
         stepped = [stepper.step(step, samples_of(tables, step)) for step in range(30)]
@@ -142,7 +141,7 @@ def test_biases_even_the_load(url: str) -> None:
 
 def test_bf16_tracks_fp32(url: str) -> None:
     def trained(dtype: str) -> tuple[list[float], Stepper]:
-        tables = runs.tables(url, compute={"dtype": dtype}, optimizer={"kind": "adamw"})
+        tables = runs.tables(url, compute={"dtype": dtype}, optimizer={"kind": "adamw"}, schedule={"steps": 12})
         stepper = stepper_of(tables)
         return [stepper.step(step, samples_of(tables, step)).loss for step in range(12)], stepper
 

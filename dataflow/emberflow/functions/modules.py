@@ -19,6 +19,26 @@ _OURS = frozenset({"emberfs", "emberflow", "emberkv", "emberline", "embertrain"}
 _INSTALLED_PARTS = ("site-packages", "dist-packages")
 
 
+class LocalModules:
+    """Those among all that are loaded that are local. There may be thousands, and whoever sends a task asks: each is
+    looked at once, as long as the user's own code is in the same places. Not for two threads at a time."""
+
+    def __init__(self) -> None:
+        self._homes: tuple[str, ...] = ()
+        self._looked_at: dict[str, tuple[ModuleType, bool]] = {}
+
+    def __call__(self) -> list[ModuleType]:
+        homes = _homes()
+        before = self._looked_at if homes == self._homes else {}
+        self._homes, self._looked_at = homes, {}
+        for name, module in list(sys.modules.items()):
+            known = before.get(name)
+            if known is None or known[0] is not module:
+                known = module, isinstance(module, ModuleType) and is_local(module)
+            self._looked_at[name] = known
+        return [module for module, local in self._looked_at.values() if local]
+
+
 def is_local(module: ModuleType) -> bool:
     """Whether it is Python source of the user's own: below the working directory or beside the program, and not in
     an installed package. Workers elsewhere have no copy of such a module."""

@@ -17,16 +17,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 import cloudpickle
 
 from ..errors import InvalidArgument
-from .modules import is_local
+from .modules import LocalModules
 
 # Reentrant: what is pickled may hold things that travel by `dumps` themselves.
 _registry_lock = threading.RLock()
+_local_modules = LocalModules()
 _LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _DEPTH_MAX = 5
 """How many functions deep the search for what cannot travel goes."""
@@ -69,10 +70,9 @@ def _from_fields(kind: type[Any], data: bytes) -> Any:
 def _by_value() -> Iterator[None]:
     """Makes cloudpickle take the user's modules by value. The list is its own and global, so it is put back."""
     with _registry_lock:
-        known = set(cloudpickle.list_registry_pickle_by_value())
-        modules = [m for m in list(sys.modules.values()) if isinstance(m, ModuleType) and m.__name__ not in known]
+        known = {"__main__", *cloudpickle.list_registry_pickle_by_value()}
         # One may be in sys.modules under another name than its own; cloudpickle looks for its own.
-        added = [m for m in modules if sys.modules.get(m.__name__) is m and m.__name__ != "__main__" and is_local(m)]
+        added = [m for m in _local_modules() if m.__name__ not in known and sys.modules.get(m.__name__) is m]
         for module in added:
             cloudpickle.register_pickle_by_value(module)
         try:
