@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from embertrain.checkpoint import Checkpoints
-from embertrain.errors import NoCheckpoint, StateError
+from embertrain.errors import NoCheckpoint, StateError, Superseded
 from fsspec.implementations.memory import MemoryFileSystem
 
 from .states import blank, differences, state
@@ -183,6 +183,78 @@ def test_the_latest_is_the_one_published_last(url: str) -> None:
             checkpoints.save(step, {"a": step, "saved": step == 20 and checkpoints.latest() == 30})
         assert checkpoints.latest() == 20 and checkpoints.steps() == [10, 20, 30]
         assert loaded(checkpoints, {"a": 0}) == {"a": 20, "saved": True}
+
+
+def test_of_two_that_save_at_one_place_the_last_goes_on(url: str) -> None:
+    with Checkpoints(url) as old:
+        old.save(10, {"a": "old"})
+        with Checkpoints(url) as new:
+            new.save(5, {"a": "new"})
+            with pytest.raises(Superseded, match="another process has published step 5"):
+                old.save(20, {"a": "old"})
+            new.save(6, {"a": "new"})
+            with pytest.raises(Superseded, match="another process has published step 6"):
+                old.save_async(20, {"a": "old"})
+                old.wait()
+            assert new.steps() == [5, 6, 10] and loaded(new, {"a": 0}) == {"a": "new"}
+            assert len(new.catalog.place.folders()) == 3, "nothing is left of what was not published"
+
+
+def test_who_publishes_while_another_saves_is_the_one_that_goes_on(url: str) -> None:
+    with Checkpoints(url) as slow, Checkpoints(url) as quick:
+        publish = slow.catalog.publish
+
+        def overtaken(*args: Any) -> None:
+            quick.save(1, {"a": "quick"})
+            publish(*args)
+
+        slow.catalog.publish = overtaken  # type: ignore[method-assign]
+        with pytest.raises(Superseded, match="another process has published step 1"):
+            slow.save(2, {"a": "slow"})
+        quick.save(3, {"a": "quick"})
+        assert quick.steps() == [1, 3]
+
+
+def test_of_two_that_publish_in_one_moment_one_is_told(url: str) -> None:
+    with Checkpoints(url) as one, Checkpoints(url) as other:
+        put = one.catalog.place.put
+
+        def at_once(name: str, content: bytes) -> None:
+            if name.endswith("checkpoint.json"):
+                other.save(1, {"a": "other"})
+            put(name, content)
+
+        with pytest.MonkeyPatch.context() as moment:
+            moment.setattr(one.catalog.place, "put", at_once)
+            one.save(2, {"a": "one"})
+        assert one.steps() == [1, 2] and one.latest() == other.latest() == 1
+        other.save(3, {"a": "other"})
+        with pytest.raises(Superseded, match="another process has published step 3"):
+            one.save(4, {"a": "one"})
+
+
+def test_a_marker_of_ones_own_that_was_not_heard_of_is_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {})
+        put = checkpoints.catalog.place.put
+
+        def unheard(name: str, content: bytes) -> None:
+            put(name, content)
+            if name.endswith("checkpoint.json"):
+                raise TimeoutError("no answer")
+
+        def fail(*_: object) -> None:
+            raise TimeoutError("no answer")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(checkpoints.catalog.place, "put", unheard)
+            broken.setattr(checkpoints.catalog.place, "remove", fail)
+            with pytest.raises(TimeoutError):
+                checkpoints.save(2, {})
+        checkpoints.save(3, {})
+        assert checkpoints.steps() == [1, 2, 3]
 
 
 def test_retention_keeps_the_last_and_every_so_many(url: str) -> None:

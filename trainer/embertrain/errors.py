@@ -10,6 +10,7 @@ TrainError
 ├── NotFinite (ArithmeticError)    a NaN or an infinity where none may be; says where it was met first
 ├── StateError (ValueError)        a state that a checkpoint cannot hold, or that does not fit the one it is filled from
 ├── NoCheckpoint (ValueError)      there is none, or none of that step, or it was removed while it was read
+├── Superseded (RuntimeError)      another process has begun to save where this one does, and is gone on from
 ├── Damaged (OSError)              a file of a checkpoint is not what was written; `.step` and `.file` say which
 └── RankFailed (RuntimeError)      another rank could not do its part; a rank that could not raises what it met
 """
@@ -55,6 +56,10 @@ class StateError(TrainError, ValueError):
 
 class NoCheckpoint(TrainError, ValueError):
     """There is no checkpoint, or none of that step, or it was removed while it was read."""
+
+
+class Superseded(TrainError, RuntimeError):
+    """Another process has published checkpoints where this one does: this one's run is not gone on from any more."""
 
 
 class Damaged(TrainError, OSError):

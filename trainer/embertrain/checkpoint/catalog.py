@@ -6,7 +6,11 @@ file system needs to be able to rename.
 
 A folder is `step-<step>.<number>.<token>`. The number is one more than any that is there: publications are in its
 order, and `latest` is the last one published. (The highest step would be wrong for who went back to an earlier step and
-trained on from there.) The token keeps two jobs apart that should not write here at the same time but do.
+trained on from there.) The token keeps the files of two jobs apart that should not write here at the same time but do.
+
+One process at a time writes here, and the one that published last is it: another that has begun to before raises
+Superseded when it begins or publishes next. It finds that out by looking, since not every file system can exclude:
+two that publish in the same moment may both succeed, and then one of them is told at its next save.
 
 Removal takes the marker first. What else lies in the place is left alone. It does not know torch.
 """
@@ -24,7 +28,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import Damaged, NoCheckpoint
+from ..errors import Damaged, NoCheckpoint, Superseded
 from .index import ATTEMPT, INDEX, MARKER, Index, Marker, decode_index, decode_marker
 from .place import Place, is_lost
 
@@ -111,6 +115,10 @@ class Catalog:
         self.place = place
         self._retention = retention or Retention()
         self._clock = clock
+        self._mine: set[str] = set()
+        """Folders that were begun here."""
+        self._before: Entry | None = None
+        """Which was the latest when the first of them was."""
 
     # ---- finding
 
@@ -166,18 +174,32 @@ class Catalog:
     # ---- changing
 
     def begin(self, step: int) -> str:
-        """A folder for an attempt, made."""
+        """A folder for an attempt, made. Raises Superseded."""
+        if self._mine:
+            self._check_alone()
+        else:
+            self._before = self.latest()
         number = max((entry.number for entry in self._folders()), default=0) + 1
         folder = f"step-{step:09d}.{number:06d}.{secrets.token_hex(4)}"
+        self._mine.add(folder)
         self.place.make(folder)
         self.place.put(f"{folder}/{ATTEMPT}", msgspec.json.encode(Owner.this()))
         return folder
 
     def publish(self, folder: str, index: bytes, marker: Marker) -> None:
-        """Make an attempt, all of whose other files are there, a checkpoint."""
+        """Make an attempt, all of whose other files are there, a checkpoint. Raises Superseded."""
         self.place.write(f"{folder}/{INDEX}", [memoryview(index)])
         self.place.settle(folder)
+        self._check_alone()
         self.place.put(f"{folder}/{MARKER}", marker.encode())
+
+    def _check_alone(self) -> None:
+        latest = self.latest()
+        if latest and latest.folder not in self._mine and (self._before is None or latest > self._before):
+            raise Superseded(
+                f"another process has published step {latest.step} at {self.place.url} since this one began to save "
+                "there, and that is what is gone on from: end one of the two, or give it a URL of its own"
+            )
 
     def abandon(self, folder: str) -> None:
         """Remove an attempt that failed, as far as that goes."""

@@ -9,6 +9,7 @@
 
 Invariants:
   - A save that did not end leaves what was current before it current (see `catalog`).
+  - One process (or group of ranks) at a time saves at a URL; which is not the last to do so raises Superseded.
   - One save at a time: a second one waits for the first, and raises what that one raised.
   - `save`, `save_async`, `load`, `wait` and `close` are collective: every rank of the default process group calls them,
     in the same order. Everything else is for any one process, without torch.
@@ -92,7 +93,10 @@ class Checkpoints:
     # ---- saving
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Save, and return when it is published. Raises StateError, RankFailed, and what the file system raises."""
+        """Save, and return when it is published.
+
+        Raises StateError, Superseded, RankFailed, and what the file system raises.
+        """
         self.wait()
         _check(step)
         self._save(step, state, None)
