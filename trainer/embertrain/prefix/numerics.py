@@ -22,7 +22,7 @@ from ..model.model import Model
 from ..weights.fingerprint import fingerprint
 from .layout import Layout
 
-REVISION = 1
+REVISION = 2
 """Of the code that makes rows, and of how they lie in a page."""
 CPUINFO = Path("/proc/cpuinfo")
 CPU_FIELDS = {
