@@ -67,6 +67,31 @@ def test_a_module_of_the_users_travels_with_the_function(tmp_path: Path, monkeyp
     assert not cloudpickle.list_registry_pickle_by_value()
 
 
+def test_what_is_local_is_looked_at_again_where_it_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another working directory, and when another module has the name."""
+    name = "flow_looked_at"
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.py").write_text("")
+    local = modules.LocalModules()
+
+    def found() -> bool:
+        return name in [module.__name__ for module in local()]
+
+    monkeypatch.syspath_prepend(str(tmp_path / "one"))
+    importlib.import_module(name)
+    assert not found()
+    monkeypatch.chdir(tmp_path / "one")
+    assert found() and found()
+    monkeypatch.syspath_prepend(str(tmp_path / "two"))
+    del sys.modules[name]
+    importlib.import_module(name)
+    assert not found()
+    del sys.modules[name]
+
+
 def test_an_installed_function_travels_by_name() -> None:
     import json
 
