@@ -101,8 +101,16 @@ class Cluster:
         self.chunks = SlowChunks(runtime)
         self.processes = [SimProcess(runtime, f"meta-{number}") for number in range(2)]
         config = MetaConfig(shared=True, has_settings=True, chain_count=4, stripe=2, gc_delay_s=0)
-        self.servers = [MetaService(self.kv, process, self.chunks, config=config) for process in self.processes]
+        self.asked = 0
+        """How often a server wanted to know who lives."""
+        self.servers = [
+            MetaService(self.kv, process, self.chunks, config=config, ask_sessions=self._ask)
+            for process in self.processes
+        ]
         self.live: set[bytes] = set()
+
+    def _ask(self) -> None:
+        self.asked += 1
 
     async def start(self) -> None:
         for server in self.servers:

@@ -33,6 +33,7 @@ from emberfs.messages import (
 )
 from emberfs.meta import ClientChunkOps, MetaConfig, MetaService, gc
 from emberfs.meta.claims import LEASE_S, TAKEOVER_S, Claims
+from emberfs.meta.clients import HEAR_POLL_S
 from emberfs.meta.keys import rows_of
 from emberfs.settings import Config
 from emberfs.testing.sim import SimRuntime, run
@@ -367,9 +368,11 @@ def test_a_session_that_a_server_has_not_heard_of_yet_is_waited_for() -> None:
         client = Client(cluster, b"new".ljust(16))
         asking = cluster.runtime.spawn(client(0, Mkdir("/dir", 0o755, False, False)), "call")
         await cluster.runtime.sleep(0.5)
-        assert not asking.done()
+        assert not asking.done() and cluster.asked > 0
+        before_s = cluster.runtime.now_s()
         await cluster.servers[0].sessions_changed({client.id})
         await asking
+        assert cluster.runtime.now_s() - before_s < HEAR_POLL_S, "news are waited for, not looked for"
         await client(1, Mkdir("/other", 0o755, False, False))
         with pytest.raises(Unavailable):
             await Client(cluster, b"unknown".ljust(16))(0, Mkdir("/x", 0o755, False, False))

@@ -192,6 +192,36 @@ def test_a_heart_takes_the_configuration_first_and_goes_by_it() -> None:
     run(0, main)
 
 
+def test_a_heart_that_is_hurried_beats_at_once() -> None:
+    beats: list[float] = []
+
+    async def main(sim: SimRuntime) -> None:
+        def answer(request: Message) -> Message:
+            if isinstance(request, GetRouting):
+                return RoutingReply(None)
+            beats.append(sim.now_s())
+            if len(beats) == 2:
+                heart.hurry()  # What the beat under way brings may be too old.
+            return HeartbeatReply(None, 0, None)
+
+        manager: Any = Manager(answer)
+        heart = Heart(sim, manager, ["m:1"], Node("n", Role.META, "n:1", b"i"))
+        heart.hurry()  # It has not begun: nothing to hurry.
+        heart.start()
+        await sim.sleep(Settings().heartbeat_s / 2)
+        assert len(beats) == 1
+        began_s = sim.now_s()
+        heart.hurry()
+        await sim.sleep(Settings().heartbeat_s / 2)
+        assert len(beats) == 3
+        assert beats[2] - began_s < Settings().heartbeat_s / 4
+        await sim.sleep(Settings().heartbeat_s)
+        assert len(beats) == 4, "it goes on in its own time"
+        await heart.close()
+
+    run(0, main)
+
+
 def test_a_heart_stops_when_another_process_has_taken_the_name() -> None:
     """A server that nobody tells of sessions any more must not go on: its process ends, and is started again."""
 

@@ -20,6 +20,7 @@ Does not know: what requests do, and what a client leaves (`recovery`).
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +32,7 @@ from ..kv.types import KV, Transaction, decode_int
 from ..messages import Done
 from ..runtime import Runtime
 from ..transport.codec import decode_failure, encode_failure
+from ..waiting import finish, pause
 from .keys import client_key, result_key
 
 T = TypeVar("T")
@@ -41,7 +43,8 @@ KEEP_S = 3600
 PRUNE_EVERY = 256
 """Every so many requests of a client its answered ones are forgotten."""
 HEAR_S = 2.0
-"""How long a request of a client that we have not heard of waits: its session may be newer than our news."""
+"""How long a request of a client that we have not heard of waits: its session is newer than our news, which are asked
+for, or there is none."""
 HEAR_POLL_S = 0.05
 
 _RESULT, _FAILURE = b"\0", b"\1"
@@ -73,9 +76,12 @@ class _Taken:
 class Clients:
     """The clients' rows, and the news of their sessions."""
 
-    def __init__(self, kv: KV, runtime: Runtime) -> None:
+    def __init__(self, kv: KV, runtime: Runtime, ask_news: Callable[[], None]) -> None:
+        """`ask_news` has `heard` called soon, if there are other sessions than the last time."""
         self._kv = kv
         self._runtime = runtime
+        self._ask_news = ask_news
+        self._news: asyncio.Future[None] | None = None
         self._live: frozenset[bytes] = frozenset()
         self._known: set[bytes] = set()
         """Those that live or have lived, for all that we know."""
@@ -87,6 +93,9 @@ class Clients:
     def heard(self, live: Collection[bytes]) -> None:
         """The cluster manager said, just now, that these are all live sessions."""
         self._live = frozenset(live)
+        if self._news is not None:
+            finish(self._news)
+            self._news = None
         for client in self._known - self._live:
             self._gone.setdefault(client, self._runtime.now_s())
         for client in self._live:
@@ -202,7 +211,10 @@ class Clients:
             except _UnheardOf:
                 if self._runtime.now_s() >= deadline_s:
                     raise Unavailable("the metadata server has not heard of the client's session") from None
-            await self._runtime.sleep(HEAR_POLL_S)
+            if self._news is None:
+                self._news = self._runtime.future()
+            self._ask_news()
+            await pause(self._runtime, HEAR_POLL_S, self._news)
 
 
 def _decode(stored: bytes, kind: Any) -> Any:

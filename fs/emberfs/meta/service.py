@@ -72,10 +72,21 @@ HANDLERS: dict[type[Message], Handler] = {
 
 
 class MetaService:
-    """Serves metadata requests. `start` before the first, `close` after the last; the KV is the caller's to close."""
+    """Serves metadata requests. `start` before the first, `close` after the last; the KV is the caller's to close.
 
-    def __init__(self, kv: KV, runtime: Runtime, storage: ChunkOps, *, config: MetaConfig | None = None) -> None:
-        self._state = MetaState(kv, runtime, storage, config or MetaConfig())
+    `ask_sessions` is called when a client is not among the sessions that we were told of: have us told of them soon.
+    """
+
+    def __init__(
+        self,
+        kv: KV,
+        runtime: Runtime,
+        storage: ChunkOps,
+        *,
+        config: MetaConfig | None = None,
+        ask_sessions: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._state = MetaState(kv, runtime, storage, config or MetaConfig(), ask_sessions)
         self._background: asyncio.Task[None] | None = None
 
     def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Coroutine[Any, Any, Message]:

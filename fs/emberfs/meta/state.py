@@ -113,7 +113,9 @@ class Background:
 class MetaState:
     """Shared by the handlers of one `MetaService`."""
 
-    def __init__(self, kv: KV, runtime: Runtime, chunks: ChunkOps, config: MetaConfig) -> None:
+    def __init__(
+        self, kv: KV, runtime: Runtime, chunks: ChunkOps, config: MetaConfig, ask_sessions: Callable[[], None]
+    ) -> None:
         self.kv = kv
         self.runtime = runtime
         self.chunks = chunks
@@ -127,7 +129,7 @@ class MetaState:
         self.turns = KeyedLocks(runtime)
         self.claims: KeyedLocks | Claims = Claims(kv, runtime) if config.shared else self.turns
         """Turns that servers which share the KV take with each other."""
-        self.clients = Clients(kv, runtime)
+        self.clients = Clients(kv, runtime, ask_sessions)
         self.blocks = Blocks(kv, runtime, self.ids, self.clients)
         self.background = Background()
         self.name: RequestName | None = None

@@ -16,6 +16,7 @@ from ..routing import Node, Routing
 from ..runtime import Runtime
 from ..settings import Config, Settings
 from ..transport.types import Network
+from ..waiting import finish, pause
 
 log = logging.getLogger("emberline.server")
 
@@ -45,6 +46,7 @@ class Heart:
         self._heartbeat_s = Settings().heartbeat_s
         self._sessions_version = 0
         self._is_admitted = False
+        self._wanted: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -55,6 +57,11 @@ class Heart:
     def start(self) -> None:
         """Begin."""
         self._task = self._runtime.spawn(self._beat(), "server-heart")
+
+    def hurry(self) -> None:
+        """Beat now, or after the beat that is under way: somebody waits for news."""
+        if self._wanted is not None:
+            finish(self._wanted)
 
     async def close(self) -> None:
         """End."""
@@ -69,6 +76,7 @@ class Heart:
     async def _beat(self) -> None:
         is_heard = True
         while True:
+            self._wanted = wanted = self._runtime.future()
             try:
                 await self._tell()
                 if not is_heard:
@@ -85,7 +93,7 @@ class Heart:
             except Exception:
                 # A mistake of ours, maybe in what takes the routing: without heartbeats this server would be lost.
                 log.exception("a heartbeat failed")
-            await self._runtime.sleep(self._heartbeat_s)
+            await pause(self._runtime, self._heartbeat_s, wanted)
 
     async def _tell(self) -> None:
         if not self._is_admitted:

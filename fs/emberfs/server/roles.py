@@ -166,7 +166,6 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
     routes = Routes(runtime, network, config.managers, description=f"metadata server {config.name}")
     await routes.start()
     chains = EveryChain(routes, StorageRouter(runtime, network, routes))
-    service = MetaService(kv, runtime, ClientChunkOps(chains), config=MetaConfig(shared=True))
 
     async def take_routing(routing: Routing) -> None:
         service.chains_changed([chain.id for chain in routing.chains])
@@ -182,8 +181,9 @@ async def _open_meta(config: ServerConfig, runtime: AsyncioRuntime, network: Net
         node,
         on_routing=take_routing,
         on_sessions=take_sessions,
-        on_config=service.configure,
+        on_config=lambda known: service.configure(known),
     )
+    service = MetaService(kv, runtime, ClientChunkOps(chains), config=MetaConfig(shared=True), ask_sessions=heart.hurry)
 
     async def start() -> None:
         await take_routing(routes.routing)

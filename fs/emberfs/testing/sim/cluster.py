@@ -158,7 +158,6 @@ class MetaMachine(SimMachine):
         kv = RemoteKV(network.connection(KV_ADDRESS), process)
         routes = cluster.routes(process, network, self.name)
         storage = StorageRouter(process, network, routes, config=RouterConfig(deadline_s=cluster.config.deadline_s))
-        service = MetaService(kv, process, ClientChunkOps(EveryChain(routes, storage)), config=MetaConfig(shared=True))
 
         async def take_routing(routing: Routing) -> None:
             service.chains_changed([chain.id for chain in routing.chains])
@@ -174,7 +173,14 @@ class MetaMachine(SimMachine):
             node,
             on_routing=take_routing,
             on_sessions=take_sessions,
-            on_config=service.configure,
+            on_config=lambda known: service.configure(known),
+        )
+        service = MetaService(
+            kv,
+            process,
+            ClientChunkOps(EveryChain(routes, storage)),
+            config=MetaConfig(shared=True),
+            ask_sessions=heart.hurry,
         )
         await _until_done(process, routes.start)
         await network.serve(self.address, service)
