@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
+from embertrain.checkpoint import Checkpoints
 from fsspec.implementations.local import LocalFileSystem
 
 from benchmarks import __main__ as command_line
@@ -300,9 +302,26 @@ def test_a_lost_stream_stops_the_benchmark(tmp_path: Path) -> None:
 # ---- checkpoints
 
 
-def test_the_smallest_checkpoints_go_through_every_row(tmp_path: Path) -> None:
+def test_the_smallest_checkpoints_go_through_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = checkpoint.Size(data_bytes=1, rounds=1, steps=1, has_goals=True, shapes=((300, 7), (5,), (1,)))
+    stagers = []
+    save = dcp.async_save
+
+    def seen(*args: Any, **options: Any) -> Any:
+        stagers.append(options["async_stager"])
+        return save(*args, **options)
+
+    monkeypatch.setattr(dcp, "async_save", seen)
     rows = checkpoint.run(tmp_path, size)
+    assert len(stagers) == 2 and stagers[0] is stagers[1], "the peer's staging memory is warm, too"
     assert [row.goal for row in rows] == [0.7, 0.7, 0.2, None]
     assert all(row.ours > 0 for row in rows)
     assert set(rows[0].peers) == {"dcp", "torch.save"}
+
+
+def test_a_save_that_is_done_at_once_has_a_step_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoints, "saving", False)
+    size = checkpoint.Size(data_bytes=1, rounds=1, steps=1, has_goals=False, shapes=((1,),))
+    with Checkpoints(tmp_path) as ours:
+        (row,) = checkpoint._steps(ours, checkpoint.state_of(size), size)
+    assert row.ours > 0
