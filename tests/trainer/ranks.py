@@ -11,6 +11,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,19 @@ CUTS: tuple[tuple[int, ...], ...] = ((160,), (60, 100), (100, 60), (30, 130))
 TIMEOUT_S = 120
 
 
-def ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """What `work(*args)` gives in each of so many processes that have joined one process group."""
+def start(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[BaseProcess]:
+    """So many processes that join one process group and do `work(*args)`. Each call wants a folder of its own."""
     context = forkserver()
     folder.mkdir(parents=True, exist_ok=True)
     processes = [context.Process(target=_rank, args=(rank, count, folder, work, args)) for rank in range(count)]
     for process in processes:
         process.start()
+    return list(processes)
+
+
+def ranks(count: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
+    """What `work(*args)` gives in each of so many processes that have joined one process group."""
+    processes = start(count, work, folder, *args)
     try:
         for process in processes:
             process.join(TIMEOUT_S)

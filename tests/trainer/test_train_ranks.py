@@ -1,9 +1,16 @@
-"""The trainer as several processes over gloo: the same losses as one, whatever the ranks are for; and a checkpoint of
-one kind of run continued as another."""
+"""The trainer as several processes over gloo: the same losses as one, whatever the ranks are for; a checkpoint of one
+kind of run continued as another; and a run whose processes are killed, continued to the same bits.
+
+EMBERLINE_KILLS asks for more kills than a test run of all takes.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
+import signal
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from embertrain.checkpoint import Checkpoints
+from embertrain.checkpoint.catalog import Catalog
 from embertrain.checkpoint.place import LocalPlace
 from embertrain.model.model import Model
 from embertrain.parallel import Mesh
@@ -23,6 +31,7 @@ from . import ranks, runs, texts
 
 STEPS = 4
 TABLES = {"optimizer": {"kind": "adamw"}, "checkpoint": {"every_steps": 100}, "data": {"micro_samples": 1}}
+KILLS = int(os.environ.get("EMBERLINE_KILLS", "1"))
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +110,72 @@ def test_ranks_begin_with_what_the_first_finds(url: str, tmp_path: Path) -> None
         saved.export(2, exported)
     ours, theirs = ranks.ranks(2, begin_blind, tmp_path / "ranks", [checkpoints, exported])
     assert ours == theirs and ours[0] == ours[1]
+
+
+# ---- killed
+
+LAST = 8
+
+
+def end(folder: Path, url: str) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of the last checkpoint, whole."""
+    with Trainer(TrainConfig.of(runs.tables(url, folder))) as trainer:
+        assert trainer.done == LAST and trainer.checkpoints is not None
+        catalog = trainer.checkpoints.catalog
+        assert len(catalog.place.folders()) == len(catalog.published()), "nothing of the dead is left"
+        return {name: t.clone() for name, t in runs.weights(trainer.state()).items()}
+
+
+def die_in_a_save(tables: dict[str, Any], at: int, rank: int) -> None:
+    """A run one of whose ranks is killed in the save of step `at`: rank 0 when all but its last file is there, another
+    with half of its bytes written."""
+    if dist.get_rank() == rank:
+        owner, name = (Catalog, "publish") if rank == 0 else (LocalPlace, "write")
+        works = getattr(owner, name)
+
+        def killed(self: Any, place: str, *args: Any) -> None:
+            if place.startswith(f"step-{at:09d}"):
+                if rank:
+                    whole = b"".join(args[0])
+                    works(self, place, [memoryview(whole)[: len(whole) // 2]])
+                os.kill(os.getpid(), signal.SIGKILL)
+            works(self, place, *args)
+
+        setattr(owner, name, killed)
+    work(tables, LAST)
+
+
+def kill(processes: list[BaseProcess], rng: random.Random) -> None:
+    """All of them, in any order, some time apart."""
+    for process in rng.sample(processes, len(processes)):
+        process.join(rng.random() * 0.2)
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def test_ranks_that_are_killed_go_on_to_the_same_bits(url: str, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    parallel = {"fsdp": 2}
+    ranks.ranks(2, work, tmp_path / "ranks", runs.tables(url, whole, parallel=parallel), LAST)
+    tables = runs.tables(url, killed, parallel=parallel)
+    assert TrainConfig.of(tables).checkpoint.asynchronous and TrainConfig.of(tables).optimizer.kind == "muon"
+    rng = random.Random(os.environ.get("EMBERLINE_KILL_SEED", "1"))
+    for at, rank in ((4, 0), (6, 1)):
+        processes = ranks.start(2, die_in_a_save, tmp_path / f"save-{at}", tables, at, rank)
+        processes[rank].join(ranks.TIMEOUT_S)
+        assert processes[rank].exitcode == -signal.SIGKILL
+        kill(processes, rng)
+        assert Checkpoints(killed / "checkpoints").latest() == at - 2
+    for number in range(KILLS):
+        step = rng.randint(5, LAST - 1)
+        processes = ranks.start(2, work, tmp_path / f"random-{number}", tables, LAST)
+        while len(runs.lines(killed)) < step and processes[0].is_alive():
+            processes[0].join(0.005)
+        kill(processes, rng)
+    ranks.ranks(2, work, tmp_path / "last", tables, LAST)
+    assert runs.lines(killed) == runs.lines(whole) and len(runs.lines(whole)) == LAST
+    ours, theirs = end(killed, url), end(whole, url)
+    assert ours.keys() == theirs.keys() and len(ours) > 300
+    for name, t in ours.items():
+        assert torch.equal(t, theirs[name]), name
