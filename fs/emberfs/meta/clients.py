@@ -204,16 +204,20 @@ class Clients:
         return mark
 
     async def _run(self, work: Callable[[Transaction], Awaitable[T]], *, reclaims: bool) -> T:
-        deadline_s = self._runtime.now_s() + HEAR_S
+        deadline_s: float | None = None
         while True:
             try:
                 return await self._kv.run(work, reclaims=reclaims)
             except _UnheardOf:
-                if self._runtime.now_s() >= deadline_s:
+                now_s = self._runtime.now_s()
+                if deadline_s is not None and now_s >= deadline_s:
                     raise Unavailable("the metadata server has not heard of the client's session") from None
             if self._news is None:
                 self._news = self._runtime.future()
-            self._ask_news()
+            if deadline_s is None:
+                # Once: whoever claims to be somebody that nobody knows does not set the pace.
+                deadline_s = now_s + HEAR_S
+                self._ask_news()
             await pause(self._runtime, HEAR_POLL_S, self._news)
 
 

@@ -1,8 +1,8 @@
 // What the loops share: as many numbers at a time as the processor takes, bf16 and fp32 numbers alike, and torch's threads.
 //
 // A product of a few rows is bound by reading its weights, and around it by calling; both are what these loops save. They
-// add up in fp32, whatever comes in. Every output is computed by one thread alone: their number does not show in its bits.
-// Nor do the rows beside it, except in products, which add up in another order where they are many.
+// add up in fp32, whatever comes in. Every output, or piece of a sum, is computed by one thread alone: their number does not
+// show in its bits. Nor do the rows beside it, except in products, which add up in another order where they are many.
 
 #pragma once
 

@@ -17,12 +17,14 @@ TYPES = {torch.bfloat16: 0, torch.float32: 1}
 """As the loops number them."""
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether torch uses it. What has it mostly multiplies bf16 numbers faster than one by one."""
+# Measured on two cores with AVX2. Those with AVX-512 have not run the loops: there FEW is a careful guess.
 FEW = 16
 """Rows up to which loops are the faster ones."""
 FEW_SLOW = 64
 """The same of bf16 rows without bf16 instructions."""
 FEW_NUMBERS = 1 << 16
-"""The same of each expert's rows, in numbers: torch is called twice for each, and has to sort rows first."""
+"""The same of each expert's rows, in numbers: torch is called twice for each, and has to sort rows first. It bounds the
+memory that a loop takes for them, too."""
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
