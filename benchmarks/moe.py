@@ -44,7 +44,7 @@ class Size:
 
 
 FULL = Size(rounds=25, repeats=5)
-QUICK = Size(rounds=2, repeats=2)
+QUICK = Size(rounds=1, repeats=2)
 SHAPES = (
     Shape(tokens=1024, hidden=256, inner=128, experts=32, top_k=4, loop_goal=7.0),
     Shape(tokens=512, hidden=512, inner=256, experts=64, top_k=6, loop_goal=3.0),
