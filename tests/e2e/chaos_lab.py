@@ -70,9 +70,7 @@ class Lab:
 
     def close(self) -> None:
         """End all that we started."""
-        for load in self._loads:
-            load.kill()
-            load.communicate()
+        self._kill_load()
         if self.cluster.exists:
             for server in self.cluster.servers():
                 server.stop(by=9)
@@ -134,8 +132,8 @@ class Lab:
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
-    def connect(self) -> emberfs.Client:
-        return emberfs.connect(self.cluster.url, credentials=str(self.credentials))
+    def connect(self, **settings: object) -> emberfs.Client:
+        return emberfs.connect(self.cluster.url, credentials=str(self.credentials), **settings)
 
     @property
     def credentials(self) -> Path:
@@ -206,22 +204,25 @@ class Lab:
         return self.cluster.server("storage-1").directory / "data" / "somebody-elses.bin"
 
     def flip_bit(self, server: ServerProcess, content: bytes) -> None:
-        """Damage the place on the server's disk where `content` lies."""
+        """Damage `content` on the server's disk: wherever it lies, for it may have lain elsewhere before."""
+        found = 0
         for path in sorted((server.directory / "data").glob("target-*/blocks-*")):
-            at = path.read_bytes().find(content)
-            if at >= 0:
-                with open(path, "r+b") as file:
-                    file.seek(at + len(content) // 2)
-                    byte = file.read(1)[0]
-                    file.seek(-1, os.SEEK_CUR)
-                    file.write(bytes([byte ^ 1]))
-                return
-        raise AssertionError(f"the block is not on the disk of {server.name}")
+            blocks = path.read_bytes()
+            with open(path, "r+b") as file:
+                at = blocks.find(content)
+                while at >= 0:
+                    middle = at + len(content) // 2
+                    file.seek(middle)
+                    file.write(bytes([blocks[middle] ^ 1]))
+                    found += 1
+                    at = blocks.find(content, at + len(content))
+        assert found, f"the block is not on the disk of {server.name}"
 
     # --- load ------------------------------------------------------------------------------------------------------
 
     def start_load(self, seed: int) -> None:
         """Begin to write, read and check."""
+        self._kill_load()  # Of a test that has failed: it would write to the same blocks.
         for number in range(PROCESSES):
             words = [self.cluster.url, self.credentials, self.directory / "board", number, seed]
             self._loads.append(
@@ -242,3 +243,9 @@ class Lab:
             reports.append(msgspec.json.decode(output))
         self._loads.clear()
         return reports
+
+    def _kill_load(self) -> None:
+        for load in self._loads:
+            load.kill()
+            load.communicate()
+        self._loads.clear()

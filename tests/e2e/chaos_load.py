@@ -42,6 +42,11 @@ def block_of(number: int, index: int) -> bytes:
     return _HEAD.pack(number, index) * (BLOCK_BYTES // _HEAD.size)
 
 
+def clean_blocks() -> list[bytes]:
+    """The file that nobody writes: its bytes are nowhere else."""
+    return [block_of(0, index) for index in range(BLOCKS)]
+
+
 class Board:
     """What the processes tell each other: a row of numbers per fact, a column per block."""
 
@@ -56,11 +61,10 @@ class Board:
 
 
 def prepare(client: emberfs.Client, board: Board) -> None:
-    """Make the files; every block is write 1."""
+    """Make the files; every block of the one that is written to is write 1."""
     board.sent[:] = board.acknowledged[:] = 1
-    content = b"".join(block_of(1, index) for index in range(BLOCKS))
-    for path in ("/dirty", "/clean"):
-        client.put(path, content, chunk_size_bytes=CHUNK_BYTES)
+    for path, blocks in (("/dirty", [block_of(1, index) for index in range(BLOCKS)]), ("/clean", clean_blocks())):
+        client.put(path, b"".join(blocks), chunk_size_bytes=CHUNK_BYTES)
     for number in range(PROCESSES):
         client.mkdir(f"/names-{number}")
 
@@ -147,7 +151,7 @@ class Load:
                     self._timed("read", self._check, "/dirty" if reader else dirty, index, row)
 
     def _check_clean(self, file: str | emberfs.File, index: int) -> None:
-        if self._block(file, index) != block_of(1, index):
+        if self._block(file, index) != block_of(0, index):
             self.wrong.append(f"block {index} of what nobody writes has changed")
 
     def _check(self, file: str | emberfs.File, index: int, row: np.ndarray) -> None:
