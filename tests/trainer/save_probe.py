@@ -1,13 +1,8 @@
-"""A process that saves the states of test_checkpoint_faults one after the other until it is killed.
-
-    python -m tests.trainer.save_probe URL
-
-It goes on after the latest there is, asynchronously every other time, and prints a line when a save was acknowledged.
-"""
+"""A process that saves the states of test_checkpoint_faults one after the other until it is killed."""
 
 from __future__ import annotations
 
-import sys
+from multiprocessing.connection import Connection
 
 import torch
 from embertrain.checkpoint import Checkpoints
@@ -19,11 +14,11 @@ def numbers(step: int) -> dict[str, torch.Tensor]:
     return {f"w{i}": torch.rand(1 + i * 100_000, generator=generator) for i in range(4)}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    checkpoints = Checkpoints(sys.argv[1], keep=2)
+def save_until_killed(url: str, said: Connection) -> None:
+    """Go on after the latest there is, asynchronously every other time; say so when a save was acknowledged."""
+    checkpoints = Checkpoints(url, keep=2)
     step = (checkpoints.latest() or 0) + 1
-    print("ready", flush=True)
+    said.send("ready")
     while True:
         state = {"model": numbers(step), "step": step}
         if step % 2:
@@ -31,9 +26,5 @@ def main() -> None:
         else:
             checkpoints.save_async(step, state)
             checkpoints.wait()
-        print(step, flush=True)
+        said.send(step)
         step += 1
-
-
-if __name__ == "__main__":
-    main()

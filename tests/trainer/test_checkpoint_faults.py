@@ -5,6 +5,8 @@ Run: pytest tests/trainer/test_checkpoint_faults.py. EMBERLINE_CHECKPOINT_KILLS=
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import random
 import subprocess
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from embertrain.checkpoint import Checkpoints
+from embertrain.checkpoint.catalog import DEAD_AFTER_S
 from embertrain.checkpoint.place import LocalPlace, Place
 from embertrain.errors import Damaged, NoCheckpoint
 from embertrain.model.presets import preset
@@ -26,10 +29,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from . import runs, save_probe
 from .save_probe import numbers
 from .states import blank, differences, state
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 KILLS = int(os.environ.get("EMBERLINE_CHECKPOINT_KILLS", "4"))
 
 
@@ -52,22 +55,27 @@ def test_a_killed_save_leaves_the_checkpoint_before_it_or_is_whole(tmp_path: Pat
                 target: dict[str, Any] = {"model": blank(numbers(0)), "step": 0}
                 assert checkpoints.load(target) == target["step"] == latest
                 assert not differences(target["model"], numbers(latest))
-    with Checkpoints(url, keep=2) as checkpoints:
+    # Of a folder that a kill left without a word of whose it is, nothing but its age tells that it is of the dead.
+    with Checkpoints(url, keep=2, clock=lambda: time.time() + 2 * DEAD_AFTER_S) as checkpoints:
         checkpoints.save(10_000, {})
         assert len(checkpoints.catalog.place.folders()) <= 2, "nothing of the dead is left"
 
 
 def _kill_after(url: str, delay_s: float) -> int:
     """Let a process save, kill it, and return the last step it said was saved, or 0."""
-    command = [sys.executable, "-m", "tests.trainer.save_probe", url]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    telling, said = multiprocessing.Pipe(duplex=False)
+    process = runs.start(save_probe.save_until_killed, url, said)
+    said.close()  # Ours, so that what is told ends with the process.
+    with telling:
+        assert telling.recv() == "ready"
         time.sleep(delay_s)
         process.kill()
-        told = process.stdout.read().split("\n")[:-1]
-    return int(told[-1]) if told else 0
+        process.join()
+        step = 0
+        with contextlib.suppress(EOFError):
+            while True:
+                step = telling.recv()
+        return step
 
 
 class Cut(BaseException):
@@ -303,12 +311,13 @@ def test_a_newer_format_is_refused_with_a_sentence(tmp_path: Path) -> None:
             checkpoints.load({})
 
 
-def test_an_interpreter_that_ends_finishes_the_save_in_the_air(tmp_path: Path) -> None:
-    for url in (str(tmp_path / "local"), f"ember://{tmp_path}/store/!/run"):
-        script = (
-            "import sys, torch; from embertrain.checkpoint import Checkpoints\n"
-            "Checkpoints(sys.argv[1], threads=4).save_async(1, {'w': torch.arange(20 << 20)})"
-        )
-        subprocess.run([sys.executable, "-c", script, url], check=True, timeout=120)
+def test_an_interpreter_that_ends_finishes_the_saves_in_the_air(tmp_path: Path) -> None:
+    urls = [str(tmp_path / "local"), f"ember://{tmp_path}/store/!/run"]
+    script = (
+        "import sys, torch; from embertrain.checkpoint import Checkpoints\n"
+        "for url in sys.argv[1:]: Checkpoints(url, threads=4).save_async(1, {'w': torch.arange(20 << 20)})"
+    )
+    subprocess.run([sys.executable, "-c", script, *urls], check=True, timeout=120)
+    for url in urls:
         with Checkpoints(url) as checkpoints:
             assert checkpoints.latest() == 1 and checkpoints.verify() == []
