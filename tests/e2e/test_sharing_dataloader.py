@@ -18,7 +18,6 @@ from tests.fs.sharing_run import no_server_left
 torch = pytest.importorskip("torch")
 
 SAMPLES = 64
-WORKERS = 4
 
 
 def sample(number: int) -> bytes:
@@ -43,8 +42,8 @@ def as_they_are(batch: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_read_while_their_parent_writes(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "workers"), [("fork", 4), ("spawn", 2)])
+def test_workers_read_while_their_parent_writes(tmp_path: Path, method: str, workers: int) -> None:
     if method == "fork" and sys.version_info >= (3, 12):
         pytest.skip("Python 3.12 warns of any fork with threads")
     store = tmp_path / "store"
@@ -55,7 +54,7 @@ def test_workers_read_while_their_parent_writes(tmp_path: Path, method: str) -> 
         loader = torch.utils.data.DataLoader(
             Samples(client),
             batch_size=4,
-            num_workers=WORKERS,
+            num_workers=workers,
             multiprocessing_context=method,
             collate_fn=as_they_are,
             timeout=120,
