@@ -13,7 +13,12 @@ DEV := .venv/.installed-dev
 ADAPTERS := .venv-adapters/.installed
 # The oldest DuckDB and pyarrow that emberflow is tested with.
 OLDEST := .venv-oldest/.installed
+# Processes that share the tests; a third fills what two cores wait for. `.venv/bin/pytest FILE` runs a file in one.
+WORKERS ?= 3
 INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h trainer/embertrain/kernels/*.c)
+
+# Tests and benchmarks start many processes, which should find compiled what those before them have imported.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-adapters test-oldest check bench docs clean
@@ -24,8 +29,8 @@ help: ## list the targets
 quickstart: $(RUN) ## the whole story on real text: corpus, SQL, tokens, a small model trained, killed, resumed, asked (STEPS=)
 	$(BIN)/python -m emberline.quickstart
 
-test: $(DEV) ## run every test
-	$(BIN)/pytest -q
+test: $(DEV) ## run every test, in several processes (WORKERS=)
+	$(BIN)/pytest -q -n $(WORKERS)
 
 test-adapters: $(ADAPTERS) ## test the KV cache with LMCache, vLLM and SGLang, without a GPU (fetches 2 GB)
 	.venv-adapters/bin/pytest -q -W default --timeout 120 tests/adapters
@@ -37,7 +42,7 @@ check: $(DEV) ## what CI runs: format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(WORKERS)
 
 bench: $(DEV) ## run every benchmark (one alone: .venv/bin/python -m benchmarks NAME)
 	$(BIN)/python -m benchmarks all

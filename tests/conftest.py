@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The processes take all cores: torch's threads would wait for each other busily. Set before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Timings never decide a test: neither an example's nor that of making one, which a busy machine stretches.
 settings.register_profile("emberline", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -19,3 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--chaos-seconds", type=float, default=0.0, help="how long the chaos test goes on (0: each fault once)"
     )
     parser.addoption("--long", action="store_true", help="tests too that take minutes")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """How `-n` shares the tests out: by files, the one with the most tests first. All that start clusters are one file.
+
+    Two clusters that start at once might choose the same port; and these tests, which mostly wait, go well with others.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tests/e2e" if file.startswith("tests/e2e/") else file
+
+    return Scheduling(config, log)
