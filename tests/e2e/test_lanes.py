@@ -5,6 +5,7 @@ Run: pytest tests/e2e/test_lanes.py
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -22,6 +23,8 @@ from emberfs.cluster.local import LocalCluster, Plan
 from emberfs.errors import Corruption, NotFound
 from emberfs.lane import native
 from emberfs.server import read_config
+
+from tests.fs.sharing_run import stopped
 
 pytestmark = pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
 
@@ -301,19 +304,15 @@ def test_an_interrupt_ends_a_read_and_renews_its_memory(cluster: LocalCluster, c
     memory = client.buffer(MIB)
     with client.open("/interrupt", "rb") as file:
         assert client.batch_read([(file, 0, MIB)], into=[memory]) == [MIB]
-        pids = [cluster.server(name).pid() for name in ("storage-1", "storage-2")]
-        try:
-            for pid in pids:
+        with contextlib.ExitStack() as servers:
+            for name in ("storage-1", "storage-2"):
+                pid = cluster.server(name).pid()
                 assert pid is not None
-                os.kill(pid, signal.SIGSTOP)
+                servers.enter_context(stopped(pid))
             timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
             timer.start()
             with pytest.raises(KeyboardInterrupt):
                 client.batch_read([(file, 0, MIB)], into=[memory])
-        finally:
-            for pid in pids:
-                assert pid is not None
-                os.kill(pid, signal.SIGCONT)
         assert client.batch_read([(file, 0, MIB)], into=[memory]) == [MIB]
         assert memory == data
 

@@ -63,9 +63,18 @@ def no_server_left(store: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """A process that is stopped meanwhile."""
+    """A process that is stopped meanwhile, with all its threads: the signal goes to one, which may wait for a disk."""
     os.kill(pid, signal.SIGSTOP)
     try:
+        until(lambda: all(state_of(task) in "TZ" for task in Path(f"/proc/{pid}/task").iterdir()))
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def state_of(task: Path) -> str:
+    """A letter of the kernel's: T is stopped, Z has ended."""
+    try:
+        return (task / "stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"

@@ -6,7 +6,6 @@ Run: pytest tests/kvcache/test_breaker.py
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
 
@@ -23,6 +22,7 @@ from emberkv.puts import REFUSED, STORED
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fs.sharing_run import stopped
 from tests.kvcache.serving import Server
 from tests.kvcache.test_pool import NAMESPACE, PAGE, TENANT, Bench, chain, run
 
@@ -117,8 +117,7 @@ def test_a_service_that_hangs_costs_a_few_calls(serve: Callable[..., Server]) ->
         keys = cache.keys([1, 2])
         cache.put(keys, [b"x" * 100] * 2, durable="committed")
         hit = cache.match(keys)
-        service.process.send_signal(signal.SIGSTOP)
-        try:
+        with stopped(service.process.pid):
             for _ in range(2):
                 with pytest.raises((Unavailable, DeadlineExceeded)):
                     cache.match(keys)
@@ -132,8 +131,6 @@ def test_a_service_that_hangs_costs_a_few_calls(serve: Callable[..., Server]) ->
                     cache.flush()
             assert cache.health["opened"] >= 1
             assert cache.get(hit) == [b"x" * 100] * 2, "pages are read from the store"
-        finally:
-            service.process.send_signal(signal.SIGCONT)
         ends_s = time.monotonic() + 30
         while cache.health["state"] != "closed" and time.monotonic() < ends_s:
             with contextlib.suppress(Unavailable, DeadlineExceeded):

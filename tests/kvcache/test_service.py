@@ -27,6 +27,7 @@ from emberkv.operator import Operator
 from emberkv.tenants import read_tenants
 
 from tests.fs.cli_run import emberline
+from tests.fs.sharing_run import stopped
 from tests.kvcache.serving import Server
 
 PAGE = 20_000
@@ -356,13 +357,9 @@ def test_what_a_service_lost_of_buffered_puts_is_told_by_flush(serve: Serve) -> 
     with emberkv.connect(service.address, PLAIN, timeout_s=3) as cache:
         keys = cache.keys(tokens(1, 2))
         cache.put(keys, [page(1)] * 2, durable="committed")
-        service.process.send_signal(signal.SIGSTOP)
-        try:
-            with pytest.raises(EmberError):
-                cache.put(cache.keys(tokens(2, 2)), [page(1)] * 2)
-                cache.flush()
-        finally:
-            service.process.send_signal(signal.SIGCONT)
+        with stopped(service.process.pid), pytest.raises(EmberError):
+            cache.put(cache.keys(tokens(2, 2)), [page(1)] * 2)
+            cache.flush()
         cache.flush()
         assert cache.match(keys).pages == 2
 
