@@ -48,7 +48,7 @@ from .transport import MemoryConnection
 from .urls import SCHEME
 
 if TYPE_CHECKING:
-    from .lane.client import LaneReader
+    from .lane.inline import InlineReader
 
 log = logging.getLogger("emberline.sharing")
 
@@ -164,8 +164,8 @@ class EmbeddedStore:
         self.forked = False
         self.closed = False
         self.url = f"{SCHEME}{directory}"
-        self.lanes: LaneReader | None = None
-        """None: the files are read in this very process, or by one that serves no lanes."""
+        self.lanes: InlineReader | None = None
+        """While we own the store: whoever owns it otherwise serves no lanes."""
         self.services: Services | None = None
         """Ours, while we own the store."""
         self._ownership: Ownership | None = None
@@ -194,6 +194,7 @@ class EmbeddedStore:
                     self._door = Door(self.runtime, self.directory, self._move_out)
                 owner.declare(Mode.INLINE, is_reachable=self._door is not None)
                 self.services = services = self.portal.run(self._own())
+                self.lanes = self._inline_reader(services)
                 self.superblock = services.superblock
                 self.meta = MemoryConnection(services.meta_service)
                 self._storage = MemoryConnection(services.storage_service)
@@ -216,6 +217,18 @@ class EmbeddedStore:
         if self._door is not None:
             self._door.open()
         return services
+
+    def _inline_reader(self, services: Services) -> InlineReader | None:
+        from .lane.native import native
+
+        if native is None:
+            return None
+        from .lane.inline import InlineReader
+
+        reader = InlineReader(self.runtime, self.portal.ledger, services.engines)
+        for chain, engine in services.engines.items():
+            engine.extents.mirror = reader.mirror(chain)
+        return reader
 
     # --- moving out ------------------------------------------------------------------------------------------------
 
@@ -261,7 +274,7 @@ class EmbeddedStore:
             await self.runtime.offload(server.close)
             ownership.close()
         finally:
-            self.services = self._ownership = None
+            self.services = self._ownership = self.lanes = None
             self.portal.ledger.is_close = True
             attached.start()
             self.meta.call = self._storage.call = attached.handle
@@ -334,6 +347,7 @@ class EmbeddedStore:
     def forget_after_fork(self) -> None:
         """In the child: touch nothing but our copies of file descriptors. The parent goes on as if nothing was."""
         self.forked = True
+        self.lanes = None
         if self._door is not None:
             self._door.forget_after_fork()
         if self._attached is not None:

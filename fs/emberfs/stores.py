@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .client.core import Core
     from .cluster import ClientConfig
     from .lane.client import LaneReader
+    from .lane.inline import InlineReader
     from .portal import Portal
     from .runtime import AsyncioRuntime
 
@@ -37,8 +38,10 @@ class Store(Protocol):
     forked: bool
     """We are a child of the process that opened it: nothing of it may be touched."""
     closed: bool
-    lanes: LaneReader | None
-    """Reads past the loop, where there are any."""
+
+    @property
+    def lanes(self) -> LaneReader | InlineReader | None:
+        """Reads past the loop, where there are any."""
 
     @property
     def url(self) -> str:

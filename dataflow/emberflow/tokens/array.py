@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import posixpath
 import struct
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from emberfs.checksum import crc32c
 
 from ..errors import TokensInvalid
-from .ranges import Range
+from .ranges import Ranges
 
 CHUNK_ITEMS = 1 << 18
 SHARD_CHUNKS = 1 << 12
@@ -83,36 +82,22 @@ class ArrayLayout:
     def shard_path(self, shard: int) -> str:
         return posixpath.join(self.path, "c", str(shard))
 
-    def ranges(self, begins: npt.NDArray[np.int64], count: int, into: memoryview) -> list[Range]:
-        """What to read so that `into` holds `count` items from each of `begins` on, one row after the other."""
-        row_bytes = count * self.item_bytes
-        chunks, inside = np.divmod(begins, self.chunk_items)
+    def ranges(self, begins: npt.NDArray[np.int64], count: int, into: memoryview) -> Ranges:
+        """What to read so that `into` holds `count` items, at least one, from each of `begins` on, one row after the
+        other."""
+        size = self.chunk_items
+        chunks, inside = np.divmod(begins, size)
+        # A row is read in a piece from each chunk that it touches.
+        pieces = (inside + (count - 1)) // size + 1
+        begins = np.repeat(begins, pieces)
+        chunks = np.repeat(chunks - (np.cumsum(pieces) - pieces), pieces) + np.arange(len(begins))
+        from_items = np.maximum(begins, chunks * size)
+        to_items = np.minimum(begins + count, (chunks + 1) * size)
         shards, numbers = np.divmod(chunks, self.shard_chunks)
-        offsets = numbers * self.chunk_bytes + inside * self.item_bytes
-        is_whole = inside + count <= self.chunk_items
-        paths: dict[int, str] = {}
-        found: list[Range] = []
-        for row, (shard, offset, whole) in enumerate(
-            zip(shards.tolist(), offsets.tolist(), is_whole.tolist(), strict=True)
-        ):
-            at = row * row_bytes
-            if whole:
-                path = paths.get(shard) or paths.setdefault(shard, self.shard_path(shard))
-                found.append((path, offset, into[at : at + row_bytes]))
-            else:
-                found += self._pieces(int(begins[row]), count, into[at : at + row_bytes])
-        return found
-
-    def _pieces(self, begin: int, count: int, into: memoryview) -> Iterator[Range]:
-        """The same of one row, chunk by chunk."""
-        done = 0
-        while done < count:
-            chunk, inside = divmod(begin + done, self.chunk_items)
-            shard, number = divmod(chunk, self.shard_chunks)
-            items = min(count - done, self.chunk_items - inside)
-            offset = number * self.chunk_bytes + inside * self.item_bytes
-            yield self.shard_path(shard), offset, into[done * self.item_bytes : (done + items) * self.item_bytes]
-            done += items
+        offsets = numbers * self.chunk_bytes + (from_items - chunks * size) * self.item_bytes
+        of_pieces = shards.tolist()
+        paths = {shard: self.shard_path(shard) for shard in set(of_pieces)}
+        return Ranges([paths[shard] for shard in of_pieces], offsets, (to_items - from_items) * self.item_bytes, into)
 
     def chunks_of(self, shard: int) -> int:
         """How many chunks a shard holds."""

@@ -25,6 +25,7 @@ from ..errors import InvalidArgument
 from ..sources import StorageOptions
 from .array import bytes_view
 from .group import open_group
+from .memory import Memory
 from .order import ORDER_VERSION, Order
 from .ranges import Files
 
@@ -65,6 +66,7 @@ class TokenDataset:
         self.sequence_tokens = sequence_tokens
         self.seed = seed
         self.group = open_group(url, storage_options)
+        self._memory = Memory()
         self._files = Files(self.group.url, storage_options or {}, self.group.seal)
         vocabulary = self.group.vocabulary
         if tokenizer_hash is not None and tokenizer_hash != vocabulary.tokenizer_hash:
@@ -123,7 +125,7 @@ class TokenDataset:
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._length:
             raise IndexError(f"sample numbers are from 0 to {self._length - 1}")
         width = self.sequence_tokens + 1
-        tokens = np.empty((numbers.size, width), "<u4")
+        tokens = self._memory.take(numbers.size, width)
         self._files.read(self.group.tokens.ranges(numbers * self.sequence_tokens, width, bytes_view(tokens)))
         return Samples(tokens, _starts(tokens, self.eos_id))
 
@@ -155,6 +157,7 @@ class TokenDataset:
     def close(self) -> None:
         """Lets go of the files; a read opens them again."""
         self._files.close()
+        self._memory.clear()
 
     def __enter__(self) -> TokenDataset:
         return self

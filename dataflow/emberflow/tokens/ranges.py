@@ -1,7 +1,7 @@
 """Many byte ranges of files read in one step, straight into the caller's memory where the filesystem can do that.
 
-`ember://`: one `batch_read` of the store, which checks what it returns. A local path: `preadv`. Anything else: fsspec's
-`cat_ranges`, and a copy.
+`ember://`: one `batch_read` of the store, which checks what it returns. A local path: one native call. Anything else:
+fsspec's `cat_ranges`, and a copy.
 
 Whoever overwrites the files while they are read is found out by their seal, read again behind each opening (for
 `cat_ranges`, behind each batch): bytes are of the files that were asked for, or there is an error.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+from emberfs.plain_files import read_files
 from emberfs.types import BATCH_ITEMS_MAX
 
 from ..errors import TokensInvalid
@@ -30,10 +34,32 @@ from ..sources import StorageOptions, open_url, protocol_of
 if TYPE_CHECKING:
     from emberfs import Client, File
 
-Range = tuple[str, int, memoryview]
-"""(path in the filesystem, offset in bytes, where the bytes go)."""
-
 _DESCRIPTORS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """Byte ranges of files, and memory that they fill one after the other."""
+
+    paths: Sequence[str]
+    """Of each range, in the filesystem."""
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    into: memoryview
+    """As long as all ranges together."""
+
+    def parts(self, count: int) -> Iterator[Ranges]:
+        """The same in parts of at most `count` ranges."""
+        if 0 < len(self.paths) <= count:
+            yield self
+            return
+        done = 0
+        for begin in range(0, len(self.paths), count):
+            some = slice(begin, begin + count)
+            lengths = self.lengths[some]
+            size = int(lengths.sum())
+            yield Ranges(self.paths[some], self.offsets[some], lengths, self.into[done : done + size])
+            done += size
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +90,7 @@ class Seal:
 class RangeReader(Protocol):
     """Reads ranges of files that do not change."""
 
-    def read(self, ranges: Sequence[Range]) -> None: ...
+    def read(self, ranges: Ranges) -> None: ...
 
     def close(self) -> object:
         """Lets go of the files."""
@@ -81,9 +107,9 @@ class Files:
         self._lock = threading.Lock()
         _everyone.add(self)
 
-    def read(self, ranges: Sequence[Range]) -> None:
-        """Fills all views. Raises `TokensInvalid` for a file that is too short or was replaced, and what the filesystem
-        raises."""
+    def read(self, ranges: Ranges) -> None:
+        """Fills the memory. Raises `TokensInvalid` for a file that is too short or was replaced, and what the
+        filesystem raises."""
         reader = self._reader
         if reader is None:
             with self._lock:
@@ -134,20 +160,14 @@ class LocalRanges:
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, ranges: Sequence[Range]) -> None:
-        preadv = os.preadv
-        last, number = "", -1
-        for path, offset, view in ranges:
-            if path != last:
-                # Held here too, so that it is not closed under us.
-                descriptor = self._descriptor(path)
-                last, number = path, descriptor.number
-            count = preadv(number, (view,), offset)
-            while count < len(view):
-                more = preadv(number, (view[count:],), offset + count)
-                if not more:
-                    raise _too_short(path)
-                count += more
+    def read(self, ranges: Ranges) -> None:
+        for part in ranges.parts(_DESCRIPTORS_MAX):
+            # Held here too, so that none is closed under us.
+            opened = {path: self._descriptor(path) for path in dict.fromkeys(part.paths)}
+            numbers = array("i", [opened[path].number for path in part.paths])
+            done = read_files(numbers, part.offsets, part.lengths, part.into)
+            if done < len(part.paths):
+                raise _too_short(part.paths[done])
 
     def close(self) -> None:
         with self._lock:
@@ -192,14 +212,14 @@ class EmberRanges:
         self._lock = threading.Lock()
         self.close = weakref.finalize(self, _let_go, self._client, self._open, os.getpid())
 
-    def read(self, ranges: Sequence[Range]) -> None:
-        for begin in range(0, len(ranges), BATCH_ITEMS_MAX):
-            some = ranges[begin : begin + BATCH_ITEMS_MAX]
-            items = [(self._file(path), offset, len(view)) for path, offset, view in some]
-            views = [view for _, _, view in some]
-            for (path, _, view), count in zip(some, self._client.batch_read(items, views), strict=True):
-                if count < len(view):
-                    raise _too_short(path)
+    def read(self, ranges: Ranges) -> None:
+        for part in ranges.parts(BATCH_ITEMS_MAX):
+            opened = {path: self._file(path) for path in dict.fromkeys(part.paths)}
+            files, lengths = [opened[path] for path in part.paths], part.lengths.tolist()
+            counts = self._client.batch_read(list(zip(files, part.offsets.tolist(), lengths, strict=True)), part.into)
+            if counts != lengths:
+                short = next(n for n, length in enumerate(lengths) if counts[n] < length)
+                raise _too_short(part.paths[short])
 
     def _file(self, path: str) -> File:
         file = self._open.get(path)
@@ -227,18 +247,18 @@ class FsspecRanges:
         self._filesystem = filesystem
         self._seal = seal
 
-    def read(self, ranges: Sequence[Range]) -> None:
+    def read(self, ranges: Ranges) -> None:
+        ends = ranges.offsets + ranges.lengths
         with self._seal.unbroken(self._filesystem.cat_file):
             found = self._filesystem.cat_ranges(
-                [path for path, _, _ in ranges],
-                [offset for _, offset, _ in ranges],
-                [offset + len(view) for _, offset, view in ranges],
-                on_error="raise",
+                list(ranges.paths), ranges.offsets.tolist(), ends.tolist(), on_error="raise"
             )
-        for (path, _, view), data in zip(ranges, found, strict=True):
-            if len(data) != len(view):
+        begin = 0
+        for path, length, data in zip(ranges.paths, ranges.lengths.tolist(), found, strict=True):
+            if len(data) != length:
                 raise _too_short(path)
-            view[:] = data
+            ranges.into[begin : begin + length] = data
+            begin += length
 
     def close(self) -> None:
         pass

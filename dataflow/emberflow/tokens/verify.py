@@ -16,7 +16,7 @@ from emberfs.checksum import crc32c
 from ..errors import TokensInvalid
 from .array import CRC_BYTES, ArrayLayout, bytes_view
 from .group import TokenGroup, checksum_of
-from .ranges import Files
+from .ranges import Files, Ranges
 
 Items = npt.NDArray[Any]
 
@@ -95,7 +95,7 @@ class _Chunks:
     def _bytes(self, path: str, offset: int, length: int) -> memoryview | None:
         data = memoryview(bytearray(length))
         try:
-            self._files.read([(path, offset, data)])
+            self._files.read(Ranges([path], np.array([offset]), np.array([length]), data))
         except (OSError, TokensInvalid) as error:
             self.bad.append(str(error) if path in str(error) else f"{path}: {error}")
             return None

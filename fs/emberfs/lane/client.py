@@ -314,15 +314,15 @@ class LaneReader:
             try:
                 chain = self._routes.chain(chain_id)
             except EmberError:
-                slots.append(_SLOT.pack(0, chain_id, -1))
+                slots.append(slot(0, chain_id, -1))
                 continue
             addresses = [address for address in self._usual(chain) if address]
             address = next((each for each in addresses if each not in self._barred), "")
             index = self._index(address)
-            slots.append(_SLOT.pack(chain.version, chain_id, index))
+            slots.append(slot(chain.version, chain_id, index))
             if index >= 0:
                 servers.append(address)
-        return _packed(inode, slots), list(dict.fromkeys(servers))
+        return packed(inode, slots), list(dict.fromkeys(servers))
 
     def _index(self, address: str) -> int:
         """-1: no lane leads there."""
@@ -417,7 +417,13 @@ def _address_of(buffer: Any) -> int:
         return 0
 
 
-def _packed(inode: Inode, slots: Sequence[bytes]) -> bytes:
+def slot(version: int, chain: int, server: int) -> bytes:
+    """A chain of a file's stripe, and the index of the server that its lane leads to; -1: there is none."""
+    return _SLOT.pack(version, chain, server)
+
+
+def packed(inode: Inode, slots: Sequence[bytes]) -> bytes:
+    """What lanes need to know of a file: `lane_spec`."""
     assert isinstance(inode.layout, Chunks)
     head = _SPEC.pack(inode.id, inode.length, inode.layout.chunk_size_bytes, len(slots))
     return head + b"".join(slots)

@@ -113,6 +113,20 @@ void lane_table_find(struct lane_table *table, const struct lane_item *items, si
 void lane_table_finish(struct lane_table *table, const struct lane_item *items, size_t count,
                        const struct lane_found *found, int32_t *counts);
 
+/* ---- reads of files that are open in this process (read.c) */
+
+/* Read and check an item that was found. `scratch`: twice `scratch_bytes`, for the rest of its granules. What preadv2 does
+   not read whole with `flags` is declined, and what has another checksum is damaged as well. */
+int32_t lane_read_item(const struct lane_found *found, const struct lane_item *item, uint8_t *into, uint8_t *scratch,
+                       uint64_t scratch_bytes, int flags, int *is_damaged);
+/* Read items of the table in this very thread, which may wait for disks; item i goes to into[i]. 0, or -1: no memory. */
+int lane_read_here(struct lane_table *table, const struct lane_item *items, size_t count, uint8_t *const *into,
+                   int32_t *counts);
+/* Read ranges of files, unchecked, one after the other into `into`. How many were read whole; the next one met the end of
+   its file, or `error`. */
+size_t lane_read_files(const int32_t *fds, const int64_t *offsets, const int64_t *lengths, size_t count, uint8_t *into,
+                       int *error);
+
 /* ---- grants */
 
 #define LANE_GRANTS_MAX 64 /* that a lane remembers */

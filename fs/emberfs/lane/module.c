@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANE_INTERFACE 3 /* of what Python calls here: `lane.native` takes no other one */
+#define LANE_INTERFACE 4 /* of what Python calls here: `lane.native` takes no other one */
 
 static PyObject *lane_lost;
 
@@ -77,6 +77,7 @@ static int server_init(PyObject *self, PyObject *args, PyObject *kwargs) {
         return -1;
     }
     server->table = lane_table_new((size_t)bytes_max);
+    if (server->table != NULL && threads == 0) return 0;
     if (server->table != NULL) server->threads = lane_server_new(server->table, threads, spin_us);
     if (server->threads != NULL) return 0;
     PyErr_SetFromErrno(PyExc_OSError);
@@ -228,6 +229,8 @@ static PyObject *server_stop(PyObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+static PyObject *server_read(PyObject *self, PyObject *args);
+
 static PyMethodDef server_methods[] = {
     {"put", server_put, METH_VARARGS, "put(chain, chunk, fd, block, length, granule_log2, sums)"},
     {"drop", server_drop, METH_VARARGS, "drop(chain, chunk)"},
@@ -238,6 +241,9 @@ static PyMethodDef server_methods[] = {
      "adopt(fd, is_stream, tenant=None): serve a lane; the descriptor is the server's from now on. With a tenant it is a\n"
      "reader's, who reads under grants of that one only (\"\": of any)."},
     {"set_keys", server_set_keys, METH_VARARGS, "set_keys(packed): those of grants, 32 bytes each"},
+    {"read", server_read, METH_VARARGS,
+     "read(items, into, attribute) -> bytes per item as `read_ranges` says, by the caller's own thread; of the packed files\n"
+     "all chains are served by the lane of index 0."},
     {"stats", server_stats, METH_NOARGS, "Counters, by name."},
     {"stop", server_stop, METH_NOARGS, "End the threads and the lanes."},
     {NULL, NULL, 0, NULL},
@@ -247,7 +253,7 @@ static PyType_Slot server_slots[] = {
     {Py_tp_init, server_init},
     {Py_tp_dealloc, server_dealloc},
     {Py_tp_methods, server_methods},
-    {Py_tp_doc, "Server(table_bytes_max, threads, spin_us): extents, and threads that serve lanes from them."},
+    {Py_tp_doc, "Server(table_bytes_max, threads, spin_us): extents, and threads that serve lanes from them, if any."},
     {0, NULL},
 };
 
@@ -507,8 +513,9 @@ static PyObject *counts_list(const struct plan *plan) {
     return list;
 }
 
-static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, const Py_buffer *streams,
-                      const Py_buffer *pending, const Py_buffer *shows) {
+/* 0, or -1 with an exception. */
+static int start_plan(struct plan *plan, PyObject *items, PyObject *into) {
+    plan->items_count = PyList_Size(items);
     size_t room = (size_t)plan->items_count + 1;
     plan->counts = malloc(room * sizeof *plan->counts);
     plan->buffers = malloc(room * sizeof *plan->buffers);
@@ -518,19 +525,6 @@ static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, c
         PyErr_NoMemory();
         return -1;
     }
-    plan->servers_count = (int)(fds->len / (Py_ssize_t)sizeof(int));
-    if (plan->servers_count > SERVERS_MAX || streams->len != plan->servers_count ||
-        pending->len != plan->servers_count || shows->len != plan->servers_count ||
-        plan->grant_size > (Py_ssize_t)LANE_GRANT_BYTES_MAX) {
-        plan->servers_count = 0;
-        PyErr_SetString(PyExc_ValueError, "a descriptor, and the kind of its lane, for each of at most 64 servers");
-        return -1;
-    }
-    for (int at = 0; at < plan->servers_count; at++) {
-        plan->servers[at].fd = ((const int *)fds->buf)[at];
-        plan->servers[at].is_stream = ((const uint8_t *)streams->buf)[at];
-        ((uint8_t *)pending->buf)[at] = 0;
-    }
     if (!PyList_Check(into)) {
         if (PyObject_GetBuffer(into, &plan->whole, PyBUF_WRITABLE) != 0) return -1;
         plan->has_whole = 1;
@@ -539,6 +533,57 @@ static int start_plan(struct plan *plan, PyObject *into, const Py_buffer *fds, c
         return -1;
     }
     return 0;
+}
+
+/* The lanes that there are. 0, or -1 with an exception. */
+static int take_lanes(struct plan *plan, const Py_buffer *fds, const Py_buffer *streams, const Py_buffer *pending,
+                      const Py_buffer *shows) {
+    Py_ssize_t count = fds->len / (Py_ssize_t)sizeof(int);
+    if (count > SERVERS_MAX || streams->len != count || pending->len != count || shows->len != count ||
+        plan->grant_size > (Py_ssize_t)LANE_GRANT_BYTES_MAX) {
+        PyErr_SetString(PyExc_ValueError, "a descriptor, and the kind of its lane, for each of at most 64 servers");
+        return -1;
+    }
+    plan->servers_count = (int)count;
+    for (int at = 0; at < plan->servers_count; at++) {
+        plan->servers[at].fd = ((const int *)fds->buf)[at];
+        plan->servers[at].is_stream = ((const uint8_t *)streams->buf)[at];
+        ((uint8_t *)pending->buf)[at] = 0;
+    }
+    return 0;
+}
+
+/* Read everything in this thread, from the table. 0, or -1 with an exception. */
+static int read_here(struct plan *plan, struct lane_table *table) {
+    struct lane_request *all = &plan->servers[0];
+    int outcome = finish_requests(plan, 0);
+    if (outcome == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        const struct lane_item *items = (const struct lane_item *)(all->head + 1);
+        outcome = lane_read_here(table, items, plan->pieces_count, all->into, all->counts);
+        if (outcome == 0) finish_pieces(plan);
+        Py_END_ALLOW_THREADS
+    }
+    if (outcome != 0) PyErr_NoMemory();
+    return outcome;
+}
+
+static PyObject *server_read(PyObject *self, PyObject *args) {
+    PyObject *items, *into, *attribute, *result = NULL;
+    uint8_t shows = 0;
+    if (!PyArg_ParseTuple(args, "O!OO", &PyList_Type, &items, &into, &attribute) || check_server(self) != 0) return NULL;
+    struct plan *plan = calloc(1, sizeof *plan);
+    if (plan == NULL) return PyErr_NoMemory();
+    /* As if all of it came by one stream: its bytes land where they belong. */
+    plan->servers_count = 1;
+    plan->servers[0].is_stream = 1;
+    plan->shows = &shows;
+    if (start_plan(plan, items, into) == 0 && plan_items(plan, items, into, attribute) == 0 &&
+        (!plan->pieces_count || read_here(plan, ((struct server *)self)->table) == 0))
+        result = counts_list(plan);
+    plan_free(plan);
+    free(plan);
+    return result;
 }
 
 static PyObject *read_ranges(PyObject *module, PyObject *args) {
@@ -561,7 +606,6 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
         PyErr_NoMemory();
         goto out;
     }
-    plan->items_count = PyList_Size(items);
     plan->known = known.buf;
     plan->known_count = (size_t)known.len / sizeof(struct known);
     plan->stage_number = stage_number;
@@ -571,7 +615,9 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
     plan->grant = grant;
     plan->grant_size = grant_size;
     plan->shows = shows.buf;
-    if (start_plan(plan, into, &fds, &streams, &pending, &shows) != 0 || plan_items(plan, items, into, attribute) != 0) goto out;
+    if (start_plan(plan, items, into) != 0 || take_lanes(plan, &fds, &streams, &pending, &shows) != 0 ||
+        plan_items(plan, items, into, attribute) != 0)
+        goto out;
     if (plan->pieces_count) {
         if (finish_requests(plan, call) != 0) {
             PyErr_NoMemory();
@@ -591,7 +637,48 @@ out:
     return result;
 }
 
+/* ---- files */
+
+/* -1 with an exception, unless `lengths` are of ranges that fit into `into`. */
+static int check_lengths(const Py_buffer *fds, const Py_buffer *offsets, const Py_buffer *lengths, const Py_buffer *into) {
+    Py_ssize_t count = lengths->len / 8, left = into->len;
+    int is_right = fds->len == 4 * count && offsets->len == 8 * count && lengths->len == 8 * count;
+    for (Py_ssize_t at = 0; is_right && at < count; at++) {
+        int64_t length = ((const int64_t *)lengths->buf)[at];
+        is_right = length >= 0 && length <= left;
+        left -= (Py_ssize_t)length;
+    }
+    if (is_right) return 0;
+    PyErr_SetString(PyExc_ValueError, "as many descriptors as offsets and lengths, of which the buffer has room for all");
+    return -1;
+}
+
+static PyObject *read_files(PyObject *module, PyObject *args) {
+    Py_buffer fds, offsets, lengths, into;
+    PyObject *result = NULL;
+    size_t count;
+    int error;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*", &fds, &offsets, &lengths, &into)) return NULL;
+    if (check_lengths(&fds, &offsets, &lengths, &into) == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        count = lane_read_files(fds.buf, offsets.buf, lengths.buf, (size_t)lengths.len / 8, into.buf, &error);
+        Py_END_ALLOW_THREADS
+        errno = error;
+        if (!error) result = PyLong_FromSize_t(count);
+        else if (!PyErr_Occurred()) PyErr_SetFromErrno(PyExc_OSError);
+    }
+    PyBuffer_Release(&fds);
+    PyBuffer_Release(&offsets);
+    PyBuffer_Release(&lengths);
+    PyBuffer_Release(&into);
+    return result;
+}
+
 static PyMethodDef functions[] = {
+    {"read_files", read_files, METH_VARARGS,
+     "read_files(descriptors, offsets, lengths, into) -> how many ranges were filled, one after the other; the next one is\n"
+     "longer than its file. Packed as int32, int64 and int64. Raises OSError."},
     {"crc32c", crc32c, METH_VARARGS, "crc32c(data, crc=0): of what `awscrt` computes, for comparison."},
     {"cumulative_sums", cumulative_sums, METH_VARARGS, "cumulative_sums(data, granule, offset, start) -> packed sums"},
     {"read_ranges", read_ranges, METH_VARARGS,

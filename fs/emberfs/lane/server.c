@@ -145,36 +145,11 @@ static void forget_region(struct lane_server *server, struct lane *lane, uint64_
 
 static int32_t read_item(struct worker *worker, struct lane *lane, const struct lane_item *item,
                          const struct lane_found *found) {
-    struct region *region = region_of(lane, item->region);
-    if (found->file == NULL) return LANE_DECLINED;
-    uint64_t granule = 1ull << found->granule_log2;
-    uint64_t begin = item->offset & ~(granule - 1), end = item->offset + (uint64_t)item->length;
-    uint64_t stop = (end + granule - 1) & ~(granule - 1);
-    if (stop > found->length) stop = found->length;
-    uint64_t before = item->offset - begin, after = stop - end;
-    if (before > LANE_SCRATCH_BYTES || after > LANE_SCRATCH_BYTES) return LANE_DECLINED;
-    uint8_t *into = region->address + item->place;
-    uint32_t crc = found->sum_before;
-    /* The granules in steps; what lies before and after the item's own bytes goes to scratch memory. */
-    for (uint64_t at = 0; at < item->length;) {
-        uint64_t step = item->length - at < LANE_STEP_BYTES ? item->length - at : LANE_STEP_BYTES;
-        uint64_t lead = at == 0 ? before : 0, trail = at + step == item->length ? after : 0;
-        struct iovec parts[3];
-        int count = 0;
-        if (lead) parts[count++] = (struct iovec){worker->scratch, lead};
-        parts[count++] = (struct iovec){into + at, step};
-        if (trail) parts[count++] = (struct iovec){worker->scratch + LANE_SCRATCH_BYTES, trail};
-        off_t offset = (off_t)(found->block + (int64_t)(begin + (at ? before + at : 0)));
-        if (preadv2(found->fd, parts, count, offset, RWF_NOWAIT) != (ssize_t)(lead + step + trail))
-            return LANE_DECLINED;
-        for (int part = 0; part < count; part++) crc = lane_crc32c(crc, parts[part].iov_base, parts[part].iov_len);
-        at += step;
-    }
-    if (crc != found->sum_after) {
-        __atomic_add_fetch(&worker->server->stats.damaged, 1, __ATOMIC_RELAXED);
-        return LANE_DECLINED;
-    }
-    return (int32_t)item->length;
+    uint8_t *into = region_of(lane, item->region)->address + item->place;
+    int is_damaged = 0;
+    int32_t count = lane_read_item(found, item, into, worker->scratch, LANE_SCRATCH_BYTES, RWF_NOWAIT, &is_damaged);
+    if (is_damaged) __atomic_add_fetch(&worker->server->stats.damaged, 1, __ATOMIC_RELAXED);
+    return count;
 }
 
 void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count) {

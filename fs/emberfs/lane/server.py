@@ -73,7 +73,7 @@ class LaneServer:
         self._server.set_keys(b"".join(keys))
 
     def mirror(self, chain: int) -> Mirror:
-        return _Mirror(self._server, chain)
+        return TableMirror(self._server, chain)
 
     def allow(self, chain: int, version: int) -> None:
         self._server.allow(chain, version)
@@ -90,7 +90,7 @@ class LaneServer:
         self._server.stop()
 
 
-class _Mirror:
+class TableMirror:
     """The extents of one chain's target."""
 
     def __init__(self, server: Any, chain: int) -> None:

@@ -1,0 +1,65 @@
+"""Memory for samples, which is used again when nobody has any of it any more.
+
+Fresh memory has a page fault for each 4 KiB, which costs as much as to copy bytes there; and an allocator that threads
+ask, and others give back to, returns it to the system again and again.
+
+Invariant: a block is handed out only while the pool has the one reference to it. An array refers to the memory that it
+is a view of, and so does whatever is made of it without a copy (views, memoryviews, tensors).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+KEPT_MAX = 16
+"""Blocks: batches that are read ahead, and those that a trainer holds."""
+KEPT_BYTES_MAX = 16 << 20
+"""A longer block is not kept."""
+
+Tokens = npt.NDArray[np.uint32]
+
+
+class Memory:
+    """Of one dataset. Any number of threads may take some: a block that one looks at is out of the others' sight."""
+
+    def __init__(self) -> None:
+        self._blocks: deque[Tokens] = deque(maxlen=KEPT_MAX)
+
+    def take(self, rows: int, width: int) -> Tokens:
+        """[rows, width], with anything in it."""
+        size = rows * width
+        for _ in range(len(self._blocks)):
+            try:
+                block = self._blocks.popleft()
+            except IndexError:
+                break
+            # The view is made before others see the block again.
+            view = block.reshape(rows, width) if sys.getrefcount(block) == _ALONE and block.size == size else None
+            self._blocks.append(block)
+            if view is not None:
+                return view
+        block = np.empty(size, "<u4")
+        view = block.reshape(rows, width)
+        if block.nbytes <= KEPT_BYTES_MAX:
+            self._blocks.append(block)
+        return view
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._blocks.clear()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Memory, ()
+
+
+def _references_alone() -> int:
+    """What is counted of an array that a function's variable refers to, and nothing else: Python's versions differ."""
+    block = np.empty(1, "<u4")
+    return sys.getrefcount(block)
+
+
+_ALONE = _references_alone()

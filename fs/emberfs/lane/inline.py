@@ -1,0 +1,73 @@
+"""Reads of a store that is in this very process: by the caller's thread, past the services, and in one native call.
+
+What a lane is to the servers of a cluster, without a server: the same table of extents, the same checks, and the same
+rule for what cannot be served at once. `client.batch` and the engine are the slow twin.
+
+Does not know: whose store it is. Who gives the store away, or closes it, has had its targets clear their mirrors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import CodeType
+from typing import Any
+
+from ..engine.extents import Mirror
+from ..ledger import Ledger
+from ..runtime import Runtime
+from ..striping import chains_of
+from ..types import Chunks
+from .client import LaneFile, packed, slot
+from .native import native
+from .server import TABLE_BYTES_MAX, TableMirror
+
+_VERSION = 1
+"""Of all chains, each of which is one target and stays so."""
+_FOREVER_NS = (1 << 63) - 1
+
+
+class InlineReader:
+    """The table of all targets of one store. Any number of threads may read."""
+
+    def __init__(self, runtime: Runtime, ledger: Ledger, chains: Iterable[int]) -> None:
+        """Only where there is a `native` part."""
+        self._runtime = runtime
+        self._ledger = ledger
+        self._table: Any = native.Server(TABLE_BYTES_MAX, 0, 0)
+        self._table.lease(_FOREVER_NS)
+        for chain in chains:
+            self._table.allow(chain, _VERSION)
+
+    def mirror(self, chain: int) -> Mirror:
+        """Where the target of `chain` puts its extents."""
+        return TableMirror(self._table, chain)
+
+    def read(
+        self, files: Sequence[LaneFile], items: list[Any], into: Any, *, code: CodeType, grant: bytes = b""
+    ) -> list[int] | None:
+        """See `LaneReader.read`. A grant is for others to look at."""
+        if grant:
+            return None
+        is_any = False
+        for file in files:
+            if file.lane_version != (_VERSION, 0):
+                file.lane_spec, file.lane_version = _spec(file), (_VERSION, 0)
+            is_any = is_any or file.lane_spec is not None
+        if not is_any:
+            return None
+        began_s = self._runtime.now_s()
+        try:
+            counts: list[int] = self._table.read(items, list(into) if isinstance(into, tuple) else into, "lane_spec")
+        except (BufferError, TypeError, ValueError, OverflowError):
+            return None  # Whoever reads it otherwise says what is wrong with the arguments.
+        if -1 not in counts:
+            # Else whoever reads the rest notes all of it.
+            self._ledger.note(code, self._runtime.now_s() - began_s)
+        return counts
+
+
+def _spec(file: LaneFile) -> bytes | None:
+    inode = file.inode_to_read
+    if inode is None or not isinstance(inode.layout, Chunks):
+        return None
+    return packed(inode, [slot(_VERSION, chain, 0) for chain in chains_of(inode.layout)])
