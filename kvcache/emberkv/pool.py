@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from emberfs.errors import Corruption, EmberError, LimitExceeded
 from emberfs.runtime import Runtime
@@ -167,8 +168,8 @@ class Pool:
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def match(self, tenant: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[int], str, int]:
-        """(slots of the longest usable prefix, why it is no longer, a lease; 0 if there is nothing to lease)."""
+    def match(self, tenant: int, keys: Sequence[bytes], lease_s: float) -> tuple[Any, str, int]:
+        """(slots of the longest usable prefix, an array; why it is no longer; a lease, 0 if there is none)."""
         slots, ends, reason = self.table.match(tenant, keys)
         if reason in ("miss", "damaged"):
             reason = self._why(tenant, keys[len(slots)], reason)
@@ -177,7 +178,7 @@ class Pool:
         counts.asked_pages += len(keys)
         counts.matched_pages += len(slots)
         counts.stops[reason] += 1
-        if not slots:
+        if not ends:
             return slots, reason, 0
         stamp_s = self.space.stamp_s()
         for slot in ends:
@@ -187,7 +188,7 @@ class Pool:
     def _why(self, tenant: int, key: bytes, reason: str) -> str:
         """Why a page cannot be had, of which the table knows no more than `reason`."""
         slot = self.table.any_slot(tenant, key)
-        if any(self._puts.is_pending(tenant, kind, key) for kind in range(len(self.table.places))):
+        if self._puts.is_pending(tenant, key):
             return "pending"
         if slot is not None and self.table.slot(tenant, key) is None:
             return "parent missing"

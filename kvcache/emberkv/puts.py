@@ -74,9 +74,10 @@ class Puts:
     def __len__(self) -> int:
         return len(self._reservations)
 
-    def is_pending(self, tenant: int, kind: int, key: bytes) -> bool:
-        """Somebody is writing it."""
-        return (tenant, kind, key) in self._pending
+    def is_pending(self, tenant: int, key: bytes) -> bool:
+        """Somebody is writing it, of whichever kind."""
+        kinds = range(len(self._table.places))
+        return bool(self._pending) and any((tenant, kind, key) in self._pending for kind in kinds)
 
     async def reserve(
         self,

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from emberfs import NotFound
 from emberfs.errors import AccessDenied, EmberError, LimitExceeded, ProtocolError
 from emberfs.messages import Foreign, Message
@@ -36,7 +37,7 @@ from .parting import parting
 from .pools import NAMESPACES_MAX, Pools
 from .seats import Seat, Seats
 from .space import SpaceConfig
-from .table import NO_STATE
+from .table import NO_SLOTS, NO_STATE
 from .tenants import EVERYBODY, Tenants
 
 CHAINS_MAX = 1024
@@ -118,21 +119,22 @@ class KvService:
         pool, tenant, lease_s = seat.pool, seat.tenant, _seconds(ask.lease_s, LEASE_S_MAX)
         if sum(map(len, ask.chains)) > KEYS_MAX * KEY_BYTES:
             raise LimitExceeded(f"more than {KEYS_MAX} keys in one request")
-        counts, reasons, leases, every = [], [], [], []
+        counts, reasons, leases, every = [], [], [], [NO_SLOTS]
         for chain in map(_keys, ask.chains):
             slots, reason, lease = pool.match(tenant, chain, lease_s)
             counts.append(len(slots))
             reasons.append(reason)
             leases.append(lease)
-            every += slots
-        places = [column[every].tobytes() for column in pool.table.places]
+            every.append(slots)
+        found = np.concatenate(every)
+        places = [column.take(found).tobytes() for column in pool.table.places]
         answer = messages.Matched(counts, reasons, leases, places)
         if NO_STATE in reasons:
-            found = [
+            hints = [
                 parting(pool.table, tenant, _keys(chain), pages) if reason == NO_STATE else (pages, 0)
                 for chain, pages, reason in zip(ask.chains, counts, reasons, strict=True)
             ]
-            known, partings = map(list, zip(*found, strict=True))
+            known, partings = map(list, zip(*hints, strict=True))
             pool.counts.partings += len(partings) - partings.count(0)
             answer = replace(answer, known=known, partings=partings)
         return self._granted_match(seat, lease_s, answer) if ask.grants else answer

@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import socket
+import struct
 import threading
 import time
 from array import array
@@ -163,6 +164,72 @@ def test_damaged_bytes_are_declined(server: Any, file: File, probe: LaneProbe) -
     assert probe.read(CHUNK, 8191, 2) is None, "the same granule"
     assert probe.read(CHUNK, 8192, 100) == file.content[8192:8292], "the next one is fine"
     assert probe.read(CHUNK, 0, len(file.content)) is None, "whole granules, which the client of a stream checks"
+
+
+class StreamedFile:
+    """What `lane.client` packs of a file of one chunk, whose lane is the first one."""
+
+    def __init__(self, length: int, *, chunk_bytes: int = 1 << 22) -> None:
+        inode, _ = struct.unpack(">QQ", CHUNK)
+        self.lane_spec = struct.pack("=QQQQQIi", inode, 3 * chunk_bytes + length, chunk_bytes, 1, 1, 1, 0)
+        self.begin = 3 * chunk_bytes  # CHUNK is the fourth one.
+
+    def read(self, lane: socket.socket, ranges: list[tuple[int, int]]) -> tuple[list[int], list[bytes]]:
+        """By the client's native part: (count of each, what landed)."""
+        into = [bytearray(b"\xee" * length) for _, length in ranges]
+        items = [(self, self.begin + offset, length) for offset, length in ranges]
+        descriptors, streams = array("i", [lane.fileno()]), bytearray([1])
+        counts = native.read_ranges(
+            *(items, into, "lane_spec", descriptors, streams, bytearray(1), b"", 0, 0, 0, 7, 0, 5 * 10**9),
+            *(0, b"", bytearray(1)),
+        )
+        return counts, [bytes(each) for each in into]
+
+
+def pages(count: int, size: int, *, begin: int = 0) -> list[tuple[int, int]]:
+    """(offset, length) of heads and payloads, one behind the other."""
+    step = 96 + size
+    return [each for at in range(begin, begin + count * step, step) for each in ((at, 96), (at + 96, size))]
+
+
+@pytest.mark.parametrize("missing", [0, 1, 4095])
+def test_the_client_of_a_stream_gets_what_lies_side_by_side_and_what_does_not(
+    server: Any, tmp_path: Path, missing: int
+) -> None:
+    file = File(tmp_path / "blocks", random.Random(5).randbytes((3 << 20) - missing))
+    file.put(server)
+    end, rng = len(file.content), random.Random(6)
+    probe, streamed = StreamProbe(server), StreamedFile(end)
+    asked = [
+        pages(16, 57_344), pages(3, 1 << 18, begin=4000), pages(2, 1 << 20, begin=8192), pages(400, 100, begin=77),
+        [(0, end)], [(end - 70_000, 70_000)], [(1, 65_536), (65_537, 1), (65_539, 65_536), (5, 65_536)],
+        [(rng.randrange(end - 1000), rng.choice([1, 96, 1000])) for _ in range(200)],
+        [each for each in pages(16, 57_344) if rng.random() < 0.7], list(reversed(pages(4, 70_000))),
+    ]  # fmt: skip
+    for ranges in asked:
+        counts, found = streamed.read(probe.socket, ranges)
+        assert counts == [length for _, length in ranges]
+        assert found == [file.content[offset : offset + length] for offset, length in ranges]
+    probe.close()
+    os.close(file.fd)
+
+
+def test_the_client_of_a_stream_finds_damage_between_its_items(server: Any, file: File) -> None:
+    file.put(server)
+    probe, streamed = StreamProbe(server), StreamedFile(len(file.content))
+    ranges = [(100, 70_000), (90_000, 70_000), (200_000, 50), (200_050, 50)]
+    for at, damaged in ((50, 0), (150, 0), (70_101, 0), (89_999, 1), (160_001, 1), (200_099, 2)):
+        os.pwrite(file.fd, bytes([file.content[at] ^ 1]), file.block + at)
+        counts, found = streamed.read(probe.socket, ranges)
+        is_good = [True, True, True, True]
+        is_good[damaged] = False
+        if damaged == 2:
+            is_good[3] = False  # It was asked for in one with what lies before it.
+        assert counts == [length if good else -1 for good, (_, length) in zip(is_good, ranges, strict=True)]
+        for good, (offset, length), bytes_found in zip(is_good, ranges, found, strict=True):
+            assert not good or bytes_found == file.content[offset : offset + length]
+        os.pwrite(file.fd, file.content[at : at + 1], file.block + at)
+    probe.close()
 
 
 def test_a_file_that_is_too_short_is_declined(server: Any, file: File, probe: LaneProbe) -> None:

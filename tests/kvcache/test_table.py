@@ -62,7 +62,8 @@ def test_the_longest_prefix_is_found() -> None:
     chains.put([A, B, C])
     assert chains.table.match(0, [A, B, C]).reason == "whole"
     assert chains.pages([A, B, D, C]) == 2
-    assert chains.table.match(0, [D, A]) == ([], [], "miss")
+    found = chains.table.match(0, [D, A])
+    assert (found.slots.tolist(), found.ends, found.reason) == ([], [], "miss")
     assert chains.pages([]) == 0
     assert chains.table.live_bytes == 3 * (HEADER_BYTES + LENGTH)
 
@@ -71,7 +72,62 @@ def test_tenants_do_not_see_each_other() -> None:
     chains = Chains()
     other = chains.table.add_tenant()
     chains.put([A])
-    assert chains.table.match(other, [A]).slots == []
+    assert len(chains.table.match(other, [A]).slots) == 0
+
+
+def test_a_run_of_slots_ends_where_the_chain_goes_on_elsewhere() -> None:
+    chains = Chains()
+    other = chains.table.add_tenant()
+    trunk, branch = [key(f"trunk {each}") for each in range(40)], [key(f"branch {each}") for each in range(40)]
+    chains.put(trunk)
+    chains.put(branch, parent=trunk[19])
+    chains.tenant = other
+    chains.put([*trunk[:20], *branch])  # Slots in a row, of another tenant's pages with the same keys.
+    for tenant in (0, other):
+        found = chains.table.match(tenant, [*trunk[:20], *branch, A])
+        assert [chains.table.keys[slot] for slot in found.slots] == [*trunk[:20], *branch]
+        assert {chains.table.tenant[slot] for slot in found.slots} == {tenant}
+        assert (found.ends, found.reason) == ([found.slots[-1]], "miss")
+    chains.tenant = 0
+    assert chains.pages([*trunk[:20], *trunk[21:]]) == 39  # What hangs elsewhere is found, and all of it is held:
+    ends = chains.table.match(0, [*trunk[:20], *branch[:5], *trunk[20:]]).ends
+    assert ends == [chains.table.slot(0, branch[4]), chains.table.slot(0, trunk[39])]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_match_finds_what_looking_up_each_key_finds(seed: int) -> None:
+    rng, chains = random.Random(seed), Chains()
+    table = chains.table
+    table.add_tenant()
+    known: list[list[bytes]] = [[]]
+    for step in range(300):
+        chains.tenant = rng.randrange(2)
+        before = rng.choice(known)
+        before = before[: rng.randrange(len(before) + 1)]
+        more = [key(f"{step} {each}") for each in range(rng.choice([1, 3, 20, 50]))]
+        chains.put(more, parent=before[-1] if before else ROOT)
+        known.append([*before, *more])
+        for _ in range(rng.choice([0, 0, 30])):
+            slot = table.coldest(chains.tenant, 10.0)
+            if slot is not None:
+                table.remove(slot)
+        if rng.random() < 0.2:
+            slot = table.any_slot(chains.tenant, rng.choice(more))
+            if slot is not None:
+                table.unplace(slot, 0)
+        asked = list(rng.choice(known))
+        if rng.random() < 0.3:
+            asked[rng.randrange(len(asked) + 1) :] = rng.choice(known)[-30:]
+        expected = []
+        for each in asked:
+            slot = table.slot(chains.tenant, each)
+            if slot is None or table.place(slot, 0) is None:
+                break
+            expected.append(slot)
+        found = table.match(chains.tenant, asked)
+        assert found.slots.tolist() == expected
+        assert (found.reason == "whole") == (len(expected) == len(asked))
+        assert set(found.ends) <= set(expected) <= table.above(found.ends)
 
 
 def test_a_damaged_page_hides_what_comes_after_it_until_it_is_put_again() -> None:

@@ -65,7 +65,7 @@ def test_a_page_stays_as_long_as_any_below_it(steps: list[tuple[str, int, list[i
         for action, tenant, path, wait_s in steps:
             keys, there = keys_of(TENANTS[tenant], path), pool.match(tenant, keys_of(TENANTS[tenant], path), 0)[0]
             now_s = pool.space.stamp_s()
-            if there:
+            if len(there):
                 used_s[tenant, tuple(path[: len(there)])] = now_s
             if action == "put":
                 await put(pool, tenant, keys)

@@ -47,9 +47,16 @@ static int not_interrupted(void) { return 0; }
 int (*lane_is_interrupted)(void) = not_interrupted;
 
 static int send_request(struct lane_request *request, int64_t until_ns) {
-    for (size_t done = 0; done < request->size;) {
-        const char *from = (const char *)request->head + done;
-        ssize_t count = send(request->fd, from, request->size - done, MSG_DONTWAIT | MSG_NOSIGNAL);
+    const char *whole = (const char *)request->head;
+    size_t size = request->size;
+    if (size && request->is_stream) {
+        request->spans = lane_stream_spans(request->head);
+        if (request->spans == NULL) return -1;
+        whole = (const char *)&request->spans->head;
+        size = sizeof(struct lane_head) + request->spans->head.count * sizeof(struct lane_item);
+    }
+    for (size_t done = 0; done < size;) {
+        ssize_t count = send(request->fd, whole + done, size - done, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (count > 0) request->is_pending = 1;
         if (count >= 0) done += (size_t)count;
         else if (errno == EAGAIN && request->is_stream && lane_now_ns() < until_ns) {
@@ -102,7 +109,8 @@ int lane_exchange(struct lane_request *requests, int count, int64_t spin_ns, int
     for (int at = 0; at < count; at++) {
         struct lane_request *request = &requests[at];
         if (request->is_pending && request->is_stream) {
-            if (lane_stream_take(request->fd, request->head, request->into, request->counts, until_ns) != 0) return -1;
+            if (lane_stream_take(request->fd, request->spans, request->head, request->into, request->counts, until_ns) != 0)
+                return -1;
             request->is_pending = 0;
         }
         local += request->is_pending;

@@ -190,8 +190,25 @@ struct lane_piece {
     uint8_t *into;
 };
 
-/* The answer of a stream to a request that was sent: into[i] gets the bytes of item i. 0, or -1 as `lane_exchange`. */
-int lane_stream_take(int fd, const struct lane_head *request, uint8_t *const *into, int32_t *counts, int64_t until_ns);
+/* What is asked of a stream for the items of a request: those that lie one after the other are one, and a long one has
+   whole granules, which a server sends without a look at them. */
+struct lane_span {
+    uint32_t before; /* bytes in front of its items */
+    uint32_t items;
+};
+
+struct lane_spans {
+    struct lane_span *parts; /* one for each of what is sent, which is the head and the items that follow it here */
+    struct lane_head head;
+    struct lane_item items[];
+};
+
+/* Where the chunk of an item ends its `place` says. NULL: no memory. free() lets go of it. */
+struct lane_spans *lane_stream_spans(const struct lane_head *request);
+/* The answer of a stream to spans that were sent: into[i] gets the bytes of item i of the request. 0, or -1 as
+   `lane_exchange`. */
+int lane_stream_take(int fd, const struct lane_spans *spans, const struct lane_head *request, uint8_t *const *into,
+                     int32_t *counts, int64_t until_ns);
 /* Who waits asks this now and then, and gives up if it is not 0: a signal has come, and its handler has raised. */
 extern int (*lane_is_interrupted)(void);
 #define LANE_LOOK_NS 100000000
@@ -202,6 +219,7 @@ struct lane_request {
     size_t size; /* of the head and the items; 0: nothing is asked of this lane */
     struct lane_head *head;
     uint8_t **into; /* of a stream: where the bytes of each item go */
+    struct lane_spans *spans; /* of a stream, while it is asked: what is sent instead of the head and its items */
     int32_t *counts; /* what comes of each item */
     int is_pending;  /* a part of the request was sent, and it was not answered */
 };

@@ -312,6 +312,7 @@ static void plan_free(struct plan *plan) {
         free(plan->servers[server].head);
         free(plan->servers[server].counts);
         free(plan->servers[server].into);
+        free(plan->servers[server].spans);
     }
     free(plan->counts);
     free(plan->buffers);
@@ -366,6 +367,9 @@ static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, 
     } else if (is_staged) {
         items[*count].region = plan->stage_number;
         items[*count].place = plan->staged_bytes;
+    } else {
+        uint64_t rest = spec->length - index * spec->chunk_size;
+        items[*count].place = rest < spec->chunk_size ? rest : spec->chunk_size; /* See `lane_stream_spans`. */
     }
     plan->pieces[plan->pieces_count++] = (struct lane_piece){
         .server = slot->server, .item = item, .position = (uint32_t)*count, .into = into,

@@ -2,10 +2,14 @@
 
    The server promises what it finds in the table and in the page cache, sends it, and says at last whether it was still
    there. It checks only what the client cannot: of an item that covers whole granules the client gets the stored sums and
-   checks the bytes itself, which finds damage of the disk and of the way together. */
+   checks the bytes itself, which finds damage of the disk and of the way together.
+
+   So a client asks for whole granules where it wants much, and lets go of what it did not want: those bytes cost less
+   than the server's look at all of them, and a file is sent without passing through anybody's memory. */
 
 #include "lane.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
@@ -19,6 +23,8 @@
 #define SENDFILE_BYTES_MIN (64u << 10) /* below, to copy costs less than a system call of its own */
 #define DIRECT_BYTES_MIN (32u << 10)
 #define SPIN_NS 50000
+#define GRANULE_BYTES (4u << 10) /* what a checksum covers, mostly */
+#define SPAN_BYTES_MAX (2u << 20) /* items are one up to so much: where a byte of it is not to be had, all of it is not */
 
 #define PATIENCE_MS 30000 /* a client that takes nothing for so long is gone */
 
@@ -235,6 +241,49 @@ void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stat
 
 /* ---- the client */
 
+static int goes_on(const struct lane_item *span, const struct lane_item *item) {
+    return span->inode == item->inode && span->index == item->index && span->chain == item->chain &&
+           span->chain_version == item->chain_version && span->grant == item->grant &&
+           span->offset + span->length == item->offset && span->length + item->length <= SPAN_BYTES_MAX;
+}
+
+/* Whole granules around what is wanted, as far as the chunk goes, if it is much: the server sends those as they are. */
+static void widen(struct lane_item *item, struct lane_span *span) {
+    uint64_t limit = item->place, end = ((uint64_t)item->offset + item->length + GRANULE_BYTES - 1) & ~(uint64_t)(GRANULE_BYTES - 1);
+    item->place = 0;
+    if (item->length < SENDFILE_BYTES_MIN) return;
+    if (end > limit) end = limit;
+    span->before = item->offset & (GRANULE_BYTES - 1);
+    item->offset -= span->before;
+    item->length = (uint32_t)(end - item->offset);
+}
+
+struct lane_spans *lane_stream_spans(const struct lane_head *request) {
+    const struct lane_item *items = (const struct lane_item *)(request + 1);
+    struct lane_spans *spans = malloc(sizeof *spans + request->count * (sizeof(struct lane_item) + sizeof(struct lane_span)));
+    if (spans == NULL) return NULL;
+    struct lane_span *parts = (struct lane_span *)(spans->items + request->count);
+    size_t count = 0, total = 0;
+    for (int at = 0; at < request->count; at++) {
+        total += items[at].length;
+        if (count && goes_on(&spans->items[count - 1], &items[at])) {
+            spans->items[count - 1].length += items[at].length;
+            parts[count - 1].items++;
+        } else {
+            spans->items[count] = items[at];
+            parts[count++] = (struct lane_span){.items = 1};
+        }
+    }
+    int has_room = total + count * 2 * GRANULE_BYTES <= LANE_BYTES_MAX;
+    for (size_t at = 0; at < count; at++) {
+        if (has_room) widen(&spans->items[at], &parts[at]);
+        else spans->items[at].place = 0;
+    }
+    spans->parts = parts;
+    spans->head = (struct lane_head){LANE_MAGIC, LANE_READ, (uint16_t)count, request->call};
+    return spans;
+}
+
 struct incoming {
     int fd;
     int64_t until_ns;
@@ -297,37 +346,59 @@ static int take(struct incoming *incoming, uint8_t *into, size_t size, uint32_t 
     return 0;
 }
 
-static int take_answer(struct incoming *incoming, const struct lane_head *request, uint8_t *const *into, int32_t *counts,
-                       struct lane_part *promises, struct lane_part *verdicts) {
-    const struct lane_item *items = (const struct lane_item *)(request + 1);
-    size_t parts_bytes = request->count * sizeof *promises;
+/* Bytes that nobody wants, but that the checksum covers. */
+static int pass(struct incoming *incoming, size_t size, uint32_t *crc) {
+    uint8_t bytes[GRANULE_BYTES];
+    assert(size <= sizeof bytes);
+    return take(incoming, bytes, size, crc);
+}
+
+/* The items of a span, and what is around them. */
+static int take_span(struct incoming *incoming, const struct lane_item *span, const struct lane_span *part,
+                     const struct lane_item *items, uint8_t *const *into, uint32_t *crc) {
+    size_t left = span->length - part->before;
+    if (pass(incoming, part->before, crc) != 0) return -1;
+    for (uint32_t at = 0; at < part->items; at++) {
+        if (take(incoming, into[at], items[at].length, crc) != 0) return -1;
+        left -= items[at].length;
+    }
+    return pass(incoming, left, crc);
+}
+
+static int take_answer(struct incoming *incoming, const struct lane_spans *spans, const struct lane_item *items,
+                       uint8_t *const *into, int32_t *counts, struct lane_part *promises, struct lane_part *verdicts) {
+    size_t parts_bytes = spans->head.count * sizeof *promises;
     struct lane_head head;
     if (take(incoming, (uint8_t *)&head, sizeof head, NULL) != 0 || head.magic != LANE_MAGIC ||
-        head.kind != LANE_COUNTS || head.count != request->count || head.call != request->call ||
+        head.kind != LANE_COUNTS || head.count != spans->head.count || head.call != spans->head.call ||
         take(incoming, (uint8_t *)promises, parts_bytes, NULL) != 0)
         return -1;
-    for (int at = 0; at < request->count; at++) {
-        int32_t count = promises[at].count;
-        if (count != 0 && count != (int32_t)items[at].length) return -1;
-        if (count && take(incoming, into[at], (size_t)count, &promises[at].crc) != 0) return -1;
+    for (uint32_t at = 0, item = 0; at < head.count; item += spans->parts[at++].items) {
+        if (promises[at].count != 0 && promises[at].count != (int32_t)spans->items[at].length) return -1;
+        if (promises[at].count && take_span(incoming, &spans->items[at], &spans->parts[at], &items[item], &into[item],
+                                            &promises[at].crc) != 0)
+            return -1;
     }
     if (take(incoming, (uint8_t *)verdicts, parts_bytes, NULL) != 0) return -1;
-    for (int at = 0; at < request->count; at++) {
+    for (uint32_t at = 0, item = 0; at < head.count; at++) {
         int is_right = promises[at].count && verdicts[at].count == promises[at].count && verdicts[at].crc == promises[at].crc;
-        counts[at] = is_right ? promises[at].count : LANE_DECLINED;
+        for (uint32_t end = item + spans->parts[at].items; item < end; item++)
+            counts[item] = is_right ? (int32_t)items[item].length : LANE_DECLINED;
     }
     return incoming->begin == incoming->end ? 0 : -1;
 }
 
-int lane_stream_take(int fd, const struct lane_head *request, uint8_t *const *into, int32_t *counts, int64_t until_ns) {
+int lane_stream_take(int fd, const struct lane_spans *spans, const struct lane_head *request, uint8_t *const *into,
+                     int32_t *counts, int64_t until_ns) {
     struct incoming *incoming = malloc(sizeof *incoming);
-    struct lane_part *parts = malloc(2 * request->count * sizeof *parts);
+    struct lane_part *parts = malloc(2 * spans->head.count * sizeof *parts);
+    const struct lane_item *items = (const struct lane_item *)(request + 1);
     int outcome = -1;
     if (incoming != NULL && parts != NULL) {
         incoming->fd = fd;
         incoming->until_ns = until_ns;
         incoming->begin = incoming->end = 0;
-        outcome = take_answer(incoming, request, into, counts, parts, parts + request->count);
+        outcome = take_answer(incoming, spans, items, into, counts, parts, parts + spans->head.count);
     }
     free(incoming);
     free(parts);
