@@ -314,7 +314,11 @@ class Attempt:
         task = self.task
         if isinstance(task.sink, FileSink):
             files: list[FileOutput] = task.sink.write(
-                batches, schema, stem=f"{task.index:05d}-{task.attempt}", options=task.storage_options
+                batches,
+                schema,
+                stem=f"{task.index:05d}-{task.attempt}",
+                options=task.storage_options,
+                use_threads=self.context.cpus > 1,
             )
             size = sum(file.size_bytes for file in files)
             return Output(attempt=task.attempt, rows=self.rows_out, size_bytes=size, files=files)
