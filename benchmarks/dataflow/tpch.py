@@ -55,7 +55,7 @@ def _jobs(directory: Path, files: dict[str, list[str]], queries: range) -> dict[
 
 
 def _put(files: dict[str, list[str]], place: str) -> dict[str, list[str]]:
-    """The tables on the store; returns the URLs of their files."""
+    """The tables on a store that this process then lets go of; returns the URLs of their files."""
     filesystem, path = fsspec.url_to_fs(place)
     stored = {}
     for table, paths in files.items():
@@ -63,4 +63,5 @@ def _put(files: dict[str, list[str]], place: str) -> dict[str, list[str]]:
         for source in paths:
             filesystem.put_file(source, f"{path}/{table}/{Path(source).name}")
         stored[table] = [f"{place}/{table}/{Path(source).name}" for source in paths]
+    filesystem.close()  # Else a server would have the store, for us and for each job beside us.
     return stored

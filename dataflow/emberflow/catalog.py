@@ -85,6 +85,6 @@ class SessionCatalog:
     def columns_of(self, table: pa.Table) -> tuple[Column, ...]:
         """A table's columns, as DuckDB has them."""
         with self.jobs.session.engine.running("") as cursor:
-            cursor.register("emberflow_shape", table.schema.empty_table())
+            cursor.register("emberflow_shape", pa.Table.from_batches([], table.schema))
             rows = cursor.execute("DESCRIBE emberflow_shape").fetchall()
         return tuple(Column(str(row[0]), str(row[1])) for row in rows)

@@ -58,6 +58,7 @@ class Engine:
         self._protocols: set[str] = set()
         self._udfs: dict[str, Udf] = {}
         self._limits: tuple[int, int] | None = None
+        self._keeps_order = True
         self._closed = False
         self._connection = self._connect()
 
@@ -100,6 +101,12 @@ class Engine:
             self._connection.execute(f"SET GLOBAL threads = {threads}")
             self._connection.execute(f"SET GLOBAL memory_limit = '{memory_bytes}B'")
             self._limits = threads, memory_bytes
+
+    def keep_order(self, keeps_order: bool) -> None:
+        """Whether rows keep the order that nobody asked for, in what runs from now on."""
+        if keeps_order != self._keeps_order:
+            self._connection.execute(f"SET GLOBAL preserve_insertion_order = {str(keeps_order).lower()}")
+            self._keeps_order = keeps_order
 
     def interrupt(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Stops what the cursor runs; from any thread."""
@@ -155,10 +162,10 @@ def arrow_reader(
     values: Any,
     batch_rows: int,
     *,
-    exported: Callable[[dict[str, str]], str] | None = None,
+    exported: Callable[[list[tuple[str, str]]], str] | None = None,
 ) -> pa.RecordBatchReader:
-    """Starts a query whose batches are read as they come. `exported` is told its columns and their types, and gives
-    the text to run in its place.
+    """Starts a query whose batches are read as they come. `exported` is told each column and its type, and gives the
+    text to run in its place.
 
     DuckDB 2.0 streams only from a relation, which also knows its types: asking DESCRIBE would open all files twice.
     1.4 holds the GIL while it binds a relation, and can hang.
@@ -166,11 +173,11 @@ def arrow_reader(
     if hasattr(cursor, "fetch_record_batch"):
         if exported is not None:
             rows = cursor.execute(f"DESCRIBE {text}", values).fetchall()
-            text = exported({str(row[0]): str(row[1]) for row in rows})
+            text = exported([(str(row[0]), str(row[1])) for row in rows])
         return cursor.execute(text, values).fetch_record_batch(batch_rows)
     relation = cursor.sql(text, params=values)
     if exported is not None:
-        wanted = exported(dict(zip(relation.columns, map(str, relation.types), strict=True)))
+        wanted = exported(list(zip(relation.columns, map(str, relation.types), strict=True)))
         if wanted != text:
             relation = cursor.sql(wanted, params=values)
     return relation.to_arrow_reader(batch_rows)

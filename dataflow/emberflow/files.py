@@ -34,6 +34,8 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
 _ROW_GROUP_ROWS_MAX = 122_880
 _ROW_GROUP_BYTES_MAX = 64 * 1024 * 1024
 _PARTITIONS_MAX = 65_536
+# What is held of a partition for its next row group; a thousand files may be open at once.
+_PARTITION_GROUP_BYTES = 1024 * 1024
 # Texts that are all different gain nothing from a dictionary, and cost a hash each.
 _DICTIONARY_SAMPLE_ROWS = 4_096
 _DICTIONARY_DISTINCT_MAX = 0.5
@@ -67,9 +69,16 @@ class FileSink:
     """The name of the only file, if there is to be one."""
 
     def write(
-        self, batches: Iterator[pa.RecordBatch], schema: pa.Schema, *, stem: str, options: StorageOptions
+        self,
+        batches: Iterator[pa.RecordBatch],
+        schema: pa.Schema,
+        *,
+        stem: str,
+        options: StorageOptions,
+        use_threads: bool = True,
     ) -> list[FileOutput]:
-        """Writes all the rows; no rows make one empty file, or none under `partition_by`. `stem` begins the names."""
+        """Writes all the rows; no rows make one empty file, or none under `partition_by`. `stem` begins the names.
+        `use_threads`: this process has all of the machine's cores for it."""
         filesystem, directory = open_url(self.url, options)
         filesystem.makedirs(directory, exist_ok=True)
         if self.format != "parquet":
@@ -77,7 +86,7 @@ class FileSink:
             return list(self._texts(filesystem, directory, batches, schema, stem, writer))
         groups = row_groups(batches, schema)
         if self.partition_by:
-            return self._partitions(filesystem, directory, groups, schema, stem)
+            return self._partitions(filesystem, directory, groups, schema, stem, use_threads)
         return list(self._parquet(filesystem, directory, groups, schema, stem))
 
     def _name(self, stem: str, index: int) -> str:
@@ -146,13 +155,24 @@ class FileSink:
                 return
 
     def _partitions(
-        self, filesystem: Any, directory: str, groups: Iterator[pa.RecordBatch], schema: pa.Schema, stem: str
+        self,
+        filesystem: Any,
+        directory: str,
+        groups: Iterator[pa.RecordBatch],
+        schema: pa.Schema,
+        stem: str,
+        use_threads: bool,
     ) -> list[FileOutput]:
         """Writes the rows of each value to `column=value/`."""
         # Costs a third of a second to import.
         import pyarrow.dataset as ds
 
         written: list[FileOutput] = []
+        first = next(groups, None)
+        known = () if first is None else (first,)
+        rows_min = 1 if first is None else first.num_rows * _PARTITION_GROUP_BYTES // max(1, first.nbytes)
+        # Without it the rows come as they please, also with one thread; pyarrow 20 has no such thing.
+        ordered = {"preserve_order": True} if int(pa.__version__.partition(".")[0]) > 20 else {}
 
         def note(file: Any) -> None:
             name = posixpath.relpath(file.path, directory) if file.path.startswith("/") else file.path
@@ -160,18 +180,23 @@ class FileSink:
             written.append(FileOutput(name, "", file.metadata.num_rows, int(file.size or 0)))
 
         ds.write_dataset(
-            pa.RecordBatchReader.from_batches(schema, groups),
+            pa.RecordBatchReader.from_batches(schema, itertools.chain(known, groups)),
             directory,
             filesystem=filesystem,
             format="parquet",
             file_options=ds.ParquetFileFormat().make_write_options(
-                compression=self.compression, write_statistics=columns_of_ordered(schema)
+                compression=self.compression,
+                use_dictionary=True if first is None else columns_that_repeat(first),
+                write_statistics=columns_of_ordered(schema),
             ),
             partitioning=ds.partitioning(pa.schema([schema.field(name) for name in self.partition_by]), flavor="hive"),
             basename_template=f"{stem}-{{i}}.parquet",
             existing_data_behavior="overwrite_or_ignore",
             max_partitions=_PARTITIONS_MAX,
+            use_threads=use_threads,
+            min_rows_per_group=min(max(1, rows_min), _ROW_GROUP_ROWS_MAX),
             file_visitor=note,
+            **ordered,
         )
         for file in written:
             file.staged_url = url_of(filesystem, posixpath.join(directory, file.path))

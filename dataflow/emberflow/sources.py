@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -141,6 +142,7 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         self.protocol = protocol
         self.options = options
         self.failures = failures
+        self._latest = _Latest()
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -152,11 +154,17 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def _at(self, url: str) -> tuple[Any, str]:
         return open_url(url, self.options)
 
+    def _opened(self, path: str) -> SharedFile | None:
+        """The file that DuckDB has just opened, in this thread, when it asks by its path what the file is like."""
+        return self._latest.file() if self._latest.path == path else None
+
     @_noted
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         filesystem, inner = self._at(path)
         if mode == "rb":
-            return SharedFile(filesystem, inner, failures=self.failures)
+            file = SharedFile(filesystem, inner, failures=self.failures)
+            self._latest.path, self._latest.file = path, weakref.ref(file)
+            return file
         return OutputFile(filesystem.open(inner, mode, **kwargs), failures=self.failures)
 
     @_noted
@@ -171,7 +179,15 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         return dict(filesystem.info(inner, **kwargs))
 
     @_noted
+    def size(self, path: str) -> int:
+        file = self._opened(path)
+        return int(self.info(path)["size"]) if file is None else file.size_bytes
+
+    @_noted
     def modified(self, path: str) -> datetime:
+        file = self._opened(path)
+        if file is not None and file.modified is not None:
+            return file.modified
         filesystem, inner = self._at(path)
         try:
             modified: datetime = filesystem.modified(inner)
@@ -211,6 +227,13 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         filesystem.rm(inner, recursive=recursive, maxdepth=maxdepth)
 
 
+class _Latest(threading.local):
+    """The file that a thread opened last."""
+
+    path = ""
+    file: Callable[[], SharedFile | None] = staticmethod(lambda: None)
+
+
 class OutputFile:
     """A file open for writing. DuckDB 1.4 drops a compressed one without closing it, so that closes it too."""
 
@@ -246,9 +269,13 @@ class SharedFile:
     def __init__(self, filesystem: Any, path: str, *, failures: Failures) -> None:
         self._filesystem = filesystem
         self._path = path
-        self._size_bytes: int = filesystem.info(path)["size"]
         # Kept open where that is safe: it goes on reading the same file when the name is given to a new one.
         self._handle = filesystem.open(path, "rb") if protocol_of(filesystem) in _POSITIONAL_PROTOCOLS else None
+        self.size_bytes: int = filesystem.info(path)["size"] if self._handle is None else self._handle.size
+        self.modified: datetime | None = None
+        """When it was, if the handle knows: of a file that is open nobody need be asked."""
+        if self._handle is not None:
+            self.modified = datetime.fromtimestamp(self._handle.inode_to_read.mtime_ns / 1e9, UTC)
         self._lock = threading.Lock()
         self._position = 0
         self._streamed_reads = 0
@@ -268,7 +295,7 @@ class SharedFile:
     @_noted
     def read(self, size: int = -1) -> bytes:
         start = self._start_of_read()
-        end = self._size_bytes if size < 0 else min(start + size, self._size_bytes)
+        end = self.size_bytes if size < 0 else min(start + size, self.size_bytes)
         data = self._read_at(start, end) if start < end else b""
         with self._lock:
             self._position = start + len(data)

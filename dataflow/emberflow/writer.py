@@ -104,7 +104,11 @@ def _write_here(frame: DataFrame, target: Target) -> list[FileOutput]:
     with row_progress(f"writing {target.name}", show=target.options.progress) as advance:
         reader = frame.batches_of(written(frame.query, frame.schema, target.options.format))
         files = target.sink().write(
-            _counted(reader, advance), reader.schema, stem=f"part-{target.id}", options=target.storage_options
+            _counted(reader, advance),
+            reader.schema,
+            stem=f"part-{target.id}",
+            options=target.storage_options,
+            use_threads=frame.session.config.threads != 1,
         )
     target.publish(files)
     return files

@@ -218,8 +218,11 @@ def test_blocks_are_large_and_have_a_limit() -> None:
     batch = pa.record_batch({"x": np.arange(1_000_000)})
     _, index = written([batch] * 5, [None] * 5)
     lengths = index.blocks["length"]
-    assert len(lengths) == 4
+    assert len(lengths) == 3
     assert lengths.max() <= BLOCK_BYTES_MAX + 4096
+    spread = np.arange(1_000_000) % 32
+    _, index = written([batch] * 10, [spread] * 10, num_partitions=32)
+    assert len(index.blocks) == 3 * 32, "of more partitions more is held, so that their blocks are not small"
 
 
 class CountingFile(io.BytesIO):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from emberflow import DataFrame, DatasetExists, InvalidArgument, QueryError, Session
 from emberflow.files import FileSink, Format
@@ -38,6 +40,21 @@ def test_partitions_read_back_by_everyone(session: Session, numbers: DataFrame, 
     dataset = ds.dataset(path, filesystem=fs, partitioning="hive")
     assert dataset.count_rows(filter=ds.field("k") == "k1") == 333
     assert session.read_parquet(f"{root}/out", recursive=False).query.text.endswith("/out/*.parquet'])")
+
+
+def test_partitions_are_the_same_bytes_each_time_and_their_row_groups_are_not_small(tmp_path: Path) -> None:
+    numbers = pa.table({"k": [n % 5 for n in range(400_000)], "n": [f"{n:032}" for n in range(400_000)]})
+    found = []
+    for name in ("one", "other"):
+        sink = FileSink(url=f"{tmp_path}/{name}", format="parquet", partition_by=("k",))
+        batches = iter(numbers.to_batches(max_chunksize=16_384))
+        written = sink.write(batches, numbers.schema, stem="part", options={}, use_threads=False)
+        found.append({file.path: Path(file.staged_url).read_bytes() for file in written})
+        groups = [pq.read_metadata(file.staged_url).num_row_groups for file in written]
+        assert max(groups) <= 80_000 // 16_000
+    assert len(found[0]) == 5
+    if int(pa.__version__.partition(".")[0]) > 20:
+        assert found[0] == found[1]
 
 
 def test_partition_values_with_odd_characters(session: Session, root: str) -> None:

@@ -56,8 +56,8 @@ def sent(columns: Sequence[Column], names: Sequence[str], connection: duckdb.Duc
 
     Raises `UnsupportedType` for a type that would not come back as it was.
     """
-    for setting in SETTINGS:
-        assert connection.execute(f"SELECT current_setting('{setting}')").fetchall() == [(True,)], setting
+    asked = ", ".join(f"current_setting('{setting}')" for setting in SETTINGS)
+    assert connection.execute(f"SELECT {asked}").fetchall() == [(True,) * len(SETTINGS)], SETTINGS
     for column in {column.type: column for column in columns}.values():
         if column.type not in _SURE and not column.type.startswith("DECIMAL("):
             _check(column, connection)

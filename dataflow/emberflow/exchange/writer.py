@@ -26,7 +26,10 @@ from .format import ALIGNMENT_BYTES, HEAD, PARTITIONS_MAX, Block, ExchangeIndex,
 
 Compression: TypeAlias = Literal["lz4"]
 
-BUFFER_BYTES = 64 * 1024 * 1024
+BUFFER_BYTES_MIN, BUFFER_BYTES = 16 * 1024 * 1024, 64 * 1024 * 1024
+"""Of the rows that are held: fewer are put into order nearer to the processor, more make larger blocks."""
+PARTITION_BYTES = 1024 * 1024
+"""What a partition may have of them; a block of so much is read about as fast as a larger one."""
 BLOCK_BYTES_MAX = 16 * 1024 * 1024
 """Of the rows in memory. A reader holds a few blocks; beyond this size larger ones are not faster."""
 BUFFER_BYTES_MAX = 1024 * 1024 * 1024
@@ -44,12 +47,15 @@ class ExchangeWriter:
         columns: Sequence[Column],
         num_partitions: int,
         compression: Compression | None = None,
-        buffer_bytes: int = BUFFER_BYTES,
+        buffer_bytes: int | None = None,
     ) -> None:
-        """`schema` is that of the batches, `columns` what they were in DuckDB before `types.sent`."""
+        """`schema` is that of the batches, `columns` what they were in DuckDB before `types.sent`. `buffer_bytes` of
+        rows are held; None: as many as suit the number of partitions."""
         assert len(columns) == len(schema)
         if not 1 <= num_partitions <= PARTITIONS_MAX:
             raise InvalidArgument(f"an exchange has 1 to {PARTITIONS_MAX} partitions, not {num_partitions}")
+        if buffer_bytes is None:
+            buffer_bytes = min(max(BUFFER_BYTES_MIN, num_partitions * PARTITION_BYTES), BUFFER_BYTES)
         if not 1 <= buffer_bytes <= BUFFER_BYTES_MAX:
             raise InvalidArgument(f"buffer_bytes is from 1 to {BUFFER_BYTES_MAX}, not {buffer_bytes}")
         if any(_has_dictionary(field.type) for field in schema):

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from ..plan.filescans import Share
+from ..plan.grade import is_volatile
 from ..plan.nodes import Column, Expr, Input, Node, Project, Scan, column
 from ..plan.pipes import (
     PREVIOUS,
@@ -149,7 +150,7 @@ class Rendering:
             return name
 
         text = select(tree, source=source, names=names)
-        return RunSql(text=text, inputs=inputs, previous=previous)
+        return RunSql(text=text, inputs=inputs, previous=previous, seeded=is_volatile(tree))
 
     def _scan(self, feed_id: int, feed: FileFeed, columns: Sequence[Column], spec: Spec) -> str:
         share = spec.files.get(feed_id)

@@ -92,6 +92,8 @@ class RunSql:
     previous: str | None = None
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Inputs whose columns have the user's names."""
+    seeded: bool = True
+    """It asks for random numbers, or may."""
 
 
 Run: TypeAlias = RunSql | PythonStep
@@ -229,11 +231,12 @@ class Attempt:
             threads=self.context.cpus, memory_bytes=max(64 << 20, int(self.context.memory_bytes * _MEMORY_FRACTION))
         )
         self._spill.add(engine.config.temp_directory)
+        engine.keep_order(self.task.ordered or self.context.cpus == 1)
         engine.create_functions(self.task.udfs)
         cursor = stack.enter_context(engine.running(step.text))
         self._cursors.append(cursor)
-        cursor.execute(f"SET preserve_insertion_order = {str(self._keeps_order()).lower()}")
-        cursor.execute("SELECT setseed(?)", [self.task.seed]).fetchall()
+        if step.seeded:
+            cursor.execute("SELECT setseed(?)", [self.task.seed]).fetchall()
         for name, rows in step.inputs.items():
             self._register(cursor, name, rows, step.names.get(name))
         if step.previous is not None:
@@ -241,24 +244,19 @@ class Attempt:
             reader = pa.RecordBatchReader.from_batches(*previous)
             own = tuple(reader.schema.names) if step is _EVERYTHING else step.names.get(step.previous)
             self._view(cursor, step.previous, reader, None, own)
-        text = step.text if not is_last else self._sent(step.text, cursor)
         if self.interrupted:
             raise CallCancelled(f"{self.task.name} was cancelled")
-        reader = arrow_reader(cursor, text, None, BATCH_ROWS)
+        # Files' queries have their columns in the form in which they travel already, but for what a function has made.
+        is_sent = is_last and (not to_files or step is _EVERYTHING)
+        exported = (lambda found: self._sent(step.text, found, cursor)) if is_sent else None
+        reader = arrow_reader(cursor, step.text, None, BATCH_ROWS, exported=exported)
         return reader.schema, _translated(engine, reader, step.text)
 
-    def _keeps_order(self) -> bool:
-        return self.task.ordered or self.context.cpus == 1
-
-    def _sent(self, text: str, cursor: Any) -> str:
-        """The query, with its columns in the form in which they travel. Files' queries have theirs already, but for
-        what a function has made."""
-        if isinstance(self.task.sink, FileSink) and text != _EVERYTHING.text:
-            return text
-        found = tuple(Column(str(row[0]), str(row[1])) for row in cursor.execute(f"DESCRIBE {text}").fetchall())
+    def _sent(self, text: str, described: list[tuple[str, str]], cursor: Any) -> str:
+        """The query, whose columns are `described` with their types, with them in the form in which they travel."""
         if isinstance(self.task.sink, FileSink):
-            schema = {column.name: column.type for column in found}
-            return written(Query(text=text), schema, self.task.sink.format).text
+            return written(Query(text=text), dict(described), self.task.sink.format).text
+        found = tuple(Column(name, type_) for name, type_ in described)
         names = [f"c{i}" for i in range(len(found))]
         partition = [names.pop()] if self.task.sink.by == "column" else []
         columns = found[: len(names)]
@@ -290,9 +288,13 @@ class Attempt:
         self, cursor: Any, name: str, rows: Any, columns: tuple[Column, ...] | None, names: tuple[str, ...] | None
     ) -> None:
         """`name` as a view of `rows` with DuckDB's own types; columns are c0, c1, ... or have the user's `names`."""
-        cursor.register(f"{name}_arrow", rows)
-        exprs = restored(columns, rows.schema, cursor) if columns else [quoted(n) for n in rows.schema.names]
+        own = rows.schema.names
+        exprs = restored(columns, rows.schema, cursor) if columns else [quoted(n) for n in own]
         given = names or tuple(f"c{i}" for i in range(len(exprs)))
+        if list(given) == own and exprs == [quoted(n) for n in own]:
+            cursor.register(name, rows)
+            return
+        cursor.register(f"{name}_arrow", rows)
         listed = ", ".join(f"{expr} AS {quoted(name)}" for expr, name in zip(exprs, given, strict=True))
         cursor.execute(f"CREATE OR REPLACE TEMP VIEW {name} AS SELECT {listed} FROM {name}_arrow")
 
@@ -314,7 +316,11 @@ class Attempt:
         task = self.task
         if isinstance(task.sink, FileSink):
             files: list[FileOutput] = task.sink.write(
-                batches, schema, stem=f"{task.index:05d}-{task.attempt}", options=task.storage_options
+                batches,
+                schema,
+                stem=f"{task.index:05d}-{task.attempt}",
+                options=task.storage_options,
+                use_threads=self.context.cpus > 1,
             )
             size = sum(file.size_bytes for file in files)
             return Output(attempt=task.attempt, rows=self.rows_out, size_bytes=size, files=files)

@@ -129,7 +129,7 @@ class Planner:
         if schema is None:
             return None
         assert isinstance(schema, pa.Schema)
-        return self.catalog.columns_of(schema.empty_table())
+        return self.catalog.columns_of(pa.Table.from_batches([], schema))
 
     def _named(self, pipe: Pipe, frame: Frame) -> Pipe:
         """The pipe with its last columns under the user's names, for a function that looks at them."""

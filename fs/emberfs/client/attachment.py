@@ -52,7 +52,8 @@ class LazyAttachment:
     @property
     def url(self) -> str:
         """The store's URL, opened or not."""
-        return resolve(self._url)
+        attachment = self._attachment
+        return resolve(self._url) if attachment is None or attachment.closed else attachment.url
 
     def get(self, *, creates: bool) -> Attachment:
         """The attachment to use now. Raises what opening a store raises; NotFound for none, unless `creates`."""
