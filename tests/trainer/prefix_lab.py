@@ -37,6 +37,11 @@ class Service:
     server: Server
 
 
+def patient(service: Service, **options: str) -> Prefixes:
+    """A slow machine is no reason for a miss."""
+    return Prefixes(service.address, timeout_s=60.0, **options)
+
+
 @contextmanager
 def serving(directory: Path) -> Iterator[Service]:
     store = f"ember://{directory}/store"

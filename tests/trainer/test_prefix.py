@@ -17,7 +17,7 @@ from embertrain.model.model import Model
 from embertrain.prefix import Prefixes, Windows
 
 from . import oracle
-from .prefix_lab import DTYPES, FAMILIES, Service, answers, computed, engine_of, model_of, serving
+from .prefix_lab import DTYPES, FAMILIES, Service, answers, computed, engine_of, model_of, patient, serving
 
 PAGE = 128
 STRATEGIES = ["full", "periodic:256", "zero"]
@@ -47,7 +47,7 @@ def test_a_hit_changes_no_bit(service: Service, family: str, dtype: str, monkeyp
     prompts = relatives(len(family), 4, 700)
     _, expected = answers(engine_of(model), prompts, monkeypatch)
     for windows in STRATEGIES if family == "v4" else ["full"]:
-        prefixes = Prefixes(service.address, windows=windows, salt=windows)
+        prefixes = patient(service, windows=windows, salt=windows)
         for prompt, rows in zip(prompts, expected, strict=True):  # some find pages of those before
             _, (got,) = answers(engine_of(model, prefixes), [prompt], monkeypatch)
             assert torch.equal(got, rows)
@@ -72,7 +72,7 @@ def test_layers_of_any_order_are_replayed_to_the_bit(
     oracle.randomise(model, seed)
     prompt = oracle.tokens(seed, 1000, 256).tolist()
     _, expected = answers(engine_of(model), [prompt], monkeypatch)
-    prefixes = Prefixes(service.address, windows="zero")
+    prefixes = patient(service, windows="zero")
     for _ in range(2):
         (request,), got = answers(engine_of(model, prefixes), [prompt], monkeypatch)
         assert torch.equal(got[0], expected[0])
@@ -84,7 +84,7 @@ def test_zero_windows_recompute_128_tokens_a_layer(
     service: Service, invariant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompt = model_of("v4"), oracle.tokens(5, 1000, 256).tolist()
-    prefixes = Prefixes(service.address, windows="zero", salt=f"count {invariant}")
+    prefixes = patient(service, windows="zero", salt=f"count {invariant}")
     answers(engine_of(model, prefixes, invariant=invariant), [prompt], monkeypatch)
     with computed(model) as counts:
         (request,), _ = answers(engine_of(model, prefixes, invariant=invariant), [prompt], monkeypatch, new=1)
@@ -101,7 +101,7 @@ def test_a_page_less_would_be_too_little(service: Service, monkeypatch: pytest.M
     """And is seen here: the bits tell."""
     model, prompt = model_of("v4"), oracle.tokens(6, 1000, 256).tolist()
     _, expected = answers(engine_of(model), [prompt], monkeypatch)
-    prefixes = Prefixes(service.address, windows="zero")
+    prefixes = patient(service, windows="zero")
     answers(engine_of(model, prefixes), [prompt], monkeypatch)
     monkeypatch.setattr(Windows, "replay_tokens", lambda self, spec: 2 * PAGE)
     (request,), got = answers(engine_of(model, prefixes), [prompt], monkeypatch)
@@ -113,7 +113,7 @@ def test_otherwise_logits_agree_and_answers_are_reused_too(
     service: Service, family: str, windows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(family)
-    prefixes = Prefixes(service.address, windows=windows, salt="free")
+    prefixes = patient(service, windows=windows, salt="free")
     prompt = oracle.tokens(7, 500, 256).tolist()
     (first,), _ = answers(engine_of(model, prefixes, invariant=False), [prompt], monkeypatch, new=150)
     more = [*prompt, *first.new_ids, *oracle.tokens(8, 50, 256).tolist()]  # the next turn: 640 tokens have rows
@@ -127,7 +127,7 @@ def test_periodic_windows_are_kept_at_intervals_ends_and_partings(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of("v4")
-    prefixes = Prefixes(service.address, windows="periodic:512", salt="partings")
+    prefixes = patient(service, windows="periodic:512", salt="partings")
     common = oracle.tokens(9, 950, 256).tolist()
     found = []
     for seed in range(3):  # alike for 7 pages: none; its interval; where the second one was seen to part
@@ -146,7 +146,7 @@ def test_a_request_that_is_pre_empted_while_it_replays_begins_anew(
 ) -> None:
     model = model_of("v4")
     long, short = oracle.tokens(30, 700, 256).tolist(), oracle.tokens(31, 127, 256).tolist()
-    prefixes = Prefixes(service.address, windows="zero", salt="pre-empted")
+    prefixes = patient(service, windows="zero", salt="pre-empted")
     answers(engine_of(model, prefixes), [long], monkeypatch)
     _, expected = answers(engine_of(model), [short, long], monkeypatch, new=6)
     replayed: list[int] = []
@@ -167,14 +167,14 @@ def test_pages_are_of_one_tenant_salt_model_and_mode(service: Service, monkeypat
         )
         return request.cached_tokens
 
-    own = Prefixes(service.address, tenant="own")
+    own = patient(service, tenant="own")
     assert [cached(own), cached(own)] == [0, 256]
-    assert cached(Prefixes(service.address, tenant="other")) == 0
-    assert cached(Prefixes(service.address, tenant="own", salt="x")) == 0
+    assert cached(patient(service, tenant="other")) == 0
+    assert cached(patient(service, tenant="own", salt="x")) == 0
     assert cached(own, model_of("v4", seed=12)) == 0
     assert cached(own, model_of("v4", "bf16")) == 0
     assert cached(own, invariant=False) == 0
-    named = Prefixes(service.address, tenant="own", revision="r1")
+    named = patient(service, tenant="own", revision="r1")
     assert [cached(named), cached(named, model_of("v4", seed=12))] == [0, 256]  # who names weights answers for it
     assert cached(own) == 256
 
@@ -183,7 +183,7 @@ def test_short_prompts_and_prompts_of_whole_pages_leave_a_token_to_compute(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = model_of("v3"), oracle.tokens(50, 256, 256).tolist()
-    prefixes = Prefixes(service.address)
+    prefixes = patient(service)
     for _ in range(2):
         requests, got = answers(engine_of(model, prefixes), [ids, ids[:1], ids[:128]], monkeypatch)
     _, expected = answers(engine_of(model), [ids, ids[:1], ids[:128]], monkeypatch)
@@ -199,4 +199,4 @@ def test_windows_are_one_of_three(windows: str) -> None:
 
 def test_replays_take_whole_pages_of_a_step(service: Service) -> None:
     with pytest.raises(ConfigError, match="step_tokens must be 132 or more"):
-        engine_of(model_of("v4"), Prefixes(service.address, windows="zero"), invariant=False, step_tokens=100)
+        engine_of(model_of("v4"), patient(service, windows="zero"), invariant=False, step_tokens=100)

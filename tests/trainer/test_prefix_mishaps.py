@@ -24,7 +24,7 @@ from embertrain.prefix import Prefixes, reading
 from torch import Tensor
 
 from . import oracle
-from .prefix_lab import Service, answers, engine_of, model_of, recorded, serving
+from .prefix_lab import Service, answers, engine_of, model_of, patient, recorded, serving
 
 PROMPT = oracle.tokens(60, 1000, 256).tolist()
 PAGES = 7
@@ -96,7 +96,7 @@ class Stored:
 def test_a_damaged_page_is_computed_and_stored_again(
     service: Service, windows: str, kind: str, page: int, left: int, monkeypatch: pytest.MonkeyPatch, cold: Tensor
 ) -> None:
-    stored = Stored(service, Prefixes(service.address, windows=windows, salt=f"{windows} {kind} {page}"), monkeypatch)
+    stored = Stored(service, patient(service, windows=windows, salt=f"{windows} {kind} {page}"), monkeypatch)
     assert stored.cached(monkeypatch, cold) == PAGES
     stored.damage(kind, page)
     assert stored.cached(monkeypatch, cold) == left
@@ -107,7 +107,7 @@ def test_a_damaged_page_is_computed_and_stored_again(
 def test_what_was_evicted_is_computed_and_stored_again(
     service: Service, windows: str, monkeypatch: pytest.MonkeyPatch, cold: Tensor
 ) -> None:
-    stored = Stored(service, Prefixes(service.address, windows=windows, tenant=f"small {windows}"), monkeypatch)
+    stored = Stored(service, patient(service, windows=windows, tenant=f"small {windows}"), monkeypatch)
     name = stored.namespace.name
     rows, *states = (kind.payload_bytes + 96 for kind in stored.namespace.kinds)
     with Operator(service.address) as operator:
@@ -123,7 +123,7 @@ def test_what_was_evicted_is_computed_and_stored_again(
 def test_a_page_that_goes_between_match_and_read_is_a_miss(
     service: Service, monkeypatch: pytest.MonkeyPatch, cold: Tensor
 ) -> None:
-    stored = Stored(service, Prefixes(service.address, salt="gone"), monkeypatch)
+    stored = Stored(service, patient(service, salt="gone"), monkeypatch)
     read = emberkv.KVCache.get_into
     gone = []
 
@@ -143,7 +143,7 @@ def test_a_page_that_goes_between_match_and_read_is_a_miss(
 def test_reads_of_a_hit_have_one_deadline_together(
     service: Service, windows: str, left: int, monkeypatch: pytest.MonkeyPatch, cold: Tensor
 ) -> None:
-    stored = Stored(service, Prefixes(service.address, windows=windows, salt=f"slow {windows}"), monkeypatch)
+    stored = Stored(service, patient(service, windows=windows, salt=f"slow {windows}"), monkeypatch)
     read, clock = emberkv.KVCache.get_into, SimpleNamespace(now_s=0.0)
 
     def get_into(cache: emberkv.KVCache, hit: emberkv.Hit, buffers: list[memoryview], **how: object) -> list[bool]:
@@ -197,7 +197,7 @@ def test_a_replay_sees_nothing_of_who_had_its_place_before(
     service: Service, monkeypatch: pytest.MonkeyPatch, cold: Tensor
 ) -> None:
     """Windows that begin empty hold zeros, and not what another request left there: NaN, here."""
-    stored = Stored(service, Prefixes(service.address, windows="zero", salt="nan"), monkeypatch)
+    stored = Stored(service, patient(service, windows="zero", salt="nan"), monkeypatch)
     engine = engine_of(stored.model, stored.prefixes)
     for layer, rows in enumerate(engine.cache.spec.layers):
         for row in rows:
@@ -215,7 +215,7 @@ def test_rows_that_are_not_finite_are_kept_for_nobody(service: Service, invarian
     prompt[3 * 128 + 5] = 255
     with torch.no_grad():
         model.embed.weight[255] = torch.nan
-    prefixes = Prefixes(service.address, revision="nan", salt=f"not finite {invariant}")
+    prefixes = patient(service, revision="nan", salt=f"not finite {invariant}")
     for pages in (0, 3):
         engine = engine_of(model, prefixes, invariant=invariant, step_tokens=256)
         request = engine.submit(prompt, max_new_tokens=1)

@@ -12,7 +12,7 @@ from emberflow import TokenDataset
 from emberflow.tokens import Samples
 from embertrain.errors import ConfigError, DataError, NotFinite, VocabularyError
 from embertrain.info import training_flops
-from embertrain.kernels import products
+from embertrain.kernels import library, products
 from embertrain.model.batch import Batch
 from embertrain.model.config import Mixture, ModelConfig
 from embertrain.model.model import Model
@@ -217,7 +217,9 @@ def test_what_a_run_writes(url: str, tmp_path: Path) -> None:
 
 
 def test_a_step_costs_what_its_products_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_asks_onednn", False)  # The counter does not know oneDNN's.
+    # The counter knows neither oneDNN's products nor those of the loops.
+    monkeypatch.setattr(products, "_asks_onednn", False)
+    monkeypatch.setattr(library, "native", None)
     shape = replace(preset("micro-v3"), mtp=())
     model = Model(shape)
     model.reset_parameters(torch.Generator().manual_seed(0))

@@ -26,13 +26,6 @@ INLINE long run_of(const struct mixture *m, long r)
     return n;
 }
 
-// NaN stays one.
-INLINE vec at_most(vec x, float limit)
-{
-    bits over = (bits)(x > limit);
-    return (vec)(((bits)x & ~over) | ((bits)((vec){0} + limit) & over));
-}
-
 INLINE void first_part(const struct mixture *m, int part, int parts, int type)
 {
     long begin, end;

@@ -157,6 +157,13 @@ INLINE vec exponential(vec x)
     return (vec)((bits)(y * (vec)((k + 127) << 23)) & ~tiny);
 }
 
+INLINE vec logistic(vec x)
+{
+    bits positive = (bits)(((bits)x & 0x80000000u) == 0);
+    vec e = exponential((vec)((bits)x | 0x80000000u)); // of -|x|
+    return (vec)(((bits)(vec){0} + 0x3f800000u) & positive | (bits)e & ~positive) / (1.0f + e);
+}
+
 INLINE vec silu(vec x)
 {
     bits sign = (bits)x & 0x80000000u;
@@ -164,6 +171,13 @@ INLINE vec silu(vec x)
     bits positive = (bits)(sign == 0);
     vec numerator = (vec)(((bits)(x) & positive) | ((bits)(x * e) & ~positive));
     return numerator / (1.0f + e);
+}
+
+// NaN stays one.
+INLINE vec at_most(vec x, float limit)
+{
+    bits over = (bits)(x > limit);
+    return (vec)(((bits)x & ~over) | ((bits)((vec){0} + limit) & over));
 }
 
 INLINE size_t bytes_of(int type) { return type == BF16 ? 2 : 4; }

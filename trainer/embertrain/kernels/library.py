@@ -17,20 +17,26 @@ TYPES = {torch.bfloat16: 0, torch.float32: 1}
 """As the loops number them."""
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether torch uses it. What has it mostly multiplies bf16 numbers faster than one by one."""
-# Measured on two cores with AVX2. Those with AVX-512 have not run the loops: there FEW is a careful guess.
+# Measured on two cores with AVX2, and with AVX-512.
 FEW = 16
 """Rows up to which loops are the faster ones."""
 FEW_SLOW = 64
 """The same of bf16 rows without bf16 instructions."""
+FEW_FAST = 4
+"""The same of bf16 rows with them. Twice as many of an expert: torch is called for each."""
 FEW_NUMBERS = 1 << 16
 """The same of each expert's rows, in numbers: torch is called twice for each, and has to sort rows first. It bounds the
 memory that a loop takes for them, too."""
+GROUP_ROWS = 256
+"""Rows of each expert up to which loops for all experts are faster than a call of torch for each."""
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
     "product": (_P, _P, _P, *(_L,) * 9, _I, _I),
     "norm": (_P, _P, _P, _F, _P, _L, _L, _I, _L, _L, _I, _I),
     "attend": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _L, _L, _L, _F, _I, _I),
+    "grouped": (_I, _P, _P, _P, _P, *(_L,) * 3, _I, _I),
+    "swiglu": (_P, _P, _P, _L, _L, _F, _I, _I),
     "experts": (_P, _P, _P, _P, _L, _L, _P, _P, _P, *(_L,) * 5, _F, _I, _I),
     "route": (*(_P,) * 8, *(_L,) * 6, _I, _I, _F, _F, _F, _I),
     "hyper_mix": (_P, _P, _P, _L, _I, _I, _F, _P, _P, _P),
@@ -78,15 +84,22 @@ def loops(x: Tensor) -> bool:
 
 def loops_for_few(x: Tensor, weight: Tensor) -> bool:
     """Whether x [rows, in], or [rows, groups, in], has so few rows that a loop multiplies them faster with a weight."""
-    slow_bf16 = x.dtype == torch.bfloat16 and not AVX512
-    return x.shape[0] <= (FEW_SLOW if slow_bf16 else FEW) and _can_multiply(x, weight)
+    few = FEW if x.dtype != torch.bfloat16 else FEW_FAST if AVX512 else FEW_SLOW
+    return x.shape[0] <= few and _can_multiply(x, weight)
 
 
 def loops_for_experts(x_TH: Tensor, weight_EIH: Tensor, top_k: int) -> bool:
     """Whether a loop is faster with T tokens that choose `top_k` of E experts each."""
     rows_each = x_TH.shape[0] * top_k / weight_EIH.shape[0]
     fast_bf16 = x_TH.dtype == torch.bfloat16 and AVX512
-    return rows_each <= (FEW if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
+    return rows_each <= (2 * FEW_FAST if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
+
+
+def loops_for_groups(rows: Tensor, weights: Tensor, experts: int) -> bool:
+    """Whether loops are faster with rows sorted by expert and weights [E, O, I], or other rows."""
+    fast_bf16 = rows.dtype == torch.bfloat16 and AVX512
+    is_narrow = any(width % 32 for width in weights.shape[1:])
+    return not fast_bf16 and not is_narrow and rows.shape[0] <= GROUP_ROWS * experts and _can_multiply(rows, weights)
 
 
 def _can_multiply(x: Tensor, weight: Tensor) -> bool:

@@ -102,6 +102,8 @@ def _here(weights_EOI: Tensor) -> Tensor:
 
 def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int) -> Tensor:
     """A matrix product for each expert that has rows, straight into its part of the result."""
+    if pad_rows == 1 and kernels.loops_for_groups(rows_RI, weights_EOI, len(counts)):
+        return kernels.grouped.product(rows_RI, weights_EOI, counts)
     y_RO = rows_RI.new_empty(rows_RI.shape[0], weights_EOI.shape[1])
     start = 0
     for expert, n in enumerate(counts):
@@ -119,12 +121,16 @@ def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: in
 
 def grouped_input_gradient(grads_RO: Tensor, weights_EOI: Tensor, counts: Counts) -> Tensor:
     """[R, I]."""
+    if kernels.loops_for_groups(grads_RO, weights_EOI, len(counts)):
+        return kernels.grouped.input_gradient(grads_RO, weights_EOI, counts)
     return _products(grads_RO, weights_EOI.transpose(1, 2), counts, 1)
 
 
 def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -> Tensor:
     """[E, O, I]; zeros for experts without rows."""
-    grads_EOI = rows_RI.new_empty(len(counts), grads_RO.shape[1], rows_RI.shape[1])
+    if kernels.loops_for_groups(grads_RO, rows_RI, len(counts)):
+        return kernels.grouped.weight_gradient(grads_RO, rows_RI, counts)
+    grads_EOI = kernels.in_huge_pages(rows_RI.new_empty(len(counts), grads_RO.shape[1], rows_RI.shape[1]))
     start = 0
     for expert, n in enumerate(counts):
         if n == 0:
@@ -158,8 +164,14 @@ def swiglu(gate_up: Tensor, limit: float | None, steady: bool = False) -> Tensor
     if torch.is_grad_enabled() and gate_up.requires_grad:
         y: Tensor = _SwiGLU.apply(gate_up, limit)
         return y
+    if not steady and _loops(gate_up):
+        return kernels.grouped.swiglu(gate_up, limit)
     gate, up = _clamped(gate_up, limit)
     return silu(gate, steady=steady).mul_(up)
+
+
+def _loops(gate_up: Tensor) -> bool:
+    return kernels.loops(gate_up) and gate_up.dim() == 2 and gate_up.shape[1] % 64 == 0 and gate_up.is_contiguous()
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -169,6 +181,8 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, limit: float | None) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.limit = limit
+        if _loops(gate_up):
+            return kernels.grouped.swiglu(gate_up, limit)
         gate, up = _clamped(gate_up, limit)
         return F.silu(gate).mul_(up)
 
@@ -176,6 +190,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         limit: float | None = ctx.limit
+        if _loops(gate_up):
+            return kernels.grouped.swiglu_gradient(gate_up, grads[0], limit), None
         gate, up = _clamped(gate_up, limit)
         grad = torch.empty_like(gate_up)
         grad_gate, grad_up = grad.chunk(2, -1)
