@@ -20,6 +20,7 @@ import contextlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ from .portal import Portal
 from .runtime import AsyncioRuntime
 from .sharing.attached import AttachedConnection
 from .sharing.door import Door
-from .sharing.finding import find_owner
+from .sharing.finding import POLL_S, WAIT_S, find_owner
 from .sharing.ownership import Mode, Ownership, read_owner
 from .sharing.starting import NewServer, Order
 from .storage import StorageService
@@ -186,6 +187,7 @@ class EmbeddedStore:
 
     def _open(self) -> None:
         settings = json.dumps(asdict(self.config))
+        deadline_s = time.monotonic() + WAIT_S
         while True:
             owner = find_owner(self.directory, settings, may_own=True)
             if isinstance(owner, Ownership):
@@ -203,8 +205,15 @@ class EmbeddedStore:
             attached = AttachedConnection(self.runtime, self.directory, settings, client=self.runtime.random_bytes(16))
             try:
                 self.portal.run(attached.open(owner))
-            except Unavailable:  # It is just leaving.
+            except Unavailable as error:
                 self.portal.run(attached.close())
+                if time.monotonic() >= deadline_s:
+                    raise StoreBusy(
+                        f"process {owner} serves this store and cannot be reached; end it: {error}",
+                        str(self.directory),
+                        pid=owner,
+                    ) from error
+                time.sleep(POLL_S)  # It is just leaving.
                 continue
             self._attached = attached
             self.portal.ledger.is_close = True

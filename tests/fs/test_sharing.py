@@ -16,7 +16,7 @@ from typing import Any
 
 import emberfs
 import pytest
-from emberfs import Client, StoreBusy
+from emberfs import Client, StoreBusy, embedded
 from emberfs.embedded import StoreConfig
 from emberfs.errors import SessionExpired
 from emberfs.messages import Attach, Detach, Message, ReadChunks, WriteChunks
@@ -329,6 +329,20 @@ def test_a_server_without_clients_leaves_a_store_that_one_process_may_own(store:
         assert owns(client)
         assert client.get("/of-the-guest") == b"guest"
         assert client.maintenance.fsck().findings == []
+
+
+def test_a_server_whose_socket_is_gone_is_not_waited_for_without_end(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.mkdir()
+    served = ServedHere(store, ServerConfig(idle_s=3600.0, grace_s=0.5, look_s=0.01))
+    os.unlink(store / "owner.sock")
+    monkeypatch.setattr(embedded, "WAIT_S", 0.1)
+    with pytest.raises(StoreBusy, match="cannot be reached") as caught:
+        emberfs.connect(url_of(store))
+    assert caught.value.pid == os.getpid()
+    served.close()
+    assert is_free(store)
 
 
 def test_the_next_server_waits_for_the_clients_of_the_one_before(store: Path) -> None:

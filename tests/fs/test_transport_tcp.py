@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -551,6 +552,19 @@ def test_the_largest_message_passes(make_network: MakeNetwork, run: Run) -> None
     buffer = bytearray(64 << 20)
     run(connection.call(read_request([64 << 20]), [memoryview(buffer)]))
     assert buffer == pattern(64 << 20, 0)
+
+
+def test_a_listener_leaves_the_socket_of_another_that_has_taken_its_path(
+    run: Run, make_network: MakeNetwork, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    first = run(make_network().serve(f"unix:{path}", Echo()))
+    path.unlink()
+    second = run(make_network().serve(f"unix:{path}", Echo()))
+    run(first.close())
+    assert path.exists()
+    run(second.close())
+    assert not path.exists()
 
 
 def test_a_socket_that_nobody_listens_on_is_replaced(make_network: MakeNetwork, run: Run, tmp_path: Any) -> None:

@@ -71,6 +71,8 @@ class TcpListener:
         self._pool = BlockPool()
         self._turns = Turns(runtime, config.load)
         self._address = Address()
+        self._place: tuple[int, int] | None = None
+        """Of the socket's file."""
         self._sock: socket.socket | None = None
         self._door: Door | None = None
         self._behind: socket.socket | None = None
@@ -88,7 +90,7 @@ class TcpListener:
             await self._runtime.offload(self._contexts.server)  # What is wrong with the files is said now.
         if address.path:
             self._sock = _bind_unix(address.path)
-            self._address = address
+            self._address, self._place = address, _place_of(address.path)
         else:
             self._sock, port = await self._bind(address)
             self._address = Address(address.host, port)
@@ -120,7 +122,7 @@ class TcpListener:
         sock.close()
         if self._behind is not None:
             self._behind.close()
-        if self._address.path:
+        if self._address.path and self._place is not None and _place_of(self._address.path) == self._place:
             os.unlink(self._address.path)
         for session in list(self.sessions):
             session.drain()
@@ -239,6 +241,15 @@ class TcpListener:
         )
         self.sessions[session] = None
         return session
+
+
+def _place_of(path: str) -> tuple[int, int] | None:
+    """Which file that is, if there is one: another socket may have taken the path."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _bind_unix(path: str) -> socket.socket:
