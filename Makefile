@@ -15,7 +15,7 @@ ADAPTERS := .venv-adapters/.installed
 OLDEST := .venv-oldest/.installed
 # Processes that share the tests; a third fills what two cores wait for. `.venv/bin/pytest FILE` runs a file in one.
 WORKERS ?= 3
-INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h trainer/embertrain/kernels/*.c)
+INPUTS := pyproject.toml constraints.txt hatch_build.py $(wildcard fs/emberfs/lane/*.c fs/emberfs/lane/*.h trainer/embertrain/kernels/*.c trainer/embertrain/kernels/*.h)
 
 # Tests and benchmarks start many processes, which should find compiled what those before them have imported.
 unexport PYTHONDONTWRITEBYTECODE

@@ -20,7 +20,6 @@ import contextlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,7 +186,7 @@ class EmbeddedStore:
 
     def _open(self) -> None:
         settings = json.dumps(asdict(self.config))
-        deadline_s = time.monotonic() + WAIT_S
+        deadline_s: float | None = None
         while True:
             owner = find_owner(self.directory, settings, may_own=True)
             if isinstance(owner, Ownership):
@@ -207,13 +206,14 @@ class EmbeddedStore:
                 self.portal.run(attached.open(owner))
             except Unavailable as error:
                 self.portal.run(attached.close())
-                if time.monotonic() >= deadline_s:
+                deadline_s = deadline_s or self.runtime.now_s() + WAIT_S
+                if self.runtime.now_s() >= deadline_s:
                     raise StoreBusy(
                         f"process {owner} serves this store and cannot be reached; end it: {error}",
                         str(self.directory),
                         pid=owner,
                     ) from error
-                time.sleep(POLL_S)  # It is just leaving.
+                self.portal.run(self.runtime.sleep(POLL_S))  # It is just leaving.
                 continue
             self._attached = attached
             self.portal.ledger.is_close = True

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import emberflow
 import fsspec
+import pyarrow as pa
 import pytest
 from emberfs.filesystem import EmberFileSystem
 
@@ -26,6 +27,12 @@ def runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def arrow_has_threads() -> None:
+    """Whatever OMP_NUM_THREADS is set to for torch: an order must not rest on there being one."""
+    pa.set_cpu_count(2)
 
 
 @pytest.fixture

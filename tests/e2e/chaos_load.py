@@ -34,6 +34,8 @@ NAMES = 12
 """Files in the directory of a process."""
 NAMED_BYTES = (10, 70_000)
 """Of a file that lies with its name, and of one in chunks."""
+CLEAN = (1 << 64) - 1
+"""Instead of a write's number in the file that nobody writes."""
 _HEAD = struct.Struct("<QQ")
 
 
@@ -44,7 +46,7 @@ def block_of(number: int, index: int) -> bytes:
 
 def clean_blocks() -> list[bytes]:
     """The file that nobody writes: its bytes are nowhere else."""
-    return [block_of(0, index) for index in range(BLOCKS)]
+    return [block_of(CLEAN, index) for index in range(BLOCKS)]
 
 
 class Board:
@@ -151,7 +153,7 @@ class Load:
                     self._timed("read", self._check, "/dirty" if reader else dirty, index, row)
 
     def _check_clean(self, file: str | emberfs.File, index: int) -> None:
-        if self._block(file, index) != block_of(0, index):
+        if self._block(file, index) != block_of(CLEAN, index):
             self.wrong.append(f"block {index} of what nobody writes has changed")
 
     def _check(self, file: str | emberfs.File, index: int, row: np.ndarray) -> None:

@@ -174,10 +174,13 @@ class StreamedFile:
         self.lane_spec = struct.pack("=QQQQQIi", inode, 3 * chunk_bytes + length, chunk_bytes, 1, 1, 1, 0)
         self.begin = 3 * chunk_bytes  # CHUNK is the fourth one.
 
-    def read(self, lane: socket.socket, ranges: list[tuple[int, int]]) -> tuple[list[int], list[bytes]]:
-        """By the client's native part: (count of each, what landed)."""
+    def read(
+        self, lane: socket.socket, ranges: list[tuple[int, int]], files: list[StreamedFile] | None = None
+    ) -> tuple[list[int], list[bytes]]:
+        """By the client's native part: (count of each, what landed). Of this file, or of one for each range."""
         into = [bytearray(b"\xee" * length) for _, length in ranges]
-        items = [(self, self.begin + offset, length) for offset, length in ranges]
+        opened = files or [self] * len(ranges)
+        items = [(each, self.begin + offset, length) for each, (offset, length) in zip(opened, ranges, strict=True)]
         descriptors, streams = array("i", [lane.fileno()]), bytearray([1])
         counts = native.read_ranges(
             *(items, into, "lane_spec", descriptors, streams, bytearray(1), b"", 0, 0, 0, 7, 0, 5 * 10**9),
@@ -212,6 +215,17 @@ def test_the_client_of_a_stream_gets_what_lies_side_by_side_and_what_does_not(
         assert found == [file.content[offset : offset + length] for offset, length in ranges]
     probe.close()
     os.close(file.fd)
+
+
+def test_a_file_that_is_open_as_it_was_before_it_grew_and_as_it_is(server: Any, file: File) -> None:
+    file.put(server)
+    end = len(file.content)
+    probe, before, after = StreamProbe(server), StreamedFile(end - 30_000), StreamedFile(end)
+    ranges = [(end - 130_000, 100_000), (end - 30_000, 30_000), (0, 80_000)]
+    counts, found = before.read(probe.socket, ranges, files=[before, after, after])
+    assert counts == [length for _, length in ranges]
+    assert found == [file.content[offset : offset + length] for offset, length in ranges]
+    probe.close()
 
 
 def test_the_client_of_a_stream_finds_damage_between_its_items(server: Any, file: File) -> None:

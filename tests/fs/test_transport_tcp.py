@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -554,9 +553,7 @@ def test_the_largest_message_passes(make_network: MakeNetwork, run: Run) -> None
     assert buffer == pattern(64 << 20, 0)
 
 
-def test_a_listener_leaves_the_socket_of_another_that_has_taken_its_path(
-    run: Run, make_network: MakeNetwork, tmp_path: Path
-) -> None:
+def test_a_listener_leaves_a_socket_that_took_its_path(run: Run, make_network: MakeNetwork, tmp_path: Any) -> None:
     path = tmp_path / "s"
     first = run(make_network().serve(f"unix:{path}", Echo()))
     path.unlink()

@@ -120,6 +120,23 @@ def test_what_the_loops_cannot_take_is_left_to_torch() -> None:
     assert not kernels.loops_for_few(random_of(2, 2, 64, dtype=torch.bfloat16), weight)
     with torch.enable_grad():
         assert not kernels.loops_for_few(random_of(2, 2, 64), weight)
+    rows, weights = random_of(3, library.GROUP_ROWS + 2, 64), random_of(4, 2, 32, 64)
+    assert kernels.loops_for_groups(rows, weights, (2, library.GROUP_ROWS))
+    assert not kernels.loops_for_groups(rows, weights, (1, library.GROUP_ROWS + 1))
+    assert not kernels.loops_for_groups(rows, weights[:, :24].contiguous(), (2, library.GROUP_ROWS))
+    assert not kernels.loops_for_groups(rows, random_of(4, 2, 64, 64)[:, :32], (2, library.GROUP_ROWS))
+
+
+@TYPES
+def test_where_torch_is_fast_loops_are_for_fewer_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "AVX512", True)
+    weight, weights = random_of(1, 32, 64, dtype=dtype), random_of(4, 2, 32, 64, dtype=dtype)
+    few = library.FEW_FAST if dtype == torch.bfloat16 else library.FEW
+    assert kernels.loops_for_few(random_of(2, few, 64, dtype=dtype), weight)
+    assert not kernels.loops_for_few(random_of(2, few + 1, 64, dtype=dtype), weight)
+    many = random_of(2, 2 * library.FEW_FAST + 1, 64, dtype=dtype)
+    for takes in (kernels.loops_for_experts(many, weights, 2), kernels.loops_for_groups(many, weights, (len(many), 0))):
+        assert takes == (dtype == torch.float32)
 
 
 @TYPES
@@ -236,6 +253,8 @@ def test_rows_sorted_by_expert(dtype: torch.dtype, counts: tuple[int, ...]) -> N
         got = function(a, b, counts)
         if R:
             assert_close(got, expected.to(dtype))
+        else:
+            assert torch.equal(got, expected.to(dtype))
         assert got.shape == expected.shape
         with two_threads():
             assert torch.equal(function(a, b, counts), got), "threads share columns, not sums"
@@ -256,7 +275,7 @@ def test_gradients_of_experts(dtype: torch.dtype, reference: Any) -> None:
             y = experts(x, counts)
             return [y.detach(), *torch.autograd.grad(y, [x, *experts.parameters()], grads)]
 
-    assert kernels.loops_for_groups(rows, experts.w13, len(counts))
+    assert kernels.loops_for_groups(rows, experts.w13, counts)
     for got, expected in zip(results(), reference(results), strict=True):
         assert_close(got, expected)
 

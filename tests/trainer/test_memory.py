@@ -25,7 +25,10 @@ def flags_of(x: Tensor, byte: int) -> list[str]:
     return flags.split()[1:]
 
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems choose for themselves")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="no huge pages to ask for",
+)
 
 
 def test_a_large_result_asks_for_huge_pages() -> None:

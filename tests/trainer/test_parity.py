@@ -27,8 +27,8 @@ COUNT = 300
 SEEDS = range(12)
 LOGITS = 2e-5
 ROUNDING = 1.2e-5
-"""How far the oracle's logits may be from its own in fp64. With AVX-512 and without, a shape that rounds worse came out
-on either side of LOGITS."""
+"""How far the oracle's logits may be from its own with fp64 products. A shape that rounds worse came out on either side
+of LOGITS, with AVX-512 and without."""
 
 
 @cache

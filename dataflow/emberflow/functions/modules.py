@@ -31,7 +31,7 @@ class LocalModules:
         homes = _homes()
         before = self._looked_at if homes == self._homes else {}
         self._homes, self._looked_at = homes, {}
-        for name, module in list(sys.modules.items()):
+        for name, module in sys.modules.copy().items():  # in one step: other threads may import
             known = before.get(name)
             if known is None or known[0] is not module:
                 known = module, isinstance(module, ModuleType) and is_local(module)

@@ -62,4 +62,14 @@ def _references_alone() -> int:
     return sys.getrefcount(block)
 
 
+def _counts_views() -> bool:
+    """Whether a view is counted in the same way: not where a debugger has references too, or threads need no lock."""
+    block = np.empty(1, "<u4")
+    alone, view = sys.getrefcount(block), block.reshape(1, 1)
+    has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return has_lock and alone == _ALONE and sys.getrefcount(block) == _ALONE + 1 and view.base is block
+
+
 _ALONE = _references_alone()
+if not _counts_views():
+    _ALONE = -1  # Then nothing is used again.

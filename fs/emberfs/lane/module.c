@@ -385,6 +385,10 @@ static int add_item(struct plan *plan, uint32_t item, const struct spec *spec, u
     if (offset >= spec->length) length = 0;
     else if (length > spec->length - offset) length = spec->length - offset;
     plan->counts[item] = (int64_t)length;
+    if (length > LANE_BYTES_MAX - plan->total_bytes) {
+        plan->counts[item] = -1; /* Nothing of it is read in vain. */
+        return 0;
+    }
     for (uint64_t done = 0; done < length;) {
         uint64_t index = (offset + done) / spec->chunk_size, inside = (offset + done) % spec->chunk_size;
         uint64_t step = spec->chunk_size - inside < length - done ? spec->chunk_size - inside : length - done;

@@ -63,8 +63,9 @@ size_t lane_read_files(const int32_t *fds, const int64_t *offsets, const int64_t
     for (size_t at = 0; at < count; at++) {
         for (int64_t done = 0; done < lengths[at];) {
             ssize_t came = pread(fds[at], into + done, (size_t)(lengths[at] - done), (off_t)(offsets[at] + done));
-            if (came < 0 && errno == EINTR && !lane_is_interrupted()) continue;
-            if (came < 0) *error = errno;
+            int why = errno; /* Handlers of signals may change it. */
+            if (came < 0 && why == EINTR && !lane_is_interrupted()) continue;
+            if (came < 0) *error = why;
             if (came <= 0) return at;
             done += came;
         }

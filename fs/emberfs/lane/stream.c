@@ -241,8 +241,9 @@ void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stat
 
 /* ---- the client */
 
+/* Also of as long a chunk: a file that grew may be open as it was before, and as it is. */
 static int goes_on(const struct lane_item *span, const struct lane_item *item) {
-    return span->inode == item->inode && span->index == item->index && span->chain == item->chain &&
+    return span->place == item->place && span->inode == item->inode && span->index == item->index && span->chain == item->chain &&
            span->chain_version == item->chain_version && span->grant == item->grant &&
            span->offset + span->length == item->offset && span->length + item->length <= SPAN_BYTES_MAX;
 }
@@ -357,11 +358,13 @@ static int pass(struct incoming *incoming, size_t size, uint32_t *crc) {
 static int take_span(struct incoming *incoming, const struct lane_item *span, const struct lane_span *part,
                      const struct lane_item *items, uint8_t *const *into, uint32_t *crc) {
     size_t left = span->length - part->before;
-    if (pass(incoming, part->before, crc) != 0) return -1;
     for (uint32_t at = 0; at < part->items; at++) {
-        if (take(incoming, into[at], items[at].length, crc) != 0) return -1;
+        if (items[at].length > left) return -1;
         left -= items[at].length;
     }
+    if (left > GRANULE_BYTES || pass(incoming, part->before, crc) != 0) return -1;
+    for (uint32_t at = 0; at < part->items; at++)
+        if (take(incoming, into[at], items[at].length, crc) != 0) return -1;
     return pass(incoming, left, crc);
 }
 

@@ -27,8 +27,8 @@ FEW_FAST = 4
 FEW_NUMBERS = 1 << 16
 """The same of each expert's rows, in numbers: torch is called twice for each, and has to sort rows first. It bounds the
 memory that a loop takes for them, too."""
-GROUP_ROWS = 256
-"""Rows of each expert up to which loops for all experts are faster than a call of torch for each."""
+GROUP_ROWS = 512
+"""Rows of the fullest expert up to which loops for all experts are faster than a call of torch for each."""
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -57,10 +57,13 @@ def load(generation: str) -> ctypes.CDLL | None:
     if not built.exists():
         return None
     library = ctypes.CDLL(str(built))
-    for name, arguments in _ARGUMENTS.items():
-        function = library[f"emberline_{name}"]
-        function.argtypes = arguments
-        setattr(library, name, function)
+    try:
+        for name, arguments in _ARGUMENTS.items():
+            function = library[f"emberline_{name}"]
+            function.argtypes = arguments
+            setattr(library, name, function)
+    except AttributeError:  # It was built from other sources, and is as good as none.
+        return None
     # The OpenMP that torch has loaded, if it is there by the name that GCC's code calls.
     process = ctypes.CDLL(None)
     try:
@@ -95,11 +98,11 @@ def loops_for_experts(x_TH: Tensor, weight_EIH: Tensor, top_k: int) -> bool:
     return rows_each <= (2 * FEW_FAST if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
 
 
-def loops_for_groups(rows: Tensor, weights: Tensor, experts: int) -> bool:
-    """Whether loops are faster with rows sorted by expert and weights [E, O, I], or other rows."""
+def loops_for_groups(rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> bool:
+    """Whether loops are faster with rows sorted by expert, so many of each, and weights [E, O, I], or other rows."""
     fast_bf16 = rows.dtype == torch.bfloat16 and AVX512
     is_narrow = any(width % 32 for width in weights.shape[1:])
-    return not fast_bf16 and not is_narrow and rows.shape[0] <= GROUP_ROWS * experts and _can_multiply(rows, weights)
+    return not fast_bf16 and not is_narrow and max(counts) <= GROUP_ROWS and _can_multiply(rows, weights)
 
 
 def _can_multiply(x: Tensor, weight: Tensor) -> bool:

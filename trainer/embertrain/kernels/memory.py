@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import sys
 
+import torch
 from torch import Tensor
 
 HUGE_BYTES = 2 << 20
@@ -22,7 +23,9 @@ if _advise is not None:
 
 def in_huge_pages(x: Tensor) -> Tensor:
     """x, contiguous and not yet written to, whose whole 2 MiB are asked to be one page each. Advice: it never fails."""
-    if _advise is not None and x.device.type == "cpu" and x.nbytes >= 2 * HUGE_BYTES:
+    if _advise is None or torch.compiler.is_compiling():
+        return x
+    if x.device.type == "cpu" and x.nbytes >= 2 * HUGE_BYTES:
         begin = -(-x.data_ptr() // HUGE_BYTES) * HUGE_BYTES
         end = (x.data_ptr() + x.nbytes) // HUGE_BYTES * HUGE_BYTES
         _advise(begin, end - begin, mmap.MADV_HUGEPAGE)

@@ -209,6 +209,7 @@ class Mixture:
         _need(not (self.hashed and self.groups > 1), "mixture: a hashed layer has no groups")
         _need(self.temperature > 0 and self.noise >= 0, "mixture: temperature > 0 and noise >= 0")
         _need(self.top_p is None or 0 < self.top_p <= 1, "mixture: top_p must be in (0, 1]")
+        _need(self.swiglu_limit is None or self.swiglu_limit > 0, "mixture: swiglu_limit is more than 0, or None")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

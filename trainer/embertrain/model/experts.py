@@ -102,7 +102,7 @@ def _here(weights_EOI: Tensor) -> Tensor:
 
 def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int) -> Tensor:
     """A matrix product for each expert that has rows, straight into its part of the result."""
-    if pad_rows == 1 and kernels.loops_for_groups(rows_RI, weights_EOI, len(counts)):
+    if pad_rows == 1 and kernels.loops_for_groups(rows_RI, weights_EOI, counts):
         return kernels.grouped.product(rows_RI, weights_EOI, counts)
     y_RO = rows_RI.new_empty(rows_RI.shape[0], weights_EOI.shape[1])
     start = 0
@@ -121,14 +121,14 @@ def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: in
 
 def grouped_input_gradient(grads_RO: Tensor, weights_EOI: Tensor, counts: Counts) -> Tensor:
     """[R, I]."""
-    if kernels.loops_for_groups(grads_RO, weights_EOI, len(counts)):
+    if kernels.loops_for_groups(grads_RO, weights_EOI, counts):
         return kernels.grouped.input_gradient(grads_RO, weights_EOI, counts)
     return _products(grads_RO, weights_EOI.transpose(1, 2), counts, 1)
 
 
 def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -> Tensor:
     """[E, O, I]; zeros for experts without rows."""
-    if kernels.loops_for_groups(grads_RO, rows_RI, len(counts)):
+    if kernels.loops_for_groups(grads_RO, rows_RI, counts):
         return kernels.grouped.weight_gradient(grads_RO, rows_RI, counts)
     grads_EOI = kernels.in_huge_pages(rows_RI.new_empty(len(counts), grads_RO.shape[1], rows_RI.shape[1]))
     start = 0
