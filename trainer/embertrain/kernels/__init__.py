@@ -4,7 +4,7 @@ from . import grouped
 from .few import attend, experts, norm, product, product_by_group, route, swiglu
 from .hyper import expand, hyper_begin, hyper_mix
 from .library import FEW, loops, loops_for_experts, loops_for_few, loops_for_groups, native
-from .memory import in_huge_pages
+from .memory import large
 
 __all__ = [
     "FEW",
@@ -14,7 +14,7 @@ __all__ = [
     "grouped",
     "hyper_begin",
     "hyper_mix",
-    "in_huge_pages",
+    "large",
     "loops",
     "loops_for_experts",
     "loops_for_few",

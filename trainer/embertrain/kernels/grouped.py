@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .library import TYPES, native
-from .memory import in_huge_pages
+from .memory import large
 
 
 def product(rows_RI: Tensor, weights_EOI: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -34,7 +34,7 @@ def input_gradient(grads_RO: Tensor, weights_EOI: Tensor, counts: tuple[int, ...
 
 def weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: tuple[int, ...]) -> Tensor:
     """[E, O, I]; zeros for experts without rows."""
-    y_EOI = in_huge_pages(rows_RI.new_empty(len(counts), grads_RO.shape[1], rows_RI.shape[1]))
+    y_EOI = large(rows_RI, len(counts), grads_RO.shape[1], rows_RI.shape[1])
     _call(2, grads_RO, rows_RI, y_EOI, counts, rows_RI.shape[1], grads_RO.shape[1])
     return y_EOI
 

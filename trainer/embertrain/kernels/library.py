@@ -17,13 +17,12 @@ TYPES = {torch.bfloat16: 0, torch.float32: 1}
 """As the loops number them."""
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether torch uses it. What has it mostly multiplies bf16 numbers faster than one by one."""
-# Measured on two cores with AVX2, and with AVX-512.
+# Measured on two cores with AVX2, and with AVX-512, where torch multiplies five bf16 rows faster if their weight is in
+# the cache; in a decode, where it is not, loops are faster with eight.
 FEW = 16
 """Rows up to which loops are the faster ones."""
 FEW_SLOW = 64
 """The same of bf16 rows without bf16 instructions."""
-FEW_FAST = 4
-"""The same of bf16 rows with them. Twice as many of an expert: torch is called for each."""
 FEW_NUMBERS = 1 << 16
 """The same of each expert's rows, in numbers: torch is called twice for each, and has to sort rows first. It bounds the
 memory that a loop takes for them, too."""
@@ -87,15 +86,15 @@ def loops(x: Tensor) -> bool:
 
 def loops_for_few(x: Tensor, weight: Tensor) -> bool:
     """Whether x [rows, in], or [rows, groups, in], has so few rows that a loop multiplies them faster with a weight."""
-    few = FEW if x.dtype != torch.bfloat16 else FEW_FAST if AVX512 else FEW_SLOW
-    return x.shape[0] <= few and _can_multiply(x, weight)
+    slow_bf16 = x.dtype == torch.bfloat16 and not AVX512
+    return x.shape[0] <= (FEW_SLOW if slow_bf16 else FEW) and _can_multiply(x, weight)
 
 
 def loops_for_experts(x_TH: Tensor, weight_EIH: Tensor, top_k: int) -> bool:
     """Whether a loop is faster with T tokens that choose `top_k` of E experts each."""
     rows_each = x_TH.shape[0] * top_k / weight_EIH.shape[0]
     fast_bf16 = x_TH.dtype == torch.bfloat16 and AVX512
-    return rows_each <= (2 * FEW_FAST if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
+    return rows_each <= (FEW if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
 
 
 def loops_for_groups(rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> bool:

@@ -130,7 +130,7 @@ def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -
     """[E, O, I]; zeros for experts without rows."""
     if kernels.loops_for_groups(grads_RO, rows_RI, counts):
         return kernels.grouped.weight_gradient(grads_RO, rows_RI, counts)
-    grads_EOI = kernels.in_huge_pages(rows_RI.new_empty(len(counts), grads_RO.shape[1], rows_RI.shape[1]))
+    grads_EOI = kernels.large(rows_RI, len(counts), grads_RO.shape[1], rows_RI.shape[1])
     start = 0
     for expert, n in enumerate(counts):
         if n == 0:
