@@ -84,7 +84,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert {f"{package}/py.typed" for package in PACKAGES} <= expected
     if shutil.which("cc") and sys.platform == "linux":
         expected |= {"emberfs/lane/_native.abi3.so", "embertrain/kernels/_loops.any.so"}
-        expected |= {f"embertrain/kernels/_loops.{name}.so" for name in ("v3", "v4") if platform.machine() == "x86_64"}
+        more = ("v3", "v4", "v4-bf16") if platform.machine() == "x86_64" else ()
+        expected |= {f"embertrain/kernels/_loops.{name}.so" for name in more}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert ("py3-none-any" in wheel.name) == ("emberfs/lane/_native.abi3.so" not in expected)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

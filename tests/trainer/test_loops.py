@@ -29,7 +29,7 @@ from . import oracle
 
 pytestmark = pytest.mark.skipif(kernels.native is None, reason="the C part was not built")
 
-ORDER = ("any", "v3", "v4")
+ORDER = ("any", "v3", "v4", "v4-bf16")
 HERE = ORDER[: ORDER.index(library.generation()) + 1]
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """How far two results may be apart, in units of the largest number."""

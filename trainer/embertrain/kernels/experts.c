@@ -37,7 +37,7 @@ INLINE void first_part(const struct mixture *m, int part, int parts, int type)
         n = run_of(m, r);
         for (long i = 0; i < n; i++) {
             long token = m->assignment[r + i] / m->choices;
-            spread(x + i * m->hidden, at(m->x, token * m->hidden, type), m->hidden, type);
+            lay(x + i * m->hidden, at(m->x, token * m->hidden, type), m->hidden, type);
         }
         long from = m->expert[r] * m->gate_step + begin * m->hidden;
         outputs(x, n, at(m->gate, from, type), m->hidden, width, gate, width, type, FP32);
@@ -63,7 +63,7 @@ INLINE void second_part(const struct mixture *m, int part, int parts, int type)
     for (long r = 0, n; r < m->count; r += n) {
         n = run_of(m, r);
         for (long i = 0; i < n; i++)
-            spread(h + i * m->inner, at(m->middle, (r + i) * m->inner, type), m->inner, type);
+            lay(h + i * m->inner, at(m->middle, (r + i) * m->inner, type), m->inner, type);
         const void *down = at(m->down, m->expert[r] * m->down_step + begin * m->inner, type);
         outputs(h, n, down, m->inner, end - begin, out, m->hidden, type, FP32);
         for (long i = 0; i < n; i++)

@@ -32,7 +32,7 @@ INLINE void product_part(const struct grouped *g, int part, int parts, int type)
         for (long row = g->begins[e]; row < g->begins[e + 1]; row += TILE) {
             long rows = g->begins[e + 1] - row < TILE ? g->begins[e + 1] - row : TILE;
             for (long m = 0; m < rows; m++)
-                spread(x + m * g->in, at(g->a, (row + m) * g->in, type), g->in, type);
+                lay(x + m * g->in, at(g->a, (row + m) * g->in, type), g->in, type);
             const void *weight = at(g->b, (e * g->out + begin) * g->in, type);
             void *y = (void *)at(g->y, row * g->out + begin, type);
             outputs(x, rows, weight, g->in, end - begin, y, g->out, type, type);

@@ -1,7 +1,7 @@
 """The loops in C: which of them this processor and this call can use.
 
 Without a compiler the package has no C part and does everything by torch alone. What was built is one library for each
-of three generations of x86-64 processors, or one for any other; torch has asked the processor which it is
+of four generations of x86-64 processors, or one for any other; torch has asked the processor which it is
 (ATEN_CPU_CAPABILITY=default or avx2 has both take an earlier one).
 """
 
@@ -17,8 +17,7 @@ TYPES = {torch.bfloat16: 0, torch.float32: 1}
 """As the loops number them."""
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 """Whether torch uses it. What has it mostly multiplies bf16 numbers faster than one by one."""
-# Measured on two cores with AVX2, and with AVX-512, where torch multiplies five bf16 rows faster if their weight is in
-# the cache; in a decode, where it is not, loops are faster with eight.
+# Measured on two cores with AVX2, and with AVX-512 and bf16 instructions.
 FEW = 16
 """Rows up to which loops are the faster ones."""
 FEW_SLOW = 64
@@ -47,11 +46,14 @@ _ARGUMENTS = {
 def generation() -> str:
     """This processor's."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return "v4" if capability.startswith("AVX512") else "v3" if capability == "AVX2" else "any"
+    if not capability.startswith("AVX512"):
+        return "v3" if capability == "AVX2" else "any"
+    multiplies_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "v4-bf16" if multiplies_bf16() else "v4"
 
 
 def load(generation: str) -> ctypes.CDLL | None:
-    """The loops built for a generation, if they were: v4, v3 or any."""
+    """The loops built for a generation, if they were: v4-bf16, v4, v3 or any."""
     built = Path(__file__).with_name(f"_loops.{generation}.so")
     if not built.exists():
         return None

@@ -19,7 +19,7 @@ INLINE void product_part(const struct product *p, int part, int parts, int type)
         for (long row = 0; row < p->rows; row += TILE) {
             long rows = p->rows - row < TILE ? p->rows - row : TILE;
             for (long m = 0; m < rows; m++)
-                spread(x + m * p->in, at(p->x, group * p->x_group + (row + m) * p->x_row, type), p->in, type);
+                lay(x + m * p->in, at(p->x, group * p->x_group + (row + m) * p->x_row, type), p->in, type);
             const void *weight = at(p->weight, group * p->w_group + begin * p->in, type);
             void *y = (void *)at(p->y, group * p->y_group + row * p->y_row + begin, type);
             outputs(x, rows, weight, p->in, end - begin, y, p->y_row, type, type);

@@ -6,9 +6,58 @@
 
 enum { TILE = 8, HALF = 4 }; // rows at once, and of those in registers
 
-// `outs` outputs of `rows` rows, numbers known when compiled; `x` is spread.
+// Numbers of a row as `outputs` takes them: `spread`, or as they are where the processor multiplies bf16 numbers.
+INLINE void lay(float *out, const void *x, long count, int type)
+{
+#ifdef __AVX512BF16__
+    if (type == BF16) {
+        memcpy(out, x, (size_t)count * 2);
+        return;
+    }
+#endif
+    spread(out, x, count, type);
+}
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+// `block` of bf16 numbers, two at a time into an fp32 sum.
+INLINE void block_of_pairs(const float *x, int rows, const void *weight, int outs, long in, void *y, long y_row, int y_type)
+{
+    __m512 total[HALF][2];
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++)
+        total[m][0] = total[m][1] = _mm512_setzero_ps();
+    for (long k = 0; k < in; k += 2 * LANES) {
+        __m512bh w[2];
+#pragma GCC unroll 2
+        for (int n = 0; n < outs; n++)
+            w[n] = (__m512bh)_mm512_loadu_si512(at(weight, n * in + k, BF16));
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; m++) {
+            __m512bh a = (__m512bh)_mm512_loadu_si512(at(x + m * in, k, BF16));
+#pragma GCC unroll 2
+            for (int n = 0; n < outs; n++)
+                total[m][n] = _mm512_dpbf16_ps(total[m][n], w[n], a);
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < outs; n++)
+            store1(y, m * y_row + n, sum((vec)total[m][n]), y_type);
+}
+#endif
+
+// `outs` outputs of `rows` rows, numbers known when compiled; rows of `x` are laid.
 INLINE void block(const float *x, int rows, const void *weight, int outs, long in, void *y, long y_row, int type, int y_type)
 {
+#ifdef __AVX512BF16__
+    if (type == BF16) {
+        block_of_pairs(x, rows, weight, outs, in, y, y_row, y_type);
+        return;
+    }
+#endif
     // Where there are few sums they are two each, to keep the multipliers busy.
     const int sums = rows * outs <= 4 ? 2 : 1;
     vec total[HALF][2][2];
