@@ -8,6 +8,7 @@
 #include "few.h"
 
 enum { HEADS = 4, ROWS = 16, PIECE = 4096 }; // heads and rows at once; rows that are summed up by one thread
+enum { AHEAD = 8 }; // rows that the memory is asked for before they are multiplied
 
 struct rows {
     const void *pool;
@@ -26,9 +27,46 @@ struct attention {
     float *sums; // [queries, pieces, heads, value_width + 2]: weighted sum, sum of weights, greatest score; of several pieces
 };
 
+#ifdef __AVX512BF16__
+// `dots` of bf16 numbers, two at a time into an fp32 sum.
+INLINE void dots_of_pairs(const float *q, int heads, const void *const *rows, long width, float scale, float *scores)
+{
+    __m512 total[2][HEADS];
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
+        total[0][h] = total[1][h] = _mm512_setzero_ps();
+    for (long d = 0; d < width; d += 2 * LANES) {
+        __m512bh row[2];
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++) {
+            row[r] = (__m512bh)_mm512_loadu_si512(at(rows[r], d, BF16));
+            __builtin_prefetch(at(rows[r], d + AHEAD * width, BF16)); // Mostly the row that comes so many later.
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            __m512bh a = (__m512bh)_mm512_loadu_si512(at(q + h * width, d, BF16));
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; r++)
+                total[r][h] = _mm512_dpbf16_ps(total[r][h], row[r], a);
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+            scores[h * ROWS + r] = sum((vec)total[r][h]) * scale;
+}
+#endif
+
 // Scores of two rows, each read number after number, by some heads: more than one row to keep the multipliers busy.
 INLINE void dots(const float *q, int heads, const void *const *rows, long width, float scale, float *scores, int type)
 {
+#ifdef __AVX512BF16__
+    if (type == BF16) {
+        dots_of_pairs(q, heads, rows, width, scale, scores);
+        return;
+    }
+#endif
     vec total[2][HEADS];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
@@ -151,7 +189,7 @@ INLINE long next_rows(const struct attention *a, long query, long *at_place, lon
 INLINE void piece_part(const struct attention *a, long query, long piece, long first, long last, float *q, float *sums, int type)
 {
     for (long h = first; h < last; h++) {
-        spread(q + (h - first) * a->width, at(a->q, (query * a->heads + h) * a->width, type), a->width, type);
+        lay(q + (h - first) * a->width, at(a->q, (query * a->heads + h) * a->width, type), a->width, type);
         struct head head = head_of(sums, h - first, a->value_width);
         memset(head.sum, 0, (size_t)a->value_width * sizeof(float));
         *head.total = 0.0f;

@@ -9,6 +9,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define PUBLIC __attribute__((visibility("default")))
@@ -136,6 +139,18 @@ INLINE void spread(float *out, const void *x, long count, int type)
         store(out, i, first, FP32);
         store(out, i + LANES, second, FP32);
     }
+}
+
+// Numbers that rows or weights are multiplied by: `spread`, or as they are where the processor multiplies bf16 numbers.
+INLINE void lay(float *out, const void *x, long count, int type)
+{
+#ifdef __AVX512BF16__
+    if (type == BF16) {
+        memcpy(out, x, (size_t)count * 2);
+        return;
+    }
+#endif
+    spread(out, x, count, type);
 }
 
 // exp(x) for x <= 0 to 2 in the last place or so, 0 below -87: 2^n times a polynomial. (Cephes; Moshier 1989)

@@ -6,21 +6,7 @@
 
 enum { TILE = 8, HALF = 4 }; // rows at once, and of those in registers
 
-// Numbers of a row as `outputs` takes them: `spread`, or as they are where the processor multiplies bf16 numbers.
-INLINE void lay(float *out, const void *x, long count, int type)
-{
 #ifdef __AVX512BF16__
-    if (type == BF16) {
-        memcpy(out, x, (size_t)count * 2);
-        return;
-    }
-#endif
-    spread(out, x, count, type);
-}
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-
 // `block` of bf16 numbers, two at a time into an fp32 sum.
 INLINE void block_of_pairs(const float *x, int rows, const void *weight, int outs, long in, void *y, long y_row, int y_type)
 {
