@@ -130,12 +130,16 @@ def test_what_the_loops_cannot_take_is_left_to_torch() -> None:
 @TYPES
 def test_where_torch_is_fast_loops_are_for_fewer_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "AVX512", True)
+    monkeypatch.setattr(library, "MULTIPLIES_PAIRS", False)
     weight, weights = random_of(1, 32, 64, dtype=dtype), random_of(4, 2, 32, 64, dtype=dtype)
     assert kernels.loops_for_few(random_of(2, library.FEW, 64, dtype=dtype), weight)
     assert not kernels.loops_for_few(random_of(2, library.FEW + 1, 64, dtype=dtype), weight)
     many = random_of(2, library.FEW + 1, 64, dtype=dtype)
     for takes in (kernels.loops_for_experts(many, weights, 2), kernels.loops_for_groups(many, weights, (len(many), 0))):
         assert takes == (dtype == torch.float32)
+    monkeypatch.setattr(library, "MULTIPLIES_PAIRS", True)
+    assert kernels.loops_for_experts(many, weights, 2) and kernels.loops_for_groups(many, weights, (len(many), 0))
+    assert kernels.loops_for_groups(many, weights, (len(many), 0), gradient=True) == (dtype == torch.float32)
 
 
 @TYPES

@@ -77,6 +77,8 @@ def load(generation: str) -> ctypes.CDLL | None:
 
 native = load(generation())
 """None where no loops were built."""
+MULTIPLIES_PAIRS = generation() == "v4-bf16"
+"""Whether products of the loops, not of their gradients, use bf16 instructions: then they outdo torch's."""
 
 
 def loops(x: Tensor) -> bool:
@@ -95,13 +97,13 @@ def loops_for_few(x: Tensor, weight: Tensor) -> bool:
 def loops_for_experts(x_TH: Tensor, weight_EIH: Tensor, top_k: int) -> bool:
     """Whether a loop is faster with T tokens that choose `top_k` of E experts each."""
     rows_each = x_TH.shape[0] * top_k / weight_EIH.shape[0]
-    fast_bf16 = x_TH.dtype == torch.bfloat16 and AVX512
+    fast_bf16 = x_TH.dtype == torch.bfloat16 and AVX512 and not MULTIPLIES_PAIRS
     return rows_each <= (FEW if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
 
 
-def loops_for_groups(rows: Tensor, weights: Tensor, counts: tuple[int, ...]) -> bool:
+def loops_for_groups(rows: Tensor, weights: Tensor, counts: tuple[int, ...], *, gradient: bool = False) -> bool:
     """Whether loops are faster with rows sorted by expert, so many of each, and weights [E, O, I], or other rows."""
-    fast_bf16 = rows.dtype == torch.bfloat16 and AVX512
+    fast_bf16 = rows.dtype == torch.bfloat16 and AVX512 and (gradient or not MULTIPLIES_PAIRS)
     is_narrow = any(width % 32 for width in weights.shape[1:])
     return not fast_bf16 and not is_narrow and max(counts) <= GROUP_ROWS and _can_multiply(rows, weights)
 

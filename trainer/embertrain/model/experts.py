@@ -121,14 +121,14 @@ def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: in
 
 def grouped_input_gradient(grads_RO: Tensor, weights_EOI: Tensor, counts: Counts) -> Tensor:
     """[R, I]."""
-    if kernels.loops_for_groups(grads_RO, weights_EOI, counts):
+    if kernels.loops_for_groups(grads_RO, weights_EOI, counts, gradient=True):
         return kernels.grouped.input_gradient(grads_RO, weights_EOI, counts)
     return _products(grads_RO, weights_EOI.transpose(1, 2), counts, 1)
 
 
 def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -> Tensor:
     """[E, O, I]; zeros for experts without rows."""
-    if kernels.loops_for_groups(grads_RO, rows_RI, counts):
+    if kernels.loops_for_groups(grads_RO, rows_RI, counts, gradient=True):
         return kernels.grouped.weight_gradient(grads_RO, rows_RI, counts)
     grads_EOI = kernels.large(rows_RI, len(counts), grads_RO.shape[1], rows_RI.shape[1])
     start = 0
