@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from emberfs.lane import native
+
+needs_native = pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
 KIB = 1 << 10
 CHUNK = 64 * KIB
 """The smallest chunk: many of them in a small file."""

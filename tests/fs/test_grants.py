@@ -23,7 +23,6 @@ from emberfs.grants import (
     renew,
     sign,
 )
-from emberfs.lane import native
 from emberfs.messages import ReadChunks
 from emberfs.messages.base import READER
 from emberfs.transport.codec import message_classes
@@ -34,6 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fs.lane_probe import HEAD, MAGIC, READ, LaneProbe, new_server
+from tests.fs.stores import needs_native
 from tests.fs.test_lane_server import File
 
 KEY, OTHER_KEY = b"k" * 32, b"o" * 32
@@ -42,7 +42,6 @@ FILE = GrantFile(3, 7, Chunks(CHUNK_BYTES, 4, 2, 99))
 NEIGHBOUR = GrantFile(4, 8, Chunks(CHUNK_BYTES, 4, 2, 1))
 FILES = {3: FILE, 4: NEIGHBOUR}
 FAR_S = 1 << 40
-needs_native = pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
 
 
 def signed(*ranges: tuple[int, int, int], key: bytes = KEY, tenant: str = "acme", expires_s: int = FAR_S) -> bytes:

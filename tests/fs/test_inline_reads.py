@@ -21,9 +21,8 @@ from emberfs.lane import native
 from emberfs.plain_files import read_files, read_files_slowly
 from emberfs.portal import Portal
 
-from tests.fs.stores import CHUNK, content, flip_byte, url_of
+from tests.fs.stores import CHUNK, content, flip_byte, needs_native, url_of
 
-needs_native = pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
 DATA = content(5 * CHUNK + 1000)
 
 

@@ -22,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fs.lane_probe import DECLINED, HEAD, MAGIC, READ, LaneProbe, StreamProbe, new_server, open_descriptors
+from tests.fs.stores import needs_native
 
-pytestmark = pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
+pytestmark = needs_native
 
 GRANULE_LOG2 = 12
 CHUNK = chunk_id(7, 3)

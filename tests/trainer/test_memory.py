@@ -71,6 +71,13 @@ def test_a_parameters_gradient_is_taken_as_it_is() -> None:
     assert len(places) == 1
 
 
+def test_without_counts_that_tell_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory._IS_COUNTED, "or nothing here was tested"
+    monkeypatch.setattr(memory, "_IS_COUNTED", False)
+    assert kernels.large(LIKE, ROWS, 1024).shape == (ROWS, 1024)
+    assert memory._blocks._bytes == 0
+
+
 def test_what_is_small_or_too_much_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "KEPT_BYTES_MAX", 2 * memory.LARGE_BYTES)
     held = [kernels.large(LIKE, ROWS, 1024) for _ in range(4)]

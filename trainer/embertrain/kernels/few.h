@@ -179,14 +179,7 @@ INLINE vec logistic(vec x)
     return (vec)(((bits)(vec){0} + 0x3f800000u) & positive | (bits)e & ~positive) / (1.0f + e);
 }
 
-INLINE vec silu(vec x)
-{
-    bits sign = (bits)x & 0x80000000u;
-    vec e = exponential((vec)((bits)x | 0x80000000u)); // of -|x|
-    bits positive = (bits)(sign == 0);
-    vec numerator = (vec)(((bits)(x) & positive) | ((bits)(x * e) & ~positive));
-    return numerator / (1.0f + e);
-}
+INLINE vec silu(vec x) { return x * logistic(x); }
 
 // NaN stays one.
 INLINE vec at_most(vec x, float limit)

@@ -52,22 +52,27 @@ class Blocks:
             return block
 
 
-def _references_alone() -> int:
+def _references(*, has_tensor: bool) -> int:
     """What is counted of a block in a queue that a function's variable refers to as well: Python's versions differ."""
     some = deque([mmap.mmap(-1, 1)])
     block = some.popleft()
     some.append(block)
-    return sys.getrefcount(block)
+    tensor = torch.frombuffer(block, dtype=torch.uint8) if has_tensor else None
+    count = sys.getrefcount(block)
+    del tensor
+    return count
 
 
-_ALONE = _references_alone()
+_ALONE = _references(has_tensor=False)
+_IS_COUNTED = _references(has_tensor=True) == _ALONE + 1 and getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether that tells if there is a tensor: not where a debugger has references too, or threads need no lock."""
 _blocks = Blocks()
 
 
 def large(like: Tensor, *shape: int) -> Tensor:
     """A tensor [shape] like another one, with anything in it."""
     size_bytes = math.prod(shape) * like.element_size()
-    if size_bytes < LARGE_BYTES or like.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _IS_COUNTED or size_bytes < LARGE_BYTES or like.device.type != "cpu" or torch.compiler.is_compiling():
         return like.new_empty(shape)
     block = _blocks.take(size_bytes)
     return like.new_empty(shape) if block is None else torch.frombuffer(block, dtype=like.dtype).view(shape)
