@@ -130,6 +130,8 @@ class AsyncioRuntime:
         self._inline_blocks = False
         self._executor = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-io")
         self._readers = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-read")
+        # Of what asyncio itself offloads (it asks for addresses so): its own threads may outlive `stop`.
+        self.loop.set_default_executor(self._executor)
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
         self._started = threading.Event()
         self._thread.start()

@@ -315,9 +315,12 @@ def test_a_stopped_runtime_leaves_no_thread() -> None:
     async def call() -> None:
         await runtime.sleep(0)
         await asyncio.gather(*(runtime.offload(os.getpid) for _ in range(10)))
+        threads.append(await runtime.loop.run_in_executor(None, threading.current_thread))  # As asyncio itself does.
 
+    threads: list[threading.Thread] = []
     Portal(runtime).run(call())
     assert {thread.name for thread in set(threading.enumerate()) - before} >= {"stopping-loop", "stopping-io_0"}
+    assert threads[0].name.startswith("stopping-io")
     runtime.stop()
     assert set(threading.enumerate()) <= before
     assert runtime.loop.is_closed()
