@@ -156,7 +156,7 @@ def test_norms_and_turns(dtype: torch.dtype, reference: Any) -> None:
 
 
 @TYPES
-@pytest.mark.parametrize("heads", [1, 3, 4, 9])
+@pytest.mark.parametrize("heads", [1, 3, 4, 7, 8, 13])
 def test_attention_over_one_pool_and_two(dtype: torch.dtype, heads: int) -> None:
     pool, extra = random_of(1, 40, 96, dtype=dtype), random_of(2, 50, 96, dtype=dtype)
     rng = random.Random(heads)

@@ -7,7 +7,8 @@
 
 #include "few.h"
 
-enum { HEADS = 4, ROWS = 16, PIECE = 4096 }; // heads and rows at once; rows that are summed up by one thread
+enum { HEADS = LANES == 16 ? 8 : 4, ROWS = 16 }; // at once: sums of so many heads fit in the registers
+enum { BLOCK = 4, PIECE = 1024 }; // heads and rows that are left to one thread
 enum { AHEAD = 8 }; // rows that the memory is asked for before they are multiplied
 
 struct rows {
@@ -28,11 +29,17 @@ struct attention {
 };
 
 #ifdef __AVX512BF16__
+#define WEIGHTS(type) (type) // What attention's weights are: bf16 where they are multiplied in pairs.
+#else
+#define WEIGHTS(type) FP32
+#endif
+
+#ifdef __AVX512BF16__
 // `dots` of bf16 numbers, two at a time into an fp32 sum.
 INLINE void dots_of_pairs(const float *q, int heads, const void *const *rows, long width, float scale, float *scores)
 {
     __m512 total[2][HEADS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int h = 0; h < heads; h++)
         total[0][h] = total[1][h] = _mm512_setzero_ps();
     for (long d = 0; d < width; d += 2 * LANES) {
@@ -42,7 +49,7 @@ INLINE void dots_of_pairs(const float *q, int heads, const void *const *rows, lo
             row[r] = (__m512bh)_mm512_loadu_si512(at(rows[r], d, BF16));
             __builtin_prefetch(at(rows[r], d + AHEAD * width, BF16)); // Mostly the row that comes so many later.
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int h = 0; h < heads; h++) {
             __m512bh a = (__m512bh)_mm512_loadu_si512(at(q + h * width, d, BF16));
 #pragma GCC unroll 2
@@ -50,11 +57,42 @@ INLINE void dots_of_pairs(const float *q, int heads, const void *const *rows, lo
                 total[r][h] = _mm512_dpbf16_ps(total[r][h], row[r], a);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int h = 0; h < heads; h++)
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++)
             scores[h * ROWS + r] = sum((vec)total[r][h]) * scale;
+}
+
+// `add` of bf16 rows, two at a time with two weights, which are bf16 too.
+INLINE void add_pairs(const void *const *rows, const float *weights, long count, int heads, float *sums, long value_width)
+{
+    for (long d = 0; d < value_width; d += 2 * LANES) {
+        __m512 even[HEADS], odd[HEADS];
+#pragma GCC unroll 8
+        for (int h = 0; h < heads; h++) {
+            even[h] = _mm512_loadu_ps(sums + h * (value_width + 2) + d);
+            odd[h] = _mm512_loadu_ps(sums + h * (value_width + 2) + d + LANES);
+        }
+        for (long i = 0; i < count; i += 2) {
+            __m512i a = _mm512_loadu_si512(at(rows[i], d, BF16));
+            __m512i b = _mm512_loadu_si512(at(rows[i + 1 < count ? i + 1 : i], d, BF16)); // The weight beyond the last is 0.
+            __m512bh evens = (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
+            __m512bh odds = (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+#pragma GCC unroll 8
+            for (int h = 0; h < heads; h++) {
+                int two;
+                memcpy(&two, at(weights + h * ROWS, i, BF16), sizeof two);
+                even[h] = _mm512_dpbf16_ps(even[h], evens, (__m512bh)_mm512_set1_epi32(two));
+                odd[h] = _mm512_dpbf16_ps(odd[h], odds, (__m512bh)_mm512_set1_epi32(two));
+            }
+        }
+#pragma GCC unroll 8
+        for (int h = 0; h < heads; h++) {
+            _mm512_storeu_ps(sums + h * (value_width + 2) + d, even[h]);
+            _mm512_storeu_ps(sums + h * (value_width + 2) + d + LANES, odd[h]);
+        }
+    }
 }
 #endif
 
@@ -68,7 +106,7 @@ INLINE void dots(const float *q, int heads, const void *const *rows, long width,
     }
 #endif
     vec total[2][HEADS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int h = 0; h < heads; h++)
         total[0][h] = total[1][h] = (vec){0};
     for (long d = 0; d < width; d += 2 * LANES) {
@@ -76,7 +114,7 @@ INLINE void dots(const float *q, int heads, const void *const *rows, long width,
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++)
             load_pair(rows[r], d, type, &even[r], &odd[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int h = 0; h < heads; h++) {
             vec a = load(q, h * width + d, FP32), b = load(q, h * width + d + LANES, FP32);
 #pragma GCC unroll 2
@@ -86,7 +124,7 @@ INLINE void dots(const float *q, int heads, const void *const *rows, long width,
             }
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int h = 0; h < heads; h++)
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++)
@@ -110,8 +148,9 @@ INLINE void scaled(float *x, float by, long count)
         store(x, i, load(x, i, FP32) * by, FP32);
 }
 
-// Scores to weights beside the greatest score so far, which may have grown: what was summed up before is scaled down.
-INLINE void weigh(float *scores, long count, struct head head, long value_width)
+// Scores to weights of type `type` beside the greatest score so far, which may have grown: what was summed up before is scaled
+// down.
+INLINE void weigh(float *scores, long count, struct head head, long value_width, int type)
 {
     float most = *head.most;
     for (long i = 0; i < count; i++)
@@ -127,8 +166,8 @@ INLINE void weigh(float *scores, long count, struct head head, long value_width)
     vec sums = {0};
     for (long i = 0; i < ROWS; i += LANES) {
         vec e = exponential(load(scores, i, FP32) - most);
-        sums += e;
-        store(scores, i, e, FP32);
+        sums += as_stored(e, type);
+        store(scores, i, e, type);
     }
     *head.total += sum(sums);
 }
@@ -136,9 +175,15 @@ INLINE void weigh(float *scores, long count, struct head head, long value_width)
 // Rows times their weights are added to the sums of some heads.
 INLINE void add(const void *const *rows, const float *weights, long count, int heads, float *sums, long value_width, int type)
 {
+#ifdef __AVX512BF16__
+    if (type == BF16) {
+        add_pairs(rows, weights, count, heads, sums, value_width);
+        return;
+    }
+#endif
     for (long d = 0; d < value_width; d += 2 * LANES) {
         vec even[HEADS], odd[HEADS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int h = 0; h < heads; h++) {
             even[h] = load(sums, h * (value_width + 2) + d, FP32);
             odd[h] = load(sums, h * (value_width + 2) + d + LANES, FP32);
@@ -146,13 +191,13 @@ INLINE void add(const void *const *rows, const float *weights, long count, int h
         for (long i = 0; i < count; i++) {
             vec a, b;
             load_pair(rows[i], d, type, &a, &b);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int h = 0; h < heads; h++) {
                 even[h] += a * weights[h * ROWS + i];
                 odd[h] += b * weights[h * ROWS + i];
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int h = 0; h < heads; h++) {
             store(sums, h * (value_width + 2) + d, even[h], FP32);
             store(sums, h * (value_width + 2) + d + LANES, odd[h], FP32);
@@ -167,7 +212,7 @@ INLINE void some_heads(const struct attention *a, const float *q, const void *co
     for (long i = 0; i < count; i += 2)
         dots(q, heads, (const void *const[]){rows[i], rows[i + 1 < count ? i + 1 : i]}, a->width, a->scale, scores + i, type);
     for (int h = 0; h < heads; h++)
-        weigh(scores + h * ROWS, count, head_of(sums, h, a->value_width), a->value_width);
+        weigh(scores + h * ROWS, count, head_of(sums, h, a->value_width), a->value_width, WEIGHTS(type));
     add(rows, scores, count, heads, sums, a->value_width, type);
 }
 
@@ -185,6 +230,9 @@ INLINE long next_rows(const struct attention *a, long query, long *at_place, lon
     return count;
 }
 
+// Of so many heads. Powers of two, for each number of them is a loop of its own.
+INLINE int at_once(long heads) { return heads >= HEADS ? HEADS : heads >= 4 ? 4 : heads >= 2 ? 2 : 1; }
+
 // Heads `first` to `last` of one query over one piece of its rows.
 INLINE void piece_part(const struct attention *a, long query, long piece, long first, long last, float *q, float *sums, int type)
 {
@@ -200,14 +248,15 @@ INLINE void piece_part(const struct attention *a, long query, long piece, long f
         end = place + PIECE;
     const void *rows[ROWS];
     for (long count; (count = next_rows(a, query, &place, end, rows, type)) > 0;)
-        for (long h = 0; h < last - first; h += HEADS) {
+        for (long h = 0, heads; h < last - first; h += heads) {
             const float *some = q + h * a->width;
             float *to = sums + h * (a->value_width + 2);
-            switch (last - first - h) {
+            heads = at_once(last - first - h);
+            switch (heads) {
             case 1: some_heads(a, some, rows, count, 1, to, type); break;
             case 2: some_heads(a, some, rows, count, 2, to, type); break;
-            case 3: some_heads(a, some, rows, count, 3, to, type); break;
-            default: some_heads(a, some, rows, count, 4, to, type);
+            case 4: some_heads(a, some, rows, count, 4, to, type); break;
+            default: some_heads(a, some, rows, count, HEADS, to, type);
             }
         }
 }
@@ -239,16 +288,24 @@ INLINE void finish(const struct attention *a, long query, long first, long last,
     }
 }
 
-// Threads share blocks of HEADS heads of pieces of queries.
-INLINE void attend_part(const struct attention *a, int part, int parts, int type)
+// Pieces of queries are dealt out to threads in turn, for the last of a query may be short.
+INLINE void pieces_part(const struct attention *a, int part, int parts, int type)
 {
-    long blocks = (a->heads + HEADS - 1) / HEADS, begin, end, width = a->value_width + 2;
+    float *q = scratch((size_t)(a->heads * a->width));
+    for (long i = part; i < a->queries * a->pieces; i += parts)
+        piece_part(a, i / a->pieces, i % a->pieces, 0, a->heads, q, a->sums + i * a->heads * (a->value_width + 2), type);
+}
+
+// Where threads are as many, each takes blocks of heads of pieces of queries.
+INLINE void blocks_part(const struct attention *a, int part, int parts, int type)
+{
+    long blocks = (a->heads + BLOCK - 1) / BLOCK, begin, end, width = a->value_width + 2;
     share(a->queries * a->pieces * blocks, 1, part, parts, &begin, &end);
     float *q = scratch((size_t)(a->heads * (a->width + width)));
     for (long i = begin, next; i < end; i = next) {
         long unit = i / blocks, query = unit / a->pieces, piece = unit % a->pieces;
         next = (unit + 1) * blocks < end ? (unit + 1) * blocks : end;
-        long first = i % blocks * HEADS, last = first + (next - i) * HEADS;
+        long first = i % blocks * BLOCK, last = first + (next - i) * BLOCK;
         if (last > a->heads)
             last = a->heads;
         float *sums = a->pieces > 1 ? a->sums + (unit * a->heads + first) * width : q + a->heads * a->width;
@@ -258,12 +315,23 @@ INLINE void attend_part(const struct attention *a, int part, int parts, int type
     }
 }
 
+INLINE void attend_part(const struct attention *a, int part, int parts, int type)
+{
+    if (a->pieces > 1 && a->queries * a->pieces >= 2 * parts)
+        pieces_part(a, part, parts, type);
+    else
+        blocks_part(a, part, parts, type);
+}
+
 INLINE void join_part(const struct attention *a, int part, int parts, int type)
 {
     long begin, end;
-    share(a->queries, 1, part, parts, &begin, &end);
-    for (long query = begin; query < end; query++)
-        finish(a, query, 0, a->heads, a->sums + query * a->pieces * a->heads * (a->value_width + 2), a->heads, type);
+    share(a->queries * a->heads, 1, part, parts, &begin, &end);
+    for (long i = begin; i < end; i++) {
+        long query = i / a->heads, head = i % a->heads;
+        float *sums = a->sums + (query * a->pieces * a->heads + head) * (a->value_width + 2);
+        finish(a, query, head, head + 1, sums, a->heads, type);
+    }
 }
 
 static void attend_bf16(void *a, int part, int parts) { attend_part(a, part, parts, BF16); }
