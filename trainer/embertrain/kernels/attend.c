@@ -34,14 +34,33 @@ struct attention {
 #define WEIGHTS(type) FP32
 #endif
 
+// Scores of two rows by some heads, from sums that were not summed up yet.
+INLINE void store_scores(vec total[HEADS][2], int heads, float scale, float *scores)
+{
+#if LANES == 16
+    if (heads == HEADS) {
+        float all[2 * HEADS];
+        store(all, 0, sums(total[0]) * scale, FP32);
+        for (int h = 0; h < HEADS; h++)
+            memcpy(scores + h * ROWS, all + 2 * h, 2 * sizeof(float));
+        return;
+    }
+#endif
+#pragma GCC unroll 8
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+            scores[h * ROWS + r] = sum(total[h][r]) * scale;
+}
+
 #ifdef __AVX512BF16__
 // `dots` of bf16 numbers, two at a time into an fp32 sum.
 INLINE void dots_of_pairs(const float *q, int heads, const void *const *rows, long width, float scale, float *scores)
 {
-    __m512 total[2][HEADS];
+    vec total[HEADS][2];
 #pragma GCC unroll 8
     for (int h = 0; h < heads; h++)
-        total[0][h] = total[1][h] = _mm512_setzero_ps();
+        total[h][0] = total[h][1] = (vec){0};
     for (long d = 0; d < width; d += 2 * LANES) {
         __m512bh row[2];
 #pragma GCC unroll 2
@@ -54,14 +73,10 @@ INLINE void dots_of_pairs(const float *q, int heads, const void *const *rows, lo
             __m512bh a = (__m512bh)_mm512_loadu_si512(at(q + h * width, d, BF16));
 #pragma GCC unroll 2
             for (int r = 0; r < 2; r++)
-                total[r][h] = _mm512_dpbf16_ps(total[r][h], row[r], a);
+                total[h][r] = (vec)_mm512_dpbf16_ps((__m512)total[h][r], row[r], a);
         }
     }
-#pragma GCC unroll 8
-    for (int h = 0; h < heads; h++)
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; r++)
-            scores[h * ROWS + r] = sum((vec)total[r][h]) * scale;
+    store_scores(total, heads, scale, scores);
 }
 
 // `add` of bf16 rows, two at a time with two weights, which are bf16 too.
@@ -105,10 +120,10 @@ INLINE void dots(const float *q, int heads, const void *const *rows, long width,
         return;
     }
 #endif
-    vec total[2][HEADS];
+    vec total[HEADS][2];
 #pragma GCC unroll 8
     for (int h = 0; h < heads; h++)
-        total[0][h] = total[1][h] = (vec){0};
+        total[h][0] = total[h][1] = (vec){0};
     for (long d = 0; d < width; d += 2 * LANES) {
         vec even[2], odd[2];
 #pragma GCC unroll 2
@@ -119,16 +134,12 @@ INLINE void dots(const float *q, int heads, const void *const *rows, long width,
             vec a = load(q, h * width + d, FP32), b = load(q, h * width + d + LANES, FP32);
 #pragma GCC unroll 2
             for (int r = 0; r < 2; r++) {
-                total[r][h] += even[r] * a;
-                total[r][h] += odd[r] * b;
+                total[h][r] += even[r] * a;
+                total[h][r] += odd[r] * b;
             }
         }
     }
-#pragma GCC unroll 8
-    for (int h = 0; h < heads; h++)
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; r++)
-            scores[h * ROWS + r] = sum(total[r][h]) * scale;
+    store_scores(total, heads, scale, scores);
 }
 
 // The state of a head: a weighted sum of rows as they are `spread`, the sum of the weights, and the greatest score.

@@ -103,6 +103,33 @@ INLINE float sum(vec x)
     return z[0] + z[1];
 }
 
+#if LANES == 16
+// `sum` of sixteen vectors, each in the same order, in a third of the operations: lane l is that of `t[l]`.
+INLINE vec sums(const vec *t)
+{
+    vec b[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; n++) { // Halves, then quarters, of every fourth: quarter m of b[n] is what is left of t[4 * m + n].
+        vec a[2];
+#pragma GCC unroll 2
+        for (int m = 0; m < 2; m++) {
+            vec x = t[4 * m + n], y = t[4 * m + 8 + n];
+            a[m] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        }
+        b[n] = __builtin_shufflevector(a[0], a[1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(a[0], a[1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+    vec c[2];
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; n++)
+        c[n] = __builtin_shufflevector(b[2 * n], b[2 * n + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(b[2 * n], b[2 * n + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return __builtin_shufflevector(c[0], c[1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+           __builtin_shufflevector(c[0], c[1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+#endif
+
 // Twice LANES weights as two vectors: of fp32 the first half and the second; of bf16 those of even places and those of odd
 // ones, which is two operations where keeping their order would be six. What they are multiplied by is `spread` likewise.
 INLINE void load_pair(const void *p, long i, int type, vec *first, vec *second)

@@ -5,77 +5,92 @@
 #include "few.h"
 
 enum { TILE = 8, HALF = 4 }; // rows at once, and of those in registers
+enum { OUTS = LANES == 16 ? 4 : 2 }; // outputs at once, where rows are many: so many sums fit in the registers
+
+// The sums of `rows` rows and `outs` outputs.
+INLINE void store_sums(vec total[HALF][OUTS], int rows, int outs, void *y, long y_row, int y_type)
+{
+#if LANES == 16
+    if (rows == HALF && outs == OUTS) {
+        float all[HALF * OUTS];
+        store(all, 0, sums(total[0]), y_type);
+        for (int m = 0; m < HALF; m++)
+            memcpy((void *)at(y, m * y_row, y_type), at(all, m * OUTS, y_type), OUTS * bytes_of(y_type));
+        return;
+    }
+#endif
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < outs; n++)
+            store1(y, m * y_row + n, sum(total[m][n]), y_type);
+}
 
 #ifdef __AVX512BF16__
 // `block` of bf16 numbers, two at a time into an fp32 sum.
-INLINE void block_of_pairs(const float *x, int rows, const void *weight, int outs, long in, void *y, long y_row, int y_type)
+INLINE void block_of_pairs(const float *x, int rows, const void *weight, int outs, long in, vec total[HALF][OUTS])
 {
-    __m512 total[HALF][2];
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-        total[m][0] = total[m][1] = _mm512_setzero_ps();
     for (long k = 0; k < in; k += 2 * LANES) {
-        __m512bh w[2];
-#pragma GCC unroll 2
+        __m512bh w[OUTS];
+#pragma GCC unroll 4
         for (int n = 0; n < outs; n++)
             w[n] = (__m512bh)_mm512_loadu_si512(at(weight, n * in + k, BF16));
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
             __m512bh a = (__m512bh)_mm512_loadu_si512(at(x + m * in, k, BF16));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int n = 0; n < outs; n++)
-                total[m][n] = _mm512_dpbf16_ps(total[m][n], w[n], a);
+                total[m][n] = (vec)_mm512_dpbf16_ps((__m512)total[m][n], w[n], a);
         }
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 2
-        for (int n = 0; n < outs; n++)
-            store1(y, m * y_row + n, sum((vec)total[m][n]), y_type);
 }
 #endif
 
 // `outs` outputs of `rows` rows, numbers known when compiled; rows of `x` are laid.
 INLINE void block(const float *x, int rows, const void *weight, int outs, long in, void *y, long y_row, int type, int y_type)
 {
+    vec total[HALF][OUTS], more[HALF][OUTS];
+#pragma GCC unroll 4
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < outs; n++)
+            total[m][n] = more[m][n] = (vec){0};
 #ifdef __AVX512BF16__
     if (type == BF16) {
-        block_of_pairs(x, rows, weight, outs, in, y, y_row, y_type);
+        block_of_pairs(x, rows, weight, outs, in, total);
+        store_sums(total, rows, outs, y, y_row, y_type);
         return;
     }
 #endif
-    // Where there are few sums they are two each, to keep the multipliers busy.
-    const int sums = rows * outs <= 4 ? 2 : 1;
-    vec total[HALF][2][2];
-#pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 2
-        for (int n = 0; n < outs; n++)
-            total[m][n][0] = total[m][n][1] = (vec){0};
+    const int is_few = rows * outs <= 4; // Then sums are two each, to keep the multipliers busy.
     for (long k = 0; k < in; k += 2 * LANES) {
-        vec even[2], odd[2];
-#pragma GCC unroll 2
-        for (int n = 0; n < outs; n++)
+        vec even[OUTS], odd[OUTS];
+#pragma GCC unroll 4
+        for (int n = 0; n < outs; n++) {
             load_pair(weight, n * in + k, type, &even[n], &odd[n]);
-        if (outs == 2) { // Two readings side by side are more than the processor foresees.
-            __builtin_prefetch(at(weight, 2 * in + k, type));
-            __builtin_prefetch(at(weight, 3 * in + k, type));
+            if (outs > 1) // More than one reading side by side is what the processor does not foresee.
+                __builtin_prefetch(at(weight, (outs + n) * in + k, type));
         }
 #pragma GCC unroll 4
         for (int m = 0; m < rows; m++) {
             vec a = load(x, m * in + k, FP32), b = load(x, m * in + k + LANES, FP32);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int n = 0; n < outs; n++) {
-                total[m][n][0] += even[n] * a;
-                total[m][n][sums - 1] += odd[n] * b;
+                total[m][n] += even[n] * a;
+                if (is_few)
+                    more[m][n] += odd[n] * b;
+                else
+                    total[m][n] += odd[n] * b;
             }
         }
     }
+    if (is_few)
 #pragma GCC unroll 4
-    for (int m = 0; m < rows; m++)
-#pragma GCC unroll 2
-        for (int n = 0; n < outs; n++)
-            store1(y, m * y_row + n, sum(sums == 2 ? total[m][n][0] + total[m][n][1] : total[m][n][0]), y_type);
+        for (int m = 0; m < rows; m++)
+#pragma GCC unroll 4
+            for (int n = 0; n < outs; n++)
+                total[m][n] += more[m][n];
+    store_sums(total, rows, outs, y, y_row, y_type);
 }
 
 INLINE void blocks(const float *x, long rows, const void *weight, int outs, long in, void *y, long y_row, int type, int y_type)
@@ -96,8 +111,8 @@ INLINE void outputs(const float *x, long rows, const void *weight, long in, long
 {
     long n = 0;
     if (rows > HALF)
-        for (; n + 2 <= count; n += 2)
-            blocks(x, rows, at(weight, n * in, type), 2, in, (void *)at(y, n, y_type), y_row, type, y_type);
+        for (; n + OUTS <= count; n += OUTS)
+            blocks(x, rows, at(weight, n * in, type), OUTS, in, (void *)at(y, n, y_type), y_row, type, y_type);
     for (; n < count; n++)
         blocks(x, rows, at(weight, n * in, type), 1, in, (void *)at(y, n, y_type), y_row, type, y_type);
 }
