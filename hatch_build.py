@@ -19,7 +19,17 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCES = ("crc32c.c", "table.c", "grant.c", "read.c", "server.c", "client.c", "stream.c", "module.c")
 LANES, LOOPS = "fs/emberfs/lane/_native.abi3.so", "trainer/embertrain/kernels/_loops.{}.so"
-LOOP_SOURCES = ("threads.c", "products.c", "attend.c", "experts.c", "grouped.c", "route.c", "rows.c", "hyper.c")
+LOOP_SOURCES = (
+    "threads.c",
+    "products.c",
+    "attend.c",
+    "choose.c",
+    "experts.c",
+    "grouped.c",
+    "route.c",
+    "rows.c",
+    "hyper.c",
+)
 GENERATIONS = {
     "v4-bf16": ("-march=x86-64-v4", "-mavx512bf16"),
     "v4": ("-march=x86-64-v4",),

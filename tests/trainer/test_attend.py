@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from embertrain.model.attend import attend, attend_dense, attend_rows, chosen_indices, gather, top_k
+from embertrain.model.attend import attend, attend_dense, attend_rows, chosen_indices, gather, top_indices, top_k
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -78,3 +78,4 @@ def test_top_k_takes_the_lowest_of_equal_scores(n: int, k: int, levels: int, rng
     assert [row[row >= 0].tolist() for row in chosen_indices(chosen, width)] == [
         row.nonzero().flatten().tolist() for row in chosen
     ]
+    assert torch.equal(top_indices(scores, visible, k), chosen_indices(chosen, k))

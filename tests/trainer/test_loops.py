@@ -211,6 +211,22 @@ def test_a_softmax_of_extreme_scores_is_exact() -> None:
     assert float(out[0, 0, 1]) == pytest.approx(4.0, rel=1e-6)
 
 
+@pytest.mark.parametrize(("count", "k"), [(5000, 300), (700, 1), (40, 64)])
+def test_the_highest_scores_are_chosen(count: int, k: int, reference: Any) -> None:
+    scores = random_of(1, 8, count)
+    scores[1] = scores[1].round()  # Many are equal,
+    scores[2] = 0.0
+    scores[2, ::3] = -0.0  # zeros too,
+    scores[3] = scores[3].abs() * 1e-40  # some hardly differ,
+    scores[4, ::5] = torch.inf
+    scores[5, ::2] = -torch.inf  # or are no numbers to add up.
+    visible = torch.tensor([count, count - 3, count, count, count, count // 3, 1, 0])
+    expected = reference(torch_attend.top_indices, scores, visible, k)
+    assert torch.equal(kernels.choose(scores, visible, k), expected)
+    with two_threads():
+        assert torch.equal(kernels.choose(scores, visible, k), expected)
+
+
 def mixture_of(**options: Any) -> Mixture:
     values: dict[str, Any] = {"experts": 8, "top_k": 3, "inner_size": 96, "shared": 1, "scoring": "sigmoid"}
     return Mixture(**(values | options))

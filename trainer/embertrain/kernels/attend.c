@@ -37,7 +37,7 @@ struct attention {
 // Scores of two rows by some heads, from sums that were not summed up yet.
 INLINE void store_scores(vec total[HEADS][2], int heads, float scale, float *scores)
 {
-#if LANES == 16
+#if LANES >= 8
     if (heads == HEADS) {
         float all[2 * HEADS];
         store(all, 0, sums(total[0]) * scale, FP32);

@@ -103,13 +103,14 @@ INLINE float sum(vec x)
     return z[0] + z[1];
 }
 
-#if LANES == 16
-// `sum` of sixteen vectors, each in the same order, in a third of the operations: lane l is that of `t[l]`.
+#if LANES >= 8
+// `sum` of LANES vectors, each in the same order, in a third of the operations: lane l is that of `t[l]`.
 INLINE vec sums(const vec *t)
 {
-    vec b[4];
+    vec b[4]; // Of every fourth: quarters, of 128 bits, are what is left of each.
 #pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) { // Halves, then quarters, of every fourth: quarter m of b[n] is what is left of t[4 * m + n].
+    for (int n = 0; n < 4; n++) {
+#if LANES == 16
         vec a[2];
 #pragma GCC unroll 2
         for (int m = 0; m < 2; m++) {
@@ -119,14 +120,30 @@ INLINE vec sums(const vec *t)
         }
         b[n] = __builtin_shufflevector(a[0], a[1], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
                __builtin_shufflevector(a[0], a[1], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+#else
+        b[n] = __builtin_shufflevector(t[n], t[4 + n], 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(t[n], t[4 + n], 4, 5, 6, 7, 12, 13, 14, 15);
+#endif
     }
     vec c[2];
 #pragma GCC unroll 2
-    for (int n = 0; n < 2; n++)
-        c[n] = __builtin_shufflevector(b[2 * n], b[2 * n + 1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               __builtin_shufflevector(b[2 * n], b[2 * n + 1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    for (int n = 0; n < 2; n++) {
+        vec x = b[2 * n], y = b[2 * n + 1];
+#if LANES == 16
+        c[n] = __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#else
+        c[n] = __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+#endif
+    }
+#if LANES == 16
     return __builtin_shufflevector(c[0], c[1], 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
            __builtin_shufflevector(c[0], c[1], 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+#else
+    return __builtin_shufflevector(c[0], c[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(c[0], c[1], 1, 3, 9, 11, 5, 7, 13, 15);
+#endif
 }
 #endif
 

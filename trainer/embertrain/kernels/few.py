@@ -98,6 +98,18 @@ SCORINGS = {"sqrtsoftplus": 0, "sigmoid": 1, "softmax": 2}
 """As the loop numbers them."""
 
 
+def choose(scores_TN: Tensor, visible_T: Tensor, k: int) -> Tensor:
+    """[T, k] int64: the rows of the k highest scores among the first `visible`, ascending, then -1."""
+    assert native is not None
+    assert scores_TN.dtype == torch.float32 and k > 0
+    scores_TN, visible_T = scores_TN.contiguous(), visible_T.to(torch.int64).contiguous()
+    (T, N), chosen = scores_TN.shape, visible_T.new_empty(len(scores_TN), k)
+    native.choose(
+        *(scores_TN.data_ptr(), visible_T.data_ptr(), chosen.data_ptr(), T, N, k, torch.get_num_threads()),
+    )
+    return chosen
+
+
 def route(
     x_TH: Tensor,
     weight_EH: Tensor,

@@ -33,6 +33,7 @@ _ARGUMENTS = {
     "product": (_P, _P, _P, *(_L,) * 9, _I, _I),
     "norm": (_P, _P, _P, _F, _P, _L, _L, _I, _L, _L, _I, _I),
     "attend": (_P, _P, _P, _P, _L, _P, _P, _L, _P, _L, _L, _L, _L, _F, _I, _I),
+    "choose": (_P, _P, _P, _L, _L, _L, _I),
     "grouped": (_I, _P, _P, _P, _P, *(_L,) * 3, _I, _I),
     "swiglu": (_P, _P, _P, _L, _L, _F, _I, _I),
     "experts": (_P, _P, _P, _P, _L, _L, _P, _P, _P, *(_L,) * 5, _F, _I, _I),

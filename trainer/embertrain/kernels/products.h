@@ -10,7 +10,7 @@ enum { OUTS = LANES == 16 ? 4 : 2 }; // outputs at once, where rows are many: so
 // The sums of `rows` rows and `outs` outputs.
 INLINE void store_sums(vec total[HALF][OUTS], int rows, int outs, void *y, long y_row, int y_type)
 {
-#if LANES == 16
+#if LANES >= 8
     if (rows == HALF && outs == OUTS) {
         float all[HALF * OUTS];
         store(all, 0, sums(total[0]), y_type);

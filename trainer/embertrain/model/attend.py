@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..kernels.products import matmul
 
 BLOCK = 128
@@ -143,6 +144,13 @@ def top_k(scores_TN: Tensor, visible_T: Tensor, k: int) -> Tensor:
     equal_TN = (scores_TN == least_T1) & visible_TN
     room_T1 = k - above_TN.sum(-1, keepdim=True)
     return above_TN | (equal_TN & (equal_TN.cumsum(-1) <= room_T1))
+
+
+def top_indices(scores_TN: Tensor, visible_T: Tensor, k: int) -> Tensor:
+    """[T, k] int64: the rows that `top_k` chooses, ascending, then -1."""
+    if kernels.loops(scores_TN) and scores_TN.dtype == torch.float32:
+        return kernels.choose(scores_TN, visible_T, k)
+    return chosen_indices(top_k(scores_TN, visible_T, k), k)
 
 
 def chosen_indices(chosen_TN: Tensor, k: int) -> Tensor:

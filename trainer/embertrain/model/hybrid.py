@@ -22,9 +22,9 @@ from .attend import (
     attend_dense,
     attend_rows,
     block_size,
-    chosen_indices,
     dense_weights,
     gather,
+    top_indices,
     top_k,
 )
 from .batch import Segment
@@ -162,12 +162,12 @@ class HybridAttention(nn.Module):
         queries = self.indexer.queries(parts.latent[at].detach(), parts.turns[at])
         scores = self.indexer.scores(queries, self.indexer.weights(parts.x[at].detach()), keys[:closed])
         if closed > k and not (lessons and lessons.dense):
-            chosen = top_k(scores.detach(), visible, k)
-            far = (entries, chosen)
             if closed >= _GATHER_FROM * k:
-                indices = chosen_indices(chosen, k)
+                indices = top_indices(scores.detach(), visible, k)
                 far = gather(entries, indices)
                 scores = scores.gather(1, indices.clamp(min=0))
+            else:
+                far = (entries, top_k(scores.detach(), visible, k))
         if lessons is not None:
             with torch.no_grad():
                 given = dense_weights(q, [near, far], scale=spec.scale, sink_H=self.sink)[..., len(local) :]
@@ -207,7 +207,7 @@ class HybridAttention(nn.Module):
     def _choose(self, parts: _Parts, step: Step, run: tuple[Segment, ...]) -> Tensor:
         """[B, k]: where the entries lie that the indexer chooses, sequence by sequence."""
         assert self.indexer is not None
-        ratio, k = self.spec.ratio, self.indexer.spec.top_k
+        ratio = self.spec.ratio
         queries = self.indexer.queries(parts.latent, parts.turns)
         weights = self.indexer.weights(parts.x)
         row = step.spec(self.layer, "index")
@@ -217,8 +217,7 @@ class HybridAttention(nn.Module):
             count = segment.end // ratio
             keys = step.cache.read(self.layer, row, segment.sequence, 0, count)
             visible = torch.full((1,), count, device=keys.device)
-            mask = self.indexer.choose(queries[i : i + 1], weights[i : i + 1], keys, visible)
-            chosen.append(chosen_indices(mask, k))
+            chosen.append(self.indexer.choose(queries[i : i + 1], weights[i : i + 1], keys, visible))
         return step.slots(self.layer, self.kind, run, torch.cat(chosen))
 
 

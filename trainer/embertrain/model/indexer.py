@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.products import matmul
-from .attend import BLOCK, SCORES_MAX, top_k
+from ..kernels.products import matmul, matmul_into
+from .attend import BLOCK, SCORES_MAX, top_indices
 from .compressor import Compressor
 from .config import Index, Rope
 from .linear import Linear
@@ -31,8 +31,8 @@ class _Indexer(nn.Module):
         self.weights_proj = Linear(hidden_size, spec.heads)
 
     def choose(self, q_Thd: Tensor, w_Th: Tensor, keys_Nd: Tensor, visible_T: Tensor) -> Tensor:
-        """bool [T, N]: the keys each query attends to, of its first `visible`."""
-        return top_k(self.scores(q_Thd, w_Th, keys_Nd), visible_T, self.spec.top_k)
+        """[T, top_k] int64: the keys each query attends to, of its first `visible`; then -1."""
+        return top_indices(self.scores(q_Thd, w_Th, keys_Nd), visible_T, self.spec.top_k)
 
     def weights(self, x_TH: Tensor) -> Tensor:
         """[T, h] fp32, both scales in it."""
@@ -41,9 +41,12 @@ class _Indexer(nn.Module):
     def scores(self, q_Thd: Tensor, w_Th: Tensor, keys_Nd: Tensor) -> Tensor:
         """[T, N] fp32. Keys are taken some at a time, always the same some: what a head says of all would be large."""
         count = max(1, SCORES_MAX // (BLOCK * self.spec.heads))
-        out = []
+        queries, out = q_Thd.flatten(0, 1), []
+        # In one piece of memory: the last some are fewer, and what is asked for in many sizes ends up in pieces.
+        held = None if torch.is_grad_enabled() else queries.new_empty(len(queries) * min(count, len(keys_Nd)))
         for keys in keys_Nd.split(count):
-            each = matmul(q_Thd.flatten(0, 1), keys.t()).relu_().float().unflatten(0, q_Thd.shape[:2])
+            said = matmul(queries, keys.t()) if held is None else matmul_into(held, queries, keys.t())
+            each = said.relu_().float().unflatten(0, q_Thd.shape[:2])
             out.append(torch.bmm(w_Th[:, None], each)[:, 0])
         return torch.cat(out, -1) if len(out) > 1 else out[0]
 

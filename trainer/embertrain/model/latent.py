@@ -30,7 +30,6 @@ from .attend import (
     attend_dense,
     attend_rows,
     block_size,
-    chosen_indices,
     gather,
     top_k,
 )
@@ -281,6 +280,5 @@ class LatentAttention(nn.Module):
             assert segment.sequence is not None
             keys = step.cache.read(self.layer, row, segment.sequence, 0, segment.end)
             visible = torch.full((1,), segment.end, device=keys.device)
-            mask = self.indexer.choose(queries[i : i + 1], weights[i : i + 1], keys, visible)
-            chosen.append(chosen_indices(mask, self.indexer.spec.top_k))
+            chosen.append(self.indexer.choose(queries[i : i + 1], weights[i : i + 1], keys, visible))
         return step.slots(self.layer, "latent", run, torch.cat(chosen))
