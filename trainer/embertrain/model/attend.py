@@ -21,7 +21,7 @@ BLOCK = 128
 SCORES_MAX = 1 << 23
 """Scores of all heads alive at once: 32 MiB in fp32, however long the context."""
 CHOICES_MAX = 1 << 20
-"""Queries times rows that a top-k is taken of at once: some 40 bytes each while it lasts."""
+"""Queries times rows that a top-k is taken of at once: some 40 bytes each while it lasts, without the loops in C."""
 
 
 def block_size(numbers: int, most: int) -> int:
