@@ -45,7 +45,7 @@ from .objective import Objective, blocks
 from .precision import DTYPES
 from .recompute import recompute
 from .resume import Run, check_origin, compare
-from .step import Samples, Stepped, Stepper
+from .step import Samples, Stepped, Stepper, is_exact
 from .stop import StopSignals
 from .trace import Trace
 
@@ -106,7 +106,7 @@ class Trainer:
         objective = Objective(self.model, config.losses)
         objective.freeze_untaught()
         _arrange(self.model, config)
-        apply(self.model, self.mesh, dtype=DTYPES[config.compute.dtype])
+        apply(self.model, self.mesh, dtype=DTYPES[config.compute.dtype], exact=is_exact(config, self.mesh))
         self.optimizers = build(self.model, config.optimizer)
         self.stepper = Stepper(objective, self.optimizers, config, self.mesh, eos_id=self.data.eos_id)
         self.done = 0
