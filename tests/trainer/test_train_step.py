@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from embertrain.train.objective import Objective, blocks
 from embertrain.train.recompute import recompute
 from embertrain.train.step import Stepped, Stepper, is_exact
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import runs, texts
@@ -114,6 +116,26 @@ def test_recomputed_activations_are_the_same(url: str, with_noise: bool) -> None
     assert again == kept
     for name, grad in expected.items():
         assert torch.equal(grads[name], grad), name
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # The compiler sees to it that torch warns of what it does itself.
+def test_compiled_parts_compute_the_same(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # No processes of its own.
+    losses = {}
+    for compiles in (False, True):
+        tables = runs.tables(url, compute={"compile": compiles, "threads": 1}, data={"micro_samples": 2})
+        torch._dynamo.reset()
+        counters.clear()
+        losses[compiles] = []
+        with Trainer(TrainConfig.of(tables)) as trainer:
+            trainer.run(on_step=lambda record, found=losses[compiles]: found.append(record.loss))  # type: ignore[misc]
+    torch._dynamo.reset()
+    assert len(losses[True]) == runs.STEPS and losses[True][-1] < losses[True][0] - 0.2
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+    # One graph of norms and one of hyper-connections, for all layers and steps.
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_loads_are_counted_once(url: str) -> None:

@@ -147,8 +147,9 @@ class ComputeSection:
     recompute: bool = False
     """Keep only what layers take in, and compute the rest again for the gradient: less memory, a third more time."""
     compile: bool = False
-    """Layers go through torch.compile. Not shown to work yet: on a CPU it compiles for many minutes, as documents of
-    every length are other shapes."""
+    """Norms and hyper-connections of layers go through torch.compile, which needs a C++ compiler on a CPU and up to a
+    minute before the first step. Attention and experts do not: their shapes are those of documents and of routers'
+    choices, other ones in every step."""
     deterministic: bool = True
     """Refuse operations whose bits change from run to run. And where there are several ranks or micro-batches, add
     gradients up in fp64, and multiply the rows that experts get from each rank by themselves: what the ranks are for

@@ -400,9 +400,14 @@ def _model(config: TrainConfig, shape: ModelConfig, base: Base | None) -> Model:
 
 
 def _arrange(model: Model, config: TrainConfig) -> None:
+    """How layers are computed."""
     for block in blocks(model):
         if config.compute.compile:
-            block.compile()
+            # What is many small operations on as many tokens in every step. Attention goes by documents and experts by
+            # counts: as one graph, they would be another in every step.
+            for part in (block.hc_attn, block.hc_ffn, block.attn_norm, block.ffn_norm):
+                if part is not None:
+                    part.compile()
         if config.compute.recompute:
             recompute(block)
 
