@@ -22,7 +22,7 @@ from embertrain.model.batch import Batch
 from embertrain.model.model import Model
 from embertrain.model.moe import MoE
 from embertrain.model.presets import preset
-from embertrain.model.router import update_bias
+from embertrain.model.router import Router, update_bias
 from embertrain.optim import OptimConfig, build, clip, set_lr
 from embertrain.parallel import Mesh, ParallelConfig, apply, reduce_gradients
 from torch import Tensor
@@ -89,25 +89,35 @@ class Run:
     weights: dict[str, Tensor]
 
 
-def train(name: str, parallel: ParallelConfig, optim: OptimConfig, steps: int, lr: float = 2e-3) -> Run:
-    """A rank's part of it, or all of it where there is one process."""
+def train(
+    name: str, parallel: ParallelConfig, optim: OptimConfig, steps: int, lr: float = 2e-3, calls: int | None = None
+) -> Run:
+    """A rank's part of it, or all of it where there is one process. `calls`: forward calls of a step, of all ranks
+    together; if not said, one of each rank."""
     mesh = Mesh(parallel, torch.device("cpu"))
-    model = begin(name, mesh)
-    return go_on(model, build(model, optim), mesh, range(steps), lr)
+    model = begin(name, mesh, exact=calls is not None)
+    return go_on(model, build(model, optim), mesh, range(steps), lr, calls)
 
 
-def begin(name: str, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Model:
+def begin(name: str, mesh: Mesh, dtype: torch.dtype = torch.float32, *, exact: bool = False) -> Model:
     model = Model(preset(name))
     model.reset_parameters(torch.Generator().manual_seed(0))
-    apply(model, mesh, dtype=dtype)
+    apply(model, mesh, dtype=dtype, exact=exact)
     return model
 
 
-def go_on(model: Model, optimizers: list[torch.optim.Optimizer], mesh: Mesh, steps: range, lr: float = 2e-3) -> Run:
-    """So many steps on; two batches by turns, which a model soon begins to learn."""
+def go_on(
+    model: Model,
+    optimizers: list[torch.optim.Optimizer],
+    mesh: Mesh,
+    steps: range,
+    lr: float = 2e-3,
+    calls: int | None = None,
+) -> Run:
+    """So many steps on; two batches by turns, which a model soon begins to learn. `calls` as in `train`."""
     run = Run([], [], {})
     for step in steps:
-        loss, counts = backward(model, mesh, step)
+        loss, counts = backward(model, mesh, step, calls)
         reduce_gradients(model, mesh)
         run.norms.append(clip(model, 0.5).item())
         set_lr(optimizers, lr)
@@ -125,23 +135,33 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def backward(model: Model, mesh: Mesh, step: int) -> tuple[Tensor, list[tuple[Any, Tensor]]]:
-    """This rank's part of the mean loss, and its load."""
-    ids, targets, further, batch = samples(step, mesh.rank, mesh.ranks)
-    valid, valid_further = (mesh.sum((t >= 0).sum()) for t in (targets, further))
-    out = model(ids, batch)
-    loss = _sum(out.logits, targets) / valid
-    routing = dict(out.aux.routing)
-    if model.mtp:
-        ahead = model.predict(0, out.residual, targets.clamp_min(0), batch)
-        loss = loss + 0.3 * _sum(ahead.logits, further) / valid_further
-        routing |= ahead.aux.routing
-    for routed in routing.values():
-        loss = loss + 1e-2 * routed.balance_loss / mesh.ranks
-    (loss * mesh.ranks).backward()
-    mixtures = [module for module in model.modules() if isinstance(module, MoE)]
-    counts = [(m.gate, r.counts_E) for m, r in zip(mixtures, routing.values(), strict=True) if not m.gate.spec.hashed]
-    return loss.detach(), counts
+def backward(
+    model: Model, mesh: Mesh, step: int, calls: int | None = None
+) -> tuple[Tensor, list[tuple[Router, Tensor]]]:
+    """This rank's part of the mean loss, and its load. `calls` as in `train`."""
+    calls = calls or mesh.ranks
+    here = calls // mesh.ranks
+    parts = [samples(step, mesh.rank * here + i, calls) for i in range(here)]
+    valid, valid_further = (mesh.sum(sum((part[i] >= 0).sum() for part in parts)) for i in (1, 2))
+    total = torch.zeros((), dtype=torch.float64)
+    loads: dict[Router, Tensor] = {}
+    for ids, targets, further, batch in parts:
+        out = model(ids, batch)
+        loss = _sum(out.logits, targets) / valid
+        routing = dict(out.aux.routing)
+        if model.mtp:
+            ahead = model.predict(0, out.residual, targets.clamp_min(0), batch)
+            loss = loss + 0.3 * _sum(ahead.logits, further) / valid_further
+            routing |= ahead.aux.routing
+        for routed in routing.values():
+            loss = loss + 1e-2 * routed.balance_loss / calls
+        loss.backward()
+        total += loss.detach()
+        mixtures = [module for module in model.modules() if isinstance(module, MoE)]
+        for mixture, routed in zip(mixtures, routing.values(), strict=True):
+            if not mixture.gate.spec.hashed:
+                loads[mixture.gate] = loads.get(mixture.gate, 0) + routed.counts_E
+    return total, list(loads.items())
 
 
 def _sum(logits: Tensor, targets: Tensor) -> Tensor:

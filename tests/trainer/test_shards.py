@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from embertrain.errors import ConfigError
+from embertrain.kernels import library
 from embertrain.lora import LoraConfig, attach
 from embertrain.model.batch import Batch
 from embertrain.model.experts import Experts
@@ -197,6 +198,43 @@ def test_rows_find_their_experts_and_come_back(tmp_path: Path, count: int, skewe
     for whole, place in ((w13, 2), (w2, 3)):
         # Physical expert i is logical expert E - 1 - i.
         torch.testing.assert_close(torch.cat([part[place] for part in parts]).flip(0), whole, atol=1e-6, rtol=1e-5)
+
+
+def _apart(most: int) -> list[bool]:
+    """Whether the bits are those of all experts on this rank: of outputs, gradients, and weights' gradients summed over
+    ranks in fp64. Every token chooses expert 0, so that other ranks have far fewer rows of each of theirs."""
+    library.GROUP_ROWS = most  # Of the fullest expert; with more, other products are used.
+    rank, count = dist.get_rank(), dist.get_world_size()
+    mixture, x, grad = _mixture()
+    some = slice(rank * 48 // count, (rank + 1) * 48 // count)
+    chosen = torch.stack([torch.zeros(48, dtype=torch.int64), 1 + torch.arange(48) % 7], 1)[some]
+
+    def run() -> tuple[Tensor, Tensor]:
+        here = x[some].clone().requires_grad_()
+        y, _ = mixture(here, torch.zeros(len(here), dtype=torch.int64), Batch.of([(0, len(here))]), selection_TK=chosen)
+        y.backward(grad[some])
+        assert here.grad is not None
+        return y.detach(), here.grad
+
+    expected = run()
+    weights = dict(mixture.experts.named_parameters())
+    for name, parameter in weights.items():
+        setattr(mixture.experts, name, nn.Parameter(parameter.detach().chunk(count)[rank].clone()))
+        getattr(mixture.experts, name).grad_dtype = torch.float64
+    mixture.dispatcher = ExchangeDispatcher(dist.group.WORLD, apart=True)
+    same = [torch.equal(ours, theirs) for ours, theirs in zip(run(), expected, strict=True)]
+    for name, parameter in weights.items():
+        assert parameter.grad is not None
+        total = parameter.grad.double()
+        dist.all_reduce(total)
+        same.append(torch.equal(getattr(mixture.experts, name).grad, total.chunk(count)[rank]))
+    return same
+
+
+@pytest.mark.parametrize("most", [10, 1000])
+def test_rows_that_stay_apart_have_the_bits_of_their_rank(tmp_path: Path, most: int) -> None:
+    for count in (2, 4):
+        assert ranks(count, _apart, tmp_path / str(count), most) == [[True] * 4] * count
 
 
 # ---- what is refused

@@ -65,7 +65,7 @@ def test_two_ranks_are_one(url: str, alone: tuple[Path, Path], tmp_path: Path, p
     assert records[: STEPS // 2] == expected[: STEPS // 2]
     for record, other in zip(records, expected, strict=True):
         for key in ("loss", "mtp_loss", "balance_loss", "index_loss", "gradient_norm", "expert_load_max_over_mean"):
-            assert record[key] == pytest.approx(other[key], rel=2e-4), (record["step"], key)
+            assert record[key] == pytest.approx(other[key], rel=1e-12), (record["step"], key)
     with Trainer(TrainConfig.of(runs.tables(url, shared, **TABLES))) as trainer:
         assert trainer.done == STEPS
         assert any("ranks were 2 and are 1" in note for note in trainer.notes)

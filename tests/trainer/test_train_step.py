@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from embertrain.parallel import Mesh, ParallelConfig, apply
 from embertrain.train import TrainConfig, Trainer
 from embertrain.train.objective import Objective, blocks
 from embertrain.train.recompute import recompute
-from embertrain.train.step import Stepped, Stepper
+from embertrain.train.step import Stepped, Stepper, is_exact
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import runs, texts
@@ -45,21 +47,24 @@ def stepper_of(tables: dict[str, Any], shape: ModelConfig | None = None) -> Step
         for block in blocks(model):
             recompute(block)
     mesh = Mesh.start(ParallelConfig())
-    apply(model, mesh)
+    apply(model, mesh, exact=is_exact(config, mesh))
     return Stepper(objective, build(model, config.optimizer), config, mesh, eos_id=texts.EOS)
 
 
-def samples_of(tables: dict[str, Any], step: int = 0) -> Samples:
+def samples_of(tables: dict[str, Any], step: int = 0, *, backwards: bool = False) -> Samples:
     data = tables["data"]
     with TokenDataset(data["url"], sequence_tokens=data["sequence_tokens"]) as dataset:
-        return dataset.read(dataset.indices(step, data["batch_samples"]))
+        (numbers,) = dataset.indices(step, data["batch_samples"])
+        return dataset.read(numbers[::-1] if backwards else numbers)
 
 
-def gradients(tables: dict[str, Any], shape: ModelConfig | None = None) -> tuple[Stepped, dict[str, Tensor]]:
+def gradients(
+    tables: dict[str, Any], shape: ModelConfig | None = None, samples: Samples | None = None
+) -> tuple[Stepped, dict[str, Tensor]]:
     """A step without the optimizers, and what they would have got."""
     stepper = stepper_of(tables, shape)
     stepper.optimizers = ()
-    stepped = stepper.step(0, samples_of(tables))
+    stepped = stepper.step(0, samples or samples_of(tables))
     return stepped, {n: p.grad for n, p in stepper.objective.model.named_parameters() if p.grad is not None}
 
 
@@ -90,6 +95,18 @@ def test_micro_batches_make_the_batch(url: str, name: str) -> None:
         torch.testing.assert_close(summed[parameter], grad, rtol=1e-3, atol=1e-6, msg=parameter)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_order_of_micro_batches_changes_no_bit(url: str, dtype: str) -> None:
+    tables = runs.tables(url, data={"micro_samples": 1}, compute={"dtype": dtype})
+    forward, expected = gradients(tables)
+    backward, grads = gradients(tables, samples=samples_of(tables, backwards=True))
+    # Sums of the norm are in fp64.
+    assert backward.loss == forward.loss and backward.gradient_norm == pytest.approx(forward.gradient_norm, rel=1e-12)
+    assert grads.keys() == expected.keys() and {grad.dtype for grad in grads.values()} == {torch.float32}
+    for name, grad in expected.items():
+        assert torch.equal(grads[name], grad), name
+
+
 @pytest.mark.parametrize("with_noise", [False, True])
 def test_recomputed_activations_are_the_same(url: str, with_noise: bool) -> None:
     shape = TrainConfig.of(runs.tables(url)).model.shape()
@@ -99,6 +116,26 @@ def test_recomputed_activations_are_the_same(url: str, with_noise: bool) -> None
     assert again == kept
     for name, grad in expected.items():
         assert torch.equal(grads[name], grad), name
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # The compiler sees to it that torch warns of what it does itself.
+def test_compiled_parts_compute_the_same(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # No processes of its own.
+    losses = {}
+    for compiles in (False, True):
+        tables = runs.tables(url, compute={"compile": compiles, "threads": 1}, data={"micro_samples": 2})
+        torch._dynamo.reset()
+        counters.clear()
+        losses[compiles] = []
+        with Trainer(TrainConfig.of(tables)) as trainer:
+            trainer.run(on_step=lambda record, found=losses[compiles]: found.append(record.loss))  # type: ignore[misc]
+    torch._dynamo.reset()
+    assert len(losses[True]) == runs.STEPS and losses[True][-1] < losses[True][0] - 0.2
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+    # One graph of norms and one of hyper-connections, for all layers and steps.
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_loads_are_counted_once(url: str) -> None:

@@ -118,16 +118,15 @@ class LoraExperts(Experts):
         self.a2 = _first(plain.w2, (E, config.rank, I2), generator)
         self.b2 = nn.Parameter(plain.w2.new_zeros(E, H, config.rank))
 
-    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
-        inner = swiglu(
-            self._product(rows_RH, self.w13, self.a13, self.b13, counts), self.spec.swiglu_limit, self.pad_rows > 1
-        )
-        return self._product(inner, self.w2, self.a2, self.b2, counts)
+    def multiply(self, rows_RH: Tensor, counts: Counts, fullest: int = 0) -> Tensor:
+        gate_up = self._product(rows_RH, self.w13, self.a13, self.b13, counts, fullest)
+        inner = swiglu(gate_up, self.spec.swiglu_limit, self.pad_rows > 1)
+        return self._product(inner, self.w2, self.a2, self.b2, counts, fullest)
 
-    def _product(self, rows_RI: Tensor, weight: Tensor, a: Tensor, b: Tensor, counts: Counts) -> Tensor:
-        low_Rr = grouped_linear(rows_RI, a, counts, self.pad_rows)
-        beside = grouped_linear(low_Rr, b, counts, self.pad_rows)
-        return grouped_linear(rows_RI, weight, counts, self.pad_rows) + beside * self.scale
+    def _product(self, rows_RI: Tensor, weight: Tensor, a: Tensor, b: Tensor, counts: Counts, fullest: int) -> Tensor:
+        low_Rr = grouped_linear(rows_RI, a, counts, self.pad_rows, fullest)
+        beside = grouped_linear(low_Rr, b, counts, self.pad_rows, fullest)
+        return grouped_linear(rows_RI, weight, counts, self.pad_rows, fullest) + beside * self.scale
 
     def few(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
         return None

@@ -102,11 +102,14 @@ def loops_for_experts(x_TH: Tensor, weight_EIH: Tensor, top_k: int) -> bool:
     return rows_each <= (FEW if fast_bf16 else FEW_NUMBERS / x_TH.shape[1]) and _can_multiply(x_TH, weight_EIH)
 
 
-def loops_for_groups(rows: Tensor, weights: Tensor, counts: tuple[int, ...], *, gradient: bool = False) -> bool:
-    """Whether loops are faster with rows sorted by expert, so many of each, and weights [E, O, I], or other rows."""
+def loops_for_groups(
+    rows: Tensor, weights: Tensor, counts: tuple[int, ...], fullest: int = 0, *, gradient: bool = False
+) -> bool:
+    """Whether loops are faster with rows sorted by expert, so many of each, and weights [E, O, I], or other rows.
+    `fullest`: count an expert of so many rows, too."""
     fast_bf16 = rows.dtype == torch.bfloat16 and AVX512 and (gradient or not MULTIPLIES_PAIRS)
     is_narrow = any(width % 32 for width in weights.shape[1:])
-    return not fast_bf16 and not is_narrow and max(counts) <= GROUP_ROWS and _can_multiply(rows, weights)
+    return not fast_bf16 and not is_narrow and max(*counts, fullest) <= GROUP_ROWS and _can_multiply(rows, weights)
 
 
 def _can_multiply(x: Tensor, weight: Tensor) -> bool:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Dropping
+from .experts import Part
 from .router import Routing
 
 
@@ -38,6 +39,8 @@ class Dispatched:
     """int64: the token a row is a copy of."""
     places_TK: Tensor
     """int64: the row of each assignment; R where there is none."""
+    parts: tuple[Part, ...] = ()
+    """Rows that are multiplied by themselves, one part after another; if there are none, all rows are one."""
 
 
 class Dispatcher(Protocol):

@@ -12,6 +12,8 @@ R rows, E experts, M rows of one, I and O what a product takes and gives, H hidd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +28,16 @@ from .pointwise import silu
 
 Counts = tuple[int, ...]
 """Rows of each expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows, sorted by expert, that are multiplied by themselves. A row's bits depend on how many rows of its expert are
+    multiplied with it, and a weight's gradient on the order of its rows."""
+
+    counts: Counts
+    fullest: int
+    """Rows of the fullest expert, which may be on another rank: by it a product is chosen."""
 
 
 class Shared(nn.Module):
@@ -55,12 +67,19 @@ class Experts(nn.Module):
         self.w13 = nn.Parameter(torch.empty(spec.experts, 2 * spec.inner_size, hidden_size))
         self.w2 = nn.Parameter(torch.empty(spec.experts, hidden_size, spec.inner_size))
 
-    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
-        """[R, H] -> [R, H] of rows sorted by expert; of the experts that are on this rank."""
-        inner = swiglu(
-            grouped_linear(rows_RH, self.w13, counts, self.pad_rows), self.spec.swiglu_limit, self.pad_rows > 1
-        )
-        return grouped_linear(inner, self.w2, counts, self.pad_rows)
+    def forward(self, rows_RH: Tensor, counts: Counts, parts: Sequence[Part] = ()) -> Tensor:
+        """[R, H] -> [R, H] of rows sorted by expert; of the experts that are on this rank. With `parts`, one after
+        another, each of them is."""
+        if not parts:
+            return self.multiply(rows_RH, counts)
+        some = zip(rows_RH.split([sum(part.counts) for part in parts]), parts, strict=True)
+        return torch.cat([self.multiply(rows, part.counts, part.fullest) for rows, part in some])
+
+    def multiply(self, rows_RH: Tensor, counts: Counts, fullest: int = 0) -> Tensor:
+        """Of rows of one part, with `fullest` as in `Part`."""
+        gate_up = grouped_linear(rows_RH, self.w13, counts, self.pad_rows, fullest)
+        inner = swiglu(gate_up, self.spec.swiglu_limit, self.pad_rows > 1)
+        return grouped_linear(inner, self.w2, counts, self.pad_rows, fullest)
 
     def few(self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
         """[T, H]: of each token the weighted sum of its experts (-1: none), without sorting rows first; None where
@@ -79,19 +98,20 @@ class Experts(nn.Module):
 # ---- the product
 
 
-def grouped_linear(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int = 1) -> Tensor:
+def grouped_linear(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int = 1, fullest: int = 0) -> Tensor:
     """[R, O]: rows sorted by expert, each times its expert's weight. Weights of another type than plain tensors have
     their products here too; of experts that are spread over ranks, those of this rank are meant.
 
     `pad_rows`: an expert's rows are multiplied that many at a time (see `linear.product`); without gradients.
+    `fullest`: if an expert elsewhere has more rows than those of `counts`, how many (see `Part`).
     """
     weights_EOI = _here(weights_EOI)
     assert rows_RI.shape[0] == sum(counts)
     assert weights_EOI.shape[0] == len(counts)
     if torch.is_grad_enabled() and (rows_RI.requires_grad or weights_EOI.requires_grad):
-        y_RO: Tensor = _Grouped.apply(rows_RI, weights_EOI, counts)
+        y_RO: Tensor = _Grouped.apply(rows_RI, weights_EOI, counts, fullest)
         return y_RO
-    return _products(rows_RI, weights_EOI, counts, pad_rows)
+    return _products(rows_RI, weights_EOI, counts, pad_rows, fullest)
 
 
 def _here(weights_EOI: Tensor) -> Tensor:
@@ -100,9 +120,9 @@ def _here(weights_EOI: Tensor) -> Tensor:
     return weights_EOI if to_local is None else to_local()
 
 
-def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int) -> Tensor:
+def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: int, fullest: int) -> Tensor:
     """A matrix product for each expert that has rows, straight into its part of the result."""
-    if pad_rows == 1 and kernels.loops_for_groups(rows_RI, weights_EOI, counts):
+    if pad_rows == 1 and kernels.loops_for_groups(rows_RI, weights_EOI, counts, fullest):
         return kernels.grouped.product(rows_RI, weights_EOI, counts)
     y_RO = rows_RI.new_empty(rows_RI.shape[0], weights_EOI.shape[1])
     start = 0
@@ -119,16 +139,16 @@ def _products(rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, pad_rows: in
     return y_RO
 
 
-def grouped_input_gradient(grads_RO: Tensor, weights_EOI: Tensor, counts: Counts) -> Tensor:
+def grouped_input_gradient(grads_RO: Tensor, weights_EOI: Tensor, counts: Counts, fullest: int = 0) -> Tensor:
     """[R, I]."""
-    if kernels.loops_for_groups(grads_RO, weights_EOI, counts, gradient=True):
+    if kernels.loops_for_groups(grads_RO, weights_EOI, counts, fullest, gradient=True):
         return kernels.grouped.input_gradient(grads_RO, weights_EOI, counts)
-    return _products(grads_RO, weights_EOI.transpose(1, 2), counts, 1)
+    return _products(grads_RO, weights_EOI.transpose(1, 2), counts, 1, fullest)
 
 
-def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -> Tensor:
+def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts, fullest: int = 0) -> Tensor:
     """[E, O, I]; zeros for experts without rows."""
-    if kernels.loops_for_groups(grads_RO, rows_RI, counts, gradient=True):
+    if kernels.loops_for_groups(grads_RO, rows_RI, counts, fullest, gradient=True):
         return kernels.grouped.weight_gradient(grads_RO, rows_RI, counts)
     grads_EOI = kernels.large(rows_RI, len(counts), grads_RO.shape[1], rows_RI.shape[1])
     start = 0
@@ -143,18 +163,19 @@ def grouped_weight_gradient(grads_RO: Tensor, rows_RI: Tensor, counts: Counts) -
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RI: Tensor, weights_EOI: Tensor, counts: Counts) -> Tensor:
+    def forward(ctx: Any, rows_RI: Tensor, weights_EOI: Tensor, counts: Counts, fullest: int) -> Tensor:
         ctx.save_for_backward(rows_RI, weights_EOI)
-        ctx.counts = counts
-        return _products(rows_RI, weights_EOI, counts, 1)
+        ctx.rows = (counts, fullest)
+        return _products(rows_RI, weights_EOI, counts, 1, fullest)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RI, weights_EOI = ctx.saved_tensors
         grads_RO = grads[0].contiguous()
         return (
-            grouped_input_gradient(grads_RO, weights_EOI, ctx.counts) if ctx.needs_input_grad[0] else None,
-            grouped_weight_gradient(grads_RO, rows_RI, ctx.counts) if ctx.needs_input_grad[1] else None,
+            grouped_input_gradient(grads_RO, weights_EOI, *ctx.rows) if ctx.needs_input_grad[0] else None,
+            grouped_weight_gradient(grads_RO, rows_RI, *ctx.rows) if ctx.needs_input_grad[1] else None,
+            None,
             None,
         )
 

@@ -69,4 +69,5 @@ def mix(x_TH: Tensor, routing: Routing, experts: Experts, dispatcher: Dispatcher
             return y_TH
         dispatcher = LocalDispatcher()
     dispatched = dispatcher.dispatch(x_TH, routing)
-    return dispatcher.combine(experts(dispatched.rows_RH, dispatched.counts), routing, dispatched)
+    rows_RH = experts(dispatched.rows_RH, dispatched.counts, dispatched.parts)
+    return dispatcher.combine(rows_RH, routing, dispatched)

@@ -6,20 +6,18 @@ forward call to the end of the backward: `Model.logits` and `Model.predict` may 
 layers are part of it, but for their experts. What computes in fp32 whatever the rest does (`Model.cast`) is not cut,
 being small: norms, routers, hyper-connections.
 
-Gradients are means over ranks: a rank calls backward on the sum of its tokens' losses, times the ranks, over the
-tokens of all ranks. fsdp reduces them in every backward call, `reduce_gradients` those of everything else, once a step.
+Gradients are sums over ranks: see `gradients.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ..errors import ConfigError
 from ..model.dispatch import LocalDispatcher
@@ -29,17 +27,18 @@ from ..model.linear import Linear
 from ..model.model import Model
 from ..model.moe import MoE
 from .exchange import ExchangeDispatcher
+from .gradients import sum_in_fp64
 from .mesh import Mesh
 
-_BUCKET = 1 << 24
-"""Numbers that are reduced together."""
 
-
-def apply(model: Model, mesh: Mesh, *, dtype: torch.dtype = torch.float32) -> None:
+def apply(model: Model, mesh: Mesh, *, dtype: torch.dtype = torch.float32, exact: bool = False) -> None:
     """Before optimizers are built, and with the same weights on all ranks. Raises ConfigError.
 
-    `dtype` is what weights that fsdp cuts are gathered and computed in; gradients are reduced in fp32. It is for fsdp
-    alone: without, weights are whole, and the caller may cast them. With one rank too: see `_keep_present`.
+    `dtype` is what weights that fsdp cuts are gathered and computed in; gradients are reduced in fp32 at least. It is
+    for fsdp alone: without, weights are whole, and the caller may cast them. With one rank too: see `_keep_present`.
+
+    `exact`: a step has the same bits, but for accidents of rounding, however its forward calls are dealt out to ranks.
+    Experts multiply the rows of each rank by themselves, and gradients are added up in fp64 (`gradients.py`).
     """
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     for mixture in mixtures:
@@ -49,22 +48,11 @@ def apply(model: Model, mesh: Mesh, *, dtype: torch.dtype = torch.float32) -> No
             module.register_forward_pre_hook(_keep_present)
     if mesh.ep > 1:
         for mixture in mixtures:
-            _spread(mixture, mesh)
+            _spread(mixture, mesh, exact)
     if mesh.fsdp > 1:
-        _cut(model, mixtures, mesh, dtype)
-
-
-@torch.no_grad()
-def reduce_gradients(model: Model, mesh: Mesh) -> None:
-    """After a step's last backward call and before clipping: means over ranks, of what fsdp does not reduce."""
-    if mesh.ranks == 1:
-        return
-    whole = (p.grad for p in model.parameters() if not isinstance(p, DTensor) and p.grad is not None)
-    _sum(whole, mesh.group, 1 / mesh.ranks)
-    if mesh.fsdp > 1:
-        return
-    spread = (p.grad.to_local() for p in model.parameters() if isinstance(p, DTensor) and isinstance(p.grad, DTensor))
-    _sum(spread, mesh.along("dp").get_group() if mesh.dp > 1 else None, 1 / mesh.ranks)
+        _cut(model, mixtures, mesh, dtype, torch.float64 if exact else torch.float32)
+    if exact:
+        sum_in_fp64(model, mesh)
 
 
 def _check(mixture: MoE, mesh: Mesh) -> None:
@@ -76,22 +64,22 @@ def _check(mixture: MoE, mesh: Mesh) -> None:
         )
 
 
-def _spread(mixture: MoE, mesh: Mesh) -> None:
+def _spread(mixture: MoE, mesh: Mesh, apart: bool) -> None:
     """Each rank of ep keeps its experts."""
     over = mesh.along("ep")
     for name, parameter in list(mixture.experts.named_parameters()):
         spread = distribute_tensor(parameter.detach(), over, [Shard(0)], src_data_rank=None)
         setattr(mixture.experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-    mixture.dispatcher = ExchangeDispatcher(over.get_group())
+    mixture.dispatcher = ExchangeDispatcher(over.get_group(), apart=apart)
 
 
-def _cut(model: Model, mixtures: Iterable[MoE], mesh: Mesh, dtype: torch.dtype) -> None:
+def _cut(model: Model, mixtures: Sequence[MoE], mesh: Mesh, dtype: torch.dtype, reduce_dtype: torch.dtype) -> None:
     """FSDP2, from the inside out."""
     cut = [module for module in model.modules() if isinstance(module, Linear | nn.Embedding | Experts)]
     options: dict[str, Any] = {
         "ignored_params": set(model.parameters()) - {p for module in cut for p in module.parameters()},
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu") if mesh.offload else OffloadPolicy(),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False),
     }
     for mixture in mixtures:
         # A dispatcher, so that weights are not read but in the experts' own forward call, which gathers them.
@@ -102,35 +90,8 @@ def _cut(model: Model, mixtures: Iterable[MoE], mesh: Mesh, dtype: torch.dtype) 
     fully_shard(model, mesh=mesh.dense, reshard_after_forward=False, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # A mean over all ranks for experts too, which have met the tokens of their ep ranks already. Sums, divided
-            # afterwards, are what every backend has.
-            module.set_gradient_divide_factor(float(mesh.ranks))
+            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def _sum(grads: Iterable[Tensor], group: dist.ProcessGroup | None, factor: float) -> None:
-    """In place, many gradients in one message."""
-    for bucket in _buckets(grads):
-        flat = torch.cat([grad.flatten() for grad in bucket])
-        if group is not None:
-            dist.all_reduce(flat, group=group)
-        flat *= factor
-        for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-            grad.copy_(part.view_as(grad))
-
-
-def _buckets(grads: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """In order; of one dtype each."""
-    bucket: list[Tensor] = []
-    size = 0
-    for grad in grads:
-        if bucket and (size + grad.numel() > _BUCKET or grad.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.numel()
-    if bucket:
-        yield bucket
 
 
 def _keep_present(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -5,6 +5,9 @@ that those of one rank lie together; two all-to-alls carry first the counts, the
 order of expert, then rank, then token: with samples in the order of ranks, that in which one process would have them,
 so that the experts' sums have the same terms in the same order. The way back is the reverse, and so are gradients.
 
+Or rows stay apart by the rank they are from, in that rank's order, and experts multiply those of each by themselves.
+They then have the bits that they would have on that rank, if it had all experts.
+
 E experts in all, R rows, H hidden size.
 """
 
@@ -18,17 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..model.dispatch import Dispatched, LocalDispatcher
+from ..model.experts import Part
 from ..model.router import Routing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exchanged(Dispatched):
     """Rows of this rank's experts, from all ranks. `tokens_R` and `places_TK` are those of the rows that were sent."""
 
     home: Dispatched
     """What was sent."""
-    order_R: Tensor
-    """int64: which of the rows in the order of arrival each row is."""
+    order_R: Tensor | None
+    """int64: which of the rows in the order of arrival each row is; None: they are in that order."""
     sent: list[int]
     """Rows to each rank."""
     received: list[int]
@@ -38,31 +42,40 @@ class Exchanged(Dispatched):
 class ExchangeDispatcher:
     """For the ranks of `group`. All of them call it as often, in the same order."""
 
-    def __init__(self, group: dist.ProcessGroup, physical_E: Tensor | None = None) -> None:
-        """`physical_E` as `LocalDispatcher`'s."""
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, physical_E: Tensor | None = None, *, apart: bool = False) -> None:
+        """`physical_E` as `LocalDispatcher`'s; `apart`: rows stay apart by rank."""
+        self.group, self.apart = group, apart
         self.local = LocalDispatcher(physical_E)
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Exchanged:
         home = self.local.dispatch(x_TH, routing)
-        ranks = self.group.size()
-        counts_E = torch.tensor(home.counts, device=x_TH.device)
-        arriving_E = torch.empty_like(counts_E)
-        dist.all_to_all_single(arriving_E, counts_E, group=self.group)
-        arriving = arriving_E.view(ranks, -1)
-        sent = [sum(home.counts[i : i + arriving.shape[1]]) for i in range(0, len(home.counts), arriving.shape[1])]
-        table: list[list[int]] = arriving.tolist()
-        received = [sum(row) for row in table]
-        order_R = _by_expert(arriving)
+        each = len(home.counts) // self.group.size()
+        here = [home.counts[i : i + each] for i in range(0, len(home.counts), each)]
+        # Each rank learns how many rows come for each of its experts, and how many the sender's fullest one has.
+        telling = torch.tensor([(*counts, max(home.counts)) for counts in here], device=x_TH.device)
+        told = torch.empty_like(telling)
+        dist.all_to_all_single(told, telling, group=self.group)
+        parts = tuple(Part(tuple(row[:-1]), row[-1]) for row in told.tolist())
+        sent, received = [sum(counts) for counts in here], [sum(part.counts) for part in parts]
         rows_RH: Tensor = _Exchange.apply(home.rows_RH, sent, received, self.group)
-        counts = tuple(map(sum, zip(*table, strict=True)))
-        rows_RH = _Permute.apply(rows_RH, order_R)
-        return Exchanged(rows_RH, counts, home.tokens_R, home.places_TK, home, order_R, sent, received)
+        order_R = None if self.apart else _by_expert(told[:, :-1])
+        return Exchanged(
+            rows_RH=rows_RH if order_R is None else _Permute.apply(rows_RH, order_R),
+            counts=tuple(map(sum, zip(*(part.counts for part in parts), strict=True))),
+            tokens_R=home.tokens_R,
+            places_TK=home.places_TK,
+            parts=parts if self.apart else (),
+            home=home,
+            order_R=order_R,
+            sent=sent,
+            received=received,
+        )
 
     def combine(self, rows_RH: Tensor, routing: Routing, dispatched: Dispatched) -> Tensor:
         assert isinstance(dispatched, Exchanged)
-        arrived: Tensor = _Permute.apply(rows_RH, _inverse(dispatched.order_R))
-        returned: Tensor = _Exchange.apply(arrived, dispatched.received, dispatched.sent, self.group)
+        if dispatched.order_R is not None:
+            rows_RH = _Permute.apply(rows_RH, _inverse(dispatched.order_R))
+        returned: Tensor = _Exchange.apply(rows_RH, dispatched.received, dispatched.sent, self.group)
         return self.local.combine(returned, routing, dispatched.home)
 
 

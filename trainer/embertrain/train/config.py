@@ -89,7 +89,8 @@ class DataSection:
     batch_samples: int
     """Samples of one step, of all ranks together."""
     micro_samples: int = 0
-    """Samples of one forward call of a rank; gradients are summed over as many as it takes. 0: all of the rank's."""
+    """Samples of one forward call of a rank; gradients are summed over as many as it takes. 0: all of the rank's.
+    Runs on other ranks compute the same where this is the same, and `compute.deterministic`."""
     prefetch: int = 2
     """Batches read ahead."""
 
@@ -146,10 +147,13 @@ class ComputeSection:
     recompute: bool = False
     """Keep only what layers take in, and compute the rest again for the gradient: less memory, a third more time."""
     compile: bool = False
-    """Layers go through torch.compile. Not shown to work yet: on a CPU it compiles for many minutes, as documents of
-    every length are other shapes."""
+    """Norms and hyper-connections of layers go through torch.compile, which needs a C++ compiler on a CPU and up to a
+    minute before the first step. Attention and experts do not: their shapes are those of documents and of routers'
+    choices, other ones in every step."""
     deterministic: bool = True
-    """Refuse operations whose bits change from run to run."""
+    """Refuse operations whose bits change from run to run. And where there are several ranks or micro-batches, add
+    gradients up in fp64, and multiply the rows that experts get from each rank by themselves: what the ranks are for
+    then changes no bit, but by accidents of rounding. It costs some per cent of a step, and 8 bytes for what is 4."""
     threads: int = 0
     """Of torch, on a CPU; 0: as it finds it. A resumed run has the same bits with as many only."""
 

@@ -3,7 +3,7 @@
     pack -> forward and backward of each micro-batch -> reduce over ranks -> clip -> optimizers -> biases of routers
 
 A step is a function of the model, the optimizers and its number: noise is drawn from generators made of (seed, step,
-rank, micro-batch), and nothing else is remembered. Loads are counted once, after the last micro-batch, from what the
+micro-batch), and nothing else is remembered. Loads are counted once, after the last micro-batch, from what the
 forward calls gave back.
 """
 
@@ -98,9 +98,10 @@ class Stepper:
         terms = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
         counts: dict[int, Tensor] = {}
         for i, packed in enumerate(batches):
-            with computing_in(model, self.dtype):
-                losses = self.objective(packed, totals, dense=dense, generator=self._generator(number, i))
-                (losses.total * self.mesh.ranks).backward()
+            with computing_in(model, self.dtype, exact=is_exact(config, self.mesh)):
+                generator = self._generator(number, self.mesh.rank * len(batches) + i)
+                losses = self.objective(packed, totals, dense=dense, generator=generator)
+                losses.total.backward()
             terms += losses.terms()
             counts = {layer: counts.get(layer, 0) + count for layer, count in losses.counts.items()}
         reduce_gradients(model, self.mesh)
@@ -153,9 +154,10 @@ class Stepper:
         return Totals(tokens, tuple(targets))
 
     def _generator(self, number: int, micro: int) -> torch.Generator | None:
+        """`micro` counts the micro-batches of all ranks."""
         if not self._noisy:
             return None
-        seed = np.random.SeedSequence([self.config.seed, number, self.mesh.rank, micro]).generate_state(1, np.uint64)
+        seed = np.random.SeedSequence([self.config.seed, number, micro]).generate_state(1, np.uint64)
         return torch.Generator(self.mesh.device).manual_seed(int(seed[0] >> 1))
 
     def _drop_gradients(self) -> None:
@@ -174,6 +176,13 @@ class Stepper:
                 update_bias(router, count_E, rate)
             counted[layer] = tuple(count_E.tolist())
         return counted
+
+
+def is_exact(config: TrainConfig, mesh: Mesh) -> bool:
+    """Whether gradients are added up exactly: where there are several to add, of micro-batches or of ranks."""
+    data = config.data
+    one = mesh.ranks == 1 and (data.micro_samples or data.batch_samples) >= data.batch_samples
+    return config.compute.deterministic and not one
 
 
 def _not_finite(number: int, loss: float, norm: float) -> NotFinite:

@@ -45,7 +45,7 @@ from .objective import Objective, blocks
 from .precision import DTYPES
 from .recompute import recompute
 from .resume import Run, check_origin, compare
-from .step import Samples, Stepped, Stepper
+from .step import Samples, Stepped, Stepper, is_exact
 from .stop import StopSignals
 from .trace import Trace
 
@@ -106,7 +106,7 @@ class Trainer:
         objective = Objective(self.model, config.losses)
         objective.freeze_untaught()
         _arrange(self.model, config)
-        apply(self.model, self.mesh, dtype=DTYPES[config.compute.dtype])
+        apply(self.model, self.mesh, dtype=DTYPES[config.compute.dtype], exact=is_exact(config, self.mesh))
         self.optimizers = build(self.model, config.optimizer)
         self.stepper = Stepper(objective, self.optimizers, config, self.mesh, eos_id=self.data.eos_id)
         self.done = 0
@@ -400,9 +400,14 @@ def _model(config: TrainConfig, shape: ModelConfig, base: Base | None) -> Model:
 
 
 def _arrange(model: Model, config: TrainConfig) -> None:
+    """How layers are computed."""
     for block in blocks(model):
         if config.compute.compile:
-            block.compile()
+            # What is many small operations on as many tokens in every step. Attention goes by documents and experts by
+            # counts: as one graph, they would be another in every step.
+            for part in (block.hc_attn, block.hc_ffn, block.attn_norm, block.ffn_norm):
+                if part is not None:
+                    part.compile()
         if config.compute.recompute:
             recompute(block)
 
