@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import random
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -53,6 +54,7 @@ def _put_row(directory: Path, serving: Serving, size: Size, page_bytes: int) -> 
             baseline="redis",
             goal=GOAL if size.has_goals else None,
             rounds=size.rounds,
+            between=lambda: _use_memory(directory / "scratch", 2 * size.pass_bytes),
             servers={
                 "ours": serving.pids,
                 "committed": serving.pids,
@@ -60,6 +62,21 @@ def _put_row(directory: Path, serving: Serving, size: Size, page_bytes: int) -> 
                 "redis tcp": [tcp.pid],
             },
         )
+
+
+def _use_memory(scratch: Path, size_bytes: int) -> None:
+    """Have so much memory of programs and so much page cache, and let go of it.
+
+    A virtual machine may give free memory back to its host after a while. To get it again takes several times as long
+    as to write to it, and would be charged to whoever comes next.
+    """
+    with mmap.mmap(-1, size_bytes) as memory:
+        for at in range(0, size_bytes, mmap.PAGESIZE):
+            memory[at] = 1
+    with scratch.open("wb") as file:
+        for _ in range(size_bytes // MIB):
+            file.write(bytes(MIB))
+    scratch.unlink()
 
 
 def _ours(cache: emberkv.KVCache, values: list[memoryview], calls: int, durable: str) -> Subject:

@@ -39,7 +39,7 @@ def probe(pages: int) -> dict[str, float]:
     page_bytes = (rss_anon_bytes() - before) / table.count
     rng, spent = random.Random(1), []
     for _ in range(MATCHES):
-        keys = _chain(rng.randrange(pages // CHAIN_PAGES))
+        keys = b"".join(_chain(rng.randrange(pages // CHAIN_PAGES)))
         begin_s = time.perf_counter()
         found = table.match(tenant, keys)
         spent.append(time.perf_counter() - begin_s)

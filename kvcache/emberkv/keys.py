@@ -86,7 +86,7 @@ def _check_key(key: bytes) -> None:
 
 def token_bytes(tokens: Any) -> bytes:
     """Tokens as uint32, little-endian. Raises as `page_keys` does."""
-    if isinstance(tokens, list | tuple):
+    if isinstance(tokens, list | tuple | range):
         return _listed_bytes(tokens)
     values = np.asarray(tokens)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):

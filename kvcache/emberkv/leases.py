@@ -9,12 +9,12 @@ Does not know: pages. A lease holds slots, which the table protects while they a
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 
 LEASE_S_MAX = 3600.0
 _STALE_MAX = 1000
-"""Entries of the heap that mean nothing any more; with more of them it is made anew."""
+"""Entries that mean nothing any more; with more of them the order of ends is made anew."""
 
 
 class Leases:
@@ -25,8 +25,11 @@ class Leases:
         self._held: dict[int, tuple[float, tuple[int, ...], int]] = {}
         """Lease -> (end, slots, owner), in the order of their numbers."""
         self._owners: Counter[int] = Counter()
-        self._ends: list[tuple[float, int]] = []
-        """A heap. Of a lease that was extended or let go an entry stays until its time."""
+        self._ends: deque[tuple[float, int]] = deque()
+        """(end, lease) in their order: those of one duration end in the order in which they were taken. Of one that was
+        extended or let go an entry stays until its time."""
+        self._early: list[tuple[float, int]] = []
+        """A heap of those that end before one that was taken before them."""
         self._next = 1
 
     def __len__(self) -> int:
@@ -44,7 +47,7 @@ class Leases:
     @property
     def first_end_s(self) -> float | None:
         """When the next one ends, or ended or was extended: not later. None: there is none."""
-        return self._ends[0][0] if self._held else None
+        return min(ends[0] for ends in (self._ends, self._early) if ends)[0] if self._held else None
 
     def are_held_up_to(self, lease: int) -> bool:
         """One with that number or a smaller one has not ended."""
@@ -77,10 +80,13 @@ class Leases:
         return True
 
     def _push(self, end_s: float, lease: int) -> None:
-        heapq.heappush(self._ends, (end_s, lease))
-        if len(self._ends) > 2 * len(self._held) + _STALE_MAX:
-            self._ends = [(held[0], number) for number, held in self._held.items()]
-            heapq.heapify(self._ends)
+        if self._ends and end_s < self._ends[-1][0]:
+            heapq.heappush(self._early, (end_s, lease))
+        else:
+            self._ends.append((end_s, lease))
+        if len(self._ends) + len(self._early) > 2 * len(self._held) + _STALE_MAX:
+            self._ends = deque(sorted((held[0], number) for number, held in self._held.items()))
+            self._early = []
 
     def release(self, leases: Iterable[int], *, owner: int) -> int:
         """End some now. How many of them there were."""
@@ -98,7 +104,11 @@ class Leases:
     def expire(self, now_s: float) -> None:
         """End those whose time is over."""
         while self._ends and self._ends[0][0] <= now_s:
-            _, lease = heapq.heappop(self._ends)
-            held = self._held.get(lease)
-            if held is not None and held[0] <= now_s:
-                self._end(lease)
+            self._end_if_due(self._ends.popleft()[1], now_s)
+        while self._early and self._early[0][0] <= now_s:
+            self._end_if_due(heapq.heappop(self._early)[1], now_s)
+
+    def _end_if_due(self, lease: int, now_s: float) -> None:
+        held = self._held.get(lease)
+        if held is not None and held[0] <= now_s:
+            self._end(lease)

@@ -23,6 +23,7 @@ from .errors import StaleOwner
 from .files import Files
 from .index import Index
 from .journal import Pinned, QuotaSet, TenantAdded, TtlSet, Unplaced
+from .keys import KEY_BYTES
 from .leases import Leases
 from .namespace import Namespace
 from .ownership import Ownership
@@ -168,14 +169,16 @@ class Pool:
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
-    def match(self, tenant: int, keys: Sequence[bytes], lease_s: float) -> tuple[Any, str, int]:
-        """(slots of the longest usable prefix, an array; why it is no longer; a lease, 0 if there is none)."""
+    def match(self, tenant: int, keys: bytes, lease_s: float) -> tuple[Any, str, int]:
+        """(slots of the longest usable prefix of a chain, as `Found` has them; why it is no longer; a lease, 0 if there
+        is none). `keys` are one after the other."""
         slots, ends, reason = self.table.match(tenant, keys)
         if reason in ("miss", "damaged"):
-            reason = self._why(tenant, keys[len(slots)], reason)
+            begin = len(slots) * KEY_BYTES
+            reason = self._why(tenant, keys[begin : begin + KEY_BYTES], reason)
         counts = self.counts
         counts.matches += 1
-        counts.asked_pages += len(keys)
+        counts.asked_pages += len(keys) // KEY_BYTES
         counts.matched_pages += len(slots)
         counts.stops[reason] += 1
         if not ends:

@@ -134,8 +134,10 @@ class Puts:
     ) -> tuple[int, Place | None]:
         while True:
             state, place = await self._reserve_one(writer, tenant, kind, key, length)
+            if state != REFUSED:
+                return state, place
             first_end_s = self._leases.first_end_s
-            if state != REFUSED or first_end_s is None or first_end_s > ends_s:
+            if first_end_s is None or first_end_s > ends_s:
                 return state, place
             await self._runtime.sleep(max(first_end_s - self._runtime.now_s(), LOOK_S))
             self._leases.expire(self._runtime.now_s())

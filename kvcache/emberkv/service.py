@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from emberfs import NotFound
 from emberfs.errors import AccessDenied, EmberError, LimitExceeded, ProtocolError
 from emberfs.messages import Foreign, Message
@@ -37,7 +36,7 @@ from .parting import parting
 from .pools import NAMESPACES_MAX, Pools
 from .seats import Seat, Seats
 from .space import SpaceConfig
-from .table import NO_SLOTS, NO_STATE
+from .table import NO_STATE
 from .tenants import EVERYBODY, Tenants
 
 CHAINS_MAX = 1024
@@ -119,15 +118,16 @@ class KvService:
         pool, tenant, lease_s = seat.pool, seat.tenant, _seconds(ask.lease_s, LEASE_S_MAX)
         if sum(map(len, ask.chains)) > KEYS_MAX * KEY_BYTES:
             raise LimitExceeded(f"more than {KEYS_MAX} keys in one request")
-        counts, reasons, leases, every = [], [], [], [NO_SLOTS]
-        for chain in map(_keys, ask.chains):
+        counts, reasons, leases, found = [], [], [], []
+        for chain in ask.chains:
+            _check_keys(chain)
             slots, reason, lease = pool.match(tenant, chain, lease_s)
             counts.append(len(slots))
             reasons.append(reason)
             leases.append(lease)
-            every.append(slots)
-        found = np.concatenate(every)
-        places = [column.take(found).tobytes() for column in pool.table.places]
+            found.append(slots)
+        packed, kinds = pool.table.packed, range(len(pool.table.places))
+        places = [b"".join([packed(slots, kind) for slots in found]) for kind in kinds]
         answer = messages.Matched(counts, reasons, leases, places)
         if NO_STATE in reasons:
             hints = [
@@ -346,9 +346,13 @@ _HANDLERS: dict[type, Callable[[KvService, Any], messages.Answer | Awaitable[mes
 
 
 def _keys(blob: bytes) -> list[bytes]:
+    _check_keys(blob)
+    return split(blob, KEY_BYTES)
+
+
+def _check_keys(blob: bytes) -> None:
     if len(blob) % KEY_BYTES or len(blob) > KEYS_MAX * KEY_BYTES:
         raise ProtocolError(f"keys are {KEY_BYTES} bytes each, at most {KEYS_MAX} of them: not {len(blob)} bytes")
-    return split(blob, KEY_BYTES)
 
 
 def _seconds(value: float, limit: float) -> float:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from .index import Index
-from .journal import FORMAT, encode_frame, frames, split
+from .journal import FORMAT, encode_frame, frames
 from .keys import KEY_BYTES
 from .page import HEADER_BYTES
 from .segments import Segment, State
@@ -135,9 +135,10 @@ def _fill_table(index: Index, head: _Head, rest: memoryview) -> None:
         begin += size
         return np.frombuffer(rest[begin - size : begin], dtype)
 
-    keys = split(column(f"S{KEY_BYTES}").tobytes(), KEY_BYTES)
+    table.adopt_keys(column(f"V{KEY_BYTES}").tobytes())
+    keys = table.keys
     parent, used_s, pinned_s, tenant = column("<i4"), column("<f8"), column("<f8"), column("<u2")
-    table.keys, table.count = keys, count
+    table.count = count
     children = np.bincount(parent[parent >= 0], minlength=count).astype(np.uint32)
     table.parent, table.children = array("i", parent.tobytes()), array("I", children.tobytes())
     table.first, table.next, table.before = _siblings(parent)

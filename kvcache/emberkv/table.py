@@ -1,7 +1,7 @@
 """The index of a namespace in memory: which pages there are, what hangs on what, and which goes first.
 
 A *slot* is one key of one tenant: a node of the prefix tree, with one place per kind. Its columns are arrays, so that a
-page costs some 300 bytes.
+page costs some 350 bytes.
 
 Invariants:
   - Only a leaf that nobody holds is evicted: no prefix is ever cut in its middle to make room.
@@ -19,13 +19,12 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
-from operator import indexOf, ne
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .keys import ROOT
+from .journal import split
+from .keys import KEY_BYTES, ROOT
 from .page import HEADER_BYTES, Place
 
 NO_PARENT = -1
@@ -40,10 +39,12 @@ PLACES = np.dtype([("segment", "<u4"), ("offset", "<u4"), ("length", "<u4"), ("c
 _SLOTS_MIN = 1024
 BROWSE_SLOTS = 65_536
 """So many are looked at in one go."""
-RUN_MIN = 16
+RUN_MIN = 8
 """To find shorter runs of slots costs more than it saves."""
-_TRUE = (True,)
-NO_SLOTS = np.zeros(0, np.intp)
+_WORD_BYTES = 8
+_KEY_WORDS = KEY_BYTES // _WORD_BYTES
+_RUN_WORDS_MAX = 512 * _KEY_WORDS
+"""So much is compared at once, however soon it ends: a chain may be long, and its runs short."""
 _ramp = array("i", range(_SLOTS_MIN))
 """0, 1, 2, ..."""
 
@@ -52,7 +53,7 @@ class Found(NamedTuple):
     """The longest usable prefix."""
 
     slots: Any
-    """An array."""
+    """A range, or an array."""
     ends: list[int]
     """The slots that no other of them hangs below: whoever keeps these keeps all. Of a chain that is the last."""
     reason: str
@@ -65,7 +66,11 @@ class PageTable:
     def __init__(self, trailing: Sequence[int | None]) -> None:
         assert trailing and trailing[0] is None
         self.trailing = tuple(trailing)
+        self._needed = [kind for kind, last in enumerate(trailing) if last is None]
+        """The kinds that are needed on every page."""
         self.keys: list[bytes] = []
+        self._key_words = np.zeros(_SLOTS_MIN * _KEY_WORDS, np.uint64)
+        """The same, one after the other: runs of them are compared at once."""
         self.parent = array("i")
         self.children = array("I")
         self.first = array("i")
@@ -80,6 +85,8 @@ class PageTable:
         """Until when it is pinned."""
         self.tenant = array("H")
         self.places: list[Any] = [np.zeros(_SLOTS_MIN, PLACES) for _ in trailing]
+        self._is_there = [bytearray() for _ in trailing]
+        """Of each kind and slot 1, or 0 where there is no page."""
         self.count = 0
         self.live_bytes = 0
         """Pages with their headers."""
@@ -121,20 +128,17 @@ class PageTable:
         """The same, orphans too."""
         return self._slots[tenant].get(key)
 
-    def match(self, tenant: int, keys: Sequence[bytes]) -> Found:
-        """The longest prefix of the chain `keys` that a reader can use, over all kinds."""
+    def match(self, tenant: int, keys: bytes) -> Found:
+        """The longest prefix of a chain of keys, one after the other, that a reader can use, over all kinds."""
         slots = self._by_runs(tenant, keys)
         is_chain = slots is not None
         if slots is None:
             slots = self._one_by_one(tenant, keys)
-        reason = "whole" if len(slots) == len(keys) else "miss"
-        for kind, last in enumerate(self.trailing):
-            if last is None and len(slots):
-                there = self.places[kind].take(slots)["segment"]
-                if np.count_nonzero(there) < len(slots):
-                    slots = slots[: int((there != 0).argmin())]
-                    reason = "damaged" if kind == 0 else f"kind {kind} missing"
-        if len(slots) and any(last is not None for last in self.trailing):
+        reason = "whole" if len(slots) * KEY_BYTES == len(keys) else "miss"
+        for kind in self._needed:
+            if (there := self._there(slots, kind)) < len(slots):
+                slots, reason = slots[:there], "damaged" if kind == 0 else f"kind {kind} missing"
+        if len(slots) and len(self._needed) < len(self.trailing):
             usable = self._usable(slots)
             if usable < len(slots):
                 slots = slots[:usable]
@@ -143,34 +147,55 @@ class PageTable:
             return Found(slots, [], reason)
         return Found(slots, [int(slots[-1])] if is_chain else self._ends(slots.tolist()), reason)
 
-    def _by_runs(self, tenant: int, keys: Sequence[bytes]) -> Any:
+    def _by_runs(self, tenant: int, keys: bytes) -> Any:
         """The slots of `keys` up to the first that is not there, if they lie in runs; None: look each of them up.
 
         Pages that were put one after the other mostly have slots one after the other. The keys of such a run are
-        compared, which costs a third of looking each up. Each slot hangs on the one before, in a run and between them.
+        compared at once, which costs a tenth of looking each up. Each slot hangs on the one before, in a run and
+        between them.
         """
-        find, parent, last, found = self._slots[tenant].get, self.parent, -1, []
-        begin, end = 0, len(keys)
-        while begin < end and (slot := find(keys[begin])) is not None:
+        find, parent, last = self._slots[tenant].get, self.parent, -1
+        begin, runs, words = 0, [], np.frombuffer(keys, np.uint64)
+        while begin < len(keys) and (slot := find(keys[begin : begin + KEY_BYTES])) is not None:
             if parent[slot] == ORPHAN or (begin and parent[slot] != last):
                 return None
-            count = indexOf(chain(map(ne, _items(keys, begin), _items(self.keys, slot)), _TRUE), True)
+            count = self._run(slot, words[begin // _WORD_BYTES :][:_RUN_WORDS_MAX])
             if parent[slot + 1 : slot + count] != _numbers(slot, slot + count - 1):
                 return None
-            begin, last = begin + count, slot + count - 1
-            found.append(np.arange(slot, slot + count))
-            if count < RUN_MIN and begin < end and keys[begin] in self._slots[tenant]:
+            begin, last = begin + count * KEY_BYTES, slot + count - 1
+            runs.append(range(slot, slot + count))
+            if count < RUN_MIN and begin < len(keys) and keys[begin : begin + KEY_BYTES] in self._slots[tenant]:
                 return None
-        return found[0] if len(found) == 1 else np.concatenate(found) if found else NO_SLOTS
+        if len(runs) == 1:
+            return runs[0]
+        return np.concatenate([np.arange(run.start, run.stop) for run in runs]) if runs else range(0)
 
-    def _one_by_one(self, tenant: int, keys: Sequence[bytes]) -> Any:
+    def _run(self, slot: int, asked: Any) -> int:
+        """How many of the keys that are asked for are those of the slots from `slot` on."""
+        there = self._key_words[slot * _KEY_WORDS : slot * _KEY_WORDS + len(asked)]
+        differs = (there != asked[: len(there)]).tobytes().find(1)
+        return (len(there) if differs < 0 else differs) // _KEY_WORDS
+
+    def _one_by_one(self, tenant: int, keys: bytes) -> Any:
         """The same by looking each up, however they hang."""
-        slots = list(iter(map(self._slots[tenant].get, keys).__next__, None))
+        slots = list(iter(map(self._slots[tenant].get, split(keys, KEY_BYTES)).__next__, None))
         parent = self.parent
         parents = [parent[slot] for slot in slots]
         if ORPHAN in parents:
             del slots[parents.index(ORPHAN) :]
         return np.array(slots, np.intp)
+
+    def _there(self, slots: Any, kind: int) -> int:
+        """How many of the first of `slots` have a page of a kind."""
+        if isinstance(slots, range):
+            missing = self._is_there[kind].find(0, slots.start, slots.stop) - slots.start
+        else:
+            missing = np.frombuffer(self._is_there[kind], np.uint8).take(slots).tobytes().find(0)
+        return len(slots) if missing < 0 else missing
+
+    def packed(self, slots: Any, kind: int) -> bytes:
+        """Where the pages of `slots`, as a match found them, lie, one after the other."""
+        return self.places[kind][_rows(slots)].tobytes()  # type: ignore[no-any-return]
 
     def _ends(self, slots: Sequence[int]) -> list[int]:
         parents = [self.parent[slot] for slot in slots[1:]]
@@ -182,7 +207,7 @@ class PageTable:
         for kind, last in enumerate(self.trailing):
             if last is None:
                 continue
-            gone = np.concatenate([[0], np.cumsum(self.places[kind]["segment"][slots] == 0)])
+            gone = np.concatenate([[0], np.cumsum(self.places[kind]["segment"][_rows(slots)] == 0)])
             ends = np.arange(len(slots) + 1)
             usable &= gone[ends] == gone[np.maximum(ends - last, 0)]
         return int(np.flatnonzero(usable)[-1])  # Of no page nothing is missing.
@@ -208,6 +233,7 @@ class PageTable:
     def replace(self, slot: int, kind: int, place: Place) -> None:
         """Its page, which is not there, is at `place` now."""
         self.places[kind][slot] = tuple(place)
+        self._is_there[kind][slot] = 1
         if place.segment not in self._laid:
             self._laid[place.segment] = array("Q")
         self._laid[place.segment].append(slot * len(self.places) + kind)
@@ -217,7 +243,7 @@ class PageTable:
 
     def _add(self, tenant: int, key: bytes, parent: bytes, now_s: float) -> int:
         slot = self._free.pop() if self._free else self._grow()
-        self.keys[slot] = key
+        self._name(slot, key)
         self.tenant[slot] = tenant
         self.used_s[slot] = now_s
         self.children[slot] = self.held[slot] = 0
@@ -242,6 +268,11 @@ class PageTable:
             heapq.heappush(self._leaves[tenant], (now_s, slot, key))
         return slot
 
+    def _name(self, slot: int, key: bytes) -> None:
+        """It is the slot of a key; b"": of none."""
+        self.keys[slot] = key
+        self._key_words[slot * _KEY_WORDS : (slot + 1) * _KEY_WORDS] = np.frombuffer(key or ROOT, np.uint64)
+
     def _top(self, slot: int) -> int:
         while self.parent[slot] >= 0:
             slot = self.parent[slot]
@@ -254,13 +285,16 @@ class PageTable:
     def _grow(self) -> int:
         slot = len(self.keys)
         self.keys.append(b"")
+        for there in self._is_there:
+            there.append(0)
         for column in (
             *(self.parent, self.children, self.first, self.next, self.before),
             *(self.used_s, self.held, self.pinned_s, self.tenant),
         ):
             column.append(0)
         if slot >= len(self.places[0]):
-            self.places = [np.concatenate([each, np.zeros(len(each), PLACES)]) for each in self.places]
+            self.places = [_doubled(each) for each in self.places]
+            self._key_words = _doubled(self._key_words)
         return slot
 
     def _hang(self, slot: int, above: int) -> None:
@@ -325,6 +359,7 @@ class PageTable:
         place = self.place(slot, kind)
         if place is not None:
             self.places[kind][slot] = (0, 0, 0, 0)
+            self._is_there[kind][slot] = 0
             size = HEADER_BYTES + place.length
             self.live_bytes -= size
             self.tenant_bytes[self.tenant[slot]] -= size
@@ -342,7 +377,7 @@ class PageTable:
             self._unhang(slot, above)
             self.touch(above, self.used_s[slot])
             self._push_leaf(above)
-        self.keys[slot] = b""
+        self._name(slot, b"")
         self.parent[slot] = FREE
         self._free.append(slot)
         self.count -= 1
@@ -404,8 +439,14 @@ class PageTable:
         """The same for its leaves: (stamp, slot, key), a heap."""
         self._leaves[tenant] = heap
 
+    def adopt_keys(self, column: bytes) -> None:
+        """The same for the keys of its slots, one after the other."""
+        self.keys, words = split(column, KEY_BYTES), np.frombuffer(column, np.uint64)
+        self._key_words = np.concatenate([words, np.zeros(max(len(words), _SLOTS_MIN * _KEY_WORDS), np.uint64)])
+
     def adopt_places(self) -> None:
         """The same for its pages."""
+        self._is_there = [bytearray((each["segment"][: len(self.keys)] != 0).tobytes()) for each in self.places]
         for kind, places in enumerate(self.places):
             order = np.argsort(places["segment"], kind="stable")
             segments, begins = np.unique(places["segment"][order], return_index=True)
@@ -492,11 +533,14 @@ class PageTable:
         self._laid.pop(segment, None)
 
 
-def _items(column: Sequence[bytes], begin: int) -> Iterator[bytes]:
-    """Its items from `begin` on. A slice would touch those, too, that nobody gets to."""
-    items: Any = iter(column)
-    items.__setstate__(begin)
-    return items  # type: ignore[no-any-return]
+def _rows(slots: Any) -> Any:
+    """As an index of columns."""
+    return slice(slots.start, slots.stop) if isinstance(slots, range) else slots
+
+
+def _doubled(column: Any) -> Any:
+    """With as many rows again."""
+    return np.concatenate([column, np.zeros_like(column)])
 
 
 def _numbers(begin: int, end: int) -> array[int]:

@@ -26,7 +26,9 @@ from emberfs.errors import DeadlineExceeded
 from .page import HEADER_BYTES, Place, encode_header
 from .segments import SECTOR_BYTES
 
-SLAB_BYTES = 16 << 20
+SLAB_BYTES = (16 << 20) + (64 << 10)
+"""16 pages of 1 MiB, and other batches that are whole MiB without their headers."""
+assert SLAB_BYTES >= 16 * (HEADER_BYTES + (1 << 20)) + SECTOR_BYTES
 SLABS_MAX = 4
 THREADS = 2
 """One writes while the other commits."""

@@ -167,6 +167,33 @@ def test_damaged_bytes_are_declined(server: Any, file: File, probe: LaneProbe) -
     assert probe.read(CHUNK, 0, len(file.content)) is None, "whole granules, which the client of a stream checks"
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_items_side_by_side_are_read_together_and_declined_each_for_itself(
+    server: Any, file: File, probe: LaneProbe, seed: int
+) -> None:
+    file.put(server)
+    rng = random.Random(seed)
+    length_max = [10, 96, 3000, 60_000, 299_000, 1000][seed]
+    ranges, offset = [], rng.choice([0, 1, 4096, 5000])
+    while len(ranges) < 800 and offset < len(file.content) - 1:
+        length = min(rng.randint(1, length_max), len(file.content) - offset)
+        ranges.append((offset, length))
+        offset += length + (rng.random() < 0.02)  # Now and then one begins a byte later.
+    items = [probe.item(CHUNK, offset, length, place=offset) for offset, length in ranges]
+    for damaged in (None, ranges[0][0], ranges[len(ranges) // 2][0], ranges[-1][0] + ranges[-1][1] - 1):
+        if damaged is not None:
+            os.pwrite(file.fd, bytes([file.content[damaged] ^ 1]), file.block + damaged)
+        probe.send(*items)
+        for count, (offset, length) in zip(probe.receive(), ranges, strict=True):
+            granules = range(offset >> GRANULE_LOG2, (offset + length - 1 >> GRANULE_LOG2) + 1)
+            is_good = damaged is None or damaged >> GRANULE_LOG2 not in granules
+            assert count == (length if is_good else DECLINED)
+            if is_good:
+                assert bytes(probe.memory[offset : offset + length]) == file.content[offset : offset + length]
+        if damaged is not None:
+            os.pwrite(file.fd, file.content[damaged : damaged + 1], file.block + damaged)
+
+
 class StreamedFile:
     """What `lane.client` packs of a file of one chunk, whose lane is the first one."""
 

@@ -87,7 +87,7 @@ def test_of_an_engine_that_evicts_the_end_comes_before_the_beginning(policy: str
             number, _, places = await pool.reserve(1, TENANT, 0, keys[index : index + 1], [parent], [PAGE], policy)
             pool.commit(number, 1, await bench.write(pool, number, places, keys[index : index + 1]))
             await runtime.sleep(bench.config.orphan_s + 2)
-        assert len(pool.match(TENANT, keys, 0)[0]) == (3 if policy == ON_EVICT else 1)
+        assert len(pool.match(TENANT, b"".join(keys), 0)[0]) == (3 if policy == ON_EVICT else 1)
         number, _, places = await pool.reserve(1, TENANT, 0, chain(2, 2)[1:], chain(2, 1), [PAGE], policy)
         pool.commit(number, 1, await bench.write(pool, number, places, chain(2, 2)[1:]))
         await runtime.sleep(1000 + bench.config.orphan_s + 2)

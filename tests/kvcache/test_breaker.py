@@ -174,11 +174,11 @@ def test_a_tenant_with_too_many_leases_gets_hits_without(monkeypatch: pytest.Mon
         bench = Bench(runtime)
         pool = await bench.open()
         await bench.put(pool, chain(1, 2))
-        leases = [pool.match(TENANT, chain(1, 2), 30)[2] for _ in range(5)]
+        leases = [pool.match(TENANT, b"".join(chain(1, 2)), 30)[2] for _ in range(5)]
         assert [lease > 0 for lease in leases] == [True] * 3 + [False] * 2
         assert pool.counts.unleased_hits == 2
         pool.leases.release(leases[:1], owner=TENANT)
-        assert pool.match(TENANT, chain(1, 2), 30)[2] > 0
+        assert pool.match(TENANT, b"".join(chain(1, 2)), 30)[2] > 0
         await runtime.sleep(31)
         assert pool.leases.count_of(TENANT) == 0
 

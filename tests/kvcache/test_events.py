@@ -84,7 +84,7 @@ def test_who_follows_knows_what_is_there(seed: int, monkeypatch: pytest.MonkeyPa
             elif act < 0.7:
                 await pool.remove(TENANT, keys[-1:])
             elif act < 0.75:
-                pool.match(TENANT, keys, 30.0)
+                pool.match(TENANT, b"".join(keys), 30.0)
             if rng.random() < 0.3:
                 for _, batch in feed.take(1.0):
                     router.hear(batch)

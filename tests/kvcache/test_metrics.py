@@ -57,7 +57,7 @@ def test_a_match_says_why_it_is_no_longer() -> None:
         pool = await bench.open()
 
         def why(keys: list[bytes]) -> tuple[int, str]:
-            slots, reason, _ = pool.match(TENANT, keys, 0)
+            slots, reason, _ = pool.match(TENANT, b"".join(keys), 0)
             return len(slots), reason
 
         keys, other = chain(1, 6), chain(2, 4)
@@ -100,7 +100,7 @@ def test_the_page_has_what_there_is_and_what_was_done() -> None:
         keys = chain(1, 10)
         await bench.put(pool, keys)
         pool.pin(TENANT, keys[:3], 60)
-        pool.match(TENANT, [*keys[:5], *chain(2, 1)], 30.0)
+        pool.match(TENANT, b"".join([*keys[:5], *chain(2, 1)]), 30.0)
         await pool.remove(TENANT, keys[8:])
         counts = ServiceCounts()
         counts.served("Match", 0.0001)
@@ -167,7 +167,7 @@ def test_what_the_dashboard_and_the_alerts_ask_for_is_on_the_page() -> None:
         counts = ServiceCounts()
         counts.served("Match", 0.1, "SeatGone")
         pool = await bench.open()
-        pool.match(TENANT, chain(1, 1), 0)
+        pool.match(TENANT, b"".join(chain(1, 1)), 0)
         pool.lookup(TENANT, 0, chain(1, 1), 0)
         await bench.put(pool, chain(1, 1))
         there = {re.sub(r"\{.*", "", name) for name in page_of(figures_of(pool, counts))}

@@ -45,7 +45,7 @@ class Tree:
 
     def parting(self, word: str) -> tuple[int, int, int]:
         keys = [key(word[:end]) for end in range(1, len(word) + 1)]
-        pages = len(self.table.match(0, keys).slots)
+        pages = len(self.table.match(0, b"".join(keys)).slots)
         return pages, *parting(self.table, 0, keys, pages)
 
 
@@ -118,7 +118,7 @@ def test_on_conversations_the_service_sees_what_the_rule_counts() -> None:
     for request in trace.requests:
         pages = request.pages[: request.whole_pages(512)]
         keys = [(page + 1).to_bytes(32) for page in pages]
-        taken = len(table.match(0, keys).slots)
+        taken = len(table.match(0, b"".join(keys)).slots)
         known, parts_at = parting(table, 0, keys, taken)
         hits += taken
         kept = set(rule.states([request.input_tokens], plan=rule.plan_of(known, taken, parts_at=parts_at)))

@@ -86,7 +86,7 @@ class Bench:
 
     async def readable(self, pool: Pool, keys: list[bytes]) -> int:
         """How many pages a match finds; each of them is read and right."""
-        slots, _, _ = pool.match(TENANT, keys, 0)
+        slots, _, _ = pool.match(TENANT, b"".join(keys), 0)
         for key, slot in zip(keys, slots, strict=False):
             place = pool.table.place(slot, 0)
             assert place is not None
@@ -257,7 +257,7 @@ def test_a_store_that_is_away_makes_no_page_damaged() -> None:
         assert await pool.report(TENANT, 0, keys) == 0, "it was looked at a moment ago"
         await runtime.sleep(RECHECK_S)
         assert await pool.report(TENANT, 0, keys) == 1
-        assert len(pool.match(TENANT, keys, 0)[0]) == 1
+        assert len(pool.match(TENANT, b"".join(keys), 0)[0]) == 1
 
     run(work)
 
@@ -268,7 +268,7 @@ async def interleave(bench: Bench, pool: Pool, prompts: int) -> list[int]:
     for prompt in range(prompts):
         states += await bench.put(pool, chain(prompt, 5), durable=False)
         for warm in range(0, prompt, 4):
-            pool.match(TENANT, chain(warm, 5), 0)
+            pool.match(TENANT, b"".join(chain(warm, 5)), 0)
         assert pool.index.segments.promised_bytes <= bench.config.capacity_bytes
         # What was never written to takes no space.
         on_disk = sum(len(data.rstrip(b"\0")) for path, data in bench.files.files.items() if "/segments/" in path)
@@ -298,7 +298,7 @@ def test_a_moved_page_is_readable_where_it_was_until_the_lease_ends() -> None:
         pool = await bench.open()
         keys = chain(0, 5)
         await bench.put(pool, keys)
-        slots, _, lease = pool.match(TENANT, keys, 30)
+        slots, _, lease = pool.match(TENANT, b"".join(keys), 30)
         places = [pool.table.place(slot, 0) for slot in slots]
         assert lease and places[0] is not None
         segment = pool.index.segments.by_id[places[0].segment]
@@ -326,7 +326,7 @@ def test_leases_hold_space_back_and_never_take_more() -> None:
         pool = await bench.open()
         for prompt in range(200):
             await bench.put(pool, chain(prompt, 5), durable=False)
-            pool.match(TENANT, chain(prompt, 5), 600)
+            pool.match(TENANT, b"".join(chain(prompt, 5)), 600)
             assert pool.index.segments.promised_bytes <= bench.config.capacity_bytes
         assert set(await bench.put(pool, chain(999, 5))) == {REFUSED}
         await runtime.sleep(601)
@@ -344,7 +344,7 @@ def test_a_put_waits_for_leases_that_end_soon() -> None:
             for prompt in range(100):
                 await bench.put(pool, chain(prompt, 5), durable=False)
             for prompt in range(100):
-                pool.match(TENANT, chain(prompt, 5), lease_s)
+                pool.match(TENANT, b"".join(chain(prompt, 5)), lease_s)
             begin_s = runtime.now_s()
             assert set(await bench.put(pool, chain(999, 5), durable=False)) == {state}
             assert least_s <= runtime.now_s() - begin_s < PATIENCE_S
@@ -360,7 +360,7 @@ def test_compaction_under_leases_stays_within_the_capacity() -> None:
         for prompt in range(400):
             states += await bench.put(pool, chain(prompt, 5), durable=False)
             if prompt % 4 == 0 and prompt < 240:
-                pool.match(TENANT, chain(prompt, 5), 600)
+                pool.match(TENANT, b"".join(chain(prompt, 5)), 600)
             assert pool.index.segments.promised_bytes <= bench.config.capacity_bytes
         assert pool.space.counts.moved_bytes > 0, "there was nothing to compact"
         assert REFUSED in states, "space that leases hold back cannot be had"
@@ -459,7 +459,7 @@ def test_a_compaction_lets_go_of_what_is_cold_and_moves_what_is_warm() -> None:
                 await bench.put(pool, warm[prompt], durable=False)
             await bench.put(pool, chain(prompt, 3), durable=False)
             for keys in warm[: prompt + 1]:
-                assert len(pool.match(TENANT, keys, 0)[0]) == 3
+                assert len(pool.match(TENANT, b"".join(keys), 0)[0]) == 3
         for keys in warm:
             assert await bench.readable(pool, keys) == 3
         assert pool.space.counts.moved_bytes < pool.counts.put_bytes / 10
@@ -476,7 +476,7 @@ def test_the_stamps_of_a_prefix_are_those_of_its_pages_below() -> None:
         await runtime.sleep(10)
         await bench.put(pool, new)
         await runtime.sleep(10)
-        pool.match(TENANT, old, 0)
+        pool.match(TENANT, b"".join(old), 0)
         pool.table.spread_stamps()
         stamps = {key: pool.table.used_s[pool.table.slot(TENANT, key) or 0] for key in (*old, *new)}
         assert min(stamps[key] for key in old) > max(stamps[key] for key in new)

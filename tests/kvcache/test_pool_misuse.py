@@ -28,7 +28,7 @@ def test_pages_that_hang_on_themselves_end_nothing_and_go() -> None:
         for key, parent in ((one, one), (two, three), (three, two)):
             number, _, places = await pool.reserve(1, TENANT, 0, [key], [parent], [PAGE])
             pool.commit(number, 1, await bench.write(pool, number, places, [key]))
-        assert len(pool.match(TENANT, [two, three], 0)[0]) == 0
+        assert len(pool.match(TENANT, b"".join([two, three]), 0)[0]) == 0
         await runtime.sleep(120)  # They are orphans.
         assert pool.table.count == 0 and pool.table.live_bytes == 0
         assert await bench.put(pool, [two, three]) == [STORED] * 2
@@ -247,10 +247,10 @@ def test_pages_that_do_not_hang_together_are_all_leased() -> None:
         keys = chain(1, 3)
         for key in keys:
             await bench.put(pool, [key])  # Each is a root.
-        slots, _, _ = pool.match(TENANT, keys, 30)
+        slots, _, _ = pool.match(TENANT, b"".join(keys), 30)
         assert all(pool.table.held[slot] for slot in slots)
         await bench.put(pool, chain(2, 4))
-        slots, _, _ = pool.match(TENANT, chain(2, 4), 30)
+        slots, _, _ = pool.match(TENANT, b"".join(chain(2, 4)), 30)
         assert [pool.table.held[slot] for slot in slots] == [0, 0, 0, 1]
 
     run(work)
@@ -281,7 +281,7 @@ def test_others_have_their_turn_while_a_large_tenant_is_erased() -> None:
         for prompt in range(100):  # All of them hang on one page.
             await bench.put(pool, chain(prompt, 50), parent=root[0], durable=False)
         await bench.put(pool, chain(999, 50))
-        pool.match(TENANT, chain(999, 50), 5)
+        pool.match(TENANT, b"".join(chain(999, 50)), 5)
         count, turns = pool.table.count, 0
         erasing = runtime.spawn(pool.erase(TENANT), "erase")
         while not erasing.done():
@@ -300,7 +300,7 @@ def test_slots_that_were_held_when_their_pages_went_go_later() -> None:
         bench = Bench(runtime)
         pool = await bench.open()
         await bench.put(pool, chain(1, 4))
-        pool.match(TENANT, chain(1, 3), 50)
+        pool.match(TENANT, b"".join(chain(1, 3)), 50)
         assert await pool.erase(TENANT) == (4, 4 * (PAGE + 96))
         assert pool.table.count == 3 and pool.table.live_bytes == 0
         await pool.flush()

@@ -38,7 +38,7 @@ class Lab(Bench):
         for prompt in range(prompts):
             assert set(await self.put(pool, chain(prompt, 5), durable=False)) == {STORED}
             for warm in range(0, prompt, 4):
-                pool.match(TENANT, chain(warm, 5), 0)
+                pool.match(TENANT, b"".join(chain(warm, 5)), 0)
         await pool.flush()
         return pool
 

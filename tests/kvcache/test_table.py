@@ -51,7 +51,7 @@ class Chains:
             parent = each
 
     def pages(self, keys: list[bytes]) -> int:
-        return len(self.table.match(self.tenant, keys).slots)
+        return len(self.table.match(self.tenant, b"".join(keys)).slots)
 
 
 A, B, C, D = (key(name) for name in "ABCD")
@@ -60,10 +60,10 @@ A, B, C, D = (key(name) for name in "ABCD")
 def test_the_longest_prefix_is_found() -> None:
     chains = Chains()
     chains.put([A, B, C])
-    assert chains.table.match(0, [A, B, C]).reason == "whole"
+    assert chains.table.match(0, b"".join([A, B, C])).reason == "whole"
     assert chains.pages([A, B, D, C]) == 2
-    found = chains.table.match(0, [D, A])
-    assert (found.slots.tolist(), found.ends, found.reason) == ([], [], "miss")
+    found = chains.table.match(0, b"".join([D, A]))
+    assert (list(found.slots), found.ends, found.reason) == ([], [], "miss")
     assert chains.pages([]) == 0
     assert chains.table.live_bytes == 3 * (HEADER_BYTES + LENGTH)
 
@@ -72,7 +72,7 @@ def test_tenants_do_not_see_each_other() -> None:
     chains = Chains()
     other = chains.table.add_tenant()
     chains.put([A])
-    assert len(chains.table.match(other, [A]).slots) == 0
+    assert len(chains.table.match(other, A).slots) == 0
 
 
 def test_a_run_of_slots_ends_where_the_chain_goes_on_elsewhere() -> None:
@@ -84,14 +84,25 @@ def test_a_run_of_slots_ends_where_the_chain_goes_on_elsewhere() -> None:
     chains.tenant = other
     chains.put([*trunk[:20], *branch])  # Slots in a row, of another tenant's pages with the same keys.
     for tenant in (0, other):
-        found = chains.table.match(tenant, [*trunk[:20], *branch, A])
+        found = chains.table.match(tenant, b"".join([*trunk[:20], *branch, A]))
         assert [chains.table.keys[slot] for slot in found.slots] == [*trunk[:20], *branch]
         assert {chains.table.tenant[slot] for slot in found.slots} == {tenant}
         assert (found.ends, found.reason) == ([found.slots[-1]], "miss")
     chains.tenant = 0
     assert chains.pages([*trunk[:20], *trunk[21:]]) == 39  # What hangs elsewhere is found, and all of it is held:
-    ends = chains.table.match(0, [*trunk[:20], *branch[:5], *trunk[20:]]).ends
+    ends = chains.table.match(0, b"".join([*trunk[:20], *branch[:5], *trunk[20:]])).ends
     assert ends == [chains.table.slot(0, branch[4]), chains.table.slot(0, trunk[39])]
+
+
+@pytest.mark.parametrize("there", [0, 1, 511, 512, 513, 1500, 1600])
+def test_a_long_chain_is_found_up_to_its_first_key_that_is_not_there(there: int) -> None:
+    chains = Chains()
+    keys = [key(f"long {each}") for each in range(1600)]
+    chains.put(keys[:there])
+    found = chains.table.match(0, b"".join(keys))
+    assert list(found.slots) == list(range(there))
+    assert found.reason == ("whole" if there == len(keys) else "miss")
+    assert chains.table.packed(found.slots, 0) == chains.table.places[0][:there].tobytes()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -124,8 +135,8 @@ def test_a_match_finds_what_looking_up_each_key_finds(seed: int) -> None:
             if slot is None or table.place(slot, 0) is None:
                 break
             expected.append(slot)
-        found = table.match(chains.tenant, asked)
-        assert found.slots.tolist() == expected
+        found = table.match(chains.tenant, b"".join(asked))
+        assert list(found.slots) == expected
         assert (found.reason == "whole") == (len(expected) == len(asked))
         assert set(found.ends) <= set(expected) <= table.above(found.ends)
 
@@ -136,7 +147,7 @@ def test_a_damaged_page_hides_what_comes_after_it_until_it_is_put_again() -> Non
     slot = chains.table.slot(0, B)
     assert slot is not None
     chains.table.unplace(slot, 0)
-    assert chains.table.match(0, [A, B, C]).reason == "damaged"
+    assert chains.table.match(0, b"".join([A, B, C])).reason == "damaged"
     assert chains.pages([A, B, C]) == 1
     chains.put([B], parent=A)
     assert chains.pages([A, B, C]) == 3
@@ -160,7 +171,7 @@ def test_a_trailing_kind_is_needed_on_the_last_pages_only(with_state: list[int],
     chains.put(keys)
     for index in with_state:
         chains.put([keys[index]], kind=1)
-    found = chains.table.match(0, keys)
+    found = chains.table.match(0, b"".join(keys))
     assert len(found.slots) == usable
     assert found.reason == ("whole" if usable == 4 else "no state")
 
@@ -179,6 +190,32 @@ def test_a_leaf_goes_before_its_prefix_and_the_longest_unused_first() -> None:
         table.remove(slot)
     assert order == [C, B, A]
     assert table.count == 0 and table.live_bytes == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_leases_of_any_length_end_when_they_should(seed: int) -> None:
+    rng, held = random.Random(seed), Counter[int]()
+    leases = Leases(lambda slot: held.update([slot]), lambda slot: held.subtract([slot]))
+    ends: dict[int, tuple[float, int]] = {}
+    now_s = 0.0
+    for slot in range(3000):
+        now_s += rng.random()
+        leases.expire(now_s)
+        ends = {lease: end for lease, end in ends.items() if end[0] > now_s}
+        assert {slot for slot, count in held.items() if count} == {slot for _, slot in ends.values()}
+        first_s = leases.first_end_s
+        assert len(leases) == len(ends) and (first_s is None) == (not ends)
+        assert first_s is None or now_s < first_s <= min(ends.values())[0]
+        duration_s = rng.choice([1.0, 30.0, 30.0, 5 * rng.random()])
+        ends[leases.take([slot], owner=1, duration_s=duration_s, now_s=now_s)] = now_s + duration_s, slot
+        lease, longer_s = rng.choice(list(ends)), 40 * rng.random()
+        match rng.randrange(6):
+            case 0:
+                assert leases.extend(lease, owner=1, duration_s=longer_s, now_s=now_s)
+                ends[lease] = max(ends[lease][0], now_s + longer_s), ends[lease][1]
+            case 1:
+                assert leases.release([lease], owner=1) == 1
+                del ends[lease]
 
 
 def test_what_is_leased_or_pinned_stays() -> None:
@@ -265,7 +302,7 @@ def filled() -> tuple[Index, list[bytes]]:
 def same(one: Index, other: Index) -> None:
     for tenant in (0, 1):
         chain = [key(tenant, step) for step in range(20)]
-        found = [index.table.match(tenant, chain) for index in (one, other)]
+        found = [index.table.match(tenant, b"".join(chain)) for index in (one, other)]
         assert len(found[0].slots) == len(found[1].slots) and found[0].reason == found[1].reason
         places = [
             [index.table.place(slot, 0) for slot in each.slots] for index, each in zip((one, other), found, strict=True)

@@ -115,10 +115,13 @@ void lane_table_finish(struct lane_table *table, const struct lane_item *items, 
 
 /* ---- reads of files that are open in this process (read.c) */
 
-/* Read and check an item that was found. `scratch`: twice `scratch_bytes`, for the rest of its granules. What preadv2 does
-   not read whole with `flags` is declined, and what has another checksum is damaged as well. */
-int32_t lane_read_item(const struct lane_found *found, const struct lane_item *item, uint8_t *into, uint8_t *scratch,
-                       uint64_t scratch_bytes, int flags, int *is_damaged);
+/* Whether an item and the one after it are of one chunk, as it was found, and lie side by side there. */
+int lane_goes_on(const struct lane_found *found, const struct lane_item *item);
+/* Read and check items that were found and lie side by side, or one. `scratch`: twice `scratch_bytes`, for the rest of their
+   granules. What preadv2 does not read whole with `flags` is declined, and what has another checksum is damaged as well: of
+   several only that which is. */
+void lane_read_items(const struct lane_found *found, const struct lane_item *items, uint8_t *const *into, size_t count,
+                     uint8_t *scratch, uint64_t scratch_bytes, int flags, int32_t *counts, int *is_damaged);
 /* Read items of the table in this very thread, which may wait for disks; item i goes to into[i]. 0, or -1: no memory. */
 int lane_read_here(struct lane_table *table, const struct lane_item *items, size_t count, uint8_t *const *into,
                    int32_t *counts);

@@ -7,33 +7,64 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-int32_t lane_read_item(const struct lane_found *found, const struct lane_item *item, uint8_t *into, uint8_t *scratch,
-                       uint64_t scratch_bytes, int flags, int *is_damaged) {
-    if (found->file == NULL) return LANE_DECLINED;
+#define PARTS_MAX 256
+
+/* Read items that lie side by side in one chunk, and the rest of their granules, in steps. 0; -1: not all of it is to be
+   had, or right. */
+static int read_run(const struct lane_found *found, const struct lane_item *items, uint8_t *const *into, size_t count,
+                    uint8_t *scratch, uint64_t scratch_bytes, int flags, int *is_damaged) {
+    const struct lane_item *last = &items[count - 1];
     uint64_t granule = 1ull << found->granule_log2;
-    uint64_t begin = item->offset & ~(granule - 1), end = item->offset + (uint64_t)item->length;
+    uint64_t begin = items->offset & ~(granule - 1), end = last->offset + (uint64_t)last->length;
     uint64_t stop = (end + granule - 1) & ~(granule - 1);
     if (stop > found->length) stop = found->length;
-    uint64_t before = item->offset - begin, after = stop - end;
-    if (before > scratch_bytes || after > scratch_bytes) return LANE_DECLINED;
+    uint64_t before = items->offset - begin, after = stop - end, done = 0;
+    if (before > scratch_bytes || after > scratch_bytes) return -1;
     uint32_t crc = found->sum_before;
-    /* The granules in steps; what lies before and after the item's own bytes goes to scratch memory. */
-    for (uint64_t at = 0; at < item->length;) {
-        uint64_t step = item->length - at < LANE_STEP_BYTES ? item->length - at : LANE_STEP_BYTES;
-        uint64_t lead = at == 0 ? before : 0, trail = at + step == item->length ? after : 0;
-        struct iovec parts[3];
-        int count = 0;
-        if (lead) parts[count++] = (struct iovec){scratch, lead};
-        parts[count++] = (struct iovec){into + at, step};
-        if (trail) parts[count++] = (struct iovec){scratch + scratch_bytes, trail};
-        off_t offset = (off_t)(found->block + (int64_t)(begin + (at ? before + at : 0)));
-        if (preadv2(found->fd, parts, count, offset, flags) != (ssize_t)(lead + step + trail)) return LANE_DECLINED;
-        for (int part = 0; part < count; part++) crc = lane_crc32c(crc, parts[part].iov_base, parts[part].iov_len);
-        at += step;
+    off_t offset = (off_t)(found->block + (int64_t)begin);
+    for (size_t item = 0; item < count;) {
+        struct iovec parts[PARTS_MAX];
+        int used = 0;
+        uint64_t size = 0, room = LANE_STEP_BYTES;
+        if (item == 0 && done == 0 && before) parts[used++] = (struct iovec){scratch, before};
+        while (item < count && room && used < PARTS_MAX - 1) {
+            uint64_t left = items[item].length - done, step = left < room ? left : room;
+            if (step) parts[used++] = (struct iovec){into[item] + done, step};
+            room -= step;
+            done = step < left ? done + step : 0;
+            if (!done) item++;
+        }
+        if (item == count && after) parts[used++] = (struct iovec){scratch + scratch_bytes, after};
+        for (int part = 0; part < used; part++) size += parts[part].iov_len;
+        if (preadv2(found->fd, parts, used, offset, flags) != (ssize_t)size) return -1;
+        for (int part = 0; part < used; part++) crc = lane_crc32c(crc, parts[part].iov_base, parts[part].iov_len);
+        offset += (off_t)size;
     }
-    if (crc == found->sum_after) return (int32_t)item->length;
+    if (crc == found[count - 1].sum_after) return 0;
     *is_damaged = 1;
-    return LANE_DECLINED;
+    return -1;
+}
+
+int lane_goes_on(const struct lane_found *found, const struct lane_item *item) {
+    return found[0].file != NULL && found[1].file == found[0].file && found[1].slot == found[0].slot &&
+           found[1].generation == found[0].generation && found[1].block == found[0].block &&
+           item[1].offset == item[0].offset + (uint64_t)item[0].length;
+}
+
+void lane_read_items(const struct lane_found *found, const struct lane_item *items, uint8_t *const *into, size_t count,
+                     uint8_t *scratch, uint64_t scratch_bytes, int flags, int32_t *counts, int *is_damaged) {
+    if (found->file != NULL && count > 1) {
+        int is_some_damaged = 0; /* Which one is, is found out below. */
+        if (read_run(found, items, into, count, scratch, scratch_bytes, flags, &is_some_damaged) == 0) {
+            for (size_t at = 0; at < count; at++) counts[at] = (int32_t)items[at].length;
+            return;
+        }
+    }
+    for (size_t at = 0; at < count; at++) {
+        int has_come = found[at].file != NULL && read_run(&found[at], &items[at], &into[at], 1, scratch, scratch_bytes, flags,
+                                                          is_damaged) == 0;
+        counts[at] = has_come ? (int32_t)items[at].length : LANE_DECLINED;
+    }
 }
 
 int lane_read_here(struct lane_table *table, const struct lane_item *items, size_t count, uint8_t *const *into,
@@ -48,9 +79,12 @@ int lane_read_here(struct lane_table *table, const struct lane_item *items, size
         if (found[at].file != NULL && 1ull << found[at].granule_log2 > scratch_bytes)
             scratch_bytes = 1ull << found[at].granule_log2;
     if (scratch_bytes <= LANE_SCRATCH_BYTES) scratch = malloc(2 * scratch_bytes);
-    for (size_t at = 0; at < count; at++)
-        counts[at] = scratch == NULL ? LANE_DECLINED
-                                     : lane_read_item(&found[at], &items[at], into[at], scratch, scratch_bytes, 0, &is_damaged);
+    for (size_t at = 0, run; at < count; at += run) {
+        counts[at] = LANE_DECLINED;
+        for (run = 1; scratch != NULL && at + run < count && lane_goes_on(&found[at + run - 1], &items[at + run - 1]);) run++;
+        if (scratch != NULL)
+            lane_read_items(&found[at], &items[at], &into[at], run, scratch, scratch_bytes, 0, &counts[at], &is_damaged);
+    }
     lane_table_finish(table, items, count, found, counts);
     free(scratch);
     free(found);

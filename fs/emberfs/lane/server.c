@@ -63,6 +63,7 @@ struct worker {
     struct lane *lanes; /* guarded by the server's lock */
     uint8_t *packet, *scratch;
     struct lane_found *found;
+    uint8_t *into[LANE_ITEMS_MAX]; /* where the items of a read go */
     struct {
         struct lane_head head;
         int32_t counts[LANE_ITEMS_MAX];
@@ -143,13 +144,27 @@ static void forget_region(struct lane_server *server, struct lane *lane, uint64_
 
 /* ---- reads */
 
-static int32_t read_item(struct worker *worker, struct lane *lane, const struct lane_item *item,
-                         const struct lane_found *found) {
-    uint8_t *into = region_of(lane, item->region)->address + item->place;
-    int is_damaged = 0;
-    int32_t count = lane_read_item(found, item, into, worker->scratch, LANE_SCRATCH_BYTES, RWF_NOWAIT, &is_damaged);
+/* Of a reader: one of the grants that it has shown is for this. */
+static int is_granted(const struct lane *lane, const struct lane_item *item, int64_t now_s) {
+    if (lane->tenant == NULL) return 1;
+    const struct lane_grant *grant = item->grant - 1 < LANE_GRANTS_MAX ? lane->grants[item->grant - 1] : NULL;
+    return grant != NULL && lane_grant_covers(grant, item, now_s);
+}
+
+/* Of items from `at` on, those that lie side by side: how many were read, or declined. */
+static int read_run(struct worker *worker, struct lane *lane, const struct lane_item *items, int at, int count, int64_t now_s) {
+    int run = 1, is_damaged = 0;
+    worker->reply.counts[at] = LANE_DECLINED;
+    if (!is_granted(lane, &items[at], now_s)) return run;
+    while (at + run < count && lane_goes_on(&worker->found[at + run - 1], &items[at + run - 1]) &&
+           is_granted(lane, &items[at + run], now_s))
+        run++;
+    for (int each = at; each < at + run; each++)
+        worker->into[each] = region_of(lane, items[each].region)->address + items[each].place;
+    lane_read_items(&worker->found[at], &items[at], &worker->into[at], run, worker->scratch, LANE_SCRATCH_BYTES, RWF_NOWAIT,
+                    &worker->reply.counts[at], &is_damaged);
     if (is_damaged) __atomic_add_fetch(&worker->server->stats.damaged, 1, __ATOMIC_RELAXED);
-    return count;
+    return run;
 }
 
 void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count) {
@@ -162,13 +177,6 @@ void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count) {
     __atomic_add_fetch(&stats->items, count, __ATOMIC_RELAXED);
     __atomic_add_fetch(&stats->declined, declined, __ATOMIC_RELAXED);
     __atomic_add_fetch(&stats->bytes, bytes, __ATOMIC_RELAXED);
-}
-
-/* Of a reader: one of the grants that it has shown is for this. */
-static int is_granted(const struct lane *lane, const struct lane_item *item, int64_t now_s) {
-    if (lane->tenant == NULL) return 1;
-    const struct lane_grant *grant = item->grant - 1 < LANE_GRANTS_MAX ? lane->grants[item->grant - 1] : NULL;
-    return grant != NULL && lane_grant_covers(grant, item, now_s);
 }
 
 /* With other keys nothing that was checked before counts: the client asks the service, which checks it again. */
@@ -217,9 +225,7 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
         take_grant(worker, lane, items[0].grant, (const uint8_t *)head + plain, size - plain) != 0)
         return -1;
     int64_t now_s = lane->tenant != NULL ? time(NULL) : 0;
-    for (int at = 0; at < head->count; at++)
-        counts[at] = is_granted(lane, &items[at], now_s) ? read_item(worker, lane, &items[at], &worker->found[at])
-                                                         : LANE_DECLINED;
+    for (int at = 0; at < head->count;) at += read_run(worker, lane, items, at, head->count, now_s);
     lane_table_finish(table, items, head->count, worker->found, counts);
     lane_count(&worker->server->stats, counts, head->count);
     worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
