@@ -2,7 +2,7 @@
 
 from .apply import apply
 from .exchange import ExchangeDispatcher
-from .gradients import reduce_gradients
+from .gradients import HAS_FP64, reduce_gradients
 from .mesh import Mesh, ParallelConfig
 
-__all__ = ["ExchangeDispatcher", "Mesh", "ParallelConfig", "apply", "reduce_gradients"]
+__all__ = ["HAS_FP64", "ExchangeDispatcher", "Mesh", "ParallelConfig", "apply", "reduce_gradients"]

@@ -27,7 +27,7 @@ from ..model.linear import Linear
 from ..model.model import Model
 from ..model.moe import MoE
 from .exchange import ExchangeDispatcher
-from .gradients import sum_in_fp64
+from .gradients import HAS_FP64, sum_in_fp64
 from .mesh import Mesh
 
 
@@ -38,8 +38,11 @@ def apply(model: Model, mesh: Mesh, *, dtype: torch.dtype = torch.float32, exact
     for fsdp alone: without, weights are whole, and the caller may cast them. With one rank too: see `_keep_present`.
 
     `exact`: a step has the same bits, but for accidents of rounding, however its forward calls are dealt out to ranks.
-    Experts multiply the rows of each rank by themselves, and gradients are added up in fp64 (`gradients.py`).
+    Experts multiply the rows of each rank by themselves, and gradients are added up in fp64 (`gradients.py`), which
+    takes torch 2.10.
     """
+    if exact and not HAS_FP64:
+        raise ConfigError(f"exact sums of gradients need torch 2.10 or later; this is {torch.__version__}")
     mixtures = [module for module in model.modules() if isinstance(module, MoE)]
     for mixture in mixtures:
         _check(mixture, mesh)

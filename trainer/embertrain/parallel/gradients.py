@@ -22,6 +22,8 @@ from ..model.model import Model
 from ..optim.muon import local
 from .mesh import Mesh
 
+HAS_FP64 = hasattr(torch.Tensor, "grad_dtype")
+"""Whether this torch can add gradients of another type than their weights': since 2.10."""
 _BUCKET = 1 << 24
 """Numbers that are reduced together."""
 

@@ -23,7 +23,7 @@ from ..errors import NotFinite
 from ..model.config import Mixture
 from ..model.router import update_bias
 from ..optim import clip, lr, set_lr
-from ..parallel import Mesh, reduce_gradients
+from ..parallel import HAS_FP64, Mesh, reduce_gradients
 from .config import TrainConfig
 from .objective import Objective, Totals, routers
 from .packing import Packed, pack
@@ -179,10 +179,11 @@ class Stepper:
 
 
 def is_exact(config: TrainConfig, mesh: Mesh) -> bool:
-    """Whether gradients are added up exactly: where there are several to add, of micro-batches or of ranks."""
+    """Whether gradients are added up exactly: where there are several to add, of micro-batches or of ranks, and torch
+    can."""
     data = config.data
     one = mesh.ranks == 1 and (data.micro_samples or data.batch_samples) >= data.batch_samples
-    return config.compute.deterministic and not one
+    return config.compute.deterministic and HAS_FP64 and not one
 
 
 def _not_finite(number: int, loss: float, norm: float) -> NotFinite:
