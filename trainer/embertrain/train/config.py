@@ -153,8 +153,8 @@ class ComputeSection:
     deterministic: bool = True
     """Refuse operations whose bits change from run to run. And where there are several ranks or micro-batches, add
     gradients up in fp64, and multiply the rows that experts get from each rank by themselves: what the ranks are for
-    then changes no bit, but by accidents of rounding. It costs some per cent of a step, and 8 bytes for what is 4; torch 2.9 cannot, and
-    runs without."""
+    then changes no bit, but by accidents of rounding. It costs some per cent of a step, and 8 bytes for what is 4;
+    torch 2.9 goes on without."""
     threads: int = 0
     """Of torch, on a CPU; 0: as it finds it. A resumed run has the same bits with as many only."""
 
