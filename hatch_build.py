@@ -17,7 +17,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = ("crc32c.c", "table.c", "grant.c", "read.c", "server.c", "client.c", "stream.c", "module.c")
+SOURCES = ("crc32c.c", "table.c", "grant.c", "read.c", "words.c", "server.c", "client.c", "stream.c", "module.c")
 LANES, LOOPS = "fs/emberfs/lane/_native.abi3.so", "trainer/embertrain/kernels/_loops.{}.so"
 LOOP_SOURCES = (
     "threads.c",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import emberflow.tokens.dataset as dataset_module
+import emberfs
 import fsspec
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ import zarr
 from emberflow import DatasetExists, DatasetNotFound, InvalidArgument, TokenDataset, TokensInvalid, write_tokens
 from emberflow.tokens import array, group, ranges
 from emberflow.tokens.order import Order
+from emberfs.storage.service import granule_log2_of
+from emberfs.types import Chunks
 from fsspec.core import url_to_fs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +129,26 @@ def test_arrays_end_at_chunks_at_shards_and_between(tmp_path: Path, length: int)
         with TokenDataset(str(tmp_path / "corpus"), sequence_tokens=length - 1) as dataset:
             assert np.array_equal(dataset.read([0]).tokens[0], stream([text]))
             assert not list(dataset.verify())
+
+
+def test_a_store_has_fine_checksums_of_shards(tmp_path: Path) -> None:
+    store = f"ember://{tmp_path}/store"
+    write_tokens(f"{store}/!/corpus", documents(3000), **WORDS)
+    with emberfs.connect(store) as client:
+        layout = client.stat("/corpus/tokens/c/0").layout
+    assert isinstance(layout, Chunks)
+    assert 1 << granule_log2_of(layout.chunk_size_bytes) == 4096
+
+
+@pytest.mark.parametrize("has_native", [False, True])
+@given(data=st.data())
+def test_a_token_is_found_wherever_it_is(has_native: bool, data: st.DataObject) -> None:
+    tokens = np.array(data.draw(st.lists(st.integers(0, data.draw(st.sampled_from([0, 1, 40]))), max_size=150)), "<u4")
+    tokens = tokens[data.draw(st.integers(0, 3)) :]
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_native:
+            patch.setattr(dataset_module, "native", None)
+        assert dataset_module._places(tokens, 0).tolist() == [at for at, token in enumerate(tokens) if token == 0]
 
 
 def test_samples_are_windows_of_the_stream(dataset: TokenDataset) -> None:

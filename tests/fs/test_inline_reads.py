@@ -176,3 +176,18 @@ def test_a_buffer_that_is_too_small_is_refused(tmp_path: Path) -> None:
         native.read_files(np.zeros(1, np.int32), one, 2 * one, bytearray(1))
     with pytest.raises(ValueError, match="room"):
         native.read_files(np.zeros(2, np.int32), one, one, bytearray(9))
+
+
+@needs_native
+@pytest.mark.parametrize("count", [0, 1, 32, 1000, 3 << 18])
+@pytest.mark.parametrize("kinds", [1, 2, 700])
+def test_words_are_found(count: int, kinds: int) -> None:
+    words = np.random.default_rng(count).integers(0, kinds, count, np.uint32)
+    assert np.array_equal(np.frombuffer(native.find_word(words, 0), np.int64), np.flatnonzero(words == 0))
+
+
+@needs_native
+def test_what_is_not_of_words_is_refused() -> None:
+    for data in (bytearray(6), memoryview(bytearray(9))[1:]):
+        with pytest.raises(ValueError, match="aligned"):
+            native.find_word(data, 0)

@@ -22,12 +22,16 @@ import numpy.typing as npt
 from emberfs.checksum import crc32c
 
 from ..errors import TokensInvalid
-from .ranges import Ranges
+from ..sources import protocol_of
+from .ranges import Rows
 
 CHUNK_ITEMS = 1 << 18
 SHARD_CHUNKS = 1 << 12
 """A shard of tokens is 4 GiB: a thousand files for 10^12 tokens."""
 CRC_BYTES = 4
+STORE_OPTIONS = {"chunk_size_bytes": 1 << 20}
+"""Of shards in a store. It keeps a checksum for each 4 KiB of such chunks, for each 16 KiB of its usual ones, and reads
+whole what a sample touches of them."""
 
 METADATA = "zarr.json"
 _MISSING = 2**64 - 1
@@ -82,22 +86,23 @@ class ArrayLayout:
     def shard_path(self, shard: int) -> str:
         return posixpath.join(self.path, "c", str(shard))
 
-    def ranges(self, begins: npt.NDArray[np.int64], count: int, into: memoryview) -> Ranges:
-        """What to read so that `into` holds `count` items, at least one, from each of `begins` on, one row after the
-        other."""
+    def rows(self, begins: npt.NDArray[np.int64], count: int) -> Rows:
+        """Where rows of `count` items, at least one, are that begin at each of `begins`."""
         size = self.chunk_items
         chunks, inside = np.divmod(begins, size)
         # A row is read in a piece from each chunk that it touches.
         pieces = (inside + (count - 1)) // size + 1
+        ends = np.cumsum(pieces)
         begins = np.repeat(begins, pieces)
-        chunks = np.repeat(chunks - (np.cumsum(pieces) - pieces), pieces) + np.arange(len(begins))
+        chunks = np.repeat(chunks - (ends - pieces), pieces) + np.arange(len(begins))
         from_items = np.maximum(begins, chunks * size)
         to_items = np.minimum(begins + count, (chunks + 1) * size)
         shards, numbers = np.divmod(chunks, self.shard_chunks)
         offsets = numbers * self.chunk_bytes + (from_items - chunks * size) * self.item_bytes
         of_pieces = shards.tolist()
         paths = {shard: self.shard_path(shard) for shard in set(of_pieces)}
-        return Ranges([paths[shard] for shard in of_pieces], offsets, (to_items - from_items) * self.item_bytes, into)
+        lengths = (to_items - from_items) * self.item_bytes
+        return Rows([paths[shard] for shard in of_pieces], offsets, lengths, [0, *ends.tolist()])
 
     def chunks_of(self, shard: int) -> int:
         """How many chunks a shard holds."""
@@ -215,7 +220,8 @@ class ArrayWriter:
         if self._file is None:
             path = self._layout.shard_path(shard)
             self._filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
-            self._file = self._filesystem.open(path, "wb")
+            options = STORE_OPTIONS if protocol_of(self._filesystem) == "ember" else {}
+            self._file = self._filesystem.open(path, "wb", **options)
         data = bytes_view(self._chunk)
         self.sums.append(crc32c(data))
         self._file.write(data)

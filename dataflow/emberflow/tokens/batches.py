@@ -13,17 +13,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import InvalidArgument
 
 if TYPE_CHECKING:
     from .dataset import Samples, TokenDataset
+    from .ranges import Rows
 
 _THREADS_MAX = 4
 _ORDER_SAMPLES = 4096
-"""So many are put in order at once: each call costs as much as some reads."""
+"""So many are put in order, and looked up, at once: each call costs as much as some reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +52,8 @@ class Batches(Iterator[TokenBatch]):
         self.step = step
         """The next one."""
         self._ahead_steps = max(1, _ORDER_SAMPLES // (batch_size // ranks))
-        self._indices: tuple[int, npt.NDArray[np.int64]] = (0, np.empty((0, 0), np.int64))
-        """The samples of some steps, from one on."""
+        self._ahead: tuple[int, Rows | None] = (0, None)
+        """Where the samples of `ahead_steps` steps are, from one on."""
         self._pool: ThreadPoolExecutor | None = None
         self._reading: deque[Future[TokenBatch]] = deque()
         """The steps from `step` on."""
@@ -100,17 +98,16 @@ class Batches(Iterator[TokenBatch]):
         return _batches, (self._dataset, self._batch_size, self.step, self._rank, self._ranks, self._prefetch)
 
     def _read(self, step: int) -> TokenBatch:
-        first, indices = self._indices
-        if not first <= step < first + len(indices):
+        first, rows = self._ahead
+        if rows is None or not first <= step < first + self._ahead_steps:
             # Threads may do this at the same time, to the same end.
-            first, indices = (
-                step,
-                self._dataset.indices(
-                    step, self._batch_size, rank=self._rank, ranks=self._ranks, steps=self._ahead_steps
-                ),
+            indices = self._dataset.indices(
+                step, self._batch_size, rank=self._rank, ranks=self._ranks, steps=self._ahead_steps
             )
-            self._indices = first, indices
-        return TokenBatch(step, self._dataset.read(indices[step - first]))
+            first, rows = self._ahead = step, self._dataset.rows(indices.reshape(-1))
+        share = self._batch_size // self._ranks
+        begin = (step - first) * share
+        return TokenBatch(step, self._dataset.read_rows(rows, begin, begin + share))
 
 
 def _batches(dataset: TokenDataset, batch_size: int, step: int, rank: int, ranks: int, prefetch: int) -> Batches:

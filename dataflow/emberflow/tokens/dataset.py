@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from emberfs.lane import native
 
 from ..errors import InvalidArgument
 from ..sources import StorageOptions
@@ -27,7 +28,7 @@ from .array import bytes_view
 from .group import open_group
 from .memory import Memory
 from .order import ORDER_VERSION, Order
-from .ranges import Files
+from .ranges import Files, Rows
 
 if TYPE_CHECKING:
     from .batches import Batches
@@ -124,9 +125,16 @@ class TokenDataset:
         numbers = np.asarray(indices, np.int64).reshape(-1)
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._length:
             raise IndexError(f"sample numbers are from 0 to {self._length - 1}")
-        width = self.sequence_tokens + 1
-        tokens = self._memory.take(numbers.size, width)
-        self._files.read(self.group.tokens.ranges(numbers * self.sequence_tokens, width, bytes_view(tokens)))
+        return self.read_rows(self.rows(numbers), 0, numbers.size)
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+        """Where samples are."""
+        return self.group.tokens.rows(numbers * self.sequence_tokens, self.sequence_tokens + 1)
+
+    def read_rows(self, rows: Rows, begin: int, end: int) -> Samples:
+        """Those of the samples [begin, end) of `rows`, in one batch of reads."""
+        tokens = self._memory.take(end - begin, self.sequence_tokens + 1)
+        self._files.read(rows.ranges(begin, end, bytes_view(tokens)))
         return Samples(tokens, _starts(tokens, self.eos_id))
 
     def indices(
@@ -169,7 +177,7 @@ class TokenDataset:
 def _starts(tokens: npt.NDArray[np.uint32], eos_id: int) -> tuple[npt.NDArray[np.int64], ...]:
     """Where documents begin: at the front, and behind each eos token that the sample predicts from."""
     count, width = tokens.shape
-    after = np.flatnonzero(tokens.reshape(-1) == eos_id) + 1
+    after = _places(tokens.reshape(-1), eos_id) + 1
     rows, places = np.divmod(after, width)
     # Position S is only predicted; behind it, place 0 of the next row is not this one's.
     inside = (places > 0) & (places < width - 1)
@@ -179,3 +187,11 @@ def _starts(tokens: npt.NDArray[np.uint32], eos_id: int) -> tuple[npt.NDArray[np
     starts[np.arange(1, len(places) + 1) + rows] = places
     bounds = (np.searchsorted(rows, np.arange(count + 1)) + np.arange(count + 1)).tolist()
     return tuple(starts[begin:end] for begin, end in itertools.pairwise(bounds))
+
+
+def _places(tokens: npt.NDArray[np.uint32], token: int) -> npt.NDArray[np.int64]:
+    """Where `token` is."""
+    if native is None:
+        return np.flatnonzero(tokens == token)
+    # In one pass. numpy takes two, and gives up and awaits the interpreter's lock in each.
+    return np.frombuffer(native.find_word(tokens, token), np.int64)

@@ -63,6 +63,24 @@ class Ranges:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of equal length, each of them in one range of a file or in several that follow each other. To work out where
+    many are costs little more than where one is."""
+
+    paths: Sequence[str]
+    """Of each range, as are `offsets` and `lengths`."""
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    bounds: Sequence[int]
+    """Row r has the ranges [bounds[r], bounds[r + 1])."""
+
+    def ranges(self, begin: int, end: int, into: memoryview) -> Ranges:
+        """The ranges of rows [begin, end), which `into` has room for."""
+        some = slice(self.bounds[begin], self.bounds[end])
+        return Ranges(self.paths[some], self.offsets[some], self.lengths[some], into)
+
+
+@dataclass(frozen=True, slots=True)
 class Seal:
     """A file that is put behind the others, and taken away before them: while it holds this, they are the same ones."""
 

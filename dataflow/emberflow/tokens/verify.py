@@ -107,5 +107,5 @@ def _read(layout: ArrayLayout, files: Files, begin: int, count: int) -> Items:
     count = max(0, min(count, layout.length - begin))
     items = np.empty(count, layout.dtype)
     if count:
-        files.read(layout.ranges(np.array([begin]), count, bytes_view(items)))
+        files.read(layout.rows(np.array([begin]), count).ranges(0, 1, bytes_view(items)))
     return items

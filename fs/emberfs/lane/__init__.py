@@ -13,7 +13,8 @@ chain version and the lease were still good when it was over; it then happened a
     crc32c.c   the checksum          server.c   threads that serve lanes
     table.c    the extents           stream.c   lanes over TCP, both ends
     lane.h     the messages          client.c   one exchange
-    read.c     reads of open files   module.c   all of it for Python
+    read.c     reads of open files   words.c    where a word stands in what was read
+    module.c   all of it for Python
 
 `server` and `client` are the two ends in Python. An embedded store has the table, and reads by it without a lane:
 `inline`. Where the C part was not built (no compiler, or not

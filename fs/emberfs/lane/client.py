@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import os
 import struct
 import threading
 from array import array
@@ -49,6 +50,10 @@ STAGE_BYTES = 16 << 20
 SPIN_NS_MIN = 100_000
 SPIN_BYTES_PER_NS = 4
 """An answer is looked for so long before the thread sleeps: a little longer than the bytes should take."""
+CORES_PER_READER = 2
+"""Its own, where it may look, and one for the server. With fewer, who looks keeps others of us from their work."""
+LATELY_S = 0.005
+"""Who read so long ago is counted as a reader still: it does something with what it got, and comes again."""
 TIMEOUT_NS_MIN = 1_000_000_000
 TIMEOUT_BYTES_PER_NS = 0.01
 """Then the lane is given up. A server answers at once, or declines at once: it waits for no disk."""
@@ -104,6 +109,10 @@ class _Lanes:
         """Of each server, what is where."""
         self.shows = bytearray(SERVERS_MAX)
         """Those that do not know what is read under now."""
+        self.given_s = 0.0
+        """When the last read ended."""
+        self.may_look = False
+        """There are cores enough for this read to look for its answer."""
         self.waited_s = 0.0
         """How long the last read was in the native part: nearly all of it for servers."""
 
@@ -193,6 +202,10 @@ class LaneReader:
         self._lock = threading.Lock()
         """Of what follows."""
         self._idle: list[_Lanes] = []
+        """The ones used last at the end."""
+        self._taken = 0
+        """How many threads read now."""
+        self._cores = len(os.sched_getaffinity(0))
         self._indices: dict[str, int] = {}
         """Server -> its index in packed files."""
         self._barred: dict[str, float] = {}
@@ -233,6 +246,8 @@ class LaneReader:
         except (native.LaneLost, OSError) as error:
             log.debug("lanes are given up: %s", error)
         finally:
+            with self._lock:
+                self._taken -= 1
             if is_whole:
                 self._give(lanes)
             else:
@@ -272,7 +287,7 @@ class LaneReader:
             lanes.stage.address,
             STAGE_BYTES,
             next(_calls),
-            SPIN_NS_MIN + size // SPIN_BYTES_PER_NS,
+            SPIN_NS_MIN + size // SPIN_BYTES_PER_NS if lanes.may_look else 0,
             TIMEOUT_NS_MIN + int(size / TIMEOUT_BYTES_PER_NS),
             place,
             grant,
@@ -366,11 +381,18 @@ class LaneReader:
     # --- lanes -----------------------------------------------------------------------------------------------------
 
     def _take(self) -> _Lanes:
+        """For a read that begins now: `_taken` has it until it ends."""
+        since_s = self._runtime.now_s() - LATELY_S
         with self._lock:
-            return self._idle.pop() if self._idle else _Lanes()
+            lanes = self._idle.pop() if self._idle else _Lanes()
+            self._taken += 1
+            lately = itertools.takewhile(lambda each: each.given_s > since_s, reversed(self._idle))
+            lanes.may_look = (self._taken + len(list(lately))) * CORES_PER_READER <= self._cores
+        return lanes
 
     def _give(self, lanes: _Lanes) -> None:
         """After a read that ended well."""
+        lanes.given_s = self._runtime.now_s()
         with self._lock:
             is_kept = not self._is_closed and len(self._idle) < IDLE_MAX
             if is_kept:

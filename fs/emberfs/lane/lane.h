@@ -130,6 +130,11 @@ int lane_read_here(struct lane_table *table, const struct lane_item *items, size
 size_t lane_read_files(const int32_t *fds, const int64_t *offsets, const int64_t *lengths, size_t count, uint8_t *into,
                        int *error);
 
+/* ---- words (words.c) */
+
+/* How many of the words are `word`; `places` gets where, of the first `room` of them. */
+size_t lane_find_word(const uint32_t *words, size_t count, uint32_t word, int64_t *places, size_t room);
+
 /* ---- grants */
 
 #define LANE_GRANTS_MAX 64 /* that a lane remembers */

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANE_INTERFACE 4 /* of what Python calls here: `lane.native` takes no other one */
+#define LANE_INTERFACE 5 /* of what Python calls here: `lane.native` takes no other one */
 
 static PyObject *lane_lost;
 
@@ -683,7 +683,43 @@ static PyObject *read_files(PyObject *module, PyObject *args) {
     return result;
 }
 
+/* ---- words */
+
+#define FIND_HELD_BYTES_MAX (4 << 20) /* below, to give the interpreter's lock up and wait for it takes longer than to search */
+
+static PyObject *find_word(PyObject *module, PyObject *args) {
+    Py_buffer data;
+    unsigned int word;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*I", &data, &word)) return NULL;
+    PyObject *result = NULL;
+    int64_t *places = NULL;
+    if (data.len % 4 || (uintptr_t)data.buf % 4) {
+        PyErr_SetString(PyExc_ValueError, "words are of 4 bytes, and aligned");
+        goto out;
+    }
+    size_t count = (size_t)data.len / 4, room = 0, found = count / 256;
+    while (found > room || places == NULL) {
+        free(places);
+        room = found + 1;
+        places = malloc(room * sizeof *places);
+        if (places == NULL) {
+            PyErr_NoMemory();
+            goto out;
+        }
+        PyThreadState *state = data.len > FIND_HELD_BYTES_MAX ? PyEval_SaveThread() : NULL;
+        found = lane_find_word(data.buf, count, word, places, room);
+        if (state != NULL) PyEval_RestoreThread(state);
+    }
+    result = PyBytes_FromStringAndSize((char *)places, (Py_ssize_t)(found * sizeof *places));
+out:
+    free(places);
+    PyBuffer_Release(&data);
+    return result;
+}
+
 static PyMethodDef functions[] = {
+    {"find_word", find_word, METH_VARARGS, "find_word(words, word) -> where it stands, counted in words, packed as int64"},
     {"read_files", read_files, METH_VARARGS,
      "read_files(descriptors, offsets, lengths, into) -> how many ranges were filled, one after the other; the next one is\n"
      "longer than its file. Packed as int32, int64 and int64. Raises OSError."},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-INTERFACE = 4
+INTERFACE = 5
 """What we call there. One that was built from other sources is as good as none."""
 
 try:
