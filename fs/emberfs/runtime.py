@@ -130,8 +130,9 @@ class AsyncioRuntime:
         self._inline_blocks = False
         self._executor = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-io")
         self._readers = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-read")
-        # Of what asyncio itself offloads (it asks for addresses so): its own threads may outlive `stop`.
-        self.loop.set_default_executor(self._executor)
+        # asyncio asks for addresses in threads; its own would outlive `stop`. Nothing else waits behind a slow one.
+        self._names = ThreadPoolExecutor(OFFLOAD_THREADS_MAX, thread_name_prefix=f"{name}-names")
+        self.loop.set_default_executor(self._names)
         self._thread = threading.Thread(target=self._run_loop, name=f"{name}-loop", daemon=True)
         self._started = threading.Event()
         self._thread.start()
@@ -154,6 +155,7 @@ class AsyncioRuntime:
         self._thread.join()
         self._executor.shutdown(wait=True)
         self._readers.shutdown(wait=True)
+        self._names.shutdown(wait=True)
         with self.baton:
             # Closing the loop closes its selector and self-pipe; nothing can be scheduled afterwards.
             self.loop.close()

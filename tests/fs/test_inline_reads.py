@@ -179,7 +179,7 @@ def test_a_buffer_that_is_too_small_is_refused(tmp_path: Path) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("count", [0, 1, 32, 1000, 3 << 18])
+@pytest.mark.parametrize("count", [0, 1, 32, 1000, 3 << 19])
 @pytest.mark.parametrize("kinds", [1, 2, 700])
 def test_words_are_found(count: int, kinds: int) -> None:
     words = np.random.default_rng(count).integers(0, kinds, count, np.uint32)

@@ -39,12 +39,6 @@ def reader(clock: Any, cores: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     reader.close()
 
 
-def end(reader: LaneReader, lanes: Any) -> None:
-    """As `read` does."""
-    reader._taken -= 1
-    reader._give(lanes)
-
-
 @pytest.mark.parametrize(("cores", "lookers"), [(1, 0), (2, 1), (3, 1), (4, 2), (8, 4)])
 def test_who_looks_has_a_core_and_so_has_the_server(reader: LaneReader, lookers: int) -> None:
     taken = [reader._take() for _ in range(lookers + 2)]
@@ -54,14 +48,14 @@ def test_who_looks_has_a_core_and_so_has_the_server(reader: LaneReader, lookers:
 @pytest.mark.parametrize("cores", [2])
 def test_who_read_a_moment_ago_counts(reader: LaneReader, clock: Clock) -> None:
     first, second = reader._take(), reader._take()
-    end(reader, first)
-    end(reader, second)
+    reader._give(first)
+    reader._give(second)
     clock.s += LATELY_S / 2
     alone = reader._take()
     assert not alone.may_look
-    end(reader, alone)
+    reader._give(alone)
     clock.s += 2 * LATELY_S
     for _ in range(2):
         alone = reader._take()
         assert alone.may_look
-        end(reader, alone)
+        reader._give(alone)

@@ -320,7 +320,7 @@ def test_a_stopped_runtime_leaves_no_thread() -> None:
     threads: list[threading.Thread] = []
     Portal(runtime).run(call())
     assert {thread.name for thread in set(threading.enumerate()) - before} >= {"stopping-loop", "stopping-io_0"}
-    assert threads[0].name.startswith("stopping-io")
+    assert threads[0].name.startswith("stopping-names")
     runtime.stop()
     assert set(threading.enumerate()) <= before
     assert runtime.loop.is_closed()

@@ -28,7 +28,7 @@ class EngineConfig:
     target: bytes | None = None
     """The id (16 bytes) that a new target gets, and that one which is there must have. None: a random one, or any."""
 
-    extents_bytes_max: int = 32 << 20
+    extents_bytes_max: int = 64 << 20
     """Memory for where chunks lie, so that a read of one that was read before needs no look at the index."""
 
     def __post_init__(self) -> None:

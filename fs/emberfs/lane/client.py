@@ -20,6 +20,7 @@ import logging
 import os
 import struct
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from socket import SCM_RIGHTS, SHUT_WR, SOCK_STREAM, SOL_SOCKET, socket
@@ -203,8 +204,8 @@ class LaneReader:
         """Of what follows."""
         self._idle: list[_Lanes] = []
         """The ones used last at the end."""
-        self._taken = 0
-        """How many threads read now."""
+        self._taken = weakref.WeakSet[_Lanes]()
+        """Of the threads that read now. Those that an interrupt left behind are not counted for ever."""
         self._cores = len(os.sched_getaffinity(0))
         self._indices: dict[str, int] = {}
         """Server -> its index in packed files."""
@@ -246,8 +247,6 @@ class LaneReader:
         except (native.LaneLost, OSError) as error:
             log.debug("lanes are given up: %s", error)
         finally:
-            with self._lock:
-                self._taken -= 1
             if is_whole:
                 self._give(lanes)
             else:
@@ -385,15 +384,16 @@ class LaneReader:
         since_s = self._runtime.now_s() - LATELY_S
         with self._lock:
             lanes = self._idle.pop() if self._idle else _Lanes()
-            self._taken += 1
+            self._taken.add(lanes)
             lately = itertools.takewhile(lambda each: each.given_s > since_s, reversed(self._idle))
-            lanes.may_look = (self._taken + len(list(lately))) * CORES_PER_READER <= self._cores
+            lanes.may_look = (len(self._taken) + len(list(lately))) * CORES_PER_READER <= self._cores
         return lanes
 
     def _give(self, lanes: _Lanes) -> None:
         """After a read that ended well."""
         lanes.given_s = self._runtime.now_s()
         with self._lock:
+            self._taken.discard(lanes)
             is_kept = not self._is_closed and len(self._idle) < IDLE_MAX
             if is_kept:
                 self._idle.append(lanes)
@@ -402,6 +402,8 @@ class LaneReader:
 
     def _give_up(self, lanes: _Lanes, into: Any) -> None:
         """A lane is lost, or does not answer. The memory is the caller's again when this returns."""
+        with self._lock:
+            self._taken.discard(lanes)
         silent = [index for index in list(lanes.sockets) if not lanes.drop(index)]
         for address in [address for address, index in self._indices.items() if index in silent]:
             self._bar(address)
