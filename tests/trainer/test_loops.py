@@ -104,11 +104,12 @@ def test_products_by_group_of_strided_rows(dtype: torch.dtype) -> None:
 
 @TYPES
 def test_the_number_of_threads_does_not_show(dtype: torch.dtype) -> None:
-    x, weight = random_of(1, 7, 512, dtype=dtype), random_of(2, 1024, 512, dtype=dtype)
-    alone = kernels.product(x, weight)
-    with two_threads():
-        together = kernels.product(x, weight)
-    assert torch.equal(alone, together)
+    for out in (1024, 66):
+        x, weight = random_of(1, 7, 512, dtype=dtype), random_of(2, out, 512, dtype=dtype)
+        alone = kernels.product(x, weight)
+        with two_threads():
+            together = kernels.product(x, weight)
+        assert torch.equal(alone, together)
 
 
 def test_what_the_loops_cannot_take_is_left_to_torch() -> None:
@@ -187,8 +188,8 @@ def test_attention_over_one_pool_and_two(dtype: torch.dtype, heads: int) -> None
 def test_long_contexts_are_summed_in_pieces(heads: int) -> None:
     pool, rng = random_of(1, 200, 64), random.Random(heads)
     slots = torch.tensor([[rng.randrange(200) for _ in range(9000)] for _ in range(2)])
-    slots[0, 4000:8500] = -1  # Nothing of the second piece,
-    slots[1, :5000] = -1  # of the first,
+    slots[0, 4000:8500] = -1  # Nothing of some pieces in the middle,
+    slots[1, :5000] = -1  # of the first ones,
     slots[:, 8999] = -1
     extra, more = random_of(2, 50, 64), torch.full((2, 4), -1)  # or of the other pool is seen.
     q, sink = random_of(3, 2, heads, 64), random_of(4, heads)
@@ -199,6 +200,18 @@ def test_long_contexts_are_summed_in_pieces(heads: int) -> None:
     with two_threads():
         alone = kernels.attend(q[1:], (pool, slots[1:]), None, **options)
     assert torch.equal(alone, got[1:]), "a query's bits depend on threads or on the queries beside it"
+    alone = kernels.attend(q[:1], (pool, slots[:1, :1500]), None, **options)  # Fewer pieces than threads have parts.
+    with two_threads():
+        assert torch.equal(kernels.attend(q[:1], (pool, slots[:1, :1500]), None, **options), alone)
+
+
+def test_many_long_contexts_are_worked_through_in_turn() -> None:
+    pool, slots = random_of(1, 200, 64), torch.arange(1100).remainder(200)[None].expand(600, -1)
+    q = random_of(3, 600, 128, 64)  # Sums of all would be 75 MiB.
+    options: dict[str, Any] = {"scale": 0.1, "value_width": 64, "sink_H": None}
+    got = kernels.attend(q, (pool, slots.contiguous()), None, **options)
+    for i in (0, 300, 599):
+        assert torch.equal(kernels.attend(q[i : i + 1], (pool, slots[:1]), None, **options), got[i : i + 1])
 
 
 def test_a_softmax_of_extreme_scores_is_exact() -> None:

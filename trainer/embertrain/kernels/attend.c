@@ -9,6 +9,7 @@
 
 enum { HEADS = LANES == 16 ? 8 : 4, ROWS = 16 }; // at once: sums of so many heads fit in the registers
 enum { BLOCK = 4, PIECE = 1024 }; // heads and rows that are left to one thread
+enum { SUMS_BYTES_MAX = 64 << 20 }; // of queries that are worked through together
 enum { AHEAD = 8 }; // rows that the memory is asked for before they are multiplied
 
 struct rows {
@@ -357,16 +358,24 @@ PUBLIC int emberline_attend(const void *q, void *out, const void *near_pool, con
                             long heads, long width, long value_width, float scale, int type, int threads)
 {
     long count = near_count + far_count, pieces = count > PIECE ? (count + PIECE - 1) / PIECE : 1;
-    struct attention a = {q,     out,   {near_pool, near_slots, near_count}, {far_pool, far_slots, far_count}, sink, queries, heads,
-                          width, value_width, scale, pieces, NULL};
-    if (pieces > 1) {
-        a.sums = malloc((size_t)(queries * pieces * heads * (value_width + 2)) * sizeof(float));
-        if (a.sums == NULL)
-            return 1;
+    size_t sums_bytes = (size_t)(pieces * heads * (value_width + 2)) * sizeof(float); // of a query
+    long most = pieces > 1 && queries * sums_bytes > SUMS_BYTES_MAX ? (long)(SUMS_BYTES_MAX / sums_bytes) : queries;
+    if (most == 0)
+        most = 1;
+    float *sums = NULL;
+    if (pieces > 1 && (sums = malloc(most * sums_bytes)) == NULL)
+        return 1;
+    for (long first = 0; first < queries; first += most) {
+        long some = queries - first < most ? queries - first : most;
+        struct attention a = {.q = at(q, first * heads * width, type), .out = (void *)at(out, first * heads * value_width, type),
+                              .near = {near_pool, near_slots + first * near_count, near_count},
+                              .far = {far_pool, far_slots + first * far_count, far_count}, .sink = sink, .queries = some,
+                              .heads = heads, .width = width, .value_width = value_width, .scale = scale, .pieces = pieces,
+                              .sums = sums};
+        in_parts(type == BF16 ? attend_bf16 : attend_fp32, &a, some * heads * count * (width + value_width), threads);
+        if (pieces > 1)
+            in_parts(type == BF16 ? join_bf16 : join_fp32, &a, some * pieces * heads * value_width, threads);
     }
-    in_parts(type == BF16 ? attend_bf16 : attend_fp32, &a, queries * heads * count * (width + value_width), threads);
-    if (pieces > 1)
-        in_parts(type == BF16 ? join_bf16 : join_fp32, &a, queries * pieces * heads * value_width, threads);
-    free(a.sums);
+    free(sums);
     return 0;
 }

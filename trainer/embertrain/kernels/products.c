@@ -14,7 +14,7 @@ INLINE void product_part(const struct product *p, int part, int parts, int type)
 {
     float *x = scratch((size_t)(TILE * p->in));
     long begin, end;
-    share(p->out, 1, part, parts, &begin, &end);
+    share(p->out, OUTS, part, parts, &begin, &end); // What is left over is added up in another order.
     for (long group = 0; group < p->groups; group++)
         for (long row = 0; row < p->rows; row += TILE) {
             long rows = p->rows - row < TILE ? p->rows - row : TILE;

@@ -72,7 +72,9 @@ class Experts(nn.Module):
         another, each of them is."""
         if not parts:
             return self.multiply(rows_RH, counts)
-        some = zip(rows_RH.split([sum(part.counts) for part in parts]), parts, strict=True)
+        some = list(zip(rows_RH.split([sum(part.counts) for part in parts]), parts, strict=True))
+        # One without rows would cost a gradient of all weights; if there are no others, they still have one.
+        some = [(rows, part) for rows, part in some if len(rows)] or some[:1]
         return torch.cat([self.multiply(rows, part.counts, part.fullest) for rows, part in some])
 
     def multiply(self, rows_RH: Tensor, counts: Counts, fullest: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..errors import ConfigError
 from ..model.model import Model
 from ..optim.muon import local
 from .mesh import Mesh
@@ -39,6 +41,8 @@ def reduce_gradients(model: Model, mesh: Mesh) -> None:
         _sum((p for p in ours if isinstance(p, DTensor)), mesh.along("dp").get_group())
     for parameter in ours:
         _round(parameter)
+    for unit in _units.get(model, ()):
+        unit.total = None
 
 
 def sum_in_fp64(model: Model, mesh: Mesh) -> None:
@@ -47,10 +51,11 @@ def sum_in_fp64(model: Model, mesh: Mesh) -> None:
     uncut = list(_uncut(model, mesh))
     model.register_forward_pre_hook(lambda *_: _ask(uncut))
     seen: set[nn.Module] = set()
+    units = _units[model] = []
     for module in reversed(list(model.modules())):  # What is inside comes first.
         if isinstance(module, FSDPModule):
             cut = [m for m in module.modules() if m not in seen and any(isinstance(p, DTensor) for p in _own(m))]
-            _Unit(module, cut)
+            units.append(_Unit(module, cut))
             seen.update(cut)
 
 
@@ -67,19 +72,30 @@ class _Unit:
         unit.set_all_reduce_hook(self.add)
 
     def begin(self, *_: Any) -> None:
-        """A forward call begins, and weights are whole. The first of a step finds no gradients."""
+        """A forward call begins, and weights are whole."""
         if all(parameter.grad is None for parameter in self.cut):
-            self.total = None
+            self.total = None  # The last step was given up.
         for module in self.modules:
             _ask(_own(module))
 
     def add(self, reduced: Tensor) -> None:
-        """`reduced` is a backward call's sum over ranks, and then the step's so far, in place of the gradients."""
-        if self.total is not None:
-            reduced += self.total
-        self.total = reduced
+        """`reduced` is a backward call's sum over ranks, and then the step's so far, in place of the gradients.
+
+        The total is memory of its own: fsdp's is made on another stream of the device, and used again on that one.
+        """
+        if self.total is None:
+            self.total = reduced.clone()
+        elif self.total.shape != reduced.shape:
+            raise ConfigError("exact sums need every forward call of a step to use the same weights of a layer")
+        else:
+            self.total += reduced
+            reduced.copy_(self.total)
         for parameter in self.cut:
             parameter.grad = None
+
+
+_units: WeakKeyDictionary[Model, list[_Unit]] = WeakKeyDictionary()
+"""Of models whose gradients are added up in fp64."""
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -93,8 +109,8 @@ def _uncut(model: Model, mesh: Mesh) -> Iterator[nn.Parameter]:
 
 
 def _ask(parameters: Iterable[nn.Parameter]) -> None:
-    """Gradients to come are added in fp64."""
-    for parameter in parameters:
+    """Gradients to come, if there are any, are added in fp64."""
+    for parameter in parameters if torch.is_grad_enabled() else ():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad_dtype = torch.float64
 

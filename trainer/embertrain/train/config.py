@@ -90,7 +90,8 @@ class DataSection:
     """Samples of one step, of all ranks together."""
     micro_samples: int = 0
     """Samples of one forward call of a rank; gradients are summed over as many as it takes. 0: all of the rank's.
-    Runs on other ranks compute the same where this is the same, and `compute.deterministic`."""
+    Runs on other ranks compute the same, with `compute.deterministic`, where this is the same, not 0, and divides what
+    each rank has of a batch."""
     prefetch: int = 2
     """Batches read ahead."""
 
@@ -153,8 +154,8 @@ class ComputeSection:
     deterministic: bool = True
     """Refuse operations whose bits change from run to run. And where there are several ranks or micro-batches, add
     gradients up in fp64, and multiply the rows that experts get from each rank by themselves: what the ranks are for
-    then changes no bit, but by accidents of rounding. It costs some per cent of a step, and 8 bytes for what is 4;
-    torch 2.9 goes on without."""
+    then changes no bit, but by accidents of rounding. It costs some per cent of a step, more with many ranks
+    of ep, and up to four times the memory of gradients while they are added up; torch 2.9 goes on without."""
     threads: int = 0
     """Of torch, on a CPU; 0: as it finds it. A resumed run has the same bits with as many only."""
 
