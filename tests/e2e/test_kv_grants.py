@@ -24,7 +24,6 @@ from emberfs.cluster.local import LocalCluster
 from emberfs.cluster.waiting import wait_until
 from emberfs.errors import AccessDenied
 from emberfs.grants import read_grant, renew, sign
-from emberfs.lane import native
 from emberfs.messages import ListChunks, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
 from emberfs.striping import chains_of
 from emberfs.transport.certificates import issue
@@ -36,6 +35,7 @@ from msgspec.structs import replace
 
 from tests.e2e.test_lanes import lane_counts
 from tests.fs.cli_run import emberline
+from tests.fs.stores import needs_native
 from tests.kvcache.serving import Server
 
 PAGE_BYTES = 40_000
@@ -132,7 +132,7 @@ def test_another_process_of_the_tenant_reads_under_the_hit(place: Place, hit: Hi
         assert reader.refusal == ""
 
 
-@pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
+@needs_native
 def test_lanes_serve_readers_and_check(place: Place, hit: Hit) -> None:
     with place.connect("acme", "acme") as reader:
         assert all(pages(reader, hit))  # Connects, and warms the servers up.

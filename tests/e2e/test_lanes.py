@@ -21,12 +21,12 @@ import emberfs
 import pytest
 from emberfs.cluster.local import LocalCluster, Plan
 from emberfs.errors import Corruption, NotFound
-from emberfs.lane import native
 from emberfs.server import read_config
 
 from tests.fs.sharing_run import stopped
+from tests.fs.stores import needs_native
 
-pytestmark = pytest.mark.skipif(native is None, reason="the native part was not built (no compiler?)")
+pytestmark = needs_native
 
 KIB, MIB = 1 << 10, 1 << 20
 CHUNK_BYTES = 64 * KIB

@@ -10,7 +10,7 @@ import torch
 from embertrain.model.batch import Batch
 from embertrain.model.config import Dropping, Mixture
 from embertrain.model.dispatch import LocalDispatcher, from_padded, to_padded
-from embertrain.model.experts import Experts
+from embertrain.model.experts import Experts, Part
 from embertrain.model.moe import MoE
 from embertrain.model.router import Routing
 from torch import Tensor
@@ -198,3 +198,21 @@ def test_experts_without_rows_have_no_gradient() -> None:
     experts(torch.randn(5, H), (0, 5, 0)).sum().backward()
     for p in experts.parameters():
         assert p.grad[1].any() and not p.grad[0].any() and not p.grad[2].any()
+
+
+def test_parts_without_rows_cost_nothing_and_change_nothing() -> None:
+    experts, g = mixture().experts, torch.Generator().manual_seed(3)
+    rows, empty = torch.randn(9, H, generator=g), Part((0,) * 8, 0)
+    full = Part((3, 0, 2, 0, 0, 4, 0, 0), 4)
+
+    def run(rows: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor | None]:
+        experts.w13.grad = None
+        y = experts(rows, tuple(map(sum, zip(*(part.counts for part in parts), strict=True))), parts)
+        y.square().sum().backward()
+        return y, experts.w13.grad
+
+    expected, grad = run(rows, [full])
+    y, other = run(rows, [empty, full, empty])
+    assert torch.equal(y, expected) and grad is not None and other is not None and torch.equal(other, grad)
+    y, other = run(rows[:0], [empty, empty])
+    assert y.shape == (0, H) and other is not None and not other.any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from embertrain.model.model import Model
 from embertrain.model.moe import MoE
 from embertrain.model.presets import preset
 from embertrain.optim import Muon, OptimConfig, build, clip
-from embertrain.parallel import ExchangeDispatcher, Mesh, ParallelConfig, apply
+from embertrain.parallel import ExchangeDispatcher, Mesh, ParallelConfig, apply, reduce_gradients
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -237,7 +238,50 @@ def test_rows_that_stay_apart_have_the_bits_of_their_rank(tmp_path: Path, most: 
         assert ranks(count, _apart, tmp_path / str(count), most) == [[True] * 4] * count
 
 
+def _steps_with_kept_gradients() -> list[float]:
+    """The same two forward calls twice, after each other; what the gradients of the second time are, by the first."""
+    mesh = Mesh(ParallelConfig(fsdp=2), torch.device("cpu"))
+    model = begin("micro", mesh, exact=True)
+    sizes = []
+    for _ in range(2):
+        backward(model, mesh, 0, 4)
+        reduce_gradients(model, mesh)
+        sizes.append(clip(model, 1e9).item())
+        model.zero_grad(set_to_none=False)
+    return sizes
+
+
+def test_sums_of_a_step_end_with_it(tmp_path: Path) -> None:
+    for first, second in ranks(2, _steps_with_kept_gradients, tmp_path):
+        assert second == pytest.approx(first, rel=1e-9)
+        assert first > 0
+
+
+def _calls_with_other_weights() -> None:
+    mesh = Mesh(ParallelConfig(fsdp=2), torch.device("cpu"))
+    model = begin("micro", mesh, exact=True)
+    ids, batch = torch.arange(32), Batch.of([(0, 32)])
+    for further in (False, True):
+        out = model(ids, batch)
+        total = out.logits.float().sum()
+        if further:
+            total = total + model.predict(0, out.residual, ids, batch).logits.float().sum()
+        total.backward()
+
+
+def test_calls_that_use_other_weights_are_told(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="use the same weights of a layer"):
+        ranks(2, _calls_with_other_weights, tmp_path)
+
+
 # ---- what is refused
+
+
+def test_exact_sums_need_a_torch_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("embertrain.parallel.apply"), "HAS_FP64", False)
+    mesh = Mesh(ParallelConfig(), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="exact sums"):
+        apply(Model(preset("micro")), mesh, exact=True)
 
 
 def test_one_process_needs_no_group_and_is_a_mesh_too() -> None:

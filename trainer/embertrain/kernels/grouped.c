@@ -27,16 +27,12 @@ INLINE void product_part(const struct grouped *g, int part, int parts, int type)
 {
     long begin, end;
     share(g->out, LANES, part, parts, &begin, &end);
-    float *x = scratch((size_t)(TILE * g->in));
-    for (long e = 0; e < g->experts; e++)
-        for (long row = g->begins[e]; row < g->begins[e + 1]; row += TILE) {
-            long rows = g->begins[e + 1] - row < TILE ? g->begins[e + 1] - row : TILE;
-            for (long m = 0; m < rows; m++)
-                lay(x + m * g->in, at(g->a, (row + m) * g->in, type), g->in, type);
-            const void *weight = at(g->b, (e * g->out + begin) * g->in, type);
-            void *y = (void *)at(g->y, row * g->out + begin, type);
-            outputs(x, rows, weight, g->in, end - begin, y, g->out, type, type);
-        }
+    for (long e = 0; e < g->experts; e++) {
+        long first = g->begins[e];
+        outputs_of_many(at(g->a, first * g->in, type), g->in, g->begins[e + 1] - first,
+                        at(g->b, (e * g->out + begin) * g->in, type), g->in, end - begin,
+                        (void *)at(g->y, first * g->out + begin, type), g->out, type);
+    }
 }
 
 // y [count, 2 * LANES] = the sum over k < depth of a[m * a_row + k * a_step] * b[k * b_row ...].

@@ -12,18 +12,12 @@ struct product {
 
 INLINE void product_part(const struct product *p, int part, int parts, int type)
 {
-    float *x = scratch((size_t)(TILE * p->in));
     long begin, end;
     share(p->out, OUTS, part, parts, &begin, &end); // What is left over is added up in another order.
     for (long group = 0; group < p->groups; group++)
-        for (long row = 0; row < p->rows; row += TILE) {
-            long rows = p->rows - row < TILE ? p->rows - row : TILE;
-            for (long m = 0; m < rows; m++)
-                lay(x + m * p->in, at(p->x, group * p->x_group + (row + m) * p->x_row, type), p->in, type);
-            const void *weight = at(p->weight, group * p->w_group + begin * p->in, type);
-            void *y = (void *)at(p->y, group * p->y_group + row * p->y_row + begin, type);
-            outputs(x, rows, weight, p->in, end - begin, y, p->y_row, type, type);
-        }
+        outputs_of_many(at(p->x, group * p->x_group, type), p->x_row, p->rows,
+                        at(p->weight, group * p->w_group + begin * p->in, type), p->in, end - begin,
+                        (void *)at(p->y, group * p->y_group + begin, type), p->y_row, type);
 }
 
 static void product_bf16(void *p, int part, int parts) { product_part(p, part, parts, BF16); }

@@ -116,3 +116,16 @@ INLINE void outputs(const float *x, long rows, const void *weight, long in, long
     for (; n < count; n++)
         blocks(x, rows, at(weight, n * in, type), 1, in, (void *)at(y, n, y_type), y_row, type, y_type);
 }
+
+// The same of any number of rows, `x_row` numbers apart and not laid yet.
+INLINE void outputs_of_many(const void *x, long x_row, long rows, const void *weight, long in, long count, void *y, long y_row,
+                            int type)
+{
+    float *laid = scratch((size_t)(TILE * in));
+    for (long row = 0; row < rows; row += TILE) {
+        long some = rows - row < TILE ? rows - row : TILE;
+        for (long m = 0; m < some; m++)
+            lay(laid + m * in, at(x, (row + m) * x_row, type), in, type);
+        outputs(laid, some, weight, in, count, (void *)at(y, row * y_row, type), y_row, type, type);
+    }
+}

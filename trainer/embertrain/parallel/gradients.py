@@ -47,7 +47,7 @@ def reduce_gradients(model: Model, mesh: Mesh) -> None:
 
 def sum_in_fp64(model: Model, mesh: Mesh) -> None:
     """From now on, gradients are added up in fp64. They are rounded by `reduce_gradients`, or by fsdp, which has to be
-    applied before, with fp64 to reduce in."""
+    applied before, with fp64 to reduce in. A step begins without gradients: to one that is zero fp32 is added."""
     uncut = list(_uncut(model, mesh))
     model.register_forward_pre_hook(lambda *_: _ask(uncut))
     seen: set[nn.Module] = set()
