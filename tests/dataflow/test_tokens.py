@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import emberflow.tokens.batches as batches_module
 import emberflow.tokens.dataset as dataset_module
 import emberfs
 import fsspec
@@ -174,7 +175,7 @@ def seen(dataset: TokenDataset, steps: int, batch: int, **options: Any) -> list[
         return [(step.step, step.samples.tokens.tolist()) for step in itertools.islice(batches, steps)]
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 5])
+@pytest.mark.parametrize("prefetch", [0, 1, 4, 9])
 def test_ranks_share_one_order_over_epochs(dataset: TokenDataset, prefetch: int) -> None:
     steps = 3 * len(dataset) // 12 + 1
     whole = seen(dataset, steps, 12)
@@ -191,6 +192,27 @@ def test_ranks_share_one_order_over_epochs(dataset: TokenDataset, prefetch: int)
         assert seen(dataset, 5, 12, rank=1, ranks=ranks, start=start, prefetch=prefetch) == parts[1][start : start + 5]
 
 
+def test_small_steps_are_read_two_at_a_time(dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    read_rows = TokenDataset.read_rows
+
+    def counting(self: TokenDataset, rows: Any, begin: int, end: int) -> Any:
+        calls.append(end - begin)
+        return read_rows(self, rows, begin, end)
+
+    monkeypatch.setattr(TokenDataset, "read_rows", counting)
+    for prefetch, at_once in ((0, 1), (3, 1), (4, 2), (7, 2)):
+        calls.clear()
+        seen(dataset, 5, 12, prefetch=prefetch)
+        assert set(calls) == {12 * at_once}
+        # What was asked for when the fifth was given: no more than `prefetch` behind it.
+        assert len(calls) * at_once <= 5 + prefetch
+    monkeypatch.setattr(batches_module, "_PAIRED_BYTES_MAX", 24 * 51 * 4 - 1)
+    calls.clear()
+    seen(dataset, 5, 12, prefetch=4)
+    assert set(calls) == {12}
+
+
 def test_batches_go_on_where_they_were(dataset: TokenDataset) -> None:
     expected = seen(dataset, 9, 4)
     with dataset.batches(4) as batches:
@@ -204,9 +226,12 @@ def test_batches_go_on_where_they_were(dataset: TokenDataset) -> None:
         assert next(batches).samples.tokens.tolist() == expected[3][1]
 
 
-def test_a_step_that_could_not_be_read_is_read_again(dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefetch", [2, 4])
+def test_a_step_that_could_not_be_read_is_read_again(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch, prefetch: int
+) -> None:
     expected = seen(dataset, 4, 4)
-    with dataset.batches(4, prefetch=2) as batches:
+    with dataset.batches(4, prefetch=prefetch) as batches:
         next(batches)
         batches.close()
         with monkeypatch.context() as patch:
@@ -226,17 +251,17 @@ def tell(connection: Any, batches: Any) -> None:
 def test_other_processes_read_the_same(dataset: TokenDataset, method: str) -> None:
     if method == "spawn" and dataset.url.startswith("memory:"):
         pytest.skip("nobody else has this process' memory")
-    expected = seen(dataset, 6, 4)
+    expected = seen(dataset, 7, 4)
     context = multiprocessing.get_context(method)
     with dataset.batches(4) as batches:
-        next(batches), next(batches)  # now threads read ahead, and files are open
+        next(batches), next(batches), next(batches)  # now threads read ahead, files are open, and a step is ready
         ours, theirs = context.Pipe()
         process = context.Process(target=tell, args=(theirs, batches))
         process.start()
-        assert ours.poll(60) and ours.recv() == expected[2:6]
+        assert ours.poll(60) and ours.recv() == expected[3:7]
         process.join(60)
         assert process.exitcode == 0
-        assert [next(batches).samples.tokens.tolist() for _ in range(4)] == [samples for _, samples in expected[2:6]]
+        assert [next(batches).samples.tokens.tolist() for _ in range(4)] == [samples for _, samples in expected[3:7]]
 
 
 def test_a_fingerprint_is_of_what_decides_the_batches(root: str) -> None:

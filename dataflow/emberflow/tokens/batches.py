@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .ranges import Rows
 
 _THREADS_MAX = 4
+_PAIRED_PREFETCH_MIN = 4
+_PAIRED_BYTES_MAX = 4 << 20
+"""Two steps of so many bytes are read as one: to hand a batch from thread to thread takes as long as to read some."""
 _ORDER_SAMPLES = 4096
 """So many are put in order, and looked up, at once: each call costs as much as some reads."""
 
@@ -51,39 +54,54 @@ class Batches(Iterator[TokenBatch]):
         self._prefetch = prefetch
         self.step = step
         """The next one."""
-        self._ahead_steps = max(1, _ORDER_SAMPLES // (batch_size // ranks))
+        step_bytes = 4 * (batch_size // ranks) * (dataset.sequence_tokens + 1)
+        is_paired = prefetch >= _PAIRED_PREFETCH_MIN and 2 * step_bytes <= _PAIRED_BYTES_MAX
+        self._at_once = 2 if is_paired else 1
+        """Steps that are read by one call."""
+        self._ahead_steps = max(self._at_once, _ORDER_SAMPLES // (batch_size // ranks))
         self._ahead: tuple[int, Rows | None] = (0, None)
         """Where the samples of `ahead_steps` steps are, from one on."""
         self._pool: ThreadPoolExecutor | None = None
-        self._reading: deque[Future[TokenBatch]] = deque()
+        self._ready: deque[TokenBatch] = deque()
         """The steps from `step` on."""
+        self._reading: deque[Future[list[TokenBatch]]] = deque()
+        """Those that follow."""
         self._pid = os.getpid()
 
     def __next__(self) -> TokenBatch:
         if not self._prefetch:
-            batch = self._read(self.step)
-        else:
-            if self._pid != os.getpid():
-                # The threads are the parent's.
-                self._pool, self._reading, self._pid = None, deque(), os.getpid()
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(min(self._prefetch, _THREADS_MAX), "emberflow-tokens")
-            while len(self._reading) < self._prefetch:
-                self._reading.append(self._pool.submit(self._read, self.step + len(self._reading)))
+            (batch,) = self._read(self.step, 1)
+            self.step += 1
+            return batch
+        if self._pid != os.getpid():
+            # The threads are the parent's.
+            self._pool, self._reading, self._pid = None, deque(), os.getpid()
+        if not self._ready:
+            self._read_ahead()
             try:
-                batch = self._reading[0].result()
+                self._ready.extend(self._reading[0].result())
             except BaseException:
                 # The step is still the next one, and is read again.
                 self._reading.clear()
                 raise
             self._reading.popleft()
-            self._reading.append(self._pool.submit(self._read, self.step + 1 + len(self._reading)))
+        batch = self._ready.popleft()
         self.step += 1
+        if not self._ready:
+            self._read_ahead()
         return batch
+
+    def _read_ahead(self) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(self._prefetch // self._at_once, _THREADS_MAX), "emberflow-tokens")
+        while len(self._reading) < self._prefetch // self._at_once:
+            step = self.step + len(self._reading) * self._at_once
+            self._reading.append(self._pool.submit(self._read, step, self._at_once))
 
     def close(self) -> None:
         """Ends the reading ahead, and waits for what is being read; `next` begins it again."""
         pool, self._pool = self._pool, None
+        self._ready.clear()
         self._reading.clear()
         if pool is not None and self._pid == os.getpid():
             pool.shutdown(cancel_futures=True)
@@ -97,9 +115,10 @@ class Batches(Iterator[TokenBatch]):
     def __reduce__(self) -> tuple[object, ...]:
         return _batches, (self._dataset, self._batch_size, self.step, self._rank, self._ranks, self._prefetch)
 
-    def _read(self, step: int) -> TokenBatch:
+    def _read(self, step: int, count: int) -> list[TokenBatch]:
+        """So many steps from `step` on."""
         first, rows = self._ahead
-        if rows is None or not first <= step < first + self._ahead_steps:
+        if rows is None or not first <= step <= first + self._ahead_steps - count:
             # Threads may do this at the same time, to the same end.
             indices = self._dataset.indices(
                 step, self._batch_size, rank=self._rank, ranks=self._ranks, steps=self._ahead_steps
@@ -107,7 +126,8 @@ class Batches(Iterator[TokenBatch]):
             first, rows = self._ahead = step, self._dataset.rows(indices.reshape(-1))
         share = self._batch_size // self._ranks
         begin = (step - first) * share
-        return TokenBatch(step, self._dataset.read_rows(rows, begin, begin + share))
+        read = self._dataset.read_rows(rows, begin, begin + count * share)
+        return [TokenBatch(step + at, read.part(at * share, (at + 1) * share)) for at in range(count)]
 
 
 def _batches(dataset: TokenDataset, batch_size: int, step: int, rank: int, ranks: int, prefetch: int) -> Batches:

@@ -44,6 +44,10 @@ class Samples:
     """Of each sample the positions in [0, S), rising, at which a document begins, or goes on from the sample before: 0
     is always the first."""
 
+    def part(self, begin: int, end: int) -> Samples:
+        """Those from `begin` to before `end`."""
+        return Samples(self.tokens[begin:end], self.starts[begin:end])
+
 
 class TokenDataset:
     """The samples of a group of token shards. Any number of threads may read one."""
@@ -67,8 +71,8 @@ class TokenDataset:
         self.sequence_tokens = sequence_tokens
         self.seed = seed
         self.group = open_group(url, storage_options)
-        self._memory = Memory()
         self._files = Files(self.group.url, storage_options or {}, self.group.seal)
+        self._memory = Memory(self._files.memory)
         vocabulary = self.group.vocabulary
         if tokenizer_hash is not None and tokenizer_hash != vocabulary.tokenizer_hash:
             raise InvalidArgument(
@@ -146,11 +150,12 @@ class TokenDataset:
         firsts = (step + np.arange(steps)) * batch_size + rank * share
         return self._order.at((firsts[:, None] + np.arange(share)).reshape(-1)).reshape(steps, share)
 
-    def batches(self, batch_size: int, *, start: int = 0, rank: int = 0, ranks: int = 1, prefetch: int = 2) -> Batches:
+    def batches(self, batch_size: int, *, start: int = 0, rank: int = 0, ranks: int = 1, prefetch: int = 4) -> Batches:
         """The steps `start`, `start + 1`, ... for ever, each with `rank`'s share of the step's `batch_size` samples.
 
         Step s has the samples at [s * batch_size, (s + 1) * batch_size) of the order, which goes on from epoch to
-        epoch; rank r reads the r-th of `ranks` equal parts. `prefetch` batches are read ahead by threads; 0: none.
+        epoch; rank r reads the r-th of `ranks` equal parts. `prefetch` batches are read ahead by threads, small ones
+        two at a time if it is 4 or more; 0: none.
         """
         from .batches import Batches
 

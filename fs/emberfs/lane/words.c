@@ -4,7 +4,8 @@
 
 #define BLOCK_WORDS 32 /* looked at together, so that the compiler does it in vectors: most blocks do not have the word */
 
-size_t lane_find_word(const uint32_t *words, size_t count, uint32_t word, int64_t *places, size_t room) {
+static inline __attribute__((always_inline)) size_t find(const uint32_t *words, size_t count, uint32_t word,
+                                                         int64_t *places, size_t room) {
     size_t found = 0;
     for (size_t begin = 0; begin < count; begin += BLOCK_WORDS) {
         size_t end = count - begin < BLOCK_WORDS ? count : begin + BLOCK_WORDS;
@@ -20,4 +21,18 @@ size_t lane_find_word(const uint32_t *words, size_t count, uint32_t word, int64_
         }
     }
     return found;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) static size_t find_by_eight(const uint32_t *words, size_t count, uint32_t word,
+                                                            int64_t *places, size_t room) {
+    return find(words, count, word, places, room);
+}
+#endif
+
+size_t lane_find_word(const uint32_t *words, size_t count, uint32_t word, int64_t *places, size_t room) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2")) return find_by_eight(words, count, word, places, room);
+#endif
+    return find(words, count, word, places, room);
 }

@@ -92,7 +92,7 @@ class DataSection:
     """Samples of one forward call of a rank; gradients are summed over as many as it takes. 0: all of the rank's.
     Runs on other ranks compute the same, with `compute.deterministic`, where this is the same, not 0, and divides what
     each rank has of a batch."""
-    prefetch: int = 2
+    prefetch: int = 4
     """Batches read ahead."""
 
     def __post_init__(self) -> None:
