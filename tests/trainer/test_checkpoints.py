@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -321,11 +322,32 @@ def test_a_save_is_good_though_old_ones_cannot_be_removed(
     assert f"are left behind: {error}" in caplog.text
 
 
+def test_who_saves_in_the_background_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        gate, make = threading.Event(), checkpoints.catalog.place.make
+
+        def slow(folder: str) -> None:
+            assert gate.wait(60), "the caller waited for this"
+            make(folder)
+
+        monkeypatch.setattr(checkpoints.catalog.place, "make", slow)
+        checkpoints.save_async(1, state(1))
+        gate.set()
+        checkpoints.wait()
+        assert checkpoints.steps() == [1]
+
+
 def test_dead_attempts_are_swept_and_living_ones_are_not(tmp_path: Path) -> None:
     now = [0.0]
     with Checkpoints(tmp_path, clock=lambda: now[0]) as checkpoints:
         catalog = checkpoints.catalog
         mine, elsewhere, dead, mute = (catalog.begin(step) for step in (1, 2, 3, 4))
+        assert not list(tmp_path.iterdir())
+        for folder in (mine, elsewhere, dead, mute):
+            catalog.make(folder, is_owner=True)
+            catalog.make(folder, is_owner=False)
         for folder, change in ((elsewhere, {"host": "another"}), (dead, {"started": 1})):
             path = tmp_path / folder / "attempt.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | change))

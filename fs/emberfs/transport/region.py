@@ -98,7 +98,7 @@ class Region:
             _changed()
 
     def part(self) -> None:
-        """From now on whoever writes to a page, here or in a child, gets a copy of it. What a server writes is seen until
+        """From now on who writes to a page, here or in a child, gets a copy of it. What a server writes is seen until
         then: so reads that are under way do not count, and are made again, by copying."""
         with _renewing():
             _map(self._address, self.size, self._memfd.fd, mmap.MAP_PRIVATE | _MAP_FIXED)

@@ -174,7 +174,7 @@ class Catalog:
     # ---- changing
 
     def begin(self, step: int) -> str:
-        """A folder for an attempt, made. Raises Superseded."""
+        """The name of a folder for an attempt: nothing is written yet. Raises Superseded."""
         if self._mine:
             self._check_alone()
         else:
@@ -182,9 +182,13 @@ class Catalog:
         number = max((entry.number for entry in self._folders()), default=0) + 1
         folder = f"step-{step:09d}.{number:06d}.{secrets.token_hex(4)}"
         self._mine.add(folder)
-        self.place.make(folder)
-        self.place.put(f"{folder}/{ATTEMPT}", msgspec.json.encode(Owner.this()))
         return folder
+
+    def make(self, folder: str, *, is_owner: bool) -> None:
+        """Make the folder of an attempt; all ranks may, and the owner says in it whose it is."""
+        self.place.make(folder)
+        if is_owner:
+            self.place.put(f"{folder}/{ATTEMPT}", msgspec.json.encode(Owner.this()))
 
     def publish(self, folder: str, index: bytes, marker: Marker) -> None:
         """Make an attempt, all of whose other files are there, a checkpoint. Raises Superseded."""

@@ -60,7 +60,7 @@ class Writer(StorageWriter):
         self._stage = stage
         self._now = now
         self.attempt: str | None = None
-        """On rank 0: the folder, from when it is made until it is published."""
+        """On rank 0: the folder, from when it has a name until it is published."""
 
     def reset(self, checkpoint_id: Any = None) -> None:
         pass
@@ -96,6 +96,8 @@ class Writer(StorageWriter):
                 end = part.end
         image = self._stage(Image(parts))
         del parts, planner
+        # Not before: to make a folder waits for the disk, and others' writes to it, and the caller for the copy.
+        self._catalog.make(folder, is_owner=self.attempt is not None)
         files = self._write(f"{folder}/rank-{rank:05d}", image)
         results.append(WriteResult(_FILES, image.size, files))
         done: Future[list[WriteResult]] = Future()
