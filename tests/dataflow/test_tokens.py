@@ -242,6 +242,28 @@ def test_a_step_that_could_not_be_read_is_read_again(
     assert told == expected[1:4]
 
 
+def test_an_interrupted_step_is_given_again(dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = seen(dataset, 6, 4)
+    with dataset.batches(4) as batches:
+        next(batches)
+        with monkeypatch.context() as patch:
+            patch.setattr(batches, "_read_ahead", lambda: _raise(RuntimeError("can't start new thread")))
+            with pytest.raises(RuntimeError):
+                next(batches)
+        assert batches.step == 1
+        told = [next(batches)]
+        batches._ready.clear()
+        batches._reading.popleft()
+        told.append(next(batches))
+        batches._ready.popleft()
+        told += [next(batches) for _ in range(3)]
+    assert [(step.step, step.samples.tokens.tolist()) for step in told] == expected[1:6]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def tell(connection: Any, batches: Any) -> None:
     connection.send([(step.step, step.samples.tokens.tolist()) for step in itertools.islice(batches, 4)])
     batches.close()

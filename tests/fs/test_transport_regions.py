@@ -110,31 +110,6 @@ def test_renewed_memory_keeps_its_content_and_its_place() -> None:
     assert mine == pattern(SIZE, 7)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_memory_that_a_fork_copies_is_no_servers_from_then_on() -> None:
-    copied, shared = allocate(SIZE, copied_by_fork=True), allocate(SIZE)
-    copied[:] = pattern(SIZE, 7)
-    place = find(copied)
-    assert place is not None
-    theirs = ForeignRegions()
-    theirs.add(1, os.dup(place.region.fd))
-    (late,) = theirs.views([(1, 0)], [SIZE])
-    before, number = renewals(), place.region.number
-    child = os.fork()
-    if child == 0:
-        is_whole = copied == pattern(SIZE, 7) and renewals() is not None
-        copied[:3] = shared[:3] = b"mine"[:3]
-        os._exit(0 if is_whole else 1)
-    assert os.waitpid(child, 0) == (child, 0)
-    assert copied == pattern(SIZE, 7) and shared[:3] == b"min"
-    assert find(copied) is None and find(shared) is not None
-    # Reads that were under way are made again, and over what a server may still write.
-    assert renewals() != before and place.region.number != number
-    copied[:100] = pattern(100, 8)
-    late[:] = bytes(SIZE)
-    assert copied[:4096] == pattern(100, 8) + pattern(SIZE, 7)[100:4096]
-
-
 # ---- calls
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from embertrain.checkpoint import Checkpoints
+from embertrain.checkpoint.image import Image
+from embertrain.checkpoint.staging import Staging
 from embertrain.errors import Damaged, RankFailed, StateError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
@@ -95,9 +97,17 @@ class Odd(Exception):
         super().__init__(what)
 
 
+class Full(Staging):
+    """No memory is left for a copy."""
+
+    def take(self, image: Image) -> Image:
+        raise MemoryError("no room")
+
+
 def fail(url: str, rank: int, state: dict[str, Any]) -> None:
-    """The last rank cannot write, then fails in a way that cannot be sent, then cannot even say what it holds: every
-    rank hears of it, and saves go on."""
+    """The last rank cannot write, then fails in a way that cannot be sent; the first one cannot make the folder; the
+    last has no room for its copy, then does not see what the first made, then cannot even say what it holds: every rank
+    hears of it, and saves go on."""
     checkpoints = Checkpoints(url)
     place, last = checkpoints.catalog.place, rank == dist.get_world_size() - 1
     works = place.write
@@ -126,6 +136,34 @@ def fail(url: str, rank: int, state: dict[str, Any]) -> None:
     else:
         raise AssertionError("the save of a rank that cannot write succeeded")
     place.write = works  # type: ignore[method-assign]
+    makes = place.make
+    if rank == 0:
+        place.make = broken  # type: ignore[method-assign]
+    try:
+        checkpoints.save(8, state)
+    except OSError as error:
+        assert "this disk is gone" in str(error)
+    else:
+        raise AssertionError("there is no folder")
+    place.make = makes  # type: ignore[method-assign]
+    if last:
+        checkpoints._staging = Full()
+    checkpoints.save_async(8, state)
+    try:
+        checkpoints.wait()
+    except (MemoryError, RankFailed) as error:
+        assert isinstance(error, RankFailed) is not last and "no room" in str(error)
+    else:
+        raise AssertionError("the save of a rank that has no copy succeeded")
+    checkpoints._staging = None
+    with Checkpoints(f"{url}-{rank}") as apart:
+        try:
+            apart.save(8, state)
+        except (FileNotFoundError, RankFailed) as error:
+            assert isinstance(error, RankFailed) is (rank == 0) and "No such file" in str(error)
+        else:
+            raise AssertionError("the ranks write to places of their own")
+        assert apart.latest() is None
     try:
         checkpoints.save_async(9, state | ({"lock": object()} if last else {}))
     except StateError as error:

@@ -346,8 +346,7 @@ def test_dead_attempts_are_swept_and_living_ones_are_not(tmp_path: Path) -> None
         mine, elsewhere, dead, mute = (catalog.begin(step) for step in (1, 2, 3, 4))
         assert not list(tmp_path.iterdir())
         for folder in (mine, elsewhere, dead, mute):
-            catalog.make(folder, is_owner=True)
-            catalog.make(folder, is_owner=False)
+            catalog.make(folder)
         for folder, change in ((elsewhere, {"host": "another"}), (dead, {"started": 1})):
             path = tmp_path / folder / "attempt.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | change))

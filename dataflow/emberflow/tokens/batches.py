@@ -76,26 +76,33 @@ class Batches(Iterator[TokenBatch]):
         if self._pid != os.getpid():
             # The threads are the parent's.
             self._pool, self._reading, self._pid = None, deque(), os.getpid()
-        if not self._ready:
+        # Of another step is what an interrupt, between two of the lines below, left behind.
+        if self._ready and self._ready[0].step != self.step:
+            self._ready.clear()
+        while not self._ready:
             self._read_ahead()
             try:
-                self._ready.extend(self._reading[0].result())
+                read = self._reading[0].result()
             except BaseException:
                 # The step is still the next one, and is read again.
                 self._reading.clear()
                 raise
             self._reading.popleft()
+            if read[0].step == self.step:
+                self._ready.extend(read)
+            else:
+                self._reading.clear()
+        if len(self._ready) == 1:
+            self._read_ahead()
         batch = self._ready.popleft()
         self.step += 1
-        if not self._ready:
-            self._read_ahead()
         return batch
 
     def _read_ahead(self) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(min(self._prefetch // self._at_once, _THREADS_MAX), "emberflow-tokens")
         while len(self._reading) < self._prefetch // self._at_once:
-            step = self.step + len(self._reading) * self._at_once
+            step = self.step + len(self._ready) + len(self._reading) * self._at_once
             self._reading.append(self._pool.submit(self._read, step, self._at_once))
 
     def close(self) -> None:

@@ -71,8 +71,8 @@ class TokenDataset:
         self.sequence_tokens = sequence_tokens
         self.seed = seed
         self.group = open_group(url, storage_options)
+        self._memory = Memory()
         self._files = Files(self.group.url, storage_options or {}, self.group.seal)
-        self._memory = Memory(self._files.memory)
         vocabulary = self.group.vocabulary
         if tokenizer_hash is not None and tokenizer_hash != vocabulary.tokenizer_hash:
             raise InvalidArgument(

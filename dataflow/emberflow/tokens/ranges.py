@@ -110,9 +110,6 @@ class RangeReader(Protocol):
 
     def read(self, ranges: Ranges) -> None: ...
 
-    def memory(self, size: int) -> Any:
-        """Of so many bytes, as a buffer: what is read there is copied least often. A fork copies it."""
-
     def close(self) -> object:
         """Lets go of the files."""
 
@@ -131,20 +128,13 @@ class Files:
     def read(self, ranges: Ranges) -> None:
         """Fills the memory. Raises `TokensInvalid` for a file that is too short or was replaced, and what the
         filesystem raises."""
-        self._opened().read(ranges)
-
-    def memory(self, size: int) -> Any:
-        """The reader's."""
-        return self._opened().memory(size)
-
-    def _opened(self) -> RangeReader:
         reader = self._reader
         if reader is None:
             with self._lock:
                 if self._reader is None:
                     self._reader = _reader_for(open_url(self._url, self._storage_options)[0], self._seal)
                 reader = self._reader
-        return reader
+        reader.read(ranges)
 
     def close(self) -> None:
         """Lets go of the files; a read opens them again."""
@@ -196,9 +186,6 @@ class LocalRanges:
             done = read_files(numbers, part.offsets, part.lengths, part.into)
             if done < len(part.paths):
                 raise _too_short(part.paths[done])
-
-    def memory(self, size: int) -> Any:
-        return np.empty(size, np.uint8)
 
     def close(self) -> None:
         with self._lock:
@@ -252,9 +239,6 @@ class EmberRanges:
                 short = next(n for n, length in enumerate(lengths) if counts[n] < length)
                 raise _too_short(part.paths[short])
 
-    def memory(self, size: int) -> Any:
-        return self._client.buffer(size, copied_by_fork=True)
-
     def _file(self, path: str) -> File:
         file = self._open.get(path)
         if file is None:
@@ -293,9 +277,6 @@ class FsspecRanges:
                 raise _too_short(path)
             ranges.into[begin : begin + length] = data
             begin += length
-
-    def memory(self, size: int) -> Any:
-        return np.empty(size, np.uint8)
 
     def close(self) -> None:
         pass

@@ -97,13 +97,12 @@ class AsyncClient:
         """Bytes [offset, offset+length) of a file, cut at its end. Raises NotFound, IsADirectory, Corruption."""
         return await self._run(lambda core: core.get(path, offset, length))
 
-    def buffer(self, size: int, *, copied_by_fork: bool = False) -> memoryview:
+    def buffer(self, size: int) -> memoryview:
         """Zeroed memory for reads and writes with the fewest copies: servers of this host use it in place.
 
-        It goes with the last view of it. A forked child shares it with its parent; or else (`copied_by_fork`) each has
-        its own from the first fork on, and no server uses it any more. Raises LimitExceeded, OSError.
+        It goes with the last view of it. A forked child shares it with its parent. Raises LimitExceeded, OSError.
         """
-        return allocate(size, copied_by_fork=copied_by_fork)
+        return allocate(size)
 
     async def get_into(self, path: str, buffer: Any, *, offset: int = 0) -> int:
         """Fill `buffer` from `offset` of a file; returns the bytes read."""

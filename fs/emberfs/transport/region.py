@@ -4,7 +4,6 @@ The server reads from its disk straight into a region, and copies what is to be 
   - A region never becomes smaller (F_SEAL_SHRINK): a server that looked at a page of it which is gone would die.
   - What a lost server may still write to is not ours any more. A block of ours is never used again, and memory that
     belongs to a program gets new pages at its old place (`Region.renew`): a late write lands where nobody looks.
-  - Memory that a fork is to copy is ordinary memory from the first fork on (`Region.part`): no server has it any more.
 
 Does not know: frames, or what the bytes mean.
 """
@@ -97,13 +96,6 @@ class Region:
             self._memfd, self.number = fresh, next(_numbers)
             _changed()
 
-    def part(self) -> None:
-        """From now on who writes to a page, here or in a child, gets a copy of it. What a server writes is seen until
-        then: so reads that are under way do not count, and are made again, by copying."""
-        with _renewing():
-            _map(self._address, self.size, self._memfd.fd, mmap.MAP_PRIVATE | _MAP_FIXED)
-            self.number = next(_numbers)
-
     def _array(self) -> ctypes.Array[ctypes.c_char]:
         return (ctypes.c_char * self.size).from_address(self._address)
 
@@ -144,19 +136,13 @@ _version = 0
 """Grows with each change of `_allocated`, or of the pages of a region."""
 
 
-_copied_by_fork: weakref.WeakSet[Region] = weakref.WeakSet()
-
-
-def allocate(size: int, *, copied_by_fork: bool = False) -> memoryview:
+def allocate(size: int) -> memoryview:
     """Memory that servers of this host fill, and read from, in place. It goes with the last view of it.
 
-    A forked child shares it with its parent; or else (`copied_by_fork`) it is ordinary memory to both from the first
-    fork on. Raises LimitExceeded, OSError.
+    A forked child shares it with its parent. Raises LimitExceeded, OSError.
     """
     region = Region(size)
     view = region.memory()
-    if copied_by_fork:
-        _copied_by_fork.add(region)
     _allocated[id(view.obj)] = region
     _changed()
     weakref.finalize(view.obj, _gone, id(view.obj)).atexit = False
@@ -166,13 +152,6 @@ def allocate(size: int, *, copied_by_fork: bool = False) -> memoryview:
 def _gone(key: int) -> None:
     _allocated.pop(key, None)
     _changed()
-
-
-def _before_fork() -> None:
-    for key, region in list(_allocated.items()):
-        if region in _copied_by_fork:
-            region.part()
-            _gone(key)
 
 
 def _changed() -> None:
@@ -214,7 +193,7 @@ def _after_fork() -> None:
     _renewals_lock, _renewals_now = threading.Lock(), 0
 
 
-os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def allocated_version() -> int:

@@ -184,11 +184,10 @@ class Catalog:
         self._mine.add(folder)
         return folder
 
-    def make(self, folder: str, *, is_owner: bool) -> None:
-        """Make the folder of an attempt; all ranks may, and the owner says in it whose it is."""
+    def make(self, folder: str) -> None:
+        """Make the folder of an attempt, and say in it whose it is."""
         self.place.make(folder)
-        if is_owner:
-            self.place.put(f"{folder}/{ATTEMPT}", msgspec.json.encode(Owner.this()))
+        self.place.put(f"{folder}/{ATTEMPT}", msgspec.json.encode(Owner.this()))
 
     def publish(self, folder: str, index: bytes, marker: Marker) -> None:
         """Make an attempt, all of whose other files are there, a checkpoint. Raises Superseded."""

@@ -179,7 +179,13 @@ class Checkpoints:
 
         ranks = self._collective()
         writer = Writer(
-            self.catalog, step, threads=self._threads, config=self._described(), stage=stage, now=self._clock
+            self.catalog,
+            step,
+            threads=self._threads,
+            config=self._described(),
+            stage=stage,
+            told=ranks.told,
+            now=self._clock,
         )
         try:
             _save_state_dict(

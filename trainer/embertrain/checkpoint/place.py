@@ -36,7 +36,7 @@ class Place(Protocol):
         """Names of the folders, in no order; none where the place is not there yet."""
 
     def make(self, folder: str) -> None:
-        """Make a folder, if it is not there, and the place with it; their names are durable."""
+        """Make a folder, and the place with it; their names are durable."""
 
     def write(self, name: str, pieces: Iterable[memoryview]) -> None:
         """A new file from pieces in order."""
@@ -100,7 +100,7 @@ class LocalPlace:
     def make(self, folder: str) -> None:
         path = self._root / folder
         new = [path, *takewhile(lambda parent: not parent.exists(), path.parents)]
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
         for each in new:
             _sync_folder(each.parent)
 

@@ -41,7 +41,8 @@ _FILES = MetadataIndex("")
 
 
 class Writer(StorageWriter):
-    """One save. `stage` makes the copy that is written, and is called once; then the state may change."""
+    """One save. `stage` makes the copy that is written, and is called once; then the state may change. `told` has
+    rank 0 do something for all: see `Ranks`."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Writer(StorageWriter):
         threads: int,
         config: dict[str, Any] | None,
         stage: Callable[[Image], Image],
+        told: Callable[[Callable[[], None]], None],
         now: Callable[[], float],
     ) -> None:
         self._catalog = catalog
@@ -58,6 +60,7 @@ class Writer(StorageWriter):
         self._threads = threads
         self._config = config
         self._stage = stage
+        self._told = told
         self._now = now
         self.attempt: str | None = None
         """On rank 0: the folder, from when it has a name until it is published."""
@@ -83,6 +86,20 @@ class Writer(StorageWriter):
     @sends_errors
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         folder, rank = plan.storage_data
+        try:
+            results, image = self._staged(plan, planner, rank)
+        finally:
+            # Not before: to make a folder waits for the disk, and others' writes to it, and the caller for the copy.
+            # All ranks come here, whatever they met.
+            self._told(partial(self._catalog.make, folder))
+        del planner
+        files = self._write(f"{folder}/rank-{rank:05d}", image)
+        results.append(WriteResult(_FILES, image.size, files))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def _staged(self, plan: SavePlan, planner: SavePlanner, rank: int) -> tuple[list[WriteResult], Image]:
         results, parts, end = [], [], 0
         for item in plan.items:
             data = planner.resolve_data(item)
@@ -94,15 +111,7 @@ class Writer(StorageWriter):
                 parts.append(part)
                 results.append(WriteResult(item.index, part.data.numel(), (rank, end)))
                 end = part.end
-        image = self._stage(Image(parts))
-        del parts, planner
-        # Not before: to make a folder waits for the disk, and others' writes to it, and the caller for the copy.
-        self._catalog.make(folder, is_owner=self.attempt is not None)
-        files = self._write(f"{folder}/rank-{rank:05d}", image)
-        results.append(WriteResult(_FILES, image.size, files))
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
+        return results, self._stage(Image(parts))
 
     def _write(self, stem: str, image: Image) -> Files:
         """All files of an image."""
