@@ -36,9 +36,7 @@ THREADS = 2
 VOCABULARY = Vocabulary(tokenizer="random", tokenizer_hash="random", vocab_size=129_280, eos_id=1)
 
 CEILING_GOAL = 0.5
-PEER_GOALS = {("streaming", 4096): 2.0}
-"""Of longer samples all loaders copy memory and little else. litdata maps its files, which nobody else here does."""
-
+PEER_GOAL = 2.0
 PEERS = ("streaming", "litdata")
 ENVIRONMENT = Environment(
     name="loader", requirements=("mosaicml-streaming>=0.13", "litdata>=0.2.76"), imports="streaming, litdata"
@@ -145,10 +143,10 @@ def _rows(
             goal=CEILING_GOAL if size.has_goals else None,
             rounds=size.rounds,
         )
-    goals = PEER_GOALS if size.has_goals else {}
+    goal = PEER_GOAL if size.has_goals else None
     name = f"from {place}, {sequence:,} a sample"
     return [row] + [
-        replace(row, row=f"{name}, by {peer}", ratio=row.against(peer), baseline=peer, goal=goals.get((peer, sequence)))
+        replace(row, row=f"{name}, by {peer}", ratio=row.against(peer), baseline=peer, goal=goal)
         for peer in peers
     ]
 
