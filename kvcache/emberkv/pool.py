@@ -93,9 +93,13 @@ class Pool:
             # From now on: who waits for silence would take over while we read.
             owning = runtime.spawn(ownership.keep(), "kv-owner")
             try:
-                there = await reader.read(ownership.epoch)
-                index = await _nothing(files, directory, make) if there is None else there
-                strangers = await find_strangers(files, f"{directory}/segments", index)
+                try:
+                    there = await reader.read(ownership.epoch)
+                    index = await _nothing(files, directory, make) if there is None else there
+                    strangers = await find_strangers(files, f"{directory}/segments", index)
+                except Exception:
+                    await ownership.check()  # What somebody does who has taken over meanwhile is no loss.
+                    raise
                 # Had somebody taken over before we looked, files of theirs would be among the strangers.
                 await ownership.check()
                 wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, index, is_new=there is None)
