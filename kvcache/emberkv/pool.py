@@ -72,6 +72,8 @@ class Pool:
         self._checked_s: dict[Place, float] = {}
         """Pages that were reported, and that nothing was wrong with, and when."""
         self._tasks: list[asyncio.Task[None]] = []
+        self._ending: asyncio.Task[None] | None = None
+        """Of the log, since somebody else serves the namespace."""
 
     @classmethod
     async def open(
@@ -117,6 +119,8 @@ class Pool:
         self._wal.is_lost = True
         if not owning.cancelled():
             owning.exception()  # StaleOwner: it is said to whoever asks for something.
+            # Its log is removed by who serves now, and takes space for as long as we have it open.
+            self._ending = self._runtime.spawn(self._wal.close(), "kv-wal-end")
 
     @property
     def is_lost(self) -> bool:
@@ -149,7 +153,7 @@ class Pool:
                 await self.ownership.beat(released=True)
         finally:
             owning.cancel()
-            await asyncio.wait([owning])
+            await asyncio.wait([owning] if self._ending is None else [owning, self._ending])
 
     # --- tenants ---------------------------------------------------------------------------------------------------
 
