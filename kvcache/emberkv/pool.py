@@ -342,6 +342,7 @@ class Pool:
         self.leases.expire(now_s)
         self._puts.end_overdue(now_s)
         if now_s >= self._next_snapshot_s:
+            await self.space.look_for_strangers()
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
