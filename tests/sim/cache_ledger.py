@@ -159,6 +159,9 @@ class Ledger:
         found = {
             "leases": len(pool.leases),
             "slots that are held": sum(table.held),
+            "slots that are pinned": sum(
+                table.pinned_s[slot] > pool.space.stamp_s() for slot in table.slots().tolist()
+            ),
             "reservations": len(puts),
             "pages that somebody writes": len(puts._pending),
             "bytes of writers": puts._writers.total(),

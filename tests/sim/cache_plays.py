@@ -183,6 +183,17 @@ async def _kill_writer(stage: Stage, acting: int, toll: Toll) -> None:
     stage.writer.client.kill()
 
 
+async def _stop_writer(stage: Stage, acting: int, toll: Toll) -> None:
+    """Until somebody else has put its pages; what it writes then comes late."""
+    await stage.world.sleep(RESERVATION_S + DOWN_S)
+    client = await stage.join("other")
+    for prompt in (3, 4):
+        await stage.within(client, stage.put_patiently(client, chain(prompt, 4)))
+    toll.release()
+    stage.writer.process.resume()
+    await stage.world.sleep(LATE_S)
+
+
 DEATHS = {
     "the server is killed": Death(_server, _kill_server),
     "all lose power": Death(_server, _blackout),
@@ -191,6 +202,7 @@ DEATHS = {
     "a node loses power": Death(_node, _cut_power),
     "the metadata server is killed": Death(_meta, _kill_meta),
     "the writer is killed": Death(_writer, _kill_writer),
+    "the writer is stopped for a while": Death(_writer, _stop_writer, is_final=False),
 }
 
 

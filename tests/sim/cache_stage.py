@@ -28,6 +28,8 @@ RESERVATION_S = 2.0
 LEASE_S = 1.5
 SILENCE_S = 2.5
 """Who has not taken over by then, has no reason to."""
+FRESH, FULL_PROMPTS = 1000, 14
+"""Prompts that nobody has put, and more of them than there is room for."""
 PATIENCE_S = 30.0
 """What is asked for again and again comes within it."""
 COLLECTED_S = 30.0
@@ -116,8 +118,8 @@ class Stage:
 
     # ---- at the end
 
-    async def check(self) -> None:
-        """Whatever happened: the cache goes on, and nothing is lost or left."""
+    async def check(self, *, fills: bool = False) -> None:
+        """Whatever happened: the cache goes on, and nothing is lost or left. `fills`: all that was there may go."""
         client = await self.join("inspector")
         await self.world.sleep(SILENCE_S)
         server = await self.served()
@@ -130,6 +132,8 @@ class Stage:
             assert await self.within(client, ledger.read(client, hit, kept_by=server.pool)) == len(keys)
         await self.within(client, ledger.check_nothing_leaks(server, client))
         await self.within(client, ledger.check_index(server, client))
+        for prompt in range(FRESH, FRESH + FULL_PROMPTS) if fills else ():
+            await self.within(client, self.put_patiently(client, chain(prompt, 4)))
         ledger.committed.clear()
         await self.within(client, client.call(messages.Erase(TENANT), messages.Numbers))
         await self.within(client, ledger.check_all_goes(server, client))

@@ -24,16 +24,16 @@ from tests.sim.cache_cluster import CacheClient, chain
 from tests.sim.cache_ledger import Ledger
 from tests.sim.cache_stage import ALLOWED, SHAPE, Stage, hurried
 
-CLIENTS = 3
+CLIENTS = 4
 BUSY_S = 12.0
-PAUSE_S = 0.15
+PAUSE_S = 0.1
 """The mean pause of a client between two requests."""
 FAULT_GAP_S = 1.0
 WEIGHTS = (10, 12, 1, 1, 1)
 """How often a client puts, reads, removes, pins, and puts without waiting."""
 PROMPTS = 16
 PAGES_MAX = 6
-LEASE_S = 3.0
+LEASE_S = 2.0
 LEASE_SHARE = 0.9
 """So much of a lease is certain, with clocks that drift."""
 PIN_S = 5.0
@@ -54,7 +54,9 @@ def walk(seed: int) -> Counter[str]:
             stage.close()
 
     with hurried():
-        SimRuntime(seed).run(main)
+        runtime = SimRuntime(seed)
+        runtime.run(main)
+    counts["steps"] = runtime.loop.steps
     return counts
 
 
@@ -89,7 +91,7 @@ class _Walk:
         for task in list(self._working.values()):
             done, _ = await asyncio.wait([task], timeout=END_S)
             assert done, "a request does not come to an end"
-        await stage.check()
+        await stage.check(fills=True)
 
     # ---- clients
 
@@ -105,32 +107,32 @@ class _Walk:
             await client.process.sleep(rng.expovariate(1 / PAUSE_S))
             keys = chain(rng.randrange(100, 100 + PROMPTS), rng.randint(1, PAGES_MAX))
             try:
-                await rng.choices(requests, WEIGHTS)[0](client, keys)
+                await rng.choices(requests, WEIGHTS)[0](client, keys, rng)
             except ALLOWED as error:
                 self.ledger.counts[type(error).__name__] += 1
             except Exception as error:
                 self.world.loop.fail(error)  # Now: it may be killed before anybody looks.
 
-    async def _put(self, client: CacheClient, keys: list[bytes]) -> None:
+    async def _put(self, client: CacheClient, keys: list[bytes], rng: random.Random) -> None:
         await self.ledger.put(client, keys)
 
-    async def _read(self, client: CacheClient, keys: list[bytes]) -> None:
+    async def _read(self, client: CacheClient, keys: list[bytes], rng: random.Random) -> None:
+        """At once, or long after the lease."""
         began_s, owner = self.world.now_s(), self.ledger.owner
         hit = await client.match(keys, lease_s=LEASE_S)
-        await client.process.sleep(0.3)
-        await self.ledger.read(
-            client, hit, kept_by=owner if hit.lease else None, until_s=began_s + LEASE_S * LEASE_SHARE
-        )
-        if hit.lease and hit.keys[0][0] & 1:  # Others end by themselves.
+        await client.process.sleep(rng.choices([0.0, 0.3, 1.5 * LEASE_S], [5, 10, 1])[0])
+        kept_by, until_s = owner if hit.lease else None, began_s + LEASE_S * LEASE_SHARE
+        await self.ledger.read(client, hit, kept_by=kept_by, until_s=until_s)
+        if hit.lease and rng.random() < 0.5:  # Others end by themselves.
             await client.ask(lambda seat: messages.Release(seat, [hit.lease]), messages.Okay)
 
-    async def _remove(self, client: CacheClient, keys: list[bytes]) -> None:
+    async def _remove(self, client: CacheClient, keys: list[bytes], rng: random.Random) -> None:
         await client.ask(lambda seat: messages.Remove(seat, keys[-1]), messages.Okay)
 
-    async def _pin(self, client: CacheClient, keys: list[bytes]) -> None:
+    async def _pin(self, client: CacheClient, keys: list[bytes], rng: random.Random) -> None:
         await client.ask(lambda seat: messages.Pin(seat, keys[0], PIN_S), messages.Okay)
 
-    async def _flush(self, client: CacheClient, keys: list[bytes]) -> None:
+    async def _flush(self, client: CacheClient, keys: list[bytes], rng: random.Random) -> None:
         await client.put(keys, durable=False)
         await client.flush()
 

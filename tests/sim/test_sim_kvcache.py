@@ -24,7 +24,10 @@ SEEDS_PER_MOMENT = 8
 """With fewer, so many seeds are worth one moment of each act and death."""
 
 MOMENTS = 8
-"""A planted bug is found within so many."""
+"""A planted bug is found within so many, or so many walks."""
+
+WALKED = [("gives space back under a lease", 4), ("leaves files of the one before", 2)]
+"""Planted bugs that walks find, too, and a seed that did when this was written."""
 
 rehearsed = cache(rehearse)
 
@@ -48,6 +51,14 @@ def test_walks_at_random_lose_nothing(seeds: Sequence[int]) -> None:
     if len(seeds) > 1:
         each = "read", "stored", "known", "Evicted", "Moved", "SegmentRetired", "takeovers", "checked"
         assert min(seen[what] for what in each) >= len(seeds), seen
+
+
+@pytest.mark.parametrize(("bug", "seed"), WALKED)
+def test_a_walk_finds_a_planted_bug(bug: str, seed: int) -> None:
+    with BUGS[bug].plant(), pytest.raises(Exception) as caught:
+        for each in range(seed, seed + MOMENTS):
+            walk(each)
+    assert BUGS[bug].finding in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_walk_replays_the_same() -> None:
