@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from emberfs.errors import EmberError, NotFound
 from emberkv.compaction import page_header
@@ -27,12 +28,24 @@ from emberkv.pool import Pool
 
 from tests.sim.cache_cluster import DIRECTORY, CacheClient, CacheServer, Hit, content
 
+LEASE_SHARE = 0.9
+"""So much of a lease is certain, with clocks that drift."""
 SETTLED_S = 20.0
 """After the last request what nobody needs is gone, at the latest."""
 
 
 class WrongBytes(AssertionError):
     """A page that is not the one asked for was returned."""
+
+
+class Leased(NamedTuple):
+    """A hit, and how long what of it is there."""
+
+    hit: Hit
+    kept_by: Pool | None
+    """For as long as nobody else takes over, who may remove files then."""
+    until_s: float
+    """By the world's clock."""
 
 
 @dataclass(slots=True)
@@ -85,14 +98,18 @@ class Ledger:
         self.counts.update(states)
         return states
 
-    async def read(
-        self, cache: CacheClient, hit: Hit, *, kept_by: Pool | None = None, until_s: float = float("inf")
-    ) -> int:
-        """Read the pages of a hit; how many there were. `kept_by`: the pool that has leased them, until `until_s`."""
-        pages, is_away = await cache.read(hit)
-        self._check_pages(hit.keys, pages)
+    async def match(self, cache: CacheClient, keys: Sequence[bytes], *, lease_s: float) -> Leased:
+        """Raises what the client raises."""
+        until_s, owner = cache.process.world.now_s() + LEASE_SHARE * lease_s, self.owner
+        hit = await cache.match(keys, lease_s=lease_s)
+        return Leased(hit, owner if hit.lease else None, until_s)
+
+    async def read(self, cache: CacheClient, leased: Leased) -> int:
+        """Read the pages of a hit; how many of them there were."""
+        pages, is_away = await cache.read(leased.hit)
+        self._check_pages(leased.hit.keys, pages)
         right = sum(page is not None for page in pages)
-        if kept_by is not None and kept_by is self.owner and not is_away and cache.process.world.now_s() < until_s:
+        if leased.kept_by is self.owner and not is_away and cache.process.world.now_s() < leased.until_s:
             assert right == len(pages), f"{len(pages) - right} of {len(pages)} pages went under a lease"
         self.counts.update(read=right, missed=len(pages) - right)
         return right

@@ -27,7 +27,8 @@ from emberkv import messages
 from emberkv.page import HEADER_BYTES
 from emberkv.segments import State
 
-from tests.sim.cache_cluster import DIRECTORY, NAMESPACE, PAGE_BYTES, TENANT, Hit, chain
+from tests.sim.cache_cluster import DIRECTORY, NAMESPACE, PAGE_BYTES, TENANT, chain
+from tests.sim.cache_ledger import Leased
 from tests.sim.cache_stage import ALLOWED, AWAY, LEASE_S, RESERVATION_S, SHAPE, Stage, hurried
 
 DOWN_S = 0.7
@@ -256,12 +257,11 @@ async def _full_quota(stage: Stage) -> None:
 
 async def _evict(stage: Stage) -> None:
     """The first prompt goes for the third, its segment when no lease can reach it, and the fourth gets the room."""
-    hit = await stage.writer.match(chain(2, 4), lease_s=LEASE_S)
-    pool = stage.servers[0].pool
+    leased = await stage.ledger.match(stage.writer, chain(2, 4), lease_s=LEASE_S)
     await stage.ledger.put(stage.writer, chain(3, 4))
     await _removed(stage, 1)
     await stage.ledger.put(stage.writer, chain(4, 4))
-    await stage.ledger.read(stage.writer, hit, kept_by=pool)
+    await stage.ledger.read(stage.writer, leased)
 
 
 async def _removed(stage: Stage, segment: int) -> None:
@@ -283,8 +283,8 @@ async def _compact(stage: Stage) -> None:
     """While somebody reads under a lease, where the pages were."""
     pool = _pool(stage)
     space = pool.space
-    hits = [await stage.reader.match(chain(prompt, 2), lease_s=LEASE_S) for prompt in (2, 4)]
-    reading = stage.reader.process.spawn(_read_on(stage, hits, pool), "read")
+    leased = [await stage.ledger.match(stage.reader, chain(prompt, 2), lease_s=LEASE_S) for prompt in (2, 4)]
+    reading = stage.reader.process.spawn(_read_on(stage, leased), "read")
     async with pool._making_room:
         for segment in list(pool.index.segments):
             space.seal(segment)
@@ -296,12 +296,11 @@ async def _compact(stage: Stage) -> None:
         await stage.servers[0].process.sleep(0.1)
 
 
-async def _read_on(stage: Stage, hits: Sequence[Hit], pool: Any) -> None:
-    until_s = stage.world.now_s() + LEASE_S - 0.3
-    while stage.world.now_s() < until_s:
-        for hit in hits:
-            is_kept = pool if stage.servers[0].is_up else None
-            await stage.ledger.read(stage.reader, hit, kept_by=is_kept)
+async def _read_on(stage: Stage, leased: Sequence[Leased]) -> None:
+    """For as long as the first lease lasts."""
+    while stage.world.now_s() < leased[0].until_s:
+        for each in leased:
+            await stage.ledger.read(stage.reader, each)
         await stage.reader.process.sleep(0.3)
 
 
@@ -318,10 +317,9 @@ async def _snapshot(stage: Stage) -> None:
 
 async def _erase(stage: Stage) -> None:
     """What is leased, too; its files wait for the lease."""
-    hit = await stage.writer.match(chain(2, 4), lease_s=LEASE_S)
-    pool = stage.servers[0].pool
+    leased = await stage.ledger.match(stage.writer, chain(2, 4), lease_s=LEASE_S)
     await stage.writer.call(messages.Erase(TENANT), messages.Numbers)
-    await stage.ledger.read(stage.writer, hit, kept_by=pool)
+    await stage.ledger.read(stage.writer, leased)
     for segment in (1, 2):
         await _removed(stage, segment)
 

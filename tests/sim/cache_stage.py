@@ -128,8 +128,8 @@ class Stage:
         for prompt in (2, 90):
             keys = chain(prompt, 4)
             await self.within(client, self.put_patiently(client, keys))
-            hit = await self.within(client, client.match(keys, lease_s=LEASE_S))
-            assert await self.within(client, ledger.read(client, hit, kept_by=server.pool)) == len(keys)
+            leased = await self.within(client, ledger.match(client, keys, lease_s=LEASE_S))
+            assert await self.within(client, ledger.read(client, leased)) == len(keys)
         await self.within(client, ledger.check_nothing_leaks(server, client))
         await self.within(client, ledger.check_index(server, client))
         for prompt in range(FRESH, FRESH + FULL_PROMPTS) if fills else ():

@@ -34,8 +34,6 @@ WEIGHTS = (10, 12, 1, 1, 1)
 PROMPTS = 16
 PAGES_MAX = 6
 LEASE_S = 2.0
-LEASE_SHARE = 0.9
-"""So much of a lease is certain, with clocks that drift."""
 PIN_S = 5.0
 WHOLE_S = 30.0
 END_S = 60.0
@@ -118,13 +116,11 @@ class _Walk:
 
     async def _read(self, client: CacheClient, keys: list[bytes], rng: random.Random) -> None:
         """At once, or long after the lease."""
-        began_s, owner = self.world.now_s(), self.ledger.owner
-        hit = await client.match(keys, lease_s=LEASE_S)
+        leased = await self.ledger.match(client, keys, lease_s=LEASE_S)
         await client.process.sleep(rng.choices([0.0, 0.3, 1.5 * LEASE_S], [5, 10, 1])[0])
-        kept_by, until_s = owner if hit.lease else None, began_s + LEASE_S * LEASE_SHARE
-        await self.ledger.read(client, hit, kept_by=kept_by, until_s=until_s)
-        if hit.lease and rng.random() < 0.5:  # Others end by themselves.
-            await client.ask(lambda seat: messages.Release(seat, [hit.lease]), messages.Okay)
+        await self.ledger.read(client, leased)
+        if leased.hit.lease and rng.random() < 0.5:  # Others end by themselves.
+            await client.ask(lambda seat: messages.Release(seat, [leased.hit.lease]), messages.Okay)
 
     async def _remove(self, client: CacheClient, keys: list[bytes], rng: random.Random) -> None:
         await client.ask(lambda seat: messages.Remove(seat, keys[-1]), messages.Okay)
@@ -165,7 +161,7 @@ class _Walk:
         """From the metadata, or from the nodes, one way or both."""
         fabric, cluster = self.stage.cluster.fabric, self.stage.cluster
         host = self._rng.choice(self.stage.servers).host
-        others: Sequence[SimMachine] = self._rng.choice([cluster.metas, cluster.storage])  # type: ignore[arg-type]
+        others: Sequence[SimMachine] = self._rng.choice([cluster.metas, cluster.storage])
         pairs = [pair for each in others for pair in ((host, each.name), (each.name, host))]
         pairs = self._rng.choice([pairs, pairs[::2], pairs[1::2]])
         for pair in pairs:
