@@ -286,6 +286,9 @@ class KvService:
 
     async def _erase(self, ask: messages.Erase) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
+        # To say that there was nothing would be wrong, and nobody would ask again.
+        if waiting := [name for name in self.pools.opening if ask.namespace in ("", name)]:
+            raise Unavailable(f"{', '.join(waiting)} is not open here: ask the server that serves it, or again later")
         report = {}
         for name, pool in list(self.pools.opened.items()):
             number = pool.index.tenant(ask.tenant)
