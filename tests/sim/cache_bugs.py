@@ -180,6 +180,10 @@ def _sends_nobody_to_who_serves() -> Patch:
     return patch.object(Pools, "get", get)
 
 
+def _erases_nothing_where_it_stands_by() -> Patch:
+    return patch.object(Pools, "opening", PropertyMock(return_value=[]))
+
+
 def _keeps_its_log_when_it_is_over() -> Patch:
     def lose(self: Pool, owning: asyncio.Task[None]) -> None:
         self._wal.is_lost = True
@@ -233,6 +237,9 @@ BUGS = {
         _takes_the_next_one_s_files_for_a_loss, "there is no index", "opening", STOPPED, first=9
     ),
     "sends nobody to who serves": Bug(_sends_nobody_to_who_serves, "SeatGone", "opening", STOPPED, first=9),
+    "erases nothing where it stands by": Bug(
+        _erases_nothing_where_it_stands_by, "the act does not end", "erasure", first=2
+    ),
     "keeps its log when it is over": Bug(
         _keeps_its_log_when_it_is_over, "removed files are still there", "takeover", STOPPED, first=33
     ),
