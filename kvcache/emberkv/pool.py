@@ -72,6 +72,8 @@ class Pool:
         self._checked_s: dict[Place, float] = {}
         """Pages that were reported, and that nothing was wrong with, and when."""
         self._tasks: list[asyncio.Task[None]] = []
+        self._ending: asyncio.Task[None] | None = None
+        """Of the log, since somebody else serves the namespace."""
 
     @classmethod
     async def open(
@@ -93,9 +95,13 @@ class Pool:
             # From now on: who waits for silence would take over while we read.
             owning = runtime.spawn(ownership.keep(), "kv-owner")
             try:
-                there = await reader.read(ownership.epoch)
-                index = await _nothing(files, directory, make) if there is None else there
-                strangers = await find_strangers(files, f"{directory}/segments", index)
+                try:
+                    there = await reader.read(ownership.epoch)
+                    index = await _nothing(files, directory, make) if there is None else there
+                    strangers = await find_strangers(files, f"{directory}/segments", index)
+                except Exception:
+                    await ownership.check()  # What somebody does who has taken over meanwhile is no loss.
+                    raise
                 # Had somebody taken over before we looked, files of theirs would be among the strangers.
                 await ownership.check()
                 wal = await Wal.recover(files, runtime, f"{directory}/index", ownership, index, is_new=there is None)
@@ -113,6 +119,8 @@ class Pool:
         self._wal.is_lost = True
         if not owning.cancelled():
             owning.exception()  # StaleOwner: it is said to whoever asks for something.
+            # Its log is removed by who serves now, and takes space for as long as we have it open.
+            self._ending = self._runtime.spawn(self._wal.close(), "kv-wal-end")
 
     @property
     def is_lost(self) -> bool:
@@ -145,7 +153,7 @@ class Pool:
                 await self.ownership.beat(released=True)
         finally:
             owning.cancel()
-            await asyncio.wait([owning])
+            await asyncio.wait([owning] if self._ending is None else [owning, self._ending])
 
     # --- tenants ---------------------------------------------------------------------------------------------------
 
@@ -334,6 +342,7 @@ class Pool:
         self.leases.expire(now_s)
         self._puts.end_overdue(now_s)
         if now_s >= self._next_snapshot_s:
+            await self.space.look_for_strangers()
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))

@@ -178,13 +178,13 @@ class Puts:
         return slot is not None and any(places["segment"][slot] for places in self._table.places)
 
     async def _segment_for(self, writer: int, length: int) -> Segment | None:
-        segment = self._segments.open_for(writer, length)
-        if segment is None:
+        while (segment := self._segments.open_for(writer, length)) is None:
             async with self._making_room:
-                # Another request of the same writer may have made one meanwhile.
-                segment = self._segments.open_for(writer, length)
-                if segment is None:
-                    segment = await self._space.new_segment(writer, length)
+                # Another request of the same writer may have made one meanwhile; and while one is made it may be
+                # filled by such a request, or be sealed, since its writer's time is over. Then the next one is made.
+                is_open = self._segments.open_for(writer, length) is not None
+                if not is_open and await self._space.new_segment(writer, length) is None:
+                    return None
         return segment
 
     def commit(self, number: int, writer: int, crcs: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from emberfs import NotFound
-from emberfs.errors import AccessDenied, EmberError, LimitExceeded, ProtocolError
+from emberfs.errors import AccessDenied, EmberError, LimitExceeded, ProtocolError, Unavailable
 from emberfs.messages import Foreign, Message
 from emberfs.runtime import Runtime
 from msgspec.structs import replace
@@ -98,7 +98,10 @@ class KvService:
         self._tenants.check(ask.tenant, ask.token)
         if ask.policy not in PUT_POLICIES:
             raise ProtocolError(f"pages are put {', '.join(PUT_POLICIES)}, not {ask.policy!r}")
-        pool = await self.pools.get(ask.namespace)
+        try:
+            pool = await self.pools.get(ask.namespace)
+        except StaleOwner as error:
+            raise Unavailable("another server has just taken this namespace over: ask that one") from error
         if ask.policy == ON_EVICT:
             pool.space.patient.add(pool.tenant(ask.tenant))
         wants_tokens = self._events is not None and self._events.tells_tokens
@@ -283,6 +286,9 @@ class KvService:
 
     async def _erase(self, ask: messages.Erase) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
+        # To say that there was nothing would be wrong, and nobody would ask again.
+        if waiting := [name for name in self.pools.opening if ask.namespace in ("", name)]:
+            raise Unavailable(f"{', '.join(waiting)} is not open here: ask the server that serves it, or again later")
         report = {}
         for name, pool in list(self.pools.opened.items()):
             number = pool.index.tenant(ask.tenant)

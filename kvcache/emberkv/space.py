@@ -16,6 +16,7 @@ Does not know: clients.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
 CUT_PAGES = 1000
 """After so many that went, others have their turn."""
+_NAME = re.compile("[0-9a-f]{8}")
+"""Of a segment's file. What else lies there is not ours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -336,16 +339,21 @@ class Space:
             self.counts.removed_segments += 1
         return len(gone)
 
+    async def look_for_strangers(self) -> None:
+        """Once more: an owner that was over and did not know it may have made files since."""
+        found = await find_strangers(self._files, self._directory, self._index)
+        self._strangers += [name for name in found if name not in self._strangers]
+
     async def remove_strangers(self) -> None:
-        """Remove the files that the index did not name when it was read: an earlier owner's."""
+        """Remove the files that the index did not name when it was looked at: an earlier owner's."""
         while self._strangers:
             await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
             self._strangers.pop()
 
 
 async def find_strangers(files: Files, directory: str, index: Index) -> list[str]:
-    """Files of segments that an index, which was just read, does not name; their numbers are not used again."""
-    names = await files.names(directory)
+    """Files of segments that an index does not name; their numbers are not used again."""
+    names = [name for name in await files.names(directory) if _NAME.fullmatch(name)]
     segments = index.segments
     segments.next_id = max([segments.next_id, *(int(name, 16) + 1 for name in names)])
     return [name for name in names if int(name, 16) not in segments.by_id]
