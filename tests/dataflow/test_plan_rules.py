@@ -111,3 +111,14 @@ def test_a_function_for_sql_is_what_it_is_told_to_be(session: emberflow.Session)
         session.create_function(udf)
         found.append(sorted((row["n"] for row in texts.select("length_of(s) n").take_all()), key=repr))
     assert found == [[3, None], [-1, 3]]
+
+
+def test_decimals_are_narrow_on_their_way_and_wide_for_functions(session: emberflow.Session) -> None:
+    frame = session.sql("select k, max(d) d from (select k, cast(k as decimal(12, 2)) d from t) group by k")
+    made = session.jobs.compute(frame.frame)
+    assert {str(output.exchange().arrow_schema.field(1).type) for output in made.outputs} == {"decimal64(12, 2)"}
+    assert [row[1] for row in rows(frame)] == list(range(12))
+    typed = frame.map_batches(
+        lambda table: table.append_column("type", pa.array([str(table.schema.field(1).type)] * len(table)))
+    )
+    assert {row[2] for row in rows(typed)} == {"decimal128(12, 2)"}
