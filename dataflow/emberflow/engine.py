@@ -59,6 +59,7 @@ class Engine:
         self._udfs: dict[str, Udf] = {}
         self._limits: tuple[int, int] | None = None
         self._keeps_order = True
+        self._are_narrow = False
         self._closed = False
         self._connection = self._connect()
 
@@ -107,6 +108,13 @@ class Engine:
         if keeps_order != self._keeps_order:
             self._connection.execute(f"SET GLOBAL preserve_insertion_order = {str(keeps_order).lower()}")
             self._keeps_order = keeps_order
+
+    def narrow_decimals(self, are_narrow: bool) -> None:
+        """Whether decimals of up to 18 digits leave in the 4 or 8 bytes that they have in DuckDB, or in 16; from now
+        on."""
+        if are_narrow != self._are_narrow:
+            self._connection.execute(f"SET GLOBAL arrow_output_version = '{'1.5' if are_narrow else '1.0'}'")
+            self._are_narrow = are_narrow
 
     def interrupt(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Stops what the cursor runs; from any thread."""

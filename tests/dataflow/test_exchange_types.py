@@ -10,7 +10,16 @@ import duckdb
 import pyarrow as pa
 import pytest
 from emberflow.errors import UnsupportedType
-from emberflow.exchange import SETTINGS, ExchangeReader, ExchangeWriter, Source, restored, sent
+from emberflow.exchange import (
+    SETTINGS,
+    ExchangeReader,
+    ExchangeWriter,
+    Source,
+    are_narrow,
+    hash_columns,
+    restored,
+    sent,
+)
 from emberflow.plan.nodes import Column
 from fsspec.implementations.local import LocalFileSystem
 
@@ -199,3 +208,30 @@ def test_a_dictionary_is_refused() -> None:
     schema = pa.schema([("x", pa.list_(pa.dictionary(pa.int8(), pa.string())))])
     with pytest.raises(ValueError, match="no Arrow dictionaries"):
         ExchangeWriter(io.BytesIO(), schema=schema, columns=[Column("x", "VARCHAR[]")], num_partitions=1)
+
+
+@pytest.mark.parametrize("type_", ["DECIMAL(4,1)", "DECIMAL(9,2)", "DECIMAL(18,3)", "DECIMAL(38,10)"])
+def test_decimals_in_the_bytes_that_they_have(
+    type_: str, tmp_path: Path, producer: duckdb.DuckDBPyConnection, consumer: duckdb.DuckDBPyConnection
+) -> None:
+    values = f"SELECT CAST(x AS {type_}) AS x, 'text' AS t FROM (SELECT unnest([{TYPES[type_]}, NULL]) AS x)"
+    hashes = hash_columns([arrow_of(values, producer).column(0)])
+    producer.execute("SET GLOBAL arrow_output_version = '1.5'")
+    try:
+        narrow = arrow_of(values, producer)
+        query = exchanged(values, tmp_path, producer, consumer)
+    finally:
+        producer.execute("RESET GLOBAL arrow_output_version")
+    digits = int(type_[8:].split(",")[0])
+    assert narrow.schema.field(0).type.bit_width == (32 if digits <= 9 else 64 if digits <= 18 else 128)
+    assert (hash_columns([narrow.column(0)]) == hashes).all()
+    assert columns_of(query, consumer) == columns_of(values, producer)
+    assert consumer.execute(query).fetchall() == producer.execute(values).fetchall()
+
+
+def test_where_something_else_would_change_decimals_stay_wide() -> None:
+    decimal, text, blob = Column("d", "DECIMAL(9,2)"), Column("t", "VARCHAR"), Column("b", "BLOB")
+    assert are_narrow([text, decimal])
+    assert not are_narrow([decimal, blob])
+    assert not are_narrow([decimal, Column("l", "DECIMAL(9,2)[]")])
+    assert not are_narrow([text])

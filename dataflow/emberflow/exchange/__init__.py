@@ -3,7 +3,7 @@
 from .format import ExchangeIndex
 from .hashing import HASH_VERSION, hash_columns, partition_of
 from .reader import ExchangeReader, Source, read, read_index
-from .types import SETTINGS, restored, sent
+from .types import SETTINGS, are_narrow, restored, sent
 from .writer import ExchangeWriter
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ExchangeReader",
     "ExchangeWriter",
     "Source",
+    "are_narrow",
     "hash_columns",
     "partition_of",
     "read",

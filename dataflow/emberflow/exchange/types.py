@@ -19,6 +19,7 @@ there is anything to lose. Does not know what the columns mean, or how they get 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ connections. And the time zone is UTC, as in every session of ours."""
 _SUBSTITUTES = {"enum": "VARCHAR", "interval": "VARCHAR"}
 _SUBSTITUTES_INSIDE = {**_SUBSTITUTES, "boolean": "UTINYINT"}
 _MENTIONS = ("ENUM", "INTERVAL", "BOOLEAN", "UNION")
+_DECIMAL = re.compile(r"DECIMAL\(\d+,\d+\)")
 _ARRIVED: dict[pa.Schema, list[str]] = {}
 _ARRIVED_MAX = 1000
 _SURE = frozenset(
@@ -59,9 +61,17 @@ def sent(columns: Sequence[Column], names: Sequence[str], connection: duckdb.Duc
     asked = ", ".join(f"current_setting('{setting}')" for setting in SETTINGS)
     assert connection.execute(f"SELECT {asked}").fetchall() == [(True,) * len(SETTINGS)], SETTINGS
     for column in {column.type: column for column in columns}.values():
-        if column.type not in _SURE and not column.type.startswith("DECIMAL("):
+        if column.type not in _SURE and not _DECIMAL.fullmatch(column.type):
             _check(column, connection)
     return [_sent(column.type, name, connection) for column, name in zip(columns, names, strict=True)]
+
+
+def are_narrow(columns: Sequence[Column]) -> bool:
+    """Whether decimals of up to 18 digits may travel in 4 or 8 bytes (`Engine.narrow_decimals`): where no other column
+    takes another form by it, as BLOBs do, which would be views. pyarrow 18 has no name for such decimals."""
+    types = {column.type for column in columns}
+    decimals = {type_ for type_ in types if _DECIMAL.fullmatch(type_)}
+    return bool(decimals) and types - decimals <= _SURE - {"BLOB"} and hasattr(pa, "decimal64")
 
 
 def restored(columns: Sequence[Column], schema: pa.Schema, connection: duckdb.DuckDBPyConnection) -> list[str]:

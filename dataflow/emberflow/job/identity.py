@@ -35,7 +35,7 @@ from ..plan.pipes import (
 from .shares import Spec
 
 _SECRET = re.compile(r"key|secret|token|password|credential|expir|(^|_)(auth|sas)", re.IGNORECASE)
-VERSION = 1
+VERSION = 2
 """Of what steps mean: a change that makes old outputs wrong to use raises it."""
 
 

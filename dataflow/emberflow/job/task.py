@@ -30,6 +30,7 @@ from ..exchange import (
     ExchangeReader,
     ExchangeWriter,
     Source,
+    are_narrow,
     hash_columns,
     partition_of,
     restored,
@@ -136,6 +137,11 @@ class Task:
     """What random() and uuid() start from, -1 to 1."""
     ordered: bool = False
     """The order of rows within the output matters."""
+
+    @property
+    def is_of_user(self) -> bool:
+        """Functions or objects of the user's are in it."""
+        return bool(self.udfs or self.storage_options) or not all(isinstance(run, RunSql) for run in self.runs)
 
 
 def run(payload: bytes, context: Context) -> bytes:
@@ -248,11 +254,12 @@ class Attempt:
             raise CallCancelled(f"{self.task.name} was cancelled")
         # Files' queries have their columns in the form in which they travel already, but for what a function has made.
         is_sent = is_last and (not to_files or step is _EVERYTHING)
-        exported = (lambda found: self._sent(step.text, found, cursor)) if is_sent else None
+        exported = (lambda found: self._sent(step.text, found, cursor, engine)) if is_sent else None
+        engine.narrow_decimals(False)
         reader = arrow_reader(cursor, step.text, None, BATCH_ROWS, exported=exported)
         return reader.schema, _translated(engine, reader, step.text)
 
-    def _sent(self, text: str, described: list[tuple[str, str]], cursor: Any) -> str:
+    def _sent(self, text: str, described: list[tuple[str, str]], cursor: Any, engine: Engine) -> str:
         """The query, whose columns are `described` with their types, with them in the form in which they travel."""
         if isinstance(self.task.sink, FileSink):
             return written(Query(text=text), dict(described), self.task.sink.format).text
@@ -262,6 +269,7 @@ class Attempt:
         columns = found[: len(names)]
         self.columns = self.task.columns or columns
         exprs = sent(columns, names, cursor)
+        engine.narrow_decimals(are_narrow(columns))
         if exprs == [quoted(name) for name in names] and [c.name for c in columns] == names:
             return text
         listed = ", ".join([*(f"{expr} AS {name}" for expr, name in zip(exprs, names, strict=True)), *partition])

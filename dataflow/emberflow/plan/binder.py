@@ -46,7 +46,7 @@ _OPTIMIZERS = frozenset(
     )
 )
 # The largest table's rows in its shadow, if sizes are known.
-_HINT_ROWS_MAX = 2000
+_HINT_ROWS_MAX = 20_000
 _MOMENT = "getvariable('emberflow_now')"
 _TODAY = f"CAST({_MOMENT} AT TIME ZONE 'UTC' AS DATE)"
 # Macros that hide DuckDB's own functions, which read the clock.
