@@ -458,7 +458,7 @@ class DataFrame:
 
     def _stream(self, query: Query, batch_rows: int, exported: bool) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""
-        with self.session.running(query) as cursor:
+        with self.session.running(query) as cursor, self.session.copies.lent(query.text):
             export = (lambda columns: exportable(query, dict(columns)).text) if exported else None
             reader = arrow_reader(cursor, query.text, query.params, batch_rows, exported=export)
             yield reader.schema

@@ -19,6 +19,7 @@ import duckdb
 import pyarrow as pa
 from fsspec.registry import known_implementations, registry
 
+from .copies import Copies
 from .errors import DatasetNotFound, FlowError, InvalidArgument, OutOfMemory, QueryError, SessionClosed
 from .sources import Failures, StorageOptions, UrlFileSystem, protocols_in
 
@@ -51,8 +52,9 @@ class EngineConfig:
 class Engine:
     """A DuckDB connection, its filesystems, and its errors made ours."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, copies: Copies | None = None) -> None:
         self.config = config
+        self._copies = copies
         self._lock = threading.Lock()
         self._failures = Failures()
         self._protocols: set[str] = set()
@@ -160,7 +162,8 @@ class Engine:
         for protocol in sorted(protocols - self._protocols):
             if protocol in registry or protocol in known_implementations:
                 options = self.config.storage_options
-                self._connection.register_filesystem(UrlFileSystem(protocol, options=options, failures=self._failures))
+                filesystem = UrlFileSystem(protocol, options=options, failures=self._failures, copies=self._copies)
+                self._connection.register_filesystem(filesystem)
                 self._protocols.add(protocol)
 
 

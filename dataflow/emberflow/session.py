@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args
 import duckdb
 import pyarrow as pa
 
+from .copies import Copies
 from .dataframe import DataFrame, LazyWrite
 from .engine import Engine, EngineConfig
 from .errors import ExchangeCorrupt, InvalidArgument
 from .plan.scantext import small
+from .quantities import bytes_of
 from .query import Query, literal, of_table, parse, quoted
 from .sources import StorageOptions, expand_directories
 
@@ -44,6 +46,9 @@ Table: TypeAlias = Union[DataFrame, pa.Table, pa.RecordBatchReader, "pd.DataFram
 ExecutorName = Literal["auto", "inline", "local", "ray"]
 Shuffle = Literal["auto", "always"]
 
+_COPIES_SHARE = 16
+"""Copies of files may hold one part in so many of the memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionConfig:
@@ -54,6 +59,9 @@ class SessionConfig:
     memory_limit: str | None = None
     """Memory for queries before they spill, with its unit: "4GB", "512MiB"; for a job, of all its workers together.
     By default 80 % of the machine's."""
+    copies_bytes: int | None = None
+    """What of that memory may hold copies of a store's files that queries in this process read again and again; by
+    default a sixteenth. 0: there are none."""
     temp_directory: str | None = None
     """Local directory in which the session makes its own, for what queries spill and jobs keep; that one goes when the
     session is closed. By default the system's."""
@@ -92,6 +100,8 @@ class SessionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name} is at least 1, not {value}")
+        if self.copies_bytes is not None and self.copies_bytes < 0:
+            raise InvalidArgument(f"copies_bytes is at least 0, not {self.copies_bytes}")
         for name, choices in (("executor", get_args(ExecutorName)), ("shuffle", get_args(Shuffle))):
             if getattr(self, name) not in choices:
                 raise InvalidArgument(f"{name} is one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -114,13 +124,15 @@ class Session:
         self.config = config or SessionConfig()
         self.spill = _own_directory(self.config.temp_directory)
         self._remove_spill = weakref.finalize(self, shutil.rmtree, self.spill, ignore_errors=True)
+        self.copies = Copies(self.spill, self._copies_bytes)
         self.engine = Engine(
             EngineConfig(
                 threads=self.config.threads,
-                memory_limit=self.config.memory_limit,
+                memory_limit=self._query_memory(),
                 temp_directory=self.spill,
                 storage_options=self.config.storage_options,
-            )
+            ),
+            self.copies,
         )
         self.udfs: tuple[Udf, ...] = ()
         self._views: dict[str, Query] = {}
@@ -273,6 +285,7 @@ class Session:
         if self._jobs is not None:
             self._jobs.close()
         self.engine.close()
+        self.copies.close()
         self._remove_spill()
 
     shutdown = close
@@ -295,6 +308,22 @@ class Session:
     def computed(self, frame: Frame) -> Computed | None:
         """The frame's rows, if a job has made them and keeps them."""
         return None if self._jobs is None else self._jobs.computed(frame)
+
+    def _copies_bytes(self) -> int:
+        if self.config.copies_bytes is not None:
+            return self.config.copies_bytes
+        if self.config.memory_limit is not None:
+            return bytes_of(self.config.memory_limit) // _COPIES_SHARE
+        return self.jobs.memory_bytes // _COPIES_SHARE
+
+    def _query_memory(self) -> str | None:
+        """What copies leave of the limit; what DuckDB takes by default leaves more than them."""
+        if self.config.memory_limit is None:
+            return None
+        rest = bytes_of(self.config.memory_limit) - self._copies_bytes()
+        if rest <= 0:
+            raise InvalidArgument(f"copies_bytes leaves nothing of memory_limit={self.config.memory_limit!r}")
+        return f"{rest}B"
 
     def _may_run_here(self, query: Query) -> bool:
         return self.config.shuffle == "auto" and self.config.executor != "ray" and not query.deterministic

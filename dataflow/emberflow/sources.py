@@ -8,6 +8,8 @@ Two things DuckDB gets wrong on plain fsspec files are put right here:
 - it seeks and reads one shared handle from several threads (2.0): `SharedFile` gives each its own position;
 - it turns an exception of the filesystem into text, so failures are kept, for the session to raise again.
 
+What is read often is read from `Copies`, where the session has some, by DuckDB itself.
+
 This module does not know of sessions or SQL beyond the URLs in it.
 """
 
@@ -25,6 +27,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 from fsspec.core import url_to_fs
 
+from .copies import Copies
 from .errors import InvalidArgument
 
 STAGING_PREFIX = ".emberflow-"
@@ -137,11 +140,14 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
     cachable = False
 
-    def __init__(self, protocol: str, *, options: StorageOptions, failures: Failures) -> None:
+    def __init__(
+        self, protocol: str, *, options: StorageOptions, failures: Failures, copies: Copies | None = None
+    ) -> None:
         super().__init__()
         self.protocol = protocol
         self.options = options
         self.failures = failures
+        self.copies = copies if protocol in _POSITIONAL_PROTOCOLS else None
         self._latest = _Latest()
 
     @classmethod
@@ -162,7 +168,7 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         filesystem, inner = self._at(path)
         if mode == "rb":
-            file = SharedFile(filesystem, inner, failures=self.failures)
+            file = SharedFile(filesystem, inner, failures=self.failures, copies=self.copies)
             self._latest.path, self._latest.file = path, weakref.ref(file)
             return file
         return OutputFile(filesystem.open(inner, mode, **kwargs), failures=self.failures)
@@ -170,8 +176,22 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
     @_noted
     def glob(self, path: str, **kwargs: Any) -> list[str]:
         filesystem, inner = self._at(path)
-        found = filesystem.glob(inner, **kwargs)
-        return [url_of(filesystem, name) for name in found if f"/{STAGING_PREFIX}" not in name]
+        if self.copies is None:
+            return self._found(filesystem, inner, **kwargs)
+        is_pattern = not _GLOB_CHARACTERS.isdisjoint(inner)
+        urls = self._found(filesystem, inner, **kwargs) if is_pattern else [url_of(filesystem, inner)]
+        local = self.copies.stand_ins(path, urls, self._handle)
+        if local is not None:
+            return local
+        return urls if is_pattern else self._found(filesystem, inner, **kwargs)
+
+    def _found(self, filesystem: Any, pattern: str, **kwargs: Any) -> list[str]:
+        names = filesystem.glob(pattern, **kwargs)
+        return [url_of(filesystem, name) for name in names if f"/{STAGING_PREFIX}" not in name]
+
+    def _handle(self, url: str) -> Any:
+        filesystem, inner = self._at(url)
+        return filesystem.open(inner, "rb")
 
     @_noted
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
@@ -266,9 +286,11 @@ class SharedFile:
     seek counts for the next read of its own thread, and a read without one goes on where the last read ended.
     """
 
-    def __init__(self, filesystem: Any, path: str, *, failures: Failures) -> None:
+    def __init__(self, filesystem: Any, path: str, *, failures: Failures, copies: Copies | None = None) -> None:
         self._filesystem = filesystem
         self._path = path
+        self._copies = copies
+        self._url = url_of(filesystem, path)
         # Kept open where that is safe: it goes on reading the same file when the name is given to a new one.
         self._handle = filesystem.open(path, "rb") if protocol_of(filesystem) in _POSITIONAL_PROTOCOLS else None
         self.size_bytes: int = filesystem.info(path)["size"] if self._handle is None else self._handle.size
@@ -318,4 +340,7 @@ class SharedFile:
         if self._handle is None:
             return bytes(self._filesystem.cat_file(self._path, start=start, end=end))
         self._handle.seek(start)
-        return bytes(self._handle.read(end - start))
+        data = bytes(self._handle.read(end - start))
+        if self._copies is not None:
+            self._copies.note(self._url, self._handle.inode_to_read, len(data))
+        return data

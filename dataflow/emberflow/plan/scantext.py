@@ -9,6 +9,7 @@ Does not know: whether the files are there, plans.
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
@@ -81,6 +82,13 @@ class _Token:
 
 def find(text: str, prefix: str = "emberflow_scan_") -> tuple[str, dict[str, FileScan]]:
     """The text with each scan replaced by a name, and the scans by their names. Equal scans share one."""
+    rest, scans = _found(text, prefix)
+    return rest, dict(scans)
+
+
+@functools.lru_cache(maxsize=8)
+def _found(text: str, prefix: str) -> tuple[str, tuple[tuple[str, FileScan], ...]]:
+    """`find`, which several ask about one query."""
     tokens = _tokens(text)
     names: dict[FileScan, str] = {}
     pieces: list[str] = []
@@ -96,7 +104,7 @@ def find(text: str, prefix: str = "emberflow_scan_") -> tuple[str, dict[str, Fil
         pieces += [text[end : tokens[index].start], name if aliased else f"{name} AS {quoted(alias)}"]
         end = _end(tokens[after - 1])
         index = after
-    return "".join([*pieces, text[end:]]), {name: scan for scan, name in names.items()}
+    return "".join([*pieces, text[end:]]), tuple((name, scan) for scan, name in names.items())
 
 
 def small(text: str) -> bool:
