@@ -146,8 +146,7 @@ def _rows(
     goal = PEER_GOAL if size.has_goals else None
     name = f"from {place}, {sequence:,} a sample"
     return [row] + [
-        replace(row, row=f"{name}, by {peer}", ratio=row.against(peer), baseline=peer, goal=goal)
-        for peer in peers
+        replace(row, row=f"{name}, by {peer}", ratio=row.against(peer), baseline=peer, goal=goal) for peer in peers
     ]
 
 
