@@ -11,17 +11,22 @@ a lease where it was, so a segment that was compacted stays until the leases of 
 Order of an eviction, each durable before the next: the tombstone and the retirement of the segment, then its file goes.
 A crash between them leaves a file that the next owner removes.
 
+The file of the next segment is made ahead, as a *spare* that the journal does not know and that takes no space: who
+fills a segment does not wait for it. One that a crash leaves is the next owner's to remove, too.
+
 Does not know: clients.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from emberfs import AlreadyExists
-from emberfs.errors import LimitExceeded
+from emberfs.errors import EmberError, LimitExceeded
 from emberfs.runtime import Runtime
 
 from .compaction import Compaction
@@ -99,6 +104,8 @@ class Space:
         """Tenant -> what it was promised, and has not committed or given up."""
         self.patient: set[int] = set()
         """Tenants whose pages wait for the one before them as long as pages stay: an engine puts it later."""
+        self._spare: asyncio.Task[tuple[int, int] | None] | None = None
+        """(number, size) of the segment whose file it made; None: it could not."""
         self._next_patient_s = 0.0
         """When those are looked at again."""
         self._promised_bytes = 0
@@ -275,7 +282,32 @@ class Space:
         size_bytes = self._index.segments.size_for(payload_bytes)
         if not await self._make_disk_room(size_bytes):
             return None
-        return await self.add_segment(writer, size_bytes)
+        segment = await self.add_segment(writer, size_bytes)
+        if self._spare is None:
+            self._spare = self._runtime.spawn(self._make_spare(self._index.segments.next_id, size_bytes), "kv-spare")
+        return segment
+
+    async def _make_spare(self, number: int, size_bytes: int) -> tuple[int, int] | None:
+        try:
+            await self._files.create(self.path(number), size_bytes)
+        except (EmberError, OSError):
+            return None  # Whoever needs the segment tries again, and is told.
+        return number, size_bytes
+
+    async def _take_spare(self) -> tuple[int, int] | None:
+        spare, self._spare = self._spare, None
+        return None if spare is None else await spare
+
+    async def remove_spare(self) -> None:
+        """At the end, of an owner. What cannot be removed the next one removes."""
+        if (spare := await self._take_spare()) is not None:
+            with contextlib.suppress(EmberError, OSError):
+                await self._files.remove(self.path(spare[0]))
+
+    def forget_spare(self) -> None:
+        """At the end, of whoever may be none any more."""
+        if self._spare is not None:
+            self._spare.cancel()
 
     async def add_segment(self, writer: int, size_bytes: int) -> Segment:
         """An open segment, whether or not there is room for it."""
@@ -285,7 +317,8 @@ class Space:
             self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
             segment = segments.by_id[segments.next_id - 1]
             try:
-                await self._files.create(self.path(segment.id), size_bytes)
+                if await self._take_spare() != (segment.id, size_bytes):
+                    await self._files.create(self.path(segment.id), size_bytes)
             except AlreadyExists:
                 self.seal(segment)  # Of an owner that is over and does not know it: that number is its own.
             except BaseException:
