@@ -4,7 +4,8 @@
     a thread   writes a slab: what lies side by side in one write; then commits the parts that it holds
 
 While slabs are being written the next one fills, so small puts go to disk in large writes. Memory is bounded: who puts
-faster than the store takes waits for a slab.
+faster than the store takes waits for a slab. The store updates a chunk once at a time: a slab that is full leaves the
+chunk that it would not fill to the next one, so that both are written at the same time.
 
 A *part* is what one reservation is for; its `Ticket` tells when it is committed, or why it is not.
 
@@ -13,16 +14,19 @@ Does not know: how places are reserved, or what a commit is.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from emberfs import Client, File, StoreClosed
 from emberfs.checksum import crc32c
-from emberfs.errors import DeadlineExceeded
+from emberfs.errors import DeadlineExceeded, EmberError
 
+from .files import SEGMENT_CHUNK_BYTES
 from .page import HEADER_BYTES, Place, encode_header
 from .segments import SECTOR_BYTES
 
@@ -46,7 +50,7 @@ class Ticket:
         self.error = error
         self._done.set()
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float | None) -> None:
         """Return when it is committed. Raises why it is not, DeadlineExceeded."""
         if not self._done.wait(timeout_s):
             raise DeadlineExceeded(f"pages were not written within {timeout_s:g} s: they may come yet")
@@ -69,6 +73,8 @@ class Part:
     is_durable: bool
     tokens: bytes = b""
     """Of its pages; nothing is done with them here."""
+    staged: Staged | None = None
+    """What was done with the payloads before."""
 
     @property
     def size_bytes(self) -> int:
@@ -85,6 +91,8 @@ class Copied:
     crcs: list[int]
     is_durable: bool
     ticket: Ticket
+    end: int
+    """Where it ends in its slab."""
     tokens: bytes = b""
 
 
@@ -93,27 +101,61 @@ class _Slab:
     memory: memoryview
     used: int = 0
     parts: list[Copied] = field(default_factory=list)
+    """Those that end in it."""
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(segment, offset there, begin and end here)"""
+    written: Ticket = field(default_factory=Ticket)
+    before: Ticket | None = None
+    """Of the slab that has the beginning of our first part."""
 
     def room_for(self, part: Part) -> bool:
         return self.used + part.size_bytes <= len(self.memory)
 
-    def copy(self, part: Part) -> Ticket:
+    def stage(self, payloads: Sequence[memoryview]) -> Staged:
+        """Copy payloads to where a part of them would be, if they have room."""
+        begin = first = self.used
         crcs = []
-        for key, parent, place, payload in zip(part.keys, part.parents, part.places, part.payloads, strict=True):
+        has_room = begin + sum(HEADER_BYTES + len(each) for each in payloads) <= len(self.memory)
+        for payload in payloads:
             crcs.append(crc32c(payload))
-            head = encode_header(
-                place._replace(crc=crcs[-1]), key=key, parent=parent, kind=part.kind, tenant=part.tenant
-            )
+            if has_room:
+                end = begin + HEADER_BYTES + len(payload)
+                self.memory[begin + HEADER_BYTES : end] = payload
+                begin = end
+        return Staged(self if has_room else None, first, crcs)
+
+    def copy(self, part: Part) -> Ticket:
+        staged = part.staged or Staged(None, 0, list(map(crc32c, part.payloads)))
+        is_there, crcs = staged.slab is self and staged.begin == self.used, staged.crcs
+        for key, parent, place, payload, crc in zip(
+            part.keys, part.parents, part.places, part.payloads, crcs, strict=True
+        ):
+            head = encode_header(place._replace(crc=crc), key=key, parent=parent, kind=part.kind, tenant=part.tenant)
             begin, end = self.used, self.used + HEADER_BYTES + place.length
             self.memory[begin : begin + HEADER_BYTES] = head
-            self.memory[begin + HEADER_BYTES : end] = payload
+            if not is_there:
+                self.memory[begin + HEADER_BYTES : end] = payload
             self._add_run(place, begin, end)
             self.used = end
         self._fill_up()
-        self.parts.append(Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket(), part.tokens))
-        return self.parts[-1].ticket
+        copied = Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket(), self.used, part.tokens)
+        self.parts.append(copied)
+        return copied.ticket
+
+    def leave_rest_to(self, following: _Slab, part: Part) -> None:
+        """`following`, which is empty, is for `part`: if that goes on in our last chunk, it gets what we have of it."""
+        segment, offset, begin, end = self.runs[-1]
+        rest = (offset + end - begin) % SEGMENT_CHUNK_BYTES
+        goes_on = part.places[0][:2] == (segment, offset + end - begin)
+        if not goes_on or not 0 < rest < end - begin or rest + part.size_bytes > len(following.memory):
+            return
+        cut = end - rest
+        following.memory[:rest] = self.memory[cut:end]
+        following.runs, following.used = [(segment, offset + cut - begin, 0, rest)], rest
+        following.parts = [replace(each, end=each.end - cut) for each in self.parts if each.end > cut]
+        following.before = self.written
+        self.runs[-1], self.used = (segment, offset, begin, cut), cut
+        self.parts = [each for each in self.parts if each.end <= cut]
 
     def _fill_up(self) -> None:
         """Write the last sector of what was handed out whole. The next part's places begin behind it."""
@@ -134,6 +176,18 @@ class _Slab:
     def empty(self) -> None:
         self.used = 0
         self.parts, self.runs = [], []
+        self.written, self.before = Ticket(), None
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Payloads of which it is not known yet where they belong."""
+
+    slab: _Slab | None
+    """Where they were copied to; None: they were not."""
+    begin: int
+    """There."""
+    crcs: list[int]
 
 
 class PageWriter:
@@ -143,7 +197,7 @@ class PageWriter:
     """
 
     def __init__(self, client: Client, segments: str, commit: Callable[[Sequence[Copied]], None]) -> None:
-        self._client, self._segments, self._commit = client, segments, commit
+        self._client, self._commit = client, commit
         self._changed = threading.Condition()
         self._slabs: list[_Slab] = []
         """All there are but those of a single large part."""
@@ -151,22 +205,24 @@ class PageWriter:
         self._filling: _Slab | None = None
         self._is_copying = False
         self._full: deque[_Slab] = deque()
-        self._writing = 0
+        self._writing: list[_Slab] = []
+        self._flushing = 0
+        """Threads that wait for all that was added."""
+        self._opened = _Segments(client, segments)
         self._error: Exception | None = None
         """The first since the last `flush`, of parts that nobody waits for by their tickets."""
         self._is_closed = False
         self._threads: list[threading.Thread] = []
+        self._running = 0
 
     def add(self, part: Part, *, timeout_s: float) -> Ticket:
         """Copy a part, which is written soon. Raises DeadlineExceeded: the store does not take what came before."""
         with self._changed:
             self._start()
-            if self._filling is not None and not self._filling.room_for(part):
-                self._full.append(self._filling)
-                self._filling = None
-                self._changed.notify_all()
-            slab = self._filling = self._filling or self._new_slab(part, timeout_s)
+            slab = self._slab_for(part, timeout_s)
             self._is_copying = True  # No thread takes it now.
+            for segment in {place.segment for place in part.places}:
+                self._opened.begin(segment, self._segments_in_use())
         try:
             return slab.copy(part)
         finally:
@@ -174,16 +230,37 @@ class PageWriter:
                 self._is_copying = False
                 self._changed.notify_all()
 
+    def stage(self, payloads: Sequence[memoryview]) -> Staged:
+        """Do what can be done with payloads of the next part before its places are known. By the thread that adds."""
+        filling = self._filling  # A thread may take it, which writes what is before `used`; then this was for nothing.
+        return filling.stage(payloads) if filling is not None else Staged(None, 0, list(map(crc32c, payloads)))
+
+    def _slab_for(self, part: Part, timeout_s: float) -> _Slab:
+        """The one that fills, if it has room; else that one is full, and the next begins. Called with the lock."""
+        if self._filling is not None and self._filling.room_for(part):
+            return self._filling
+        slab = self._new_slab(part, timeout_s)
+        if self._filling is not None:  # No thread took it meanwhile.
+            self._filling.leave_rest_to(slab, part)
+            self._full.append(self._filling)
+            self._changed.notify_all()
+        self._filling = slab
+        return slab
+
     def _new_slab(self, part: Part, timeout_s: float) -> _Slab:
-        """One with room for a part. Called with the lock."""
+        """An empty one with room for a part. Called with the lock."""
         if part.size_bytes > SLAB_BYTES:
-            self._wait(lambda: not self._writing and not self._full, timeout_s)
+            self._wait(lambda: not (self._writing or self._full or self._filling), timeout_s)
             return _Slab(self._client.buffer(part.size_bytes))
         self._wait(lambda: bool(self._free) or len(self._slabs) < SLABS_MAX, timeout_s)
         if self._free:
             return self._free.pop()
-        self._slabs.append(_Slab(self._client.buffer(SLAB_BYTES)))
+        self._slabs.append(_Slab(self._client.buffer(SLAB_BYTES + SEGMENT_CHUNK_BYTES)))
         return self._slabs[-1]
+
+    def _segments_in_use(self) -> set[int]:
+        slabs = filter(None, (*self._writing, *self._full, self._filling))
+        return {segment for slab in slabs for segment, _, _, _ in slab.runs}
 
     def _wait(self, is_so: Callable[[], bool], timeout_s: float) -> None:
         if not self._changed.wait_for(lambda: is_so() or self._is_closed, timeout_s):
@@ -194,7 +271,12 @@ class PageWriter:
     def flush(self, timeout_s: float) -> None:
         """All that was added is committed. Raises why something was not, DeadlineExceeded."""
         with self._changed:
-            self._wait(lambda: not (self._full or self._filling or self._writing), timeout_s)
+            self._flushing += 1
+            self._changed.notify_all()
+            try:
+                self._wait(lambda: not (self._full or self._filling or self._writing), timeout_s)
+            finally:
+                self._flushing -= 1
             error, self._error = self._error, None
         if error is not None:
             raise error
@@ -223,22 +305,29 @@ class PageWriter:
                 threading.Thread(target=self._run, name=f"emberkv-put-{number}", daemon=True)
                 for number in range(THREADS)
             ]
+            self._running = THREADS
             for thread in self._threads:
                 thread.start()
 
     def _run(self) -> None:
-        file = _Segment(self._client, self._segments)
         try:
-            while (slab := self._next()) is not None:
-                self._write(slab, file)
-                with self._changed:
-                    self._writing -= 1
-                    slab.empty()
-                    if slab in self._slabs:
-                        self._free.append(slab)
-                    self._changed.notify_all()
+            self._write_slabs()
         finally:
-            file.close()
+            with self._changed:
+                self._running -= 1
+                is_last = not self._running
+            if is_last:
+                self._opened.close()
+
+    def _write_slabs(self) -> None:
+        while (slab := self._next()) is not None:
+            self._write(slab)
+            with self._changed:
+                self._writing = [each for each in self._writing if each is not slab]
+                slab.empty()
+                if any(each is slab for each in self._slabs):
+                    self._free.append(slab)
+                self._changed.notify_all()
 
     def _next(self) -> _Slab | None:
         """A slab that is full, or what there is if nothing is on its way; None: it is the end."""
@@ -250,17 +339,29 @@ class PageWriter:
                 slab, self._filling = self._filling, None
             else:
                 return None
-            self._writing += 1
+            self._writing.append(slab)
             return slab
 
     def _may_take_what_fills(self) -> bool:
-        return self._filling is not None and not self._is_copying and not self._writing
+        """Nothing is on its way; or nothing more comes, and it goes on behind the last chunk of what is."""
+        if self._filling is None or self._is_copying:
+            return False
+        return not self._writing or (self._flushing > 0 and self._filling.before is not None)
 
-    def _write(self, slab: _Slab, file: _Segment) -> None:
+    def _write(self, slab: _Slab) -> None:
         try:
-            for segment, offset, begin, end in slab.runs:
-                items: list[Any] = [(file.open(segment), offset, slab.memory[begin:end])]
+            try:
+                items: list[Any] = [
+                    (self._opened.file(segment), offset, slab.memory[begin:end])
+                    for segment, offset, begin, end in slab.runs
+                ]
                 self._client.batch_write(items, whole_chunks=True)  # The rest of it comes with later pages.
+            except Exception as error:
+                slab.written.settle(error)
+                raise
+            slab.written.settle(None)
+            if slab.before is not None:  # A thread has had it before we had ours.
+                slab.before.wait(None)
             self._commit(slab.parts)
         except Exception as error:  # Whatever it is: a thread that ended would keep every later put waiting.
             for part in slab.parts:
@@ -271,20 +372,54 @@ class PageWriter:
                 self._error = self._error or part.ticket.error
 
 
-class _Segment:
-    """The file of the segment that a thread wrote to last."""
+class _Segments:
+    """Files of segments. Each is opened as soon as a place in it is known, by a thread of its own: it takes a while."""
 
     def __init__(self, client: Client, directory: str) -> None:
         self._client, self._directory = client, directory
-        self._file: tuple[int, File] | None = None
+        self._lock = threading.Lock()
+        self._files: dict[int, Future[File]] = {}
 
-    def open(self, number: int) -> File:
-        if self._file is None or self._file[0] != number:
-            self.close()
-            self._file = (number, self._client.open(f"{self._directory}/{number:08x}", "r+b"))
-        return self._file[1]
+    def begin(self, number: int, in_use: Collection[int]) -> None:
+        """Open one, and close those that are not in use."""
+        with self._lock:
+            if number not in self._files:
+                self._open(number, [self._files.pop(each) for each in list(self._files) if each not in in_use])
+
+    def file(self, number: int) -> File:
+        """It is open. Raises what the store raises."""
+        with self._lock:
+            opened = self._files.get(number) or self._open(number, [])
+        try:
+            return opened.result()
+        except BaseException:
+            with self._lock:
+                self._files.pop(number, None)  # Whoever needs it next tries again.
+            raise
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file[1].close()
-            self._file = None
+        """Close all."""
+        with self._lock:
+            files, self._files = list(self._files.values()), {}
+        for each in files:
+            each.add_done_callback(_close)
+
+    def _open(self, number: int, ended: Sequence[Future[File]]) -> Future[File]:
+        opened = self._files[number] = Future[File]()
+
+        def run() -> None:
+            try:
+                opened.set_result(self._client.open(f"{self._directory}/{number:08x}", "r+b"))
+            except BaseException as error:
+                opened.set_exception(error)
+            for each in ended:
+                each.add_done_callback(_close)
+
+        threading.Thread(target=run, name="emberkv-open", daemon=True).start()
+        return opened
+
+
+def _close(opened: Future[File]) -> None:
+    if opened.exception() is None:
+        with contextlib.suppress(EmberError):  # Its session goes with the client's own.
+            opened.result().close()
