@@ -35,7 +35,7 @@ SLAB_BYTES = (16 << 20) + (64 << 10)
 assert SLAB_BYTES >= 16 * (HEADER_BYTES + (1 << 20)) + SECTOR_BYTES
 SLABS_MAX = 4
 THREADS = 2
-"""One writes while the other commits."""
+"""What one of them wrote is on its way to the disk while the store takes what the other one writes."""
 
 
 class Ticket:
