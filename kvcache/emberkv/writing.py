@@ -14,19 +14,18 @@ Does not know: how places are reserved, or what a commit is.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from emberfs import Client, File, StoreClosed
+from emberfs import Client, StoreClosed
 from emberfs.checksum import crc32c
-from emberfs.errors import DeadlineExceeded, EmberError
+from emberfs.errors import DeadlineExceeded
 
 from .files import SEGMENT_CHUNK_BYTES
+from .opening import SegmentFiles
 from .page import HEADER_BYTES, Place, encode_header
 from .segments import SECTOR_BYTES
 
@@ -130,7 +129,8 @@ class _Slab:
         for key, parent, place, payload, crc in zip(
             part.keys, part.parents, part.places, part.payloads, crcs, strict=True
         ):
-            head = encode_header(place._replace(crc=crc), key=key, parent=parent, kind=part.kind, tenant=part.tenant)
+            whole = Place(place.segment, place.offset, place.length, crc)
+            head = encode_header(whole, key=key, parent=parent, kind=part.kind, tenant=part.tenant)
             begin, end = self.used, self.used + HEADER_BYTES + place.length
             self.memory[begin : begin + HEADER_BYTES] = head
             if not is_there:
@@ -144,6 +144,8 @@ class _Slab:
 
     def leave_rest_to(self, following: _Slab, part: Part) -> None:
         """`following`, which is empty, is for `part`: if that goes on in our last chunk, it gets what we have of it."""
+        if not self.runs:
+            return
         segment, offset, begin, end = self.runs[-1]
         rest = (offset + end - begin) % SEGMENT_CHUNK_BYTES
         goes_on = part.places[0][:2] == (segment, offset + end - begin)
@@ -208,7 +210,7 @@ class PageWriter:
         self._writing: list[_Slab] = []
         self._flushing = 0
         """Threads that wait for all that was added."""
-        self._opened = _Segments(client, segments)
+        self._opened = SegmentFiles(client, segments)
         self._error: Exception | None = None
         """The first since the last `flush`, of parts that nobody waits for by their tickets."""
         self._is_closed = False
@@ -221,8 +223,9 @@ class PageWriter:
             self._start()
             slab = self._slab_for(part, timeout_s)
             self._is_copying = True  # No thread takes it now.
-            for segment in {place.segment for place in part.places}:
-                self._opened.begin(segment, self._segments_in_use())
+            wanted = {place.segment for place in part.places}
+            for segment in wanted:
+                self._opened.begin(segment, wanted | self._segments_in_use())
         try:
             return slab.copy(part)
         finally:
@@ -370,56 +373,3 @@ class PageWriter:
         for part in slab.parts:
             if not part.is_durable:
                 self._error = self._error or part.ticket.error
-
-
-class _Segments:
-    """Files of segments. Each is opened as soon as a place in it is known, by a thread of its own: it takes a while."""
-
-    def __init__(self, client: Client, directory: str) -> None:
-        self._client, self._directory = client, directory
-        self._lock = threading.Lock()
-        self._files: dict[int, Future[File]] = {}
-
-    def begin(self, number: int, in_use: Collection[int]) -> None:
-        """Open one, and close those that are not in use."""
-        with self._lock:
-            if number not in self._files:
-                self._open(number, [self._files.pop(each) for each in list(self._files) if each not in in_use])
-
-    def file(self, number: int) -> File:
-        """It is open. Raises what the store raises."""
-        with self._lock:
-            opened = self._files.get(number) or self._open(number, [])
-        try:
-            return opened.result()
-        except BaseException:
-            with self._lock:
-                self._files.pop(number, None)  # Whoever needs it next tries again.
-            raise
-
-    def close(self) -> None:
-        """Close all."""
-        with self._lock:
-            files, self._files = list(self._files.values()), {}
-        for each in files:
-            each.add_done_callback(_close)
-
-    def _open(self, number: int, ended: Sequence[Future[File]]) -> Future[File]:
-        opened = self._files[number] = Future[File]()
-
-        def run() -> None:
-            try:
-                opened.set_result(self._client.open(f"{self._directory}/{number:08x}", "r+b"))
-            except BaseException as error:
-                opened.set_exception(error)
-            for each in ended:
-                each.add_done_callback(_close)
-
-        threading.Thread(target=run, name="emberkv-open", daemon=True).start()
-        return opened
-
-
-def _close(opened: Future[File]) -> None:
-    if opened.exception() is None:
-        with contextlib.suppress(EmberError):  # Its session goes with the client's own.
-            opened.result().close()
