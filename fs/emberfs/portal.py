@@ -55,11 +55,8 @@ class Portal:
         self._on_quiet: Callable[[], object] | None = None
         """Called when the last call has ended."""
 
-    def run(self, call: Coroutine[Any, Any, T], *, meanwhile: Callable[[], None] | None = None) -> T:
-        """Run `call` to its end and return its result. Blocks the calling thread only. Raises StoreClosed.
-
-        `meanwhile` is done by the calling thread once `call` waits for something; if it never does, not at all.
-        """
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        """Run `call` to its end and return its result. Blocks the calling thread only. Raises StoreClosed."""
         held = hold_interrupts()
         ledger = self.ledger
         began_s, watch = self._now_s(), ledger.watch() if ledger.is_close else None
@@ -67,14 +64,7 @@ class Portal:
             if watch is not None:
                 current.set(watch)
             done, value = self._drive(call, blocks=True, hand_over=_Wait)
-            if done:
-                return value  # type: ignore[no-any-return]
-            try:
-                if meanwhile is not None:
-                    meanwhile()
-            finally:
-                result = value.result()
-            return result  # type: ignore[no-any-return]
+            return value if done else value.result()  # type: ignore[no-any-return]
         except BaseException:
             ledger.note_failure(call.cr_code)  # type: ignore[attr-defined]
             raise

@@ -77,28 +77,23 @@ class Caller:
         finally:
             self._opening.release()
 
-    def ask(
-        self, make: Callable[[int], messages.Ask], answer: type[A], *, meanwhile: Callable[[], None] | None = None
-    ) -> A:
-        """One request of our seat; once more if the service has forgotten it. `meanwhile`: see `call`."""
+    def ask(self, make: Callable[[int], messages.Ask], answer: type[A]) -> A:
+        """One request of our seat; once more if the service has forgotten it."""
         seat = self.seated()
         try:
-            return self.call(make(seat.seat), answer, meanwhile=meanwhile)
+            return self.call(make(seat.seat), answer)
         except SeatGone:
             with self._lock:
                 if self._seat is seat:
                     self._seat = None
         return self.call(make(self.seated().seat), answer)
 
-    def call(self, ask: messages.Ask, answer: type[A], *, meanwhile: Callable[[], None] | None = None) -> A:
-        """One request, of whichever address serves it. Raises BreakerOpen, and then nothing was sent.
-
-        `meanwhile` is done while the service works, at most once.
-        """
+    def call(self, ask: messages.Ask, answer: type[A]) -> A:
+        """One request, of whichever address serves it. Raises BreakerOpen, and then nothing was sent."""
         if not self.breaker.admit():
             raise BreakerOpen(f"{', '.join(self.addresses)} did not answer before, and is not asked now")
         try:
-            told = self._call(ask, answer, meanwhile)
+            told = self._call(ask, answer)
         except (Unavailable, DeadlineExceeded):
             self.breaker.failed()
             raise
@@ -111,16 +106,14 @@ class Caller:
         self.breaker.succeeded()
         return told
 
-    def _call(self, ask: messages.Ask, answer: type[A], meanwhile: Callable[[], None] | None) -> A:
+    def _call(self, ask: messages.Ask, answer: type[A]) -> A:
         ends_s = self.runtime.now_s() + self.timeout_s
         error: EmberError | None = None
         while (left_s := ends_s - self.runtime.now_s()) > 0:
             address = self.addresses[0]
             try:
                 wait_s = left_s if len(self.addresses) == 1 else min(left_s, TURN_S)
-                call = messages.send(self._connection(address).call, ask, answer, timeout_s=wait_s)
-                now, meanwhile = meanwhile, None
-                return self._portal.run(call, meanwhile=now)
+                return self._portal.run(messages.send(self._connection(address).call, ask, answer, timeout_s=wait_s))
             except Unavailable as refused:
                 error = refused
                 with self._lock:

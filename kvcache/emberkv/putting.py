@@ -20,7 +20,7 @@ from .errors import SeatGone
 from .keys import ROOT
 from .page import HEADER_BYTES, places_of
 from .puts import STATES, STORED
-from .writing import SLAB_BYTES, Copied, PageWriter, Part, Staged, Ticket
+from .writing import SLAB_BYTES, Copied, PageWriter, Part, Ticket
 
 PUT_PAGES_MAX = 1024
 PUT_BYTES_MAX = SLAB_BYTES
@@ -73,18 +73,10 @@ class Putter:
         if not self._putting.acquire(timeout=caller.timeout_s):
             raise DeadlineExceeded(f"other threads' puts took more than {caller.timeout_s:g} s")
         try:
-            staged: list[Staged] = []
-
-            def stage() -> None:
-                if self._writer is not None:
-                    staged.append(self._writer.stage(views))
-
             answer = caller.ask(
-                lambda seat: messages.Reserve(seat, kind, blob, above, lengths, durable),
-                messages.Reserved,
-                meanwhile=stage,
+                lambda seat: messages.Reserve(seat, kind, blob, above, lengths, durable), messages.Reserved
             )
-            ticket = self._add(answer, kind, keys, parents, views, durable, tokens, staged[0] if staged else None)
+            ticket = self._add(answer, kind, keys, parents, views, durable, tokens)
         finally:
             self._putting.release()
         if durable and ticket is not None:
@@ -93,7 +85,7 @@ class Putter:
 
     def _add(
         self, answer: messages.Reserved, kind: int, keys: Sequence[bytes], parents: Sequence[bytes],
-        views: Sequence[memoryview], durable: bool, tokens: Sequence[bytes], staged: Staged | None,
+        views: Sequence[memoryview], durable: bool, tokens: Sequence[bytes],
     ) -> Ticket | None:  # fmt: skip
         """Have the pages written that the service wants. None: there are none."""
         wanted = [index for index, state in enumerate(answer.states) if state == STORED]
@@ -108,7 +100,6 @@ class Putter:
             reservation=answer.reservation, seat=seat.seat, keys=pick(keys), parents=pick(parents),
             places=places_of(answer.places), payloads=pick(views), kind=kind, tenant=seat.number, is_durable=durable,
             tokens=b"".join(pick(tokens)) if tokens and seat.wants_tokens else b"",
-            staged=staged if len(wanted) == len(views) else None,
         )  # fmt: skip
         try:
             if self._writer is None:

@@ -367,6 +367,8 @@ class Space:
             segments.drop(segment)
             self.counts.freed_bytes += segment.end
             self.counts.removed_segments += 1
+        if not segments.by_id:
+            await self.remove_spare()  # Nobody puts, and maybe nobody ever will.
         return len(gone)
 
     async def remove_strangers(self) -> None:

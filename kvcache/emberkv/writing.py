@@ -72,8 +72,6 @@ class Part:
     is_durable: bool
     tokens: bytes = b""
     """Of its pages; nothing is done with them here."""
-    staged: Staged | None = None
-    """What was done with the payloads before."""
 
     @property
     def size_bytes(self) -> int:
@@ -110,31 +108,15 @@ class _Slab:
     def room_for(self, part: Part) -> bool:
         return self.used + part.size_bytes <= len(self.memory)
 
-    def stage(self, payloads: Sequence[memoryview]) -> Staged:
-        """Copy payloads to where a part of them would be, if they have room."""
-        begin = first = self.used
-        crcs = []
-        has_room = begin + sum(HEADER_BYTES + len(each) for each in payloads) <= len(self.memory)
-        for payload in payloads:
-            crcs.append(crc32c(payload))
-            if has_room:
-                end = begin + HEADER_BYTES + len(payload)
-                self.memory[begin + HEADER_BYTES : end] = payload
-                begin = end
-        return Staged(self if has_room else None, first, crcs)
-
     def copy(self, part: Part) -> Ticket:
-        staged = part.staged or Staged(None, 0, list(map(crc32c, part.payloads)))
-        is_there, crcs = staged.slab is self and staged.begin == self.used, staged.crcs
-        for key, parent, place, payload, crc in zip(
-            part.keys, part.parents, part.places, part.payloads, crcs, strict=True
-        ):
-            whole = Place(place.segment, place.offset, place.length, crc)
+        crcs = []
+        for key, parent, place, payload in zip(part.keys, part.parents, part.places, part.payloads, strict=True):
+            crcs.append(crc32c(payload))
+            whole = Place(place.segment, place.offset, place.length, crcs[-1])
             head = encode_header(whole, key=key, parent=parent, kind=part.kind, tenant=part.tenant)
             begin, end = self.used, self.used + HEADER_BYTES + place.length
             self.memory[begin : begin + HEADER_BYTES] = head
-            if not is_there:
-                self.memory[begin + HEADER_BYTES : end] = payload
+            self.memory[begin + HEADER_BYTES : end] = payload
             self._add_run(place, begin, end)
             self.used = end
         self._fill_up()
@@ -181,17 +163,6 @@ class _Slab:
         self.written, self.before = Ticket(), None
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """Payloads of which it is not known yet where they belong."""
-
-    slab: _Slab | None
-    """Where they were copied to; None: they were not."""
-    begin: int
-    """There."""
-    crcs: list[int]
-
-
 class PageWriter:
     """Writes pages of a namespace. `commit` is given the parts of a slab that is written, and settles their tickets.
 
@@ -232,11 +203,6 @@ class PageWriter:
             with self._changed:
                 self._is_copying = False
                 self._changed.notify_all()
-
-    def stage(self, payloads: Sequence[memoryview]) -> Staged:
-        """Do what can be done with payloads of the next part before its places are known. By the thread that adds."""
-        filling = self._filling  # A thread may take it, which writes what is before `used`; then this was for nothing.
-        return filling.stage(payloads) if filling is not None else Staged(None, 0, list(map(crc32c, payloads)))
 
     def _slab_for(self, part: Part, timeout_s: float) -> _Slab:
         """The one that fills, if it has room; else that one is full, and the next begins. Called with the lock."""

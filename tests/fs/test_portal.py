@@ -59,30 +59,6 @@ def test_a_call_that_suspends_goes_on_in_the_loop_thread(portal: Portal, runtime
     assert portal.run(call()) == [threading.get_ident(), runtime.loop.thread_ident]
 
 
-def test_the_caller_does_something_else_while_a_call_waits_and_leaves_no_sooner(
-    portal: Portal, runtime: AsyncioRuntime
-) -> None:
-    done, ended = list[int](), list[int]()
-
-    async def call() -> str:
-        await until(runtime, lambda: bool(done))
-        ended.append(1)
-        return "done"
-
-    assert portal.run(call(), meanwhile=lambda: done.append(threading.get_ident())) == "done"
-    assert done == [threading.get_ident()]
-
-    def fail() -> None:
-        done.append(0)
-        raise KeyError("mine")
-
-    done.clear()
-    with pytest.raises(KeyError):
-        portal.run(call(), meanwhile=fail)
-    assert len(ended) == 2
-    assert portal.run(thread_here(), meanwhile=fail) == threading.get_ident(), "it never waited"
-
-
 def test_blocking_work_of_an_inline_call_stays_in_its_thread_and_else_goes_to_a_worker(
     portal: Portal, runtime: AsyncioRuntime
 ) -> None:

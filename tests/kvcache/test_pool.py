@@ -528,13 +528,19 @@ def test_a_spare_that_a_crash_left_goes_and_one_that_could_not_be_made_is_missed
         pool = await bench.open()
         await runtime.sleep(UPKEEP_S + 1)
         assert spare not in bench.files.files
-        refused = ("create", pool.space.path(4))
+        await begun_segments(bench, pool, 3, prompt=50)
+        assert set(await bench.files.names("/ns/segments")) == {f"{number:08x}" for number in (1, 3, 4)}
+        pool.end_writer(1)
+        await pool.erase(TENANT)
+        await runtime.sleep(UPKEEP_S + 1)
+        assert await bench.files.names("/ns/segments") == []
+        refused = ("create", pool.space.path(6))
         bench.files.fails = lambda *asked: NoSpace("full") if asked == refused else None
-        await begun_segments(bench, pool, 3, prompt=100)
+        await begun_segments(bench, pool, 5, prompt=100)
         await runtime.sleep(1)
         assert refused[1] not in bench.files.files
         bench.files.fails = lambda operation, path: None
-        await begun_segments(bench, pool, 5, prompt=200)
+        await begun_segments(bench, pool, 7, prompt=200)
         assert await bench.readable(pool, chain(200, 5)) == 5
 
     run(work)

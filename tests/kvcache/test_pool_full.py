@@ -164,8 +164,7 @@ def test_what_is_evicted_on_a_full_store_leaves_its_file_until_that_is_known() -
         pool = await bench.open()
         await bench.put(pool, chain(1, 20))
         pool.space.end_segment(1)
-        before = {pool.space.path(segment.id) for segment in pool.index.segments}
-        assert before < {path for path in bench.files.files if "/segments/" in path}, "and the spare, which stays"
+        before = {path for path in bench.files.files if "/segments/" in path}
         bench.files.fails = is_full
         await pool.remove(TENANT, chain(1, 20))
         await runtime.sleep(30)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from emberfs import StoreClosed
-from emberfs.checksum import crc32c
 from emberfs.errors import Unavailable
 from emberkv.files import SEGMENT_CHUNK_BYTES
 from emberkv.page import HEADER_BYTES, Place, decode_header
@@ -219,33 +217,3 @@ def test_files_of_full_segments_are_closed_and_those_that_could_not_be_opened_ar
     while sorted(disk.closed) != paths:  # The thread that opened the last one closes the one before, and nobody waits.
         assert time.monotonic() < ends_s
         time.sleep(0.001)
-
-
-def test_pages_that_were_copied_before_their_places_were_known_are_right_wherever_they_go() -> None:
-    disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
-    first = part(0, pages=3)
-    assert writer.stage(first.payloads).slab is None, "nothing fills yet"
-    disk.lets.clear()
-    step = first.size_bytes // SECTOR_BYTES * SECTOR_BYTES
-    writer.add(first, timeout_s=10)
-    assert disk.begun.wait(30)
-    writer.add(part(step, pages=3), timeout_s=10)
-    third, fourth = part(2 * step, pages=3), part(3 * step, pages=3)
-    staged = writer.stage(third.payloads)
-    assert staged.slab is not None
-    writer.add(replace(third, staged=staged), timeout_s=10)
-    late = writer.stage(fourth.payloads)
-    disk.lets.set()
-    writer.flush(10)  # The slab that they were copied to is written and used again.
-    writer.add(replace(fourth, staged=late), timeout_s=10)
-    writer.flush(10)
-    image = bytearray(4 * step)
-    for _, offset, data in disk.written:
-        image[offset : offset + len(data)] = data
-    for at in range(4):
-        for place, payload in zip(part(at * step, pages=3).places, first.payloads, strict=True):
-            header = decode_header(image[place.offset :])
-            assert header is not None and header.place == place._replace(crc=crc32c(payload))
-            assert image[place.offset + HEADER_BYTES : place.end] == payload
-    writer.close(10)
