@@ -148,10 +148,12 @@ class Pool:
                 await self._wal.close()
             with contextlib.suppress(EmberError, OSError):
                 await self.ownership.check()
+                await self.space.remove_spare()
                 owning.cancel()  # No beat comes after the last one.
                 await asyncio.wait([owning])
                 await self.ownership.beat(released=True)
         finally:
+            self.space.forget_spare()
             owning.cancel()
             await asyncio.wait([owning] if self._ending is None else [owning, self._ending])
 

@@ -37,6 +37,8 @@ class PageReader:
         self._files: dict[int, File] = {}
         self._scratch = client.buffer(BATCH_PAGES * HEADER_BYTES)
         self._heads = [self._scratch[i * HEADER_BYTES : (i + 1) * HEADER_BYTES] for i in range(BATCH_PAGES)]
+        self._fronts = [head[: _FRONT.size] for head in self._heads]
+        self._tenants = [head[_TENANT_AT : _TENANT_AT + _TENANT.size] for head in self._heads]
 
     def read(
         self,
@@ -76,18 +78,17 @@ class PageReader:
         items: list[Any] = []
         into: list[memoryview] = []
         asked: list[int] = []
+        last = 0
+        file: Any = None
         for index, (segment, offset, _, _) in enumerate(places):
-            view = views[index]
-            if not segment:
-                continue
-            file = segment if grant else self._file(segment)
+            if segment != last:  # Most of them lie in the one of the page before them.
+                last, file = segment, (segment if grant else self._file(segment)) if segment else None
             if file is None:
                 continue
+            view = views[index]
             asked.append(index)
-            items.append((file, offset, HEADER_BYTES))
-            into.append(self._heads[index])
-            items.append((file, offset + HEADER_BYTES + begin, len(view)))
-            into.append(view)
+            items += (file, offset, HEADER_BYTES), (file, offset + HEADER_BYTES + begin, len(view))
+            into += self._heads[index], view
         done = [False] * len(places)
         if not items:
             return done
@@ -103,11 +104,11 @@ class PageReader:
         tail = _TENANT.pack(tenant)
         for at, index in enumerate(asked):
             segment, offset, length, crc = places[index]
-            head, view = self._heads[index], views[index]
+            view = views[index]
             if counts[2 * at] != HEADER_BYTES or counts[2 * at + 1] != len(view):
                 continue
             front = _FRONT.pack(MAGIC, VERSION, kind, segment, offset, length, crc, keys[index])
-            if head[: _FRONT.size] == front and head[_TENANT_AT : _TENANT_AT + 4] == tail:
+            if self._fronts[index] == front and self._tenants[index] == tail:
                 done[index] = len(view) < length or crc32c(view) == crc
         return done
 

@@ -11,18 +11,23 @@ a lease where it was, so a segment that was compacted stays until the leases of 
 Order of an eviction, each durable before the next: the tombstone and the retirement of the segment, then its file goes.
 A crash between them leaves a file that the next owner removes.
 
+The file of the next segment is made ahead, as a *spare* that the journal does not know and that takes no space: who
+fills a segment does not wait for it. One that a crash leaves is the next owner's to remove, too.
+
 Does not know: clients.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from emberfs import AlreadyExists
-from emberfs.errors import LimitExceeded
+from emberfs.errors import EmberError, LimitExceeded
 from emberfs.runtime import Runtime
 
 from .compaction import Compaction
@@ -87,6 +92,16 @@ class SpaceCounts:
     removed_segments: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    """The file of a segment to come."""
+
+    number: int
+    size_bytes: int
+    made: asyncio.Task[bool]
+    """Whether it could be made."""
+
+
 class Space:
     """See the module."""
 
@@ -102,6 +117,7 @@ class Space:
         """Tenant -> what it was promised, and has not committed or given up."""
         self.patient: set[int] = set()
         """Tenants whose pages wait for the one before them as long as pages stay: an engine puts it later."""
+        self._spare: _Spare | None = None
         self._next_patient_s = 0.0
         """When those are looked at again."""
         self._promised_bytes = 0
@@ -278,7 +294,40 @@ class Space:
         size_bytes = self._index.segments.size_for(payload_bytes)
         if not await self._make_disk_room(size_bytes):
             return None
-        return await self.add_segment(writer, size_bytes)
+        segment = await self.add_segment(writer, size_bytes)
+        if self._spare is None:
+            number = self._index.segments.next_id
+            self._spare = _Spare(number, size_bytes, self._runtime.spawn(self._make(number, size_bytes), "kv-spare"))
+        return segment
+
+    async def _make(self, number: int, size_bytes: int) -> bool:
+        """Make a file that nobody waits for. False: who needs the segment tries again, and is told."""
+        try:
+            await self._files.create(self.path(number), size_bytes)
+        except (EmberError, OSError):
+            return False
+        return True
+
+    async def _has_spare(self, number: int, size_bytes: int) -> bool:
+        """Whether there is one for this segment, which it is from now on. One for another segment is left behind."""
+        spare, self._spare = self._spare, None
+        return spare is not None and await spare.made and (spare.number, spare.size_bytes) == (number, size_bytes)
+
+    async def remove_spare(self) -> None:
+        """At the end, of an owner. What cannot be removed the next one removes."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return
+        # Its number is not used again: a removal that comes late meets no other file.
+        self._index.segments.next_id = max(self._index.segments.next_id, spare.number + 1)
+        if await spare.made:
+            with contextlib.suppress(EmberError, OSError):
+                await self._files.remove(self.path(spare.number))
+
+    def forget_spare(self) -> None:
+        """At the end, of whoever may be none any more."""
+        if self._spare is not None:
+            self._spare.made.cancel()
 
     async def add_segment(self, writer: int, size_bytes: int) -> Segment:
         """An open segment, whether or not there is room for it."""
@@ -288,7 +337,8 @@ class Space:
             self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
             segment = segments.by_id[segments.next_id - 1]
             try:
-                await self._files.create(self.path(segment.id), size_bytes)
+                if not await self._has_spare(segment.id, size_bytes):
+                    await self._files.create(self.path(segment.id), size_bytes)
             except AlreadyExists:
                 self.seal(segment)  # Of an owner that is over and does not know it: that number is its own.
             except BaseException:
@@ -337,10 +387,13 @@ class Space:
             segments.drop(segment)
             self.counts.freed_bytes += segment.end
             self.counts.removed_segments += 1
+        if not segments.by_id:
+            await self.remove_spare()  # Nobody puts, and maybe nobody ever will.
         return len(gone)
 
     async def look_for_strangers(self) -> None:
         """Once more: an owner that was over and did not know it may have made files since."""
+        await self.remove_spare()  # It would be one of them.
         found = await find_strangers(self._files, self._directory, self._index)
         self._strangers += [name for name in found if name not in self._strangers]
 

@@ -4,7 +4,8 @@
     a thread   writes a slab: what lies side by side in one write; then commits the parts that it holds
 
 While slabs are being written the next one fills, so small puts go to disk in large writes. Memory is bounded: who puts
-faster than the store takes waits for a slab.
+faster than the store takes waits for a slab. The store updates a chunk once at a time: a slab that is full leaves the
+chunk that it would not fill to the next one, so that both are written at the same time.
 
 A *part* is what one reservation is for; its `Ticket` tells when it is committed, or why it is not.
 
@@ -16,13 +17,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from emberfs import Client, File, StoreClosed
+from emberfs import Client, StoreClosed
 from emberfs.checksum import crc32c
 from emberfs.errors import DeadlineExceeded
 
+from .files import SEGMENT_CHUNK_BYTES
+from .opening import SegmentFiles
 from .page import HEADER_BYTES, Place, encode_header
 from .segments import SECTOR_BYTES
 
@@ -31,7 +34,7 @@ SLAB_BYTES = (16 << 20) + (64 << 10)
 assert SLAB_BYTES >= 16 * (HEADER_BYTES + (1 << 20)) + SECTOR_BYTES
 SLABS_MAX = 4
 THREADS = 2
-"""One writes while the other commits."""
+"""What one of them wrote is on its way to the disk while the store takes what the other one writes."""
 
 
 class Ticket:
@@ -46,7 +49,7 @@ class Ticket:
         self.error = error
         self._done.set()
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float | None) -> None:
         """Return when it is committed. Raises why it is not, DeadlineExceeded."""
         if not self._done.wait(timeout_s):
             raise DeadlineExceeded(f"pages were not written within {timeout_s:g} s: they may come yet")
@@ -85,6 +88,8 @@ class Copied:
     crcs: list[int]
     is_durable: bool
     ticket: Ticket
+    end: int
+    """Where it ends in its slab."""
     tokens: bytes = b""
 
 
@@ -93,8 +98,12 @@ class _Slab:
     memory: memoryview
     used: int = 0
     parts: list[Copied] = field(default_factory=list)
+    """Those that end in it."""
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(segment, offset there, begin and end here)"""
+    written: Ticket = field(default_factory=Ticket)
+    before: Ticket | None = None
+    """Of the slab that has the beginning of our first part."""
 
     def room_for(self, part: Part) -> bool:
         return self.used + part.size_bytes <= len(self.memory)
@@ -103,17 +112,34 @@ class _Slab:
         crcs = []
         for key, parent, place, payload in zip(part.keys, part.parents, part.places, part.payloads, strict=True):
             crcs.append(crc32c(payload))
-            head = encode_header(
-                place._replace(crc=crcs[-1]), key=key, parent=parent, kind=part.kind, tenant=part.tenant
-            )
+            whole = Place(place.segment, place.offset, place.length, crcs[-1])
+            head = encode_header(whole, key=key, parent=parent, kind=part.kind, tenant=part.tenant)
             begin, end = self.used, self.used + HEADER_BYTES + place.length
             self.memory[begin : begin + HEADER_BYTES] = head
             self.memory[begin + HEADER_BYTES : end] = payload
             self._add_run(place, begin, end)
             self.used = end
         self._fill_up()
-        self.parts.append(Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket(), part.tokens))
-        return self.parts[-1].ticket
+        copied = Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket(), self.used, part.tokens)
+        self.parts.append(copied)
+        return copied.ticket
+
+    def leave_rest_to(self, following: _Slab, part: Part) -> None:
+        """`following`, which is empty, is for `part`: if that goes on in our last chunk, it gets what we have of it."""
+        if not self.runs:
+            return
+        segment, offset, begin, end = self.runs[-1]
+        rest = (offset + end - begin) % SEGMENT_CHUNK_BYTES
+        goes_on = part.places[0][:2] == (segment, offset + end - begin)
+        if not goes_on or not 0 < rest < end - begin or rest + part.size_bytes > len(following.memory):
+            return
+        cut = end - rest
+        following.memory[:rest] = self.memory[cut:end]
+        following.runs, following.used = [(segment, offset + cut - begin, 0, rest)], rest
+        following.parts = [replace(each, end=each.end - cut) for each in self.parts if each.end > cut]
+        following.before = self.written
+        self.runs[-1], self.used = (segment, offset, begin, cut), cut
+        self.parts = [each for each in self.parts if each.end <= cut]
 
     def _fill_up(self) -> None:
         """Write the last sector of what was handed out whole. The next part's places begin behind it."""
@@ -134,6 +160,7 @@ class _Slab:
     def empty(self) -> None:
         self.used = 0
         self.parts, self.runs = [], []
+        self.written, self.before = Ticket(), None
 
 
 class PageWriter:
@@ -143,7 +170,7 @@ class PageWriter:
     """
 
     def __init__(self, client: Client, segments: str, commit: Callable[[Sequence[Copied]], None]) -> None:
-        self._client, self._segments, self._commit = client, segments, commit
+        self._client, self._commit = client, commit
         self._changed = threading.Condition()
         self._slabs: list[_Slab] = []
         """All there are but those of a single large part."""
@@ -151,22 +178,25 @@ class PageWriter:
         self._filling: _Slab | None = None
         self._is_copying = False
         self._full: deque[_Slab] = deque()
-        self._writing = 0
+        self._writing: list[_Slab] = []
+        self._flushing = 0
+        """Threads that wait for all that was added."""
+        self._opened = SegmentFiles(client, segments)
         self._error: Exception | None = None
         """The first since the last `flush`, of parts that nobody waits for by their tickets."""
         self._is_closed = False
         self._threads: list[threading.Thread] = []
+        self._running = 0
 
     def add(self, part: Part, *, timeout_s: float) -> Ticket:
         """Copy a part, which is written soon. Raises DeadlineExceeded: the store does not take what came before."""
         with self._changed:
             self._start()
-            if self._filling is not None and not self._filling.room_for(part):
-                self._full.append(self._filling)
-                self._filling = None
-                self._changed.notify_all()
-            slab = self._filling = self._filling or self._new_slab(part, timeout_s)
+            slab = self._slab_for(part, timeout_s)
             self._is_copying = True  # No thread takes it now.
+            wanted = {place.segment for place in part.places}
+            for segment in wanted:
+                self._opened.begin(segment, wanted | self._segments_in_use())
         try:
             return slab.copy(part)
         finally:
@@ -174,16 +204,32 @@ class PageWriter:
                 self._is_copying = False
                 self._changed.notify_all()
 
+    def _slab_for(self, part: Part, timeout_s: float) -> _Slab:
+        """The one that fills, if it has room; else that one is full, and the next begins. Called with the lock."""
+        if self._filling is not None and self._filling.room_for(part):
+            return self._filling
+        slab = self._new_slab(part, timeout_s)
+        if self._filling is not None:  # No thread took it meanwhile.
+            self._filling.leave_rest_to(slab, part)
+            self._full.append(self._filling)
+            self._changed.notify_all()
+        self._filling = slab
+        return slab
+
     def _new_slab(self, part: Part, timeout_s: float) -> _Slab:
-        """One with room for a part. Called with the lock."""
+        """An empty one with room for a part. Called with the lock."""
         if part.size_bytes > SLAB_BYTES:
-            self._wait(lambda: not self._writing and not self._full, timeout_s)
+            self._wait(lambda: not (self._writing or self._full or self._filling), timeout_s)
             return _Slab(self._client.buffer(part.size_bytes))
         self._wait(lambda: bool(self._free) or len(self._slabs) < SLABS_MAX, timeout_s)
         if self._free:
             return self._free.pop()
-        self._slabs.append(_Slab(self._client.buffer(SLAB_BYTES)))
+        self._slabs.append(_Slab(self._client.buffer(SLAB_BYTES + SEGMENT_CHUNK_BYTES)))
         return self._slabs[-1]
+
+    def _segments_in_use(self) -> set[int]:
+        slabs = filter(None, (*self._writing, *self._full, self._filling))
+        return {segment for slab in slabs for segment, _, _, _ in slab.runs}
 
     def _wait(self, is_so: Callable[[], bool], timeout_s: float) -> None:
         if not self._changed.wait_for(lambda: is_so() or self._is_closed, timeout_s):
@@ -194,7 +240,12 @@ class PageWriter:
     def flush(self, timeout_s: float) -> None:
         """All that was added is committed. Raises why something was not, DeadlineExceeded."""
         with self._changed:
-            self._wait(lambda: not (self._full or self._filling or self._writing), timeout_s)
+            self._flushing += 1
+            self._changed.notify_all()
+            try:
+                self._wait(lambda: not (self._full or self._filling or self._writing), timeout_s)
+            finally:
+                self._flushing -= 1
             error, self._error = self._error, None
         if error is not None:
             raise error
@@ -223,22 +274,29 @@ class PageWriter:
                 threading.Thread(target=self._run, name=f"emberkv-put-{number}", daemon=True)
                 for number in range(THREADS)
             ]
+            self._running = THREADS
             for thread in self._threads:
                 thread.start()
 
     def _run(self) -> None:
-        file = _Segment(self._client, self._segments)
         try:
-            while (slab := self._next()) is not None:
-                self._write(slab, file)
-                with self._changed:
-                    self._writing -= 1
-                    slab.empty()
-                    if slab in self._slabs:
-                        self._free.append(slab)
-                    self._changed.notify_all()
+            self._write_slabs()
         finally:
-            file.close()
+            with self._changed:
+                self._running -= 1
+                is_last = not self._running
+            if is_last:
+                self._opened.close()
+
+    def _write_slabs(self) -> None:
+        while (slab := self._next()) is not None:
+            self._write(slab)
+            with self._changed:
+                self._writing = [each for each in self._writing if each is not slab]
+                slab.empty()
+                if any(each is slab for each in self._slabs):
+                    self._free.append(slab)
+                self._changed.notify_all()
 
     def _next(self) -> _Slab | None:
         """A slab that is full, or what there is if nothing is on its way; None: it is the end."""
@@ -250,17 +308,29 @@ class PageWriter:
                 slab, self._filling = self._filling, None
             else:
                 return None
-            self._writing += 1
+            self._writing.append(slab)
             return slab
 
     def _may_take_what_fills(self) -> bool:
-        return self._filling is not None and not self._is_copying and not self._writing
+        """Nothing is on its way; or nothing more comes, and it goes on behind the last chunk of what is."""
+        if self._filling is None or self._is_copying:
+            return False
+        return not self._writing or (self._flushing > 0 and self._filling.before is not None)
 
-    def _write(self, slab: _Slab, file: _Segment) -> None:
+    def _write(self, slab: _Slab) -> None:
         try:
-            for segment, offset, begin, end in slab.runs:
-                items: list[Any] = [(file.open(segment), offset, slab.memory[begin:end])]
+            try:
+                items: list[Any] = [
+                    (self._opened.file(segment), offset, slab.memory[begin:end])
+                    for segment, offset, begin, end in slab.runs
+                ]
                 self._client.batch_write(items, whole_chunks=True)  # The rest of it comes with later pages.
+            except Exception as error:
+                slab.written.settle(error)
+                raise
+            slab.written.settle(None)
+            if slab.before is not None:  # A thread has had it before we had ours.
+                slab.before.wait(None)
             self._commit(slab.parts)
         except Exception as error:  # Whatever it is: a thread that ended would keep every later put waiting.
             for part in slab.parts:
@@ -269,22 +339,3 @@ class PageWriter:
         for part in slab.parts:
             if not part.is_durable:
                 self._error = self._error or part.ticket.error
-
-
-class _Segment:
-    """The file of the segment that a thread wrote to last."""
-
-    def __init__(self, client: Client, directory: str) -> None:
-        self._client, self._directory = client, directory
-        self._file: tuple[int, File] | None = None
-
-    def open(self, number: int) -> File:
-        if self._file is None or self._file[0] != number:
-            self.close()
-            self._file = (number, self._client.open(f"{self._directory}/{number:08x}", "r+b"))
-        return self._file[1]
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file[1].close()
-            self._file = None

@@ -229,7 +229,9 @@ BUGS = {
         _reservations_do_not_end, "bytes of writers", "put", "the writer is killed", first=1
     ),
     # The simulation found these:
-    "writes to what was sealed meanwhile": Bug(_writes_to_what_was_sealed_meanwhile, "hand_out", "put", ALONE, first=1),
+    "writes to what was sealed meanwhile": Bug(
+        _writes_to_what_was_sealed_meanwhile, "hand_out", "takeover", ALONE, first=38
+    ),
     "looks for files of the one before only once": Bug(
         _looks_for_strangers_once, "files that no segment has", "compaction", STOPPED, first=10
     ),

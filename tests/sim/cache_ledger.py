@@ -173,6 +173,8 @@ class Ledger:
             return [f"{server.name} does not serve"]
         index, puts, table = pool.index, pool._puts, pool.table
         files = await self._names(cache, "segments")
+        spare = pool.space._spare
+        named = {each.id for each in index.segments} | ({spare.number} if spare else set())
         found = {
             "leases": len(pool.leases),
             "slots that are held": sum(table.held),
@@ -186,7 +188,7 @@ class Ledger:
             "bytes pending in segments": sum(each.pending_bytes for each in index.segments),
             "strangers": len(pool.space._strangers),
             "retired segments": sum(each.is_retired for each in index.segments),
-            "files that no segment has": len(files - {f"{each.id:08x}" for each in index.segments}),
+            "files that no segment has": len(files - {f"{number:08x}" for number in named}),
             "segments without a file": len({f"{each.id:08x}" for each in index.segments} - files),
             "files of the index beside three": len(await self._names(cache, "index")) - 3,
             "rosters beside one": len(await self._names(cache, "tenants")) - 1,

@@ -14,8 +14,8 @@ from . import native
 
 TABLE_BYTES_MAX = 1 << 30
 """More than the extents of all targets together, which are what bounds it (`EngineConfig.extents_bytes_max`)."""
-SPIN_US = 50
-"""A thread that had something to do looks for more for so long: to be woken takes longer."""
+SPIN_US = 200
+"""A thread that had something to do looks for more for so long: who reads a batch checks it, and comes again."""
 CORES_PER_THREAD = 4
 """A thread moves more bytes than a disk gives; the cores are the clients' too."""
 THREADS_MAX = 8

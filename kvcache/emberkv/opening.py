@@ -1,0 +1,71 @@
+"""Files of the segments that a writer fills, each opened as soon as a place in it is known.
+
+To open a file for writing takes as long as to write some MiB, so a thread of its own does it; what is put next is
+copied meanwhile.
+
+Does not know: pages, or who writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future
+
+from emberfs import Client, File
+from emberfs.errors import EmberError
+
+
+class SegmentFiles:
+    """See the module. Safe to use from many threads."""
+
+    def __init__(self, client: Client, directory: str) -> None:
+        self._client, self._directory = client, directory
+        self._lock = threading.Lock()
+        self._files: dict[int, Future[File]] = {}
+
+    def begin(self, number: int, in_use: Collection[int]) -> None:
+        """Open one, and close those that are not in use."""
+        with self._lock:
+            if number not in self._files:
+                self._open(number, [self._files.pop(each) for each in list(self._files) if each not in in_use])
+
+    def file(self, number: int) -> File:
+        """It is open. Raises what the store raises."""
+        with self._lock:
+            opened = self._files.get(number) or self._open(number, [])
+        try:
+            return opened.result()
+        except BaseException:
+            with self._lock:
+                if self._files.get(number) is opened:  # Whoever needs it next tries again.
+                    del self._files[number]
+            raise
+
+    def close(self) -> None:
+        """Close all."""
+        with self._lock:
+            files, self._files = list(self._files.values()), {}
+        for each in files:
+            each.add_done_callback(_close)
+
+    def _open(self, number: int, ended: Sequence[Future[File]]) -> Future[File]:
+        opened = self._files[number] = Future[File]()
+
+        def run() -> None:
+            try:
+                opened.set_result(self._client.open(f"{self._directory}/{number:08x}", "r+b"))
+            except BaseException as error:
+                opened.set_exception(error)
+            for each in ended:
+                each.add_done_callback(_close)
+
+        threading.Thread(target=run, name="emberkv-open", daemon=True).start()
+        return opened
+
+
+def _close(opened: Future[File]) -> None:
+    if opened.exception() is None:
+        with contextlib.suppress(EmberError):  # Its session goes with the client's own.
+            opened.result().close()
