@@ -224,7 +224,7 @@ def _write_all(items: Sequence[WriteItem]) -> None:
         while done < len(payload):
             done += os.pwrite(file, payload[done:] if done else payload, offset + done)
         if done >= START_BYTES_MIN:
-            # What goes wrong there, the sync is told.
+            # What the disk says of it is left for the sync to find: no flag here waits, and takes the error away.
             _libc.sync_file_range(file, offset, done, SYNC_FILE_RANGE_WRITE)
 
 

@@ -61,7 +61,10 @@ class SegmentFiles:
             for each in ended:
                 each.add_done_callback(_close)
 
-        threading.Thread(target=run, name="emberkv-open", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="emberkv-open", daemon=True).start()
+        except RuntimeError:  # No thread can be had: then whoever waits for it does it.
+            run()
         return opened
 
 

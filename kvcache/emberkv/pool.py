@@ -332,7 +332,8 @@ class Pool:
         while not self.is_lost:
             await self._runtime.sleep(UPKEEP_S)
             try:
-                await self.keep_up()
+                if not self.is_lost:
+                    await self.keep_up()
             except StaleOwner:
                 return
             except (EmberError, OSError) as error:
@@ -344,7 +345,8 @@ class Pool:
         self.leases.expire(now_s)
         self._puts.end_overdue(now_s)
         if now_s >= self._next_snapshot_s:
-            await self.space.look_for_strangers()
+            async with self._making_room:
+                await self.space.look_for_strangers(self.ownership.check)
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))

@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from emberfs import AlreadyExists
@@ -295,7 +295,7 @@ class Space:
         if not await self._make_disk_room(size_bytes):
             return None
         segment = await self.add_segment(writer, size_bytes)
-        if self._spare is None:
+        if self._spare is None and not self._wal.is_lost:
             number = self._index.segments.next_id
             self._spare = _Spare(number, size_bytes, self._runtime.spawn(self._make(number, size_bytes), "kv-spare"))
         return segment
@@ -333,6 +333,8 @@ class Space:
         """An open segment, whether or not there is room for it."""
         segments = self._index.segments
         self.end_segment(writer)
+        if self._spare is not None and self._spare.size_bytes != size_bytes:
+            await self.remove_spare()
         while True:
             self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
             segment = segments.by_id[segments.next_id - 1]
@@ -391,10 +393,13 @@ class Space:
             await self.remove_spare()  # Nobody puts, and maybe nobody ever will.
         return len(gone)
 
-    async def look_for_strangers(self) -> None:
-        """Once more: an owner that was over and did not know it may have made files since."""
+    async def look_for_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
+        """Once more: an owner that was over and did not know it may have made files since. `check` raises if we are."""
+        await check()
         await self.remove_spare()  # It would be one of them.
         found = await find_strangers(self._files, self._directory, self._index)
+        # Had somebody taken over before we looked, files of theirs would be among them.
+        await check()
         self._strangers += [name for name in found if name not in self._strangers]
 
     async def remove_strangers(self) -> None:

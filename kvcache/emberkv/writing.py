@@ -194,10 +194,11 @@ class PageWriter:
             self._start()
             slab = self._slab_for(part, timeout_s)
             self._is_copying = True  # No thread takes it now.
-            wanted = {place.segment for place in part.places}
-            for segment in wanted:
-                self._opened.begin(segment, wanted | self._segments_in_use())
         try:
+            wanted = {place.segment for place in part.places}
+            with self._changed:
+                for segment in wanted:
+                    self._opened.begin(segment, wanted | self._segments_in_use())
             return slab.copy(part)
         finally:
             with self._changed:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emberfs.disk import Disk, LocalDisk
+from emberfs.disk import START_BYTES_MIN, Disk, LocalDisk
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 
@@ -236,6 +236,22 @@ def test_a_read_goes_on_until_the_end(disk: LocalDisk, run: Run, monkeypatch: py
     monkeypatch.setattr(os, "preadv", short)
     assert b"".join(run(read(disk, file, 3, 10, 500, 0, 700))) == payload[3:1213]
     assert b"".join(run(read(disk, file, 1000, 200, 400))) == payload[1000:]
+
+
+def test_a_large_write_is_begun_and_not_waited_for(disk: LocalDisk, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, ...]] = []
+
+    class Libc:
+        def sync_file_range(self, *asked: int) -> int:
+            begun.append(asked)
+            return 0
+
+    monkeypatch.setattr("emberfs.disk._libc", Libc())
+    write(disk, run, bytes(START_BYTES_MIN - 1), 7)
+    assert begun == []
+    file = write(disk, run, bytes(START_BYTES_MIN), 7)
+    # SYNC_FILE_RANGE_WRITE alone: the others wait, and what they find the next fdatasync does not tell any more.
+    assert begun == [(file, 7, START_BYTES_MIN, 2)]
 
 
 def test_a_failed_write_or_sync_is_raised(disk: LocalDisk, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -557,3 +557,17 @@ def test_a_spare_whose_number_somebody_else_took_is_not_used() -> None:
         assert await bench.readable(pool, chain(1, 5)) == 5
 
     run(work)
+
+
+def test_a_spare_of_another_size_goes_before_its_number_is_used() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=256 * MIB)
+        pool = await bench.open()
+        await begun_segments(bench, pool, 1, prompt=1)
+        await runtime.sleep(1)
+        size_bytes = pool.index.segments.by_id[1].size_bytes
+        segment = await pool.space.add_segment(7, 2 * size_bytes)
+        assert segment.id == 3 and pool.space.path(2) not in bench.files.files
+        assert all(each.state is not State.SEALED or each.end for each in pool.index.segments)
+
+    run(work)

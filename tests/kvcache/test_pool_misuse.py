@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from emberfs import AlreadyExists, NotFound
@@ -10,10 +11,11 @@ from emberfs.errors import ProtocolError, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv.errors import ReadOnly, StaleOwner
 from emberkv.keys import ROOT
+from emberkv.pool import SNAPSHOT_S, Pool
 from emberkv.puts import KNOWN, REFUSED, RESERVATION_S, STORED
 from emberkv.segments import State
 
-from tests.kvcache.test_pool import MIB, PAGE, TENANT, Bench, chain, run
+from tests.kvcache.test_pool import MIB, NAMESPACE, PAGE, TENANT, Bench, chain, run
 
 
 def segment_names(bench: Bench) -> set[str]:
@@ -77,6 +79,59 @@ def test_an_owner_that_is_over_removes_no_segment() -> None:
         assert await bench.readable(new, chain(1, 20)) == await bench.readable(new, chain(2, 20)) == 20
 
     run(work)
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("cut", ["before it looks", "while it looks"])
+def test_an_owner_that_was_cut_off_takes_no_file_of_the_next_one_for_a_stranger(cut: str, phase_s: float) -> None:
+    """Its snapshot is due meanwhile, and with it a look at which files the index does not name."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, ttl_s=1e6)
+        await runtime.sleep(phase_s)
+        away = Away(bench.files, runtime)
+        old = await Pool.open(away, runtime, "/ns", NAMESPACE, config=bench.config, address="old")  # type: ignore[arg-type]
+        old.tenant("tenant")
+        await bench.put(old, chain(1, 20))
+        await runtime.sleep(SNAPSHOT_S - 30)
+        away.is_cut = cut == "before it looks"
+        away.is_cut_by_look = not away.is_cut
+        while not away.is_cut:
+            await runtime.sleep(0.1)
+        new = await bench.open()
+        await bench.put(new, chain(2, 20))
+        await runtime.sleep(40)
+        away.is_cut = False
+        await runtime.sleep(90)
+        assert old.is_lost
+        # The spare of the old one may be gone: the new one does not name it.
+        assert {new.space.path(each.id) for each in new.index.segments} <= segment_names(bench)
+        assert await bench.readable(new, chain(2, 20)) == 20
+
+    run(work)
+
+
+class Away:
+    """The same files, over a network that may be cut."""
+
+    def __init__(self, files: Any, runtime: SimRuntime) -> None:
+        self._files, self._runtime = files, runtime
+        self.is_cut = self.is_cut_by_look = False
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._files, name)
+
+        async def over(*args: Any) -> Any:
+            if name == "names" and self.is_cut_by_look:
+                self.is_cut_by_look, self.is_cut = False, True
+                await self._runtime.sleep(60)  # The answer takes so long.
+                return await call(*args)
+            if self.is_cut:
+                await self._runtime.sleep(0.01)
+                raise Unavailable("there is no way to the store")
+            return await call(*args)
+
+        return over
 
 
 def test_a_request_that_is_cancelled_leaves_no_removal_undone_in_the_log() -> None:
