@@ -113,18 +113,6 @@ def test_a_function_for_sql_is_what_it_is_told_to_be(session: emberflow.Session)
     assert found == [[3, None], [-1, 3]]
 
 
-def test_files_are_read_twice_in_place_of_keeping_what_is_in_them(session: emberflow.Session, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"k": [1, 2, 3, 3], "v": [10, 20, 30, 40], "w": [0, 0, 0, 0]}), tmp_path / "t.parquet")
-    best = "select k, v, m from c join (select k, max(v) m from c group by k) using (k)"
-    for definition, kept in {"select k, v": False, "select k, v + random() * 0 v": True}.items():
-        frame = session.sql(f"with c as materialized ({definition} from read_parquet('{tmp_path}/t.parquet')) {best}")
-        assert ("shared" in frame.explain()) == kept
-        assert rows(frame) == [(1, 10, 10), (2, 20, 20), (3, 30, 40), (3, 40, 40)]
-    text = f"with c as materialized (select k, v from read_parquet('{tmp_path}/t.parquet') where v > 20) {best}"
-    assert "shared" in session.sql(text).explain()
-    assert rows(session.sql(text)) == [(3, 30, 40), (3, 40, 40)]
-
-
 def test_decimals_are_narrow_on_their_way_and_wide_for_functions(session: emberflow.Session) -> None:
     frame = session.sql("select k, max(d) d from (select k, cast(k as decimal(12, 2)) d from t) group by k")
     made = session.jobs.compute(frame.frame)

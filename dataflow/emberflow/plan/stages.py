@@ -37,7 +37,6 @@ from .nodes import (
     Unnest,
     Window,
     column,
-    walk,
 )
 from .partitions import are_aligned, covers, grouped_by, is_key, kept_whole, moved
 from .pieces import of_distinct, of_partials, of_rows
@@ -176,7 +175,9 @@ class Builder:
         if isinstance(node, Filter | Project | Unnest):
             return [self.row_by_row(node, pipe) for pipe in self.build(node.child, scope)]
         if isinstance(node, Shared):
-            return self._shared(node, scope)
+            exchange = self.exchange(self.build(node.definition, scope), Whole(), label="shared")
+            inner = {**scope, node.id: lambda leaf: [self.reading(exchange, "piece")]}
+            return self.build(node.body, inner)
         if isinstance(node, SetOperation):
             return self._set_operation(node, scope)
         if isinstance(node, Join):
@@ -191,14 +192,6 @@ class Builder:
         if isinstance(node, Limit) and isinstance(node.child, Sort) and node.limit is not None:
             return self._top(node, node.child, self.build(node.child.child, scope))
         return rule(node, self.build(node.children[0], scope))  # type: ignore[operator,no-any-return]
-
-    def _shared(self, node: Shared, scope: Mapping[object, Callable[[Node], Pipes]]) -> Pipes:
-        """Rows that are read in several places: kept, unless to read their files again costs less."""
-        pipes = self.build(node.definition, scope)
-        if all(is_cheap(pipe) and is_of_files(pipe) for pipe in pipes):
-            return self.build(node.body, {**scope, node.id: lambda leaf: self.build(node.definition, scope)})
-        exchange = self.exchange(pipes, Whole(), label="shared")
-        return self.build(node.body, {**scope, node.id: lambda leaf: [self.reading(exchange, "piece")]})
 
     def row_by_row(self, node: Filter | Project | Unnest, pipe: Pipe) -> Pipe:
         tree = replace(node, child=pipe.tree)
@@ -459,12 +452,6 @@ def is_cheap(pipe: Pipe) -> bool:
             return False
         tree = tree.child
     return isinstance(tree, Input)
-
-
-def is_of_files(pipe: Pipe) -> bool:
-    """Whether the pipe gives each row of its files; what a filter leaves may be little to keep and much to find."""
-    filtered = any(isinstance(node, Filter) for node in walk(pipe.tree))
-    return not filtered and all(isinstance(feed, FileFeed) for feed in pipe.feeds.values())
 
 
 def sampled(pipe: Pipe, keys: Sequence[SortKey]) -> Pipe:
