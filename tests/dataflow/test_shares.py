@@ -41,9 +41,9 @@ def groups(stage: Stage, outputs: dict[int, list[Output]], config: ShareConfig |
 def test_small_neighbours_share_a_task() -> None:
     exchange = Exchange(7, COLUMNS, 6)
     outputs = {7: [output(*[MIB] * 6), output(*[MIB] * 6)]}
-    assert groups(stage_of(exchange), outputs, ShareConfig(together_bytes=5 * MIB)) == [(0, 1), (2, 3), (4, 5)]
+    assert groups(stage_of(exchange), outputs, ShareConfig(task_bytes=5 * MIB)) == [(0, 1), (2, 3), (4, 5)]
     assert groups(stage_of(exchange), outputs) == [(0, 1, 2, 3, 4, 5)]
-    assert groups(stage_of(exchange), outputs, ShareConfig(together_bytes=-1)) == [(p,) for p in range(6)]
+    assert groups(stage_of(exchange), outputs, ShareConfig(coalesce=False)) == [(p,) for p in range(6)]
 
 
 def test_partitions_the_user_asked_for_stay_tasks() -> None:
@@ -58,7 +58,7 @@ def test_a_much_larger_partition_is_cut_by_producer_where_that_is_right() -> Non
         1: [output(MIB, 40 * MIB, MIB, MIB) for _ in range(4)],
         2: [output(MIB, MIB, MIB, MIB)],
     }
-    found = cut(stage_of(left, right), outputs, ShareConfig(together_bytes=MIB)).specs
+    found = cut(stage_of(left, right), outputs, ShareConfig(task_bytes=MIB)).specs
     split = [spec.exchanges for spec in found if spec.exchanges[0].partitions == (1,)]
     assert [exchanges[0].outputs for exchanges in split] == [(0,), (1,), (2,), (3,)]
     assert all(exchanges[1] == Exchanged((1,)) for exchanges in split)
@@ -68,13 +68,13 @@ def test_a_much_larger_partition_is_cut_by_producer_where_that_is_right() -> Non
 def test_nothing_is_cut_where_equal_keys_must_stay_together() -> None:
     exchange = Exchange(1, COLUMNS, 3)
     outputs = {1: [output(MIB, 90 * MIB, MIB) for _ in range(4)]}
-    assert groups(stage_of(exchange), outputs, ShareConfig(together_bytes=MIB)) == [(0,), (1,), (2,)]
+    assert groups(stage_of(exchange), outputs, ShareConfig(task_bytes=MIB)) == [(0,), (1,), (2,)]
 
 
 def test_pieces_are_neighbours_up_to_a_tasks_bytes() -> None:
     exchange = Exchange(1, COLUMNS, 1)
     outputs = {1: [output(size * MIB) for size in (3, 3, 9, 1, 1)]}
-    found = cut(stage_of(exchange, by="piece"), outputs, ShareConfig(together_bytes=6 * MIB)).specs
+    found = cut(stage_of(exchange, by="piece"), outputs, ShareConfig(task_bytes=6 * MIB)).specs
     assert [spec.exchanges[0].outputs for spec in found] == [(0, 1), (2,), (3, 4)]
 
 

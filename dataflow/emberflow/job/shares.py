@@ -32,11 +32,11 @@ class ShareConfig:
     """Of files, as they are on disk."""
     task_bytes: int = 256 << 20
     """Of exchanges, as they are in memory."""
-    together_bytes: int = 256 << 20
-    """Neighbouring partitions share a task up to so much."""
     shares_min: int = 8
     """Fewest shares of files of more than `scan_small_bytes`."""
     scan_small_bytes: int = 16 << 20
+    coalesce: bool = True
+    """Small neighbouring partitions share a task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def _pieces(exchange: Exchange, outputs: Mapping[int, Sequence[Output]], config:
     groups: list[list[int]] = []
     held = 0
     for position, output in enumerate(outputs[exchange.id]):
-        if not groups or exchange.fixed or held + output.size_bytes > config.together_bytes:
+        if not groups or exchange.fixed or not config.coalesce or held + output.size_bytes > config.task_bytes:
             groups.append([])
             held = 0
         groups[-1].append(position)
@@ -135,9 +135,8 @@ def _partitions(
         for feed, exchange in exchanges.items()
     }
     totals = [sum(of_feed[p] for of_feed in sizes.values()) for p in partitions]
-    fixed = any(exchange.fixed for exchange in exchanges.values())
     of_pieces = all(exchange.of_pieces for exchange in exchanges.values())
-    together_bytes = config.task_bytes if of_pieces else config.together_bytes
+    fixed = any(exchange.fixed for exchange in exchanges.values()) or not (config.coalesce or of_pieces)
     # The lower of two in the middle: of two partitions, too, one can be large.
     usual = statistics.median_low(totals)
     found = Cut([])
@@ -152,7 +151,7 @@ def _partitions(
         if len(split) > 1 and stage.pipe.pieces is not None:
             found.pieces.extend(split)
             continue
-        if len(split) > 1 or (group and (fixed or sum(totals[g] for g in group) + totals[p] > together_bytes)):
+        if len(split) > 1 or (group and (fixed or sum(totals[g] for g in group) + totals[p] > config.task_bytes)):
             found.specs.extend(_together(group, exchanges))
             group = []
         if len(split) > 1:
