@@ -22,6 +22,7 @@ import functools
 import itertools
 import os
 import re
+import resource
 import shutil
 import threading
 import time
@@ -37,12 +38,14 @@ import pyarrow as pa
 IDLE_S = 60.0
 """A copy that no query was given for so long makes room for others."""
 
-COPIES_MAX = 256
-"""Each has a descriptor."""
+COPIES_MAX = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 10)
+"""Each has a descriptor, and those that DuckDB opens of it."""
 _STEP_BYTES = 1 << 20
 _FILES_MAX = 10_000
 """Of which it is known how much was read."""
 _IS_POSSIBLE = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+_MAY_NAME = re.compile("filename|parquet_|glob|query")
+"""Of columns and functions that give names of files, however they are quoted: `query()` runs a text made anywhere."""
 _KEY = re.compile(r"[^/=]+=[^/]*/")
 
 
@@ -78,31 +81,34 @@ class Copies:
             file.read_bytes += size_bytes
 
     @contextmanager
-    def lent(self, text: str) -> Iterator[None]:
-        """What the block binds in this thread, a query of this text, may read copies. Errors that name one name the
-        file instead."""
+    def lent(self, text: str) -> Iterator[Loan]:
+        """What a query of this text is given until it has ended, and all that reads for it."""
         with self._lock:
             is_any = any(file.is_worth for file in self._files.values())
-        if not is_any or not (paths := _paths_of(text)):
-            yield
-            return
-        loan = _Loan(paths, os.path.join(self._directory, f"copies-{next(self._serial)}"))
-        self._current.loans.append(loan)
+        paths = _paths_of(text) if is_any else frozenset()
+        loan = Loan(paths, os.path.join(self._directory, f"copies-{next(self._serial)}"))
         try:
-            yield
-        except (duckdb.Error, pa.ArrowException, OSError) as error:
-            if (message := loan.told(str(error))) == str(error):
-                raise
-            raise type(error)(message) from error
+            yield loan
         finally:
             loan.end()
+
+    @contextmanager
+    def binding(self, loan: Loan) -> Iterator[None]:
+        """In the block, in this thread, that query and no other one is bound: it may be given copies."""
+        before, self._current.loan = self._current.loan, loan
+        try:
+            yield
+        finally:
+            self._current.loan = before
 
     def stand_ins(self, asked: str, urls: Sequence[str], open_file: Callable[[str], Any]) -> list[str] | None:
         """Local files with the bytes of these, which are what the query asked for by `asked`; None unless there are
         such of all of them. `open_file` opens one for reading."""
-        loan = self._current.loan(asked)
-        if loan is None or not urls:
+        loan = self._current.loan
+        if loan is None or asked not in loan.paths or not urls:
             return None
+        if any("\\" in url for url in urls):
+            return None  # To DuckDB that separates directories, in local names.
         with self._lock:
             files = [self._files[url] for url in urls if url in self._files and self._files[url].is_worth]
         if len(files) < len(urls) or not self._may_hold(files):
@@ -180,7 +186,7 @@ def _paths_of(text: str) -> frozenset[str]:
     from .plan.scantext import find, may_read_files  # Of no use to a query that nothing is lent to.
 
     rest, scans = find(text)
-    if "filename" in text.lower() or may_read_files(rest):
+    if _MAY_NAME.search(text.lower()) or may_read_files(rest):
         return frozenset()
     others = {path for scan in scans.values() if scan.function != "read_parquet" for path in scan.paths}
     paths = {path for scan in scans.values() if scan.function == "read_parquet" for path in scan.paths}
@@ -243,13 +249,12 @@ def _descriptor_path(copy: _Copy) -> str:
     return f"/proc/self/fd/{copy.descriptor}"
 
 
-class _Loan:
+class Loan:
     """The copies that one query was given, under names that are gone when it has ended."""
 
     def __init__(self, paths: frozenset[str], directory: str) -> None:
         self.paths = paths
         self.directory = directory
-        self.is_over = False
         self._made: set[str] = set()
         """Directories."""
         self._copies: list[_Copy] = []
@@ -284,27 +289,27 @@ class _Loan:
                 return None  # The local filesystem has no such names.
         return names
 
-    def told(self, message: str) -> str:
-        """The message with the files of the store in place of copies."""
-        for name in sorted(self._urls, key=len, reverse=True):
-            message = message.replace(name, self._urls[name])
-        return message
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Errors of the block that name a copy name the file of the store instead."""
+        try:
+            yield
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            message = str(error)
+            for name in sorted(self._urls, key=len, reverse=True):
+                message = message.replace(name, self._urls[name])
+            if message == str(error):
+                raise
+            raise type(error)(message) from error
 
     def end(self) -> None:
         """Lets go of the copies."""
-        self.is_over = True
         self._copies.clear()
         if self._made:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class _Current(threading.local):
-    """The loans of the queries that this thread has begun. Some end in other threads."""
+    """The loan of the query that this thread binds at the moment."""
 
-    def __init__(self) -> None:
-        self.loans: list[_Loan] = []
-
-    def loan(self, asked: str) -> _Loan | None:
-        """That of the query that began last, if it asks for this path."""
-        self.loans = [loan for loan in self.loans if not loan.is_over]
-        return self.loans[-1] if self.loans and asked in self.loans[-1].paths else None
+    loan: Loan | None = None

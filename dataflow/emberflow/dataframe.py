@@ -458,8 +458,11 @@ class DataFrame:
 
     def _stream(self, query: Query, batch_rows: int, exported: bool) -> Iterator[Any]:
         """The Arrow schema, then the batches. Keeps the cursor open while they are drawn."""
-        with self.session.running(query) as cursor, self.session.copies.lent(query.text):
+        copies = self.session.copies
+        with copies.lent(query.text) as loan, self.session.running(query) as cursor, loan.told():
             export = (lambda columns: exportable(query, dict(columns)).text) if exported else None
-            reader = arrow_reader(cursor, query.text, query.params, batch_rows, exported=export)
+            # While this is drawn from, other queries are bound in this thread, which have no part in the loan.
+            with copies.binding(loan):
+                reader = arrow_reader(cursor, query.text, query.params, batch_rows, exported=export)
             yield reader.schema
             yield from reader
