@@ -48,14 +48,8 @@ def dumps(value: Any) -> bytes:
             ) from error
 
 
-def plain(value: Any) -> bytes:
-    """What `loads` gives back of a value of ours that has nothing of the user's in it: nobody need look for modules
-    that have to travel, which takes ten times as long."""
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-
-
 def loads(data: bytes) -> Any:
-    """What `dumps` or `plain` was given. The bytes must come from our own jobs: loading runs code."""
+    """What `dumps` was given. The bytes must come from our own jobs: loading runs code."""
     try:
         return pickle.loads(data)
     except ModuleNotFoundError as error:

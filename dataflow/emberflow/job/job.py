@@ -294,7 +294,7 @@ class Job:
         call = Call(
             name=task.name,
             function=_RUN,
-            payload=shipping.dumps(work) if work.is_of_user else shipping.plain(work),
+            payload=shipping.dumps(work),
             cpus=min(self.config.cpus_per_task, self.executor.capacity.cpus),
             memory_bytes=task.memory_bytes,
         )

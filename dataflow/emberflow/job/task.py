@@ -138,11 +138,6 @@ class Task:
     ordered: bool = False
     """The order of rows within the output matters."""
 
-    @property
-    def is_of_user(self) -> bool:
-        """Functions or objects of the user's are in it."""
-        return bool(self.udfs or self.storage_options) or not all(isinstance(run, RunSql) for run in self.runs)
-
 
 def run(payload: bytes, context: Context) -> bytes:
     """What executors call: runs a `Task`, publishes its output, and answers with the winner's `Output`."""
