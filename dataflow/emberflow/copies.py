@@ -44,8 +44,8 @@ _STEP_BYTES = 1 << 20
 _FILES_MAX = 10_000
 """Of which it is known how much was read."""
 _IS_POSSIBLE = hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
-_MAY_NAME = re.compile("filename|parquet_|glob|query")
-"""Of columns and functions that give names of files, however they are quoted: `query()` runs a text made anywhere."""
+_MAY_NAME = re.compile("parquet_|glob|query")
+"""Of functions that give names of files, however they are quoted; `query()` runs a text that was made anywhere."""
 _KEY = re.compile(r"[^/=]+=[^/]*/")
 
 
@@ -186,7 +186,7 @@ def _paths_of(text: str) -> frozenset[str]:
     from .plan.scantext import find, may_read_files  # Of no use to a query that nothing is lent to.
 
     rest, scans = find(text)
-    if _MAY_NAME.search(text.lower()) or may_read_files(rest):
+    if "filename" in text.lower() or _MAY_NAME.search(rest.lower()) or may_read_files(rest):
         return frozenset()
     others = {path for scan in scans.values() if scan.function != "read_parquet" for path in scan.paths}
     paths = {path for scan in scans.values() if scan.function == "read_parquet" for path in scan.paths}

@@ -79,7 +79,13 @@ class DataFrame:
         if self._schema is None:
             query = self.query
             if all(isinstance(source, pa.Table) for source in query.tables.values()):
-                with self.session.running(query) as cursor:
+                copies = self.session.copies
+                with (
+                    copies.lent(query.text) as loan,
+                    self.session.running(query) as cursor,
+                    loan.told(),
+                    copies.binding(loan),
+                ):
                     rows = cursor.execute(f"DESCRIBE {query.text}", query.params).fetchall()
                 self._schema = {str(row[0]): str(row[1]) for row in rows}
             else:

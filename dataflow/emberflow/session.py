@@ -312,15 +312,14 @@ class Session:
         if self.config.copies_bytes is not None:
             return self.config.copies_bytes
         if self.config.memory_limit is not None:
-            return (_bytes_of(self.config.memory_limit) or 0) // _COPIES_SHARE
+            return bytes_of(self.config.memory_limit) // _COPIES_SHARE
         return self.jobs.memory_bytes // _COPIES_SHARE
 
     def _query_memory(self) -> str | None:
         """What copies leave of the limit; what DuckDB takes by default leaves more than them."""
-        limit = self.config.memory_limit
-        if limit is None or (limit_bytes := _bytes_of(limit)) is None:
-            return limit
-        rest = limit_bytes - self._copies_bytes()
+        if self.config.memory_limit is None:
+            return None
+        rest = bytes_of(self.config.memory_limit) - self._copies_bytes()
         if rest <= 0:
             raise InvalidArgument(f"copies_bytes leaves nothing of memory_limit={self.config.memory_limit!r}")
         return f"{rest}B"
@@ -382,14 +381,6 @@ class Session:
                 if damage:
                     raise damage[0] from error
                 raise
-
-
-def _bytes_of(limit: str) -> int | None:
-    """None for what only DuckDB understands, such as "80%"."""
-    try:
-        return bytes_of(limit)
-    except InvalidArgument:
-        return None
 
 
 def _words(query: str) -> set[str]:

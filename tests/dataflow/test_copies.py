@@ -56,6 +56,27 @@ def put(url: str, first: int = 0, rows: int = ROWS) -> None:
         pq.write_table(pa.table({"n": numbers, "t": [f"{n * 2_654_435_761 % 2**32:012}" for n in numbers]}), file)
 
 
+def test_a_query_beside_one_that_is_drawn_from_has_no_part_in_its_copies(
+    session: emberflow.Session, store: str
+) -> None:
+    url = f"{store}/t.parquet"
+    put(url)
+    frame = session.read_parquet(url)
+    frame.to_arrow(), frame.to_arrow()
+    drawn = frame.to_batches(batch_rows=100)
+    next(drawn)
+    assert session.copies.size_bytes > 0
+    for named in (
+        f"select distinct filename f from read_parquet('{url}', filename=true)",
+        f"select distinct file_name f from parquet_metadata('{url}')",
+        f"select file f from \"glob\"('{url}')",
+        f"select distinct f from read_parquet('{url}'), (select file_name f from \"parquet_metadata\"('{url}'))",
+    ):
+        assert {row["f"] for row in session.sql(named).take_all()} == {url}, named
+    drawn.close()
+    assert session.sql(f"select count(*) c from '{url}'").take_all() == [{"c": ROWS}]
+
+
 def test_what_was_read_is_copied_once_and_then_read_by_duckdb_itself(
     session: emberflow.Session, store: str, opened: list[str]
 ) -> None:
