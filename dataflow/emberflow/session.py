@@ -312,14 +312,15 @@ class Session:
         if self.config.copies_bytes is not None:
             return self.config.copies_bytes
         if self.config.memory_limit is not None:
-            return bytes_of(self.config.memory_limit) // _COPIES_SHARE
+            return (_bytes_of(self.config.memory_limit) or 0) // _COPIES_SHARE
         return self.jobs.memory_bytes // _COPIES_SHARE
 
     def _query_memory(self) -> str | None:
         """What copies leave of the limit; what DuckDB takes by default leaves more than them."""
-        if self.config.memory_limit is None:
-            return None
-        rest = bytes_of(self.config.memory_limit) - self._copies_bytes()
+        limit = self.config.memory_limit
+        if limit is None or (limit_bytes := _bytes_of(limit)) is None:
+            return limit
+        rest = limit_bytes - self._copies_bytes()
         if rest <= 0:
             raise InvalidArgument(f"copies_bytes leaves nothing of memory_limit={self.config.memory_limit!r}")
         return f"{rest}B"
@@ -381,6 +382,14 @@ class Session:
                 if damage:
                     raise damage[0] from error
                 raise
+
+
+def _bytes_of(limit: str) -> int | None:
+    """None for what DuckDB is to refuse, or understands by itself."""
+    try:
+        return bytes_of(limit)
+    except InvalidArgument:
+        return None
 
 
 def _words(query: str) -> set[str]:
