@@ -122,7 +122,7 @@ def prepare(raw: str, store: str, report: ModelReport) -> str:
 
 
 def configure(config: Path, store: str, tokens: str, work: Path, steps: int) -> None:
-    """A run's file; an earlier quickstart's checkpoints and metrics go."""
+    """A run's file; an earlier quickstart's checkpoints, pages and metrics go."""
     fs, path = url_to_fs(f"{store}/run")
     if fs.exists(path):
         fs.rm(path, recursive=True)
@@ -299,9 +299,11 @@ def _records(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _service(store: str) -> Iterator[str]:
-    """A KV-cache service over the store, and its address."""
+    """A KV-cache service over the store, and its address. Its pages are part of the run: those of an earlier one, whose
+    weights may have been the same to the bit, have gone with it."""
+    root = url_to_fs(f"{store}/run/kv")[1]
     with _process(
-        "kv", "serve", "--store", store, "--root", "/kv", "--listen", "127.0.0.1:0", "--capacity", "1GiB"
+        "kv", "serve", "--store", store, "--root", root, "--listen", "127.0.0.1:0", "--capacity", "1GiB"
     ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
