@@ -38,7 +38,8 @@ import pyarrow as pa
 IDLE_S = 60.0
 """A copy that no query was given for so long makes room for others."""
 
-COPIES_MAX = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 10)
+_DESCRIPTORS = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+COPIES_MAX = 256 if _DESCRIPTORS == resource.RLIM_INFINITY else min(256, _DESCRIPTORS // 10)
 """Each has a descriptor, and those that DuckDB opens of it."""
 _STEP_BYTES = 1 << 20
 _FILES_MAX = 10_000
