@@ -148,7 +148,7 @@ class Pool:
                 await self._wal.close()
             with contextlib.suppress(EmberError, OSError):
                 await self.ownership.check()
-                await self.space.remove_spare()
+                await self.space.remove_spare(self.ownership.check)
                 owning.cancel()  # No beat comes after the last one.
                 await asyncio.wait([owning])
                 await self.ownership.beat(released=True)
@@ -352,7 +352,7 @@ class Pool:
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
         if self._wal.failure is None:  # Else nothing that goes would be known to have gone.
             async with self._making_room:
-                await self.space.remove_strangers()
+                await self.space.remove_strangers(self.ownership.check)
                 await self.space.collect()
 
 

@@ -12,7 +12,8 @@ Order of an eviction, each durable before the next: the tombstone and the retire
 A crash between them leaves a file that the next owner removes.
 
 The file of the next segment is made ahead, as a *spare* that the journal does not know and that takes no space: who
-fills a segment does not wait for it. One that a crash leaves is the next owner's to remove, too.
+fills a segment does not wait for it. One that is of no use is a *stranger*, as a file that a crash left: upkeep removes
+it, and nobody waits for that either. Its number is not used again, so a removal that comes late meets no other file.
 
 Does not know: clients.
 """
@@ -20,7 +21,6 @@ Does not know: clients.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -98,8 +98,8 @@ class _Spare:
 
     number: int
     size_bytes: int
-    made: asyncio.Task[bool]
-    """Whether it could be made."""
+    made: asyncio.Task[bool | None]
+    """Whether it is there. None: perhaps. False: somebody else has made a file of that name."""
 
 
 class Space:
@@ -111,6 +111,7 @@ class Space:
     ) -> None:  # fmt: skip
         self.config = config
         self._strangers = list(strangers)
+        """Names of files that no segment has."""
         self.counts = SpaceCounts()
         self.departed = Departed()
         self.pending_bytes: Counter[int] = Counter()
@@ -300,29 +301,44 @@ class Space:
             self._spare = _Spare(number, size_bytes, self._runtime.spawn(self._make(number, size_bytes), "kv-spare"))
         return segment
 
-    async def _make(self, number: int, size_bytes: int) -> bool:
-        """Make a file that nobody waits for. False: who needs the segment tries again, and is told."""
+    async def _make(self, number: int, size_bytes: int) -> bool | None:
+        """Make a file that nobody waits for. Who needs the segment tries again where it failed, and is told."""
         try:
             await self._files.create(self.path(number), size_bytes)
-        except (EmberError, OSError):
+        except AlreadyExists:
             return False
+        except (EmberError, OSError):
+            return None
         return True
 
-    async def _has_spare(self, number: int, size_bytes: int) -> bool:
-        """Whether there is one for this segment, which it is from now on. One for another segment is left behind."""
+    async def _has_spare(self, number: int) -> bool:
+        """Whether there is one for this segment, which it is from now on."""
+        if self._spare is None or self._spare.number != number:
+            self.drop_spare()
+            return False
         spare, self._spare = self._spare, None
-        return spare is not None and await spare.made and (spare.number, spare.size_bytes) == (number, size_bytes)
+        await asyncio.wait([spare.made])  # Whoever waits may be cancelled, and the file is made nonetheless.
+        return spare.made.result() is True
 
-    async def remove_spare(self) -> None:
-        """At the end, of an owner. What cannot be removed the next one removes."""
+    def drop_spare(self) -> None:
+        """It is of no use any more, and goes with the next round of upkeep."""
         spare, self._spare = self._spare, None
-        if spare is None:
-            return
-        # Its number is not used again: a removal that comes late meets no other file.
-        self._index.segments.next_id = max(self._index.segments.next_id, spare.number + 1)
-        if await spare.made:
-            with contextlib.suppress(EmberError, OSError):
-                await self._files.remove(self.path(spare.number))
+        if spare is not None:
+            self._index.segments.next_id = max(self._index.segments.next_id, spare.number + 1)
+            spare.made.add_done_callback(lambda made: self._leave(spare.number, made))
+
+    def _leave(self, number: int, made: asyncio.Task[bool | None]) -> None:
+        if not made.cancelled() and made.result() is not False:
+            self._strangers.append(f"{number:08x}")
+
+    async def remove_spare(self, check: Callable[[], Awaitable[None]]) -> None:
+        """At the end, of an owner. What cannot be removed the next one removes."""
+        spare = self._spare
+        self.drop_spare()
+        if spare is not None:
+            await asyncio.wait([spare.made])
+            await self._runtime.sleep(0)  # What was done before it was dropped is left in the loop's next round.
+        await self.remove_strangers(check)
 
     def forget_spare(self) -> None:
         """At the end, of whoever may be none any more."""
@@ -334,12 +350,12 @@ class Space:
         segments = self._index.segments
         self.end_segment(writer)
         if self._spare is not None and self._spare.size_bytes != size_bytes:
-            await self.remove_spare()
+            self.drop_spare()
         while True:
             self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
             segment = segments.by_id[segments.next_id - 1]
             try:
-                if not await self._has_spare(segment.id, size_bytes):
+                if not await self._has_spare(segment.id):
                     await self._files.create(self.path(segment.id), size_bytes)
             except AlreadyExists:
                 self.seal(segment)  # Of an owner that is over and does not know it: that number is its own.
@@ -390,23 +406,27 @@ class Space:
             self.counts.freed_bytes += segment.end
             self.counts.removed_segments += 1
         if not segments.by_id:
-            await self.remove_spare()  # Nobody puts, and maybe nobody ever will.
+            self.drop_spare()  # Nobody puts, and maybe nobody ever will.
         return len(gone)
 
     async def look_for_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
         """Once more: an owner that was over and did not know it may have made files since. `check` raises if we are."""
         await check()
-        await self.remove_spare()  # It would be one of them.
+        self.drop_spare()  # It would be one of them.
         found = await find_strangers(self._files, self._directory, self._index)
         # Had somebody taken over before we looked, files of theirs would be among them.
         await check()
         self._strangers += [name for name in found if name not in self._strangers]
 
-    async def remove_strangers(self) -> None:
-        """Remove the files that the index did not name when it was looked at: an earlier owner's."""
+    async def remove_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
+        """Remove the files that no segment has. `check` raises if the namespace is not ours: its next owner may have
+        given one of those names to a segment."""
+        if self._strangers:
+            await check()
         while self._strangers:
-            await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
-            self._strangers.pop()
+            name = self._strangers[-1]
+            await self._files.remove(f"{self._directory}/{name}")
+            self._strangers.remove(name)  # Others may have come meanwhile.
 
 
 async def find_strangers(files: Files, directory: str, index: Index) -> list[str]:

@@ -1,13 +1,15 @@
 """A process that puts load on a KV cache and checks every byte: `kv_load.py ADDRESSES SEED`.
 
-It goes on until its standard input ends, then prints what it saw as one JSON object. What a page holds follows from its
-key, so whoever reads it knows whether it is right, and prompts share prefixes, so that processes meet on the same keys.
+It goes on until its standard input ends and it has done enough, then prints what it saw as one JSON object. What a
+page holds follows from its key, so whoever reads it knows whether it is right, and prompts share prefixes, so that
+processes meet on the same keys.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import sys
 import threading
@@ -21,6 +23,10 @@ NAMESPACE = emberkv.Namespace(model="faults", dtype="bf16", layout="mla", page_t
 PROMPTS = 60
 PAGES = 16
 PAGE_BYTES = (4_000, 60_000)
+READ_MIN, STORED_MIN = 50, 5
+"""Pages that are enough."""
+MORE_S = 60.0
+"""For so long it goes on at most to have them."""
 
 
 def tokens(prompt: int) -> list[int]:
@@ -58,16 +64,20 @@ def visit(cache: emberkv.KVCache, rng: random.Random, seen: Counter[str], wrong:
 
 
 def main(addresses: str, seed: int) -> None:
-    """Until standard input ends."""
+    """Until standard input ends, and then until enough was read and stored, however slow the machine is."""
     rng, seen, wrong = random.Random(seed), Counter[str](), list[str]()
     ends = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ends.set()), daemon=True).start()
+    end_s = math.inf
     with emberkv.connect(addresses, NAMESPACE, timeout_s=20) as cache:
-        while not ends.is_set():
+        while time.monotonic() < end_s:
             try:
                 visit(cache, rng, seen, wrong)
             except EmberError as error:
                 seen[type(error).__name__] += 1
+            if ends.is_set():
+                has_enough = seen["read"] >= READ_MIN and seen["stored"] >= STORED_MIN
+                end_s = 0.0 if has_enough else min(end_s, time.monotonic() + MORE_S)
     json.dump({"seen": seen, "wrong": wrong}, sys.stdout)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from emberfs import NotFound
+from emberfs import AlreadyExists, NotFound
 from emberfs.checksum import crc32c
-from emberfs.errors import NoSpace, Unavailable
+from emberfs.errors import DeadlineExceeded, EmberError, NoSpace, Unavailable
 from emberfs.messages import Foreign
 from emberfs.runtime import Runtime
 from emberfs.testing.sim.loop import SimRuntime
@@ -559,7 +559,7 @@ def test_a_spare_whose_number_somebody_else_took_is_not_used() -> None:
     run(work)
 
 
-def test_a_spare_of_another_size_goes_before_its_number_is_used() -> None:
+def test_a_spare_of_another_size_goes_and_its_number_is_not_used() -> None:
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, capacity_bytes=256 * MIB)
         pool = await bench.open()
@@ -567,7 +567,37 @@ def test_a_spare_of_another_size_goes_before_its_number_is_used() -> None:
         await runtime.sleep(1)
         size_bytes = pool.index.segments.by_id[1].size_bytes
         segment = await pool.space.add_segment(7, 2 * size_bytes)
-        assert segment.id == 3 and pool.space.path(2) not in bench.files.files
+        assert segment.id == 3
+        await runtime.sleep(UPKEEP_S + 1)
+        assert pool.space.path(2) not in bench.files.files
         assert all(each.state is not State.SEALED or each.end for each in pool.index.segments)
+
+    run(work)
+
+
+@pytest.mark.parametrize("error", [None, DeadlineExceeded("nobody knows"), AlreadyExists("of another owner")])
+def test_a_spare_that_is_dropped_goes_whatever_became_of_it_and_whoever_waits(error: EmberError | None) -> None:
+    """It was asked for, and a put of another size comes whose client dies before the answer."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=256 * MIB)
+        pool = await bench.open()
+        create, spare = bench.files.create, pool.space.path(2)
+
+        async def slow(path: str, size_bytes: int) -> None:
+            await runtime.sleep(5)
+            await create(path, size_bytes)
+            if path == spare and error is not None:
+                raise error
+
+        bench.files.create = slow  # type: ignore[method-assign]
+        await begun_segments(bench, pool, 1, prompt=1)
+        adding = runtime.spawn(pool.space.add_segment(7, 2 * pool.index.segments.by_id[1].size_bytes), "put")
+        await runtime.sleep(0)
+        adding.cancel()
+        await runtime.sleep(10)
+        assert adding.cancelled()
+        assert (spare in bench.files.files) == isinstance(error, AlreadyExists), "that one is not ours"
+        assert pool.index.segments.next_id > 2
 
     run(work)

@@ -14,6 +14,7 @@ from emberkv.keys import ROOT
 from emberkv.pool import SNAPSHOT_S, Pool
 from emberkv.puts import KNOWN, REFUSED, RESERVATION_S, STORED
 from emberkv.segments import State
+from emberkv.space import _Spare
 
 from tests.kvcache.test_pool import MIB, NAMESPACE, PAGE, TENANT, Bench, chain, run
 
@@ -77,6 +78,30 @@ def test_an_owner_that_is_over_removes_no_segment() -> None:
                 await old.keep_up()
         assert segment_names(bench) == before
         assert await bench.readable(new, chain(1, 20)) == await bench.readable(new, chain(2, 20)) == 20
+
+    run(work)
+
+
+def test_an_owner_that_is_over_removes_no_spare_whose_number_the_next_one_used() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+        old = await bench.open()
+        bench.files.fails = lambda operation, path: Unavailable("no") if operation == "create" else None
+        old.space._spare = _Spare(1, MIB, runtime.spawn(old.space._make(1, MIB), "kv-spare"))  # It may be there.
+        await runtime.sleep(0)
+        bench.files.fails = lambda operation, path: None
+        for task in old._tasks:  # It is stopped, and so it beats no more.
+            task.cancel()
+        new = await bench.open()
+        await bench.put(new, chain(2, 20))
+        assert new.space.path(1) in segment_names(bench)
+        old._wal.is_lost = False
+        old.space.drop_spare()
+        await runtime.sleep(1)
+        assert old.space._strangers
+        with pytest.raises(StaleOwner):
+            await old.keep_up()
+        assert await bench.readable(new, chain(2, 20)) == 20
 
     run(work)
 
