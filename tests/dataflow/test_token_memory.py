@@ -84,3 +84,9 @@ def test_threads_never_share_a_block() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_samples_begin_somewhat_behind_a_pages_beginning() -> None:
+    memory = Memory()
+    held = [memory.take(rows, width) for rows, width in ((16, 16_385), (1, 3), (64, 4097), (3, 5))]
+    assert {address(each) % 4096 for each in held} == {64}

@@ -3,6 +3,10 @@
 Fresh memory has a page fault for each 4 KiB, which costs as much as to copy bytes there; and an allocator that threads
 ask, and others give back to, returns it to the system again and again.
 
+Samples begin somewhat behind a page's beginning. A file's samples often lie at multiples of 4,096 bytes, and a copy
+whose target is 1 to 31 bytes ahead of its source, modulo 4,096, takes up to ten times as long on some processors; a
+sample has one token more than the next one is away in the file, so that sample after sample would come to such a place.
+
 Invariant: a block is handed out only while the pool has the one reference to it. An array refers to the memory that it
 is a view of, and so does whatever is made of it without a copy (views, memoryviews, tensors).
 """
@@ -19,6 +23,9 @@ KEPT_MAX = 16
 """Blocks: batches that are read ahead, and those that a trainer holds."""
 KEPT_BYTES_MAX = 16 << 20
 """A longer block is not kept."""
+PAGE_WORDS = 1024
+AHEAD_WORDS = 16
+"""Samples begin so far behind a page's beginning."""
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -37,13 +44,14 @@ class Memory:
                 block = self._blocks.popleft()
             except IndexError:
                 break
+            is_free = sys.getrefcount(block) == _ALONE and block.size == size + PAGE_WORDS
             # The view is made before others see the block again.
-            view = block.reshape(rows, width) if sys.getrefcount(block) == _ALONE and block.size == size else None
+            view = _view(block, rows, width) if is_free else None
             self._blocks.append(block)
             if view is not None:
                 return view
-        block = np.empty(size, "<u4")
-        view = block.reshape(rows, width)
+        block = np.empty(size + PAGE_WORDS, "<u4")
+        view = _view(block, rows, width)
         if block.nbytes <= KEPT_BYTES_MAX:
             self._blocks.append(block)
         return view
@@ -54,6 +62,12 @@ class Memory:
 
     def __reduce__(self) -> tuple[object, ...]:
         return Memory, ()
+
+
+def _view(block: Tokens, rows: int, width: int) -> Tokens:
+    """The part of a block for samples."""
+    begin = (AHEAD_WORDS - block.__array_interface__["data"][0] // 4) % PAGE_WORDS
+    return block[begin : begin + rows * width].reshape(rows, width)
 
 
 def _references_alone() -> int:
