@@ -53,12 +53,12 @@ class Size:
     sequences: tuple[int, ...]
     """Tokens of a sample."""
     steps: int
-    """Batches in a pass."""
+    """Batches in a pass: of all tokens at most."""
     rounds: int
     has_goals: bool
 
 
-FULL = Size(data_bytes=1024 * MI, sequences=(4096, 16384), steps=256, rounds=7, has_goals=True)
+FULL = Size(data_bytes=1024 * MI, sequences=(4096, 16384), steps=1023, rounds=7, has_goals=True)
 QUICK = Size(data_bytes=32 * MI, sequences=(4096,), steps=48, rounds=2, has_goals=False)
 
 

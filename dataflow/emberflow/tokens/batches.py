@@ -24,7 +24,8 @@ _PAIRED_PREFETCH_MIN = 4
 _PAIRED_BYTES_MAX = 4 << 20
 """Two steps of so many bytes are read as one: to hand a batch from thread to thread takes as long as to read some."""
 _ORDER_SAMPLES = 4096
-"""So many are put in order, and looked up, at once: each call costs as much as some reads."""
+"""So many are put in order, and looked up, at once: each call costs as much as some reads. At first few, and then twice
+as many each time: nobody waits for the first batch until many are looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,8 @@ class Batches(Iterator[TokenBatch]):
         is_paired = prefetch >= _PAIRED_PREFETCH_MIN and 2 * step_bytes <= _PAIRED_BYTES_MAX
         self._at_once = 2 if is_paired else 1
         """Steps that are read by one call."""
-        self._ahead_steps = max(self._at_once, _ORDER_SAMPLES // (batch_size // ranks))
-        self._ahead: tuple[int, Rows | None] = (0, None)
-        """Where the samples of `ahead_steps` steps are, from one on."""
+        self._ahead: tuple[range, Rows | None] = (range(0), None)
+        """Steps, and where their samples are."""
         self._pool: ThreadPoolExecutor | None = None
         self._ready: deque[TokenBatch] = deque()
         """The steps from `step` on."""
@@ -124,15 +124,18 @@ class Batches(Iterator[TokenBatch]):
 
     def _read(self, step: int, count: int) -> list[TokenBatch]:
         """So many steps from `step` on."""
-        first, rows = self._ahead
-        if rows is None or not first <= step <= first + self._ahead_steps - count:
+        steps, rows = self._ahead
+        if rows is None or step not in steps or step + count > steps.stop:
             # Threads may do this at the same time, to the same end.
+            most = _ORDER_SAMPLES // (self._batch_size // self._ranks)
+            steps = range(step, step + max(count, min(most, 2 * len(steps) or 2 * self._prefetch)))
             indices = self._dataset.indices(
-                step, self._batch_size, rank=self._rank, ranks=self._ranks, steps=self._ahead_steps
+                step, self._batch_size, rank=self._rank, ranks=self._ranks, steps=len(steps)
             )
-            first, rows = self._ahead = step, self._dataset.rows(indices.reshape(-1))
+            rows = self._dataset.rows(indices.reshape(-1))
+            self._ahead = steps, rows
         share = self._batch_size // self._ranks
-        begin = (step - first) * share
+        begin = (step - steps.start) * share
         read = self._dataset.read_rows(rows, begin, begin + count * share)
         return [TokenBatch(step + at, read.part(at * share, (at + 1) * share)) for at in range(count)]
 
