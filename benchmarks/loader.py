@@ -53,7 +53,7 @@ class Size:
     sequences: tuple[int, ...]
     """Tokens of a sample."""
     steps: int
-    """Batches in a pass: of all tokens at most."""
+    """Batches in a pass. `FULL` takes all whole batches there are, once."""
     rounds: int
     has_goals: bool
 

@@ -76,7 +76,8 @@ class Unplaced(Entry, frozen=True):
 
 
 class SegmentAdded(Entry, frozen=True):
-    """A segment is written to, by a session of the process that says so; 0 is its own compaction."""
+    """A segment is written to, by a session of the process that says so; 0 is its own compaction, -1 nobody: it is
+    sealed at once."""
 
     id: int
     size_bytes: int

@@ -145,10 +145,12 @@ class Pool:
         try:
             # What could not be written was promised to nobody: the next one need not wait for it.
             with contextlib.suppress(EmberError, OSError):
+                self.space.drop_spare()
+            with contextlib.suppress(EmberError, OSError):
                 await self._wal.close()
+            await self.space.end_making()
             with contextlib.suppress(EmberError, OSError):
                 await self.ownership.check()
-                await self.space.remove_spare(self.ownership.check)
                 owning.cancel()  # No beat comes after the last one.
                 await asyncio.wait([owning])
                 await self.ownership.beat(released=True)

@@ -12,8 +12,9 @@ Order of an eviction, each durable before the next: the tombstone and the retire
 A crash between them leaves a file that the next owner removes.
 
 The file of the next segment is made ahead, as a *spare* that the journal does not know and that takes no space: who
-fills a segment does not wait for it. One that is of no use is a *stranger*, as a file that a crash left: upkeep removes
-it, and nobody waits for that either. Its number is not used again, so a removal that comes late meets no other file.
+fills a segment does not wait for it. One that is of no use becomes a dead segment, so that its number is known to be
+used before its file goes, and that to whoever owns the namespace next. One that a crash leaves is the next owner's to
+remove.
 
 Does not know: clients.
 """
@@ -44,6 +45,8 @@ WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
 CUT_PAGES = 1000
 """After so many that went, others have their turn."""
+NOBODY = -1
+"""The writer of a segment that was dead from the beginning."""
 _NAME = re.compile("[0-9a-f]{8}")
 """Of a segment's file. What else lies there is not ours."""
 
@@ -94,12 +97,12 @@ class SpaceCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Spare:
-    """The file of a segment to come."""
+    """The file of the next segment. Its number is that of the next one as long as it is there."""
 
     number: int
     size_bytes: int
-    made: asyncio.Task[bool | None]
-    """Whether it is there. None: perhaps. False: somebody else has made a file of that name."""
+    made: asyncio.Task[bool]
+    """Whether it could be made."""
 
 
 class Space:
@@ -111,7 +114,6 @@ class Space:
     ) -> None:  # fmt: skip
         self.config = config
         self._strangers = list(strangers)
-        """Names of files that no segment has."""
         self.counts = SpaceCounts()
         self.departed = Departed()
         self.pending_bytes: Counter[int] = Counter()
@@ -119,6 +121,8 @@ class Space:
         self.patient: set[int] = set()
         """Tenants whose pages wait for the one before them as long as pages stay: an engine puts it later."""
         self._spare: _Spare | None = None
+        self._making: dict[int, asyncio.Task[bool]] = {}
+        """Number -> the file that is being made. It is not removed before, or it would come afterwards."""
         self._next_patient_s = 0.0
         """When those are looked at again."""
         self._promised_bytes = 0
@@ -298,52 +302,48 @@ class Space:
         segment = await self.add_segment(writer, size_bytes)
         if self._spare is None and not self._wal.is_lost:
             number = self._index.segments.next_id
-            self._spare = _Spare(number, size_bytes, self._runtime.spawn(self._make(number, size_bytes), "kv-spare"))
+            self._spare = _Spare(number, size_bytes, self._begin_making(number, size_bytes))
         return segment
 
-    async def _make(self, number: int, size_bytes: int) -> bool | None:
-        """Make a file that nobody waits for. Who needs the segment tries again where it failed, and is told."""
+    def _begin_making(self, number: int, size_bytes: int) -> asyncio.Task[bool]:
+        made = self._making[number] = self._runtime.spawn(self._make(number, size_bytes), "kv-spare")
+        made.add_done_callback(lambda _: self._making.pop(number))
+        return made
+
+    async def _make(self, number: int, size_bytes: int) -> bool:
+        """Make a file that nobody waits for. False: who needs the segment tries again, and is told."""
         try:
             await self._files.create(self.path(number), size_bytes)
-        except AlreadyExists:
-            return False
         except (EmberError, OSError):
-            return None
+            return False
         return True
 
-    async def _has_spare(self, number: int) -> bool:
+    async def _has_spare(self, number: int, size_bytes: int) -> bool:
         """Whether there is one for this segment, which it is from now on."""
-        if self._spare is None or self._spare.number != number:
-            self.drop_spare()
-            return False
         spare, self._spare = self._spare, None
+        if spare is None:
+            return False
+        assert (spare.number, spare.size_bytes) == (number, size_bytes)
         await asyncio.wait([spare.made])  # Whoever waits may be cancelled, and the file is made nonetheless.
-        return spare.made.result() is True
+        return not spare.made.cancelled() and spare.made.result()
 
     def drop_spare(self) -> None:
-        """It is of no use any more, and goes with the next round of upkeep."""
+        """It is of no use any more, and goes as a dead segment does. Raises StaleOwner."""
         spare, self._spare = self._spare, None
         if spare is not None:
-            self._index.segments.next_id = max(self._index.segments.next_id, spare.number + 1)
-            spare.made.add_done_callback(lambda made: self._leave(spare.number, made))
+            assert spare.number == self._index.segments.next_id
+            self.end_segment(NOBODY)
+            self._wal.note(SegmentAdded(spare.number, spare.size_bytes, NOBODY), SegmentSealed(spare.number, 0))
 
-    def _leave(self, number: int, made: asyncio.Task[bool | None]) -> None:
-        if not made.cancelled() and made.result() is not False:
-            self._strangers.append(f"{number:08x}")
-
-    async def remove_spare(self, check: Callable[[], Awaitable[None]]) -> None:
-        """At the end, of an owner. What cannot be removed the next one removes."""
-        spare = self._spare
-        self.drop_spare()
-        if spare is not None:
-            await asyncio.wait([spare.made])
-            await self._runtime.sleep(0)  # What was done before it was dropped is left in the loop's next round.
-        await self.remove_strangers(check)
+    async def end_making(self) -> None:
+        """At the end, of an owner: no file comes any more."""
+        if self._making:
+            await asyncio.wait(list(self._making.values()))
 
     def forget_spare(self) -> None:
         """At the end, of whoever may be none any more."""
-        if self._spare is not None:
-            self._spare.made.cancel()
+        for made in self._making.values():
+            made.cancel()
 
     async def add_segment(self, writer: int, size_bytes: int) -> Segment:
         """An open segment, whether or not there is room for it."""
@@ -355,7 +355,7 @@ class Space:
             self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
             segment = segments.by_id[segments.next_id - 1]
             try:
-                if not await self._has_spare(segment.id):
+                if not await self._has_spare(segment.id, size_bytes):
                     await self._files.create(self.path(segment.id), size_bytes)
             except AlreadyExists:
                 self.seal(segment)  # Of an owner that is over and does not know it: that number is its own.
@@ -396,7 +396,13 @@ class Space:
         if dead := segments.dead():
             self._wal.note(*(SegmentRetired(each.id) for each in dead))
         self._leases.expire(self._runtime.now_s())
-        gone = [each for each in segments if each.is_retired and not self._leases.are_held_up_to(each.gone_after_lease)]
+        gone = [
+            each
+            for each in segments
+            if each.is_retired
+            and each.id not in self._making
+            and not self._leases.are_held_up_to(each.gone_after_lease)
+        ]
         if gone:
             # Whoever retired them: only now it is known that it is durable, and that the namespace is still ours.
             await self._wal.flush()
@@ -419,14 +425,12 @@ class Space:
         self._strangers += [name for name in found if name not in self._strangers]
 
     async def remove_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
-        """Remove the files that no segment has. `check` raises if the namespace is not ours: its next owner may have
-        given one of those names to a segment."""
-        if self._strangers:
-            await check()
+        """Remove the files that the index did not name when it was looked at: an earlier owner's. `check` raises if we
+        are over: the next one may have given one of those names to a segment."""
         while self._strangers:
-            name = self._strangers[-1]
-            await self._files.remove(f"{self._directory}/{name}")
-            self._strangers.remove(name)  # Others may have come meanwhile.
+            await check()
+            await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
+            self._strangers.pop()
 
 
 async def find_strangers(files: Files, directory: str, index: Index) -> list[str]:

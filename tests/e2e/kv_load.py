@@ -68,17 +68,19 @@ def main(addresses: str, seed: int) -> None:
     rng, seen, wrong = random.Random(seed), Counter[str](), list[str]()
     ends = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ends.set()), daemon=True).start()
-    end_s = math.inf
+    end_s, read_before_end = math.inf, 0
     with emberkv.connect(addresses, NAMESPACE, timeout_s=20) as cache:
         while time.monotonic() < end_s:
             try:
                 visit(cache, rng, seen, wrong)
             except EmberError as error:
                 seen[type(error).__name__] += 1
-            if ends.is_set():
+            if not ends.is_set():
+                read_before_end = seen["read"]
+            else:
                 has_enough = seen["read"] >= READ_MIN and seen["stored"] >= STORED_MIN
                 end_s = 0.0 if has_enough else min(end_s, time.monotonic() + MORE_S)
-    json.dump({"seen": seen, "wrong": wrong}, sys.stdout)
+    json.dump({"seen": seen, "read_before_end": read_before_end, "wrong": wrong}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -97,3 +97,16 @@ def test_what_has_no_room_in_the_stage_is_for_another_way() -> None:
     ):
         assert count in (length, -1)
         assert count == -1 or found[:length] == chunk.content[offset : offset + length]
+
+
+def test_what_just_fits_is_staged_wherever_it_goes() -> None:
+    chunk = Chunk(65_536)
+    memory = np.empty(65_536 + 8192, np.uint8)
+    begin = -memory.__array_interface__["data"][0] % 4096
+    for ahead in (0, 1, 16, 31, 32):
+        for ranges in ([(4096, 65_536)], [(at * 8192, 8192) for at in range(8)]):
+            into = [memory[begin + ahead :][at * length :][:length].data for at, (_, length) in enumerate(ranges)]
+            counts, _ = chunk.read(ranges, into)
+            assert counts[0] == ranges[0][1] and counts.count(-1) <= 1
+            for (offset, length), count, found in zip(ranges, counts, into, strict=True):
+                assert count == -1 or bytes(found) == chunk.content[offset : offset + length]

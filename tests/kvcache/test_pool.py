@@ -511,7 +511,10 @@ def test_whoever_fills_a_segment_finds_the_file_of_the_next_one_made() -> None:
         await runtime.sleep(1)
         assert made == [(pool.space.path(number), number == 1) for number in (1, 2, 3, 4)]
         await pool.close()
+        pool = await bench.open()
+        await runtime.sleep(UPKEEP_S + 1)
         assert pool.space.path(4) not in bench.files.files
+        assert set(await bench.files.names("/ns/segments")) == {f"{each.id:08x}" for each in pool.index.segments}
 
     run(work)
 
@@ -575,9 +578,15 @@ def test_a_spare_of_another_size_goes_and_its_number_is_not_used() -> None:
     run(work)
 
 
-@pytest.mark.parametrize("error", [None, DeadlineExceeded("nobody knows"), AlreadyExists("of another owner")])
-def test_a_spare_that_is_dropped_goes_whatever_became_of_it_and_whoever_waits(error: EmberError | None) -> None:
-    """It was asked for, and a put of another size comes whose client dies before the answer."""
+ENDS = [None, DeadlineExceeded("nobody knows"), AlreadyExists("of another owner")]
+
+
+@pytest.mark.parametrize("error", ENDS)
+@pytest.mark.parametrize("larger", [1, 2])
+def test_of_a_spare_nothing_is_left_whatever_became_of_it_and_whoever_waits(
+    larger: int, error: EmberError | None
+) -> None:
+    """It is asked for, and a put that needs it, or a larger one, comes whose client dies before the answer."""
 
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, capacity_bytes=256 * MIB)
@@ -592,12 +601,38 @@ def test_a_spare_that_is_dropped_goes_whatever_became_of_it_and_whoever_waits(er
 
         bench.files.create = slow  # type: ignore[method-assign]
         await begun_segments(bench, pool, 1, prompt=1)
-        adding = runtime.spawn(pool.space.add_segment(7, 2 * pool.index.segments.by_id[1].size_bytes), "put")
+        adding = runtime.spawn(pool.space.add_segment(7, larger * pool.index.segments.by_id[1].size_bytes), "put")
         await runtime.sleep(0)
         adding.cancel()
-        await runtime.sleep(10)
+        await runtime.sleep(20)
         assert adding.cancelled()
-        assert (spare in bench.files.files) == isinstance(error, AlreadyExists), "that one is not ours"
-        assert pool.index.segments.next_id > 2
+        named = {pool.space._spare.number} if pool.space._spare else set()
+        named |= {each.id for each in pool.index.segments}
+        assert spare not in bench.files.files
+        assert set(await bench.files.names("/ns/segments")) == {f"{number:08x}" for number in named}
+        await pool.close()
+        pool = await bench.open()
+        assert pool.index.segments.next_id > 2, "its number is used, and whoever comes next knows"
+
+    run(work)
+
+
+def test_no_spare_comes_after_the_end() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=256 * MIB)
+        pool = await bench.open()
+        create = bench.files.create
+
+        async def slow(path: str, size_bytes: int) -> None:
+            await runtime.sleep(5 if path == pool.space.path(2) else 0)
+            await create(path, size_bytes)
+
+        bench.files.create = slow  # type: ignore[method-assign]
+        await begun_segments(bench, pool, 1, prompt=1)
+        await pool.space.add_segment(7, 2 * pool.index.segments.by_id[1].size_bytes)
+        await pool.close()
+        after = set(bench.files.files)
+        await runtime.sleep(10)
+        assert set(bench.files.files) == after
 
     run(work)

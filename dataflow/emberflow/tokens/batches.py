@@ -70,7 +70,7 @@ class Batches(Iterator[TokenBatch]):
 
     def __next__(self) -> TokenBatch:
         if not self._prefetch:
-            (batch,) = self._read(self.step, 1)
+            (batch,) = self._read(*self._looked_up(self.step, 1))
             self.step += 1
             return batch
         if self._pid != os.getpid():
@@ -103,7 +103,7 @@ class Batches(Iterator[TokenBatch]):
             self._pool = ThreadPoolExecutor(min(self._prefetch // self._at_once, _THREADS_MAX), "emberflow-tokens")
         while len(self._reading) < self._prefetch // self._at_once:
             step = self.step + len(self._ready) + len(self._reading) * self._at_once
-            self._reading.append(self._pool.submit(self._read, step, self._at_once))
+            self._reading.append(self._pool.submit(self._read, *self._looked_up(step, self._at_once)))
 
     def close(self) -> None:
         """Ends the reading ahead, and waits for what is being read; `next` begins it again."""
@@ -122,20 +122,21 @@ class Batches(Iterator[TokenBatch]):
     def __reduce__(self) -> tuple[object, ...]:
         return _batches, (self._dataset, self._batch_size, self.step, self._rank, self._ranks, self._prefetch)
 
-    def _read(self, step: int, count: int) -> list[TokenBatch]:
-        """So many steps from `step` on."""
+    def _looked_up(self, step: int, count: int) -> tuple[int, int, Rows, int]:
+        """So many steps from `step` on, and where their samples are: in those rows, from one of them on."""
         steps, rows = self._ahead
+        share = self._batch_size // self._ranks
         if rows is None or step not in steps or step + count > steps.stop:
-            # Threads may do this at the same time, to the same end.
-            most = _ORDER_SAMPLES // (self._batch_size // self._ranks)
-            steps = range(step, step + max(count, min(most, 2 * len(steps) or 2 * self._prefetch)))
+            steps = range(step, step + max(count, min(_ORDER_SAMPLES // share, 2 * len(steps) or 2 * self._prefetch)))
             indices = self._dataset.indices(
                 step, self._batch_size, rank=self._rank, ranks=self._ranks, steps=len(steps)
             )
             rows = self._dataset.rows(indices.reshape(-1))
             self._ahead = steps, rows
+        return step, count, rows, (step - steps.start) * share
+
+    def _read(self, step: int, count: int, rows: Rows, begin: int) -> list[TokenBatch]:
         share = self._batch_size // self._ranks
-        begin = (step - steps.start) * share
         read = self._dataset.read_rows(rows, begin, begin + count * share)
         return [TokenBatch(step + at, read.part(at * share, (at + 1) * share)) for at in range(count)]
 

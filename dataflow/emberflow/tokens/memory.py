@@ -52,7 +52,7 @@ class Memory:
                 return view
         block = np.empty(size + PAGE_WORDS, "<u4")
         view = _view(block, rows, width)
-        if block.nbytes <= KEPT_BYTES_MAX:
+        if view.nbytes <= KEPT_BYTES_MAX:
             self._blocks.append(block)
         return view
 

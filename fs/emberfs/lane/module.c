@@ -364,6 +364,7 @@ static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, 
     const struct known *known = server->is_stream ? NULL : known_at(plan, into, length);
     int is_staged = known == NULL && !server->is_stream;
     size_t place = is_staged ? stage_place(plan->staged_bytes, offset, (uintptr_t)into) : 0;
+    if (place + length > plan->stage_bytes) place = plan->staged_bytes; /* A slow copy is better than none. */
     if (is_staged && place + length > plan->stage_bytes) return 1;
     if (*count == LANE_ITEMS_MAX || plan->total_bytes + length > LANE_BYTES_MAX) return 1;
     void *head = with_room(server->head, *count, &plan->room_of[slot->server], sizeof(struct lane_head), sizeof(struct lane_item));
