@@ -206,7 +206,7 @@ class Jobs:
         columns = program.columns
         if columns is None:
             columns = exchange.columns = _found_columns(outputs)
-        return Computed(exchange, columns, tuple(outputs))
+        return Computed(exchange, columns, tuple(outputs), program.partitions)
 
     def write(
         self,

@@ -257,12 +257,15 @@ class Session:
     def partial_sql(self, query: str, *frames: DataFrame, udfs: Sequence[Udf] = (), **tables: DataFrame) -> DataFrame:
         """A query over one partition of its inputs at a time: `{0}`, `{1}` are the frames, or names are `tables`.
 
-        Every input has as many partitions (see `DataFrame.repartition`), or one, which all the others see whole.
-        Every other brace in the text stays as it is.
+        Partitions are those of `DataFrame.repartition` and `random_shuffle`. Functions, `partial_sql`, filters and
+        selects keep them, and so does `compute`; other SQL may or may not. Of several frames the partitions with the
+        same number meet; each has as many, or one, which all the others see whole. A frame that has none is taken as
+        tasks are given its rows, alone or beside frames of one partition. Anything else raises `InvalidArgument` when
+        the frame is planned. Every other brace in the text stays as it is.
         """
-        from .plan.frames import PartialSql
+        from .plan.frames import PartialSql, input_name
 
-        inputs = {f"emberflow_input_{i}": frame for i, frame in enumerate(frames)}
+        inputs = {input_name(i): frame for i, frame in enumerate(frames)}
         for i, name in enumerate(inputs):
             query = query.replace(f"{{{i}}}", name)
         inputs.update(tables)

@@ -1,7 +1,7 @@
 """What a DataFrame is made of: SQL over sources, and the operators that SQL has no word for.
 
-A frame is a value, and lazy: making one only says what would be done. Rows of a SQL frame are in no known partitions;
-the others say how theirs are.
+A frame is a value, and lazy: making one only says what would be done. Rows of a SQL frame are in no known partitions,
+unless its plan keeps those of the one frame below it that has some; the others say how theirs are.
 
 Does not know: how any of it runs.
 """
@@ -37,10 +37,16 @@ class Repartition:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PartialSql:
-    """A query over one partition of each of its inputs at a time. All have as many partitions, or one for all."""
+    """A query over one partition of each of its inputs at a time. If there are several, all have as many partitions,
+    or one for all."""
 
     text: str
     inputs: Mapping[str, Frame]
+
+
+def input_name(position: int) -> str:
+    """What stands in the text of a `PartialSql` where the user wrote `{0}`, `{1}`, ..."""
+    return f"emberflow_input_{position}"
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -59,6 +65,8 @@ class Computed:
     columns: tuple[Column, ...]
     """As the user named them."""
     outputs: tuple[Output, ...]
+    partitions: int | None = None
+    """In how many partitions they are, if the user asked for them: those of the exchange, or an output each."""
 
 
 Frame: TypeAlias = Query | Repartition | PartialSql | Apply | Computed
@@ -66,10 +74,10 @@ Frame: TypeAlias = Query | Repartition | PartialSql | Apply | Computed
 
 def partitions_of(frame: Frame) -> int | None:
     """How many partitions a frame has, if its operators say it."""
-    if isinstance(frame, Repartition):
+    if isinstance(frame, Repartition | Computed):
         return frame.partitions
     if isinstance(frame, Apply):
         return partitions_of(frame.child)
     if isinstance(frame, PartialSql):
         return max((partitions_of(child) or 0 for child in frame.inputs.values()), default=0) or None
-    return len(frame.outputs) if isinstance(frame, Computed) else None
+    return None

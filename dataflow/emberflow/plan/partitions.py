@@ -8,11 +8,12 @@ Does not know: how SQL becomes pipes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ..errors import InvalidArgument
 from ..partitioned import PartitionKeys, may_last
-from .frames import Repartition
+from .frames import Repartition, input_name
 from .nodes import Aggregate, Column, Condition, Expr, Join, Project
 from .pipes import PREVIOUS, ExchangeFeed, Feed, FileFeed, Pipe, TextSegment
 
@@ -93,19 +94,40 @@ def moved(columns: Sequence[int], node: Project) -> tuple[int, ...]:
     return tuple(positions[c] for c in columns) if all(c in positions for c in columns) else ()
 
 
-def of_one_partition(pipe: Pipe) -> Pipe:
-    """The pipe; if it reads an exchange of one partition, as one that every task reads whole."""
+def seen_whole(pipe: Pipe) -> Pipe:
+    """A pipe that reads one exchange or table, as one that every task reads whole."""
     ((feed, source),) = pipe.feeds.items()
-    if isinstance(source, ExchangeFeed) and source.by == "partition" and source.exchange.partitions == 1:
+    if isinstance(source, ExchangeFeed):
         return replace(pipe, feeds={feed: replace(source, by="all")}, drive=None)
     return pipe
 
 
-def partitions_of(feed: Feed) -> int | None:
-    """How many shares a feed is cut into, if that is known before anything runs."""
-    if isinstance(feed, FileFeed):
-        return feed.shares
-    return feed.exchange.partitions if isinstance(feed, ExchangeFeed) and feed.by == "partition" else None
+def partitions_of(pipes: Sequence[Pipe]) -> int | None:
+    """In how many partitions the rows of pipes are, if that is known before anything runs."""
+    if len(pipes) != 1:
+        return None
+    return 1 if pipes[0].drive is None else pipes[0].partitions
+
+
+def met(counts: Mapping[str, int | None]) -> int | None:
+    """How many partitions frames have together of which each, by its name in the text, has `counts`. Raises
+    `InvalidArgument` unless all but those of one have as many: nobody could say which of their partitions meet."""
+    parted = {name: count for name, count in counts.items() if count != 1}
+    unknown = next((name for name, count in parted.items() if count is None), None)
+    if unknown is not None and len(parted) > 1:
+        position = list(counts).index(unknown)
+        told = f"{{{position}}}" if unknown == input_name(position) else unknown
+        raise InvalidArgument(
+            f"partial_sql() takes several frames if their partitions are known, and those of {told} are not:"
+            " repartition() it as the others are, or into 1, which every partition of the others sees whole"
+        )
+    several = sorted({count for count in parted.values() if count is not None})
+    if len(several) > 1:
+        told = " and ".join(map(str, several))
+        raise InvalidArgument(
+            f"partial_sql() takes frames of as many partitions, or of one, not of {told}: repartition() them alike"
+        )
+    return next(iter(parted.values()), 1)
 
 
 def value(key: Expr) -> Expr:
@@ -115,13 +137,16 @@ def value(key: Expr) -> Expr:
 
 
 def of_files(pipes: Sequence[Pipe], count: int) -> Pipe | None:
-    """The pipe with its files in `count` shares, if it reads files and nothing else."""
+    """The pipe with its files in `count` shares, if it reads files and nothing else. Not if what it does with them may
+    show the shares that were asked for before."""
     if len(pipes) != 1 or len(pipes[0].feeds) != 1:
         return None
     ((feed, source),) = pipes[0].feeds.items()
     if not isinstance(source, FileFeed) or source.by_partition:
         return None
-    return replace(pipes[0], feeds={feed: replace(source, shares=count)}, hashed=())
+    if source.shares is not None and len(pipes[0].segments) > 1:
+        return None
+    return replace(pipes[0], feeds={feed: replace(source, shares=count)}, hashed=(), partitions=count)
 
 
 def shuffled(pipe: Pipe, seed: int) -> Pipe:

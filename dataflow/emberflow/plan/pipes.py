@@ -119,6 +119,9 @@ class Pipe:
     """Output columns whose equal values are all in one task; () if none are known."""
     ordered: bool = False
     """The tasks' outputs one after the other are in the order that was asked for."""
+    partitions: int | None = None
+    """In how many partitions its rows are, one for each task, because the user asked for them; None: tasks are as
+    sizes and plans want them, and nobody may tell them apart. Of no meaning where nothing drives."""
     pieces: Pieces | None = None
     """How a partition that is much larger than the others is aggregated; None: by one task, like all of them."""
 
@@ -245,6 +248,8 @@ class Program:
     ordered: bool
     notes: tuple[str, ...] = ()
     """What was not understood, and why: for explain()."""
+    partitions: int | None = None
+    """In how many partitions the result's rows are, if the user asked for them."""
     partitioned: PartitionKeys | None = None
     """By what the result's tasks are partitions, where that may be told to later readers of its files."""
 

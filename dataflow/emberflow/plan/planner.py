@@ -16,7 +16,6 @@ from typing import Protocol
 import duckdb
 import pyarrow as pa
 
-from ..errors import InvalidArgument
 from ..functions.udf import Udf
 from ..partitioned import PartitionKeys
 from ..query import Query, inlined, of_table
@@ -25,7 +24,7 @@ from .doubt import doubt
 from .filescans import ResolvedScan
 from .frames import Apply, Computed, Frame, PartialSql, Repartition
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
-from .partitions import file_positions, lasting_keys, of_files, of_one_partition, partitions_of, shuffled, value
+from .partitions import file_positions, lasting_keys, met, of_files, partitions_of, seen_whole, shuffled, value
 from .pipes import (
     PREVIOUS,
     ByExpression,
@@ -92,12 +91,15 @@ class Planner:
         keys = self._lasting(frame) if to_files and not one else None
         pipes, columns = self.pipes(frame) if keys is None else self._by_lasting(frame, keys)
         ordered = len(pipes) == 1 and pipes[0].ordered
+        partitions = partitions_of(pipes)
         if one:
             pipes = [replace(self.builder.together(pipes, label="one file"), ordered=ordered)]
         result = None if to_files else _exchange_of(pipes)
         if result is None or not result.producers:
             result = self.builder.exchange(pipes, Whole(), label="result")
-        return Program(tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes), keys)
+        return Program(
+            tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes), partitions, keys
+        )
 
     def pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
         """The pipes of a frame, and its columns as the user named them."""
@@ -120,7 +122,9 @@ class Planner:
             columns = self._columns_after(frame)
             return [pipe.after(PythonSegment(frame.step, columns), hashed=()) for pipe in named], columns
         exchange = self.builder.made(frame)
-        return [self.builder.reading(exchange, "partition" if exchange.partitions > 1 else "piece")], frame.columns
+        an_output_each = exchange.partitions == 1 and frame.partitions in (None, len(frame.outputs))
+        by = "piece" if an_output_each else "partition"
+        return [self.builder.reading(exchange, by, partitions=frame.partitions)], frame.columns
 
     def _columns_after(self, frame: Apply) -> tuple[Column, ...] | None:
         if frame.step.kind == "filter":
@@ -161,7 +165,12 @@ class Planner:
             else:
                 frames[name] = self.known(source)
         try:
-            return self._planned(query, frames, tables)
+            pipes, columns = self._planned(query, frames, tables)
+            parted = {id(query.tables[name]) for name, (below, _) in frames.items() if (partitions_of(below) or 1) > 1}
+            if len(parted) > 1:
+                # Whose partitions are those of a join is a matter of sizes.
+                pipes = [replace(pipe, partitions=None) for pipe in pipes]
+            return pipes, columns
         except NotPlannable as why:
             self.builder.notes.append(f"runs as one task: {why}")
             return self._as_one_task(query, frames, tables)
@@ -284,7 +293,7 @@ class Planner:
             return [pipe], columns
         how = Spread(frame.seed if frame.by == "random" else None)
         exchange = self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
-        pipe = self.builder.reading(exchange, "partition")
+        pipe = self.builder.reading(exchange, "partition", partitions=frame.partitions)
         return [shuffled(pipe, frame.seed) if frame.by == "random" else pipe], columns
 
     def _by_keys(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
@@ -294,7 +303,8 @@ class Planner:
         if all(key.lower() in names for key in frame.keys):
             positions = [names.index(key.lower()) for key in frame.keys]
             exchange = self._parted(frame, pipes, [column(p, columns[p].type) for p in positions])
-            return [self.builder.reading(exchange, "partition", hashed=tuple(positions))], columns
+            pipe = self.builder.reading(exchange, "partition", hashed=tuple(positions), partitions=frame.partitions)
+            return [pipe], columns
         listed = ", ".join(f"({key}) AS emberflow_key{i}" for i, key in enumerate(frame.keys))
         child = frame.child
         if not isinstance(child, Query) or self.catalog.computed(child) is not None:
@@ -302,7 +312,8 @@ class Planner:
         pipes, columns = self.known(child.wrapped(f"SELECT *, {listed} FROM"))
         width = len(columns) - len(frame.keys)
         keys = [column(width + i, columns[width + i].type) for i in range(len(frame.keys))]
-        pipe = self.builder.reading(self._parted(frame, pipes, keys), "partition")
+        exchange = self._parted(frame, pipes, keys)
+        pipe = self.builder.reading(exchange, "partition", partitions=frame.partitions)
         own = tuple(column(i, c.type) for i, c in enumerate(columns[:width]))
         return [pipe.then(Project(pipe.tree, own, tuple(c.name for c in columns[:width])))], columns[:width]
 
@@ -334,33 +345,37 @@ class Planner:
             ((name, (pipes, own)),) = sides.items()
             segment = TextSegment(frame.text, ((name, PREVIOUS, own),), columns, reads)
             return [pipe.after(segment, hashed=(), ordered=False) for pipe in pipes], columns
+        partitions = met({name: partitions_of(pipes) for name, (pipes, _) in sides.items()})
         feeds: dict[int, Feed] = {}
         inputs = []
         drive = None
         for name, (pipes, own) in sides.items():
-            pipe = of_one_partition(self._aligned(pipes))
+            pipe = self._aligned(pipes)
             ((feed, source),) = pipe.feeds.items()
             feeds[feed] = source
             drive = drive if drive is not None else pipe.drive
             inputs.append((name, feed, own))
-        counts = {count for feed in feeds.values() if (count := partitions_of(feed)) is not None}
-        if len(counts) > 1:
-            told = " and ".join(map(str, sorted(counts)))
-            raise InvalidArgument(f"partial_sql() takes frames of as many partitions, or of one, not of {told}")
         size = sum(pipe.size_bytes for pipes, _ in sides.values() for pipe in pipes)
-        return [Pipe((TextSegment(frame.text, tuple(inputs), columns, reads),), feeds, drive, size)], columns
+        segment = TextSegment(frame.text, tuple(inputs), columns, reads)
+        return [Pipe((segment,), feeds, drive, size, partitions=partitions)], columns
 
     def _aligned(self, pipes: Pipes) -> Pipe:
-        """A pipe that is one feed and nothing else, whose shares are the partitions of `pipes`."""
-        if len(pipes) == 1:
+        """A pipe that is one feed and nothing else, whose shares are the partitions of `pipes`; a single one is for
+        all."""
+        if len(pipes) == 1 and _is_bare(pipes[0]):
             pipe = pipes[0]
-            bare = len(pipe.segments) == 1 and isinstance(pipe.segments[0], SqlSegment) and len(pipe.feeds) == 1
-            if bare and not pipe.tree.children and not isinstance(next(iter(pipe.feeds.values())), FileFeed):
-                return pipe
-            if pipe.drive is None:
-                return self.builder.reading(self.builder.exchange(pipes, Whole(), label="partition"), "all")
-        exchange = self.builder.exchange(pipes, Whole(), label="partition", fixed=True)
-        return self.builder.reading(exchange, "piece")
+        else:
+            pipe = self.builder.reading(self.builder.exchange(pipes, Whole(), label="partition", fixed=True), "piece")
+        return seen_whole(pipe) if partitions_of(pipes) == 1 else pipe
+
+
+def _is_bare(pipe: Pipe) -> bool:
+    """Whether it only reads one exchange or table."""
+    if len(pipe.feeds) != 1 or len(pipe.segments) != 1:
+        return False
+    (feed,) = pipe.feeds.values()
+    (segment,) = pipe.segments
+    return isinstance(segment, SqlSegment) and isinstance(segment.tree, Input) and not isinstance(feed, FileFeed)
 
 
 def _rows_of(pipes: Pipes) -> int:
@@ -370,9 +385,7 @@ def _rows_of(pipes: Pipes) -> int:
 
 def _exchange_of(pipes: Pipes) -> Exchange | None:
     """The exchange whose rows are those of the pipes, if they do nothing but read one whole."""
-    if len(pipes) != 1 or len(pipes[0].feeds) != 1 or len(pipes[0].segments) != 1:
+    if len(pipes) != 1 or not _is_bare(pipes[0]):
         return None
     (feed,) = pipes[0].feeds.values()
-    (segment,) = pipes[0].segments
-    is_bare = isinstance(segment, SqlSegment) and isinstance(segment.tree, Input)
-    return feed.exchange if is_bare and isinstance(feed, ExchangeFeed) else None
+    return feed.exchange if isinstance(feed, ExchangeFeed) else None

@@ -412,16 +412,22 @@ def merge(first: Pipe, *others: Pipe) -> Pipe:
     """The first pipe, with the feeds of the others. Only one of them may be more than one plan over its feeds."""
     feeds: dict[int, Feed] = dict(first.feeds)
     segments = first.segments
-    drive = first.drive
+    driving = next((pipe for pipe in (first, *others) if pipe.drive is not None), first)
     for other in others:
         if not is_simple(other):
             assert is_simple(first)
             segments = other.segments
         feeds.update(other.feeds)
-        drive = drive if drive is not None else other.drive
     cut = [pipe.pieces for pipe in (first, *others) if pipe.pieces is not None]
     assert len(cut) <= 1, "of pipes that are put together one at most is driven by partitions that meet again"
-    return replace(first, segments=segments, feeds=feeds, drive=drive, pieces=cut[0] if cut else None)
+    return replace(
+        first,
+        segments=segments,
+        feeds=feeds,
+        drive=driving.drive,
+        partitions=driving.partitions,
+        pieces=cut[0] if cut else None,
+    )
 
 
 def is_simple(pipe: Pipe) -> bool:
