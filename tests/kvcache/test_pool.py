@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from emberfs import AlreadyExists, NotFound
+from emberfs import NotFound
 from emberfs.checksum import crc32c
-from emberfs.errors import DeadlineExceeded, EmberError, NoSpace, Unavailable
+from emberfs.errors import Unavailable
 from emberfs.messages import Foreign
 from emberfs.runtime import Runtime
 from emberfs.testing.sim.loop import SimRuntime
@@ -20,7 +20,7 @@ from emberkv.keys import ROOT, page_keys
 from emberkv.messages import Open, encode_ask
 from emberkv.namespace import Kind, Namespace
 from emberkv.page import HEADER_BYTES, Place, encode_header
-from emberkv.pool import RECHECK_S, SNAPSHOT_S, UPKEEP_S, Pool
+from emberkv.pool import RECHECK_S, SNAPSHOT_S, Pool
 from emberkv.puts import KNOWN, PATIENCE_S, PENDING, REFUSED, RESERVATION_S, STORED
 from emberkv.segments import State
 from emberkv.service import KvService
@@ -482,157 +482,5 @@ def test_the_stamps_of_a_prefix_are_those_of_its_pages_below() -> None:
         stamps = {key: pool.table.used_s[pool.table.slot(TENANT, key) or 0] for key in (*old, *new)}
         assert min(stamps[key] for key in old) > max(stamps[key] for key in new)
         assert bytes_by_segment(pool.table, stamps[old[0]], 0) == {1: 3 * (PAGE + HEADER_BYTES)}
-
-    run(work)
-
-
-async def begun_segments(bench: Bench, pool: Pool, count: int, *, prompt: int) -> None:
-    """Put until the index names so many."""
-    for each in range(1000):
-        if pool.index.segments.next_id > count:
-            return
-        assert set(await bench.put(pool, chain(prompt + each, 5))) == {STORED}
-    raise AssertionError("no segment was ever full")
-
-
-def test_whoever_fills_a_segment_finds_the_file_of_the_next_one_made() -> None:
-    async def work(runtime: SimRuntime) -> None:
-        bench, made = Bench(runtime, capacity_bytes=64 * MIB), list[tuple[str, bool]]()
-        create = bench.files.create
-
-        async def noted(path: str, size_bytes: int) -> None:
-            number = int(path.rpartition("/")[2], 16)
-            made.append((path, number in pool.index.segments.by_id))
-            await create(path, size_bytes)
-
-        pool = await bench.open()
-        bench.files.create = noted  # type: ignore[method-assign]
-        await begun_segments(bench, pool, 3, prompt=1)
-        await runtime.sleep(1)
-        assert made == [(pool.space.path(number), number == 1) for number in (1, 2, 3, 4)]
-        await pool.close()
-        pool = await bench.open()
-        await runtime.sleep(UPKEEP_S + 1)
-        assert pool.space.path(4) not in bench.files.files
-        assert set(await bench.files.names("/ns/segments")) == {f"{each.id:08x}" for each in pool.index.segments}
-
-    run(work)
-
-
-def test_a_spare_that_a_crash_left_goes_and_one_that_could_not_be_made_is_missed_by_nobody() -> None:
-    async def work(runtime: SimRuntime) -> None:
-        bench = Bench(runtime, capacity_bytes=64 * MIB)
-        pool = await bench.open()
-        await begun_segments(bench, pool, 1, prompt=1)
-        await runtime.sleep(1)
-        spare = pool.space.path(2)
-        assert spare in bench.files.files
-        bench.kill(pool)
-        pool = await bench.open()
-        await runtime.sleep(UPKEEP_S + 1)
-        assert spare not in bench.files.files
-        await begun_segments(bench, pool, 3, prompt=50)
-        assert set(await bench.files.names("/ns/segments")) == {f"{number:08x}" for number in (1, 3, 4)}
-        pool.end_writer(1)
-        await pool.erase(TENANT)
-        await runtime.sleep(UPKEEP_S + 1)
-        assert await bench.files.names("/ns/segments") == []
-        refused = ("create", pool.space.path(6))
-        bench.files.fails = lambda *asked: NoSpace("full") if asked == refused else None
-        await begun_segments(bench, pool, 5, prompt=100)
-        await runtime.sleep(1)
-        assert refused[1] not in bench.files.files
-        bench.files.fails = lambda operation, path: None
-        await begun_segments(bench, pool, 7, prompt=200)
-        assert await bench.readable(pool, chain(200, 5)) == 5
-
-    run(work)
-
-
-def test_a_spare_whose_number_somebody_else_took_is_not_used() -> None:
-    async def work(runtime: SimRuntime) -> None:
-        bench = Bench(runtime, capacity_bytes=64 * MIB)
-        pool = await bench.open()
-        await bench.files.put(pool.space.path(2), b"of an owner that is over")
-        await begun_segments(bench, pool, 3, prompt=1)
-        assert bench.files.files[pool.space.path(2)] == b"of an owner that is over"
-        assert pool.index.segments.by_id[2].end == 0 and pool.index.segments.by_id[2].state is State.SEALED
-        assert await bench.readable(pool, chain(1, 5)) == 5
-
-    run(work)
-
-
-def test_a_spare_of_another_size_goes_and_its_number_is_not_used() -> None:
-    async def work(runtime: SimRuntime) -> None:
-        bench = Bench(runtime, capacity_bytes=256 * MIB)
-        pool = await bench.open()
-        await begun_segments(bench, pool, 1, prompt=1)
-        await runtime.sleep(1)
-        size_bytes = pool.index.segments.by_id[1].size_bytes
-        segment = await pool.space.add_segment(7, 2 * size_bytes)
-        assert segment.id == 3
-        await runtime.sleep(UPKEEP_S + 1)
-        assert pool.space.path(2) not in bench.files.files
-        assert all(each.state is not State.SEALED or each.end for each in pool.index.segments)
-
-    run(work)
-
-
-ENDS = [None, DeadlineExceeded("nobody knows"), AlreadyExists("of another owner")]
-
-
-@pytest.mark.parametrize("error", ENDS)
-@pytest.mark.parametrize("larger", [1, 2])
-def test_of_a_spare_nothing_is_left_whatever_became_of_it_and_whoever_waits(
-    larger: int, error: EmberError | None
-) -> None:
-    """It is asked for, and a put that needs it, or a larger one, comes whose client dies before the answer."""
-
-    async def work(runtime: SimRuntime) -> None:
-        bench = Bench(runtime, capacity_bytes=256 * MIB)
-        pool = await bench.open()
-        create, spare = bench.files.create, pool.space.path(2)
-
-        async def slow(path: str, size_bytes: int) -> None:
-            await runtime.sleep(5)
-            await create(path, size_bytes)
-            if path == spare and error is not None:
-                raise error
-
-        bench.files.create = slow  # type: ignore[method-assign]
-        await begun_segments(bench, pool, 1, prompt=1)
-        adding = runtime.spawn(pool.space.add_segment(7, larger * pool.index.segments.by_id[1].size_bytes), "put")
-        await runtime.sleep(0)
-        adding.cancel()
-        await runtime.sleep(20)
-        assert adding.cancelled()
-        named = {pool.space._spare.number} if pool.space._spare else set()
-        named |= {each.id for each in pool.index.segments}
-        assert spare not in bench.files.files
-        assert set(await bench.files.names("/ns/segments")) == {f"{number:08x}" for number in named}
-        await pool.close()
-        pool = await bench.open()
-        assert pool.index.segments.next_id > 2, "its number is used, and whoever comes next knows"
-
-    run(work)
-
-
-def test_no_spare_comes_after_the_end() -> None:
-    async def work(runtime: SimRuntime) -> None:
-        bench = Bench(runtime, capacity_bytes=256 * MIB)
-        pool = await bench.open()
-        create = bench.files.create
-
-        async def slow(path: str, size_bytes: int) -> None:
-            await runtime.sleep(5 if path == pool.space.path(2) else 0)
-            await create(path, size_bytes)
-
-        bench.files.create = slow  # type: ignore[method-assign]
-        await begun_segments(bench, pool, 1, prompt=1)
-        await pool.space.add_segment(7, 2 * pool.index.segments.by_id[1].size_bytes)
-        await pool.close()
-        after = set(bench.files.files)
-        await runtime.sleep(10)
-        assert set(bench.files.files) == after
 
     run(work)

@@ -14,7 +14,6 @@ from emberkv.keys import ROOT
 from emberkv.pool import SNAPSHOT_S, Pool
 from emberkv.puts import KNOWN, REFUSED, RESERVATION_S, STORED
 from emberkv.segments import State
-from emberkv.space import _Spare
 
 from tests.kvcache.test_pool import MIB, NAMESPACE, PAGE, TENANT, Bench, chain, run
 
@@ -78,45 +77,6 @@ def test_an_owner_that_is_over_removes_no_segment() -> None:
                 await old.keep_up()
         assert segment_names(bench) == before
         assert await bench.readable(new, chain(1, 20)) == await bench.readable(new, chain(2, 20)) == 20
-
-    run(work)
-
-
-@pytest.mark.parametrize("is_known", [False, True])
-def test_an_owner_that_is_over_removes_no_spare_whose_number_the_next_one_used(is_known: bool) -> None:
-    """It could not tell whether it was made, and was stopped before it dropped it, or just before it removed it."""
-
-    async def work(runtime: SimRuntime) -> None:
-        bench = Bench(runtime)
-        old = await bench.open()
-        bench.files.fails = lambda operation, path: Unavailable("no") if operation == "create" else None
-        old.space._spare = _Spare(1, MIB, old.space._begin_making(1, MIB))
-        await runtime.sleep(0.1)
-        bench.files.fails = lambda operation, path: None
-        if is_known:
-            old.space.drop_spare()
-            remove = bench.files.remove
-
-            async def late(path: str) -> None:
-                if path == old.space.path(1):
-                    await runtime.sleep(30)
-                await remove(path)
-
-            bench.files.remove = late  # type: ignore[method-assign]
-            await runtime.sleep(2)
-        for task in old._tasks[:1] if is_known else old._tasks:  # It is stopped, and so it beats no more.
-            task.cancel()
-        new = await bench.open()
-        await bench.put(new, chain(2, 20))
-        assert (new.space.path(1) in segment_names(bench)) != is_known
-        if not is_known:
-            old._wal.is_lost = False
-            old.space.drop_spare()
-            with pytest.raises(StaleOwner):
-                await old.keep_up()
-        await runtime.sleep(60)
-        assert {new.space.path(each.id) for each in new.index.segments} <= segment_names(bench)
-        assert await bench.readable(new, chain(2, 20)) == 20
 
     run(work)
 
