@@ -148,9 +148,10 @@ class Pool:
                 self.space.drop_spare()
             with contextlib.suppress(EmberError, OSError):
                 await self._wal.close()
-            await self.space.end_making()
             with contextlib.suppress(EmberError, OSError):
                 await self.ownership.check()
+                await self.space.end_making()
+                await self.ownership.check()  # That may have taken long.
                 owning.cancel()  # No beat comes after the last one.
                 await asyncio.wait([owning])
                 await self.ownership.beat(released=True)

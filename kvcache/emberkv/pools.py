@@ -92,6 +92,16 @@ class Pools:
                 names.append(name)
         return names
 
+    async def elsewhere(self) -> list[str]:
+        """Names of namespaces that are not open here, or not any more: another server has them, or will."""
+        names = {*await self._files.names(self._root), *self._opening}
+        closed = sorted(name for name in names if name not in self._open or self._open[name].is_lost)
+        return [
+            name
+            for name in closed
+            if name in self._opening or await self._files.exists(f"{self._root}/{name}/namespace.json")
+        ]
+
     async def close(self) -> None:
         """Let every namespace go."""
         self._is_closing = True

@@ -287,15 +287,21 @@ class KvService:
     async def _erase(self, ask: messages.Erase) -> messages.Answer:
         self._tenants.check(ask.tenant, ask.token)
         # To say that there was nothing would be wrong, and nobody would ask again.
-        if waiting := [name for name in self.pools.opening if ask.namespace in ("", name)]:
-            raise Unavailable(f"{', '.join(waiting)} is not open here: ask the server that serves it, or again later")
+        if missing := [name for name in await self.pools.elsewhere() if ask.namespace in ("", name)]:
+            raise Unavailable(
+                f"{', '.join(missing)} is not open here: ask the server that serves it, by its name, or again later"
+            )
         report = {}
         for name, pool in list(self.pools.opened.items()):
+            if ask.namespace not in ("", name):
+                continue
             number = pool.index.tenant(ask.tenant)
-            if number is not None and ask.namespace in ("", name):
-                pages, size = await pool.erase(number)
-                await pool.flush()
-                report[name] = {"pages": pages, "bytes": size}
+            if number is None:
+                await pool.ownership.check()  # It may have come since, to who has taken over.
+                continue
+            pages, size = await pool.erase(number)
+            await pool.flush()
+            report[name] = {"pages": pages, "bytes": size}
         return _numbers(report)
 
     async def _drop(self, ask: messages.Drop) -> messages.Answer:

@@ -13,8 +13,8 @@ A crash between them leaves a file that the next owner removes.
 
 The file of the next segment is made ahead, as a *spare* that the journal does not know and that takes no space: who
 fills a segment does not wait for it. One that is of no use becomes a dead segment, so that its number is known to be
-used before its file goes, and that to whoever owns the namespace next. One that a crash leaves is the next owner's to
-remove.
+used before its file goes, and that to whoever owns the namespace next. One that the journal never knew, after a crash,
+is the next owner's to remove.
 
 Does not know: clients.
 """
@@ -332,7 +332,6 @@ class Space:
         spare, self._spare = self._spare, None
         if spare is not None:
             assert spare.number == self._index.segments.next_id
-            self.end_segment(NOBODY)
             self._wal.note(SegmentAdded(spare.number, spare.size_bytes, NOBODY), SegmentSealed(spare.number, 0))
 
     async def end_making(self) -> None:

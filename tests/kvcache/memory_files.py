@@ -48,7 +48,7 @@ class MemoryFiles:
 
     async def names(self, path: str) -> list[str]:
         await self._step("names", path)
-        return sorted(each[len(path) + 1 :] for each in self.files if each.rpartition("/")[0] == path)
+        return sorted({each[len(path) + 1 :].split("/")[0] for each in self.files if each.startswith(f"{path}/")})
 
     async def remove(self, path: str) -> None:
         await self._step("remove", path)

@@ -11,6 +11,7 @@ from emberfs.errors import DeadlineExceeded, EmberError, NoSpace, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv.errors import StaleOwner
 from emberkv.pool import UPKEEP_S, Pool
+from emberkv.puts import STORED
 from emberkv.segments import State
 from emberkv.space import _Spare
 
@@ -145,6 +146,30 @@ def test_of_a_spare_nothing_is_left_whatever_became_of_it_and_whoever_waits(
         await pool.close()
         pool = await bench.open()
         assert pool.index.segments.next_id > 2, "its number is used, and whoever comes next knows"
+
+    run(work)
+
+
+def test_who_is_over_does_not_wait_for_its_spare() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=256 * MIB)
+        old = await bench.open()
+        create = bench.files.create
+
+        async def slow(path: str, size_bytes: int) -> None:
+            await runtime.sleep(60 if path == old.space.path(2) else 0)
+            await create(path, size_bytes)
+
+        bench.files.create = slow  # type: ignore[method-assign]
+        await begun_segments(bench, old, 1, prompt=1)
+        for task in old._tasks:
+            task.cancel()
+        await bench.open()
+        began_s = runtime.now_s()
+        await old.close()
+        assert runtime.now_s() - began_s < 1
+        await runtime.sleep(100)
+        assert old.space.path(2) not in bench.files.files
 
     run(work)
 
