@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
-from unittest.mock import PropertyMock, patch
+from unittest.mock import AsyncMock, PropertyMock, patch
 
 from emberfs.errors import Corruption
 from emberkv import pool as pool_module
@@ -181,7 +181,7 @@ def _sends_nobody_to_who_serves() -> Patch:
 
 
 def _erases_nothing_where_it_stands_by() -> Patch:
-    return patch.object(Pools, "opening", PropertyMock(return_value=[]))
+    return patch.object(Pools, "elsewhere", AsyncMock(return_value=[]))
 
 
 def _keeps_its_log_when_it_is_over() -> Patch:
