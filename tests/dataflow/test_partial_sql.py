@@ -212,11 +212,29 @@ def test_a_join_with_what_has_no_partitions_keeps_them(files: Path) -> None:
         a, b = session.read_parquet(str(files / "a")), session.read_parquet(str(files / "b"))
         parted, names = a.repartition(4, hash_by="k"), session.sql("select range k, range % 7 g from range(100)")
         few = session.sql("select p.k, g from p join n using (k)", p=parted, n=names)
-        twice = session.sql("select x.k from x join y using (k)", x=few, y=parted.filter("k < 50"))
-        for frame, count in ((few, 100), (twice, 50)):
-            met = session.partial_sql(BOTH, frame, b.repartition(4, hash_by="k")).take_all()
-            assert sum(len(row["a"] or []) for row in met) == count
-            assert all(set(row["a"] or []) <= set(row["b"]) for row in met)
+        met = session.partial_sql(BOTH, few, b.repartition(4, hash_by="k")).take_all()
+        assert sum(len(row["a"] or []) for row in met) == 100
+        assert all(set(row["a"] or []) <= set(row["b"]) for row in met)
+
+
+def test_a_frame_that_meets_itself_has_no_partitions_that_are_known(files: Path) -> None:
+    """Its rows may meet by other columns than those it is partitioned by."""
+    with emberflow.init(executor="inline") as session:
+        a, b = session.read_parquet(str(files / "a")), session.read_parquet(str(files / "b"))
+        parted = a.repartition(4, hash_by="k")
+        joined = session.sql("select x.k from x join y on x.k + 1 = y.k", x=parted.filter("k < 50"), y=parted)
+        with pytest.raises(emberflow.InvalidArgument, match=REFUSED):
+            session.partial_sql(BOTH, joined, b.repartition(4, hash_by="k")).take_all()
+
+
+def test_a_function_sees_shuffled_rows_under_their_names(files: Path) -> None:
+    with emberflow.init(executor="inline") as session:
+        a = session.read_parquet(str(files / "a"))
+        shuffled = a.random_shuffle(partitions=4)
+        keys = sorted(row["k"] for row in a.select("k").take_all())
+        assert sorted(row["k"] for row in shuffled.map(lambda row: {"k": row["k"]}).take_all()) == keys
+        assert set(shuffled.map_batches(lambda table: table.slice(0, 1)).take_all()[0]) == {"k", "v"}
+        assert shuffled.filter(lambda row: row["k"] < 5).count() == 5
 
 
 def test_groups_by_a_key_that_files_are_partitioned_by_are_not_partitioned_as_repartition_would(

@@ -139,9 +139,17 @@ class Planner:
         """The pipe with its last columns under the user's names, for a function that looks at them."""
         _, columns = self.pipes(frame)
         last = pipe.segments[-1]
-        if columns is None or not isinstance(last, SqlSegment):
+        if columns is None or isinstance(last, PythonSegment):
             return pipe
-        named = SqlSegment(last.tree, tuple(c.name for c in columns))
+        names = tuple(c.name for c in columns)
+        if isinstance(last, TextSegment):
+            if names == tuple(c.name for c in last.columns):
+                return pipe
+            exprs = tuple(column(i, c.type) for i, c in enumerate(pipe.columns))
+            pipe = self.builder.row_by_row(Project(pipe.tree, exprs, names), pipe)
+            last = pipe.segments[-1]
+        assert isinstance(last, SqlSegment)
+        named = SqlSegment(last.tree, names)
         return replace(pipe, segments=(*pipe.segments[:-1], named))
 
     def known(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...]]:
@@ -166,9 +174,10 @@ class Planner:
                 frames[name] = self.known(source)
         try:
             pipes, columns = self._planned(query, frames, tables)
-            parted = {id(query.tables[name]) for name, (below, _) in frames.items() if (partitions_of(below) or 1) > 1}
+            parted = [name for name, (below, _) in frames.items() if (partitions_of(below) or 1) > 1]
             if len(parted) > 1:
-                # Whose partitions are those of a join is a matter of sizes.
+                # Whose partitions are those of a join is a matter of sizes. One frame that has two names here, as it
+                # is and filtered, need not meet itself in the same partition either.
                 pipes = [replace(pipe, partitions=None) for pipe in pipes]
             return pipes, columns
         except NotPlannable as why:
