@@ -303,7 +303,7 @@ def test_a_lost_stream_stops_the_benchmark(tmp_path: Path) -> None:
 
 
 def test_the_smallest_checkpoints_go_through_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = checkpoint.Size(data_bytes=1, rounds=1, steps=1, has_goals=True, shapes=((300, 7), (5,), (1,)))
+    size = checkpoint.Size(data_bytes=1, rounds=1, steps=1, saves=1, has_goals=True, shapes=((300, 7), (5,), (1,)))
     stagers = []
     save = dcp.async_save
 
@@ -321,7 +321,7 @@ def test_the_smallest_checkpoints_go_through_every_row(tmp_path: Path, monkeypat
 
 def test_a_save_that_is_done_at_once_has_a_step_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Checkpoints, "saving", False)
-    size = checkpoint.Size(data_bytes=1, rounds=1, steps=1, has_goals=False, shapes=((1,),))
+    size = checkpoint.Size(data_bytes=1, rounds=1, steps=1, saves=1, has_goals=False, shapes=((1,),))
     with Checkpoints(tmp_path) as ours:
         (row,) = checkpoint._steps(ours, checkpoint.state_of(size), size)
     assert row.ours > 0
