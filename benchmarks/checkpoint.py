@@ -59,8 +59,8 @@ class Size:
     steps: int
     """Of training without a save, for each round."""
     saves: int
-    """Asynchronous ones that are timed, after the first. More than rounds: a run's first two block half as long again
-    as all others."""
+    """Asynchronous ones that are timed, after the first. More than rounds: where it was looked at, the first two
+    blocked half as long again as the others."""
     has_goals: bool
     shapes: tuple[tuple[int, ...], ...] = SHAPES
 

@@ -212,6 +212,9 @@ def ttl(namespace: str, time: str, tenant: str, address: str, token: str, tls: P
 def erase(tenant: str, namespace: str, address: str, token: str, tls: Path | None, as_json: bool) -> None:
     """Take out every page of TENANT, and report what it had. The tombstones are durable when this ends.
 
+    Nothing is taken out if a namespace is not open at that server: where several servers have one each, ask each for
+    its own with --namespace.
+
     \b
     Example:
       emberline kv erase acme --address 127.0.0.1:7400 --json

@@ -36,7 +36,10 @@ class Operator:
         return self._numbers(messages.Collect(namespace, self._token))
 
     def erase(self, tenant: str, *, namespace: str = "") -> dict[str, Any]:
-        """Take out all that a tenant has, in one namespace or in all. What it had, by namespace."""
+        """Take out all that a tenant has, in one namespace or in all. What it had, by namespace.
+
+        Raises Unavailable, and takes nothing out, if one of them is not open there.
+        """
         return self._numbers(messages.Erase(tenant, self._token, namespace))
 
     def drop(self, namespace: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Pools:
         names = []
         for name in await self._files.names(self._root):
             with contextlib.suppress(NotFound):
-                data = await self._files.get(f"{self._root}/{name}/namespace.json")
+                data = await self._files.get(self._description(name))
                 await self.get(msgspec.json.decode(data, type=Namespace))
                 names.append(name)
         return names
@@ -96,11 +96,7 @@ class Pools:
         """Names of namespaces that are not open here, or not any more: another server has them, or will."""
         names = {*await self._files.names(self._root), *self._opening}
         closed = sorted(name for name in names if name not in self._open or self._open[name].is_lost)
-        return [
-            name
-            for name in closed
-            if name in self._opening or await self._files.exists(f"{self._root}/{name}/namespace.json")
-        ]
+        return [name for name in closed if name in self._opening or await self._files.exists(self._description(name))]
 
     async def close(self) -> None:
         """Let every namespace go."""
@@ -119,7 +115,7 @@ class Pools:
         try:
             if (lost := self._open.pop(name, None)) is not None:
                 await lost.close()
-            await self._describe(directory, namespace)
+            await self._describe(namespace)
             self._open[name] = pool = await Pool.open(
                 self._files, self._runtime, directory, namespace, config=self.config, address=self.address,
                 counts=self._counts.namespace(name),
@@ -139,8 +135,11 @@ class Pools:
         finally:
             del self._opening[name]
 
-    async def _describe(self, directory: str, namespace: Namespace) -> None:
-        path = f"{directory}/namespace.json"
+    def _description(self, name: str) -> str:
+        return f"{self._root}/{name}/namespace.json"
+
+    async def _describe(self, namespace: Namespace) -> None:
+        path = self._description(namespace.name)
         try:
             there = msgspec.json.decode(await self._files.get(path), type=Namespace)
         except NotFound:

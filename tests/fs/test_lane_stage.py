@@ -89,12 +89,11 @@ def test_neither_of_the_two_copies_has_a_target_a_little_ahead_of_its_source(siz
 def test_what_has_no_room_in_the_stage_is_for_another_way() -> None:
     chunk = Chunk(8192)
     into = [memoryview(bytearray(4096)) for _ in range(4)]
-    counts, asked = chunk.read([(0, 4096), (4100, 4000), (9000, 96), (20_000, 4)], into)
+    ranges = [(0, 4096), (4100, 4000), (9000, 96), (20_000, 4)]
+    counts, asked = chunk.read(ranges, into)
     assert counts[0] == 4096 and -1 in counts
     assert all(place + length <= 8192 for _, length, place in asked)
-    for (offset, length), count, found in zip(
-        [(0, 4096), (4100, 4000), (9000, 96), (20_000, 4)], counts, into, strict=True
-    ):
+    for (offset, length), count, found in zip(ranges, counts, into, strict=True):
         assert count in (length, -1)
         assert count == -1 or found[:length] == chunk.content[offset : offset + length]
 

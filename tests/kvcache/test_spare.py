@@ -111,6 +111,19 @@ def test_a_spare_of_another_size_goes_and_its_number_is_not_used() -> None:
     run(work)
 
 
+def make_slowly(bench: Bench, path: str, wait_s: float, error: EmberError | None = None) -> None:
+    """That file takes so long from now on, and then there is an error, though the file is there."""
+    create = bench.files.create
+
+    async def slow(asked: str, size_bytes: int) -> None:
+        await bench.runtime.sleep(wait_s if asked == path else 0)
+        await create(asked, size_bytes)
+        if asked == path and error is not None:
+            raise error
+
+    bench.files.create = slow  # type: ignore[method-assign]
+
+
 ENDS = [None, DeadlineExceeded("nobody knows"), AlreadyExists("of another owner")]
 
 
@@ -124,15 +137,8 @@ def test_of_a_spare_nothing_is_left_whatever_became_of_it_and_whoever_waits(
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, capacity_bytes=256 * MIB)
         pool = await bench.open()
-        create, spare = bench.files.create, pool.space.path(2)
-
-        async def slow(path: str, size_bytes: int) -> None:
-            await runtime.sleep(5)
-            await create(path, size_bytes)
-            if path == spare and error is not None:
-                raise error
-
-        bench.files.create = slow  # type: ignore[method-assign]
+        spare = pool.space.path(2)
+        make_slowly(bench, spare, 5, error)
         await begun_segments(bench, pool, 1, prompt=1)
         adding = runtime.spawn(pool.space.add_segment(7, larger * pool.index.segments.by_id[1].size_bytes), "put")
         await runtime.sleep(0)
@@ -154,13 +160,7 @@ def test_who_is_over_does_not_wait_for_its_spare() -> None:
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, capacity_bytes=256 * MIB)
         old = await bench.open()
-        create = bench.files.create
-
-        async def slow(path: str, size_bytes: int) -> None:
-            await runtime.sleep(60 if path == old.space.path(2) else 0)
-            await create(path, size_bytes)
-
-        bench.files.create = slow  # type: ignore[method-assign]
+        make_slowly(bench, old.space.path(2), 60)
         await begun_segments(bench, old, 1, prompt=1)
         for task in old._tasks:
             task.cancel()
@@ -178,13 +178,7 @@ def test_no_spare_comes_after_the_end() -> None:
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, capacity_bytes=256 * MIB)
         pool = await bench.open()
-        create = bench.files.create
-
-        async def slow(path: str, size_bytes: int) -> None:
-            await runtime.sleep(5 if path == pool.space.path(2) else 0)
-            await create(path, size_bytes)
-
-        bench.files.create = slow  # type: ignore[method-assign]
+        make_slowly(bench, pool.space.path(2), 5)
         await begun_segments(bench, pool, 1, prompt=1)
         await pool.space.add_segment(7, 2 * pool.index.segments.by_id[1].size_bytes)
         await pool.close()

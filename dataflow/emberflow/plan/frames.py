@@ -74,7 +74,7 @@ Frame: TypeAlias = Query | Repartition | PartialSql | Apply | Computed
 
 def partitions_of(frame: Frame) -> int | None:
     """How many partitions a frame has, if its operators say it."""
-    if isinstance(frame, Repartition | Computed):
+    if isinstance(frame, Repartition):
         return frame.partitions
     if isinstance(frame, Apply):
         return partitions_of(frame.child)

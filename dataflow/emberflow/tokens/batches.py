@@ -70,7 +70,7 @@ class Batches(Iterator[TokenBatch]):
 
     def __next__(self) -> TokenBatch:
         if not self._prefetch:
-            (batch,) = self._read(*self._looked_up(self.step, 1))
+            (batch,) = self._read(self.step, 1, *self._looked_up(self.step, 1))
             self.step += 1
             return batch
         if self._pid != os.getpid():
@@ -103,7 +103,8 @@ class Batches(Iterator[TokenBatch]):
             self._pool = ThreadPoolExecutor(min(self._prefetch // self._at_once, _THREADS_MAX), "emberflow-tokens")
         while len(self._reading) < self._prefetch // self._at_once:
             step = self.step + len(self._ready) + len(self._reading) * self._at_once
-            self._reading.append(self._pool.submit(self._read, *self._looked_up(step, self._at_once)))
+            where = self._looked_up(step, self._at_once)
+            self._reading.append(self._pool.submit(self._read, step, self._at_once, *where))
 
     def close(self) -> None:
         """Ends the reading ahead, and waits for what is being read; `next` begins it again."""
@@ -122,8 +123,8 @@ class Batches(Iterator[TokenBatch]):
     def __reduce__(self) -> tuple[object, ...]:
         return _batches, (self._dataset, self._batch_size, self.step, self._rank, self._ranks, self._prefetch)
 
-    def _looked_up(self, step: int, count: int) -> tuple[int, int, Rows, int]:
-        """So many steps from `step` on, and where their samples are: in those rows, from one of them on."""
+    def _looked_up(self, step: int, count: int) -> tuple[Rows, int]:
+        """Where the samples of so many steps from `step` on are: in those rows, from one of them on."""
         steps, rows = self._ahead
         share = self._batch_size // self._ranks
         if rows is None or step not in steps or step + count > steps.stop:
@@ -133,7 +134,7 @@ class Batches(Iterator[TokenBatch]):
             )
             rows = self._dataset.rows(indices.reshape(-1))
             self._ahead = steps, rows
-        return step, count, rows, (step - steps.start) * share
+        return rows, (step - steps.start) * share
 
     def _read(self, step: int, count: int, rows: Rows, begin: int) -> list[TokenBatch]:
         share = self._batch_size // self._ranks

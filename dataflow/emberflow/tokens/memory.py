@@ -34,26 +34,28 @@ class Memory:
     """Of one dataset. Any number of threads may take some: a block that one looks at is out of the others' sight."""
 
     def __init__(self) -> None:
-        self._blocks: deque[Tokens] = deque(maxlen=KEPT_MAX)
+        self._blocks: deque[tuple[Tokens, int]] = deque(maxlen=KEPT_MAX)
+        """And where samples begin in each."""
 
     def take(self, rows: int, width: int) -> Tokens:
         """[rows, width], with anything in it."""
         size = rows * width
         for _ in range(len(self._blocks)):
             try:
-                block = self._blocks.popleft()
+                block, begin = self._blocks.popleft()
             except IndexError:
                 break
             is_free = sys.getrefcount(block) == _ALONE and block.size == size + PAGE_WORDS
             # The view is made before others see the block again.
-            view = _view(block, rows, width) if is_free else None
-            self._blocks.append(block)
+            view = block[begin : begin + size].reshape(rows, width) if is_free else None
+            self._blocks.append((block, begin))
             if view is not None:
                 return view
         block = np.empty(size + PAGE_WORDS, "<u4")
-        view = _view(block, rows, width)
+        begin = (AHEAD_WORDS - block.__array_interface__["data"][0] // 4) % PAGE_WORDS
+        view = block[begin : begin + size].reshape(rows, width)
         if view.nbytes <= KEPT_BYTES_MAX:
-            self._blocks.append(block)
+            self._blocks.append((block, begin))
         return view
 
     def clear(self) -> None:
@@ -62,12 +64,6 @@ class Memory:
 
     def __reduce__(self) -> tuple[object, ...]:
         return Memory, ()
-
-
-def _view(block: Tokens, rows: int, width: int) -> Tokens:
-    """The part of a block for samples."""
-    begin = (AHEAD_WORDS - block.__array_interface__["data"][0] // 4) % PAGE_WORDS
-    return block[begin : begin + rows * width].reshape(rows, width)
 
 
 def _references_alone() -> int:
