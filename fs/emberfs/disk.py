@@ -46,8 +46,11 @@ class Disk(Protocol):
     def allocate(self, file: int, offset: int, length: int) -> None:
         """Reserve space for [offset, offset+length); the file grows to hold it. Raises OSError ENOSPC."""
 
-    def punch(self, file: int, offset: int, length: int) -> None:
-        """Give the space of [offset, offset+length) back; it reads as zeros afterwards."""
+    def punch(self, file: int, offset: int, length: int) -> bool:
+        """Give the space of [offset, offset+length) back: zeros from then on. False: the file system cannot."""
+
+    def allocated_bytes(self, file: int) -> int:
+        """What the file takes of the file system: less than its length where it has holes."""
 
     def free_bytes(self) -> int:
         """Bytes that can still be allocated on the file system."""
@@ -106,12 +109,17 @@ class LocalDisk:
     def allocate(self, file: int, offset: int, length: int) -> None:
         os.posix_fallocate(file, offset, length)
 
-    def punch(self, file: int, offset: int, length: int) -> None:
+    def punch(self, file: int, offset: int, length: int) -> bool:
         keep_size_and_punch = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
         if _libc.fallocate(file, keep_size_and_punch, offset, length) != 0:
             error = ctypes.get_errno()
             if error != errno.EOPNOTSUPP:
                 raise OSError(error, os.strerror(error))
+            return False
+        return True
+
+    def allocated_bytes(self, file: int) -> int:
+        return os.fstat(file).st_blocks * 512
 
     def free_bytes(self) -> int:
         status = os.fstatvfs(self._directory())

@@ -304,7 +304,7 @@ class EmbeddedStore:
         return self._attached.client if self._attached is not None else self._first_client
 
     async def space(self) -> dict[str, int]:
-        """Bytes: `used_bytes` in blocks that hold chunks, `free_bytes` the fullest disk has left above the reserve."""
+        """Bytes: `used_bytes` in blocks that hold chunks, `free_bytes` that new data may still take."""
         found: dict[str, int] = json.loads(await self.maintain("space", {}))
         return found
 

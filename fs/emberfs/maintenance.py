@@ -27,6 +27,9 @@ from .types import ROOT_INODE
 if TYPE_CHECKING:
     from .embedded import EmbeddedStore, Services
 
+TRIM_BYTES = 1 << 30
+"""So much is given back at a time."""
+
 T = TypeVar("T")
 
 
@@ -130,7 +133,7 @@ class Maintenance:
         return facts
 
     def trim(self) -> int:
-        """Give wholly free block groups back to the file system; returns the bytes."""
+        """Give the space of free blocks back to the file system; returns the bytes."""
         return self._ask(int, "trim", {})
 
     def _ask(self, kind: type[T], what: str, arguments: dict[str, Any], progress: Progress | None = None) -> T:
@@ -209,11 +212,19 @@ async def _info(services: Services) -> dict[str, Any]:
 
 async def _space(services: Services) -> dict[str, int]:
     spaces = [engine.space() for engine in services.engines.values()]
-    return {"used_bytes": sum(used for used, _ in spaces), "free_bytes": min(free for _, free in spaces)}
+    return {
+        "used_bytes": sum(space.used_bytes for space in spaces),
+        "free_bytes": min(space.free_bytes for space in spaces) + sum(space.idle_bytes for space in spaces),
+    }
 
 
 async def _trim(services: Services) -> int:
-    return sum(engine.trim() for engine in services.engines.values())
+    total = 0
+    for engine in services.engines.values():
+        while punched := engine.trim(TRIM_BYTES):
+            total += punched
+            await services.runtime.sleep(0)  # Others have their turn.
+    return total
 
 
 _ORDERS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emberfs.cluster.space import space_of
 from emberfs.cluster.status import summarise
 from emberfs.messages import NodeStatus, StatusReply, TargetReport
 from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
@@ -81,3 +82,14 @@ def test_damage_that_could_not_be_mended_is_a_problem() -> None:
         "b holds 3 damaged chunks that no other replica could mend: `emberline fs scrub` names the files"
     ]
     assert [server["unmended_chunks"] for server in facts["servers"]] == [0, 3, 0, 0]
+
+
+def test_free_blocks_are_room_for_new_data() -> None:
+    reply = status(["ab", "cd", "ac", "bd"], used_bytes=95)
+    assert any("gets full: 5 MiB are left" in hint for hint in summarise(reply)["hints"])
+    assert space_of(reply)["free_bytes"] == 2 * 5 << 20, "each node has half of the chains"
+    reports = [TargetReport(b"", b"", LocalState.UP_TO_DATE, 0, 10 << 20, 5 << 20, idle_bytes=20 << 20)] * 2
+    reply = replace(reply, nodes=[replace(node, reports=reports) for node in reply.nodes])
+    assert not any("full" in hint for hint in summarise(reply)["hints"])
+    space = space_of(reply)
+    assert (space["free_bytes"], space["disk_free_bytes"]) == (2 * 45 << 20, 4 * 5 << 20), "its targets share the disk"

@@ -91,33 +91,33 @@ async def test_a_small_target_is_small(bench: Bench, tmp_path: Path) -> None:
 
 
 @on_bench
-async def test_blocks_of_wholly_free_groups_take_no_space_after_trim(bench: Bench, tmp_path: Path) -> None:
+async def test_free_blocks_take_no_space_after_trim(bench: Bench, tmp_path: Path) -> None:
     await bench.write(0, pattern(16 * MIB))
     await bench.remove()
     before = used_bytes(tmp_path)
-    bench.engine.trim()
+    bench.engine.trim(16 * MIB)
     assert used_bytes(tmp_path) <= before - 16 * MIB
 
 
 @on_bench
-async def test_trim_knows_of_free_groups_after_a_restart(bench: Bench, tmp_path: Path) -> None:
+async def test_trim_knows_of_free_blocks_after_a_restart(bench: Bench, tmp_path: Path) -> None:
     await bench.write(0, pattern(16 * MIB))
     await bench.remove()
     before = used_bytes(tmp_path)
     bench.disk = LocalDisk(str(tmp_path), bench.runtime)
     await bench.reopen()
-    bench.engine.trim()
+    bench.engine.trim(16 * MIB)
     assert used_bytes(tmp_path) <= before - 16 * MIB
 
 
-def test_nothing_of_the_store_runs_while_a_group_is_punched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_store_runs_while_blocks_are_punched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block handed out between the look at its group and the punch would lose its bytes."""
     punch = LocalDisk.punch
     punched: list[bool] = []
 
-    def watched_punch(disk: LocalDisk, *args: int) -> None:
+    def watched_punch(disk: LocalDisk, *args: int) -> bool:
         punched.append(store.runtime.is_inline())
-        punch(disk, *args)
+        return punch(disk, *args)
 
     monkeypatch.setattr(LocalDisk, "punch", watched_punch)
     with connect(f"ember://{tmp_path / 'store'}") as client:

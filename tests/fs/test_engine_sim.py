@@ -1,4 +1,4 @@
-"""The chunk engine on the simulated disk: the suite again, and what only that disk can do (fill up, fail, be slow)."""
+"""The chunk engine on the simulated disk: the suite again, and what only that disk can do (fail, be slow)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from emberfs.engine import Action, Update
 from emberfs.engine.allocator import GROUP_BLOCKS, SizeClass
 from emberfs.engine.limbo import Limbo
 from emberfs.engine.scrub import check, scrub
-from emberfs.errors import Conflict, Corruption, NoSpace, StoreClosed, TargetFailed, UpdateUnknown
+from emberfs.errors import Conflict, Corruption, StoreClosed, TargetFailed, UpdateUnknown
 from emberfs.kv.memory import MemoryKV
 from emberfs.testing.engine import KIB, MIB, Bench, EngineConformance, Run, chunk, pattern
 from emberfs.testing.replica import ReplicaConformance
 from emberfs.testing.sim.disk import SimDisk
 from emberfs.testing.sim.loop import SimRuntime, run
-from emberfs.testing.sim.volume import Allocate
 
 SEEDS = range(10)
 
@@ -68,67 +67,6 @@ def on_sim(
         return result
 
     return run(seed, main)
-
-
-# ---- a full disk
-
-
-def test_a_full_disk_refuses_cleanly_and_takes_updates_again_after_a_removal() -> None:
-    async def work(bench: SimBench) -> None:
-        count = 0
-        with pytest.raises(NoSpace, match="disk is full: 65536 bytes left"):
-            while True:
-                await bench.write(0, pattern(MIB, count), name=chunk(count))
-                count += 1
-        assert count == 8
-        assert await bench.blocks() == count
-        with pytest.raises(NoSpace):
-            await bench.write(0, pattern(2 * MIB), name=chunk(count))
-        for number in range(count):
-            assert await bench.read(name=chunk(number)) == pattern(MIB, number)
-        await bench.truncate(10, name=chunk(1))
-        await bench.remove(name=chunk(0))
-        await bench.write(0, pattern(MIB, 99), name=chunk(99))
-        assert await bench.read(name=chunk(99)) == pattern(MIB, 99)
-        await bench.reopen()
-        assert await bench.blocks() == count
-
-    on_sim(work, capacity_bytes=8 * MIB + 64 * KIB)
-
-
-def test_the_reserve_is_left_free() -> None:
-    async def work(bench: SimBench) -> None:
-        with pytest.raises(NoSpace, match="above the reserve of 4194304"):
-            for count in range(100):
-                await bench.write(0, pattern(MIB, count), name=chunk(count))
-        assert 4 * MIB <= bench.disk.free_bytes() < 5 * MIB
-
-    on_sim(work, capacity_bytes=16 * MIB, reserve_bytes=4 * MIB)
-
-
-def test_of_a_batch_that_does_not_fit_nothing_is_left() -> None:
-    async def work(bench: SimBench) -> None:
-        batch = [Update(chunk(number), Action.WRITE, 0, memoryview(pattern(MIB, number))) for number in range(10)]
-        with pytest.raises(NoSpace):
-            await bench.engine.prepare(batch, publish=True)
-        assert await bench.blocks() == 0
-        await bench.engine.prepare(batch[:8], publish=True)
-        assert await bench.blocks() == 8
-
-    on_sim(work, capacity_bytes=8 * MIB + 64 * KIB)
-
-
-def test_space_is_reserved_in_steps_of_at_most_64_mib() -> None:
-    async def work(bench: SimBench) -> list[int]:
-        for number in range(10):
-            for class_log2 in (16, 20, 23, 26):
-                await bench.write(0, b"x" * ((1 << class_log2) - 1), name=chunk(100 * class_log2 + number))
-        return [each.length for each in bench.disk.operations if isinstance(each, Allocate)]
-
-    steps = on_sim(work, record=True)
-    one_block = (64 << 20) + 2 * (64 << 10)
-    assert max(steps) == one_block and all(step <= 64 << 20 for step in steps if step != one_block)
-    assert min(steps) == 1 << 20
 
 
 # ---- a failing disk
@@ -334,7 +272,7 @@ def test_close_waits_for_what_is_in_the_air_and_refuses_what_comes_later() -> No
             with pytest.raises(StoreClosed):
                 await late
         with pytest.raises(StoreClosed):
-            bench.engine.trim()
+            bench.engine.trim(MIB)
 
     for seed in SEEDS:
         on_sim(work, seed=seed)

@@ -251,9 +251,9 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.mirror.places, "the files were about to be closed"
         self.engine = self.open()
 
-    @rule()
-    def trim(self) -> None:
-        self.engine.allocator.trim()
+    @rule(blocks=st.integers(1, 1 << 10))
+    def trim(self, blocks: int) -> None:
+        self.engine.allocator.trim(blocks << 16)
 
     @rule()
     def every_byte_verifies(self) -> None:

@@ -517,3 +517,26 @@ def test_a_full_store_takes_nothing_new_and_still_gives_back(store: Path) -> Non
         assert client.collect_garbage(force=True).chunks == 8
         client.put("/again", DATA, chunk_size_bytes=CHUNK)
         assert client.get("/again") == DATA
+
+
+@pytest.mark.sentence("S2")
+def test_what_small_chunks_gave_back_large_ones_take(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free_bytes(disk: LocalDisk) -> int:
+        return (32 << 20) - sum(path.stat().st_blocks * 512 for path in store.rglob("blocks-*"))
+
+    monkeypatch.setattr(LocalDisk, "free_bytes", free_bytes)
+    with emberfs.connect(url_of(store), reserve_bytes=1 << 20) as client:
+        for size in (64 << 10, 4 << 20, 64 << 10):
+            names = []
+            with pytest.raises(NoSpace):
+                while True:
+                    client.put(f"/{len(names)}", content(size), chunk_size_bytes=size)
+                    names.append(f"/{len(names)}")
+            assert len(names) * size > 26 << 20
+            assert all(client.get(name) == content(size) for name in names)
+            for name in names[:-1]:
+                client.remove(name, trash=False)
+            client.collect_garbage(force=True)
+            assert client.space()["free_bytes"] > 26 << 20
+            client.remove(names[-1], trash=False)
+            client.collect_garbage(force=True)

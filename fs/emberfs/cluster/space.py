@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from ..messages import StatusReply
+from collections.abc import Sequence
+
+from ..messages import StatusReply, TargetReport
+
+
+def free_bytes_of(reports: Sequence[TargetReport]) -> int:
+    """What new data may take on a node: its targets share the disk, and each has what its free blocks take of it."""
+    return min(report.free_bytes for report in reports) + sum(report.idle_bytes for report in reports)
 
 
 def space_of(reply: StatusReply) -> dict[str, int]:
@@ -12,10 +19,8 @@ def space_of(reply: StatusReply) -> dict[str, int]:
     Targets that nobody has heard of count nothing.
     """
     reports = {report.target: report for node in reply.nodes for report in node.reports}
-    # The targets of a node share its disk.
-    free_bytes = {
-        node.node.name: min(report.free_bytes for report in node.reports) for node in reply.nodes if node.reports
-    }
+    heard = [node for node in reply.nodes if node.reports]
+    free_bytes = {node.node.name: free_bytes_of(node.reports) for node in heard}
     held: dict[str, int] = {}
     for target in reply.routing.targets:
         held[target.node] = held.get(target.node, 0) + 1
@@ -31,5 +36,5 @@ def space_of(reply: StatusReply) -> dict[str, int]:
         ),
         "replicas": max((chain.replicas for chain in chains), default=0),
         "disk_used_bytes": sum(map(sum, used_bytes)),
-        "disk_free_bytes": sum(free_bytes.values()),
+        "disk_free_bytes": sum(min(report.free_bytes for report in node.reports) for node in heard),
     }

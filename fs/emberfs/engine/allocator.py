@@ -9,6 +9,9 @@ tracked in groups of 256, a bitmap each. Two views are kept:
 
 Classes from SIDE_SUMS_CLASS_MIN up have room for two slots of checksums behind each block (see `record`).
 
+Free blocks keep their space, for the next of their size. Where the disk has none left for another size they give it
+back, and are *holes* from then on: those are taken last, if there is room on the disk for them again.
+
 Does not know: records, checksums, or when anything is synced.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ..disk import Disk
 from ..errors import NoSpace, TargetFailed
@@ -74,6 +77,12 @@ class SizeClass:
         self._in_heap: set[int] = set()
         """The groups of the heap, so that each is there once."""
         self._file_bytes = 0
+        self._taken_count = 0
+        self._holes: dict[int, int] = {}
+        """Group -> its holes, if it has any."""
+        self._holes_count = 0
+        self._is_sparse = False
+        """The file had holes when it was opened: any free block may be one."""
 
     @property
     def file(self) -> int:
@@ -81,6 +90,7 @@ class SizeClass:
         if self._file is None:
             self._file = self._disk.open(f"blocks-{_size_name(self.class_log2)}")
             self._file_bytes = self._disk.size(self._file)
+            self._is_sparse = self._disk.allocated_bytes(self._file) < self._file_bytes
         return self._file
 
     @property
@@ -91,6 +101,7 @@ class SizeClass:
     def load_group(self, group: int, bitmap: int) -> None:
         """Take over a group row at open."""
         self._grow_groups(group + 1)
+        self._taken_count += bitmap.bit_count() - self.taken[group].bit_count()
         self.taken[group] = self.durable[group] = bitmap
 
     def _grow_groups(self, count: int) -> None:
@@ -104,68 +115,116 @@ class SizeClass:
             self._in_heap.add(group)
             heapq.heappush(self._open_groups, group)
 
-    def allocate(self, *, reserve_bytes: int) -> int:
-        """Take the lowest free block; returns its index. Raises NoSpace before the disk is down to `reserve_bytes`.
+    def _free(self, group: int) -> int:
+        """Its blocks that are neither taken nor holes."""
+        return ~(self.taken[group] | self._holes.get(group, 0)) & GROUP_FULL
 
-        Raises TargetFailed if the disk fails to reserve the space.
+    def allocate(self, *, reserve_bytes: int) -> int:
+        """Take the lowest free block, or a hole rather than let the file grow; returns its index.
+
+        Raises NoSpace before the disk is down to `reserve_bytes`, TargetFailed if it fails to reserve the space.
         """
-        while self._open_groups and self.taken[self._open_groups[0]] == GROUP_FULL:
+        file = self.file
+        while self._open_groups and not self._free(self._open_groups[0]):
             self._in_heap.remove(heapq.heappop(self._open_groups))
         if not self._open_groups:
             self._grow_groups(len(self.taken) + 1)
         group = self._open_groups[0]
-        free = ~self.taken[group] & GROUP_FULL
-        index = group * GROUP_BLOCKS + (free & -free).bit_length() - 1
-        self._ensure_file((index + 1) * self.stride, reserve_bytes)
-        self.taken[group] |= free & -free
-        return index
+        bit = _lowest_bit(self._free(group))
+        need = (group * GROUP_BLOCKS + bit + 1) * self.stride - self._file_bytes
+        if need > 0 and self._holes:
+            group, holes = next(reversed(self._holes.items()))  # The lowest that were made last.
+            bit = _lowest_bit(holes)
+            self._reserve(file, (group * GROUP_BLOCKS + bit) * self.stride, self.stride, reserve_bytes)
+            self._set_holes(group, holes & ~(1 << bit))
+        elif need > 0:
+            self._grow(file, need, reserve_bytes)
+        elif self._is_sparse:
+            self._reserve(file, (group * GROUP_BLOCKS + bit) * self.stride, self.stride, reserve_bytes)
+        self.taken[group] |= 1 << bit
+        self._taken_count += 1
+        return group * GROUP_BLOCKS + bit
 
-    def _ensure_file(self, end: int, reserve_bytes: int) -> None:
-        """Grow the file to hold `end` bytes, in steps that double from 1 to 64 MiB."""
-        file = self.file
-        if end <= self._file_bytes:
-            return
-        need = end - self._file_bytes
+    def _grow(self, file: int, need: int, reserve_bytes: int) -> None:
+        """Let the file grow by at least `need` bytes, in steps that double from 1 to 64 MiB while there is room."""
         step = max(need, min(GROWTH_BYTES_MAX, max(GROWTH_BYTES_MIN, self._file_bytes)))
-        headroom = self._disk.free_bytes() - reserve_bytes
-        if headroom < step:
+        if self._disk.free_bytes() - reserve_bytes < step:
             step = need
-        if headroom < step:
+        self._reserve(file, self._file_bytes, step, reserve_bytes)
+        self._file_bytes += step
+
+    def _reserve(self, file: int, offset: int, length: int, reserve_bytes: int) -> None:
+        headroom = self._disk.free_bytes() - reserve_bytes
+        if headroom < length:
             raise NoSpace(
                 f"disk is full: {max(headroom, 0)} bytes left above the reserve of {reserve_bytes}; "
                 "remove files, then run `emberline fs trash empty` and `emberline fs gc --now`"
             )
         try:
-            self._disk.allocate(file, self._file_bytes, step)
+            self._disk.allocate(file, offset, length)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoSpace(
                     "disk is full: remove files, then run `emberline fs trash empty` and `emberline fs gc --now`"
                 ) from error
             raise TargetFailed(f"space could not be reserved: {error}") from error
-        self._file_bytes += step
 
     def release(self, index: int) -> None:
         """Give a block back; it may be handed out at once."""
         group, bit = divmod(index, GROUP_BLOCKS)
         assert self.taken[group] >> bit & 1, "released twice"
         self.taken[group] &= ~(1 << bit)
+        self._taken_count -= 1
         self._open_group(group)
 
-    def trim(self) -> int:
-        """Give the space of wholly free groups back to the file system. Returns the bytes punched.
+    @property
+    def idle_bytes(self) -> int:
+        """What free blocks take of the disk. Raises OSError."""
+        if not self.taken:
+            return 0
+        return max(self._disk.allocated_bytes(self.file) - self._taken_count * self.stride, 0)
+
+    def trim(self, bytes_min: int) -> int:
+        """Give the space of free blocks back to the file system, from the end of the file on, until it is so many bytes
+        or there are no more. Returns the bytes punched; 0, too, if the file system cannot. Raises OSError.
 
         Nothing may allocate meanwhile: a block handed out between the look at its group and the punch loses its bytes.
         """
-        punched = 0
-        end = self.file_bytes if self.taken else 0
-        for group, taken in enumerate(self.taken):
-            begin = group * GROUP_BLOCKS * self.stride
-            if not taken and begin < end:
-                length = min(GROUP_BLOCKS * self.stride, end - begin)
-                self._disk.punch(self.file, begin, length)
+        if not self.taken:
+            return 0
+        punched, file, blocks = 0, self.file, self._file_bytes // self.stride
+        if blocks <= self._taken_count + self._holes_count:
+            return 0  # Who writes to a full disk asks with every block.
+        for group in reversed(range(min(len(self.taken), -(-blocks // GROUP_BLOCKS)))):
+            if punched >= bytes_min:
+                break
+            in_file = (1 << min(blocks - group * GROUP_BLOCKS, GROUP_BLOCKS)) - 1
+            for begin, end in _runs(self._free(group) & in_file):
+                length = (end - begin) * self.stride
+                if not self._disk.punch(file, (group * GROUP_BLOCKS + begin) * self.stride, length):
+                    return punched
+                self._set_holes(group, self._holes.get(group, 0) | (1 << end) - (1 << begin))
                 punched += length
         return punched
+
+    def _set_holes(self, group: int, holes: int) -> None:
+        self._holes_count += holes.bit_count() - self._holes.get(group, 0).bit_count()
+        self._holes[group] = holes
+        if not holes:
+            del self._holes[group]
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _runs(bits: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) of the runs of ones."""
+    while bits:
+        begin = _lowest_bit(bits)
+        end = _lowest_bit(~(bits | (1 << begin) - 1))
+        yield begin, end
+        bits &= -1 << end
 
 
 def _size_name(class_log2: int) -> str:
@@ -185,7 +244,22 @@ class Allocator:
     def allocate(self, length: int) -> int:
         """A free block for `length` bytes, as a position. Nothing durable changes. Raises NoSpace, TargetFailed."""
         class_log2 = class_for(length)
-        return class_log2 << 56 | self.classes[class_log2].allocate(reserve_bytes=self._reserve_bytes)
+        while True:
+            try:
+                return class_log2 << 56 | self.classes[class_log2].allocate(reserve_bytes=self._reserve_bytes)
+            except NoSpace:
+                if not self._make_room(stride_bytes(class_log2)):
+                    raise
+
+    def _make_room(self, length: int) -> bool:
+        """Give back what blocks of other sizes have to spare, if there is enough of it. Raises TargetFailed."""
+        try:
+            lacking = length + self._reserve_bytes - self._disk.free_bytes()
+            is_there = self.idle_bytes() >= lacking
+        except OSError as error:
+            raise TargetFailed(f"the disk does not say how much it has left: {error}") from error
+        # Else it would be gone, to whatever else fills this disk, and nothing won.
+        return is_there and self.trim(max(lacking, GROWTH_BYTES_MAX)) > 0
 
     def release(self, position: int) -> None:
         """Give back a block that no durable record names."""
@@ -231,9 +305,22 @@ class Allocator:
         """What the disk has left above the reserve. Raises OSError."""
         return max(self._disk.free_bytes() - self._reserve_bytes, 0)
 
-    def trim(self) -> int:
-        """Punch out wholly free groups of every class. Returns the bytes given back."""
-        return sum(size_class.trim() for size_class in self.classes.values())
+    def idle_bytes(self) -> int:
+        """What free blocks take of the disk: new data may have that, too. Raises OSError."""
+        return sum(size_class.idle_bytes for size_class in self.classes.values())
+
+    def trim(self, bytes_min: int) -> int:
+        """Give the space of free blocks back, until it is so many bytes or more: large blocks first. Returns the bytes.
+
+        Raises TargetFailed.
+        """
+        punched = 0
+        try:
+            for size_class in reversed(self.classes.values()):
+                punched += size_class.trim(bytes_min - punched)
+        except OSError as error:
+            raise TargetFailed(f"space could not be given back: {error}") from error
+        return punched
 
     def used_blocks(self) -> dict[int, int]:
         """{size class log2: blocks named by records}."""

@@ -48,7 +48,7 @@ from .record import (
     row_to_read,
 )
 from .rows import CHUNK, FLOOR_KEY, GROUP, Change, is_named, only_deletes, request_key
-from .target import EngineConfig, EngineCounters, TargetIdentity, identify
+from .target import EngineConfig, EngineCounters, TargetIdentity, TargetSpace, identify
 from .update import Action, Plan, Prepared, Update, appended_sums, padded_payload, plan_update
 
 T = TypeVar("T")
@@ -492,21 +492,21 @@ class CoreEngine:
         change.freed = list(positions)
         await self.during(self._submit(change, []))
 
-    def space(self) -> tuple[int, int]:
-        """(bytes in blocks of chunks, bytes that the disk has left above the reserve; 0 if it does not answer)."""
+    def space(self) -> TargetSpace:
+        """What the target takes, and what new data may."""
         try:
-            return self.allocator.used_bytes, self.allocator.free_bytes()
+            return TargetSpace(self.allocator.used_bytes, self.allocator.free_bytes(), self.allocator.idle_bytes())
         except OSError:
-            return self.allocator.used_bytes, 0
+            return TargetSpace(self.allocator.used_bytes, 0, 0)
 
-    def trim(self) -> int:
-        """Give the space of wholly free block groups back to the file system; returns the bytes. Raises StoreClosed.
+    def trim(self, bytes_min: int) -> int:
+        """Give the space of free blocks back to the file system, until it is so many bytes or more; returns the bytes.
 
-        Call it where services run (see `Portal.run`): nothing else of the engine may run meanwhile.
+        Call it where services run: nothing else of the engine may run meanwhile. Raises StoreClosed, TargetFailed.
         """
         if self._closing is not None:
             raise StoreClosed("the target was closed")
-        return self.allocator.trim()
+        return self.allocator.trim(bytes_min)
 
     # --- flushing --------------------------------------------------------------------------------------------------
 

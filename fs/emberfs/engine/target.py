@@ -6,6 +6,7 @@ Does not know: what its chunks are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -61,6 +62,17 @@ async def identify(txn: Transaction, *, runtime: Runtime, target: bytes | None) 
         identity = msgspec.structs.replace(identity, generation=runtime.random_bytes(16))
         txn.put(IDENTITY_KEY, msgspec.msgpack.encode(identity))
     return identity
+
+
+class TargetSpace(NamedTuple):
+    """What a target takes, and what new data may, in bytes."""
+
+    used_bytes: int
+    """In blocks of chunks."""
+    free_bytes: int
+    """What the disk has left above the reserve; 0 if it does not answer. Targets of one disk share it."""
+    idle_bytes: int
+    """What free blocks take of the disk: new data has it, too."""
 
 
 class EngineCounters(msgspec.Struct):

@@ -20,8 +20,11 @@ class TargetReport(msgspec.Struct, frozen=True, array_like=True):
     """UP_TO_DATE: the chain version under which the resync ended (for a syncing target)."""
     used_bytes: int = 0
     free_bytes: int = 0
+    """Of the disk, above the reserve; the targets of a node share it."""
     unmended: int = 0
     """Damaged chunks that no other replica could help with."""
+    idle_bytes: int = 0
+    """What its free blocks take of the disk: new data has it, too."""
 
 
 class Heartbeat(Message):

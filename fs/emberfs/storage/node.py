@@ -387,10 +387,12 @@ class StorageNode:
         reports = []
         for replica in self.replicas.values():
             identity, (state, version) = replica.engine.identity, replica.local_state()
-            used_bytes, free_bytes = replica.engine.space()
+            used_bytes, free_bytes, idle_bytes = replica.engine.space()
             unmended = len(replica.repairer.unmended)
             reports.append(
-                TargetReport(identity.target, identity.generation, state, version, used_bytes, free_bytes, unmended)
+                TargetReport(
+                    identity.target, identity.generation, state, version, used_bytes, free_bytes, unmended, idle_bytes
+                )
             )
         return reports + [TargetReport(target, b"", LocalState.OFFLINE) for target in self._broken]
 

@@ -152,9 +152,13 @@ class SimDisk:
             raise _error(errno.ENOSPC)
         self._apply(Allocate(self._name(file), offset, length))
 
-    def punch(self, file: int, offset: int, length: int) -> None:
+    def punch(self, file: int, offset: int, length: int) -> bool:
         self._forget_faults(file, offset, length)
         self._apply(Punch(self._name(file), offset, length))
+        return True
+
+    def allocated_bytes(self, file: int) -> int:
+        return len(self._volume.view(self._name(file)).allocated) * BLOCK_BYTES
 
     def free_bytes(self) -> int:
         return self._capacity_bytes - self._volume.allocated_bytes()
