@@ -124,7 +124,7 @@ def _room(figures: Mapping[str, Any]) -> Iterator[Line]:
         f"{human_bytes(free_bytes)} free in {figures['store']}, and namespaces may still take {human_bytes(wanted)}"
     )
     if wanted > free_bytes:
-        yield Line("FAIL", "store", detail, "a lower --capacity for each namespace, or a larger store: puts will fail")
+        yield Line("WARN", "store", detail, "a larger store: below --capacity the cache evicts, lest it be full")
     else:
         yield Line("OK", "store", detail)
 

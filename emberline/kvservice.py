@@ -41,7 +41,11 @@ def size_bytes_of(text: str) -> int:
     "--listen", default="127.0.0.1:7400", show_default=True, metavar="HOST:PORT", help="Or unix:/path; port 0: any."
 )
 @click.option(
-    "--capacity", default="10GiB", show_default=True, metavar="SIZE", help="Of each namespace, on disk; replicas apart."
+    "--capacity",
+    default="10GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Of each namespace, on disk; replicas apart. Less while the store is nearly full.",
 )
 @click.option("--ttl-hours", type=click.FloatRange(min=0, min_open=True), default=72.0, show_default=True, metavar="N",
               help="A page that nobody asked for in so long goes.")  # fmt: skip
@@ -133,6 +137,9 @@ def stat(address: str, token: str, tls: Path | None, as_json: bool) -> None:
                      f"{counts['evicted_pages'] + counts['expired_pages']:,}"])  # fmt: skip
     print_columns(rows, right=range(1, 8))
     for name, each in numbers["namespaces"].items():
+        if each["limit_bytes"] < each["capacity_bytes"]:
+            sizes = [human_bytes(each[field]) for field in ("limit_bytes", "capacity_bytes")]
+            print_line(f"{name}: the store fills up, and has room for {sizes[0]} of {sizes[1]}")
         stops = ", ".join(f"{reason} {count:,}" for reason, count in sorted(each["counts"]["stops"].items()))
         print_line(f"{name}: matches ended by {stops or 'nothing yet'}")
         for tenant, about in each["tenants"].items():

@@ -69,6 +69,7 @@ def stat_of(pool: Pool, policies: Mapping[int, Mapping[str, int]], only: str | N
         "disk_bytes": disk_bytes,
         "dead_bytes": max(disk_bytes - index.table.live_bytes - pending_bytes, 0),
         "capacity_bytes": space.config.capacity_bytes,
+        "limit_bytes": space.limit_bytes,
         "live_bytes_max": space.live_bytes_max(_page_bytes(pool)),
         "segments": len(index.segments.by_id),
         "segment_states": segments,

@@ -68,6 +68,9 @@ class Files(Protocol):
     async def write(self, path: str, offset: int, data: bytes) -> None:
         """Into a file that `create` made."""
 
+    async def free_bytes(self) -> int:
+        """How much more fits, as was known a few seconds ago."""
+
 
 class StoreFiles:
     """`Files` of an emberfs store."""
@@ -138,6 +141,9 @@ class StoreFiles:
 
     async def write(self, path: str, offset: int, data: bytes) -> None:
         await self._client.batch_write([(path, offset, data)], whole_chunks=True)
+
+    async def free_bytes(self) -> int:
+        return (await self._client.space())["free_bytes"]
 
 
 class _StoreLog:

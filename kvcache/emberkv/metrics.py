@@ -35,6 +35,7 @@ _GAUGES = {
     "dead_bytes": ("dead_bytes", "On disk, and not given back yet."),
     "disk_bytes": ("disk_bytes", "Of the segments; replicas apart."),
     "capacity_bytes": ("capacity_bytes", "What segments may take."),
+    "limit_bytes": ("limit_bytes", "What of it the store has room for now: less than the capacity where it fills up."),
     "live_bytes_max": ("live_bytes_max", "Live pages beyond it are evicted."),
     "leases": ("leases", "Leases that have not ended."),
     "reservations": ("reservations", "Puts that have not ended."),

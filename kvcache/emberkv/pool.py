@@ -352,11 +352,13 @@ class Pool:
                 await self.space.look_for_strangers(self.ownership.check)
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
-        self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
+        count_max = int(self.space.config.evictions_per_s * UPKEEP_S)
+        self.space.evict_above_limit(count_max - self.space.expire(count_max))
         if self._wal.failure is None:  # Else nothing that goes would be known to have gone.
             async with self._making_room:
                 await self.space.remove_strangers(self.ownership.check)
                 await self.space.collect()
+                await self.space.shrink()
 
 
 async def _nothing(files: Files, directory: str, make: Callable[[], Index]) -> Index:

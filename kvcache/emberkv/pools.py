@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import msgspec
 from emberfs import Corruption, NotFound
-from emberfs.errors import LimitExceeded, Unavailable
+from emberfs.errors import EmberError, LimitExceeded, Unavailable
 from emberfs.runtime import Runtime
 
 from .counts import ServiceCounts
@@ -25,7 +25,9 @@ from .pool import Pool
 from .space import SpaceConfig
 
 NAMESPACES_MAX = 64
-"""Each has a capacity of its own: with more of them than was thought of the store is full."""
+"""Each has a capacity of its own; what the store has left they share."""
+LOOK_S = 5.0
+"""So often the store is asked what it has left."""
 AGAIN_S = 5.0
 """A namespace that cannot be opened is tried again after so long."""
 
@@ -46,6 +48,7 @@ class Pools:
         """Namespaces that are being taken over: that goes on when who asked for it is tired of waiting."""
         self._failed: dict[str, tuple[float, Exception]] = {}
         """Namespaces that could not be opened: until when they are not tried again, and why."""
+        self._looking: asyncio.Task[None] | None = None
         self._is_closing = False
 
     @property
@@ -101,10 +104,11 @@ class Pools:
     async def close(self) -> None:
         """Let every namespace go."""
         self._is_closing = True
-        for opening in self._opening.values():
-            opening.cancel()
-        if self._opening:
-            await asyncio.wait(self._opening.values())
+        ending = [*self._opening.values(), *([self._looking] if self._looking else [])]
+        for task in ending:
+            task.cancel()
+        if ending:
+            await asyncio.wait(ending)
         while self._open:
             _, pool = self._open.popitem()
             await pool.close()
@@ -123,6 +127,9 @@ class Pools:
             self._failed.pop(name, None)
             if self._events is not None:
                 self._events.follow(pool)
+            if self._looking is None:
+                self._looking = self._runtime.spawn(self._keep_looking(), "kv-room")
+            await self._look()
             return pool
         except Exception as error:
             failure = error
@@ -134,6 +141,18 @@ class Pools:
             raise failure from error
         finally:
             del self._opening[name]
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await self._runtime.sleep(LOOK_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        """How much more the store takes: each namespace may have a share of it."""
+        with contextlib.suppress(EmberError, OSError):  # Then what was known goes on to count.
+            free_bytes = await self._files.free_bytes()
+            for pool in self._open.values():
+                pool.space.heed(free_bytes, len(self._open))
 
     def _description(self, name: str) -> str:
         return f"{self._root}/{name}/namespace.json"

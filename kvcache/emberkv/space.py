@@ -1,8 +1,9 @@
 """Room in a namespace: what is evicted, what is compacted, and which files go.
 
-    live pages   <= live_share x capacity        else the coldest leaves are evicted, whosoever they are
+    live pages   <= live_share x limit           else the coldest leaves are evicted, whosoever they are
     of a tenant  <= its quota                    else its own
-    segments     <= capacity                      else a segment is compacted: what is cold in it goes, the rest moves
+    segments     <= limit                        else a segment is compacted: what is cold in it goes, the rest moves
+    the limit    <= capacity                     less where others fill the store: the cache gives way
     dead ones    retired by the journal, then removed once no lease can reach them
 
 An evicted page was held by nobody, nor was anything below it: no lease reaches it. A moved one may still be read under
@@ -10,6 +11,9 @@ a lease where it was, so a segment that was compacted stays until the leases of 
 
 Order of an eviction, each durable before the next: the tombstone and the retirement of the segment, then its file goes.
 A crash between them leaves a file that the next owner removes.
+
+What is evicted gives its room back only once that is written down, and this needs room, too: in a store that is full
+nothing can leave. So the cache looks ahead, and shrinks while others fill the store.
 
 The file of the next segment is made ahead, as a *spare* that the journal does not know and that takes no space: who
 fills a segment does not wait for it. One that is of no use becomes a dead segment, so that its number is known to be
@@ -45,6 +49,9 @@ WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
 CUT_PAGES = 1000
 """After so many that went, others have their turn."""
+RESERVE_SHARE = 1 / 32
+RESERVE_BYTES_MIN, RESERVE_BYTES_MAX = 16 << 20, 16 << 30
+"""Of what the namespace has and the store has left: for logs, and for what others write until the next look."""
 NOBODY = -1
 """The writer of a segment that was dead from the beginning."""
 _NAME = re.compile("[0-9a-f]{8}")
@@ -56,9 +63,9 @@ class SpaceConfig:
     """How much a namespace may hold."""
 
     capacity_bytes: int
-    """Of segments on disk, dead pages too. Never exceeded."""
+    """Of segments on disk, dead pages too. Never exceeded, and not reached on a store that has not so much left."""
     live_share: float = 0.9
-    """Of the capacity, for live pages; the rest is for what is dead and not yet given back. In (0, 1)."""
+    """Of the limit, for live pages; the rest is for what is dead and not yet given back. In (0, 1)."""
     cold_share: float = 0.05
     """Of the pages, those that were not used for longest: a compaction lets them go, since they would be next anyway.
     More of them make writes fewer and the order less like LRU. In [0, 1)."""
@@ -120,6 +127,8 @@ class Space:
         """Tenant -> what it was promised, and has not committed or given up."""
         self.patient: set[int] = set()
         """Tenants whose pages wait for the one before them as long as pages stay: an engine puts it later."""
+        self.limit_bytes = config.capacity_bytes
+        """What there is room for of the capacity. Below what the segments take already, until enough of them went."""
         self._spare: _Spare | None = None
         self._making: dict[int, asyncio.Task[bool]] = {}
         """Number -> the file that is being made. It is not removed before, or it would come afterwards."""
@@ -152,7 +161,15 @@ class Space:
     def live_bytes_max(self, page_bytes: int) -> int:
         """Live pages beyond it are evicted, for a page of that size: some segments are being filled or compacted."""
         working = WORKING_SEGMENTS * self._index.segments.size_for(page_bytes)
-        return min(int(self.config.capacity_bytes * self.config.live_share), self.config.capacity_bytes - working)
+        return min(int(self.limit_bytes * self.config.live_share), self.limit_bytes - working)
+
+    def heed(self, free_bytes: int, sharers: int) -> None:
+        """So much the store has left, for so many namespaces that each ask for the rest of their capacity."""
+        held_bytes = self._index.segments.disk_bytes
+        reserve_bytes = int((held_bytes + free_bytes) * RESERVE_SHARE)
+        reserve_bytes = min(max(reserve_bytes, RESERVE_BYTES_MIN), RESERVE_BYTES_MAX)
+        room_bytes = held_bytes + (free_bytes - reserve_bytes) // sharers
+        self.limit_bytes = max(min(self.config.capacity_bytes, room_bytes), 0)
 
     # --- eviction --------------------------------------------------------------------------------------------------
 
@@ -205,6 +222,14 @@ class Space:
             if cause:
                 self.departed.note(table.keys[slot], cause)
             self._wal.note(Evicted(table.tenant[slot], table.keys[slot]))
+
+    def evict_above_limit(self, count_max: int) -> None:
+        """Evict what the store has no room for any more: at most so many."""
+        table, limit = self._index.table, self.live_bytes_max(0)
+        while count_max > 0 and table.live_bytes + self._promised_bytes > limit:
+            if not self._evict_coldest(self.every_tenant):
+                return
+            count_max -= 1
 
     def expire(self, count_max: int) -> int:
         """Evict what was not used for its time, what is above a quota that was lowered, and orphans: at most so many.
@@ -297,7 +322,8 @@ class Space:
     async def new_segment(self, writer: int, payload_bytes: int) -> Segment | None:
         """An open segment for a writer. None: there is no room for one now."""
         size_bytes = self._index.segments.size_for(payload_bytes)
-        if not await self._make_disk_room(size_bytes):
+        # And one more, which compaction needs to give any back.
+        if not await self._make_disk_room(size_bytes, self.limit_bytes - size_bytes):
             return None
         segment = await self.add_segment(writer, size_bytes)
         if self._spare is None and not self._wal.is_lost:
@@ -373,17 +399,20 @@ class Space:
         if (segment := self._index.segments.of_writer(writer)) is not None:
             self.seal(segment)
 
-    async def _make_disk_room(self, size_bytes: int) -> bool:
+    async def shrink(self) -> None:
+        """Give back what segments take above the limit, as far as leases allow."""
+        await self._make_disk_room(0, self.limit_bytes)
+
+    async def _make_disk_room(self, size_bytes: int, limit_bytes: int) -> bool:
         segments = self._index.segments
-        capacity = self.config.capacity_bytes - size_bytes  # One more, which compaction needs to give any back.
-        while segments.promised_bytes + size_bytes > capacity:
+        while (lacking := segments.promised_bytes + size_bytes - limit_bytes) > 0:
             if await self.collect():
                 continue
             if (idle := segments.idle()) is not None:
                 self.seal(idle)
                 continue
             # What leases still hold comes back by itself: to move more pages would take room, not give it.
-            if segments.leaving_bytes >= size_bytes or not await self.compaction.compact_one():
+            if segments.leaving_bytes >= max(size_bytes, lacking) or not await self.compaction.compact_one():
                 return False
         return True
 

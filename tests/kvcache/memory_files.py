@@ -15,6 +15,8 @@ class MemoryFiles:
 
     def __init__(self, runtime: Runtime) -> None:
         self.files: dict[str, bytearray] = {}
+        self.left_bytes = 1 << 40
+        """What others leave of this memory."""
         self.fails: Callable[[str, str], EmberError | None] = lambda operation, path: None
         self._runtime = runtime
 
@@ -78,6 +80,10 @@ class MemoryFiles:
         if path not in self.files:
             raise NotFound("no such file", path)
         self.files[path][offset : offset + len(data)] = data
+
+    async def free_bytes(self) -> int:
+        await self._step("free_bytes", "")
+        return self.left_bytes - sum(len(data.rstrip(b"\0")) for data in self.files.values())
 
 
 class MemoryLog:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from emberfs.client.aio import AsyncClient
 from emberfs.client.core import Core
 from emberfs.client.handle import AsyncFile
+from emberfs.cluster.space import space_of
 from emberfs.errors import DeadlineExceeded, EmberError, NotFound, Unavailable
 from emberfs.testing.sim.cluster import RESTART_S, SimClient, SimCluster
 from emberfs.testing.sim.process import SimProcess
@@ -71,17 +72,20 @@ class _Attachment:
 
     url = "ember://simulated:1"
 
-    def __init__(self, process: SimProcess, core: Core) -> None:
+    def __init__(self, client: SimClient) -> None:
         self.store = self.portal = self
         self.closed = self.forked = False
-        self._process, self._core = process, core
-        process.on_death(self._die)
+        self._process, self._core, self._routes = client.process, client.core, client.routes
+        client.process.on_death(self._die)
 
     def _die(self) -> None:
         self.forked = True  # The files that it had open are nobody's: there is nothing to give up, nor to warn of.
 
     def live(self) -> Core:
         return self._core
+
+    async def space(self) -> dict[str, int]:
+        return space_of(await self._routes.status())
 
     async def run_async(self, call: Coroutine[Any, Any, T], *, mutates: bool = False) -> T:
         """As the portal does it: what has begun goes on to its end, whoever is tired of waiting."""
@@ -98,7 +102,7 @@ class _Attachment:
 def door(client: SimClient) -> AsyncClient:
     """The awaitable door of a client process to the store."""
     opened = AsyncClient.__new__(AsyncClient)
-    opened._attachment = _Attachment(client.process, client.core)  # type: ignore[assignment]
+    opened._attachment = _Attachment(client)  # type: ignore[assignment]
     return opened
 
 

@@ -1,0 +1,207 @@
+"""A store that others fill: the cache gives way before it is full, and takes the room again that they leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import emberfs
+import msgspec
+import pytest
+from emberfs.disk import LocalDisk
+from emberfs.errors import EmberError, Unavailable
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime, Runtime
+from emberfs.testing.sim.loop import SimRuntime
+from emberkv import Namespace, pool, pools
+from emberkv.counts import ServiceCounts
+from emberkv.files import StoreFiles
+from emberkv.keys import ROOT
+from emberkv.pool import Pool
+from emberkv.pools import LOOK_S, Pools
+from emberkv.puts import REFUSED, STORED
+from emberkv.space import RESERVE_BYTES_MIN
+
+from tests.kvcache.test_pool import MIB, NAMESPACE, TENANT, Bench, chain, run
+
+SETTLED_S = 2 * LOOK_S + 2
+"""After so long what the store has left is known, and has been acted upon."""
+
+
+class Lab(Bench):
+    """Namespaces that share a store."""
+
+    def __init__(self, runtime: Runtime, *, capacity_bytes: int, files: Any = None) -> None:
+        super().__init__(runtime, capacity_bytes=capacity_bytes, files=files)
+        self.pools = Pools(
+            self.files, runtime, root="/kv", config=self.config, namespaces_max=4, counts=ServiceCounts(), events=None,
+            address="here",
+        )  # fmt: skip
+
+    async def serve(self, namespace: Namespace = NAMESPACE) -> Pool:
+        pool = await self.pools.get(namespace)
+        assert pool.tenant("tenant") == TENANT
+        return pool
+
+    async def put_large(self, pool: Pool, prompt: int) -> list[int]:
+        """Four pages of nearly a MiB together."""
+        keys = chain(prompt, 4)
+        number, states, places = await pool.reserve(1, TENANT, 0, keys, [ROOT, *keys[:-1]], [MIB // 4 - 4096] * 4)
+        pool.commit(number, 1, await self.write(pool, number, places, keys))
+        await pool.flush()
+        return states
+
+
+def test_the_coldest_go_while_others_fill_the_store_and_it_grows_again() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=64 * MIB)
+        lab.files.left_bytes = 100 * MIB
+        pool = await lab.serve()
+        assert pool.space.limit_bytes == 64 * MIB
+        for prompt in range(100):
+            assert await lab.put(pool, chain(prompt, 20)) == [STORED] * 20
+            await runtime.sleep(0.01)
+        before = pool.index.segments.disk_bytes
+        assert pool.space.counts.evicted_pages == 0 and before > 16 * MIB
+        lab.files.left_bytes = before // 2 + RESERVE_BYTES_MIN
+        await runtime.sleep(SETTLED_S)
+        limit = pool.space.limit_bytes
+        assert before // 2 - MIB < limit <= before // 2
+        assert pool.index.segments.promised_bytes <= limit and await lab.files.free_bytes() >= RESERVE_BYTES_MIN - MIB
+        there = [await lab.readable(pool, chain(prompt, 20)) for prompt in range(100)]
+        gone = there.count(0)
+        assert 40 < gone < 75 and there[:gone] == [0] * gone and there[gone + 1 :] == [20] * (99 - gone)
+        for prompt in range(100, 120):
+            assert await lab.put(pool, chain(prompt, 20)) == [STORED] * 20
+            assert pool.index.segments.promised_bytes <= limit
+        await runtime.sleep(SETTLED_S)
+        assert abs(pool.space.limit_bytes - limit) < MIB, "what it puts and evicts itself changes nothing"
+        assert await lab.readable(pool, chain(119, 20)) == 20
+        lab.files.left_bytes = 100 * MIB
+        await runtime.sleep(SETTLED_S)
+        assert pool.space.limit_bytes == 64 * MIB
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_what_is_warm_between_the_cold_is_moved_together() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=64 * MIB)
+        pool = await lab.serve()
+        for prompt in range(100):
+            await lab.put(pool, chain(prompt, 20))
+        for prompt in range(0, 100, 4):
+            assert await lab.readable(pool, chain(prompt, 20)) == 20
+        pool.space.end_segment(1)
+        taken = await lab.files.free_bytes() - RESERVE_BYTES_MIN
+        lab.files.left_bytes -= taken + pool.index.segments.disk_bytes * 6 // 10
+        await runtime.sleep(SETTLED_S)
+        assert pool.index.segments.promised_bytes <= pool.space.limit_bytes < 8 * MIB
+        assert [await lab.readable(pool, chain(prompt, 20)) for prompt in range(0, 100, 4)] == [20] * 25
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_what_is_leased_stays_until_the_lease_ends() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=64 * MIB)
+        pool = await lab.serve()
+        for prompt in range(10):
+            await lab.put(pool, chain(prompt, 20))
+        for prompt in range(10):
+            assert pool.match(TENANT, b"".join(chain(prompt, 20)), 60.0)[2]
+        lab.files.left_bytes = 0
+        await runtime.sleep(40)
+        assert [await lab.readable(pool, chain(prompt, 20)) for prompt in range(10)] == [20] * 10
+        assert set(await lab.put(pool, chain(99, 3))) == {REFUSED}
+        await runtime.sleep(30 + SETTLED_S)
+        assert pool.table.count == 0
+        assert not [path for path in lab.files.files if "/segments/" in path]
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_namespaces_share_what_is_left() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=64 * MIB)
+        lab.files.left_bytes = 48 * MIB
+        names = ("one", "two")
+        one, two = [await lab.serve(msgspec.structs.replace(NAMESPACE, model=name)) for name in names]
+        for prompt in range(200):
+            for each in (one, two):
+                assert await lab.put(each, chain(prompt, 20)) == [STORED] * 20
+            assert await lab.files.free_bytes() > 0
+        assert one.space.counts.evicted_pages > 0 < two.space.counts.evicted_pages
+        await runtime.sleep(SETTLED_S)
+        held = [each.index.segments.disk_bytes for each in (one, two)]
+        assert sum(held) > 24 * MIB and min(held) > 8 * MIB
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_a_store_that_does_not_say_what_it_has_left_changes_nothing() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=64 * MIB)
+        lab.files.left_bytes = 56 * MIB
+
+        def away(operation: str, path: str) -> EmberError | None:
+            return Unavailable("no") if operation == "free_bytes" else None
+
+        lab.files.fails = away
+        pool = await lab.serve()
+        assert pool.space.limit_bytes == 64 * MIB
+        lab.files.fails = lambda operation, path: None
+        await runtime.sleep(SETTLED_S)
+        assert 38 * MIB < pool.space.limit_bytes < 40 * MIB
+        lab.files.fails, lab.files.left_bytes = away, 0
+        await runtime.sleep(SETTLED_S)
+        assert 38 * MIB < pool.space.limit_bytes < 40 * MIB
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_a_capacity_that_the_disk_does_not_have_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store of a machine whose disk has a fifth of the capacity. Something else takes half of it later."""
+    disk_bytes = 96 * MIB
+
+    def free_bytes(disk: LocalDisk) -> int:
+        return disk_bytes - sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())
+
+    monkeypatch.setattr(LocalDisk, "free_bytes", free_bytes)
+    monkeypatch.setattr(pools, "LOOK_S", 0.05)
+    monkeypatch.setattr(pool, "UPKEEP_S", 0.05)
+
+    async def work(runtime: AsyncioRuntime) -> None:
+        await runtime.enter_loop()
+        client = emberfs.connect_async(f"ember://{tmp_path}/store", reserve_bytes=0)
+        try:
+            lab = Lab(runtime, capacity_bytes=512 * MIB, files=StoreFiles(client))
+            served = await lab.serve()
+            for prompt in range(130):
+                assert await lab.put_large(served, prompt) == [STORED] * 4
+            there = [await lab.readable(served, chain(prompt, 4)) for prompt in range(130)]
+            assert there[-40:] == [4] * 40 and there[0] == 0
+            for number in range(48):
+                await client.put(f"/{number}", bytes(MIB), chunk_size_bytes=MIB)
+                while await lab.files.free_bytes() < 8 * MIB:
+                    await runtime.sleep(0.02)
+            for prompt in range(130, 160):
+                assert await lab.put_large(served, prompt) == [STORED] * 4
+            assert await lab.readable(served, chain(159, 4)) == 4
+            assert served.index.segments.disk_bytes < 48 * MIB and not served.failure
+            await lab.pools.close()
+        finally:
+            await client.close()
+
+    runtime = AsyncioRuntime("test")
+    try:
+        Portal(runtime).run(work(runtime))
+    finally:
+        runtime.stop()
