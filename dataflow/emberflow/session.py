@@ -258,10 +258,10 @@ class Session:
         """A query over one partition of its inputs at a time: `{0}`, `{1}` are the frames, or names are `tables`.
 
         Partitions are those of `DataFrame.repartition` and `random_shuffle`. Functions, `partial_sql`, filters and
-        selects keep them, and so does `compute`; other SQL may or may not. Of several frames the partitions with the
-        same number meet; each has as many, or one, which all the others see whole. A frame that has none is taken as
-        tasks are given its rows, alone or beside frames of one partition. Anything else raises `InvalidArgument` when
-        the frame is planned. Every other brace in the text stays as it is.
+        selects keep them, and so do `compute`, groups by their keys, and a join with a frame of one. Of several frames
+        the partitions with the same number meet; each has as many, or one, which all the others see whole. A frame that
+        has none is taken as tasks are given its rows, alone or beside frames of one partition. Anything else raises
+        `InvalidArgument` when the frame is planned. Every other brace in the text stays as it is.
         """
         from .plan.frames import PartialSql, input_name
 
