@@ -255,12 +255,13 @@ class DataFrame:
         return DataFrame(self.session, Repartition(self.frame, npartitions, "rows" if by_rows else "files"))
 
     def random_shuffle(self, *, partitions: int | None = None, seed: int = 0) -> DataFrame:
-        """All rows in an order that the seed decides, in as many partitions as they were, or in 8. Seeds count modulo
-        2**64."""
-        from .plan.frames import Repartition, partitions_of
+        """All rows in an order that the seed decides, in as many partitions as they were, or in 8 if that is not known.
+        Seeds count modulo 2**64."""
+        from .plan.frames import Shuffle
 
-        count = partitions or partitions_of(self.frame) or 8
-        return DataFrame(self.session, Repartition(self.frame, count, "random", seed=seed % 2**64))
+        if partitions is not None and partitions < 1:
+            raise InvalidArgument(f"random_shuffle() takes at least 1 partition, not {partitions}")
+        return DataFrame(self.session, Shuffle(self.frame, partitions, seed % 2**64))
 
     def partial_sort(self, by: str | Sequence[str]) -> DataFrame:
         """The rows of each partition in order."""

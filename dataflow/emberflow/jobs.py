@@ -35,7 +35,7 @@ from .plan.conditions import Condition
 from .plan.explain import explained
 from .plan.filescans import File, ResolvedScan
 from .plan.footers import Footers
-from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition
+from .plan.frames import Apply, Computed, Frame, PartialSql, Repartition, Shuffle
 from .plan.nodes import Column
 from .plan.pipes import Program
 from .plan.planner import Planner
@@ -121,7 +121,7 @@ class Jobs:
 
     def size_bytes(self, frame: Frame) -> int:
         """The bytes of all files that a frame reads, as they are on disk."""
-        if isinstance(frame, Repartition | Apply):
+        if isinstance(frame, Repartition | Shuffle | Apply):
             return self.size_bytes(frame.child)
         if isinstance(frame, PartialSql):
             return sum(self.size_bytes(child) for child in frame.inputs.values())
@@ -459,7 +459,7 @@ def _text_of(frame: Frame) -> str:
     """The SQL of a frame, as far as it has any."""
     if isinstance(frame, Query | PartialSql):
         return frame.text
-    return _text_of(frame.child) if isinstance(frame, Repartition | Apply) else ""
+    return _text_of(frame.child) if isinstance(frame, Repartition | Shuffle | Apply) else ""
 
 
 def _name_of(frame: Frame) -> str:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args
 
@@ -121,8 +121,8 @@ class Session:
 
     def __init__(self, config: SessionConfig | None = None) -> None:
         self.config = config or SessionConfig()
-        self.spill = _own_directory(self.config.temp_directory)
-        self._remove_spill = weakref.finalize(self, shutil.rmtree, self.spill, ignore_errors=True)
+        self._directory: _Directory | None = _Directory(self.config.temp_directory)
+        self.spill = self._directory.path
         self.copies = Copies(self.spill, self._copies_bytes)
         self.engine = Engine(
             EngineConfig(
@@ -258,10 +258,10 @@ class Session:
         """A query over one partition of its inputs at a time: `{0}`, `{1}` are the frames, or names are `tables`.
 
         Partitions are those of `DataFrame.repartition` and `random_shuffle`. Functions, `partial_sql`, filters and
-        selects keep them, and so does `compute`; other SQL may or may not. Of several frames the partitions with the
-        same number meet; each has as many, or one, which all the others see whole. A frame that has none is taken as
-        tasks are given its rows, alone or beside frames of one partition. Anything else raises `InvalidArgument` when
-        the frame is planned. Every other brace in the text stays as it is.
+        selects keep them, and so do `compute`, groups by their keys, and a join with a frame of one. Of several frames
+        the partitions with the same number meet; each has as many, or one, which all the others see whole. A frame that
+        has none is taken as tasks are given its rows, alone or beside frames of one partition. Anything else raises
+        `InvalidArgument` when the frame is planned. Every other brace in the text stays as it is.
         """
         from .plan.frames import PartialSql, input_name
 
@@ -283,12 +283,13 @@ class Session:
 
     def close(self) -> None:
         """Cancels the jobs that run and ends the session, its workers and its temporary files; frames made from it can
-        no longer run. From any thread; closing twice is allowed."""
+        no longer run. A reader that was begun may be read to its end; what files it needs stay till then. From any
+        thread; closing twice is allowed."""
         if self._jobs is not None:
             self._jobs.close()
         self.engine.close()
         self.copies.close()
-        self._remove_spill()
+        self._directory = None
 
     shutdown = close
 
@@ -371,7 +372,7 @@ class Session:
         Rows of frames that only a job can make are made first. Raises `ExchangeCorrupt` for rows that were made and
         are damaged."""
         readers: list[ExchangeReader] = []
-        with self.engine.running(query.text, query.params.values()) as cursor:
+        with nullcontext(self._directory), self.engine.running(query.text, query.params.values()) as cursor:
             for name, table in query.tables.items():
                 if isinstance(table, pa.Table):
                     cursor.register(name, table)
@@ -407,14 +408,18 @@ def _words(query: str) -> set[str]:
     return words
 
 
-def _own_directory(parent: str | None) -> str:
-    """A directory that goes with the session, in `parent` or the system's own."""
-    try:
-        if parent is not None:
-            os.makedirs(parent, exist_ok=True)
-        return tempfile.mkdtemp(prefix="emberflow-", dir=parent)
-    except OSError as error:
-        raise InvalidArgument(f"the session has no place for temporary files: {error}") from error
+class _Directory:
+    """A local directory in `parent`, or the system's own, that goes when nothing refers to this any more: neither the
+    session, which has been closed, nor a query that is still drawn from."""
+
+    def __init__(self, parent: str | None) -> None:
+        try:
+            if parent is not None:
+                os.makedirs(parent, exist_ok=True)
+            self.path = tempfile.mkdtemp(prefix="emberflow-", dir=parent)
+        except OSError as error:
+            raise InvalidArgument(f"the session has no place for temporary files: {error}") from error
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _struct(schema: Mapping[str, str]) -> str:

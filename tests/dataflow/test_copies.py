@@ -289,6 +289,21 @@ def test_a_copy_lasts_as_long_as_the_query_that_reads_it(session: emberflow.Sess
     assert first.num_rows + sum(batch.num_rows for batch in batches) == 400_000
 
 
+def test_a_session_that_is_closed_leaves_copies_to_the_query_that_reads_them(
+    session: emberflow.Session, store: str
+) -> None:
+    for part in range(20):  # More than DuckDB opens at once.
+        put(f"{store}/{part:02}.parquet", part * ROWS)
+    frame = session.read_parquet(store)
+    frame.to_arrow(), frame.to_arrow()
+    assert session.copies.size_bytes > 0
+    drawn = frame.to_batches(batch_rows=1000)
+    first = next(drawn).num_rows
+    session.close()
+    assert first + sum(batch.num_rows for batch in drawn) == 20 * ROWS
+    assert not os.path.exists(session.spill)
+
+
 def test_several_threads_read_copies_while_files_are_replaced(session: emberflow.Session, store: str) -> None:
     for number in range(4):
         put(f"{store}/d/{number}.parquet", 0, 1_000)

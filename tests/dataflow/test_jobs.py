@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,49 @@ def test_a_schema_says_what_a_function_makes(rows: emberflow.DataFrame) -> None:
     assert typed.count() == 1000
 
 
-def test_what_a_function_gets_wrong_is_said_with_its_row(rows: emberflow.DataFrame) -> None:
-    def fails(row: dict[str, Any]) -> dict[str, Any]:
-        return {"k": 1 // (row["k"] - 7)}
+def _fails(row: dict[str, Any]) -> dict[str, Any]:
+    return {"k": 1 // (row["k"] - 7)}
 
-    with pytest.raises(emberflow.UserCodeError, match=r"fails.*ZeroDivisionError") as caught:
-        rows.map(fails).take_all()
-    assert "'k': 7" in str(caught.value)
-    assert not kinds(rows.session, "retry")
+
+def _same(row: dict[str, Any]) -> dict[str, Any]:
+    return row
+
+
+FAILING: dict[str, Callable[[emberflow.DataFrame], emberflow.DataFrame]] = {
+    "no schema": lambda f: f.map(_fails),
+    "schema": lambda f: f.map(_fails, schema={"k": "BIGINT"}),
+    "rows kept": lambda f: f.filter(lambda row: bool(_fails(row))),
+    "many rows": lambda f: f.flat_map(lambda row: [_fails(row)], schema={"k": "BIGINT"}),
+    "sql after it": lambda f: f.map(_fails, schema={"k": "BIGINT"}).select("k + 1 as k"),
+    "functions around it": lambda f: (
+        f.map(_same).map(_fails, schema={"k": "BIGINT"}).map(_same, schema={"k": "BIGINT"})
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FAILING)
+def test_what_a_function_gets_wrong_is_said_with_its_row(rows: emberflow.DataFrame, how: str, tmp_path: Path) -> None:
+    frame = FAILING[how](rows)
+    for run in (frame.take_all, lambda: frame.write_parquet(f"{tmp_path}/failed")):
+        with pytest.raises(emberflow.UserCodeError, match=r"failed.*ZeroDivisionError") as caught:
+            run()
+        assert "'k': 7" in str(caught.value)
+        assert "in _fails" in str(caught.value)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert not kinds(rows.session, "retry")
+
+
+def test_what_a_function_gives_that_its_schema_forbids_is_said_as_such(rows: emberflow.DataFrame) -> None:
+    with pytest.raises(emberflow.UserCodeError, match="where the schema says INTEGER"):
+        rows.map(lambda row: {"k": row["s"]}, schema={"k": "INTEGER"}).take_all()
+    with pytest.raises(emberflow.UserCodeError, match=r"map_batches function .* ZeroDivisionError"):
+        rows.map_batches(lambda table: 1 // 0, schema={"k": "BIGINT"}).take_all()
+
+
+def test_an_error_of_duckdbs_below_a_function_stays_one(rows: emberflow.DataFrame) -> None:
+    with pytest.raises(emberflow.QueryError, match="Could not convert") as caught:
+        rows.select("cast(s as integer) i").map(_same, schema={"i": "INTEGER"}).take_all()
+    assert "Python exception" not in str(caught.value)
 
 
 def test_bad_sql_is_duckdbs_own_error(rows: emberflow.DataFrame) -> None:

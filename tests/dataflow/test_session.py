@@ -176,6 +176,21 @@ def test_temporary_files_go_with_the_session(tmp_path: Path) -> None:
         emberflow.init(temp_directory="/dev/null/nowhere")
 
 
+def test_a_reader_that_was_begun_is_read_to_its_end_when_the_session_is_closed(tmp_path: Path) -> None:
+    mine = tmp_path / "spill"
+    session = emberflow.init(executor="inline", threads=1, temp_directory=str(mine))
+    # More than is read ahead.
+    rows = session.sql("select range n, md5(range::varchar) t from range(1_000_000)").repartition(4, hash_by="n")
+    readers = [frame.to_batches(batch_rows=1000) for frame in (rows, rows.select("t"), session.sql("from range(100)"))]
+    drawn = [next(reader).num_rows for reader in readers]
+    session.close()
+    drawn = [count + sum(batch.num_rows for batch in reader) for count, reader in zip(drawn, readers, strict=True)]
+    assert drawn == [1_000_000, 1_000_000, 100]
+    assert list(mine.iterdir()) == []
+    with pytest.raises(emberflow.SessionClosed):
+        rows.to_batches()
+
+
 # ---- columns
 
 

@@ -157,6 +157,8 @@ class Attempt:
         self.columns: tuple[Column, ...] = task.columns or ()
         self.rows_out = 0
         self._readers: list[ExchangeReader] = []
+        self._failure: Exception | None = None
+        """What a function's rows ended with."""
         self._cursors: list[Any] = []
         self._spill = SpillWatch()
 
@@ -197,16 +199,17 @@ class Attempt:
         """Raises what was the matter, where DuckDB only tells what it was told."""
         if self.interrupted:
             raise CallCancelled(f"{self.task.name} was cancelled") from None
-        for reader in self._readers:
-            if reader.failure is not None and reader.failure is not error:
-                raise reader.failure from None
-        if isinstance(error, AssertionError):
+        failures = [*(reader.failure for reader in self._readers), self._failure]
+        cause = next((failure for failure in failures if failure is not None), error)
+        if isinstance(cause, AssertionError):
             # The user's functions raise `UserCodeError`, whatever was raised in them.
             raise FlowError(
                 f"a bug in emberflow, not in your query: an assertion failed in {self.task.name}"
-                + (f": {error}" if str(error) else "")
+                + (f": {cause}" if str(cause) else "")
                 + "\nPlease report it with the lines that follow."
-            ) from error
+            ) from cause
+        if cause is not error:
+            raise cause from cause.__cause__
 
     # ---- rows through the segments
 
@@ -218,12 +221,21 @@ class Attempt:
                 previous = self._sql(step, previous, stack, is_last=is_last)
                 continue
             assert previous is not None
-            previous = apply(step, previous[1], previous[0], interrupted=lambda: self.interrupted)
+            schema, batches = apply(step, previous[1], previous[0], interrupted=lambda: self.interrupted)
+            previous = schema, self._noted(batches)
             if is_last:
                 # DuckDB says what the types are, and gives them the form in which they travel or are written.
                 previous = self._sql(_EVERYTHING, previous, stack, is_last=True)
         assert previous is not None
         return previous
+
+    def _noted(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """A function's rows. DuckDB, which draws them, makes text of an error in them; the first one is kept."""
+        try:
+            yield from batches
+        except Exception as error:
+            self._failure = self._failure or error
+            raise
 
     def _sql(self, step: RunSql, previous: Stream | None, stack: ExitStack, *, is_last: bool) -> Stream:
         to_files = is_last and isinstance(self.task.sink, FileSink)

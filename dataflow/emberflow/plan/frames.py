@@ -1,9 +1,8 @@
 """What a DataFrame is made of: SQL over sources, and the operators that SQL has no word for.
 
-A frame is a value, and lazy: making one only says what would be done. Rows of a SQL frame are in no known partitions,
-unless its plan keeps those of the one frame below it that has some; the others say how theirs are.
+A frame is a value, and lazy: making one only says what would be done.
 
-Does not know: how any of it runs.
+Does not know: how any of it runs, or in how many partitions its rows are (`partitions.py`).
 """
 
 from __future__ import annotations
@@ -25,14 +24,23 @@ class Repartition:
 
     `keys` are SQL expressions over it: whose hash, or whose value, says which.
 
-    "files" keeps files whole where the child is files; "rows" deals rows out evenly; "random" at random, by `seed`.
+    "files" keeps files whole where the child is files; "rows" deals rows out evenly.
     """
 
     child: Frame
     partitions: int
-    by: Literal["files", "rows", "hash", "value", "random"]
+    by: Literal["files", "rows", "hash", "value"]
     keys: tuple[str, ...] = ()
-    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Shuffle:
+    """The child's rows dealt out at random, and in an order, that the seed decides."""
+
+    child: Frame
+    partitions: int | None
+    """None: as many as the child's, or a number of ours where those are not known."""
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -66,18 +74,7 @@ class Computed:
     """As the user named them."""
     outputs: tuple[Output, ...]
     partitions: int | None = None
-    """In how many partitions they are, if the user asked for them: those of the exchange, or an output each."""
+    """In how many partitions they are, if the plan said so: those of the exchange, or an output each."""
 
 
-Frame: TypeAlias = Query | Repartition | PartialSql | Apply | Computed
-
-
-def partitions_of(frame: Frame) -> int | None:
-    """How many partitions a frame has, if its operators say it."""
-    if isinstance(frame, Repartition):
-        return frame.partitions
-    if isinstance(frame, Apply):
-        return partitions_of(frame.child)
-    if isinstance(frame, PartialSql):
-        return max((partitions_of(child) or 0 for child in frame.inputs.values()), default=0) or None
-    return None
+Frame: TypeAlias = Query | Repartition | Shuffle | PartialSql | Apply | Computed

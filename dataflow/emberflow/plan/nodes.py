@@ -85,6 +85,8 @@ class Fixed:
     sql: str
     columns: tuple[Column, ...]
     volatile: bool = False
+    is_empty: bool = False
+    """DuckDB found that there are no rows, and left out what there was to read."""
 
     @property
     def children(self) -> tuple[Node, ...]:
@@ -233,6 +235,15 @@ class Join:
     @property
     def children(self) -> tuple[Node, ...]:
         return (self.left, self.right)
+
+    @property
+    def may_see_right_whole(self) -> bool:
+        """Whether parts of the left side may each be joined with all of the right one."""
+        return self.kind in ("inner", "left", "semi", "anti", "mark")
+
+    @property
+    def may_see_left_whole(self) -> bool:
+        return self.kind in ("inner", "right", "right_semi", "right_anti")
 
 
 @dataclass(frozen=True, slots=True)

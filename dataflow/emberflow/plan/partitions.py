@@ -11,11 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import duckdb
+
 from ..errors import InvalidArgument
 from ..partitioned import PartitionKeys, may_last
 from .frames import Repartition, input_name
-from .nodes import Aggregate, Column, Condition, Expr, Join, Project
+from .nodes import Aggregate, Column, Condition, Expr, Join, Limit, Node, Project, Window
 from .pipes import PREVIOUS, ExchangeFeed, Feed, FileFeed, Pipe, TextSegment
+
+# Of two columns that a join has made equal DuckDB 2.0 reads the left one, and 1.4 the one that was named.
+_READS_THE_LEFT = not duckdb.__version__.startswith("1.")
 
 
 def kept_whole(pipe: Pipe) -> Pipe:
@@ -103,10 +108,39 @@ def seen_whole(pipe: Pipe) -> Pipe:
 
 
 def partitions_of(pipes: Sequence[Pipe]) -> int | None:
-    """In how many partitions the rows of pipes are, if that is known before anything runs."""
-    if len(pipes) != 1:
-        return None
-    return 1 if pipes[0].drive is None else pipes[0].partitions
+    """In how many partitions the rows of pipes are, if the plan says so, whatever the sizes of what they read."""
+    return pipes[0].partitions if len(pipes) == 1 else None
+
+
+def of_join(node: Join, left: int | None, right: int | None) -> int | None:
+    """In how many partitions a join's rows are, by those of its sides: as many as one side's, if the other is one
+    partition, which all of them see whole. Of two that have several, or of one that has none that are known, nobody can
+    say whose tasks there will be, for that is a matter of sizes."""
+    if right == 1 and (left == 1 or node.may_see_right_whole):
+        return left
+    return right if left == 1 and node.may_see_left_whole else None
+
+
+def of_right(node: Join, columns: Sequence[int]) -> tuple[int, ...]:
+    """Where `columns` of a join's right side stand in its output, for those who read them there."""
+    if node.kind in ("right_semi", "right_anti"):
+        return tuple(columns)
+    read: dict[int | None, int] = {}
+    if node.kind == "inner" and _READS_THE_LEFT:
+        read = {c.right.position: p for c in node.conditions if is_key(c) and (p := c.left.position) is not None}
+    return tuple(read.get(c, len(node.left.columns) + c) for c in columns)
+
+
+def gathers(node: Node) -> bool:
+    """Whether an operator has all rows in one task, however many there are."""
+    if isinstance(node, Aggregate):
+        return not node.groups or not node.is_plain
+    return isinstance(node, Limit) or (isinstance(node, Window) and not common_keys(node))
+
+
+def common_keys(node: Window) -> list[Expr]:
+    """What all calls of a window partition by."""
+    return [key for key in node.calls[0].partition_by if all(key in call.partition_by for call in node.calls)]
 
 
 def met(counts: Mapping[str, int | None]) -> int | None:

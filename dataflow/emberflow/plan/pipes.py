@@ -120,8 +120,9 @@ class Pipe:
     ordered: bool = False
     """The tasks' outputs one after the other are in the order that was asked for."""
     partitions: int | None = None
-    """In how many partitions its rows are, one for each task, because the user asked for them; None: tasks are as
-    sizes and plans want them, and nobody may tell them apart. Of no meaning where nothing drives."""
+    """In how many partitions its rows are, one for each task, whatever the sizes of what is read: because the user
+    asked for them, or 1 where all rows always are in one task. None: tasks are as sizes want them, and nobody may tell
+    them apart."""
     pieces: Pieces | None = None
     """How a partition that is much larger than the others is aggregated; None: by one task, like all of them."""
 

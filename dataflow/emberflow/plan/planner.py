@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import duckdb
@@ -22,8 +24,8 @@ from ..query import Query, inlined, of_table
 from .binder import NotPlannable, bind
 from .doubt import doubt
 from .filescans import ResolvedScan
-from .frames import Apply, Computed, Frame, PartialSql, Repartition
-from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
+from .frames import Apply, Computed, Frame, PartialSql, Repartition, Shuffle
+from .nodes import Column, Expr, Fixed, Input, Node, Project, Scan, column, walk
 from .partitions import file_positions, lasting_keys, met, of_files, partitions_of, seen_whole, shuffled, value
 from .pipes import (
     PREVIOUS,
@@ -50,6 +52,8 @@ from .stages import Builder, Pipes, StageConfig, feed_of
 
 # What a row takes, where nothing says how many there are.
 _ROW_BYTES = 64
+# Of a random shuffle, where nothing says how many.
+_SHUFFLED_PARTITIONS = 8
 
 
 class Catalog(Protocol):
@@ -114,6 +118,8 @@ class Planner:
             return self._query(frame)
         if isinstance(frame, Repartition):
             return self._repartition(frame)
+        if isinstance(frame, Shuffle):
+            return self._shuffle(frame)
         if isinstance(frame, PartialSql):
             return self._partial_sql(frame)
         if isinstance(frame, Apply):
@@ -173,13 +179,7 @@ class Planner:
             else:
                 frames[name] = self.known(source)
         try:
-            pipes, columns = self._planned(query, frames, tables)
-            parted = [name for name, (below, _) in frames.items() if (partitions_of(below) or 1) > 1]
-            if len(parted) > 1:
-                # Whose partitions are those of a join is a matter of sizes. One frame that has two names here, as it
-                # is and filtered, need not meet itself in the same partition either.
-                pipes = [replace(pipe, partitions=None) for pipe in pipes]
-            return pipes, columns
+            return self._planned(query, frames, tables)
         except NotPlannable as why:
             self.builder.notes.append(f"runs as one task: {why}")
             return self._as_one_task(query, frames, tables)
@@ -202,8 +202,14 @@ class Planner:
             else:
                 shadows[name] = self.catalog.columns_of(source)
                 rows[name] = source.num_rows
+        bound_as = partial(bind, text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
         try:
-            bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
+            bound = bound_as()
+            is_parted = any(partitions_of(pipes) not in (None, 1) for pipes, _ in frames.values())
+            if is_parted and any(isinstance(node, Fixed) and node.is_empty for node in walk(bound.plan)):
+                # Partitions without rows are partitions.
+                with suppress(NotPlannable, duckdb.Error):
+                    bound = bound_as(omits=False)
         except duckdb.Error as error:
             # It may have a meaning with the files themselves: of columns that only their readers have, of other names.
             raise NotPlannable(f"an expression over tables in place of files: {error}") from error
@@ -237,7 +243,7 @@ class Planner:
             feed = self.builder.new_feed()
             segment = SqlSegment(Input(feed, node.columns))
             if isinstance(source, pa.Table):
-                return [Pipe((segment,), {feed: feed_of(source, node)}, None, source.nbytes)]
+                return [Pipe((segment,), {feed: feed_of(source, node)}, None, source.nbytes, partitions=1)]
             share = len(node.columns) / max(1, len(source.columns))
             files = feed_of(source, node)
             return [Pipe((segment,), {feed: files}, feed, source.size_bytes * share, hashed=file_positions(files))]
@@ -282,8 +288,8 @@ class Planner:
         size = sum(feed.exchange.size_bytes for feed in feeds.values() if isinstance(feed, ExchangeFeed))
         size += sum(self.catalog.resolve(scan).size_bytes for scan in find(text)[1].values())
         reads = self._reads(text, [*frames, *tables])
-        pipe = Pipe((TextSegment(text, tuple(inputs), columns, reads),), feeds, None, size or 1, ordered=True)
-        return [pipe], columns
+        segment = TextSegment(text, tuple(inputs), columns, reads)
+        return [Pipe((segment,), feeds, None, size or 1, ordered=True, partitions=1)], columns
 
     def _reads(self, text: str, names: Sequence[str]) -> tuple[ResolvedScan, ...] | None:
         """The files that a text reads, if with them and its inputs `names` it gives the same rows each time."""
@@ -300,10 +306,15 @@ class Planner:
         pipes, columns = self.known(frame.child)
         if frame.by == "files" and (pipe := of_files(pipes, frame.partitions)) is not None:
             return [pipe], columns
-        how = Spread(frame.seed if frame.by == "random" else None)
-        exchange = self.builder.exchange(pipes, how, frame.partitions, label=f"repartition by {frame.by}", fixed=True)
-        pipe = self.builder.reading(exchange, "partition", partitions=frame.partitions)
-        return [shuffled(pipe, frame.seed) if frame.by == "random" else pipe], columns
+        label = f"repartition by {frame.by}"
+        exchange = self.builder.exchange(pipes, Spread(), frame.partitions, label=label, fixed=True)
+        return [self.builder.reading(exchange, "partition", partitions=frame.partitions)], columns
+
+    def _shuffle(self, frame: Shuffle) -> tuple[Pipes, tuple[Column, ...]]:
+        pipes, columns = self.known(frame.child)
+        count = frame.partitions or partitions_of(pipes) or _SHUFFLED_PARTITIONS
+        exchange = self.builder.exchange(pipes, Spread(frame.seed), count, label="repartition by random", fixed=True)
+        return [shuffled(self.builder.reading(exchange, "partition", partitions=count), frame.seed)], columns
 
     def _by_keys(self, frame: Repartition) -> tuple[Pipes, tuple[Column, ...]]:
         """By columns; or by expressions, which travel behind the columns and end there."""

@@ -38,7 +38,19 @@ from .nodes import (
     Window,
     column,
 )
-from .partitions import are_aligned, covers, grouped_by, is_key, kept_whole, moved
+from .partitions import (
+    are_aligned,
+    common_keys,
+    covers,
+    gathers,
+    grouped_by,
+    is_key,
+    kept_whole,
+    moved,
+    of_join,
+    of_right,
+    partitions_of,
+)
 from .pieces import of_distinct, of_partials, of_rows
 from .pipes import (
     ByExpression,
@@ -171,7 +183,7 @@ class Builder:
         if isinstance(node, Input):
             return scope[node.id](node)
         if isinstance(node, Fixed):
-            return [Pipe((SqlSegment(node),), {}, None, _ROW_BYTES)]
+            return [Pipe((SqlSegment(node),), {}, None, _ROW_BYTES, partitions=1)]
         if isinstance(node, Filter | Project | Unnest):
             return [self.row_by_row(node, pipe) for pipe in self.build(node.child, scope)]
         if isinstance(node, Shared):
@@ -191,7 +203,13 @@ class Builder:
         }[type(node)]
         if isinstance(node, Limit) and isinstance(node.child, Sort) and node.limit is not None:
             return self._top(node, node.child, self.build(node.child.child, scope))
-        return rule(node, self.build(node.children[0], scope))  # type: ignore[operator,no-any-return]
+        below = self.build(node.children[0], scope)
+        pipes: Pipes = rule(node, below)  # type: ignore[operator]
+        if is_one(pipes):
+            # They may be in one task only because they are few.
+            is_always = gathers(node) or partitions_of(below) == 1
+            pipes = [replace(pipes[0], partitions=1 if is_always else None)]
+        return pipes
 
     def row_by_row(self, node: Filter | Project | Unnest, pipe: Pipe) -> Pipe:
         tree = replace(node, child=pipe.tree)
@@ -275,7 +293,7 @@ class Builder:
         return [pipe.then(node, hashed=known)]
 
     def _window(self, node: Window, pipes: Pipes) -> Pipes:
-        common = [key for key in node.calls[0].partition_by if all(key in call.partition_by for call in node.calls)]
+        common = common_keys(node)
         if len(pipes) == 1 and (pipes[0].drive is None or (common and covers(common, pipes[0].hashed))):
             pipe = kept_whole(pipes[0])
             return [pipe.then(replace(node, child=pipe.tree), ordered=False)]
@@ -307,7 +325,7 @@ class Builder:
     def _sort(self, node: Sort, pipes: Pipes) -> Pipes:
         size = sum(pipe.size_bytes for pipe in pipes)
         small = size <= self.config.sort_in_one_bytes and self.config.partitions is None
-        if small or (len(pipes) == 1 and pipes[0].drive is None):
+        if small or is_one(pipes) or partitions_of(pipes) == 1:
             pipe = self.together(pipes, label="sort")
             return [pipe.then(replace(node, child=pipe.tree), ordered=True)]
         if any(not is_cheap(pipe) for pipe in pipes):
@@ -328,7 +346,7 @@ class Builder:
                 for pipe in pipes
             ]
         pipe = self.together(pipes, label="top")
-        return [pipe.then(replace(node, child=replace(sort, child=pipe.tree)), ordered=True)]
+        return [pipe.then(replace(node, child=replace(sort, child=pipe.tree)), ordered=True, partitions=1)]
 
     def _limit(self, node: Limit, pipes: Pipes) -> Pipes:
         ordered = len(pipes) == 1 and pipes[0].ordered
@@ -348,23 +366,36 @@ class Builder:
             left, right = kept_whole(lefts[0]), kept_whole(rights[0])
             known = left.hashed if node.kind in ("inner", "left", "semi", "anti") else ()
             return [self._joined(node, left, right, hashed=known)]
-        right_may = node.kind in ("inner", "left", "semi", "anti", "mark")
-        left_may = node.kind in ("inner", "right", "right_semi", "right_anti")
-        if is_one(lefts) and is_one(rights):
-            right = rights[0] if is_simple(rights[0]) else self._for_all(rights)
-            return [self._joined(node, lefts[0], right)]
+        count = of_join(node, partitions_of(lefts), partitions_of(rights))
+        if count == 1 or (is_one(lefts) and is_one(rights)):
+            right = rights[0] if is_one(rights) and is_simple(rights[0]) else self._for_all(rights)
+            return [self._joined(node, self.together(lefts), right, partitions=count)]
+        if count is not None:
+            return self._with_whole(node, lefts, rights, is_left=partitions_of(lefts) == 1, partitions=count)
         must = not equal or node.kind == "mark"
+        right_may, left_may = node.may_see_right_whole, node.may_see_left_whole
         if right_may and (
             right_bytes <= self.config.broadcast_bytes or (must and not (left_may and left_bytes < right_bytes))
         ):
-            right = self._for_all(rights)
-            return [self._joined(node, left, right, hashed=left.hashed) for left in lefts]
+            return self._with_whole(node, lefts, rights, is_left=False)
         if left_may and (must or left_bytes <= self.config.broadcast_bytes):
-            left = self._for_all(lefts)
-            return [self._joined(node, left, right, drive=right.drive) for right in rights]
+            return self._with_whole(node, lefts, rights, is_left=True)
         if must:
             return [self._joined(node, self.together(lefts), self._for_all(rights))]
         return self._co_partitioned(node, lefts, rights, left_bytes + right_bytes)
+
+    def _with_whole(
+        self, node: Join, lefts: Pipes, rights: Pipes, *, is_left: bool, partitions: int | None = None
+    ) -> Pipes:
+        """One side's tasks, each of which reads the other side whole, the left one if `is_left`."""
+        if not is_left:
+            right = self._for_all(rights)
+            return [self._joined(node, left, right, hashed=left.hashed, partitions=partitions) for left in lefts]
+        left = self._for_all(lefts)
+        return [
+            self._joined(node, left, right, hashed=of_right(node, right.hashed), partitions=partitions)
+            for right in rights
+        ]
 
     def _for_all(self, pipes: Pipes) -> Pipe:
         return self.reading(self.exchange(pipes, Whole(), label="broadcast"), "all")
@@ -400,12 +431,11 @@ class Builder:
         return self.exchange(pipes, ByExpression(expr), count, label="join")
 
     def _joined(
-        self, node: Join, left: Pipe, right: Pipe, *, hashed: tuple[int, ...] = (), drive: int | None = None
+        self, node: Join, left: Pipe, right: Pipe, *, hashed: tuple[int, ...] = (), partitions: int | None = None
     ) -> Pipe:
         tree = replace(node, left=left.tree, right=right.tree)
-        both = merge(left, right)
         size = max(left.size_bytes, right.size_bytes)
-        return both.then(tree, hashed=hashed, ordered=False, size_bytes=size, drive=drive or both.drive)
+        return merge(left, right).then(tree, hashed=hashed, ordered=False, size_bytes=size, partitions=partitions)
 
 
 def merge(first: Pipe, *others: Pipe) -> Pipe:
@@ -425,7 +455,7 @@ def merge(first: Pipe, *others: Pipe) -> Pipe:
         segments=segments,
         feeds=feeds,
         drive=driving.drive,
-        partitions=driving.partitions,
+        partitions=None,
         pieces=cut[0] if cut else None,
     )
 
