@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from . import fiemap
 from .runtime import Runtime
 from .stopwatch import current
 
@@ -26,6 +27,8 @@ Buffer = memoryview
 START_BYTES_MIN = 128 << 10
 """A write of so many bytes is begun at once: the disk is at it while the rest is copied, not from the sync on."""
 SYNC_FILE_RANGE_WRITE = 0x02
+_CANNOT_PUNCH = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENOSPC, errno.EDQUOT))
+"""A file system that does not know how, a filter that forbids it, or one so full that it cannot note it down."""
 
 ReadItem = tuple[int, Sequence[Buffer], int]
 """(file, destinations filled in order, offset in bytes)"""
@@ -51,6 +54,9 @@ class Disk(Protocol):
 
     def allocated_bytes(self, file: int) -> int:
         """What the file takes of the file system: less than its length where it has holes."""
+
+    def holes(self, file: int) -> list[tuple[int, int]]:
+        """[begin, end) of what takes no space, in order; none where the file system does not tell."""
 
     def free_bytes(self) -> int:
         """Bytes that can still be allocated on the file system."""
@@ -111,15 +117,19 @@ class LocalDisk:
 
     def punch(self, file: int, offset: int, length: int) -> bool:
         keep_size_and_punch = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-        if _libc.fallocate(file, keep_size_and_punch, offset, length) != 0:
+        while _libc.fallocate(file, keep_size_and_punch, offset, length) != 0:
             error = ctypes.get_errno()
-            if error != errno.EOPNOTSUPP:
+            if error in _CANNOT_PUNCH:
+                return False
+            if error != errno.EINTR:
                 raise OSError(error, os.strerror(error))
-            return False
         return True
 
     def allocated_bytes(self, file: int) -> int:
         return os.fstat(file).st_blocks * 512
+
+    def holes(self, file: int) -> list[tuple[int, int]]:
+        return fiemap.holes(file, self.size(file))
 
     def free_bytes(self) -> int:
         status = os.fstatvfs(self._directory())

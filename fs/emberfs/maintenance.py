@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from .engine.allocator import TRIM_BYTES
 from .engine.scrub import Finding as Damage
 from .engine.scrub import ScrubReport, check, scrub
 from .errors import LimitExceeded
@@ -22,13 +23,11 @@ from .meta.check import Finding
 from .meta.dump import dump
 from .meta.keys import entry_name, get_inode, unpack_id
 from .meta.scan import pages
+from .room import room_per_target
 from .types import ROOT_INODE
 
 if TYPE_CHECKING:
     from .embedded import EmbeddedStore, Services
-
-TRIM_BYTES = 1 << 30
-"""So much is given back at a time."""
 
 T = TypeVar("T")
 
@@ -214,7 +213,9 @@ async def _space(services: Services) -> dict[str, int]:
     spaces = [engine.space() for engine in services.engines.values()]
     return {
         "used_bytes": sum(space.used_bytes for space in spaces),
-        "free_bytes": min(space.free_bytes for space in spaces) + sum(space.idle_bytes for space in spaces),
+        # Nobody says which of them share a disk: if they do not it is more.
+        "free_bytes": len(spaces)
+        * room_per_target(min(space.free_bytes for space in spaces), [space.idle_bytes for space in spaces]),
     }
 
 

@@ -30,7 +30,7 @@ from .ownership import Ownership
 from .page import NO_PLACE, PLACE, Place
 from .puts import Puts
 from .recovery import IndexReader
-from .segments import SEGMENT_BYTES_DEFAULT
+from .segments import segment_bytes_for
 from .space import Space, SpaceConfig, find_strangers
 from .wal import Wal
 
@@ -40,8 +40,6 @@ UPKEEP_S = 1.0
 RECHECK_S = 60.0
 """A page that was reported and is as it should be is not looked at again for so long."""
 CHECKED_MAX = 10_000
-SEGMENTS_PER_CAPACITY_MIN = 256
-"""With fewer, more of what is dead lies in segments that are worth no compaction, and a compaction moves more."""
 SNAPSHOT_S = 3600.0
 """The journal does not say what was used when: a service that is killed forgets so much of it."""
 TENANTS_MAX = 1 << 16
@@ -81,7 +79,7 @@ class Pool:
         counts: PoolCounts | None = None,
     ) -> Pool:  # fmt: skip
         """Take the namespace over, read its index, and serve it."""
-        segment_bytes = min(SEGMENT_BYTES_DEFAULT, config.capacity_bytes // SEGMENTS_PER_CAPACITY_MIN)
+        segment_bytes = segment_bytes_for(config.capacity_bytes)
         trailing = [kind.trailing for kind in namespace.kinds]
 
         def make() -> Index:
@@ -353,7 +351,7 @@ class Pool:
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
         count_max = int(self.space.config.evictions_per_s * UPKEEP_S)
-        self.space.evict_above_limit(count_max - self.space.expire(count_max))
+        await self.space.evict_above_limit(count_max - self.space.expire(count_max))
         if self._wal.failure is None:  # Else nothing that goes would be known to have gone.
             async with self._making_room:
                 await self.space.remove_strangers(self.ownership.check)

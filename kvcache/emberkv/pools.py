@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Mapping
 
 import msgspec
 from emberfs import Corruption, NotFound
-from emberfs.errors import EmberError, LimitExceeded, Unavailable
+from emberfs.errors import LimitExceeded, Unavailable
 from emberfs.runtime import Runtime
 
 from .counts import ServiceCounts
@@ -22,7 +23,10 @@ from .events import EventFeed
 from .files import Files
 from .namespace import Namespace
 from .pool import Pool
+from .room import Room
 from .space import SpaceConfig
+
+log = logging.getLogger("emberline.kv")
 
 NAMESPACES_MAX = 64
 """Each has a capacity of its own; what the store has left they share."""
@@ -48,6 +52,7 @@ class Pools:
         """Namespaces that are being taken over: that goes on when who asked for it is tired of waiting."""
         self._failed: dict[str, tuple[float, Exception]] = {}
         """Namespaces that could not be opened: until when they are not tried again, and why."""
+        self._room = Room()
         self._looking: asyncio.Task[None] | None = None
         self._is_closing = False
 
@@ -149,10 +154,15 @@ class Pools:
 
     async def _look(self) -> None:
         """How much more the store takes: each namespace may have a share of it."""
-        with contextlib.suppress(EmberError, OSError):  # Then what was known goes on to count.
+        try:
             free_bytes = await self._files.free_bytes()
-            for pool in self._open.values():
-                pool.space.heed(free_bytes, len(self._open))
+        except Exception as error:  # What was known goes on to count.
+            log.warning("the store does not say how much it has left: %s", error)
+            return
+        served = {name: pool for name, pool in self._open.items() if not pool.is_lost}
+        limits = self._room.share(free_bytes, {name: pool.space.held_bytes for name, pool in served.items()})
+        for name, pool in served.items():
+            pool.space.heed(limits[name])
 
     def _description(self, name: str) -> str:
         return f"{self._root}/{name}/namespace.json"

@@ -19,10 +19,17 @@ from dataclasses import dataclass
 from .page import HEADER_BYTES, PAGE_BYTES_MAX, Place
 
 SEGMENT_BYTES_DEFAULT = 64 << 20
+SEGMENTS_MIN = 256
+"""Of a full namespace. With fewer, more of what is dead lies where it is worth no compaction, and one moves more."""
 SECTOR_BYTES = 4096
 """The store appends to a chunk in place where it ends at a multiple of this; else it writes the chunk anew."""
 PAGES_PER_SEGMENT_MIN = 4
 """Of large pages a segment has room for so many, so that its last piece is a small part of it."""
+
+
+def segment_bytes_for(capacity_bytes: int) -> int:
+    """How large segments are, if pages allow it."""
+    return min(SEGMENT_BYTES_DEFAULT, capacity_bytes // SEGMENTS_MIN)
 
 
 class State(enum.IntEnum):
@@ -94,6 +101,13 @@ class Segments:
     def promised_bytes(self) -> int:
         """The same, with the room that open segments still have."""
         return sum(segment.end + segment.room for segment in self)
+
+    def fit(self, limit_bytes: int, capacity_bytes: int) -> None:
+        """New ones are as large as is right for a namespace that may hold so much of its capacity now."""
+        self.segment_bytes = segment_bytes_for(capacity_bytes)
+        if (fitting := segment_bytes_for(limit_bytes)) < self.segment_bytes:
+            # In steps: a limit changes all the time, and a spare of another size goes.
+            self.segment_bytes = (1 << fitting.bit_length()) >> 1
 
     def open_for(self, writer: int, payload_bytes: int) -> Segment | None:
         """The segment of a writer, if a page fits into it. None: it needs a new one."""

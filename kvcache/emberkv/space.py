@@ -12,8 +12,7 @@ a lease where it was, so a segment that was compacted stays until the leases of 
 Order of an eviction, each durable before the next: the tombstone and the retirement of the segment, then its file goes.
 A crash between them leaves a file that the next owner removes.
 
-What is evicted gives its room back only once that is written down, and this needs room, too: in a store that is full
-nothing can leave. So the cache looks ahead, and shrinks while others fill the store.
+The limit is what `room` finds that the store has left: below the capacity the cache shrinks ahead of need.
 
 The file of the next segment is made ahead, as a *spare* that the journal does not know and that takes no space: who
 fills a segment does not wait for it. One that is of no use becomes a dead segment, so that its number is known to be
@@ -47,11 +46,10 @@ from .wal import Wal
 
 WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
+TURN_PAGES = 50
+"""After so many that are looked for in every tenant, others have their turn."""
 CUT_PAGES = 1000
 """After so many that went, others have their turn."""
-RESERVE_SHARE = 1 / 32
-RESERVE_BYTES_MIN, RESERVE_BYTES_MAX = 16 << 20, 16 << 30
-"""Of what the namespace has and the store has left: for logs, and for what others write until the next look."""
 NOBODY = -1
 """The writer of a segment that was dead from the beginning."""
 _NAME = re.compile("[0-9a-f]{8}")
@@ -163,13 +161,15 @@ class Space:
         working = WORKING_SEGMENTS * self._index.segments.size_for(page_bytes)
         return min(int(self.limit_bytes * self.config.live_share), self.limit_bytes - working)
 
-    def heed(self, free_bytes: int, sharers: int) -> None:
-        """So much the store has left, for so many namespaces that each ask for the rest of their capacity."""
-        held_bytes = self._index.segments.disk_bytes
-        reserve_bytes = int((held_bytes + free_bytes) * RESERVE_SHARE)
-        reserve_bytes = min(max(reserve_bytes, RESERVE_BYTES_MIN), RESERVE_BYTES_MAX)
-        room_bytes = held_bytes + (free_bytes - reserve_bytes) // sharers
-        self.limit_bytes = max(min(self.config.capacity_bytes, room_bytes), 0)
+    @property
+    def held_bytes(self) -> int:
+        """What the segments take on the store: of what was promised nobody knows whether it is there yet."""
+        return max(self._index.segments.disk_bytes - self._promised_bytes, 0)
+
+    def heed(self, limit_bytes: int) -> None:
+        """So much of its capacity the namespace may hold."""
+        self.limit_bytes = min(self.config.capacity_bytes, limit_bytes)
+        self._index.segments.fit(self.limit_bytes, self.config.capacity_bytes)
 
     # --- eviction --------------------------------------------------------------------------------------------------
 
@@ -223,13 +223,16 @@ class Space:
                 self.departed.note(table.keys[slot], cause)
             self._wal.note(Evicted(table.tenant[slot], table.keys[slot]))
 
-    def evict_above_limit(self, count_max: int) -> None:
+    async def evict_above_limit(self, count_max: int) -> None:
         """Evict what the store has no room for any more: at most so many."""
-        table, limit = self._index.table, self.live_bytes_max(0)
-        while count_max > 0 and table.live_bytes + self._promised_bytes > limit:
+        table = self._index.table
+        for count in range(count_max):
+            if table.live_bytes + self._promised_bytes <= self.live_bytes_max(0):
+                return
             if not self._evict_coldest(self.every_tenant):
                 return
-            count_max -= 1
+            if count % TURN_PAGES == 0:
+                await self._runtime.sleep(0)
 
     def expire(self, count_max: int) -> int:
         """Evict what was not used for its time, what is above a quota that was lowered, and orphans: at most so many.
@@ -322,8 +325,7 @@ class Space:
     async def new_segment(self, writer: int, payload_bytes: int) -> Segment | None:
         """An open segment for a writer. None: there is no room for one now."""
         size_bytes = self._index.segments.size_for(payload_bytes)
-        # And one more, which compaction needs to give any back.
-        if not await self._make_disk_room(size_bytes, self.limit_bytes - size_bytes):
+        if not await self._make_disk_room(size_bytes):
             return None
         segment = await self.add_segment(writer, size_bytes)
         if self._spare is None and not self._wal.is_lost:
@@ -401,18 +403,28 @@ class Space:
 
     async def shrink(self) -> None:
         """Give back what segments take above the limit, as far as leases allow."""
-        await self._make_disk_room(0, self.limit_bytes)
-
-    async def _make_disk_room(self, size_bytes: int, limit_bytes: int) -> bool:
         segments = self._index.segments
-        while (lacking := segments.promised_bytes + size_bytes - limit_bytes) > 0:
+        while segments.promised_bytes > self.limit_bytes:
+            if await self.collect():
+                continue
+            if (idle := segments.idle()) is not None:
+                self.seal(idle)
+                continue
+            # What is moved and leased is there twice until the lease ends: of that no more than a segment at a time.
+            if segments.leaving_bytes >= segments.segment_bytes or not await self.compaction.compact_one():
+                return
+
+    async def _make_disk_room(self, size_bytes: int) -> bool:
+        segments = self._index.segments
+        limit = self.limit_bytes - size_bytes  # One more, which compaction needs to give any back.
+        while segments.promised_bytes + size_bytes > limit:
             if await self.collect():
                 continue
             if (idle := segments.idle()) is not None:
                 self.seal(idle)
                 continue
             # What leases still hold comes back by itself: to move more pages would take room, not give it.
-            if segments.leaving_bytes >= max(size_bytes, lacking) or not await self.compaction.compact_one():
+            if segments.leaving_bytes >= size_bytes or not await self.compaction.compact_one():
                 return False
         return True
 

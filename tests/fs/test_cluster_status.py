@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from emberfs.cluster.space import space_of
 from emberfs.cluster.status import summarise
+from emberfs.errors import Unavailable
 from emberfs.messages import NodeStatus, StatusReply, TargetReport
+from emberfs.room import room_per_target
 from emberfs.routing import Chain, ChainTarget, LocalState, Node, Role, Routing, Target, TargetState
 from msgspec.structs import replace
 
@@ -84,12 +87,47 @@ def test_damage_that_could_not_be_mended_is_a_problem() -> None:
     assert [server["unmended_chunks"] for server in facts["servers"]] == [0, 3, 0, 0]
 
 
-def test_free_blocks_are_room_for_new_data() -> None:
+def of(reply: StatusReply, *reports: TargetReport, alive: bool = True, node: str = "b") -> StatusReply:
+    """The same, but one node says this."""
+    nodes = [replace(n, reports=list(reports), alive=alive) if n.node.name == node else n for n in reply.nodes]
+    return replace(reply, nodes=nodes)
+
+
+def report(free: int, idle: int = 0, state: LocalState = LocalState.UP_TO_DATE) -> TargetReport:
+    return TargetReport(b"", b"", state, 0, 10 << 20, free << 20, idle_bytes=idle << 20)
+
+
+def test_free_blocks_are_room_for_new_data_of_their_own_target() -> None:
     reply = status(["ab", "cd", "ac", "bd"], used_bytes=95)
     assert any("gets full: 5 MiB are left" in hint for hint in summarise(reply)["hints"])
-    assert space_of(reply)["free_bytes"] == 2 * 5 << 20, "each node has half of the chains"
-    reports = [TargetReport(b"", b"", LocalState.UP_TO_DATE, 0, 10 << 20, 5 << 20, idle_bytes=20 << 20)] * 2
-    reply = replace(reply, nodes=[replace(node, reports=reports) for node in reply.nodes])
+    assert space_of(reply)["free_bytes"] == 4 * 5 << 20, "each report counts for one target"
+    for name in NAMES:
+        reply = of(reply, report(5, 20), report(5, 20), node=name)
     assert not any("full" in hint for hint in summarise(reply)["hints"])
     space = space_of(reply)
-    assert (space["free_bytes"], space["disk_free_bytes"]) == (2 * 45 << 20, 4 * 5 << 20), "its targets share the disk"
+    assert (space["free_bytes"], space["disk_free_bytes"]) == (90 << 20, 4 * 5 << 20), "they share the disk"
+    assert space_of(of(reply, report(5, 40), report(5, 0)))["free_bytes"] == 4 * 5 << 20, "the second is full first"
+    assert space_of(of(reply, report(60, 40), report(60, 0)))["free_bytes"] == 90 << 20
+
+
+def test_who_is_not_heard_of_says_nothing_of_the_room() -> None:
+    reply = status(["ab", "cd"], used_bytes=50)
+    expected = space_of(reply)["free_bytes"]
+    assert expected == 2 * 50 << 20
+    assert space_of(of(reply, report(50), report(0, state=LocalState.OFFLINE)))["free_bytes"] == expected
+    assert space_of(of(reply, report(0), alive=False))["free_bytes"] == expected
+    assert space_of(of(reply))["free_bytes"] == expected
+    nobody = replace(reply, nodes=[replace(node, reports=[]) for node in reply.nodes])
+    with pytest.raises(Unavailable, match="no storage server has told"):
+        space_of(nobody)
+
+
+@pytest.mark.parametrize(
+    ("free", "idle", "room"),
+    [(100, [0, 0], 50), (100, [50, 0], 75), (10, [50, 0], 10), (0, [50, 0], 0), (30, [10, 20, 90], 30),
+     (100, [10, 20, 90], 65), (5, [7], 12), (0, [9, 9], 9)],
+)  # fmt: skip
+def test_what_each_target_of_a_disk_may_take(free: int, idle: list[int], room: int) -> None:
+    assert room_per_target(free, idle) == room
+    assert sum(max(room - each, 0) for each in idle) <= free
+    assert sum(max(room + 1 - each, 0) for each in idle) > free

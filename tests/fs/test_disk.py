@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -141,6 +142,41 @@ def test_a_failed_punch_raises_unless_the_file_system_cannot(
     file = write(disk, run, b"x" * 8192)
     with pytest.raises(OSError, match="Invalid argument"):
         disk.punch(file, 0, 0)
+    errors = [errno.EINTR, errno.EOPNOTSUPP, errno.ENOSPC, errno.EPERM, errno.EIO]
+
+    class Libc:
+        @staticmethod
+        def fallocate(*_: int) -> int:
+            ctypes.set_errno(errors.pop(0))
+            return -1
+
+    monkeypatch.setattr("emberfs.disk._libc", Libc)
+    assert [disk.punch(file, 0, 4096) for _ in range(3)] == [False] * 3
+    with pytest.raises(OSError, match="Input/output"):
+        disk.punch(file, 0, 4096)
+
+
+def test_holes_are_what_takes_no_space(disk: LocalDisk, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(disk, run, b"x" * (1 << 20))
+    disk.allocate(file, 1 << 20, 1 << 20)
+    run(disk.sync([file]))
+    if not (disk.punch(file, 65_536, 131_072) and disk.holes(file)):
+        pytest.skip("a file system without holes, or that does not tell of them")
+    assert disk.holes(file) == [(65_536, 196_608)], "what was reserved and never written is no hole"
+    disk.punch(file, 1 << 20, 1 << 20)
+    disk.punch(file, 0, 65_536)
+    assert disk.holes(file) == [(0, 196_608), (1 << 20, 2 << 20)]
+    for number in range(600):
+        disk.allocate(file, (4 << 20) + number * 16_384, 4096)
+    assert len(disk.holes(file)) >= 600, "more than one answer has"
+    disk.punch(file, 0, 16 << 20)
+    assert disk.holes(file) == [(0, disk.size(file))]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr("fcntl.ioctl", refuse)
+    assert disk.holes(file) == []
 
 
 def test_free_bytes_and_drop_cache(disk: LocalDisk, run: Run) -> None:

@@ -106,6 +106,51 @@ def test_a_hole_is_taken_before_the_file_grows() -> None:
     on_sim(work)
 
 
+def test_after_a_restart_it_is_known_which_free_blocks_have_space() -> None:
+    """Somebody else fills the disk below the reserve: what has space is taken nonetheless, and no hole is."""
+
+    async def work(bench: SimBench) -> None:
+        for number in range(8):
+            await bench.write(0, pattern(MIB, number), name=chunk(number))
+        for number in range(3):
+            await bench.remove(name=chunk(number))
+        assert bench.engine.trim(64 * MIB) >= 3 * MIB
+        for number in (4, 5):
+            await bench.remove(name=chunk(number))
+        await bench.reopen()
+        bench.disk.allocate(bench.disk.open("another"), 0, bench.disk.free_bytes() - 4 * MIB)
+        for number in (4, 5):
+            await bench.write(0, pattern(MIB, number), name=chunk(number))
+        with pytest.raises(NoSpace):
+            await bench.write(0, pattern(MIB), name=chunk(9))
+        assert bench.engine.trim(64 * MIB) == 0, "what is a hole already gives nothing"
+
+    on_sim(work, capacity_bytes=64 * MIB, reserve_bytes=8 * MIB)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_what_is_given_back_for_a_write_takes_a_moment(monkeypatch: pytest.MonkeyPatch, scattered: bool) -> None:
+    punch, lengths = SimDisk.punch, list[int]()
+
+    def counted(disk: SimDisk, file: int, offset: int, length: int) -> bool:
+        lengths.append(length)
+        return punch(disk, file, offset, length)
+
+    monkeypatch.setattr(SimDisk, "punch", counted)
+
+    async def work(bench: SimBench) -> None:
+        for number in range(1000):
+            await bench.write(0, b"x", name=chunk(number))
+        for number in range(0, 1000, 2 if scattered else 1):
+            await bench.remove(name=chunk(number))
+        bench.disk.allocate(bench.disk.open("another"), 0, bench.disk.free_bytes() - MIB // 2)
+        for count in range(1, 4):
+            await bench.write(0, pattern(MIB, count), name=chunk(1000 + count))
+            assert sum(lengths) <= 16 * MIB and len(lengths) <= 256
+
+    on_sim(work, capacity_bytes=128 * MIB)
+
+
 def test_a_file_system_that_gives_nothing_back_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SimDisk, "punch", lambda *_: False)
 

@@ -20,7 +20,7 @@ from emberkv.keys import ROOT
 from emberkv.pool import Pool
 from emberkv.pools import LOOK_S, Pools
 from emberkv.puts import REFUSED, STORED
-from emberkv.space import RESERVE_BYTES_MIN
+from emberkv.room import RESERVE_BYTES_MIN, RESERVE_SHARE, VAIN_LOOKS_MAX, Room
 
 from tests.kvcache.test_pool import MIB, NAMESPACE, TENANT, Bench, chain, run
 
@@ -104,6 +104,32 @@ def test_what_is_warm_between_the_cold_is_moved_together() -> None:
     run(work)
 
 
+def test_what_is_leased_between_the_cold_is_not_there_twice() -> None:
+    """It is moved, and stays where it was until the lease ends: to move all would fill the store."""
+
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=256 * MIB)
+        pool = await lab.serve()
+        for prompt in range(500):
+            await lab.put(pool, chain(prompt, 20), durable=False)
+        for prompt in range(500):
+            if prompt % 5:
+                assert pool.match(TENANT, b"".join(chain(prompt, 20)), 100.0)[2]
+        lab.files.left_bytes -= await lab.files.free_bytes() - 6 * MIB
+        least = 6 * MIB
+        for _ in range(50):
+            await runtime.sleep(1.0)
+            least = min(least, await lab.files.free_bytes())
+        assert least > 4 * MIB and pool.space.counts.moved_bytes > 0
+        await runtime.sleep(60 + SETTLED_S)
+        assert await lab.files.free_bytes() >= RESERVE_BYTES_MIN - MIB
+        there = [await lab.readable(pool, chain(prompt, 20)) for prompt in range(500)]
+        assert sum(there[prompt] for prompt in range(500) if prompt % 5) > 350 * 20
+        await lab.pools.close()
+
+    run(work)
+
+
 def test_what_is_leased_stays_until_the_lease_ends() -> None:
     async def work(runtime: SimRuntime) -> None:
         lab = Lab(runtime, capacity_bytes=64 * MIB)
@@ -143,6 +169,65 @@ def test_namespaces_share_what_is_left() -> None:
     run(work)
 
 
+def test_who_does_not_grow_leaves_its_share_to_who_does() -> None:
+    room, held = Room(), {"busy": 10 * MIB, **{f"idle-{number}": MIB for number in range(31)}}
+    room.share(500 * MIB, held)
+    held["busy"] += MIB
+    limits = room.share(500 * MIB, held)
+    assert limits["busy"] > 490 * MIB and limits["idle-0"] > 240 * MIB
+
+
+def test_what_is_missing_each_gives_in_proportion() -> None:
+    limits = Room().share(0, {"large": 900 * MIB, "small": 100 * MIB, "none": 0})
+    missing = 1000 * MIB * RESERVE_SHARE
+    assert limits == {"large": 900 * MIB - missing * 0.9, "small": 100 * MIB - missing * 0.1, "none": 0}
+
+
+def test_a_store_that_has_no_more_however_much_is_given_is_given_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=256 * MIB)
+        pool = await lab.serve()
+        for prompt in range(1000):
+            await lab.put(pool, chain(prompt, 20), durable=False)
+        before = pool.space.held_bytes
+
+        async def nothing() -> int:
+            return 0
+
+        lab.files.free_bytes = nothing  # type: ignore[method-assign]
+        await runtime.sleep(200)
+        after = pool.space.held_bytes
+        given = (VAIN_LOOKS_MAX + 3) * RESERVE_BYTES_MIN  # Some looks come before it had time to give.
+        assert before - given < after < before
+        assert "gives no more" in caplog.text
+        await runtime.sleep(200)
+        assert pool.space.held_bytes == after
+        del lab.files.free_bytes  # type: ignore[attr-defined]
+        await runtime.sleep(SETTLED_S)
+        assert pool.space.limit_bytes == 256 * MIB
+        await lab.pools.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize("left", [30, 60, 150])
+def test_a_little_room_is_used(left: int) -> None:
+    """Segments are smaller than the capacity alone would have them."""
+
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=1 << 36)
+        lab.files.left_bytes = left * MIB
+        pool = await lab.serve()
+        for prompt in range(2 * left):
+            assert await lab.put(pool, chain(prompt, 40), durable=False) == [STORED] * 40
+        await runtime.sleep(SETTLED_S)
+        assert pool.space.held_bytes > 0.7 * (left * MIB - RESERVE_BYTES_MIN)
+        assert await lab.files.free_bytes() > RESERVE_BYTES_MIN // 2
+        await lab.pools.close()
+
+    run(work)
+
+
 def test_a_store_that_does_not_say_what_it_has_left_changes_nothing() -> None:
     async def work(runtime: SimRuntime) -> None:
         lab = Lab(runtime, capacity_bytes=64 * MIB)
@@ -172,7 +257,7 @@ def test_a_capacity_that_the_disk_does_not_have_refuses_nothing(
     disk_bytes = 96 * MIB
 
     def free_bytes(disk: LocalDisk) -> int:
-        return disk_bytes - sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())
+        return disk_bytes - sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("blocks-*"))
 
     monkeypatch.setattr(LocalDisk, "free_bytes", free_bytes)
     monkeypatch.setattr(pools, "LOOK_S", 0.05)
@@ -190,7 +275,9 @@ def test_a_capacity_that_the_disk_does_not_have_refuses_nothing(
             assert there[-40:] == [4] * 40 and there[0] == 0
             for number in range(48):
                 await client.put(f"/{number}", bytes(MIB), chunk_size_bytes=MIB)
-                while await lab.files.free_bytes() < 8 * MIB:
+                for _ in range(1000):
+                    if await lab.files.free_bytes() >= 8 * MIB:
+                        break
                     await runtime.sleep(0.02)
             for prompt in range(130, 160):
                 assert await lab.put_large(served, prompt) == [STORED] * 4

@@ -35,7 +35,7 @@ def summarise(reply: StatusReply) -> dict[str, Any]:
             state += ", drains" if held.get(node.name) else ", empty"
             if not held.get(node.name):
                 hints.append(f"{node.name} holds nothing any more: `emberline cluster remove-node {node.name}`")
-        free_bytes = free_bytes_of(status.reports) if status.reports else None
+        free_bytes = free_bytes_of(status)
         used_bytes = sum(report.used_bytes for report in status.reports) if status.reports else None
         unmended = sum(report.unmended for report in status.reports)
         if free_bytes is not None and used_bytes is not None and used_bytes > FULL_FRACTION * (used_bytes + free_bytes):

@@ -30,6 +30,8 @@ GROUP_BLOCKS = 256
 GROUP_FULL = (1 << GROUP_BLOCKS) - 1
 GROWTH_BYTES_MIN = 1 << 20
 GROWTH_BYTES_MAX = 64 << 20
+TRIM_BYTES, TRIM_BYTES_MAX = 16 << 20, 128 << 20
+"""Given back at a time, the second where so much is lacking. 16 MiB of scattered small blocks take some 25 ms."""
 SIDE_SUMS_CLASS_MIN = 21
 """2 MiB with 4 KiB granules is the smallest block whose sums may exceed 1 KiB."""
 
@@ -81,8 +83,10 @@ class SizeClass:
         self._holes: dict[int, int] = {}
         """Group -> its holes, if it has any."""
         self._holes_count = 0
-        self._is_sparse = False
-        """The file had holes when it was opened: any free block may be one."""
+        self._knows_holes = False
+        self._trims_from = -1
+        """The group that the last trim ended with."""
+        self._can_punch = True
 
     @property
     def file(self) -> int:
@@ -90,7 +94,6 @@ class SizeClass:
         if self._file is None:
             self._file = self._disk.open(f"blocks-{_size_name(self.class_log2)}")
             self._file_bytes = self._disk.size(self._file)
-            self._is_sparse = self._disk.allocated_bytes(self._file) < self._file_bytes
         return self._file
 
     @property
@@ -125,6 +128,7 @@ class SizeClass:
         Raises NoSpace before the disk is down to `reserve_bytes`, TargetFailed if it fails to reserve the space.
         """
         file = self.file
+        self._find_holes()
         while self._open_groups and not self._free(self._open_groups[0]):
             self._in_heap.remove(heapq.heappop(self._open_groups))
         if not self._open_groups:
@@ -139,8 +143,6 @@ class SizeClass:
             self._set_holes(group, holes & ~(1 << bit))
         elif need > 0:
             self._grow(file, need, reserve_bytes)
-        elif self._is_sparse:
-            self._reserve(file, (group * GROUP_BLOCKS + bit) * self.stride, self.stride, reserve_bytes)
         self.taken[group] |= 1 << bit
         self._taken_count += 1
         return group * GROUP_BLOCKS + bit
@@ -182,36 +184,56 @@ class SizeClass:
         """What free blocks take of the disk. Raises OSError."""
         if not self.taken:
             return 0
-        return max(self._disk.allocated_bytes(self.file) - self._taken_count * self.stride, 0)
+        tail = self._disk.size(self.file) % self.stride  # Less than a block: of no use yet.
+        return max(self._disk.allocated_bytes(self.file) - self._taken_count * self.stride - tail, 0)
 
-    def trim(self, bytes_min: int) -> int:
-        """Give the space of free blocks back to the file system, from the end of the file on, until it is so many bytes
-        or there are no more. Returns the bytes punched; 0, too, if the file system cannot. Raises OSError.
+    def trim(self, bytes_max: int) -> int:
+        """Give the space of free blocks back to the file system: so many bytes, or a block. Returns how many; 0: there
+        is nothing to give, or the file system cannot take it. Raises OSError.
 
         Nothing may allocate meanwhile: a block handed out between the look at its group and the punch loses its bytes.
         """
-        if not self.taken:
+        if not self.taken or not self._can_punch:
             return 0
+        self._find_holes()
         punched, file, blocks = 0, self.file, self._file_bytes // self.stride
         if blocks <= self._taken_count + self._holes_count:
             return 0  # Who writes to a full disk asks with every block.
-        for group in reversed(range(min(len(self.taken), -(-blocks // GROUP_BLOCKS)))):
-            if punched >= bytes_min:
-                break
+        count = min(len(self.taken), -(-blocks // GROUP_BLOCKS))
+        for step in range(count):
+            group = (self._trims_from - step) % count
             in_file = (1 << min(blocks - group * GROUP_BLOCKS, GROUP_BLOCKS)) - 1
             for begin, end in _runs(self._free(group) & in_file):
+                end = min(end, begin + max((bytes_max - punched) // self.stride, 1))
                 length = (end - begin) * self.stride
-                if not self._disk.punch(file, (group * GROUP_BLOCKS + begin) * self.stride, length):
+                self._can_punch = self._disk.punch(file, (group * GROUP_BLOCKS + begin) * self.stride, length)
+                if not self._can_punch:
                     return punched
                 self._set_holes(group, self._holes.get(group, 0) | (1 << end) - (1 << begin))
                 punched += length
+                if punched >= bytes_max:
+                    self._trims_from = group
+                    return punched
         return punched
 
+    def _find_holes(self) -> None:
+        """Once, when all groups are known: holes are the free blocks that the file has no space for, or not for all."""
+        if self._knows_holes:
+            return
+        self._knows_holes = True
+        blocks = self._file_bytes // self.stride
+        for begin, end in self._disk.holes(self.file):
+            first, last = begin // self.stride, min(-(-end // self.stride), blocks)
+            for group in range(first // GROUP_BLOCKS, -(-last // GROUP_BLOCKS)):
+                self._grow_groups(group + 1)
+                low, high = (min(max(at - group * GROUP_BLOCKS, 0), GROUP_BLOCKS) for at in (first, last))
+                found = (1 << high) - (1 << low) & ~self.taken[group]
+                self._set_holes(group, self._holes.get(group, 0) | found)
+
     def _set_holes(self, group: int, holes: int) -> None:
-        self._holes_count += holes.bit_count() - self._holes.get(group, 0).bit_count()
-        self._holes[group] = holes
-        if not holes:
-            del self._holes[group]
+        self._holes_count += holes.bit_count() - self._holes.pop(group, 0).bit_count()
+        if holes:
+            self._holes[group] = holes
 
 
 def _lowest_bit(bits: int) -> int:
@@ -244,22 +266,27 @@ class Allocator:
     def allocate(self, length: int) -> int:
         """A free block for `length` bytes, as a position. Nothing durable changes. Raises NoSpace, TargetFailed."""
         class_log2 = class_for(length)
-        while True:
-            try:
-                return class_log2 << 56 | self.classes[class_log2].allocate(reserve_bytes=self._reserve_bytes)
-            except NoSpace:
-                if not self._make_room(stride_bytes(class_log2)):
-                    raise
+        size_class = self.classes[class_log2]
+        try:
+            index = size_class.allocate(reserve_bytes=self._reserve_bytes)
+        except NoSpace:
+            if not self._make_room(size_class.stride):
+                raise
+            index = size_class.allocate(reserve_bytes=self._reserve_bytes)
+        return class_log2 << 56 | index
 
     def _make_room(self, length: int) -> bool:
-        """Give back what blocks of other sizes have to spare, if there is enough of it. Raises TargetFailed."""
+        """Give back what blocks of other sizes have to spare, if there is enough of it. Raises TargetFailed.
+
+        No more than takes a moment: where much is lacking, since others have filled the disk, the next ones go on.
+        """
         try:
             lacking = length + self._reserve_bytes - self._disk.free_bytes()
             is_there = self.idle_bytes() >= lacking
         except OSError as error:
             raise TargetFailed(f"the disk does not say how much it has left: {error}") from error
         # Else it would be gone, to whatever else fills this disk, and nothing won.
-        return is_there and self.trim(max(lacking, GROWTH_BYTES_MAX)) > 0
+        return is_there and self.trim(min(max(lacking, TRIM_BYTES), TRIM_BYTES_MAX)) > 0
 
     def release(self, position: int) -> None:
         """Give back a block that no durable record names."""
@@ -309,15 +336,16 @@ class Allocator:
         """What free blocks take of the disk: new data may have that, too. Raises OSError."""
         return sum(size_class.idle_bytes for size_class in self.classes.values())
 
-    def trim(self, bytes_min: int) -> int:
-        """Give the space of free blocks back, until it is so many bytes or more: large blocks first. Returns the bytes.
+    def trim(self, bytes_max: int) -> int:
+        """Give the space of free blocks back, large ones first: so many bytes, or a block. Returns how many.
 
         Raises TargetFailed.
         """
         punched = 0
         try:
             for size_class in reversed(self.classes.values()):
-                punched += size_class.trim(bytes_min - punched)
+                if punched < bytes_max:
+                    punched += size_class.trim(bytes_max - punched)
         except OSError as error:
             raise TargetFailed(f"space could not be given back: {error}") from error
         return punched

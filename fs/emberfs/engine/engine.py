@@ -499,14 +499,14 @@ class CoreEngine:
         except OSError:
             return TargetSpace(self.allocator.used_bytes, 0, 0)
 
-    def trim(self, bytes_min: int) -> int:
-        """Give the space of free blocks back to the file system, until it is so many bytes or more; returns the bytes.
+    def trim(self, bytes_max: int) -> int:
+        """Give the space of free blocks back to the file system: so many bytes, or a block; returns how many.
 
         Call it where services run: nothing else of the engine may run meanwhile. Raises StoreClosed, TargetFailed.
         """
         if self._closing is not None:
             raise StoreClosed("the target was closed")
-        return self.allocator.trim(bytes_min)
+        return self.allocator.trim(bytes_max)
 
     # --- flushing --------------------------------------------------------------------------------------------------
 

@@ -587,7 +587,10 @@ class EngineConformance:
             await bench.write(0, pattern(MIB), name=chunk(number))
         for number in range(3):
             await bench.remove(name=chunk(number))
-        assert bench.engine.allocator.trim(MIB) >= 3 * MIB, "those of a group that are next to each other at once"
-        assert bench.engine.allocator.trim(MIB) == 0
+        punched = 0
+        while found := bench.engine.allocator.trim(MIB + 4096):
+            assert found == MIB, "no more than was asked for"
+            punched += found
+        assert punched >= 3 * MIB
         await bench.write(0, pattern(MIB, 5))
         assert await bench.read() == pattern(MIB, 5)

@@ -160,6 +160,11 @@ class SimDisk:
     def allocated_bytes(self, file: int) -> int:
         return len(self._volume.view(self._name(file)).allocated) * BLOCK_BYTES
 
+    def holes(self, file: int) -> list[tuple[int, int]]:
+        view = self._volume.view(self._name(file))
+        blocks = [block for block in range(-(-view.size // BLOCK_BYTES)) if block not in view.allocated]
+        return [(block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES) for block in blocks]
+
     def free_bytes(self) -> int:
         return self._capacity_bytes - self._volume.allocated_bytes()
 
