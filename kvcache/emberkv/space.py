@@ -156,9 +156,10 @@ class Space:
 
     # --- eviction --------------------------------------------------------------------------------------------------
 
-    def make_live_room(self, size: int, tenant: int) -> bool:
-        """Evict until `size` more bytes of `tenant` fit. False: not even without what nobody holds."""
-        table, quota, limit = self._index.table, self._index.quotas[tenant], self.live_bytes_max(size)
+    def make_live_room(self, size: int, tenant: int, limit: int) -> bool:
+        """Evict until `size` more bytes of `tenant` fit, `limit` (see `live_bytes_max`) in all. False: not even without
+        what nobody holds."""
+        table, quota = self._index.table, self._index.quotas[tenant]
         # What will not fit whatever goes has nothing evicted for it.
         if (quota and self.pending_bytes[tenant] + size > quota) or self._promised_bytes + size > limit:
             return False
