@@ -353,10 +353,12 @@ class Pool:
             self._next_snapshot_s = now_s + SNAPSHOT_S
             self._wal.want_snapshot()
         self.space.expire(int(self.space.config.evictions_per_s * UPKEEP_S))
-        if self._wal.failure is None:  # Else nothing that goes would be known to have gone.
-            async with self._making_room:
-                await self.space.remove_strangers(self.ownership.check)
-                await self.space.collect()
+        while self._wal.failure is None:  # Else nothing that goes would be known to have gone.
+            async with self._making_room:  # For one file: a put that needs a segment has its turn before the next.
+                if await self.space.remove_stranger(self.ownership.check):
+                    continue
+                if not await self.space.collect(files_max=1):
+                    return
 
 
 async def _nothing(files: Files, directory: str, make: Callable[[], Index]) -> Index:

@@ -388,8 +388,8 @@ class Space:
                 return False
         return True
 
-    async def collect(self) -> int:
-        """Retire what is dead, and remove the files that no lease can reach any more. How many files went."""
+    async def collect(self, *, files_max: int | None = None) -> int:
+        """Retire what is dead, and remove the files that no lease can reach, at most so many. How many went."""
         segments = self._index.segments
         for spent in segments.spent():
             self.seal(spent)
@@ -402,7 +402,7 @@ class Space:
             if each.is_retired
             and each.id not in self._making
             and not self._leases.are_held_up_to(each.gone_after_lease)
-        ]
+        ][:files_max]
         if gone:
             # Whoever retired them: only now it is known that it is durable, and that the namespace is still ours.
             await self._wal.flush()
@@ -424,13 +424,15 @@ class Space:
         await check()
         self._strangers += [name for name in found if name not in self._strangers]
 
-    async def remove_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
-        """Remove the files that the index did not name when it was looked at: an earlier owner's. `check` raises if we
-        are over: the next one may have given one of those names to a segment."""
-        while self._strangers:
-            await check()
-            await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
-            self._strangers.pop()
+    async def remove_stranger(self, check: Callable[[], Awaitable[None]]) -> bool:
+        """Remove a file that the index did not name when it was looked at: an earlier owner's. False: there is none.
+        `check` raises if we are over: the next one may have given one of those names to a segment."""
+        if not self._strangers:
+            return False
+        await check()
+        await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
+        self._strangers.pop()
+        return True
 
 
 async def find_strangers(files: Files, directory: str, index: Index) -> list[str]:
