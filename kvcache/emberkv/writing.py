@@ -204,7 +204,8 @@ class PageWriter:
         finally:
             with self._changed:
                 self._is_copying = False
-                self._changed.notify_all()
+                if self._may_take_what_fills():  # Else a thread would wake up for nothing, at each put.
+                    self._changed.notify_all()
 
     def _slab_for(self, part: Part, timeout_s: float) -> _Slab:
         """The one that fills, if it has room; else that one is full, and the next begins. Called with the lock."""
