@@ -1,8 +1,9 @@
 """Group commit: many callers, one flush in the air, everyone who came meanwhile shares the next.
 
 The first caller to find no flush running becomes the leader and flushes in its own call (no thread or task switch for
-a lone writer). A leader serves at most one batch besides its own; what is queued then goes to a task, so that no
-caller works for others for ever.
+a lone writer). What is queued then goes to a task, so that no caller works for others for ever; a thread that waits
+anyway serves one batch of others before that. In a server's loop it would only keep the leader's own caller waiting:
+all that one client has in the air would end at once, and the disk be idle until more comes.
 
 Relies on callers that are not cancelled while they wait (see `portal`).
 """
@@ -55,7 +56,7 @@ class GroupCommit(Generic[Item]):
         try:
             if not self._flushing:
                 self._flushing = True
-                await self._lead(rounds=2)
+                await self._lead(rounds=2 if self._runtime.may_block() else 1)
             await future
         finally:
             if watch is not None:

@@ -151,7 +151,7 @@ class Compaction:
                 await self._files.write(self._space.path(segment), pieces[0][1].offset, written)
         finally:
             for _, place, _ in moved:
-                segments.settle(place)
+                segments.settle([place])
         # A lease protects a slot and all above it: of a page that is neither nobody was told where it lies.
         leased = self._table.above(self._leases.slots())
         for page, place, _ in moved:

@@ -60,11 +60,16 @@ class Index:
         self.table.add_tenant()
 
     def _put(self, entry: journal.Put) -> None:
-        parents = split(entry.parents, KEY_BYTES)
-        for key, parent, place in zip(split(entry.keys, KEY_BYTES), parents, places_of(entry.places), strict=True):
-            self._bury(self.table.any_slot(entry.tenant, key), entry.kind)
-            self.table.put(entry.tenant, key, parent, entry.kind, place, now_s=entry.used_s)
-            self.segments.revive(place)
+        keys, parents, places = split(entry.keys, KEY_BYTES), split(entry.parents, KEY_BYTES), places_of(entry.places)
+        tenant, kind, used_s, table = entry.tenant, entry.kind, entry.used_s, self.table
+        is_chain = bool(keys) and parents[1:] == keys[:-1]
+        if is_chain and table.put_chain(tenant, keys, parents[0], kind, places, now_s=used_s):
+            self.segments.revive(places)
+            return
+        for key, parent, place in zip(keys, parents, places, strict=True):
+            self._bury(table.any_slot(tenant, key), kind)
+            table.put(tenant, key, parent, kind, place, now_s=used_s)
+            self.segments.revive([place])
 
     def _moved(self, entry: journal.Moved) -> None:
         for key, place in zip(split(entry.keys, KEY_BYTES), places_of(entry.places), strict=True):
@@ -72,7 +77,7 @@ class Index:
             assert slot is not None
             self._bury(slot, entry.kind)
             self.table.replace(slot, entry.kind, place)
-            self.segments.revive(place)
+            self.segments.revive([place])
 
     def _bury(self, slot: int | None, kind: int) -> None:
         """The page that a slot has of a kind, if it has one, is dead."""

@@ -352,11 +352,12 @@ class Pool:
             self._wal.want_snapshot()
         count_max = int(self.space.config.evictions_per_s * UPKEEP_S)
         await self.space.evict_above_limit(count_max - self.space.expire(count_max))
-        if self._wal.failure is None:  # Else nothing that goes would be known to have gone.
-            async with self._making_room:
-                await self.space.remove_strangers(self.ownership.check)
-                await self.space.collect()
-                await self.space.shrink()
+        while self._wal.failure is None:  # Else nothing that goes would be known to have gone.
+            async with self._making_room:  # For one file: a put that needs a segment has its turn before the next.
+                if await self.space.remove_stranger(self.ownership.check):
+                    continue
+                if not await self.space.collect(files_max=1) and not await self.space.shrink():
+                    return
 
 
 async def _nothing(files: Files, directory: str, make: Callable[[], Index]) -> Index:

@@ -103,7 +103,14 @@ class Puts:
         number, self._next = self._next, self._next + 1
         self._reservations[number] = held
         try:
-            for key, parent, length, is_wanted in zip(keys, parents, lengths, wanted, strict=True):
+            if all(wanted):
+                self._reserve_first(held, keys, parents, lengths)
+                places += held.places
+                states += [STORED] * len(places)
+            first = len(places)
+            for key, parent, length, is_wanted in zip(
+                keys[first:], parents[first:], lengths[first:], wanted[first:], strict=True
+            ):
                 size = length if is_wanted else None
                 state, place = await self._reserve_patiently(writer, tenant, kind, key, size, patience_ends_s)
                 states.append(state)
@@ -142,6 +149,39 @@ class Puts:
             await self._runtime.sleep(max(first_end_s - self._runtime.now_s(), LOOK_S))
             self._leases.expire(self._runtime.now_s())
 
+    def _reserve_first(
+        self, held: Reservation, keys: Sequence[bytes], parents: Sequence[bytes], lengths: Sequence[int]
+    ) -> None:
+        """Places for as many of the first pages as are new and fit into what the writer has open, at once: mostly that
+        is all of them, and one at a time they take three times as long."""
+        writer, tenant, kind = held.writer, held.tenant, held.kind
+        segment = self._segments.of_writer(writer)
+        if segment is None:
+            return
+        pending, there, room = self._pending, self._table.slots_of(tenant), segment.room
+        found: dict[tuple[int, int, bytes], None] = {}
+        size = 0
+        for key, length in zip(keys, lengths, strict=True):
+            name = (tenant, kind, key)
+            if name in pending or key in there or name in found or size + HEADER_BYTES + length > room:
+                break
+            found[name] = None
+            size += HEADER_BYTES + length
+        count = len(found)
+        if not count or not self._has_live_room(writer, tenant, size, max(lengths[:count])):
+            return
+        pending.update(found)
+        self._space.promise(tenant, size)
+        self._writers[writer] += size
+        held.keys += keys[:count]
+        held.parents += parents[:count]
+        held.places += self._segments.hand_out_all(segment, lengths[:count])
+
+    def _has_live_room(self, writer: int, tenant: int, size: int, length: int) -> bool:
+        """There is room for so many bytes more of a writer, in pages of that length, or it is made."""
+        limit = self._space.live_bytes_max(length)
+        return self._writers[writer] + size <= limit * WRITER_SHARE and self._space.make_live_room(size, tenant, limit)
+
     async def _reserve_one(
         self, writer: int, tenant: int, kind: int, key: bytes, length: int | None
     ) -> tuple[int, Place | None]:
@@ -156,9 +196,7 @@ class Puts:
         if length is None:
             return DEFERRED, None
         size = HEADER_BYTES + length
-        if self._writers[writer] + size > self._space.live_bytes_max(length) * WRITER_SHARE:
-            return REFUSED, None
-        if not self._space.make_live_room(size, tenant):
+        if not self._has_live_room(writer, tenant, size, length):
             return REFUSED, None
         place = None
         self._pending.add((tenant, kind, key))
@@ -195,12 +233,12 @@ class Puts:
         if len(crcs) != len(held.places) or not all(0 <= crc < 1 << 32 for crc in crcs):
             raise ProtocolError(f"a commit of {len(held.places)} pages has as many checksums, of 32 bits: not {crcs}")
         del self._reservations[number]
-        places = [place._replace(crc=crc) for place, crc in zip(held.places, crcs, strict=True)]
-        blob = b"".join(PLACE.pack(*place) for place in places)
+        blob = b"".join([PLACE.pack(*place[:3], crc) for place, crc in zip(held.places, crcs, strict=True)])
+        size = sum(place.length for place in held.places)
         keys, parents = b"".join(held.keys), b"".join(held.parents)
         self._settle(held)
         self._wal.note(Put(held.tenant, held.kind, keys, parents, blob, self._space.stamp_s()))
-        self._counts.put_bytes += sum(place.length for place in places)
+        self._counts.put_bytes += size
 
     def reserved(self, number: int, writer: int) -> list[bytes]:
         """The keys of a reservation, in the order of its checksums; none if it has run out."""
@@ -215,11 +253,11 @@ class Puts:
             self._settle(held)
 
     def _settle(self, held: Reservation) -> None:
-        for key, place in zip(held.keys, held.places, strict=True):
-            self._segments.settle(place)
-            self._space.redeem(held.tenant, place.end - place.offset)
-            self._writers[held.writer] -= place.end - place.offset
-            self._pending.discard((held.tenant, held.kind, key))
+        self._segments.settle(held.places)
+        size = sum(HEADER_BYTES + place.length for place in held.places)
+        self._space.redeem(held.tenant, size)
+        self._writers[held.writer] -= size
+        self._pending.difference_update((held.tenant, held.kind, key) for key in held.keys)
         if not self._writers[held.writer]:
             del self._writers[held.writer]
         for each in (held.keys, held.parents, held.places):

@@ -13,7 +13,7 @@ Does not know: what the pages are, or how files are kept.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .page import HEADER_BYTES, PAGE_BYTES_MAX, Place
@@ -139,28 +139,38 @@ class Segments:
 
     def hand_out(self, segment: Segment, payload_bytes: int) -> Place:
         """A place for one page. Its checksum is not known yet: 0."""
-        place = Place(segment.id, segment.end, payload_bytes, 0)
-        assert segment.state is State.OPEN and HEADER_BYTES + payload_bytes <= segment.room
-        segment.end = place.end
-        segment.pending_bytes += place.end - place.offset
-        return place
+        return self.hand_out_all(segment, [payload_bytes])[0]
+
+    def hand_out_all(self, segment: Segment, lengths: Sequence[int]) -> list[Place]:
+        """Places for pages, one after the other."""
+        places, end = [], segment.end
+        for length in lengths:
+            places.append(Place(segment.id, end, length, 0))
+            end += HEADER_BYTES + length
+        assert segment.state is State.OPEN and end <= segment.size_bytes
+        segment.pending_bytes += end - segment.end
+        segment.end = end
+        return places
 
     def align(self, segment: Segment) -> None:
         """What is handed out next begins a sector: who writes what was handed out before fills up its last one."""
         if segment.state is State.OPEN:
             segment.end += -segment.end % SECTOR_BYTES
 
-    def settle(self, place: Place) -> None:
-        """Of a place that was handed out it is known now whether it holds a page."""
-        segment = self.by_id[place.segment]
-        segment.pending_bytes -= place.end - place.offset
-        assert segment.pending_bytes >= 0
+    def settle(self, places: Iterable[Place]) -> None:
+        """Of places that were handed out it is known now whether they hold pages."""
+        for number, _, length, _ in places:
+            segment = self.by_id[number]
+            segment.pending_bytes -= HEADER_BYTES + length
+            assert segment.pending_bytes >= 0
 
-    def revive(self, place: Place) -> None:
-        """The index names a page at `place`."""
-        segment = self.by_id[place.segment]
-        segment.end = max(segment.end, place.end)  # In a replay nothing was handed out.
-        segment.live_bytes += place.end - place.offset
+    def revive(self, places: Iterable[Place]) -> None:
+        """The index names pages at `places`."""
+        for number, offset, length, _ in places:
+            segment, end = self.by_id[number], offset + HEADER_BYTES + length
+            segment.live_bytes += end - offset
+            if end > segment.end:  # In a replay nothing was handed out.
+                segment.end = end
 
     def bury(self, place: Place) -> None:
         """The index does not name the page at `place` any more."""

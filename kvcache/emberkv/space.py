@@ -173,9 +173,10 @@ class Space:
 
     # --- eviction --------------------------------------------------------------------------------------------------
 
-    def make_live_room(self, size: int, tenant: int) -> bool:
-        """Evict until `size` more bytes of `tenant` fit. False: not even without what nobody holds."""
-        table, quota, limit = self._index.table, self._index.quotas[tenant], self.live_bytes_max(size)
+    def make_live_room(self, size: int, tenant: int, limit: int) -> bool:
+        """Evict until `size` more bytes of `tenant` fit, `limit` (see `live_bytes_max`) in all. False: not even without
+        what nobody holds."""
+        table, quota = self._index.table, self._index.quotas[tenant]
         # What will not fit whatever goes has nothing evicted for it.
         if (quota and self.pending_bytes[tenant] + size > quota) or self._promised_bytes + size > limit:
             return False
@@ -401,18 +402,16 @@ class Space:
         if (segment := self._index.segments.of_writer(writer)) is not None:
             self.seal(segment)
 
-    async def shrink(self) -> None:
-        """Give back what segments take above the limit, as far as leases allow."""
+    async def shrink(self) -> bool:
+        """A step towards giving back what segments take above the limit. False: there is none, or leases forbid it."""
         segments = self._index.segments
-        while segments.promised_bytes > self.limit_bytes:
-            if await self.collect():
-                continue
-            if (idle := segments.idle()) is not None:
-                self.seal(idle)
-                continue
-            # What is moved and leased is there twice until the lease ends: of that no more than a segment at a time.
-            if segments.leaving_bytes >= segments.segment_bytes or not await self.compaction.compact_one():
-                return
+        if segments.promised_bytes <= self.limit_bytes:
+            return False
+        if (idle := segments.idle()) is not None:
+            self.seal(idle)
+            return True
+        # What is moved and leased is there twice until the lease ends: of that no more than a segment at a time.
+        return segments.leaving_bytes < segments.segment_bytes and await self.compaction.compact_one()
 
     async def _make_disk_room(self, size_bytes: int) -> bool:
         segments = self._index.segments
@@ -428,8 +427,8 @@ class Space:
                 return False
         return True
 
-    async def collect(self) -> int:
-        """Retire what is dead, and remove the files that no lease can reach any more. How many files went."""
+    async def collect(self, *, files_max: int | None = None) -> int:
+        """Retire what is dead, and remove the files that no lease can reach, at most so many. How many went."""
         segments = self._index.segments
         for spent in segments.spent():
             self.seal(spent)
@@ -442,7 +441,7 @@ class Space:
             if each.is_retired
             and each.id not in self._making
             and not self._leases.are_held_up_to(each.gone_after_lease)
-        ]
+        ][:files_max]
         if gone:
             # Whoever retired them: only now it is known that it is durable, and that the namespace is still ours.
             await self._wal.flush()
@@ -464,13 +463,15 @@ class Space:
         await check()
         self._strangers += [name for name in found if name not in self._strangers]
 
-    async def remove_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
-        """Remove the files that the index did not name when it was looked at: an earlier owner's. `check` raises if we
-        are over: the next one may have given one of those names to a segment."""
-        while self._strangers:
-            await check()
-            await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
-            self._strangers.pop()
+    async def remove_stranger(self, check: Callable[[], Awaitable[None]]) -> bool:
+        """Remove a file that the index did not name when it was looked at: an earlier owner's. False: there is none.
+        `check` raises if we are over: the next one may have given one of those names to a segment."""
+        if not self._strangers:
+            return False
+        await check()
+        await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
+        self._strangers.pop()
+        return True
 
 
 async def find_strangers(files: Files, directory: str, index: Index) -> list[str]:

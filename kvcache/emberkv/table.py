@@ -25,7 +25,7 @@ import numpy as np
 
 from .journal import split
 from .keys import KEY_BYTES, ROOT
-from .page import HEADER_BYTES, Place
+from .page import HEADER_BYTES, PLACE, Place
 
 NO_PARENT = -1
 ORPHAN = -2
@@ -230,6 +230,55 @@ class PageTable:
         self.replace(slot, kind, place)
         return slot
 
+    def put_chain(
+        self, tenant: int, keys: Sequence[bytes], parent: bytes, kind: int, places: Sequence[Place], *, now_s: float
+    ) -> bool:
+        """`put` of pages that hang on each other, the first on `parent`: what most puts are, in a third of the time.
+
+        False, and nothing has changed: some of them have slots, or orphans wait for some.
+        """
+        named, waiting = self._slots[tenant], self._waiting
+        if len({parent, *keys}) <= len(keys) or not named.keys().isdisjoint(keys):
+            return False
+        if waiting and any((tenant, key) in waiting for key in keys):
+            return False
+        top = self._add(tenant, keys[0], parent, now_s)
+        slots = [top, *self._extend(tenant, top, keys[1:], now_s)]
+        # Those below have its stamp, so it alone is to tell those above it.
+        if len(slots) > 1:
+            heapq.heappush(self._leaves[tenant], (now_s, slots[-1], keys[-1]))
+        self._key_words.reshape(-1, _KEY_WORDS)[slots] = np.frombuffer(b"".join(keys), np.uint64).reshape(
+            -1, _KEY_WORDS
+        )
+        self.places[kind][slots] = np.frombuffer(b"".join([PLACE.pack(*place) for place in places]), PLACES)
+        there, kinds, size = self._is_there[kind], len(self.places), 0
+        for slot, place in zip(slots, places, strict=True):
+            there[slot] = 1
+            if (laid := self._laid.get(place.segment)) is None:
+                laid = self._laid[place.segment] = array("Q")
+            laid.append(slot * kinds + kind)
+            size += HEADER_BYTES + place.length
+        self.live_bytes += size
+        self.tenant_bytes[tenant] += size
+        return True
+
+    def _extend(self, tenant: int, above: int, keys: Sequence[bytes], now_s: float) -> list[int]:
+        """New slots, each below the one before, the first below `above`, which is new, too. Their names in
+        `_key_words` and their pages are the caller's to note."""
+        slots = [self._free.pop() for _ in range(min(len(self._free), len(keys)))]
+        slots += self._grow(len(keys) - len(slots))
+        named, names, parent, first, children = self._slots[tenant], self.keys, self.parent, self.first, self.children
+        following, before, held, pinned_s = self.next, self.before, self.held, self.pinned_s
+        for slot, key in zip(slots, keys, strict=True):
+            names[slot], named[key] = key, slot
+            parent[slot], first[above], children[above] = above, slot, 1
+            following[slot] = before[slot] = first[slot] = -1
+            children[slot] = held[slot] = 0
+            pinned_s[slot], self.used_s[slot], self.tenant[slot] = 0.0, now_s, tenant
+            above = slot
+        self.count += len(slots)
+        return slots
+
     def replace(self, slot: int, kind: int, place: Place) -> None:
         """Its page, which is not there, is at `place` now."""
         self.places[kind][slot] = tuple(place)
@@ -242,7 +291,7 @@ class PageTable:
         self.tenant_bytes[self.tenant[slot]] += size
 
     def _add(self, tenant: int, key: bytes, parent: bytes, now_s: float) -> int:
-        slot = self._free.pop() if self._free else self._grow()
+        slot = self._free.pop() if self._free else self._grow(1)[0]
         self._name(slot, key)
         self.tenant[slot] = tenant
         self.used_s[slot] = now_s
@@ -282,20 +331,21 @@ class PageTable:
         self._forget_orphan(slot)
         self._hang(slot, above)
 
-    def _grow(self) -> int:
-        slot = len(self.keys)
-        self.keys.append(b"")
+    def _grow(self, count: int) -> range:
+        """New rows, in no use yet."""
+        slots = range(len(self.keys), len(self.keys) + count)
+        self.keys += [b""] * count
         for there in self._is_there:
-            there.append(0)
+            there.extend(bytes(count))
         for column in (
             *(self.parent, self.children, self.first, self.next, self.before),
             *(self.used_s, self.held, self.pinned_s, self.tenant),
         ):
-            column.append(0)
-        if slot >= len(self.places[0]):
+            column.frombytes(bytes(column.itemsize * count))
+        while slots.stop > len(self.places[0]):
             self.places = [_doubled(each) for each in self.places]
             self._key_words = _doubled(self._key_words)
-        return slot
+        return slots
 
     def _hang(self, slot: int, above: int) -> None:
         self.parent[slot] = above

@@ -32,9 +32,10 @@ from .segments import SECTOR_BYTES
 SLAB_BYTES = (16 << 20) + (64 << 10)
 """16 pages of 1 MiB, and other batches that are whole MiB without their headers."""
 assert SLAB_BYTES >= 16 * (HEADER_BYTES + (1 << 20)) + SECTOR_BYTES
-SLABS_MAX = 4
-THREADS = 2
-"""What one of them wrote is on its way to the disk while the store takes what the other one writes."""
+SLABS_MAX = 5
+THREADS = 3
+"""What one of them wrote is on its way to the disk, and the store takes what another one writes. Of two both end at
+once every other time, since those who come during a flush share the next; then nothing is on its way."""
 
 
 class Ticket:
@@ -203,7 +204,8 @@ class PageWriter:
         finally:
             with self._changed:
                 self._is_copying = False
-                self._changed.notify_all()
+                if self._may_take_what_fills():  # Else a thread would wake up for nothing, at each put.
+                    self._changed.notify_all()
 
     def _slab_for(self, part: Part, timeout_s: float) -> _Slab:
         """The one that fills, if it has room; else that one is full, and the next begins. Called with the lock."""

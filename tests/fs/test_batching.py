@@ -21,8 +21,18 @@ class Interrupt(BaseException):
 class Flushes:
     """Takes its time, keeps what it was given, fails for lists that hold "bad", is interrupted at "interrupt"."""
 
-    def __init__(self, runtime: SimRuntime, *, weigh: Callable[[str], int] = len, weight_max: int = 1000) -> None:
+    def __init__(
+        self,
+        runtime: SimRuntime,
+        *,
+        weigh: Callable[[str], int] = len,
+        weight_max: int = 1000,
+        waits_anyway: bool = False,
+    ) -> None:
+        """`waits_anyway`: those who submit are threads that drive their own calls."""
         self.runtime = runtime
+        if waits_anyway:
+            runtime.may_block = lambda: True  # type: ignore[method-assign]
         self.lists: list[list[str]] = []
         self.tasks: list[str] = []
         """The task that each flush ran in."""
@@ -99,22 +109,22 @@ def test_nobody_returns_before_a_flush_with_his_item_has_ended() -> None:
     on_seeds(main)
 
 
-def test_a_leader_serves_one_list_of_others_and_leaves() -> None:
+@pytest.mark.parametrize(("waits_anyway", "end_s", "led"), [(False, 1.0, 1), (True, 2.0, 2)])
+def test_a_leader_leaves_while_others_are_waiting(waits_anyway: bool, end_s: float, led: int) -> None:
     async def main(runtime: SimRuntime) -> None:
-        flushes = Flushes(runtime)
+        flushes = Flushes(runtime, waits_anyway=waits_anyway)
         (leader,) = flushes.submit("leader")
+        ended_s: list[float] = []
+        leader.add_done_callback(lambda _: ended_s.append(runtime.now_s()))
         tasks = []
         for step in range(4):
             await runtime.sleep(0.5 if step == 0 else 1.0)
             tasks += flushes.submit(str(step))
-        await leader
-        assert runtime.now_s() == 3.5, "while others are still waiting"
         for task in tasks:
             await task
-        leads = [name.startswith("submits leader") for name in flushes.tasks]
-        assert leads == [True, True, False, False, False]
+        assert ended_s == [end_s]
+        assert [name.startswith("submits leader") for name in flushes.tasks] == [True] * led + [False] * (5 - led)
 
-    # `leader` ended at 2.0, before this test looked.
     on_seeds(main)
 
 
@@ -168,7 +178,7 @@ def test_drain_waits_for_what_is_queued() -> None:
 
 def test_an_interrupted_flush_leaves_nobody_waiting_for_ever() -> None:
     async def main(runtime: SimRuntime) -> None:
-        flushes = Flushes(runtime)
+        flushes = Flushes(runtime, waits_anyway=True)
         (leader,) = flushes.submit("first")
         await runtime.sleep(0.5)
         beside = flushes.submit("interrupt", "beside")

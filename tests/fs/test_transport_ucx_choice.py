@@ -96,3 +96,11 @@ def test_blocks_lie_in_huge_pages_and_are_used_again() -> None:
     first = blocks[0]
     pool.give(first)
     assert pool.take(SIZE - 1) is first
+
+
+def test_a_large_block_takes_at_most_a_quarter_more_than_was_asked_for() -> None:
+    pool = BlockPool()
+    for asked_mib, taken_mib in ((16, 16), (17, 20), (21, 24), (33, 40), (9, 10), (8, 8), (5, 8)):
+        block = pool.take((asked_mib << 20) - 100)
+        assert len(block) == taken_mib << 20
+        assert ctypes.addressof(ctypes.c_char.from_buffer(block)) % HUGE_PAGE_BYTES == 0

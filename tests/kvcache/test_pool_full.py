@@ -14,6 +14,7 @@ from emberfs.testing.sim.loop import SimRuntime
 from emberkv import wal
 from emberkv.errors import ReadOnly, StaleOwner
 from emberkv.files import StoreFiles
+from emberkv.pool import UPKEEP_S
 from emberkv.puts import STORED
 from emberkv.wal import RETRY_S_MAX
 
@@ -263,3 +264,29 @@ def test_a_small_store_fills_and_is_given_room(tmp_path: Path, monkeypatch: pyte
         Portal(runtime).run(work(runtime))
     finally:
         runtime.stop()
+
+
+def test_a_put_that_needs_a_segment_waits_for_the_removal_of_one_file_not_of_all() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+        pool = await bench.open()
+        await bench.put(pool, chain(1, 40))
+        pool.end_writer(1)
+        await pool.remove(TENANT, chain(1, 40))
+        count = len(pool.index.segments.by_id)
+        remove = bench.files.remove
+
+        async def slowly(path: str) -> None:
+            await runtime.sleep(10.0)
+            await remove(path)
+
+        bench.files.remove = slowly  # type: ignore[method-assign]
+        await runtime.sleep(2 * UPKEEP_S)
+        began_s = runtime.now_s()
+        assert pool._making_room.locked()
+        assert await bench.put(pool, chain(2, 1), writer=2) == [STORED]
+        assert runtime.now_s() - began_s < 11.0 < 10.0 * (count - 1)
+        await runtime.sleep(10.0 * count)
+        assert pool.space.counts.removed_segments == count
+
+    run(work)

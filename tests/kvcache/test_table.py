@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from emberkv.index import Index
 from emberkv.journal import (
+    AnyEntry,
     Evicted,
     Moved,
     Put,
@@ -19,6 +20,7 @@ from emberkv.journal import (
     batches,
     encode_batch,
     filling,
+    split,
 )
 from emberkv.keys import ROOT
 from emberkv.leases import Leases
@@ -463,3 +465,54 @@ def test_filling_makes_a_log_end_where_a_sector_does_and_means_nothing(size: int
     log = b"".join(each + filling(len(each), 4096) for each in (batch, batch))
     assert len(log) % 4096 == 0
     assert list(batches(log)) == [[TenantAdded("x" * size)]] * 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_chain_that_is_put_at_once_is_as_if_each_page_was(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    whole, single = (Index([None, None], segment_bytes=1 << 20) for _ in range(2))
+    monkeypatch.setattr(single.table, "put_chain", lambda *_, **__: False)
+
+    def apply(*entries: AnyEntry) -> None:
+        for entry in entries:
+            whole.apply(entry)
+            for each in single_pages(entry) if isinstance(entry, Put) else [entry]:
+                single.apply(each)
+
+    apply(TenantAdded("a"), TenantAdded("b"), *(SegmentAdded(number, 1 << 20, number) for number in (1, 2, 3)))
+    ends = dict.fromkeys((1, 2, 3), 0)
+    for now_s in range(1, 60):
+        tenant, word = draw.randrange(2), [draw.randrange(3) for _ in range(draw.randint(1, 12))]
+        names = [key(*word[: end + 1]) for end in range(len(word))]
+        begin = draw.randrange(len(names))  # From somewhere on: the ones before may be there, or come, or never do.
+        keys, parents = names[begin:], [ROOT, *names][begin : len(names)]
+        if draw.random() < 0.1:
+            parents[0] = keys[-1]
+        segments = sorted(draw.choices([1, 2, 3], k=len(keys)))
+        places = []
+        for segment in segments:
+            places.append(PLACE.pack(segment, ends[segment], LENGTH, draw.randrange(1 << 32)))
+            ends[segment] += HEADER_BYTES + LENGTH
+        apply(Put(tenant, draw.randrange(2), b"".join(keys), b"".join(parents), b"".join(places), float(now_s)))
+        for _ in range(draw.randrange(4)):
+            slot = whole.table.coldest(tenant, now_s)
+            assert slot == single.table.coldest(tenant, now_s)
+            if slot is not None:
+                apply(Evicted(tenant, whole.table.keys[slot]))
+    for index in (whole, single):
+        index.table.spread_stamps()
+    ours, theirs = whole.table, single.table
+    for column in ("parent", "children", "first", "next", "before", "used_s", "held", "pinned_s", "tenant", "keys"):
+        assert getattr(ours, column) == getattr(theirs, column), column
+    assert (ours.count, ours.live_bytes, ours.tenant_bytes) == (theirs.count, theirs.live_bytes, theirs.tenant_bytes)
+    assert (ours._slots, ours._waiting, ours._awaited) == (theirs._slots, theirs._waiting, theirs._awaited)
+    assert (ours._is_there, ours._laid) == (theirs._is_there, theirs._laid)
+    assert [each.tolist() for each in ours.places] == [each.tolist() for each in theirs.places]
+    assert ours._key_words.tolist() == theirs._key_words.tolist()
+    assert list(whole.segments) == list(single.segments)
+
+
+def single_pages(entry: Put) -> list[Put]:
+    """The same, one by one."""
+    columns = zip(split(entry.keys, 32), split(entry.parents, 32), split(entry.places, PLACE.size), strict=True)
+    return [Put(entry.tenant, entry.kind, *each, entry.used_s) for each in columns]

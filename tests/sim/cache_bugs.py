@@ -101,10 +101,10 @@ class _Unflushed:
 def _removes_files_before_the_index_says_so() -> Patch:
     collect = Space.collect
 
-    async def hasty(self: Space) -> int:
+    async def hasty(self: Space, *, files_max: int | None = None) -> int:
         real, self._wal = self._wal, _Unflushed(self._wal)  # type: ignore[assignment]
         try:
-            return await collect(self)
+            return await collect(self, files_max=files_max)
         finally:
             self._wal = real
 
@@ -127,7 +127,7 @@ def _hands_numbers_out_again() -> Patch:
 
 
 def _leaves_files_of_the_one_before() -> Patch:
-    return patch.object(Space, "remove_strangers", _nothing)
+    return patch.object(Space, "remove_stranger", _nothing)
 
 
 def _looks_for_strangers_once() -> Patch:

@@ -19,7 +19,7 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 class BlockPool:
-    """Blocks of memory by power of two. A recycled block holds what its last user left there."""
+    """Blocks of memory by rounded size. A recycled block holds what its last user left there."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[memoryview]] = {}
@@ -29,7 +29,7 @@ class BlockPool:
         """A writable block of at least `size` bytes."""
         if size < POOLED_BYTES_MIN:
             return memoryview(bytearray(size))
-        capacity = 1 << (size - 1).bit_length()
+        capacity = _rounded(size)
         free = self._free.setdefault(capacity, [])
         if not free:
             pages = _huge_pages(max(capacity, HUGE_PAGE_BYTES))
@@ -43,6 +43,14 @@ class BlockPool:
         if len(block) >= POOLED_BYTES_MIN and self._kept_bytes + len(block) <= KEPT_BYTES_MAX:
             self._kept_bytes += len(block)
             self._free.setdefault(len(block), []).append(block)
+
+
+def _rounded(size: int) -> int:
+    """A power of two, or one of three sizes between two of them where those are whole huge pages: a little more than a
+    power of two does not take twice the memory, of which only so much is kept."""
+    power = 1 << (size - 1).bit_length()
+    step = power // 8 if power >= 8 * HUGE_PAGE_BYTES else power
+    return size + -size % step
 
 
 def _huge_pages(size: int) -> memoryview:
