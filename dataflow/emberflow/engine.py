@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,8 @@ class Engine:
         self._copies = copies
         self._lock = threading.Lock()
         self._failures = Failures()
-        self._protocols: set[str] = set()
+        self._filesystems: dict[str, UrlFileSystem] = {}
+        """By protocol."""
         self._udfs: dict[str, Udf] = {}
         self._limits: tuple[int, int] | None = None
         self._keeps_order = True
@@ -137,6 +138,15 @@ class Engine:
             cursor.close()
 
     @contextmanager
+    def keeping_files(self) -> Iterator[None]:
+        """In the block, which is inside of `running`, each file of a store is opened once, and read as it was then. For
+        an engine that runs one query at a time."""
+        with ExitStack() as stack:
+            for filesystem in list(self._filesystems.values()):
+                stack.enter_context(filesystem.keeping())
+            yield
+
+    @contextmanager
     def translating(self, text: str) -> Iterator[None]:
         """Raises what DuckDB (or Arrow, on its behalf) raises inside as one of our errors, or as the store's own."""
         try:
@@ -159,12 +169,12 @@ class Engine:
     def _register(self, protocols: set[str]) -> None:
         """Gives DuckDB the filesystems of `protocols` it has not got. A protocol unknown to fsspec is left alone:
         most likely it is a string in the data."""
-        for protocol in sorted(protocols - self._protocols):
+        for protocol in sorted(protocols - self._filesystems.keys()):
             if protocol in registry or protocol in known_implementations:
                 options = self.config.storage_options
                 filesystem = UrlFileSystem(protocol, options=options, failures=self._failures, copies=self._copies)
                 self._connection.register_filesystem(filesystem)
-                self._protocols.add(protocol)
+                self._filesystems[protocol] = filesystem
 
 
 def arrow_reader(

@@ -54,6 +54,8 @@ _INLINE_BYTES_MAX = 32 << 20
 # A query inside this process may read so much more than its memory: DuckDB spills, and most queries hold little.
 _IN_PROCESS_FACTOR = 1.0
 _NAME_CHARS = 80
+TOGETHER_BYTES = 4 << 20
+"""Where `partitions` are asked for, neighbours share a task up to so much: one of its own costs about the same CPU."""
 
 Made = TypeVar("Made")
 
@@ -312,6 +314,7 @@ class Jobs:
             self._count += 1
             number = self._count
             salt = self._anew.get(frame, "")
+        task_bytes = 2 * self.config.partition_bytes
         return Job(
             program,
             self.executor(frame),
@@ -322,8 +325,8 @@ class Jobs:
                 timeout_s=self.config.timeout_s,
                 shares=ShareConfig(
                     scan_bytes=self.config.partition_bytes,
-                    task_bytes=2 * self.config.partition_bytes,
-                    coalesce=self.config.partitions is None,
+                    task_bytes=task_bytes,
+                    together_bytes=task_bytes if self.config.partitions is None else TOGETHER_BYTES,
                 ),
             ),
             storage_options=self.config.storage_options,

@@ -8,6 +8,9 @@ Two things DuckDB gets wrong on plain fsspec files are put right here:
 - it seeks and reads one shared handle from several threads (2.0): `SharedFile` gives each its own position;
 - it turns an exception of the filesystem into text, so failures are kept, for the session to raise again.
 
+DuckDB opens a file several times, since it binds a query twice and opens what was bound again to read it: whoever runs
+one query at a time may have each file of a store opened once for it (`keeping`).
+
 What is read often is read from `Copies`, where the session has some, by DuckDB itself.
 
 This module does not know of sessions or SQL beyond the URLs in it.
@@ -20,7 +23,8 @@ import re
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
@@ -37,6 +41,7 @@ _NATIVE_PROTOCOLS = frozenset({"file", "local"})
 # Handles of these keep their position per thread, so one may be sought and read from many at once.
 _POSITIONAL_PROTOCOLS = frozenset({"ember"})
 _FAILURES_KEPT_MAX = 16
+_FILES_KEPT_MAX = 256
 _QUOTED_PROTOCOL = re.compile(r"""['"]([A-Za-z][A-Za-z0-9+.\-]*)://""")
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
 _GLOB_CHARACTERS = frozenset("*?[")
@@ -148,7 +153,11 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         self.options = options
         self.failures = failures
         self.copies = copies if protocol in _POSITIONAL_PROTOCOLS else None
-        self._latest = _Latest()
+        self._latest: weakref.WeakValueDictionary[tuple[int, str], SharedFile] = weakref.WeakValueDictionary()
+        """The file that a thread of DuckDB's opened last by a path: it opens, and asks then what the path is like. By
+        the thread's number, since Python forgets threads that are not its own as soon as they leave."""
+        self._kept: dict[str, Any] | None = None
+        """Handles by URL, while each file is opened once."""
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -160,18 +169,38 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def _at(self, url: str) -> tuple[Any, str]:
         return open_url(url, self.options)
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """In the block each file of a store is opened once, and read as it was then. For one query at a time."""
+        before, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = before
+
     def _opened(self, path: str) -> SharedFile | None:
         """The file that DuckDB has just opened, in this thread, when it asks by its path what the file is like."""
-        return self._latest.file() if self._latest.path == path else None
+        return self._latest.get((threading.get_ident(), path))
 
     @_noted
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         filesystem, inner = self._at(path)
-        if mode == "rb":
-            file = SharedFile(filesystem, inner, failures=self.failures, copies=self.copies)
-            self._latest.path, self._latest.file = path, weakref.ref(file)
-            return file
-        return OutputFile(filesystem.open(inner, mode, **kwargs), failures=self.failures)
+        if mode != "rb":
+            return OutputFile(filesystem.open(inner, mode, **kwargs), failures=self.failures)
+        kept = self._kept_handle(path)
+        file = SharedFile(filesystem, inner, failures=self.failures, copies=self.copies, kept=kept)
+        self._latest[threading.get_ident(), path] = file
+        return file
+
+    def _kept_handle(self, url: str) -> Any | None:
+        """The handle of a file that is opened once; None if none are kept, or no more of them."""
+        kept = self._kept
+        if kept is None or self.protocol not in _POSITIONAL_PROTOCOLS:
+            return None
+        handle = kept.get(url)
+        if handle is None and len(kept) < _FILES_KEPT_MAX:
+            handle = kept.setdefault(url, self._handle(url))
+        return handle
 
     @_noted
     def glob(self, path: str, **kwargs: Any) -> list[str]:
@@ -186,8 +215,18 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         return urls if is_pattern else self._found(filesystem, inner, **kwargs)
 
     def _found(self, filesystem: Any, pattern: str, **kwargs: Any) -> list[str]:
-        names = filesystem.glob(pattern, **kwargs)
+        if self.protocol in _POSITIONAL_PROTOCOLS and _GLOB_CHARACTERS.isdisjoint(pattern):
+            # What fsspec's glob would give, without the way through its event loop.
+            names = [pattern] if self._is_there(filesystem, pattern) else []
+        else:
+            names = filesystem.glob(pattern, **kwargs)
         return [url_of(filesystem, name) for name in names if f"/{STAGING_PREFIX}" not in name]
+
+    def _is_there(self, filesystem: Any, path: str) -> bool:
+        with suppress(OSError):
+            if self._kept_handle(url_of(filesystem, path)) is not None:
+                return True
+        return bool(filesystem.exists(path))
 
     def _handle(self, url: str) -> Any:
         filesystem, inner = self._at(url)
@@ -247,13 +286,6 @@ class UrlFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         filesystem.rm(inner, recursive=recursive, maxdepth=maxdepth)
 
 
-class _Latest(threading.local):
-    """The file that a thread opened last."""
-
-    path = ""
-    file: Callable[[], SharedFile | None] = staticmethod(lambda: None)
-
-
 class OutputFile:
     """A file open for writing. DuckDB 1.4 drops a compressed one without closing it, so that closes it too."""
 
@@ -286,13 +318,25 @@ class SharedFile:
     seek counts for the next read of its own thread, and a read without one goes on where the last read ended.
     """
 
-    def __init__(self, filesystem: Any, path: str, *, failures: Failures, copies: Copies | None = None) -> None:
+    def __init__(
+        self,
+        filesystem: Any,
+        path: str,
+        *,
+        failures: Failures,
+        copies: Copies | None = None,
+        kept: Any | None = None,
+    ) -> None:
+        """`kept`: a handle of the file that others use, too."""
         self._filesystem = filesystem
         self._path = path
         self._copies = copies
         self._url = url_of(filesystem, path)
         # Kept open where that is safe: it goes on reading the same file when the name is given to a new one.
-        self._handle = filesystem.open(path, "rb") if protocol_of(filesystem) in _POSITIONAL_PROTOCOLS else None
+        self._handle = kept
+        self._closes_handle = kept is None
+        if kept is None and protocol_of(filesystem) in _POSITIONAL_PROTOCOLS:
+            self._handle = filesystem.open(path, "rb")
         self.size_bytes: int = filesystem.info(path)["size"] if self._handle is None else self._handle.size
         self.modified: datetime | None = None
         """When it was, if the handle knows: of a file that is open nobody need be asked."""
@@ -324,7 +368,7 @@ class SharedFile:
         return data
 
     def close(self) -> None:
-        if self._handle is not None:
+        if self._handle is not None and self._closes_handle:
             self._handle.close()
 
     def _start_of_read(self) -> int:

@@ -8,12 +8,12 @@ import posixpath
 from collections.abc import Sequence
 from typing import Any
 
-from .client.batch import batch_read
+from .client.batch import check_count, files_at, read_found
 from .client.buffers import NewBytes
 from .client.core import MESSAGE_BYTES_MAX, Core, NewFile, Range
 from .client.file import OpenFile, open_file
 from .client.namespace import Namespace
-from .errors import EmberError, InvalidPath, IsADirectory, NotADirectory, NotFound
+from .errors import InvalidPath, IsADirectory, NotADirectory, NotFound
 from .types import Inode, Kind
 
 KINDS = {Kind.FILE: "file", Kind.DIRECTORY: "directory", Kind.SYMLINK: "link"}
@@ -96,19 +96,16 @@ async def cat_ranges(core: Core, paths: Sequence[str], starts: Any, ends: Any, o
     stops = list(ends) if isinstance(ends, (list, tuple)) else [ends] * len(paths)
     if len(begins) != len(paths) or len(stops) != len(paths):
         raise ValueError("paths, starts and ends must be of one length")
-    inodes: dict[str, Inode | EmberError] = {}
-    items: list[tuple[str, int, int]] = []
+    check_count(paths)
+    inodes = await files_at(core, paths)
+    targets: list[NewBytes] = []
+    wanted: list[Range | Exception] = []
     for path, start, stop in zip(paths, begins, stops, strict=True):
-        if path not in inodes:
-            try:
-                inodes[path] = await core.file(path)
-            except EmberError as error:
-                inodes[path] = error
         inode = inodes[path]
-        size = 0 if isinstance(inode, EmberError) else inode.length
-        items.append((path, *_range(start, stop, size)))
-    targets = [NewBytes(length) for _, _, length in items]
-    results = await batch_read(core, items, [target.view for target in targets], raise_errors=on_error == "raise")
+        offset, length = _range(start, stop, 0 if isinstance(inode, Exception) else inode.length)
+        targets.append(NewBytes(length))
+        wanted.append(inode if isinstance(inode, Exception) else Range(inode, offset, targets[-1].view, path))
+    results = await read_found(core, wanted, raise_errors=on_error == "raise")
     return [
         result if isinstance(result, Exception) else target.finish(result)
         for result, target in zip(results, targets, strict=True)

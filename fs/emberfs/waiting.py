@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from .errors import UpdateUnknown
+from .half_run import HalfRun
 from .messages import Message
 from .runtime import Runtime
 from .transport.types import Connection
@@ -71,6 +72,24 @@ async def all_of(runtime: Runtime, works: Iterable[Coroutine[Any, Any, T]], name
         return [await _outcome(work) for work in pending]
     except BaseException:
         await stop(runtime, *tasks)
+        raise
+
+
+async def all_begun(runtime: Runtime, works: Iterable[Coroutine[Any, Any, T]], name: str) -> list[T | Exception]:
+    """`all_of` for works that seldom wait: each goes as far as it can before the next one begins, and only those that
+    wait then cost a task."""
+    begun: list[asyncio.Task[T] | T | Exception] = []
+    try:
+        for work in works:
+            try:
+                begun.append(runtime.spawn(HalfRun(work, work.send(None)), name))
+            except StopIteration as end:
+                begun.append(end.value)
+            except Exception as error:
+                begun.append(error)
+        return [await _outcome(one) if isinstance(one, asyncio.Task) else one for one in begun]
+    except BaseException:
+        await stop(runtime, *(one for one in begun if isinstance(one, asyncio.Task)))
         raise
 
 

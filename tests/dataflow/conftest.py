@@ -35,6 +35,13 @@ def arrow_has_threads() -> None:
     pa.set_cpu_count(2)
 
 
+@pytest.fixture(autouse=True)
+def partitions_are_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each partition that is asked for is a task, even without rows: else what tests are about, rows that meet from
+    several tasks, would be in one. How it is outside of tests, test_tpch looks at, and test_shares."""
+    monkeypatch.setattr("emberflow.jobs.TOGETHER_BYTES", -1)
+
+
 @pytest.fixture
 def session() -> Iterator[emberflow.Session]:
     with emberflow.init(threads=2) as session:

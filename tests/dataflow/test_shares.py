@@ -10,8 +10,10 @@ import numpy as np
 from emberflow.exchange.format import Block, ExchangeIndex, pack_blocks
 from emberflow.job.shares import Exchanged, ShareConfig, cut
 from emberflow.job.steps import Output
+from emberflow.plan.filescans import File, ResolvedScan
 from emberflow.plan.nodes import Column, Input
-from emberflow.plan.pipes import Exchange, ExchangeFeed, Pipe, SqlSegment, Stage, Whole
+from emberflow.plan.pipes import Exchange, ExchangeFeed, FileFeed, Pipe, SqlSegment, Stage, Whole
+from emberflow.plan.scantext import FileScan
 
 MIB = 1 << 20
 COLUMNS = (Column("k", "BIGINT"),)
@@ -41,9 +43,9 @@ def groups(stage: Stage, outputs: dict[int, list[Output]], config: ShareConfig |
 def test_small_neighbours_share_a_task() -> None:
     exchange = Exchange(7, COLUMNS, 6)
     outputs = {7: [output(*[MIB] * 6), output(*[MIB] * 6)]}
-    assert groups(stage_of(exchange), outputs, ShareConfig(task_bytes=5 * MIB)) == [(0, 1), (2, 3), (4, 5)]
+    assert groups(stage_of(exchange), outputs, ShareConfig(together_bytes=5 * MIB)) == [(0, 1), (2, 3), (4, 5)]
     assert groups(stage_of(exchange), outputs) == [(0, 1, 2, 3, 4, 5)]
-    assert groups(stage_of(exchange), outputs, ShareConfig(coalesce=False)) == [(p,) for p in range(6)]
+    assert groups(stage_of(exchange), outputs, ShareConfig(together_bytes=-1)) == [(p,) for p in range(6)]
 
 
 def test_partitions_the_user_asked_for_stay_tasks() -> None:
@@ -58,7 +60,7 @@ def test_a_much_larger_partition_is_cut_by_producer_where_that_is_right() -> Non
         1: [output(MIB, 40 * MIB, MIB, MIB) for _ in range(4)],
         2: [output(MIB, MIB, MIB, MIB)],
     }
-    found = cut(stage_of(left, right), outputs, ShareConfig(task_bytes=MIB)).specs
+    found = cut(stage_of(left, right), outputs, ShareConfig(together_bytes=MIB)).specs
     split = [spec.exchanges for spec in found if spec.exchanges[0].partitions == (1,)]
     assert [exchanges[0].outputs for exchanges in split] == [(0,), (1,), (2,), (3,)]
     assert all(exchanges[1] == Exchanged((1,)) for exchanges in split)
@@ -68,13 +70,29 @@ def test_a_much_larger_partition_is_cut_by_producer_where_that_is_right() -> Non
 def test_nothing_is_cut_where_equal_keys_must_stay_together() -> None:
     exchange = Exchange(1, COLUMNS, 3)
     outputs = {1: [output(MIB, 90 * MIB, MIB) for _ in range(4)]}
-    assert groups(stage_of(exchange), outputs, ShareConfig(task_bytes=MIB)) == [(0,), (1,), (2,)]
+    assert groups(stage_of(exchange), outputs, ShareConfig(together_bytes=MIB)) == [(0,), (1,), (2,)]
+
+
+def scan_shares(names: tuple[str, ...], *, function: str = "read_parquet") -> int:
+    """Of 8 files of 16 MiB with 4 columns, of which a stage reads `names`."""
+    columns = tuple(Column(name, "BIGINT") for name in "abcd")
+    paths = tuple(f"/{number}" for number in range(8))
+    scan = ResolvedScan(FileScan(function, paths), columns, tuple(File(path, 16 * MIB, "") for path in paths))
+    pipe = Pipe((SqlSegment(Input(0, columns)),), {0: FileFeed(scan, names)}, 0, 0)
+    return len(cut(Stage(0, pipe, Whole(), Exchange(99, columns, 1)), {}, ShareConfig()).specs)
+
+
+def test_shares_of_files_follow_the_bytes_of_the_columns_that_are_read() -> None:
+    assert scan_shares(("a", "b", "c", "d")) == 8
+    assert scan_shares(("a",)) == 4
+    assert scan_shares(()) == 1
+    assert scan_shares(("a",), function="read_csv") == 8
 
 
 def test_pieces_are_neighbours_up_to_a_tasks_bytes() -> None:
     exchange = Exchange(1, COLUMNS, 1)
     outputs = {1: [output(size * MIB) for size in (3, 3, 9, 1, 1)]}
-    found = cut(stage_of(exchange, by="piece"), outputs, ShareConfig(task_bytes=6 * MIB)).specs
+    found = cut(stage_of(exchange, by="piece"), outputs, ShareConfig(together_bytes=6 * MIB)).specs
     assert [spec.exchanges[0].outputs for spec in found] == [(0, 1), (2,), (3, 4)]
 
 

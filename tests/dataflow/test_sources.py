@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import emberflow
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from emberflow import Session
+from emberflow.engine import Engine, EngineConfig
 from emberflow.sources import protocols_in
+from emberfs.filesystem import EmberFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 ROWS = 200_000
@@ -47,6 +51,38 @@ def shelves() -> Iterator[type[Shelves]]:
 
 def table() -> pa.Table:
     return pa.table({"n": range(ROWS), "t": [f"{n * 2_654_435_761 % ROWS:012}" for n in range(ROWS)]})
+
+
+def test_a_file_that_is_kept_is_opened_once_and_read_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"ember://{tmp_path}/store/!/rows"
+    filesystem, path = fsspec.url_to_fs(url)
+    for number in range(3):
+        with filesystem.open(f"{path}/{number}.parquet", "wb") as file:
+            pq.write_table(pa.table({"n": [number] * 1000}), file)
+    opened: list[str] = []
+    open_file = EmberFileSystem.open
+
+    def counted(self: EmberFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+        opened.append(path)
+        return open_file(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(EmberFileSystem, "open", counted)
+    engine = Engine(EngineConfig(threads=1, temp_directory=str(tmp_path)))
+    text = f"SELECT sum(n) FROM read_parquet({[f'{url}/{number}.parquet' for number in range(3)]})"
+    with engine.running(text) as cursor:
+        with engine.keeping_files():
+            assert cursor.execute(text).fetchall() == [(3000,)]
+            assert sorted(opened) == [f"{path}/{number}.parquet" for number in range(3)]
+            with open_file(filesystem, f"{path}/2.parquet", "wb") as file:
+                pq.write_table(pa.table({"n": [7] * 1000}), file)
+            assert cursor.execute(text).fetchall() == [(3000,)]
+            assert len(opened) == 3
+        assert cursor.execute(text).fetchall() == [(8000,)]
+        filesystem.rm_file(f"{path}/2.parquet")
+        with engine.keeping_files(), pytest.raises(duckdb.IOException, match="No files found"):
+            cursor.execute(text)
+    engine.close()
+    filesystem.close()
 
 
 def test_many_threads_read_one_file_and_every_value_is_right() -> None:

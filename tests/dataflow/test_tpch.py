@@ -1,8 +1,8 @@
 """TPC-H's 22 queries over 8-way partitioned Parquet, with DuckDB's own answers.
 
 Run: pytest tests/dataflow/test_tpch.py. Once as the planner likes it and once with everything through exchanges: 4
-partitions, nothing broadcast, no query as one task. The tables and texts are fetched from the package index when first
-asked for.
+partitions, nothing broadcast, no query as one task; with a task for each partition, and with small ones together. The
+tables and texts are fetched from the package index when first asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import emberflow
 import pytest
+from emberflow.jobs import TOGETHER_BYTES
 
 from benchmarks import tpch
 
@@ -23,6 +24,7 @@ SCALE_FACTOR = 0.1
 PLANS: dict[str, dict[str, Any]] = {
     "auto": {"executor": "local"},
     "local": {"executor": "local", "shuffle": "always", "partitions": 4, "broadcast_bytes": 0},
+    "together": {"executor": "local", "shuffle": "always", "partitions": 4, "broadcast_bytes": 0},
     "ray": {"executor": "ray", "shuffle": "always", "partitions": 4, "broadcast_bytes": 0},
 }
 
@@ -42,8 +44,13 @@ def expected(tables: dict[str, list[str]]) -> Iterator[Callable[[str], list[tupl
 
 
 @pytest.fixture(scope="module", params=list(PLANS))
-def session(request: pytest.FixtureRequest, tables: dict[str, list[str]]) -> Iterator[emberflow.Session]:
-    with emberflow.init(workers=2, memory_limit="4GB", **PLANS[request.param]) as session:
+def plan(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def session(plan: str, tables: dict[str, list[str]]) -> Iterator[emberflow.Session]:
+    with emberflow.init(workers=2, memory_limit="4GB", **PLANS[plan]) as session:
         for name, files in tables.items():
             session.view(name, session.read_parquet(files))
         yield session
@@ -51,13 +58,20 @@ def session(request: pytest.FixtureRequest, tables: dict[str, list[str]]) -> Ite
 
 @pytest.mark.parametrize("number", range(1, 23))
 def test_the_answer_is_duckdbs(
-    session: emberflow.Session, expected: Callable[[str], list[tuple[Any, ...]]], number: int
+    session: emberflow.Session,
+    plan: str,
+    expected: Callable[[str], list[tuple[Any, ...]]],
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("emberflow.jobs.TOGETHER_BYTES", TOGETHER_BYTES if plan == "together" else -1)
     text = tpch.queries()[number]
     rows = expected(text)
     frame = session.sql(text)
     got = [tuple(row) for batch in frame.to_batches() for row in zip(*batch.to_pydict().values(), strict=True)]
     if session.config.shuffle == "always":
+        tasks = [event.data["tasks"] for event in session.jobs.last if event.kind == "stage"]
+        assert number != 3 or (4 in tasks) == (plan != "together")
         assert "runs as one task" not in frame.explain()
     assert len(got) == len(rows)
     assert all(map(same_row, got, rows)), (got[:3], rows[:3])

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import fsspec
@@ -17,6 +18,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import zarr
+from emberfs.client.core import Core
 from emberfs.filesystem import EmberFileSystem
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -145,6 +147,26 @@ def test_hugging_face_load_dataset(
         "parquet", data_files={"train": "ember://hf/train.parquet"}, cache_dir=str(tmp_path / "cache"), split="train"
     )
     assert loaded["name"][:] == list(sources["name"])
+
+
+def test_ranges_of_a_file_ask_for_it_once(fs: EmberFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("/one", "/two"):
+        fs.pipe_file(name, name.encode() * 50_000)
+    asked: list[str] = []
+    file = Core.file
+
+    async def counted(core: Core, path: str) -> Any:
+        asked.append(path)
+        return await file(core, path)
+
+    monkeypatch.setattr(Core, "file", counted)
+    paths = ["/one", "/two", "/one", "/none"]
+    found = fs.cat_ranges(paths, [0, 4, 4, 0], [4, 8, 8, 1])
+    assert found[:3] == [b"/one", b"/two", b"/one"] and isinstance(found[3], FileNotFoundError)
+    assert asked == ["/one", "/two", "/none"]
+    with pytest.raises(FileNotFoundError):
+        fs.cat_ranges(paths, 0, 1, on_error="raise")
+    assert fs.cat_ranges(paths, 0, 1, on_error="omit") == [b"/"] * 3
 
 
 def test_cat_ranges_append_and_transaction(fs: EmberFileSystem) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from emberfs.half_run import HalfRun
+from emberfs.runtime import AsyncioRuntime
+from emberfs.waiting import all_begun
 
 
 def begin(call: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -78,3 +80,36 @@ def test_it_can_be_cancelled_before_and_after_the_task_begins() -> None:
         assert ended == ["cancelled"] * 2
 
     asyncio.run(main())
+
+
+def test_many_begin_at_once_and_only_those_that_wait_are_tasks() -> None:
+    spawned: list[str] = []
+
+    class Counting(AsyncioRuntime):
+        def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+            spawned.append(name)
+            return asyncio.get_running_loop().create_task(work)
+
+    async def main() -> list[Any]:
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        begun: list[int] = []
+
+        async def work(number: int) -> object:
+            begun.append(number)
+            if number == 1:
+                raise KeyError(number)
+            if number == 2:
+                # All have begun before any is waited for.
+                asyncio.get_running_loop().call_soon(lambda: future.set_result(str(begun)))
+                return await future
+            if number == 3:
+                await asyncio.sleep(0)
+                raise ValueError(number)
+            return number
+
+        return await all_begun(Counting(), [work(number) for number in range(5)], "many")
+
+    first, failed, waited, failed_later, last = asyncio.run(main())
+    assert (first, waited, last) == (0, "[0, 1, 2, 3, 4]", 4)
+    assert isinstance(failed, KeyError) and isinstance(failed_later, ValueError)
+    assert spawned == ["many", "many"]

@@ -32,6 +32,8 @@ PARTITION_BYTES = 1024 * 1024
 """What a partition may have of them; a block of so much is read about as fast as a larger one."""
 BLOCK_BYTES_MAX = 16 * 1024 * 1024
 """Of the rows in memory. A reader holds a few blocks; beyond this size larger ones are not faster."""
+WRITE_BYTES = 256 * 1024
+"""Smaller blocks go out together: a call of the file costs more than to copy them."""
 BUFFER_BYTES_MAX = 1024 * 1024 * 1024
 assert BUFFER_BYTES_MAX < 2**31, "what is sorted at once has to fit 32-bit offsets"
 
@@ -74,7 +76,8 @@ class ExchangeWriter:
         self._held_bytes = 0
         self._blocks: list[Block] = []
         self._offset = len(HEAD)
-        self._file.write(HEAD)
+        self._waiting: list[bytes | pa.Buffer] = [HEAD]
+        self._waiting_bytes = len(HEAD)
 
     def write(self, batch: pa.RecordBatch, partitions: NDArray[Any] | pa.Array | None) -> None:
         """Adds rows. `partitions` has a number below `num_partitions` for each; None is partition 0 for all."""
@@ -98,7 +101,8 @@ class ExchangeWriter:
             num_partitions=self._num_partitions,
             packed_blocks=pack_blocks(self._blocks),
         )
-        self._file.write(encode_footer(index))
+        self._put(encode_footer(index))
+        self._write_waiting()
         return index
 
     def _partition_numbers(self, num_rows: int, partitions: NDArray[Any] | pa.Array | None) -> NDArray[Any]:
@@ -147,7 +151,22 @@ class ExchangeWriter:
         block = sink.getvalue()[len(self._schema_message) :]
         self._blocks.append(Block(partition, rows.num_rows, self._offset, len(block), crc32c(block)))
         self._offset += len(block)
-        self._file.write(memoryview(block))
+        self._put(block)
+
+    def _put(self, piece: bytes | pa.Buffer) -> None:
+        """Writes it, at the latest when the file is complete."""
+        self._waiting.append(piece)
+        self._waiting_bytes += len(piece)
+        if self._waiting_bytes >= WRITE_BYTES:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        small, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        large = small.pop() if small and len(small[-1]) >= WRITE_BYTES else None
+        if small:
+            self._file.write(b"".join(map(memoryview, small)))
+        if large is not None:
+            self._file.write(memoryview(large))
 
 
 def _cut(batch: pa.RecordBatch, bytes_max: int) -> Iterator[pa.RecordBatch]:

@@ -30,6 +30,9 @@ EXIT_S = 0.2
 """How long a worker may be seen to exit after its socket has closed, for its own exit code to be known."""
 
 _READ_BYTES = 1 << 16
+_SPINNING = "OPENBLAS_THREAD_TIMEOUT"
+"""For how long (as a power of two, in cycles) numpy's threads look for work without sleeping, from its import on. By
+themselves they do so for tens of milliseconds, of CPUs that other workers are waiting for."""
 
 
 class WorkerProcess:
@@ -49,7 +52,7 @@ class WorkerProcess:
                 stderr=their_output,
                 pass_fds=[theirs.fileno()],
                 cwd=here.directory,
-                env={**os.environ, INSIDE: "1"},
+                env={_SPINNING: "4", **os.environ, INSIDE: "1"},
                 start_new_session=True,
             )
         except BaseException:

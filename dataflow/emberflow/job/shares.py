@@ -32,11 +32,12 @@ class ShareConfig:
     """Of files, as they are on disk."""
     task_bytes: int = 256 << 20
     """Of exchanges, as they are in memory."""
+    together_bytes: int = 256 << 20
+    """Neighbouring partitions share a task up to so much."""
     shares_min: int = 8
-    """Fewest shares of files of more than `scan_small_bytes`."""
-    scan_small_bytes: int = 16 << 20
-    coalesce: bool = True
-    """Small neighbouring partitions share a task."""
+    """Fewest shares of files, while each has `share_bytes_min` of the columns that are read."""
+    share_bytes_min: int = 8 << 20
+    """To read so much costs several times what a task costs by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def _file_shares(feed: FileFeed, config: ShareConfig) -> list[Share]:
         return feed.scan.partitions()
     if feed.shares is not None:
         return feed.scan.shares(0, exactly=feed.shares)
-    at_least = config.shares_min if feed.scan.size_bytes > config.scan_small_bytes else 1
+    at_least = max(1, min(config.shares_min, int(feed.read_bytes / config.share_bytes_min)))
     return feed.scan.shares(config.scan_bytes, at_least=at_least)
 
 
@@ -116,7 +117,7 @@ def _pieces(exchange: Exchange, outputs: Mapping[int, Sequence[Output]], config:
     groups: list[list[int]] = []
     held = 0
     for position, output in enumerate(outputs[exchange.id]):
-        if not groups or exchange.fixed or not config.coalesce or held + output.size_bytes > config.task_bytes:
+        if not groups or exchange.fixed or held + output.size_bytes > config.together_bytes:
             groups.append([])
             held = 0
         groups[-1].append(position)
@@ -135,8 +136,9 @@ def _partitions(
         for feed, exchange in exchanges.items()
     }
     totals = [sum(of_feed[p] for of_feed in sizes.values()) for p in partitions]
+    fixed = any(exchange.fixed for exchange in exchanges.values())
     of_pieces = all(exchange.of_pieces for exchange in exchanges.values())
-    fixed = any(exchange.fixed for exchange in exchanges.values()) or not (config.coalesce or of_pieces)
+    together_bytes = config.task_bytes if of_pieces else config.together_bytes
     # The lower of two in the middle: of two partitions, too, one can be large.
     usual = statistics.median_low(totals)
     found = Cut([])
@@ -151,7 +153,7 @@ def _partitions(
         if len(split) > 1 and stage.pipe.pieces is not None:
             found.pieces.extend(split)
             continue
-        if len(split) > 1 or (group and (fixed or sum(totals[g] for g in group) + totals[p] > config.task_bytes)):
+        if len(split) > 1 or (group and (fixed or sum(totals[g] for g in group) + totals[p] > together_bytes)):
             found.specs.extend(_together(group, exchanges))
             group = []
         if len(split) > 1:

@@ -120,7 +120,11 @@ class Place:
         """All that counts, by task: one listing, and one read for each."""
         filesystem, path = open_kept(self.url, self.storage_options)
         found: dict[int, Output] = {}
-        for name in filesystem.ls(path, detail=False) if filesystem.isdir(path) else []:
+        try:
+            names = filesystem.ls(path, detail=False)
+        except FileNotFoundError:
+            return found
+        for name in names:
             stem, _, suffix = name.rsplit("/", 1)[-1].partition(".")
             if suffix == "won" and (output := self.winner(int(stem))) is not None:
                 found[int(stem)] = output

@@ -247,6 +247,7 @@ class Attempt:
         engine.keep_order(self.task.ordered or self.context.cpus == 1)
         engine.create_functions(self.task.udfs)
         cursor = stack.enter_context(engine.running(step.text))
+        stack.enter_context(engine.keeping_files())
         self._cursors.append(cursor)
         if step.seeded:
             cursor.execute("SELECT setseed(?)", [self.task.seed]).fetchall()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import EmberError, InvalidPath, LimitExceeded, StoreClosed
 from ..types import BATCH_ITEMS_MAX, Inode
-from ..waiting import all_of
+from ..waiting import all_begun, all_of
 from .buffers import flat_view, writable_view
 from .core import Core, Range, check_range
 
@@ -23,38 +23,37 @@ BatchWrite = tuple[Union[str, "File", "AsyncFile"], int, Any]
 
 async def batch_read(core: Core, items: Sequence[BatchRead], into: Any, *, raise_errors: bool) -> list[Any]:
     """See `Client.batch_read`."""
-    _check_count(items)
-    inodes: dict[str, Inode | Exception] = {}
-    ranges: list[Range] = []
-    places: list[int] = []
-    results: list[Any] = [0] * len(items)
-    for index, ((file, offset, _), view) in enumerate(zip(items, destinations(items, into), strict=True)):
+    check_count(items)
+    inodes = await files_at(core, [file for file, _, _ in items if isinstance(file, str)])
+    wanted: list[Range | Exception] = []
+    for (file, offset, _), view in zip(items, destinations(items, into), strict=True):
         if isinstance(file, str):
-            inode = inodes.get(file)
-            if inode is None:
-                inode = inodes[file] = await _file_or_error(core, file)
-            path = file
+            inode, path = inodes[file], file
         else:
             inode, path = file._file.inode_in_place(), file.name
-        if isinstance(inode, Exception):
-            results[index] = inode
-        else:
-            ranges.append(Range(inode, offset, view, path))
-            places.append(index)
-    for index, result in zip(places, await core.read_ranges(ranges), strict=True):
-        results[index] = result
+        wanted.append(inode if isinstance(inode, Exception) else Range(inode, offset, view, path))
+    return await read_found(core, wanted, raise_errors=raise_errors)
+
+
+async def files_at(core: Core, paths: Iterable[str]) -> dict[str, Inode | Exception]:
+    """The inode of each file, or why there is none; all are asked for at once."""
+    names = list(dict.fromkeys(paths))
+    found = await all_begun(core.runtime, [core.file(name) for name in names], "batch-stat")
+    for one in found:
+        if isinstance(one, Exception) and not isinstance(one, EmberError):
+            raise one
+    return dict(zip(names, found, strict=True))
+
+
+async def read_found(core: Core, wanted: Sequence[Range | Exception], *, raise_errors: bool) -> list[Any]:
+    """Fill every range: bytes read, or what went wrong, which is raised if `raise_errors` says so."""
+    read = iter(await core.read_ranges([one for one in wanted if isinstance(one, Range)]))
+    results = [next(read) if isinstance(one, Range) else one for one in wanted]
     if raise_errors:
         for result in results:
             if isinstance(result, Exception):
                 raise result
     return results
-
-
-async def _file_or_error(core: Core, path: str) -> Inode | Exception:
-    try:
-        return await core.file(path)
-    except EmberError as error:
-        return error
 
 
 def destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
@@ -83,7 +82,7 @@ def destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
 
 async def batch_write(core: Core, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
     """See `Client.batch_write`."""
-    _check_count(items)
+    check_count(items)
     payloads = [flat_view(data) for _, _, data in items]
     paths = list(dict.fromkeys(file for file, _, _ in items if isinstance(file, str)))
     opened = await all_of(core.runtime, [core.open_for_write(path, create=True) for path in paths], "batch-open")
@@ -121,6 +120,7 @@ def open_files(items: Sequence[BatchRead] | Sequence[BatchWrite], store: Store) 
     return files
 
 
-def _check_count(items: Sequence[Any]) -> None:
+def check_count(items: Sequence[Any]) -> None:
+    """Raises LimitExceeded for more than one batch may have."""
     if len(items) > BATCH_ITEMS_MAX:
         raise LimitExceeded(f"a batch of {len(items)} items is over the limit of {BATCH_ITEMS_MAX}")
