@@ -27,8 +27,8 @@ Buffer = memoryview
 START_BYTES_MIN = 128 << 10
 """A write of so many bytes is begun at once: the disk is at it while the rest is copied, not from the sync on."""
 SYNC_FILE_RANGE_WRITE = 0x02
-_CANNOT_PUNCH = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.ENOSPC, errno.EDQUOT))
-"""A file system that does not know how, a filter that forbids it, or one so full that it cannot note it down."""
+_CANNOT_PUNCH = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM))
+"""A file system that does not know how, or a filter that forbids it."""
 
 ReadItem = tuple[int, Sequence[Buffer], int]
 """(file, destinations filled in order, offset in bytes)"""

@@ -68,8 +68,8 @@ class Files(Protocol):
     async def write(self, path: str, offset: int, data: bytes) -> None:
         """Into a file that `create` made."""
 
-    async def free_bytes(self) -> int:
-        """How much more fits, as was known a few seconds ago."""
+    async def space(self) -> tuple[int, int]:
+        """(bytes that still fit, bytes that are taken), as was known a few seconds ago."""
 
 
 class StoreFiles:
@@ -142,8 +142,9 @@ class StoreFiles:
     async def write(self, path: str, offset: int, data: bytes) -> None:
         await self._client.batch_write([(path, offset, data)], whole_chunks=True)
 
-    async def free_bytes(self) -> int:
-        return (await self._client.space())["free_bytes"]
+    async def space(self) -> tuple[int, int]:
+        found = await self._client.space()
+        return found["free_bytes"], found["used_bytes"]
 
 
 class _StoreLog:

@@ -53,6 +53,8 @@ class Pools:
         self._failed: dict[str, tuple[float, Exception]] = {}
         """Namespaces that could not be opened: until when they are not tried again, and why."""
         self._room = Room()
+        self._is_told = True
+        """What the store has left was told when it was asked."""
         self._looking: asyncio.Task[None] | None = None
         self._is_closing = False
 
@@ -155,14 +157,18 @@ class Pools:
     async def _look(self) -> None:
         """How much more the store takes: each namespace may have a share of it."""
         try:
-            free_bytes = await self._files.free_bytes()
+            free_bytes, used_bytes = await self._files.space()
         except Exception as error:  # What was known goes on to count.
-            log.warning("the store does not say how much it has left: %s", error)
+            if self._is_told:
+                log.warning("the store does not say how much it has left: %s", error)
+            self._is_told = False
             return
+        self._is_told = True
         served = {name: pool for name, pool in self._open.items() if not pool.is_lost}
-        limits = self._room.share(free_bytes, {name: pool.space.held_bytes for name, pool in served.items()})
+        held = {name: pool.space.held_bytes for name, pool in served.items()}
+        limits = self._room.share(free_bytes, used_bytes, held)
         for name, pool in served.items():
-            pool.space.heed(limits[name])
+            pool.space.heed(limits[name], free_bytes // (2 * len(served)))
 
     def _description(self, name: str) -> str:
         return f"{self._root}/{name}/namespace.json"

@@ -156,7 +156,7 @@ class Puts:
         is all of them, and one at a time they take three times as long."""
         writer, tenant, kind = held.writer, held.tenant, held.kind
         segment = self._segments.of_writer(writer)
-        if segment is None:
+        if segment is None or not segment.has_file:
             return
         pending, there, room = self._pending, self._table.slots_of(tenant), segment.room
         found: dict[tuple[int, int, bytes], None] = {}

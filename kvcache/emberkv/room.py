@@ -7,8 +7,9 @@ that the namespaces give, each in proportion to what it has.
     enough left    what a namespace has, and its share of what is above the reserve
     too little     what it has, less its share of what is missing
 
-What the store says may be wrong, or late, or be taken by others as fast as it is given. Who gives and sees nothing of
-it stops after some looks: a cache that emptied itself would help nobody.
+What the store says is a second or two old, and may be wrong. While it says the same again nothing more is given, and
+what was given has to be seen: in what is left, or in what others have taken of it. Who gives in vain some times stops
+until the figure changes: a cache that emptied itself would help nobody.
 
 Does not know: what is evicted, or what else is in the store.
 """
@@ -17,50 +18,83 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 log = logging.getLogger("emberline.kv")
 
 RESERVE_SHARE = 1 / 32
 RESERVE_BYTES_MIN, RESERVE_BYTES_MAX = 16 << 20, 16 << 30
 """Of what the namespaces have and the store has left: for logs, and for what others write until the next look."""
-VAIN_LOOKS_MAX = 3
+TELLING_SHARE = 1 / 8
+"""Of the reserve: when so much was given it is looked whether it is seen."""
+VAIN_MAX = 3
+
+
+class _Look(NamedTuple):
+    """What there was at some time."""
+
+    free_bytes: int
+    used_bytes: int
+    held: Mapping[str, int]
 
 
 class Room:
     """See the module."""
 
     def __init__(self) -> None:
-        self._limits: dict[str, int] = {}
-        self._held: dict[str, int] = {}
-        """At the last look."""
-        self._free_bytes = 0
-        self._vain_looks = 0
-        """So often in a row something was given, and nothing of it was seen."""
+        self._last = _Look(0, 0, {})
+        self._limits: Mapping[str, int] = {}
+        self._since: _Look | None = None
+        """When giving began, or was last seen."""
+        self._vain = 0
+        """So often in a row it was not."""
+        self._stopped_bytes: int | None = None
+        """What the store had left when giving was given up."""
 
-    def share(self, free_bytes: int, held: Mapping[str, int]) -> Mapping[str, int]:
-        """What each namespace may hold in bytes, by name, where the store has so much left and they hold so much."""
-        total = sum(held.values())
-        reserve = min(max(int((total + free_bytes) * RESERVE_SHARE), RESERVE_BYTES_MIN), RESERVE_BYTES_MAX)
-        spare = free_bytes - reserve
-        if spare >= 0:
-            self._vain_looks = 0
-            # Those that do not grow leave their shares to those that do, and may begin to.
-            growing = {name for name, size in held.items() if size > self._held.get(name, 0)}
-            limits = {name: size + spare // len(growing | {name}) for name, size in held.items()}
-        elif self._is_in_vain(free_bytes, total):
+    def share(self, free_bytes: int, used_bytes: int, held: Mapping[str, int]) -> Mapping[str, int]:
+        """What each namespace may hold, by name, where the store has so much left, and they hold so much of what is
+        taken; in bytes."""
+        now = _Look(free_bytes, used_bytes, dict(held))
+        reserve = int((sum(held.values()) + free_bytes) * RESERVE_SHARE)
+        reserve = min(max(reserve, RESERVE_BYTES_MIN), RESERVE_BYTES_MAX)
+        if free_bytes >= reserve:
+            self._since, self._vain, self._stopped_bytes = None, 0, None
+            limits = self._grown(free_bytes - reserve, held)
+        elif self._gives_no_more(now, reserve):
             limits = {name: self._limits.get(name, size) for name, size in held.items()}
         else:
-            limits = {name: max(size + spare * size // max(total, 1), 0) for name, size in held.items()}
-        self._held, self._free_bytes, self._limits = dict(held), free_bytes, limits
+            total = max(sum(held.values()), 1)
+            limits = {name: max(size - (reserve - free_bytes) * size // total, 0) for name, size in held.items()}
+        self._last, self._limits = now, limits
         return limits
 
-    def _is_in_vain(self, free_bytes: int, total: int) -> bool:
-        if free_bytes > self._free_bytes:
-            self._vain_looks = 0
-        elif total < sum(self._held.values()):
-            self._vain_looks += 1
-            if self._vain_looks == VAIN_LOOKS_MAX:
-                log.warning(
-                    "the store has %d bytes left, and no more since the cache gave some: it gives no more", free_bytes
-                )
-        return self._vain_looks >= VAIN_LOOKS_MAX
+    def _grown(self, spare_bytes: int, held: Mapping[str, int]) -> dict[str, int]:
+        """Three quarters of it for those that grow, the rest for those that may begin to."""
+        growing = {name for name, size in held.items() if size > self._last.held.get(name, 0)}
+        still = held.keys() - growing
+        of_growing = spare_bytes if not still else spare_bytes * 3 // 4 if growing else 0
+        shares = {name: of_growing // len(growing) for name in growing}
+        shares |= {name: (spare_bytes - of_growing) // len(still) for name in still}
+        return {name: size + shares[name] for name, size in held.items()}
+
+    def _gives_no_more(self, now: _Look, reserve: int) -> bool:
+        if self._stopped_bytes is not None:
+            if abs(now.free_bytes - self._stopped_bytes) < reserve // 4:
+                return True
+            self._since, self._vain, self._stopped_bytes = None, 0, None
+        if self._since is None:
+            self._since = now
+        elif now[:2] == self._last[:2]:
+            return True  # What was given since is not in it yet.
+        since = self._since
+        given = sum(max(size - now.held[name], 0) for name, size in since.held.items() if name in now.held)
+        if given < reserve * TELLING_SHARE:
+            return False
+        self._since = now
+        left, taken = now.free_bytes - since.free_bytes, now.used_bytes - since.used_bytes
+        self._vain = 0 if 2 * (left + taken) >= -given else self._vain + 1
+        if self._vain < VAIN_MAX:
+            return False
+        self._stopped_bytes = now.free_bytes
+        log.warning("the store has %d bytes left, however much the cache gives: it gives no more", now.free_bytes)
+        return True

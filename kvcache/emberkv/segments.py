@@ -21,6 +21,8 @@ from .page import HEADER_BYTES, PAGE_BYTES_MAX, Place
 SEGMENT_BYTES_DEFAULT = 64 << 20
 SEGMENTS_MIN = 256
 """Of a full namespace. With fewer, more of what is dead lies where it is worth no compaction, and one moves more."""
+FITTED_BYTES_MIN = 1 << 16
+"""The store's smallest block."""
 SECTOR_BYTES = 4096
 """The store appends to a chunk in place where it ends at a multiple of this; else it writes the chunk anew."""
 PAGES_PER_SEGMENT_MIN = 4
@@ -55,6 +57,8 @@ class Segment:
     """Pages with headers that the index names."""
     pending_bytes: int = 0
     """Places that were handed out, and are neither committed nor given up."""
+    has_file: bool = True
+    """False while it is made: places in it are given to nobody before."""
     gone_after_lease: int = 0
     """Leases up to this one may reach a page of it that is dead by now. An evicted page has none; a moved one may."""
 
@@ -98,6 +102,11 @@ class Segments:
         return sum(segment.end for segment in self if segment.is_retired)
 
     @property
+    def going_bytes(self) -> int:
+        """What sealed ones take in which nothing is alive: retired or not yet."""
+        return sum(each.end for each in self if each.state != State.OPEN and not each.live_bytes + each.pending_bytes)
+
+    @property
     def promised_bytes(self) -> int:
         """The same, with the room that open segments still have."""
         return sum(segment.end + segment.room for segment in self)
@@ -107,12 +116,13 @@ class Segments:
         self.segment_bytes = segment_bytes_for(capacity_bytes)
         if (fitting := segment_bytes_for(limit_bytes)) < self.segment_bytes:
             # In steps: a limit changes all the time, and a spare of another size goes.
-            self.segment_bytes = (1 << fitting.bit_length()) >> 1
+            self.segment_bytes = max((1 << fitting.bit_length()) >> 1, FITTED_BYTES_MIN)
 
     def open_for(self, writer: int, payload_bytes: int) -> Segment | None:
         """The segment of a writer, if a page fits into it. None: it needs a new one."""
         segment = self._open.get(writer)
-        return None if segment is None or segment.room < HEADER_BYTES + payload_bytes else segment
+        is_fit = segment is not None and segment.has_file and segment.room >= HEADER_BYTES + payload_bytes
+        return segment if is_fit else None
 
     def of_writer(self, writer: int) -> Segment | None:
         """The open segment of a writer."""

@@ -127,6 +127,7 @@ class Space:
         """Tenants whose pages wait for the one before them as long as pages stay: an engine puts it later."""
         self.limit_bytes = config.capacity_bytes
         """What there is room for of the capacity. Below what the segments take already, until enough of them went."""
+        self._movable_bytes = config.capacity_bytes
         self._spare: _Spare | None = None
         self._making: dict[int, asyncio.Task[bool]] = {}
         """Number -> the file that is being made. It is not removed before, or it would come afterwards."""
@@ -166,9 +167,10 @@ class Space:
         """What the segments take on the store: of what was promised nobody knows whether it is there yet."""
         return max(self._index.segments.disk_bytes - self._promised_bytes, 0)
 
-    def heed(self, limit_bytes: int) -> None:
-        """So much of its capacity the namespace may hold."""
+    def heed(self, limit_bytes: int, movable_bytes: int) -> None:
+        """So much of its capacity the namespace may hold; below that, so much may be there twice while it is moved."""
         self.limit_bytes = min(self.config.capacity_bytes, limit_bytes)
+        self._movable_bytes = movable_bytes
         self._index.segments.fit(self.limit_bytes, self.config.capacity_bytes)
 
     # --- eviction --------------------------------------------------------------------------------------------------
@@ -226,14 +228,16 @@ class Space:
 
     async def evict_above_limit(self, count_max: int) -> None:
         """Evict what the store has no room for any more: at most so many."""
-        table = self._index.table
+        table, segments = self._index.table, self._index.segments
         for count in range(count_max):
             if table.live_bytes + self._promised_bytes <= self.live_bytes_max(0):
                 return
-            if not self._evict_coldest(self.every_tenant):
-                return
             if count % TURN_PAGES == 0:
                 await self._runtime.sleep(0)
+                if segments.promised_bytes - segments.going_bytes <= self.limit_bytes:
+                    return
+            if not self._evict_coldest(self.every_tenant):
+                return
 
     def expire(self, count_max: int) -> int:
         """Evict what was not used for its time, what is above a quota that was lowered, and orphans: at most so many.
@@ -382,9 +386,11 @@ class Space:
         while True:
             self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
             segment = segments.by_id[segments.next_id - 1]
+            segment.has_file = False
             try:
                 if not await self._has_spare(segment.id, size_bytes):
                     await self._files.create(self.path(segment.id), size_bytes)
+                segment.has_file = True
             except AlreadyExists:
                 self.seal(segment)  # Of an owner that is over and does not know it: that number is its own.
             except BaseException:
@@ -410,8 +416,13 @@ class Space:
         if (idle := segments.idle()) is not None:
             self.seal(idle)
             return True
-        # What is moved and leased is there twice until the lease ends: of that no more than a segment at a time.
-        return segments.leaving_bytes < segments.segment_bytes and await self.compaction.compact_one()
+        return await self._compact_one()
+
+    async def _compact_one(self) -> bool:
+        if self.limit_bytes == self.config.capacity_bytes:
+            return await self.compaction.compact_one()
+        # What is moved and leased is there twice until the lease ends: of that the store may have no room for much.
+        return await self.compaction.compact_one(self._movable_bytes - self._index.segments.leaving_bytes)
 
     async def _make_disk_room(self, size_bytes: int) -> bool:
         segments = self._index.segments
@@ -423,7 +434,7 @@ class Space:
                 self.seal(idle)
                 continue
             # What leases still hold comes back by itself: to move more pages would take room, not give it.
-            if segments.leaving_bytes >= size_bytes or not await self.compaction.compact_one():
+            if segments.leaving_bytes >= size_bytes or not await self._compact_one():
                 return False
         return True
 

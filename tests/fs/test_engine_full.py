@@ -124,8 +124,46 @@ def test_after_a_restart_it_is_known_which_free_blocks_have_space() -> None:
         with pytest.raises(NoSpace):
             await bench.write(0, pattern(MIB), name=chunk(9))
         assert bench.engine.trim(64 * MIB) == 0, "what is a hole already gives nothing"
+        await bench.reopen()
+        assert bench.engine.trim(64 * MIB) == 0, "nor if that is the first that is asked"
+        with pytest.raises(NoSpace):
+            await bench.write(0, pattern(MIB), name=chunk(9))
 
     on_sim(work, capacity_bytes=64 * MIB, reserve_bytes=8 * MIB)
+
+
+def test_a_disk_that_does_not_say_where_it_has_space_fails_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> list[tuple[int, int]]:
+        raise OSError(errno.EIO, "the medium is gone")
+
+    async def work(bench: SimBench) -> None:
+        await bench.write(0, pattern(MIB))
+        await bench.reopen()
+        monkeypatch.setattr(SimDisk, "holes", fail)
+        with pytest.raises(TargetFailed, match="does not say where"):
+            await bench.write(0, pattern(MIB), name=chunk(1))
+
+    on_sim(work)
+
+
+def test_a_file_system_too_full_to_give_space_back_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    punch = SimDisk.punch
+
+    def refuse(*_: Any) -> bool:
+        raise OSError(errno.ENOSPC, "no room for that")
+
+    async def work(bench: SimBench) -> None:
+        for number in range(8):
+            await bench.write(0, pattern(MIB, number), name=chunk(number))
+        for number in range(4):
+            await bench.remove(name=chunk(number))
+        monkeypatch.setattr(SimDisk, "punch", refuse)
+        with pytest.raises(NoSpace):
+            await bench.write(0, pattern(2 * MIB), name=chunk(9))
+        monkeypatch.setattr(SimDisk, "punch", punch)
+        await bench.write(0, pattern(2 * MIB), name=chunk(9))
+
+    on_sim(work, capacity_bytes=8 * MIB + 64 * KIB)
 
 
 @pytest.mark.parametrize("scattered", [False, True])

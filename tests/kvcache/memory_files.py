@@ -81,9 +81,10 @@ class MemoryFiles:
             raise NotFound("no such file", path)
         self.files[path][offset : offset + len(data)] = data
 
-    async def free_bytes(self) -> int:
-        await self._step("free_bytes", "")
-        return self.left_bytes - sum(len(data.rstrip(b"\0")) for data in self.files.values())
+    async def space(self) -> tuple[int, int]:
+        await self._step("space", "")
+        used_bytes = sum(len(data.rstrip(b"\0")) for data in self.files.values())
+        return self.left_bytes - used_bytes, used_bytes
 
 
 class MemoryLog:

@@ -20,13 +20,13 @@ def space_of(reply: StatusReply) -> dict[str, int]:
     """What `Client.space` says. Raises Unavailable while the manager has heard of no storage server.
 
     New data spreads evenly over the chains, so it is the target that fills first that says when there is no more room.
-    Targets that are away count nothing.
+    Nodes that are away have no say in that.
     """
     held = {target.node for target in reply.routing.targets}
     heard = [found for node in reply.nodes if node.alive and node.node.name in held and (found := _reports(node))]
     if not heard:
         raise Unavailable("no storage server has told the manager how much room there is: try again in a moment")
-    reports = {report.target: report for each in heard for report in each}
+    reports = {report.target: report for node in reply.nodes for report in _reports(node)}
     chains = reply.routing.chains
     used_bytes = [
         [reports[each.target].used_bytes for each in chain.targets if each.target in reports] for chain in chains

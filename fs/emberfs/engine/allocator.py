@@ -206,7 +206,12 @@ class SizeClass:
             for begin, end in _runs(self._free(group) & in_file):
                 end = min(end, begin + max((bytes_max - punched) // self.stride, 1))
                 length = (end - begin) * self.stride
-                self._can_punch = self._disk.punch(file, (group * GROUP_BLOCKS + begin) * self.stride, length)
+                try:
+                    self._can_punch = self._disk.punch(file, (group * GROUP_BLOCKS + begin) * self.stride, length)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    return punched  # So full that it cannot note this down: at another time it can.
                 if not self._can_punch:
                     return punched
                 self._set_holes(group, self._holes.get(group, 0) | (1 << end) - (1 << begin))
@@ -220,15 +225,20 @@ class SizeClass:
         """Once, when all groups are known: holes are the free blocks that the file has no space for, or not for all."""
         if self._knows_holes:
             return
+        file = self.file
+        try:
+            found = self._disk.holes(file)
+        except OSError as error:
+            raise TargetFailed(f"the disk does not say where it has space: {error}") from error
         self._knows_holes = True
         blocks = self._file_bytes // self.stride
-        for begin, end in self._disk.holes(self.file):
+        for begin, end in found:
             first, last = begin // self.stride, min(-(-end // self.stride), blocks)
             for group in range(first // GROUP_BLOCKS, -(-last // GROUP_BLOCKS)):
                 self._grow_groups(group + 1)
                 low, high = (min(max(at - group * GROUP_BLOCKS, 0), GROUP_BLOCKS) for at in (first, last))
-                found = (1 << high) - (1 << low) & ~self.taken[group]
-                self._set_holes(group, self._holes.get(group, 0) | found)
+                holes = (1 << high) - (1 << low) & ~self.taken[group]
+                self._set_holes(group, self._holes.get(group, 0) | holes)
 
     def _set_holes(self, group: int, holes: int) -> None:
         self._holes_count += holes.bit_count() - self._holes.pop(group, 0).bit_count()
