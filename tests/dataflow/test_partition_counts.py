@@ -181,6 +181,17 @@ def test_a_branch_without_rows_leaves_files_skipped(session: emberflow.Session, 
     assert frame.count() == 5
 
 
+@pytest.mark.parametrize("text", ["select p.k from p join t using (k)", "select p.k from t join p using (k)"])
+def test_a_large_side_that_every_task_reads_is_told(text: str) -> None:
+    table = pa.table({"k": range(1000)})
+    for broadcast_bytes, noted in ((table.nbytes - 1, 1), (table.nbytes, 0)):
+        with emberflow.init(executor="inline", broadcast_bytes=broadcast_bytes) as session:
+            parted = session.from_arrow(table).repartition(PARTITIONS, hash_by="k")
+            told = session.sql(text, p=parted, t=session.from_arrow(table)).explain()
+            whole = "each of 4 tasks reads a join's side of one partition whole, about 8,000 bytes: 32,000 in sum"
+            assert told.count(whole) == noted, told
+
+
 MEETING = [name for name, (_, count) in SQL.items() if count == PARTITIONS]
 
 

@@ -277,7 +277,7 @@ class Program:
     """As the user named them; None if a function of theirs decides."""
     ordered: bool
     notes: tuple[str, ...] = ()
-    """What was not understood, and why: for explain()."""
+    """What was not understood, and why, and what costs more than it seems: for explain()."""
     partitions: int | None = None
     """In how many partitions the result's rows are, if the user asked for them."""
     partitioned: PartitionKeys | None = None
