@@ -55,7 +55,8 @@ _INLINE_BYTES_MAX = 32 << 20
 _IN_PROCESS_FACTOR = 1.0
 _NAME_CHARS = 80
 TOGETHER_BYTES = 4 << 20
-"""Where `partitions` are asked for, neighbours share a task up to so much: one of its own costs about the same CPU."""
+"""Where `partitions` are asked for, neighbours share a task up to so much: one of its own costs about the same CPU. Not
+where tasks run the user's Python: what a row costs there nobody knows."""
 
 Made = TypeVar("Made")
 
@@ -327,6 +328,8 @@ class Jobs:
                     scan_bytes=self.config.partition_bytes,
                     task_bytes=task_bytes,
                     together_bytes=task_bytes if self.config.partitions is None else TOGETHER_BYTES,
+                    together_python_bytes=task_bytes if self.config.partitions is None else -1,
+                    functions=frozenset(udf.name for udf in self.session.udfs),
                 ),
             ),
             storage_options=self.config.storage_options,

@@ -83,7 +83,7 @@ class SessionConfig:
     """"always": every query is a job with exchanges, whatever its size."""
     partitions: int | None = None
     """Partitions of every exchange, and at most so many tasks that read one: neighbours of a few MiB in sum share a
-    task. By default as many as the bytes ask for."""
+    task, unless it runs Python functions. By default as many as the bytes ask for."""
     broadcast_bytes: int = 32 << 20
     """A join's side of at most so much is given to every task whole."""
     partition_bytes: int = 128 << 20

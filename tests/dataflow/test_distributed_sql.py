@@ -15,6 +15,7 @@ import emberflow
 import pyarrow as pa
 import pytest
 from emberflow.job import shares
+from emberflow.plan.pipes import ExchangeFeed
 
 from .corpus import STATEMENTS, TABLES, Statement
 
@@ -28,15 +29,27 @@ def plain() -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
-@pytest.fixture(scope="module", params=["partitions", "broadcast", "large partitions"])
-def session(request: pytest.FixtureRequest) -> Iterator[emberflow.Session]:
-    broadcast_bytes = 1 << 30 if request.param == "broadcast" else 0
+@pytest.fixture(scope="module", params=["partitions", "broadcast", "large partitions", "small partitions"])
+def plan(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def session(plan: str) -> Iterator[emberflow.Session]:
+    broadcast_bytes = 1 << 30 if plan == "broadcast" else 0
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "large partitions":
+        if plan == "large partitions":
             # All that are larger than the usual one count as large, whatever their bytes: they are cut.
             patch.setattr(shares, "SKEW", 1)
             patch.setattr(shares, "_SKEW_BYTES_MIN", 0)
         yield from opened(broadcast_bytes)
+
+
+@pytest.fixture(autouse=True)
+def small_partitions_share_tasks(plan: str, partitions_are_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them do, in one of the sessions: of the three that most statements have, two or all."""
+    if plan == "small partitions":
+        monkeypatch.setattr("emberflow.jobs.TOGETHER_BYTES", 2000)
 
 
 def opened(broadcast_bytes: int) -> Iterator[emberflow.Session]:
@@ -61,15 +74,17 @@ if duckdb.__version__.startswith("1."):
 
 @pytest.mark.parametrize("statement", [s for s in STATEMENTS if s.name not in OF_TABLES], ids=lambda s: s.name)
 def test_the_answer_is_duckdbs(
-    session: emberflow.Session, plain: duckdb.DuckDBPyConnection, statement: Statement
+    session: emberflow.Session, plan: str, plain: duckdb.DuckDBPyConnection, statement: Statement
 ) -> None:
     if session.config.broadcast_bytes and "join" not in statement.sql.lower() and "in (" not in statement.sql.lower():
         return  # Nothing in it could be broadcast: the other session has run the very same stages.
     expected = plain.execute(statement.sql).fetchall()
     types = [(row[0], row[1]) for row in plain.execute(f"DESCRIBE {statement.sql}").fetchall()]
     frame = session.sql(statement.sql)
-    if shares.SKEW == 1 and not can_be_cut(frame):
+    if plan == "large partitions" and not can_be_cut(frame):
         return  # As in the first session, too.
+    if plan == "small partitions" and not can_be_together(frame):
+        return
     computed = session.jobs.compute(frame.query)
     rows = session.jobs.rows_of(frame.query)
     with session.running(rows) as cursor:
@@ -94,12 +109,27 @@ def can_be_cut(frame: emberflow.DataFrame) -> bool:
     return any(exchange.splittable for stage in program.stages for exchange in stage.inputs())
 
 
+def can_be_together(frame: emberflow.DataFrame) -> bool:
+    """Whether a task may have several partitions, or what several tasks made."""
+    program = frame.session.jobs.planner(frame.query).program(frame.query)
+    feeds = [feed for stage in program.stages for feed in stage.pipe.feeds.values() if isinstance(feed, ExchangeFeed)]
+    return any(feed.by != "all" and not feed.exchange.fixed for feed in feeds)
+
+
 def same(left: Any, right: Any) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-9) or (math.isnan(left) and math.isnan(right))
     if isinstance(left, tuple | list) and isinstance(right, tuple | list):
         return len(left) == len(right) and all(map(same, left, right))
     return bool(left == right)
+
+
+def test_small_partitions_share_tasks(session: emberflow.Session, plan: str) -> None:
+    """Some of them, or the statements of the fourth session would be those of the first one over again."""
+    rows = session.sql("select range k from range(90)").repartition(3, by_rows=True)
+    assert len(session.sql("SELECT DISTINCT k FROM r", r=rows).take_all()) == 90
+    tasks = [event.data["tasks"] for event in session.jobs.last if event.kind == "stage"]
+    assert plan == "large partitions" or tasks[-1] == (2 if plan == "small partitions" else 3)
 
 
 def test_large_partitions_are_cut(session: emberflow.Session) -> None:

@@ -163,6 +163,46 @@ def groups(session: emberflow.Session, files: str) -> list[dict[str, Any]]:
     return parted.partial_sql("select h, count(*) n, sum(k) total from {0} group by h order by h").take_all()
 
 
+def spoil(path: str, damage: str) -> None:
+    if damage == "remove":
+        os.unlink(path)
+        return
+    with open(path, "r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)[0]
+        file.seek(1000)
+        if damage == "flip":
+            file.write(bytes([byte ^ 0x10]))
+        else:
+            file.truncate(1000)
+
+
+@pytest.mark.parametrize(("together_bytes", "tasks"), [(-1, 6), (3800, 3)])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_intermediate_that_neighbours_read_is_made_again(
+    files: str, root: str, damage: str, together_bytes: int, tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emberflow.jobs.TOGETHER_BYTES", together_bytes)
+    config: dict[str, Any] = {"executor": "inline", "data_root": root, "shuffle": "always", "partitions": 6}
+
+    def grouped() -> tuple[list[dict[str, Any]], list[emberflow.job.Event]]:
+        with emberflow.init(partition_bytes=100_000, **config) as session:
+            text = "select k % 100 m, count(*) n, sum(k) total from f group by m"
+            rows = session.sql(text, f=session.read_parquet(files)).take_all()
+            return sorted(rows, key=str), session.jobs.last
+
+    want, events = grouped()
+    assert [event.data["tasks"] for event in events if event.kind == "stage"][1:] == [tasks]
+    damaged = max(glob.glob(f"{root}/steps/*/*.exchange"), key=os.path.getsize)
+    # The result goes, so that somebody reads what is damaged.
+    for won in set(glob.glob(f"{root}/steps/*/*.won")) - set(glob.glob(f"{os.path.dirname(damaged)}/*.won")):
+        os.unlink(won)
+    spoil(damaged, damage)
+    again, events = grouped()
+    assert again == want
+    assert [event.kind for event in events].count("recompute") == 1
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_intermediate_is_made_again(files: str, root: str, damage: str) -> None:
     with emberflow.init(executor="inline", data_root=root) as session:
@@ -173,17 +213,7 @@ def test_a_damaged_intermediate_is_made_again(files: str, root: str, damage: str
         if os.path.getsize(data) < 100_000:
             os.unlink(won)
     damaged = max(glob.glob(f"{root}/steps/*/*.exchange"), key=os.path.getsize)
-    if damage == "remove":
-        os.unlink(damaged)
-    else:
-        with open(damaged, "r+b") as file:
-            file.seek(1000)
-            byte = file.read(1)[0]
-            file.seek(1000)
-            if damage == "flip":
-                file.write(bytes([byte ^ 0x10]))
-            else:
-                file.truncate(1000)
+    spoil(damaged, damage)
     with emberflow.init(executor="inline", data_root=root) as session:
         assert sorted(groups(session, files), key=str) == want
         assert [event.kind for event in session.jobs.last].count("recompute") == 1

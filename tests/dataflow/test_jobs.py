@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from emberflow.errors import FlowError
 from emberflow.job.task import Attempt
+from emberflow.jobs import TOGETHER_BYTES
 from emberflow.writer import Target, WriteOptions, _kept_id
 
 
@@ -160,6 +161,35 @@ def test_an_error_of_duckdbs_below_a_function_stays_one(rows: emberflow.DataFram
     with pytest.raises(emberflow.QueryError, match="Could not convert") as caught:
         rows.select("cast(s as integer) i").map(_same, schema={"i": "INTEGER"}).take_all()
     assert "Python exception" not in str(caught.value)
+
+
+def _exits(row: dict[str, Any]) -> dict[str, Any]:
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize("schema", [None, {"k": "BIGINT"}])
+def test_a_function_that_ends_the_program_ends_its_task(
+    rows: emberflow.DataFrame, schema: dict[str, str] | None
+) -> None:
+    with pytest.raises(emberflow.FlowError, match="SystemExit: 3") as caught:
+        rows.map(_exits, schema=schema).take_all()
+    assert not isinstance(caught.value, emberflow.QueryError)
+
+
+def test_partitions_are_tasks_of_their_own_where_functions_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberflow.jobs.TOGETHER_BYTES", TOGETHER_BYTES)
+    same = emberflow.udf(["BIGINT"], "BIGINT", name="same_k")(lambda k: k)
+    with emberflow.init(executor="inline", partitions=8) as session:
+        parted = session.sql("select range k from range(2000)").repartition(4, hash_by="k")
+        groups = session.sql("select distinct k % 100 k from p", p=parted)
+        session.create_function(same)
+        for frame, expected in (
+            (groups.select("k + 1 k"), 1),
+            (groups.map(_same, schema={"k": "BIGINT"}), 8),
+            (groups.select("same_k(k) k"), 8),
+        ):
+            assert len(frame.take_all()) == 100
+            assert [event.data["tasks"] for event in kinds(session, "stage")][-1] == expected
 
 
 def test_bad_sql_is_duckdbs_own_error(rows: emberflow.DataFrame) -> None:

@@ -15,6 +15,7 @@ import emberflow
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from emberflow.plan.pipes import FileFeed
 
 PARTITIONS = 4
 FEW, MANY = 20, 2000
@@ -31,10 +32,18 @@ KINDS = (
 Frame = emberflow.DataFrame
 
 SQL: dict[str, tuple[str, int | None]] = {
-    "no rows": ("select k from p where false", 4),
-    "rows that cannot be": ("select k from p where k > 5 and k < 3", 4),
-    "groups of no rows": ("select k, count(*) n from p where 1 = 0 group by k", 4),
-    "no rows of a join": ("select p.k from p join t using (k) where false", 4),
+    # What can have no rows reads nothing, and is one partition.
+    "no rows": ("select k from p where false", 1),
+    "rows that cannot be": ("select k from p where k > 5 and k < 3", 1),
+    "groups of no rows": ("select k, count(*) n from p where 1 = 0 group by k", 1),
+    "no rows of a join": ("select p.k from p join t using (k) where false", 1),
+    "no rows of a join with files": ("select p.k from p join f using (k) where false", 1),
+    "no rows in order": ("select k from p where false order by k", 1),
+    "groups of no rows of several joins": (
+        "select t.k, count(*) n from t2 join p using (k) join t on p.k = t.k where false group by t.k",
+        1,
+    ),
+    "a join with no rows": ("select p.k from p left join (select k from t where false) e using (k)", 4),
     # A join with what is one partition has the other side's.
     "join with a table": ("select p.k from p join t using (k)", 4),
     "join of a table": ("select p.k from t join p using (k)", 4),
@@ -55,6 +64,14 @@ SQL: dict[str, tuple[str, int | None]] = {
     "groups of a key of the right": ("select p.k, count(*) n from t join p using (k) group by p.k", 4),
     "groups of a key of the middle": (
         "select p.k, count(*) n from t join p using (k) join one on p.k = one.k group by p.k",
+        4,
+    ),
+    "groups of a key of the right that may be NULL": (
+        "select p.k, count(*) n from t join p on t.k is not distinct from p.k group by p.k",
+        4,
+    ),
+    "groups of a key of the middle that may be NULL": (
+        "select p.k, count(*) n from t2 join p on t2.k is not distinct from p.k join t on p.k = t.k group by p.k",
         4,
     ),
     "groups of a key of both": ("select p.k, t.k, count(*) n from t join p using (k) group by p.k, t.k", 4),
@@ -91,8 +108,6 @@ SQL: dict[str, tuple[str, int | None]] = {
     "one partition in order": ("select k from one order by k", 1),
     "a query that is not planned": ("select p.k from p asof join t on p.k >= t.k", 1),
     # And what is in one task because it is small is none.
-    "no rows of a join with files": ("select p.k from p join f using (k) where false", None),
-    "no rows of files in order": ("select k from p where false order by k", None),
     "files in order": ("select k from f order by k", None),
     "partitions in order": ("select k from p order by k", None),
     "groups of rows in order": ("select k, list(v) vs from (select k, v from f order by v) group by k", None),
@@ -151,6 +166,30 @@ def count_of(frame: Frame) -> int | None:
 def test_sizes_do_not_change_how_many_there_are(kinds: Kinds, name: str) -> None:
     text, expected = SQL[name]
     assert [count_of(query(session, frames, text)) for session, frames in kinds] == [expected] * len(kinds)
+
+
+def test_a_branch_without_rows_leaves_files_skipped(session: emberflow.Session, tmp_path: Path) -> None:
+    for j in range(4):
+        pq.write_table(pa.table({"k": range(j * 10, j * 10 + 10)}), tmp_path / f"{j}.parquet")
+    files = session.read_parquet(str(tmp_path))
+    parted = session.from_arrow(pa.table({"k": range(20)})).repartition(PARTITIONS, hash_by="k")
+    text = "select f.k from f left join (select k from p where 1 = 0) e using (k) where f.k < 5 and f.k >= 0"
+    frame = session.sql(text, f=files, p=parted)
+    program = session.jobs.planner(frame.frame).program(frame.frame)
+    scans = [f.scan for stage in program.stages for f in stage.pipe.feeds.values() if isinstance(f, FileFeed)]
+    assert [len(scan.files) for scan in scans] == [1]
+    assert frame.count() == 5
+
+
+@pytest.mark.parametrize("text", ["select p.k from p join t using (k)", "select p.k from t join p using (k)"])
+def test_a_large_side_that_every_task_reads_is_told(text: str) -> None:
+    table = pa.table({"k": range(1000)})
+    for broadcast_bytes, noted in ((table.nbytes - 1, 1), (table.nbytes, 0)):
+        with emberflow.init(executor="inline", broadcast_bytes=broadcast_bytes) as session:
+            parted = session.from_arrow(table).repartition(PARTITIONS, hash_by="k")
+            told = session.sql(text, p=parted, t=session.from_arrow(table)).explain()
+            whole = "each of 4 tasks reads a join's side of one partition whole, about 8,000 bytes: 32,000 in sum"
+            assert told.count(whole) == noted, told
 
 
 MEETING = [name for name, (_, count) in SQL.items() if count == PARTITIONS]

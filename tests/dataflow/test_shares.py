@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import pytest
 from emberflow.exchange.format import Block, ExchangeIndex, pack_blocks
+from emberflow.functions.steps import PythonStep
 from emberflow.job.shares import Exchanged, ShareConfig, cut
 from emberflow.job.steps import Output
 from emberflow.plan.filescans import File, ResolvedScan
-from emberflow.plan.nodes import Column, Input
-from emberflow.plan.pipes import Exchange, ExchangeFeed, FileFeed, Pipe, SqlSegment, Stage, Whole
+from emberflow.plan.nodes import Column, Expr, Input, Project
+from emberflow.plan.pipes import (
+    PREVIOUS,
+    Exchange,
+    ExchangeFeed,
+    FileFeed,
+    Pipe,
+    PythonSegment,
+    Segment,
+    SqlSegment,
+    Stage,
+    TextSegment,
+    Whole,
+)
 from emberflow.plan.scantext import FileScan
 
 MIB = 1 << 20
@@ -30,9 +44,9 @@ def output(*partition_bytes: int) -> Output:
     return Output(attempt="a", rows=1, size_bytes=sum(partition_bytes), url="u", index=data)
 
 
-def stage_of(*exchanges: Exchange, by: str = "partition") -> Stage:
+def stage_of(*exchanges: Exchange, by: str = "partition", then: Segment | None = None) -> Stage:
     feeds = {i: ExchangeFeed(exchange, by) for i, exchange in enumerate(exchanges)}  # type: ignore[arg-type]
-    pipe = Pipe((SqlSegment(Input(0, COLUMNS)),), dict(feeds), 0, 0)
+    pipe = Pipe((SqlSegment(Input(0, COLUMNS)), *([then] if then else [])), dict(feeds), 0, 0)
     return Stage(0, pipe, Whole(), Exchange(99, COLUMNS, 1))
 
 
@@ -73,13 +87,26 @@ def test_nothing_is_cut_where_equal_keys_must_stay_together() -> None:
     assert groups(stage_of(exchange), outputs, ShareConfig(together_bytes=MIB)) == [(0,), (1,), (2,)]
 
 
-def scan_shares(names: tuple[str, ...], *, function: str = "read_parquet") -> int:
-    """Of 8 files of 16 MiB with 4 columns, of which a stage reads `names`."""
-    columns = tuple(Column(name, "BIGINT") for name in "abcd")
+STEP = PythonSegment(PythonStep(kind="map", function=len), COLUMNS)
+"""The user's Python."""
+
+
+def scan_shares(
+    names: tuple[str, ...],
+    *,
+    function: str = "read_parquet",
+    type: str = "BIGINT",
+    then: Segment | None = None,
+    size_bytes: int = 16 * MIB,
+    udfs: frozenset[str] = frozenset(),
+) -> int:
+    """Of 8 files with 4 columns, of which a stage reads `names`; b is of `type`."""
+    columns = tuple(Column(name, type if name == "b" else "BIGINT") for name in "abcd")
     paths = tuple(f"/{number}" for number in range(8))
-    scan = ResolvedScan(FileScan(function, paths), columns, tuple(File(path, 16 * MIB, "") for path in paths))
-    pipe = Pipe((SqlSegment(Input(0, columns)),), {0: FileFeed(scan, names)}, 0, 0)
-    return len(cut(Stage(0, pipe, Whole(), Exchange(99, columns, 1)), {}, ShareConfig()).specs)
+    scan = ResolvedScan(FileScan(function, paths), columns, tuple(File(path, size_bytes, "") for path in paths))
+    segments = (SqlSegment(Input(0, columns)), *([then] if then else []))
+    pipe = Pipe(segments, {0: FileFeed(scan, names)}, 0, 0)
+    return len(cut(Stage(0, pipe, Whole(), Exchange(99, columns, 1)), {}, ShareConfig(functions=udfs)).specs)
 
 
 def test_shares_of_files_follow_the_bytes_of_the_columns_that_are_read() -> None:
@@ -87,6 +114,41 @@ def test_shares_of_files_follow_the_bytes_of_the_columns_that_are_read() -> None
     assert scan_shares(("a",)) == 4
     assert scan_shares(()) == 1
     assert scan_shares(("a",), function="read_csv") == 8
+    assert scan_shares(("b",), type="DECIMAL(15,2)") == 4
+
+
+@pytest.mark.parametrize("type", ["VARCHAR", "BLOB", "BIGINT[]", "STRUCT(a DATE)", "TIMESTAMP[]", "JSON", "ENUM('a')"])
+def test_a_column_that_may_be_nearly_all_of_a_file_counts_as_all(type: str) -> None:
+    assert scan_shares(("b",), type=type) == 8
+    assert scan_shares(("a",), type=type) == 4
+
+
+def over(sql: str) -> SqlSegment:
+    return SqlSegment(Project(Input(PREVIOUS, COLUMNS), (Expr((sql, "(", 0, ")"), "BIGINT"),), ("c0",)))
+
+
+@pytest.mark.parametrize(
+    ("then", "runs_python"),
+    [
+        (STEP, True),
+        (over("slow"), True),
+        (over('"SLOW"'), True),
+        (TextSegment("SELECT Slow(c0) FROM r", (("r", PREVIOUS, COLUMNS),), COLUMNS), True),
+        (over("slower"), False),
+        (TextSegment("SELECT slower(c0) FROM r", (("r", PREVIOUS, COLUMNS),), COLUMNS), False),
+    ],
+)
+def test_what_the_users_python_takes_does_not_follow_bytes(then: Segment, runs_python: bool) -> None:
+    udfs = frozenset({"slow", "other"})
+    assert scan_shares(("a",), then=then, udfs=udfs) == (8 if runs_python else 4)
+    assert scan_shares(("a",), then=then, size_bytes=3 * MIB, udfs=udfs) == (8 if runs_python else 1)
+    assert scan_shares(("a",), then=then, size_bytes=2 * MIB, udfs=udfs) == 1
+    config = ShareConfig(together_bytes=4 * MIB, together_python_bytes=-1, functions=udfs)
+    exchange = Exchange(7, COLUMNS, 6)
+    stage = stage_of(exchange, then=then)
+    assert len(groups(stage, {7: [output(*[MIB] * 6)]}, config)) == (6 if runs_python else 2)
+    pieces = cut(stage_of(exchange, by="piece", then=then), {7: [output(MIB)] * 6}, config).specs
+    assert len(pieces) == (6 if runs_python else 2)
 
 
 def test_pieces_are_neighbours_up_to_a_tasks_bytes() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import duckdb
 import emberflow
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +21,7 @@ from emberfs.filesystem import EmberFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 ROWS = 200_000
+CHUNK_BYTES = 256 << 10
 
 
 class Shelves(MemoryFileSystem):  # type: ignore[misc]
@@ -56,11 +58,18 @@ def table() -> pa.Table:
 def test_a_file_that_is_kept_is_opened_once_and_read_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"ember://{tmp_path}/store/!/rows"
     filesystem, path = fsspec.url_to_fs(url)
-    for number in range(3):
-        with filesystem.open(f"{path}/{number}.parquet", "wb") as file:
-            pq.write_table(pa.table({"n": [number] * 1000}), file)
-    opened: list[str] = []
     open_file = EmberFileSystem.open
+
+    def write(number: int, value: int) -> None:
+        """A file of some chunks, not one in its inode."""
+        with open_file(filesystem, f"{path}/{number}.parquet", "wb", chunk_size_bytes=CHUNK_BYTES) as file:
+            numbers = np.random.default_rng(value).integers(0, 1 << 40, ROWS)
+            pq.write_table(pa.table({"n": [value] * ROWS, "noise": numbers}), file)
+        assert filesystem.size(f"{path}/{number}.parquet") > 4 * CHUNK_BYTES
+
+    for number in range(3):
+        write(number, number)
+    opened: list[str] = []
 
     def counted(self: EmberFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
         opened.append(path)
@@ -68,16 +77,18 @@ def test_a_file_that_is_kept_is_opened_once_and_read_as_it_was(tmp_path: Path, m
 
     monkeypatch.setattr(EmberFileSystem, "open", counted)
     engine = Engine(EngineConfig(threads=1, temp_directory=str(tmp_path)))
-    text = f"SELECT sum(n) FROM read_parquet({[f'{url}/{number}.parquet' for number in range(3)]})"
+    text = f"SELECT sum(n), sum(noise) FROM read_parquet({[f'{url}/{number}.parquet' for number in range(3)]})"
     with engine.running(text) as cursor:
         with engine.keeping_files():
-            assert cursor.execute(text).fetchall() == [(3000,)]
+            before = cursor.execute(text).fetchall()
+            assert before[0][0] == 3 * ROWS
             assert sorted(opened) == [f"{path}/{number}.parquet" for number in range(3)]
-            with open_file(filesystem, f"{path}/2.parquet", "wb") as file:
-                pq.write_table(pa.table({"n": [7] * 1000}), file)
-            assert cursor.execute(text).fetchall() == [(3000,)]
+            write(2, 7)
+            assert cursor.execute(text).fetchall() == before
             assert len(opened) == 3
-        assert cursor.execute(text).fetchall() == [(8000,)]
+        after = cursor.execute(text).fetchall()
+        assert after[0][0] == 8 * ROWS
+        assert after[0][1] != before[0][1]
         filesystem.rm_file(f"{path}/2.parquet")
         with engine.keeping_files(), pytest.raises(duckdb.IOException, match="No files found"):
             cursor.execute(text)

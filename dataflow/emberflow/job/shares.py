@@ -34,10 +34,16 @@ class ShareConfig:
     """Of exchanges, as they are in memory."""
     together_bytes: int = 256 << 20
     """Neighbouring partitions share a task up to so much."""
+    together_python_bytes: int = 256 << 20
+    """The same where tasks run the user's Python, which may take any time for a row."""
     shares_min: int = 8
     """Fewest shares of files, while each has `share_bytes_min` of the columns that are read."""
     share_bytes_min: int = 8 << 20
     """To read so much costs several times what a task costs by itself."""
+    scan_small_bytes: int = 16 << 20
+    """Where tasks run the user's Python, files of more than so much have `shares_min` shares, whatever is read."""
+    functions: frozenset[str] = frozenset()
+    """Names of the user's Python functions that SQL may call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +84,20 @@ def cut(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareConf
     }
     if pipe.drive is None or not shared:
         return Cut([Spec()])
+    runs_python = stage.runs_python(config.functions)
+    together_bytes = config.together_python_bytes if runs_python else config.together_bytes
     files: dict[int, list[Share]] = {
-        i: _file_shares(feed, config) for i, feed in shared.items() if isinstance(feed, FileFeed)
+        i: _file_shares(feed, config, runs_python=runs_python)
+        for i, feed in shared.items()
+        if isinstance(feed, FileFeed)
     }
     exchanged = {i: feed for i, feed in shared.items() if isinstance(feed, ExchangeFeed)}
     pieces: dict[int, list[Exchanged]] = {
-        i: _pieces(feed.exchange, outputs, config) for i, feed in exchanged.items() if feed.by == "piece"
+        i: _pieces(feed.exchange, outputs, together_bytes) for i, feed in exchanged.items() if feed.by == "piece"
     }
     partitioned = {i: feed.exchange for i, feed in exchanged.items() if feed.by == "partition"}
     if partitioned and not files and not pieces:
-        return _partitions(stage, partitioned, outputs, config)
+        return _partitions(stage, partitioned, outputs, config, together_bytes)
     counts = {len(shares) for shares in files.values()} | {len(groups) for groups in pieces.values()}
     counts |= {exchange.partitions for exchange in partitioned.values()}
     assert len(counts) == 1, f"feeds that are cut together have {counts} shares"
@@ -102,22 +112,24 @@ def cut(stage: Stage, outputs: Mapping[int, Sequence[Output]], config: ShareConf
     )
 
 
-def _file_shares(feed: FileFeed, config: ShareConfig) -> list[Share]:
+def _file_shares(feed: FileFeed, config: ShareConfig, *, runs_python: bool) -> list[Share]:
     if feed.by_partition:
         return feed.scan.partitions()
     if feed.shares is not None:
         return feed.scan.shares(0, exactly=feed.shares)
     at_least = max(1, min(config.shares_min, int(feed.read_bytes / config.share_bytes_min)))
+    if runs_python and feed.scan.size_bytes > config.scan_small_bytes:
+        at_least = config.shares_min
     return feed.scan.shares(config.scan_bytes, at_least=at_least)
 
 
-def _pieces(exchange: Exchange, outputs: Mapping[int, Sequence[Output]], config: ShareConfig) -> list[Exchanged]:
-    """The exchange's outputs, neighbours together up to a task's bytes."""
+def _pieces(exchange: Exchange, outputs: Mapping[int, Sequence[Output]], together_bytes: int) -> list[Exchanged]:
+    """The exchange's outputs, neighbours together up to `together_bytes`."""
     everything = tuple(range(exchange.partitions))
     groups: list[list[int]] = []
     held = 0
     for position, output in enumerate(outputs[exchange.id]):
-        if not groups or exchange.fixed or held + output.size_bytes > config.together_bytes:
+        if not groups or exchange.fixed or held + output.size_bytes > together_bytes:
             groups.append([])
             held = 0
         groups[-1].append(position)
@@ -126,7 +138,11 @@ def _pieces(exchange: Exchange, outputs: Mapping[int, Sequence[Output]], config:
 
 
 def _partitions(
-    stage: Stage, exchanges: Mapping[int, Exchange], outputs: Mapping[int, Sequence[Output]], config: ShareConfig
+    stage: Stage,
+    exchanges: Mapping[int, Exchange],
+    outputs: Mapping[int, Sequence[Output]],
+    config: ShareConfig,
+    together_bytes: int,
 ) -> Cut:
     count = {exchange.partitions for exchange in exchanges.values()}
     assert len(count) == 1, f"exchanges that are read together have {count} partitions"
@@ -137,8 +153,8 @@ def _partitions(
     }
     totals = [sum(of_feed[p] for of_feed in sizes.values()) for p in partitions]
     fixed = any(exchange.fixed for exchange in exchanges.values())
-    of_pieces = all(exchange.of_pieces for exchange in exchanges.values())
-    together_bytes = config.task_bytes if of_pieces else config.together_bytes
+    if all(exchange.of_pieces for exchange in exchanges.values()):
+        together_bytes = config.task_bytes
     # The lower of two in the middle: of two partitions, too, one can be large.
     usual = statistics.median_low(totals)
     found = Cut([])

@@ -157,7 +157,7 @@ class Attempt:
         self.columns: tuple[Column, ...] = task.columns or ()
         self.rows_out = 0
         self._readers: list[ExchangeReader] = []
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         """What a function's rows ended with."""
         self._cursors: list[Any] = []
         self._spill = SpillWatch()
@@ -230,10 +230,13 @@ class Attempt:
         return previous
 
     def _noted(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """A function's rows. DuckDB, which draws them, makes text of an error in them; the first one is kept."""
+        """A function's rows. DuckDB, which draws them, makes text of an error in them; the first one is kept, the
+        function's SystemExit too."""
         try:
             yield from batches
-        except Exception as error:
+        except (GeneratorExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             self._failure = self._failure or error
             raise
 

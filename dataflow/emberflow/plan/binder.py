@@ -45,8 +45,6 @@ _OPTIMIZERS = frozenset(
         "cte_inlining",
     )
 )
-# Those of them that find filters which are never true, and leave out what such a filter is over.
-_OMITTING = frozenset(("expression_rewriter", "filter_pushdown"))
 # The largest table's rows in its shadow, if sizes are known.
 _HINT_ROWS_MAX = 20_000
 _MOMENT = "getvariable('emberflow_now')"
@@ -73,18 +71,15 @@ def bind(
     rows: Mapping[str, int] | None = None,
     now: datetime.datetime,
     setup: Callable[[duckdb.DuckDBPyConnection], None] | None = None,
-    omits: bool = True,
 ) -> Bound:
     """The plan of one SELECT over tables with these columns.
 
     `rows` says about how many rows tables have, which decides the join order and nothing else. `now` is what now(),
-    current_date and their like stand for. `setup` brings the connection what else the query needs: functions. What is
-    below a filter that is never true the plan `omits`, or not. Raises DuckDB's own error for what DuckDB refuses, and
-    `NotPlannable`.
+    current_date and their like stand for. `setup` brings the connection what else the query needs: functions. Raises
+    DuckDB's own error for what DuckDB refuses, and `NotPlannable`.
     """
     with _connection(setup) as connection:
-        optimizers = _OPTIMIZERS if omits else _OPTIMIZERS - _OMITTING
-        _prepare(connection, shadows, rows or {}, now, optimizers)
+        _prepare(connection, shadows, rows or {}, now)
         statements = connection.extract_statements(text)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
             raise NotPlannable("a statement that is not one SELECT")
@@ -92,7 +87,7 @@ def bind(
         columns = _user_columns(connection, query)
         volatile = _volatile_functions(connection) if setup else _shared_database().volatile
         expressions = ExpressionReader(TypeText(connection), volatile=volatile)
-        bound = Bound(_read(expressions, _serialized(connection, query, optimizers)), columns)
+        bound = Bound(_read(expressions, _serialized(connection, query)), columns)
         _check(connection, bound)
         return bound
 
@@ -161,9 +156,8 @@ def _prepare(
     shadows: Mapping[str, Sequence[Column]],
     rows: Mapping[str, int],
     now: datetime.datetime,
-    optimizers: frozenset[str],
 ) -> None:
-    _set_optimizers(connection, optimizers)
+    _set_optimizers(connection, _OPTIMIZERS)
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute("SET python_enable_replacements = false")
     moment = now.astimezone(datetime.UTC).isoformat(sep=" ")
@@ -192,15 +186,15 @@ def _described(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Colum
     return tuple(Column(row[0], row[1]) for row in rows)
 
 
-def _serialized(connection: duckdb.DuckDBPyConnection, query: str, optimizers: frozenset[str]) -> Json:
+def _serialized(connection: duckdb.DuckDBPyConnection, query: str) -> Json:
     answer = _answer(connection, query)
     if answer is None:
         # Folded constants of some types (BIT) DuckDB cannot write as JSON; unfolded they are casts of strings.
-        _set_optimizers(connection, optimizers - {"expression_rewriter"})
+        _set_optimizers(connection, _OPTIMIZERS - {"expression_rewriter"})
         answer = _answer(connection, query)
     if answer is not None and answer.get("error"):
         # DuckDB 1.4 loses columns of CTEs that it puts inline; our own rules leave out what nobody reads, too.
-        _set_optimizers(connection, optimizers - {"unused_columns"})
+        _set_optimizers(connection, _OPTIMIZERS - {"unused_columns"})
         answer = _answer(connection, query)
     if answer is None:
         raise NotPlannable("a constant that DuckDB does not write out")

@@ -24,7 +24,7 @@ from .pipes import (
 
 
 def explained(program: Program, *, threads: int) -> str:
-    """One paragraph per stage, in the order they run; then what was not understood. `threads` are those of a task."""
+    """One paragraph per stage, in the order they run; then the program's notes. `threads` are those of a task."""
     lines = [line for stage in program.stages for line in stage_lines(stage, program, threads=threads)]
     if program.notes:
         lines += ["", *program.notes]

@@ -85,8 +85,6 @@ class Fixed:
     sql: str
     columns: tuple[Column, ...]
     volatile: bool = False
-    is_empty: bool = False
-    """DuckDB found that there are no rows, and left out what there was to read."""
 
     @property
     def children(self) -> tuple[Node, ...]:

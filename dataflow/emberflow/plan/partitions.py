@@ -127,7 +127,8 @@ def of_right(node: Join, columns: Sequence[int]) -> tuple[int, ...]:
         return tuple(columns)
     read: dict[int | None, int] = {}
     if node.kind == "inner" and _READS_THE_LEFT:
-        read = {c.right.position: p for c in node.conditions if is_key(c) and (p := c.left.position) is not None}
+        equal = [c for c in node.conditions if is_key(c) and c.comparison == "="]
+        read = {c.right.position: p for c in equal if (p := c.left.position) is not None}
     return tuple(read.get(c, len(node.left.columns) + c) for c in columns)
 
 

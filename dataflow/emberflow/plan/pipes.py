@@ -9,7 +9,8 @@ Does not know: how to run, where files are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -20,6 +21,12 @@ from ..job.steps import Output
 from ..partitioned import PartitionKeys
 from .filescans import ResolvedScan
 from .nodes import Column, Expr, Input, Node, SortKey, walk
+
+# Types of which no value takes more than 16 bytes.
+_NARROW = re.compile(
+    r"BOOLEAN|U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT)|FLOAT|DOUBLE|DECIMAL\(\d+,\d+\)|DATE|UUID|INTERVAL"
+    r"|TIME(STAMP(_S|_MS|_NS)?)?( WITH TIME ZONE)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +42,11 @@ class FileFeed:
 
     @property
     def read_bytes(self) -> float:
-        """A guess at what is read of them: of Parquet's columns only those, as if all were alike."""
-        is_all = self.scan.scan.function != "read_parquet"
+        """What is read of them at most: of Parquet's columns a part if those that are read are narrow ones. Any other,
+        like texts, may be nearly all of a file."""
+        types = {column.name: column.type for column in self.scan.columns}
+        are_narrow = all(_NARROW.fullmatch(types[name]) for name in self.names)
+        is_all = self.scan.scan.function != "read_parquet" or not are_narrow
         return self.scan.size_bytes * (1 if is_all else len(self.names) / max(1, len(self.scan.columns)))
 
 
@@ -243,6 +253,19 @@ class Stage:
         if isinstance(self.partitioning, ByRange):
             yield self.partitioning.sample
 
+    def runs_python(self, functions: Collection[str]) -> bool:
+        """Whether its tasks run the user's Python: as a step, or as one of the `functions` that SQL may call."""
+        if any(isinstance(segment, PythonSegment) for segment in self.pipe.segments):
+            return True
+        if not functions:
+            return False
+        said = [segment.text if isinstance(segment, TextSegment) else repr(segment) for segment in self.pipe.segments]
+        if isinstance(self.partitioning, ByExpression):
+            said.append(repr(self.partitioning.expr))
+        names = "|".join(map(re.escape, functions))
+        # A column of that name costs some tasks.
+        return re.search(rf"(?<!\w)({names})(?!\w)", " ".join(said), re.IGNORECASE) is not None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
@@ -254,7 +277,7 @@ class Program:
     """As the user named them; None if a function of theirs decides."""
     ordered: bool
     notes: tuple[str, ...] = ()
-    """What was not understood, and why: for explain()."""
+    """What was not understood, and why, and what costs more than it seems: for explain()."""
     partitions: int | None = None
     """In how many partitions the result's rows are, if the user asked for them."""
     partitioned: PartitionKeys | None = None

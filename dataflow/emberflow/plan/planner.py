@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
 import duckdb
@@ -25,7 +23,7 @@ from .binder import NotPlannable, bind
 from .doubt import doubt
 from .filescans import ResolvedScan
 from .frames import Apply, Computed, Frame, PartialSql, Repartition, Shuffle
-from .nodes import Column, Expr, Fixed, Input, Node, Project, Scan, column, walk
+from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
 from .partitions import file_positions, lasting_keys, met, of_files, partitions_of, seen_whole, shuffled, value
 from .pipes import (
     PREVIOUS,
@@ -202,14 +200,8 @@ class Planner:
             else:
                 shadows[name] = self.catalog.columns_of(source)
                 rows[name] = source.num_rows
-        bound_as = partial(bind, text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
         try:
-            bound = bound_as()
-            is_parted = any(partitions_of(pipes) not in (None, 1) for pipes, _ in frames.values())
-            if is_parted and any(isinstance(node, Fixed) and node.is_empty for node in walk(bound.plan)):
-                # Partitions without rows are partitions.
-                with suppress(NotPlannable, duckdb.Error):
-                    bound = bound_as(omits=False)
+            bound = bind(text, shadows, rows=rows, now=self.now, setup=self._set_up if self.udfs else None)
         except duckdb.Error as error:
             # It may have a meaning with the files themselves: of columns that only their readers have, of other names.
             raise NotPlannable(f"an expression over tables in place of files: {error}") from error

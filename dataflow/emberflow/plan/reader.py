@@ -126,7 +126,7 @@ class Reader:
         types = [self._types.type(type_) for type_ in fields.take("return_types")]
         nulls = ", ".join("NULL" if type_ == '"NULL"' else f"CAST(NULL AS {type_})" for type_ in types)
         columns = tuple(Column(f"c{i}", type_) for i, type_ in enumerate(types))
-        return Fixed(f"SELECT {nulls or 'NULL'} WHERE FALSE", columns, is_empty=True)
+        return Fixed(f"SELECT {nulls or 'NULL'} WHERE FALSE", columns)
 
     def _values(self, kind: str, fields: Fields) -> Node:
         fields.ignore("table_index")

@@ -371,7 +371,9 @@ class Builder:
             right = rights[0] if is_one(rights) and is_simple(rights[0]) else self._for_all(rights)
             return [self._joined(node, self.together(lefts), right, partitions=count)]
         if count is not None:
-            return self._with_whole(node, lefts, rights, is_left=partitions_of(lefts) == 1, partitions=count)
+            is_left = partitions_of(lefts) == 1
+            self._note_whole(left_bytes if is_left else right_bytes, count)
+            return self._with_whole(node, lefts, rights, is_left=is_left, partitions=count)
         must = not equal or node.kind == "mark"
         right_may, left_may = node.may_see_right_whole, node.may_see_left_whole
         if right_may and (
@@ -396,6 +398,14 @@ class Builder:
             self._joined(node, left, right, hashed=of_right(node, right.hashed), partitions=partitions)
             for right in rights
         ]
+
+    def _note_whole(self, size_bytes: float, partitions: int) -> None:
+        """Says what it costs to keep partitions, where by sizes alone they would not be kept."""
+        if size_bytes > self.config.broadcast_bytes:
+            self.notes.append(
+                f"each of {partitions} tasks reads a join's side of one partition whole, about {size_bytes:,.0f} bytes:"
+                f" {partitions * size_bytes:,.0f} in sum"
+            )
 
     def _for_all(self, pipes: Pipes) -> Pipe:
         return self.reading(self.exchange(pipes, Whole(), label="broadcast"), "all")
