@@ -13,7 +13,7 @@ Does not know: why room is wanted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from emberfs.checksum import crc32c
@@ -37,8 +37,6 @@ NEARLY_FULL = 0.7
 """Of what may be alive: with less, only dead pages are given back."""
 GAIN_MIN = 0.05
 """Of a segment: less is not worth its compaction."""
-UNHELD_MAX = 64
-"""So many are looked at, each second."""
 RANKED = 8
 """So many victims are chosen by one look at all pages."""
 
@@ -54,16 +52,24 @@ class Compaction:
         self._cold_s = 0.0
         """What was used before that is evicted."""
 
-    async def compact_one(self, moved_bytes_max: int | None = None) -> bool:
-        """Give back a segment in which little is left that will be asked for again. False: there is none.
-
-        Where that is more than may be moved, one goes that nobody holds a page of.
-        """
+    async def compact_one(self) -> bool:
+        """Give back a segment in which little is left that will be asked for again. False: there is none."""
         victim = self._next_victim()
-        if victim is not None and moved_bytes_max is not None and self._warm_bytes(victim) > moved_bytes_max:
-            return self._evict_unheld_segment()
         if victim is None:
-            return self._evict_coldest_segment() if moved_bytes_max is None else self._evict_unheld_segment()
+            return self._evict_coldest_segment()
+        return await self._compact_warm(victim)
+
+    async def compact_within(self, moved_bytes_max: int) -> bool:
+        """The same, of those of which no more than so much has to be moved. False: there is none."""
+        for _ in range(RANKED):
+            victim = self._next_victim()
+            if victim is None:
+                return False
+            if self._warm_bytes(victim) <= moved_bytes_max:
+                return await self._compact_warm(victim)
+        return False
+
+    async def _compact_warm(self, victim: Segment) -> bool:
         table = self._table
         self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < self._cold_s])
         return await self.compact(victim)
@@ -112,30 +118,11 @@ class Compaction:
         coldest = self._space.coldest(self._space.every_tenant)
         if coldest is None:
             return False
-        beside = [slot for number in self._coldest_segments() for slot, _ in self._table.in_segment(number)]
+        table = self._table
+        places = [place for kind in range(len(table.places)) if (place := table.place(coldest, kind)) is not None]
+        beside = [slot for place in places for slot, _ in table.in_segment(place.segment)]
         self._evict_cold([coldest, *beside])
         return True
-
-    def _coldest_segments(self) -> list[int]:
-        """Where the pages of the leaf are that goes first."""
-        table, coldest = self._table, self._space.coldest(self._space.every_tenant)
-        if coldest is None:
-            return []
-        places = [table.place(coldest, kind) for kind in range(len(table.places))]
-        return [place.segment for place in places if place is not None]
-
-    def _evict_unheld_segment(self) -> bool:
-        """The coldest segment, or one of the oldest, that nobody holds a page of: its file can go at once. False: there
-        is none."""
-        table, evicted = self._table, self._space.counts.evicted_pages
-        oldest = [segment.id for segment in islice(self._segments.sealed(), UNHELD_MAX)]
-        for number in dict.fromkeys([*self._coldest_segments(), *oldest]):
-            slots = [slot for slot, _ in table.in_segment(number)]
-            if not any(table.held[slot] for slot in slots):
-                self._evict_cold(slots)
-                if self._space.counts.evicted_pages > evicted:
-                    return True
-        return False
 
     def _evict_cold(self, slots: Sequence[int]) -> None:
         """They would be among the next to go: to move them first would be in vain. So does what is below them."""
@@ -184,6 +171,7 @@ class Compaction:
             if self._is_there(page):
                 self._wal.note(Moved(self._table.tenant[page.slot], page.kind, page.key, PLACE.pack(*place)))
                 self._space.counts.moved_bytes += place.end - place.offset
+                segments.by_id[source].moved_bytes += place.end - place.offset
                 if page.slot in leased:
                     segments.by_id[source].gone_after_lease = self._leases.newest
         return has_room

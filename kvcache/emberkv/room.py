@@ -8,8 +8,8 @@ that the namespaces give, each in proportion to what it has.
     too little     what it has, less its share of what is missing
 
 What the store says is a second or two old, and may be wrong. While it says the same again nothing more is given, and
-what was given has to be seen: in what is left, or in what others have taken of it. Who gives in vain some times stops
-until the figure changes: a cache that emptied itself would help nobody.
+what was given has to be seen: in what is left, or in what others have taken of it. Who gives in vain some times hardly
+gives more until the figure changes: a cache that emptied itself at once would help nobody.
 
 Does not know: what is evicted, or what else is in the store.
 """
@@ -28,6 +28,8 @@ RESERVE_BYTES_MIN, RESERVE_BYTES_MAX = 16 << 20, 16 << 30
 TELLING_SHARE = 1 / 8
 """Of the reserve: when so much was given it is looked whether it is seen."""
 VAIN_MAX = 3
+AGAIN_LOOKS = 12
+"""Who has stopped gives once in so many looks nonetheless: what fills the disk may be no file of the store."""
 
 
 class _Look(NamedTuple):
@@ -50,6 +52,7 @@ class Room:
         """So often in a row it was not."""
         self._stopped_bytes: int | None = None
         """What the store had left when giving was given up."""
+        self._stopped_looks = 0
 
     def share(self, free_bytes: int, used_bytes: int, held: Mapping[str, int]) -> Mapping[str, int]:
         """What each namespace may hold, by name, where the store has so much left, and they hold so much of what is
@@ -80,7 +83,8 @@ class Room:
     def _gives_no_more(self, now: _Look, reserve: int) -> bool:
         if self._stopped_bytes is not None:
             if abs(now.free_bytes - self._stopped_bytes) < reserve // 4:
-                return True
+                self._stopped_looks += 1
+                return self._stopped_looks % AGAIN_LOOKS > 0
             self._since, self._vain, self._stopped_bytes = None, 0, None
         if self._since is None:
             self._since = now
@@ -95,6 +99,6 @@ class Room:
         self._vain = 0 if 2 * (left + taken) >= -given else self._vain + 1
         if self._vain < VAIN_MAX:
             return False
-        self._stopped_bytes = now.free_bytes
-        log.warning("the store has %d bytes left, however much the cache gives: it gives no more", now.free_bytes)
+        self._stopped_bytes, self._stopped_looks = now.free_bytes, 0
+        log.warning("the store has %d bytes left, however much the cache gives: it hardly gives more", now.free_bytes)
         return True

@@ -59,6 +59,8 @@ class Segment:
     """Places that were handed out, and are neither committed nor given up."""
     has_file: bool = True
     """False while it is made: places in it are given to nobody before."""
+    moved_bytes: int = 0
+    """Pages that compaction has written elsewhere: until its file goes they are there twice."""
     gone_after_lease: int = 0
     """Leases up to this one may reach a page of it that is dead by now. An evicted page has none; a moved one may."""
 
@@ -105,6 +107,11 @@ class Segments:
     def going_bytes(self) -> int:
         """What sealed ones take in which nothing is alive: retired or not yet."""
         return sum(each.end for each in self if each.state != State.OPEN and not each.live_bytes + each.pending_bytes)
+
+    @property
+    def doubled_bytes(self) -> int:
+        """What is there twice."""
+        return sum(each.moved_bytes for each in self)
 
     @property
     def promised_bytes(self) -> int:

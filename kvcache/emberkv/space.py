@@ -411,6 +411,7 @@ class Space:
     async def shrink(self) -> bool:
         """A step towards giving back what segments take above the limit. False: there is none, or leases forbid it."""
         segments = self._index.segments
+        await self._runtime.sleep(0)
         if segments.promised_bytes <= self.limit_bytes:
             return False
         if (idle := segments.idle()) is not None:
@@ -421,8 +422,14 @@ class Space:
     async def _compact_one(self) -> bool:
         if self.limit_bytes == self.config.capacity_bytes:
             return await self.compaction.compact_one()
-        # What is moved and leased is there twice until the lease ends: of that the store may have no room for much.
-        return await self.compaction.compact_one(self._movable_bytes - self._index.segments.leaving_bytes)
+        # What is moved is there twice, if leases reach it until they end, and the store has no room for much of that.
+        doubled_bytes = self._index.segments.doubled_bytes
+        if await self.compaction.compact_within(max(self._movable_bytes - doubled_bytes, 0)):
+            return True
+        if doubled_bytes:
+            return False  # Room is on its way.
+        # A little more goes, coldest first, until there is less to be moved.
+        return sum(self._evict_coldest(self.every_tenant) for _ in range(TURN_PAGES)) > 0
 
     async def _make_disk_room(self, size_bytes: int) -> bool:
         segments = self._index.segments

@@ -20,7 +20,7 @@ from emberkv.keys import ROOT
 from emberkv.pool import Pool
 from emberkv.pools import LOOK_S, Pools
 from emberkv.puts import REFUSED, STORED
-from emberkv.room import RESERVE_BYTES_MIN, RESERVE_SHARE, VAIN_MAX, Room
+from emberkv.room import AGAIN_LOOKS, RESERVE_BYTES_MIN, RESERVE_SHARE, VAIN_MAX, Room
 
 from tests.kvcache.test_pool import MIB, NAMESPACE, TENANT, Bench, chain, run
 
@@ -107,6 +107,34 @@ def test_what_is_warm_between_the_cold_is_moved_together() -> None:
     run(work)
 
 
+@pytest.mark.parametrize(("lease_s", "left"), [(0.0, 4), (100.0, 4), (100.0, 12)])
+def test_a_prefix_that_all_share_stays_and_what_is_below_it(lease_s: float, left: int) -> None:
+    """It is in the oldest segment, and nothing but what hangs below it was asked for."""
+
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=4 << 30)
+        pool = await lab.serve()
+        shared = chain(10**6, 5)
+        await lab.put(pool, shared)
+        for prompt in range(600):
+            await lab.put(pool, chain(prompt, 20), parent=shared[-1], durable=False)
+        for prompt in range(600):
+            if prompt % 5:
+                pool.match(TENANT, b"".join([*shared, *chain(prompt, 20)]), lease_s)
+        lab.files.left_bytes -= await lab.left() - left * MIB
+        least = left * MIB
+        for _ in range(20):
+            await runtime.sleep(0.5)
+            least = min(least, await lab.left())
+        assert least > MIB
+        await runtime.sleep(100 + SETTLED_S)
+        assert await lab.left() >= RESERVE_BYTES_MIN - MIB
+        assert pool.table.count > 7000 and await lab.readable(pool, shared) == 5
+        await lab.pools.close()
+
+    run(work)
+
+
 @pytest.mark.parametrize("lease_s", [0.0, 100.0])
 def test_large_segments_are_not_moved_into_what_is_not_there(lease_s: float) -> None:
     """They were made when there was room: what is warm in one is more than the store has left now."""
@@ -126,7 +154,7 @@ def test_large_segments_are_not_moved_into_what_is_not_there(lease_s: float) -> 
         assert least >= MIB
         await runtime.sleep(100 + SETTLED_S)
         assert await lab.left() >= RESERVE_BYTES_MIN - MIB
-        assert pool.table.count > 6000
+        assert pool.table.count > 3000
         await lab.pools.close()
 
     run(work)
@@ -239,9 +267,9 @@ def test_others_that_fill_the_store_steadily_are_given_what_they_take() -> None:
 @pytest.mark.parametrize("noise", [0, 4096])
 def test_a_figure_that_does_not_follow_empties_nobody(noise: int) -> None:
     shared, held = Room(), 1000 * MIB
-    for look in range(500):
+    for look in range(10 * AGAIN_LOOKS):
         held = min(held, shared.share((look % 2) * noise, held, {"a": held})["a"])
-    assert held > 1000 * MIB * (1 - RESERVE_SHARE) ** (VAIN_MAX + 1)
+    assert held > 1000 * MIB * (1 - RESERVE_SHARE) ** (VAIN_MAX + 11)
 
 
 def test_who_stopped_giving_begins_again_when_it_gets_worse_or_better() -> None:
@@ -276,13 +304,13 @@ def test_a_store_that_has_no_more_however_much_is_given_is_given_no_more(caplog:
             return 0, (await space())[1]
 
         lab.files.space = nothing  # type: ignore[method-assign]
-        await runtime.sleep(200)
+        await runtime.sleep(60)
         after = pool.space.held_bytes
         given = (VAIN_MAX + 1) * RESERVE_BYTES_MIN
         assert before - given < after < before
-        assert "gives no more" in caplog.text
-        await runtime.sleep(200)
-        assert pool.space.held_bytes == after
+        assert "hardly gives more" in caplog.text
+        await runtime.sleep(100)
+        assert pool.space.held_bytes > after - 3 * RESERVE_BYTES_MIN
         del lab.files.space  # type: ignore[attr-defined]
         await runtime.sleep(SETTLED_S)
         assert pool.space.limit_bytes == 256 * MIB

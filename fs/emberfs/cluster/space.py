@@ -26,7 +26,8 @@ def space_of(reply: StatusReply) -> dict[str, int]:
     heard = [found for node in reply.nodes if node.alive and node.node.name in held and (found := _reports(node))]
     if not heard:
         raise Unavailable("no storage server has told the manager how much room there is: try again in a moment")
-    reports = {report.target: report for node in reply.nodes for report in _reports(node)}
+    nodes = sorted(reply.nodes, key=lambda node: node.alive)  # Who is there has the last word.
+    reports = {report.target: report for node in nodes for report in _reports(node)}
     chains = reply.routing.chains
     used_bytes = [
         [reports[each.target].used_bytes for each in chain.targets if each.target in reports] for chain in chains

@@ -356,6 +356,8 @@ class Allocator:
             for size_class in reversed(self.classes.values()):
                 if punched < bytes_max:
                     punched += size_class.trim(bytes_max - punched)
+        except TargetFailed:
+            raise
         except OSError as error:
             raise TargetFailed(f"space could not be given back: {error}") from error
         return punched
