@@ -428,8 +428,14 @@ class Space:
             return True
         if doubled_bytes:
             return False  # Room is on its way.
-        # A little more goes, coldest first, until there is less to be moved.
-        return sum(self._evict_coldest(self.every_tenant) for _ in range(TURN_PAGES)) > 0
+        # As much as a segment goes, coldest first, until there is less to be moved: to look for that is to look at all.
+        table, count = self._index.table, 0
+        goal_bytes = table.live_bytes - self._index.segments.size_for(0)
+        while table.live_bytes > goal_bytes and self._evict_coldest(self.every_tenant):
+            count += 1
+            if count % TURN_PAGES == 0:
+                await self._runtime.sleep(0)
+        return count > 0
 
     async def _make_disk_room(self, size_bytes: int) -> bool:
         segments = self._index.segments

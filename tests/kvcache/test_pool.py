@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -12,7 +12,8 @@ from emberfs import NotFound
 from emberfs.checksum import crc32c
 from emberfs.errors import Unavailable
 from emberfs.messages import Foreign
-from emberfs.runtime import Runtime
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime, Runtime
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv.compaction import page_header
 from emberkv.errors import StaleOwner
@@ -111,6 +112,15 @@ def run(work: Callable[[SimRuntime], Awaitable[None]], seed: int = 0) -> None:
             await runtime.cancel_others()
 
     SimRuntime(seed).run(main)
+
+
+def run_on_this_machine(work: Callable[[AsyncioRuntime], Coroutine[Any, Any, None]]) -> None:
+    """On a store of it, in real time."""
+    runtime = AsyncioRuntime("test")
+    try:
+        Portal(runtime).run(work(runtime))
+    finally:
+        runtime.stop()
 
 
 def test_a_reservation_runs_out_and_its_pages_may_be_put_by_others() -> None:

@@ -8,7 +8,6 @@ import emberfs
 import pytest
 from emberfs.disk import LocalDisk
 from emberfs.errors import EmberError, NoSpace, Unavailable
-from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv import wal
@@ -18,7 +17,7 @@ from emberkv.pool import UPKEEP_S
 from emberkv.puts import STORED
 from emberkv.wal import RETRY_S_MAX
 
-from tests.kvcache.test_pool import MIB, TENANT, Bench, chain, run
+from tests.kvcache.test_pool import MIB, TENANT, Bench, chain, run, run_on_this_machine
 
 WRITES = ("append", "put", "claim")
 
@@ -259,11 +258,7 @@ def test_a_small_store_fills_and_is_given_room(tmp_path: Path, monkeypatch: pyte
         finally:
             await client.close()
 
-    runtime = AsyncioRuntime("test")
-    try:
-        Portal(runtime).run(work(runtime))
-    finally:
-        runtime.stop()
+    run_on_this_machine(work)
 
 
 def test_a_put_that_needs_a_segment_waits_for_the_removal_of_one_file_not_of_all() -> None:

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 from emberfs.disk import LocalDisk
 from emberfs.errors import EmberError, Unavailable
-from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime, Runtime
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv import Namespace, pool, pools
@@ -22,7 +21,7 @@ from emberkv.pools import LOOK_S, Pools
 from emberkv.puts import REFUSED, STORED
 from emberkv.room import AGAIN_LOOKS, RESERVE_BYTES_MIN, RESERVE_SHARE, VAIN_MAX, Room
 
-from tests.kvcache.test_pool import MIB, NAMESPACE, TENANT, Bench, chain, run
+from tests.kvcache.test_pool import MIB, NAMESPACE, TENANT, Bench, chain, run, run_on_this_machine
 
 SETTLED_S = 2 * LOOK_S + 2
 """After so long what the store has left is known, and has been acted upon."""
@@ -396,8 +395,4 @@ def test_a_capacity_that_the_disk_does_not_have_refuses_nothing(
         finally:
             await client.close()
 
-    runtime = AsyncioRuntime("test")
-    try:
-        Portal(runtime).run(work(runtime))
-    finally:
-        runtime.stop()
+    run_on_this_machine(work)

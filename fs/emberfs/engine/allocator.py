@@ -31,7 +31,7 @@ GROUP_FULL = (1 << GROUP_BLOCKS) - 1
 GROWTH_BYTES_MIN = 1 << 20
 GROWTH_BYTES_MAX = 64 << 20
 TRIM_BYTES, TRIM_BYTES_MAX = 16 << 20, 128 << 20
-"""Given back at a time, the second where so much is lacking. 16 MiB of scattered small blocks take some 25 ms."""
+"""Given back at a time, the second where so much is lacking: nothing else of the store runs meanwhile."""
 SIDE_SUMS_CLASS_MIN = 21
 """2 MiB with 4 KiB granules is the smallest block whose sums may exceed 1 KiB."""
 
