@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import emberfs
 import emberkv
@@ -20,7 +22,7 @@ from embertrain.engine import Sampling
 from embertrain.errors import NotFinite
 from embertrain.model.model import Model
 from embertrain.model.presets import preset
-from embertrain.prefix import Prefixes, reading
+from embertrain.prefix import Prefixes, reading, writing
 from torch import Tensor
 
 from . import oracle
@@ -206,9 +208,24 @@ def test_a_replay_sees_nothing_of_who_had_its_place_before(
     assert request.cached_tokens == PAGES * 128 and torch.equal(got, cold)
 
 
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No page is put before this is set."""
+    put, may_go = emberkv.KVCache.put, threading.Event()
+
+    def wait(cache: emberkv.KVCache, *pages: Any, **how: Any) -> list[str]:
+        assert may_go.wait(60)
+        return put(cache, *pages, **how)
+
+    monkeypatch.setattr(emberkv.KVCache, "put", wait)
+    yield may_go
+    may_go.set()
+
+
 @pytest.mark.parametrize("invariant", [True, False])
-def test_rows_that_are_not_finite_are_kept_for_nobody(service: Service, invariant: bool) -> None:
-    """They come in the middle of a prompt, whose chunks have no logits: the pages before them are good."""
+def test_rows_that_are_not_finite_are_kept_for_nobody(service: Service, invariant: bool, held: threading.Event) -> None:
+    """They come in the middle of a prompt, whose chunks have no logits: the pages before them are good, and are put
+    even if the thread that does so comes to them later."""
     model = Model(preset("micro"), mtp=False)
     oracle.randomise(model, 11)
     prompt = [token % 255 for token in PROMPT]
@@ -222,5 +239,23 @@ def test_rows_that_are_not_finite_are_kept_for_nobody(service: Service, invarian
         with pytest.raises(NotFinite):
             while not engine.idle:
                 engine.step()
+        held.set()
         engine.close()
         assert request.cached_tokens == pages * 128
+
+
+def test_pages_there_is_no_room_for_cost_none_of_those_that_wait(
+    service: Service, monkeypatch: pytest.MonkeyPatch, cold: Tensor, held: threading.Event
+) -> None:
+    model, prefixes = model_of("v4"), patient(service, salt="crowded")
+    engine = engine_of(model, prefixes)
+    assert engine.reuse is not None
+    rows, *states = (kind.payload_bytes for kind in engine.reuse.namespace.kinds)
+    monkeypatch.setattr(writing, "PENDING_BYTES_MAX", 2 * (rows + sum(states)))
+    engine.submit(PROMPT, max_new_tokens=1)
+    while not engine.idle:
+        engine.step()
+    held.set()
+    engine.close()
+    (request,), (got,) = answers(engine_of(model, prefixes), [PROMPT], monkeypatch)
+    assert request.cached_tokens == 2 * 128 and torch.equal(got, cold)

@@ -35,7 +35,9 @@ class Trail:
     unstored: list[tuple[int, Tensor]] = field(default_factory=list)
     """The states of the last page of an answer so far, if it turns out to be the last one: (pages, payload)."""
     is_broken: bool = False
-    """A page was not taken, or is not finite: nothing that comes after it is kept."""
+    """A page was not taken, or is not finite: nothing that comes after it is kept. What waits is from before it."""
+    is_lost: bool = False
+    """A page that waited was not taken: what waits is from behind it, and `is_broken` as well."""
 
     def replays(self, tokens: int) -> bool:
         """Whether so many tokens of it are only there to have their windows."""

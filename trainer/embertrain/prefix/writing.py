@@ -78,13 +78,14 @@ class Writer:
         try:
             count, first = len(pages.payloads), pages.first
             states = [FAILED] * count
-            if not pages.trail.is_broken:
+            if not pages.trail.is_lost:
                 states = self._door.call(lambda kv: _put(kv, pages), states)
             lost = sum(state in (FAILED, "refused") for state in states)
             self.refused_pages += lost
             self.stored_bytes += states.count("stored") * (pages.size_bytes // count)
             # States are at the end of a chain or beside it: only rows hold what comes after them.
-            pages.trail.is_broken |= bool(lost) and pages.kind == "rows"
+            if lost and pages.kind == "rows":
+                pages.trail.is_lost = pages.trail.is_broken = True
             log.debug("pages %d to %d, %s: %s", first, first + count, pages.kind, set(states))
         finally:
             with self._lock:
