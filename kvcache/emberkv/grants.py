@@ -1,14 +1,17 @@
-"""Grants for what was matched: a reader shows them to the storage servers, which let it read those pages and no others.
+"""Grants for what was matched, or is put: who shows them to the storage servers reads those pages and no others, or
+writes into those segments and no others.
 
 A place never holds another page (see `segments`), so a grant that outlives its lease gives away nothing of another
 tenant's: what it names is that page or zeros. That it ends is hygiene, and so clocks that differ a little do no harm.
+A segment has one writer for ever, so a grant to write, which is for all of it, reaches no page that somebody else put:
+who misuses it damages pages of its own, and whoever reads them sees that.
 
 Does not know: who asks, or whether the lease is still held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from emberfs import NotFound
 from emberfs.errors import AccessDenied
@@ -51,10 +54,25 @@ class Granter:
             grants.append(sign(key, tenant=tenant, lease=lease, expires_s=expires_s, files=files, ranges=there))
         return grants
 
+    async def to_write(
+        self, segments: str, sizes: Mapping[int, int], *, tenant: str, reservation: int, for_s: float
+    ) -> bytes:
+        """A grant to write into segments of one writer: number -> bytes. Raises NotFound: one of them is gone."""
+        files = {}
+        for number in sizes:
+            file = self._known.get((segments, number)) or await self._locate(segments, number)
+            if file is None:
+                raise NotFound("a segment is not there: put the pages again", f"{segments}/{number:08x}")
+            files[number] = file
+        ranges = [(number, 0, size_bytes) for number, size_bytes in sizes.items()]
+        key, expires_s = self._keys.keys[0], self._expires_s(for_s)
+        return sign(key, tenant=tenant, lease=reservation, expires_s=expires_s, files=files, ranges=ranges, writes=True)
+
     def renewed(self, grants: Sequence[bytes], *, tenant: str, lease: int, lease_s: float) -> list[bytes]:
-        """The same for longer. Raises AccessDenied for what we never gave this tenant with this lease."""
-        for grant in grants:
-            if check_grant(grant, self._keys.keys, tenant=tenant).lease != lease:
+        """The same for longer. Raises AccessDenied for what we never gave this tenant to read with this lease."""
+        for data in grants:
+            grant = check_grant(data, self._keys.keys, tenant=tenant)
+            if grant.lease != lease or grant.writes:
                 raise AccessDenied("the grant is of another lease")
         return [renew(grant, self._keys.keys[0], expires_s=self._expires_s(lease_s)) for grant in grants]
 

@@ -31,8 +31,9 @@ Commit = Callable[[Sequence[Copied]], None]
 class Putter:
     """Safe to use from many threads. `make_writer` is called at the first put, with what is to commit."""
 
-    def __init__(self, caller: Caller, make_writer: Callable[[Commit], PageWriter]) -> None:
-        self._caller, self._make_writer = caller, make_writer
+    def __init__(self, caller: Caller, make_writer: Callable[[Commit], PageWriter], *, grants: bool = False) -> None:
+        """`grants`: pages are written under grants."""
+        self._caller, self._make_writer, self._grants = caller, make_writer, grants
         self._writer: PageWriter | None = None
         self._putting = threading.Lock()
         """Pages of one writer follow each other."""
@@ -74,7 +75,8 @@ class Putter:
             raise DeadlineExceeded(f"other threads' puts took more than {caller.timeout_s:g} s")
         try:
             answer = caller.ask(
-                lambda seat: messages.Reserve(seat, kind, blob, above, lengths, durable), messages.Reserved
+                lambda seat: messages.Reserve(seat, kind, blob, above, lengths, durable, self._grants),
+                messages.Reserved,
             )
             ticket = self._add(answer, kind, keys, parents, views, durable, tokens)
         finally:
@@ -99,7 +101,7 @@ class Putter:
         part = Part(
             reservation=answer.reservation, seat=seat.seat, keys=pick(keys), parents=pick(parents),
             places=places_of(answer.places), payloads=pick(views), kind=kind, tenant=seat.number, is_durable=durable,
-            tokens=b"".join(pick(tokens)) if tokens and seat.wants_tokens else b"",
+            tokens=b"".join(pick(tokens)) if tokens and seat.wants_tokens else b"", grant=answer.grant,
         )  # fmt: skip
         try:
             if self._writer is None:

@@ -11,6 +11,7 @@ import pytest
 from emberfs import StoreClosed
 from emberfs.errors import Unavailable
 from emberkv.files import SEGMENT_CHUNK_BYTES
+from emberkv.opening import SegmentFiles
 from emberkv.page import HEADER_BYTES, Place, decode_header
 from emberkv.segments import SECTOR_BYTES
 from emberkv.writing import Copied, PageWriter, Part
@@ -67,7 +68,7 @@ def part(offset: int, *, pages: int = 1, is_durable: bool = False) -> Part:
 
 def test_parts_that_follow_each_other_are_one_write_of_whole_sectors() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.lets.clear()
     writer.add(part(1 << 20), timeout_s=10)  # It is taken at once, and the others gather behind it.
     assert disk.begun.wait(30)
@@ -86,7 +87,7 @@ def test_parts_that_follow_each_other_are_one_write_of_whole_sectors() -> None:
 
 def test_flush_tells_of_what_nobody_waited_for_and_once() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.fails = Unavailable("no")
     writer.add(part(0), timeout_s=10)
     with pytest.raises(Unavailable):
@@ -103,7 +104,7 @@ def test_flush_tells_of_what_nobody_waited_for_and_once() -> None:
 
 def test_who_waits_is_told_when_all_ends() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.lets.clear()
     first = writer.add(part(0), timeout_s=10)
     assert disk.begun.wait(30)
@@ -120,7 +121,7 @@ def test_who_waits_is_told_when_all_ends() -> None:
 
 def test_the_threads_outlive_an_error_that_nobody_thought_of() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.fails = MemoryError()
     for _ in range(3):  # There are two threads.
         with pytest.raises(MemoryError):
@@ -149,7 +150,7 @@ def test_a_full_slab_leaves_the_chunk_that_it_would_not_fill_to_the_next_one() -
         done.extend(part.reservation for part in parts)
         committed(parts)
 
-    writer = PageWriter(disk, "/s", commit)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), commit)  # type: ignore[arg-type]
     disk.lets.clear()
     parts = [large(at * STEP, pages=16) for at in range(4)]
     for each in parts:
@@ -181,7 +182,7 @@ def test_a_part_whose_beginning_was_not_written_is_not_committed() -> None:
             super().batch_write(items, whole_chunks=whole_chunks)
 
     disk = Refusing()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.lets.clear()
     first, second, third = [writer.add(large(at * STEP, pages=16), timeout_s=10) for at in range(3)]
     disk.lets.set()
@@ -202,7 +203,7 @@ def test_files_of_full_segments_are_closed_and_those_that_could_not_be_opened_ar
             return super().open(path, mode)
 
     disk = Shut()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     writer.add(large(0, pages=1), timeout_s=10)
     with pytest.raises(Unavailable):
         writer.flush(10)

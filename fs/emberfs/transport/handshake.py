@@ -68,7 +68,7 @@ class Certificate:
     """Of hosts and of nodes; the first is the machine's own."""
     role: str
     tenant: str = ""
-    """Of a reader: whose grants it may show; "": anybody's."""
+    """Of a reader or writer: whose grants it may show; "": anybody's."""
 
 
 _encoder = msgspec.msgpack.Encoder()
