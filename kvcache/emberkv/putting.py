@@ -12,7 +12,7 @@ from typing import Any
 
 from emberfs import NotFound
 from emberfs.client.buffers import flat_view
-from emberfs.errors import DeadlineExceeded, EmberError
+from emberfs.errors import DeadlineExceeded, EmberError, GrantExpired
 
 from . import messages
 from .caller import Caller
@@ -50,7 +50,7 @@ class Putter:
             given = kind, keys[part], parents[part], views[part], durable, tokens[part]
             try:
                 states += self._put(*given)
-            except (NotFound, SeatGone):  # The service, or a segment, is another one by now.
+            except (NotFound, SeatGone, GrantExpired):  # Service or segment are other ones by now, or we were slow.
                 states += self._put(*given)
         return states
 
@@ -82,7 +82,11 @@ class Putter:
         finally:
             self._putting.release()
         if durable and ticket is not None:
-            ticket.wait(caller.timeout_s)
+            try:
+                ticket.wait(caller.timeout_s)
+            except GrantExpired:  # Nothing of it was written, nor will be.
+                self._give_up(caller.seated().seat, answer.reservation)
+                raise
         return [STATES[state] for state in answer.states]
 
     def _add(
@@ -108,9 +112,12 @@ class Putter:
                 self._writer = self._make_writer(self._commit)
             return self._writer.add(part, timeout_s=self._caller.timeout_s)
         except BaseException:
-            with contextlib.suppress(EmberError):
-                self._caller.call(messages.GiveUp(seat.seat, answer.reservation), messages.Okay)
+            self._give_up(seat.seat, answer.reservation)
             raise
+
+    def _give_up(self, seat: int, reservation: int) -> None:
+        with contextlib.suppress(EmberError):
+            self._caller.call(messages.GiveUp(seat, reservation), messages.Okay)
 
     def _commit(self, parts: Sequence[Copied]) -> None:
         """Called by the writer's threads."""

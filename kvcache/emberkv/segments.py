@@ -71,6 +71,8 @@ class Segment:
     """Those that may reach a page which was moved out of it."""
     gone_after_lease: int = 0
     """Leases up to this one may reach a page that was taken out of it."""
+    granted_until_s: float = float("-inf")
+    """Until then somebody may write to it under a grant, whether or not it may."""
 
     @property
     def is_retired(self) -> bool:
@@ -109,6 +111,10 @@ class Segments:
     def leaving_bytes(self, since_s: float) -> int:
         """What retired ones still take for leases on what left them since then."""
         return sum(each.end for each in self._retired.values() if each.left_s >= since_s)
+
+    def granted_bytes(self, now_s: float) -> int:
+        """What retired ones still take for grants to write to them."""
+        return sum(each.end for each in self._retired.values() if each.granted_until_s > now_s)
 
     def doubled_bytes(self, since_s: float) -> int:
         """What of that was moved, and is there twice."""

@@ -34,7 +34,6 @@ from .leases import LEASE_S_MAX
 from .page import PAGE_BYTES_MAX, PLACE
 from .parting import parting
 from .pools import NAMESPACES_MAX, Pools
-from .puts import RESERVATION_S
 from .seats import Seat, Seats
 from .space import SpaceConfig
 from .table import NO_STATE
@@ -229,10 +228,10 @@ class KvService:
     async def _grant_to_write(self, signer: Granter, seat: Seat, number: int, segments: Sequence[int]) -> bytes:
         """For a reservation, which is given up where there is none to be had."""
         pool = seat.pool
-        sizes = {each: pool.index.segments.by_id[each].size_bytes for each in dict.fromkeys(segments)}
+        ends = pool.space.note_granted(segments)
         directory, tenant = f"{pool.directory}/segments", pool.index.tenants[seat.tenant]
         try:
-            return await signer.to_write(directory, sizes, tenant=tenant, reservation=number, for_s=RESERVATION_S)
+            return await signer.to_write(directory, ends, tenant=tenant, reservation=number)
         except BaseException:
             pool.give_up(number, seat.number)
             raise

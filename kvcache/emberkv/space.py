@@ -41,7 +41,7 @@ from .files import Files
 from .index import Index
 from .journal import Evicted, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
 from .leases import Leases
-from .segments import Segment
+from .segments import SECTOR_BYTES, Segment
 from .survey import hollow
 from .table import FREE
 from .wal import Wal
@@ -60,6 +60,8 @@ CUT_PAGES = 1000
 """After so many that went, others have their turn."""
 NOBODY = -1
 """The writer of a segment that was dead from the beginning."""
+GRANTED_SHARE = 0.25
+"""Of the limit, that files may take which only wait for grants: more are not made to wait."""
 _NAME = re.compile("[0-9a-f]{8}")
 """Of a segment's file. What else lies there is not ours."""
 
@@ -81,6 +83,9 @@ class SpaceConfig:
     """A page whose parent did not come for so long goes."""
     evictions_per_s: float = 20_000.0
     """The pace of removals by age: no burst of tombstones when a whole day expires at once."""
+    granted_s: float = 0.0
+    """A file stays for so long after the last grant to write to it was given, or the end of an owner that may have
+    given some. 0: there are no grants."""
 
     def __post_init__(self) -> None:
         if self.capacity_bytes < 1 << 20:
@@ -153,6 +158,11 @@ class Space:
         self.compaction = Compaction(self, files, wal, leases)
         self._clock_offset_s = runtime.wall_ns() / 1e9 - runtime.now_s()
         self._began_s = self.stamp_s()
+        self._strangers_until_s = self._began_s + config.granted_s
+        """Then they may go."""
+        if config.granted_s:
+            for segment in wal.index.segments:
+                segment.granted_until_s = self._strangers_until_s
 
     def stamp_s(self) -> float:
         """Now, for stamps that outlive the process: wall clock at the start, and from there on monotonic."""
@@ -407,6 +417,13 @@ class Space:
         for made in self._making.values():
             made.cancel()
 
+    def note_granted(self, numbers: Iterable[int]) -> dict[int, int]:
+        """A grant to write is given for segments: where what was handed out of each ends, with its last sector."""
+        segments, until_s = self._index.segments.by_id, self.stamp_s() + self.config.granted_s
+        for number in numbers:
+            segments[number].granted_until_s = until_s
+        return {number: segments[number].end + -segments[number].end % SECTOR_BYTES for number in numbers}
+
     async def add_segment(self, writer: int, size_bytes: int) -> Segment:
         """An open segment, whether or not there is room for it."""
         segments = self._index.segments
@@ -442,7 +459,9 @@ class Space:
         """A step towards giving back what segments take above the limit. False: there is none, or leases forbid it."""
         segments = self._index.segments
         await self._runtime.sleep(0)
-        if segments.promised_bytes <= self.limit_bytes:
+        now_s = self.stamp_s()
+        leaving_bytes = segments.leaving_bytes(now_s - LEAVES_S) + segments.granted_bytes(now_s)
+        if segments.promised_bytes - leaving_bytes <= self.limit_bytes:
             return False
         idle = segments.idle()
         if (idle is None or idle.writer == COMPACTION) and await self._compact_one():
@@ -450,6 +469,15 @@ class Space:
         if idle is not None:
             self.seal(idle)
         return idle is not None
+
+    def _has_room_coming(self, size_bytes: int) -> bool:
+        """So much comes by itself: from leases, for which to move more pages would take room and give none; or from
+        grants, and it is a good part of all there is."""
+        segments, now_s = self._index.segments, self.stamp_s()
+        granted_bytes_max = max(size_bytes, int(self.limit_bytes * GRANTED_SHARE))
+        return (
+            segments.leaving_bytes(now_s - LEAVES_S) >= size_bytes or segments.granted_bytes(now_s) >= granted_bytes_max
+        )
 
     async def _compact_one(self) -> bool:
         if self.limit_bytes == self.config.capacity_bytes:
@@ -480,11 +508,9 @@ class Space:
                 continue
             idle, slack_bytes = segments.idle(), self.limit_bytes - self.live_bytes_max(0)
             # Who finds its segment sealed needs another one: not as long as those that are open take little.
-            if idle is None or 2 * segments.open_room <= slack_bytes:
-                # What leases still hold comes back by itself: to move more pages would take room, not give it.
-                is_leaving = segments.leaving_bytes(self.stamp_s() - LEAVES_S) >= size_bytes
-                if not is_leaving and await self._compact_one():
-                    continue
+            may_compact = idle is None or 2 * segments.open_room <= slack_bytes
+            if may_compact and not self._has_room_coming(size_bytes) and await self._compact_one():
+                continue
             if idle is None:
                 return False
             self.seal(idle)
@@ -523,7 +549,9 @@ class Space:
         return count
 
     def is_reached(self, segment: Segment) -> bool:
-        """A lease may reach a page that is not in it any more."""
+        """A lease may reach a page that is not in it any more, or a grant may be written under."""
+        if segment.granted_until_s > self.stamp_s():
+            return True
         up_to = segment.gone_after_lease
         return self._leases.are_held(segment.leases, after=segment.since_lease, up_to=up_to)
 
@@ -534,12 +562,14 @@ class Space:
         found = await find_strangers(self._files, self._directory, self._index)
         # Had somebody taken over before we looked, files of theirs would be among them.
         await check()
-        self._strangers += [name for name in found if name not in self._strangers]
+        if new := [name for name in found if name not in self._strangers]:
+            self._strangers += new
+            self._strangers_until_s = self.stamp_s() + self.config.granted_s
 
     async def remove_stranger(self, check: Callable[[], Awaitable[None]]) -> bool:
         """Remove a file that the index did not name when it was looked at: an earlier owner's. False: there is none.
         `check` raises if we are over: the next one may have given one of those names to a segment."""
-        if not self._strangers:
+        if not self._strangers or self.stamp_s() < self._strangers_until_s:
             return False
         await check()
         await self._files.remove(f"{self._directory}/{self._strangers[-1]}")

@@ -141,7 +141,7 @@ class _Slab:
         cut = end - rest
         following.memory[:rest] = self.memory[cut:end]
         following.runs, following.used = [(segment, offset + cut - begin, 0, rest)], rest
-        following.grants = dict(self.grants)
+        following.grants = {number: grant for number, grant in self.grants.items() if number == segment}
         following.parts = [replace(each, end=each.end - cut) for each in self.parts if each.end > cut]
         following.before = self.written
         self.runs[-1], self.used = (segment, offset, begin, cut), cut

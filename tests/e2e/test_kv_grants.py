@@ -22,7 +22,7 @@ import pytest
 from emberfs.cluster.joining import join_cluster
 from emberfs.cluster.local import LocalCluster
 from emberfs.cluster.waiting import wait_until
-from emberfs.errors import AccessDenied
+from emberfs.errors import AccessDenied, GrantExpired, ProtocolError
 from emberfs.grants import read_grant, renew, sign
 from emberfs.messages import ListChunks, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
 from emberfs.striping import chains_of
@@ -32,9 +32,11 @@ from emberfs.types import Chunks, chunk_id
 from emberkv import messages
 from emberkv.adapters.door import Door
 from emberkv.adapters.settings import Settings
+from emberkv.grants import WRITE_S, WRITE_SLACK_S
 from emberkv.hit import GRANT_PAGES, Hit
 from emberkv.keys import ROOT
 from emberkv.page import HEADER_BYTES, places_of
+from emberkv.segments import SECTOR_BYTES
 from emberkv.writing import SLAB_BYTES
 from msgspec.structs import replace
 
@@ -88,7 +90,6 @@ class Place:
 def place(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("grants")
     people = {"client": "client", "other": "reader:other", "any": "reader", "service": "kv"}
-    people |= {"writer": "writer:acme", "stranger": "writer:other"}
     people |= {"writer": "writer:acme", "stranger": "writer:other"}
     for name, role in people.items():
         issue(cluster.directory / "ca", [name, "127.0.0.1"], role=role, into=directory / name, now_s=time.time())
@@ -415,8 +416,12 @@ def test_a_grant_to_write_is_for_the_segment_of_its_writer(
             stranger.write_granted([grant], [(mine.segment, mine.offset, b"overwritten")])
         with pytest.raises(AccessDenied, match="is to write"):
             store.read_granted(grant, [(mine.segment, mine.offset, 9)], [bytearray(9)])
-        with pytest.raises(AccessDenied, match="other bytes"):  # Behind its end.
-            store.write_granted([grant], [(mine.segment, 64 << 20, b"overwritten")])
+        end = mine.end + -mine.end % SECTOR_BYTES
+        store.write_granted([grant], [(mine.segment, end - 1, b"x"), (mine.segment, end, b"")])
+        for begin, data in ((end - 1, b"xx"), (end, b"x")):
+            with pytest.raises(AccessDenied, match="other bytes"):
+                store.write_granted([grant], [(mine.segment, begin, data)])
+        assert 0 < read_grant(grant).expires_s - time.time() <= WRITE_S + WRITE_SLACK_S
     with place.connect("acme", "acme") as reader:
         assert all(pages(reader, hit)), "nothing was overwritten"
         with pytest.raises(AccessDenied, match="another lease"):
@@ -436,6 +441,57 @@ def test_a_writer_that_spoils_its_pages_makes_misses_of_its_own(place: Place, hi
         store.write_granted([answer.grant], [(spoilt.segment, spoilt.offset + HEADER_BYTES + 9, b"spoilt")])
         assert pages(writer, writer.match(keys)) == [False]
         assert pages(writer, hit) == [True] * PAGES
+
+
+def test_a_writer_that_names_its_write_wildly_blocks_no_chunk(
+    place: Place, reserved: tuple[emberkv.KVCache, messages.Reserved]
+) -> None:
+    """A name that no index can hold would leave a version that is never committed."""
+    _, answer = reserved
+    (mine,) = places_of(answer.places)
+    (file,) = read_grant(answer.grant).files
+    index, inside = divmod(mine.offset, file.layout.chunk_size_bytes)
+    chain = chains_of(file.layout)[index % file.layout.stripe]
+    with place.store("writer") as store:
+        core, routes = store._attachment.live(), store._attachment.store.routes
+        write = WriteChunks(
+            routes.client, 0, 1 << 63, [chain], [chunk_id(file.inode, index)], [inside], file.layout.chunk_size_bytes,
+            chain_versions=[routes.chain(chain).version], grants=[answer.grant],
+        )  # fmt: skip
+        head = core._chains[chain]._head(chain)
+
+        def send(message: WriteChunks) -> object:
+            call = store._attachment.store.network.connection(head).call
+            return store._attachment.store.portal.run(call(message, [memoryview(bytearray(b"wild"))], timeout_s=10))
+
+        for wild in (
+            write,
+            replace(write, sequence=-1),
+            replace(write, sequence=1, channel=1 << 20),
+            replace(write, sequence=1, channel=-1),
+            replace(write, sequence=1, slots=[1 << 16]),
+        ):
+            with pytest.raises(ProtocolError, match="no name for an update"):
+                send(wild)
+        send(replace(write, sequence=1))
+        store.write_granted([answer.grant], [(mine.segment, mine.offset, b"and on")])
+
+
+def test_a_put_whose_grant_expired_is_put_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a writer that was slow: it has another place by then."""
+    write, refused = emberfs.Client.write_granted, []
+
+    def once(store: emberfs.Client, *given: Any) -> None:
+        if not refused:
+            refused.append(given)
+            raise GrantExpired("the grant has expired")
+        write(store, *given)
+
+    monkeypatch.setattr(emberfs.Client, "write_granted", once)
+    with place.connect("acme", "writer") as writer:
+        keys = writer.keys([next(FRESH)] * TOKENS)
+        assert writer.put(keys, [page(keys[0])], durable="committed") == ["stored"]
+        assert refused and pages(writer, writer.match(keys)) == [True]
 
 
 def test_a_writer_does_nothing_else(place: Place, reserved: tuple[emberkv.KVCache, messages.Reserved]) -> None:

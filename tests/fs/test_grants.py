@@ -27,7 +27,7 @@ from emberfs.messages import ReadChunks, WriteChunks
 from emberfs.messages.base import READER, WRITER
 from emberfs.striping import chains_of
 from emberfs.transport.codec import message_classes
-from emberfs.transport.gate import GRANTS_MAX, GRANTS_TOGETHER_MAX, Gate
+from emberfs.transport.gate import CHECKS_MAX, GRANTS_MAX, Gate
 from emberfs.transport.grant_keys import GrantKeys, read_keys
 from emberfs.types import Chunks, chunk_id
 from hypothesis import given, settings
@@ -298,6 +298,8 @@ def test_a_writer_writes_what_its_grants_cover(gate: Gate) -> None:
         gate.check(write(grant, index=1, offset=0), [5])
         gate.check(write(grant, other, offset=300), [100])
         gate.check(write(grant, other, inode=8, offset=3, whole_chunks=True), [7])
+        gate.check(write(other, grant), [100])
+        gate.check(write(grant, other), [100])
     wrong_chain = [chain for chain in range(1, 5) if chain != chains_of(FILE.layout)[0]]
     for request, lengths in (
         (write(grant), [101]),
@@ -313,7 +315,8 @@ def test_a_writer_writes_what_its_grants_cover(gate: Gate) -> None:
         (write(grant), [1, 1]),
         (write(grant), []),
         (write(grant, replace=True), [1]),
-        (write(*[grant] * (GRANTS_TOGETHER_MAX + 1)), [1]),
+        (write(*[grant] * (CHECKS_MAX + 1)), [1]),
+        (write(grant), [0]),
     ):
         with pytest.raises(AccessDenied, match="grant"):
             gate.check(request, lengths)

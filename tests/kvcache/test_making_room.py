@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from emberfs.errors import EmberError, Unavailable
@@ -282,5 +283,41 @@ def test_a_store_that_takes_its_time_to_say_what_is_left_holds_nobody_up() -> No
         assert runtime.now_s() - began_s < 2 * LOOK_S
         assert await lab.put(pool, chain(1, 3)) == [STORED] * 3
         await lab.pools.close()
+
+    run(work)
+
+
+def test_a_file_stays_for_grants_to_write_and_room_is_waited_for() -> None:
+    """What is written under one after the file had gone would stay for ever."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=8 * MIB)
+        bench.config = replace(bench.config, granted_s=60.0)
+        pool = await bench.open()
+        await bench.put(pool, chain(1, 3))
+        assert pool.space.note_granted([1]) == {1: pool.index.segments.by_id[1].end}
+        await pool.remove(TENANT, [chain(1, 3)[0]])
+        pool.space.end_segment(1)
+        await runtime.sleep(55)
+        assert 1 in pool.index.segments.by_id
+        await runtime.sleep(10)
+        assert 1 not in pool.index.segments.by_id
+        states: list[int] = []
+        for prompt in range(400):  # All is written anew in two minutes, then in two seconds.
+            states += await bench.put(pool, chain(10 + prompt, 20), durable=False)
+            if (mine := pool.index.segments.of_writer(1)) is not None:
+                pool.space.note_granted([mine.id])
+            await runtime.sleep(3.0 if prompt < 200 else 0.05)
+            assert pool.index.segments.promised_bytes <= 8 * MIB
+        assert states[: 200 * 20].count(STORED) > 0.95 * 200 * 20
+        assert pool.table.live_bytes > 4 * MIB, "it does not empty itself for what comes by itself"
+        bench.kill(pool)
+        again = await bench.open()
+        await again.remove(TENANT, [key for prompt in range(400) for key in chain(10 + prompt, 20)[:1]])
+        await runtime.sleep(50)
+        assert again.index.segments.retired(), "the owner before may have given some"
+        await runtime.sleep(20)
+        assert not again.index.segments.retired()
+        await again.close()
 
     run(work)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from emberfs import StoreClosed
 from emberfs.errors import Unavailable
 from emberkv.files import SEGMENT_CHUNK_BYTES
-from emberkv.opening import SegmentFiles
+from emberkv.opening import GrantedSegments, SegmentFiles
 from emberkv.page import HEADER_BYTES, Place, decode_header
 from emberkv.segments import SECTOR_BYTES
 from emberkv.writing import Copied, PageWriter, Part
@@ -218,3 +219,40 @@ def test_files_of_full_segments_are_closed_and_those_that_could_not_be_opened_ar
     while sorted(disk.closed) != paths:  # The thread that opened the last one closes the one before, and nobody waits.
         assert time.monotonic() < ends_s
         time.sleep(0.001)
+
+
+class Granting(Disk):
+    """Where what is written is shown grants for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[list[bytes], set[int]]] = []
+
+    def write_granted(self, grants: Sequence[bytes], items: Sequence[Any]) -> None:
+        assert self.lets.wait(30)
+        self.shown.append((list(grants), {segment for segment, _, _ in items}))
+
+
+def test_a_slab_is_written_under_the_newest_grant_of_each_of_its_segments() -> None:
+    """Others may have expired, and with them all would be refused."""
+    disk = Granting()
+    writer = PageWriter(disk, GrantedSegments(disk), committed)  # type: ignore[arg-type]
+    disk.lets.clear()
+    for segment in (1, 2, 3):
+        for step in range(4):  # A slab and a bit go on in one segment.
+            given = replace(large(step * STEP // 4, pages=4, segment=segment), grant=f"{segment} {step}".encode())
+            writer.add(given, timeout_s=10)
+            if len(writer._full) == 3:
+                disk.lets.set()
+    disk.lets.set()
+    writer.flush(30)
+    assert len(disk.shown) >= 3
+    for grants, segments in disk.shown:
+        assert {int(grant.split()[0]) for grant in grants} == segments
+        assert len(grants) == len(segments)
+    newest = {
+        segment: max(step for grants, _ in disk.shown for of, step in [g.split() for g in grants] if int(of) == segment)
+        for segment in (1, 2, 3)
+    }
+    assert set(newest.values()) == {b"3"}
+    writer.close(10)

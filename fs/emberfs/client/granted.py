@@ -79,7 +79,8 @@ class GrantedFiles:
                 raise AccessDenied(f"no grant is for file {number}")
             payload = flat_view(data)
             check_range(offset, len(payload))
-            ranges.append(Range(files[number].inode_to_read, offset, payload, ""))
+            if payload:
+                ranges.append(Range(files[number].inode_to_read, offset, payload, ""))
         await core.write_ranges(ranges, grants)
 
     def _asked(self, grant: bytes, items: Sequence[Item]) -> list[tuple[GrantedFile, int, int]]:

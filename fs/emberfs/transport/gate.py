@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..errors import AccessDenied
+from ..errors import AccessDenied, GrantExpired
 from ..grants import Grant, check_grant
 from ..messages import Message, ReadChunks, WriteChunks
 from ..striping import chains_of
@@ -20,8 +20,8 @@ from .grant_keys import GrantKeys
 
 GRANTS_MAX = 64
 """Of a connection, that are known; the one that was shown first goes first."""
-GRANTS_TOGETHER_MAX = 1024
-"""That one request is sent under."""
+CHECKS_MAX = 1 << 16
+"""Grants that one request is sent under, times items: the server does nothing else meanwhile."""
 CHUNK_ID_BYTES = 16
 
 
@@ -54,8 +54,8 @@ class Gate:
 
     def _check_write(self, request: WriteChunks, lengths: Sequence[int]) -> None:
         """A chunk on another chain than its file's would be no part of the file, and nobody would remove it."""
-        if len(request.grants) > GRANTS_TOGETHER_MAX:
-            raise AccessDenied(f"one request is sent under at most {GRANTS_TOGETHER_MAX} grants")
+        if len(request.grants) * len(request.chunks) > CHECKS_MAX:
+            raise AccessDenied(f"{len(request.grants)} grants for {len(request.chunks)} items are too many at once")
         grants: dict[int, list[Grant]] = {}
         for each in dict.fromkeys(request.grants or [b""]):
             grant = self._shown(each, writes=True)
@@ -76,7 +76,7 @@ class Gate:
         grant = self._known.get(data) or self._learn(data)
         if self._wall_ns() >= grant.expires_s * 1_000_000_000:
             self._known.pop(data, None)
-            raise AccessDenied("the grant has expired: match or put again, or extend the lease before it ends")
+            raise GrantExpired("the grant has expired: match or put again, or extend the lease before it ends")
         if grant.writes != writes:
             raise AccessDenied(f"the grant is to {'write' if grant.writes else 'read'}, and to do nothing else")
         return grant
@@ -97,7 +97,7 @@ def _may_write(
     grants: Mapping[int, Sequence[Grant]], chunk_size_bytes: int, chain: int, chunk: bytes, offset: int, length: int
 ) -> bool:
     """`grants`: by the inodes of files that each is for."""
-    if len(chunk) != CHUNK_ID_BYTES:
+    if len(chunk) != CHUNK_ID_BYTES or not length:  # Of none there would be a chunk all the same.
         return False
     inode, index = split_chunk_id(chunk)
     for grant in grants.get(inode, ()):
