@@ -269,3 +269,25 @@ def test_pages_there_is_no_room_for_cost_none_of_those_that_wait(
     engine.close()
     (request,), (got,) = answers(engine_of(model, prefixes), [PROMPT], monkeypatch)
     assert request.cached_tokens == 2 * 128 and torch.equal(got, cold)
+
+
+def test_what_cannot_be_put_at_all_is_said_and_nothing_behind_it_is_put(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put, calls = emberkv.KVCache.put, []
+
+    def fail(cache: emberkv.KVCache, *pages: Any, **how: Any) -> list[str]:
+        calls.append(how["kind"])
+        if len(calls) == 3:  # The rows of the second page.
+            raise RuntimeError("a mistake of ours")
+        return put(cache, *pages, **how)
+
+    monkeypatch.setattr(emberkv.KVCache, "put", fail)
+    prefixes = patient(service, salt="a mistake")
+    engine = engine_of(model_of("v4"), prefixes)
+    answers(engine, [PROMPT], monkeypatch)
+    assert calls == ["rows", "states", "rows"]
+    assert [each.message for each in caplog.records] == ["pages 1 to 2 could not be put"]
+    caplog.clear()
+    (request,), _ = answers(engine_of(model_of("v4"), prefixes), [PROMPT], monkeypatch)
+    assert request.cached_tokens == 128
