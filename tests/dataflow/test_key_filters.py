@@ -5,6 +5,7 @@ Run: pytest tests/dataflow/test_key_filters.py. What counts as large is small he
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -395,32 +396,41 @@ rows = st.lists(st.tuples(values, values), max_size=12)
 kinds = ["JOIN", "LEFT JOIN", "RIGHT JOIN", "FULL JOIN", "SEMI JOIN", "ANTI JOIN"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     tables=st.tuples(rows, rows, rows),
     first=st.sampled_from(kinds),
     second=st.sampled_from(kinds),
     compares=st.sampled_from(["=", "IS NOT DISTINCT FROM"]),
+    of_right=st.booleans(),
+    pay=st.lists(st.booleans(), min_size=1, max_size=4).filter(any),
 )
 def test_any_rows(
-    tables: tuple[list[tuple[int | None, int | None]], ...], first: str, second: str, compares: str
+    tables: tuple[list[tuple[int | None, int | None]], ...],
+    first: str,
+    second: str,
+    compares: str,
+    of_right: bool,
+    pay: list[bool],
 ) -> None:
-    """Filters wherever they are right, whether they seem to be worth it or not."""
+    """Filters wherever they are right, in one direction or in the other, whether they seem to be worth it or not."""
     schema = pa.schema([("k", pa.int64()), ("v", pa.int64())])
-    a, b, c = (
-        pa.Table.from_arrays(
-            [pa.array(part, pa.int64()) for part in zip(*rows, strict=True)] or [[], []], schema=schema
-        )
-        for rows in tables
-    )
+    whole = {
+        name: pa.Table.from_arrays([pa.array([row[i] for row in rows], pa.int64()) for i in range(2)], schema=schema)
+        for name, rows in zip("abc", tables, strict=True)
+    }
     is_half = first.startswith(("SEMI", "ANTI"))
-    inner = f"SELECT a.k, a.v, {'a.v' if is_half else 'b.v'} w FROM a {first} b ON a.k {compares} b.k"
+    inner = f"SELECT a.k, a.v, {'b' if of_right and not is_half else 'a'}.v w FROM a {first} b ON a.k {compares} b.k"
     outer = "" if second.startswith(("SEMI", "ANTI")) else ", c.v x"
     text = f"SELECT t.*{outer} FROM ({inner}) t {second} c ON t.w {compares} c.k"
+    worth = itertools.cycle(pay)
     with pytest.MonkeyPatch.context() as patch, emberflow.init(**FORCED) as session, duckdb.connect() as connection:
-        patch.setattr(keys, "_pays", lambda keys, large: True)
+        patch.setattr(keys, "_pays", lambda keys, large: next(worth))
         patch.setattr(rendering, "with_cheap_keys", lambda pipe, spec, outputs: pipe.tree)
-        got = session.sql(text, a=a, b=b, c=c).to_arrow()
+        parts = {name: session.from_arrow(table).repartition(2, by_rows=True) for name, table in whole.items()}
+        got = session.sql(text, **parts).to_arrow()
+        for name, table in whole.items():
+            connection.register(name, table)
         expected = connection.sql(text).to_arrow_table()
         assert got.num_rows == expected.num_rows
         assert connection.sql("FROM got EXCEPT ALL FROM expected").fetchall() == []

@@ -17,24 +17,20 @@ Does not know: tasks, or how exchanges are partitioned.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from .grade import grade
-from .nodes import Aggregate, Condition, Distinct, Expr, Filter, Input, Join, KeyFilter, Limit, Node, Project
+from .guesses import Guess, Guesses
+from .nodes import Condition, Filter, Input, Join, KeyFilter, Node, Project
 from .partitions import is_key
-from .pipes import ByExpression, Exchange, ExchangeFeed, Feed, Pipe, SqlSegment, Stage, TableFeed, Whole
+from .pipes import ByExpression, Exchange, ExchangeFeed, Feed, Stage, Whole
 
-_CONDITION_KEEPS = 0.4
-_GROUPS_OF_ROWS = 0.3
-_LIMIT_KEEPS = 0.1
 # One condition is taken to leave out enough.
 _REDUCED = 0.5
 _KEYS_OF_LARGE = 0.5
 _LARGE_BYTES_MIN = 1 << 20
-_CONSTANT = re.compile(r"'|CAST\(-?\d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,9 @@ class _KeyFilters:
     def add(self, met: Met) -> None:
         """Filters one side of a join by the keys of the other, if that seems to be worth it."""
         node = met.node
-        left, right = _of_exchange(met.left), _of_exchange(met.right)
+        # Anew for each join: what was filtered meanwhile is smaller.
+        guesses = Guesses()
+        left, right = guesses.of_exchange(met.left), guesses.of_exchange(met.right)
         equal = tuple(condition for condition in node.conditions if is_key(condition))
         if not node.keeps_right and _pays(left, right) and self._is_same(met.left):
             turned = tuple(Condition(c.right, c.left, c.comparison) for c in equal)
@@ -183,103 +181,6 @@ def _in_order(stages: Sequence[Stage]) -> list[Stage]:
     return list(ordered)
 
 
-# ---- guesses
-
-
-@dataclass(frozen=True, slots=True)
-class _Guess:
-    """What a plan says of its rows before anything runs."""
-
-    read_bytes: float
-    """What they would take if no filter left any out."""
-    kept: float = 1.0
-    """The share of them that filters leave."""
-    rows: int | None = None
-    """How many there would be, if footers tell."""
-
-    @property
-    def size_bytes(self) -> float:
-        return self.read_bytes * self.kept
-
-
-def _pays(keys: _Guess, large: _Guess) -> bool:
+def _pays(keys: Guess, large: Guess) -> bool:
     is_worth_it = large.size_bytes >= max(_LARGE_BYTES_MIN, keys.size_bytes / _KEYS_OF_LARGE)
     return is_worth_it and keys.kept <= _REDUCED
-
-
-def _of_exchange(exchange: Exchange) -> _Guess:
-    if exchange.made is not None:
-        return _Guess(exchange.size_bytes)
-    guesses = [_of_pipe(stage.pipe) for stage in exchange.producers]
-    rows = [guess.rows for guess in guesses if guess.rows is not None]
-    return _Guess(
-        sum(guess.read_bytes for guess in guesses),
-        max(guess.kept for guess in guesses),
-        sum(rows) if len(rows) == len(guesses) else None,
-    )
-
-
-def _of_pipe(pipe: Pipe) -> _Guess:
-    last = pipe.segments[-1]
-    # Of a function or a text nobody knows what it keeps.
-    return _of_node(last.tree, pipe) if isinstance(last, SqlSegment) else _Guess(pipe.size_bytes)
-
-
-def _of_node(node: Node, pipe: Pipe) -> _Guess:
-    match node:
-        case Input():
-            return _of_feed(pipe.feeds[node.id]) if node.id in pipe.feeds else _Guess(pipe.size_bytes)
-        case Filter():
-            child = _of_node(node.child, pipe)
-            return replace(child, kept=child.kept * _CONDITION_KEEPS ** sum(map(_comparisons, node.conditions)))
-        case KeyFilter():
-            child, keys = _of_node(node.child, pipe), _of_node(node.keys, pipe)
-            return replace(child, kept=child.kept * keys.kept)
-        case Project():
-            child = _of_node(node.child, pipe)
-            share = min(1.0, len(node.exprs) / max(1, len(node.child.columns)))
-            return replace(child, read_bytes=child.read_bytes * share)
-        case Aggregate() | Distinct():
-            child = _of_node(node.child, pipe)
-            return _Guess(child.read_bytes * _GROUPS_OF_ROWS, child.kept)
-        case Limit() if node.limit is not None:
-            child = _of_node(node.child, pipe)
-            return replace(child, kept=child.kept * _LIMIT_KEEPS)
-        case Join():
-            return _of_join(node, pipe)
-        case _:
-            below = [_of_node(child, pipe) for child in node.children]
-            return _Guess(sum(guess.read_bytes for guess in below), max((g.kept for g in below), default=1.0))
-
-
-def _of_feed(feed: Feed) -> _Guess:
-    if isinstance(feed, ExchangeFeed):
-        return _of_exchange(feed.exchange)
-    if isinstance(feed, TableFeed):
-        return _Guess(feed.table.nbytes, rows=feed.table.num_rows)
-    # Files that were left out count as filtered.
-    scan = feed.scan
-    left = max(scan.size_bytes, 1) / max(scan.all_bytes or scan.size_bytes, 1)
-    return _Guess(feed.read_bytes / left, left, None if scan.rows is None else round(scan.rows / left))
-
-
-def _of_join(node: Join, pipe: Pipe) -> _Guess:
-    """Rows of the side with more of them, of which each side's filters leave some; of one side, where only that one's
-    rows come out."""
-    left, right = _of_node(node.left, pipe), _of_node(node.right, pipe)
-    if node.kind == "full":
-        return _Guess(left.read_bytes + right.read_bytes)
-    if node.keeps_left or node.keeps_right:
-        return left if node.keeps_left else right
-    kept = left.kept * right.kept
-    if node.kind in ("semi", "right_semi"):
-        return replace(left if node.kind == "semi" else right, kept=kept)
-    return replace(max(left, right, key=lambda guess: guess.read_bytes), kept=kept)
-
-
-def _comparisons(condition: Expr) -> int:
-    """With how many constants a condition compares; others, like IS NOT NULL, are taken to leave most rows in."""
-    text = condition.sql(lambda _: "c")
-    if _CONSTANT.search(text) is None or " <> " in text:
-        return 0
-    return 1 if " OR " in text else 1 + text.count(" AND ")
