@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ..plan.guesses import left_of_inputs
 from ..plan.nodes import Input, KeyFilter, Node
 from ..plan.pipes import ExchangeFeed, FileFeed, Pipe, TableFeed
 from .shares import Spec
@@ -37,7 +38,7 @@ def with_cheap_keys(pipe: Pipe, spec: Spec, outputs: Mapping[int, Sequence[Outpu
         tree = tree.child
     if not filters:
         return tree
-    rows_bytes = _read_bytes(pipe, spec, outputs, {_feed_of(each) for each in filters})
+    rows_bytes = _read_bytes(pipe, spec, outputs, {_feed_of(each) for each in filters}) * left_of_inputs(tree)
     for each in reversed(filters):
         feed = pipe.feeds[_feed_of(each)]
         assert isinstance(feed, ExchangeFeed)

@@ -5,6 +5,7 @@ Does not know: what they are for.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,7 @@ class Guesses:
                 return self._of_feed(pipe.feeds[node.id]) if node.id in pipe.feeds else Guess(pipe.size_bytes)
             case Filter():
                 child = self._of_node(node.child, pipe)
-                return replace(child, kept=child.kept * _CONDITION_KEEPS ** sum(map(_comparisons, node.conditions)))
+                return replace(child, kept=child.kept * _kept_by(node))
             case KeyFilter():
                 child, keys = self._of_node(node.child, pipe), self._of_node(node.keys, pipe)
                 return replace(child, kept=child.kept * keys.kept)
@@ -111,6 +112,25 @@ class Guesses:
         if node.kind in ("semi", "right_semi"):
             return replace(left if node.kind == "semi" else right, kept=kept)
         return replace(max(left, right, key=lambda guess: guess.read_bytes), kept=kept)
+
+
+def left_of_inputs(node: Node) -> float:
+    """The share of what a plan reads from its inputs that it puts out."""
+    match node:
+        case Input():
+            return 1.0
+        case Filter():
+            return _kept_by(node) * left_of_inputs(node.child)
+        case Aggregate() | Distinct():
+            return _GROUPS_OF_ROWS * left_of_inputs(node.child)
+        case Limit() if node.limit is not None:
+            return _LIMIT_KEEPS * left_of_inputs(node.child)
+        case _:
+            return math.prod(map(left_of_inputs, node.children))
+
+
+def _kept_by(node: Filter) -> float:
+    return float(_CONDITION_KEEPS ** sum(map(_comparisons, node.conditions)))
 
 
 def _comparisons(condition: Expr) -> int:
