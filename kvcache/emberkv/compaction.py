@@ -46,8 +46,8 @@ THINNED = 4
 """So many segments are tried, of which pages go that are not the coldest of all."""
 TURN_PAGES = 50
 """After so many that went, others have their turn."""
-SEGMENT_BYTES_MAX = 1 << 62
-"""No bound."""
+SOON_S = 60.0
+"""A lease that ends later keeps a file for long: it is a poor victim that gives nothing back."""
 
 
 class Compaction:
@@ -63,24 +63,28 @@ class Compaction:
         self._kept: set[int] = set()
         """Slots that were held or pinned when victims were chosen, and all above."""
 
-    @property
-    def room_bytes(self) -> int:
-        """So much can be moved."""
-        segments = self._segments
-        last, size_bytes = segments.of_writer(COMPACTION), segments.size_for(0)
-        has_more = segments.promised_bytes + size_bytes <= self._space.config.capacity_bytes
+    def room_for(self, victim: Segment) -> int:
+        """So much of a segment can be moved: into what we have open, and another one as large."""
+        last, size_bytes = self._segments.of_writer(COMPACTION), max(victim.size_bytes, self._segments.size_for(0))
+        has_more = self._segments.promised_bytes + size_bytes <= self._space.config.capacity_bytes
         return (last.room if last is not None else 0) + (size_bytes if has_more else 0)
 
-    async def compact_one(self, moved_bytes_max: int = SEGMENT_BYTES_MAX, *, goes_now: bool = False) -> bool:
+    @property
+    def is_tight(self) -> bool:
+        """There is a segment that has no room elsewhere, were all of it to be moved."""
+        return any(self.room_for(each) < each.live_bytes for each in self._segments.sealed())
+
+    async def compact_one(self, moved_bytes_max: int | None = None, *, goes_soon: bool = False) -> bool:
         """Give back a segment in which little is left that will be asked for again, of those of which no more than so
-        much has to be moved. `goes_now`: and whose file neither lease nor grant keeps. False: there is none."""
-        table, victim = self._table, self._next_victim(moved_bytes_max, goes_now=goes_now)
+        much has to be moved (None: as there is room for). `goes_soon`: and whose file neither lease nor grant keeps for
+        long. Those that none keeps go first. False: there is none."""
+        table, victim = self._table, self._next_victim(moved_bytes_max, goes_soon=goes_soon)
         if victim is None:
             return False
         self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < self._cold_s])
         return await self.compact(victim)
 
-    def _next_victim(self, moved_bytes_max: int, *, goes_now: bool) -> Segment | None:
+    def _next_victim(self, moved_bytes_max: int | None, *, goes_soon: bool) -> Segment | None:
         self._table.spread_stamps()  # What hangs on a page that is cold is not warm: it was not used since, either.
         is_ranked = False
         while True:
@@ -88,51 +92,54 @@ class Compaction:
                 victim = self._segments.by_id.get(self._victims.pop())
                 if victim is not None and victim.is_settled:
                     warm_bytes = self._warm_bytes(victim)
-                    if warm_bytes <= moved_bytes_max and self._is_worth_it(victim, warm_bytes):
+                    if warm_bytes <= self._most_of(victim, moved_bytes_max) and self._is_worth_it(victim, warm_bytes):
                         return victim
             if is_ranked:
                 return None
-            self._rank(moved_bytes_max, goes_now=goes_now)
+            self._rank(moved_bytes_max, goes_soon=goes_soon)
             is_ranked = True
 
-    def _rank(self, moved_bytes_max: int, *, goes_now: bool = False) -> None:
+    def _rank(self, moved_bytes_max: int | None, *, goes_soon: bool = False) -> None:
         """Choose the next victims, by a look at all pages."""
         table, now_s = self._table, self._space.stamp_s()
         is_full = table.live_bytes > NEARLY_FULL * self._space.live_bytes_max(0)
         self._cold_s = oldest_stamps(table, self._space.config.cold_share) if is_full else 0.0
         self._kept = table.above(self._leases.slots() | pinned(table, now_s))
         warm_bytes = bytes_by_segment(table, self._cold_s, now_s, self._kept)
-        reached = self._reached()  # Their files stay for a while: rather others.
+        reached, long = self._reached()
         found = []
         for each in self._segments.sealed():
             size = warm_bytes.get(each.id, 0)
-            if size <= moved_bytes_max and not (goes_now and each.id in reached) and self._is_worth_it(each, size):
+            if goes_soon and each.id in long:
+                continue
+            if size <= self._most_of(each, moved_bytes_max) and self._is_worth_it(each, size):
                 found.append((size / each.end + (each.id in reached), each.id))
         self._victims = [victim for _, victim in sorted(found)[:RANKED][::-1]]
 
-    async def thin_one(self, moved_bytes_max: int, *, goes_now: bool = False) -> bool:
+    async def thin_one(self, moved_bytes_max: int | None = None, *, goes_soon: bool = False) -> bool:
         """Give back a segment of which too much is alive: leaves in it go, coldest first, until the rest may be moved.
-        Of those that lose least; `goes_now` as above. False: there is none that has enough of what is dead, or of what
+        Of those that lose least; `goes_soon` as above. False: there is none that has enough of what is dead, or of what
         nobody keeps."""
         table = self._table
         table.spread_stamps()
-        reached = self._reached()
+        reached, long = self._reached()
         wasted = [
             each
             for each in self._segments.sealed()
-            if not (goes_now and each.id in reached)
+            if not (goes_soon and each.id in long)
             and each.live_bytes < (1 - GAIN_MIN) * each.end
-            and self._is_worth_it(each, min(each.live_bytes, moved_bytes_max))
+            and self._is_worth_it(each, min(each.live_bytes, self._most_of(each, moved_bytes_max)))
         ]
 
         def loss(each: Segment) -> tuple[bool, float]:
-            return each.id in reached, (each.live_bytes - moved_bytes_max) / each.end
+            return each.id in reached, (each.live_bytes - self._most_of(each, moved_bytes_max)) / each.end
 
         for victim in heapq.nsmallest(THINNED, wasted, key=loss):
+            most_bytes = self._most_of(victim, moved_bytes_max)
             leaves = [self._leaf(slot) for slot in {slot for slot, _ in table.in_segment(victim.id)}]
             heapq.heapify(leaves)
             for count in itertools.count(1):
-                if not leaves or victim.live_bytes <= moved_bytes_max:
+                if not leaves or victim.live_bytes <= most_bytes:
                     break
                 _, slot, key = heapq.heappop(leaves)
                 above = table.parent[slot]
@@ -140,21 +147,26 @@ class Compaction:
                     heapq.heappush(leaves, self._leaf(above))
                 if count % TURN_PAGES == 0:
                     await self._space.take_turns()
-            if victim.live_bytes <= moved_bytes_max:
+            if victim.live_bytes <= most_bytes:
                 return await self.compact(victim)
         return False
 
-    def _reached(self) -> set[int]:
-        """Segments whose files stay for leases or grants, whatever is moved."""
-        now_s = self._space.stamp_s()
-        granted = {each.id for each in self._segments if each.granted_until_s > now_s}
-        return granted | segments_of(self._table, self._table.above(self._leases.slots()))
+    def _reached(self) -> tuple[set[int], set[int]]:
+        """Segments whose files stay for a lease, and those of them that do for long, or for a grant."""
+        table, space = self._table, self._space
+        reached = segments_of(table, table.above(self._leases.slots()))
+        long = segments_of(table, table.above(self._leases.slots(beyond_s=space.now_s() + SOON_S)))
+        now_s = space.stamp_s()
+        return reached, long | {each.id for each in self._segments if each.granted_until_s > now_s}
 
     @property
     def may_gain(self) -> bool:
         """There is a segment whose file goes once its pages went."""
         now_s = self._space.stamp_s()
         return any(each.granted_until_s <= now_s for each in self._segments.sealed())
+
+    def _most_of(self, victim: Segment, moved_bytes_max: int | None) -> int:
+        return self.room_for(victim) if moved_bytes_max is None else moved_bytes_max
 
     def _leaf(self, slot: int) -> _Leaf:
         return _Leaf(self._table.used_s[slot], slot, self._table.keys[slot])

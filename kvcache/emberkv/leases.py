@@ -62,9 +62,9 @@ class Leases:
         """Those that hold one of `slots`, and were taken behind the lease `after`."""
         return {lease for lease, (_, held, _) in self._held.items() if lease > after and not slots.isdisjoint(held)}
 
-    def slots(self) -> set[int]:
-        """All that are held."""
-        return {slot for _, slots, _ in self._held.values() for slot in slots}
+    def slots(self, *, beyond_s: float = float("-inf")) -> set[int]:
+        """All that are held by leases that end after a time."""
+        return {slot for end_s, slots, _ in self._held.values() if end_s > beyond_s for slot in slots}
 
     def take(self, slots: Sequence[int], *, owner: int, duration_s: float, now_s: float) -> int:
         """A new lease on `slots`. Its number, which means nothing to other owners."""

@@ -164,9 +164,13 @@ class Space:
                 if segment.is_retired or newest.get(segment.id, self._began_s) > self._began_s - config.granted_s:
                     segment.granted_until_s = self._began_s + config.granted_s
 
+    def now_s(self) -> float:
+        """By the clock of leases."""
+        return self._runtime.now_s()
+
     def stamp_s(self) -> float:
         """Now, for stamps that outlive the process: wall clock at the start, and from there on monotonic."""
-        return self._clock_offset_s + self._runtime.now_s()
+        return self._clock_offset_s + self.now_s()
 
     def ttl_s(self, tenant: int | None = None) -> float:
         """How long pages stay that nobody uses: of a tenant, or of the namespace."""
@@ -484,11 +488,9 @@ class Space:
 
     async def _compact_one(self) -> bool:
         if self.limit_bytes == self.config.capacity_bytes:
-            movable_bytes = self.compaction.room_bytes
-            if await self.compaction.compact_one(movable_bytes, goes_now=True):
+            if await self.compaction.compact_one(goes_soon=True):
                 return True
-            is_tight = movable_bytes < self._index.segments.size_for(0)
-            if is_tight and await self.compaction.thin_one(movable_bytes, goes_now=True):
+            if self.compaction.is_tight and await self.compaction.thin_one(goes_soon=True):
                 return True
             return self.compaction.may_gain and await self._evict_a_segments_worth()
         # What is moved is there twice, if leases reach it until they end, and the store has no room for much of that.

@@ -140,8 +140,8 @@ def test_what_all_share_stays_when_many_writers_begin() -> None:
     run(work)
 
 
-@pytest.mark.parametrize("moved_bytes_max", [compaction.SEGMENT_BYTES_MAX, 8 * MIB])
-def test_what_was_used_since_victims_were_chosen_is_not_cold(moved_bytes_max: int) -> None:
+@pytest.mark.parametrize("moved_bytes_max", [None, 8 * MIB])
+def test_what_was_used_since_victims_were_chosen_is_not_cold(moved_bytes_max: int | None) -> None:
     async def work(runtime: SimRuntime) -> None:
         bench = Bench(runtime, capacity_bytes=16 * MIB)
         pool = await bench.open()
@@ -418,6 +418,24 @@ def test_a_restart_with_grants_costs_no_pages() -> None:
             states += await bench.put(again, chain(number, 4), durable=False)
         assert states.count(STORED) > 0.95 * len(states) and again.table.count > 0.75 * pages
         await again.close()
+
+    run(work)
+
+
+def test_large_pages_are_moved_too() -> None:
+    """Whose segments are larger than those of others."""
+
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=64 * MIB)
+        pool = await lab.serve()
+        for number in range(54):
+            assert await lab.put_large(pool, number) == [STORED] * 4
+        await pool.remove(TENANT, [chain(number, 4)[2] for number in range(0, 54, 2)])
+        assert pool.table.live_bytes < 42 * MIB
+        for number in range(100, 112):
+            assert await lab.put_large(pool, number) == [STORED] * 4
+        assert pool.space.counts.moved_bytes > 4 * MIB and pool.space.counts.evicted_pages < 8
+        await lab.pools.close()
 
     run(work)
 
