@@ -150,6 +150,18 @@ class TcpConnection:
             log.debug("no lane to %s: %s", self._address, error)
             return None
 
+    async def open_direct(self) -> socket.socket | None:
+        """The socket of a further connection, for a `DirectConnection`; None: not with TLS. In the loop's thread.
+
+        Raises EmberError, OSError (as TimeoutError), where there is none to be had.
+        """
+        async with asyncio.timeout(self._config.connect_timeout_s):
+            link = await self._let_in()
+        if link.wire.is_encrypted:
+            link.wire.lose(ConnectionError("nobody may read and write TLS at the same time"))
+            return None
+        return link.wire.detach()
+
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""
         self._is_closed = True
@@ -247,6 +259,14 @@ class TcpConnection:
             self._changed(self._link)  # It may be gone again.
 
     async def _open(self) -> Link:
+        """A connection that takes calls."""
+        link = await self._let_in()
+        if self._rails is not None and not link.is_local:
+            link.open_rail(self._rails)
+        self._watch(link.wire)
+        return link
+
+    async def _let_in(self) -> Link:
         """A connection that was let in: through the server's door, if that is on this host."""
         sock = await self._connected_socket()
         is_local = bool(self._address.path) and self._blocks is not None
@@ -261,10 +281,6 @@ class TcpConnection:
             else:
                 link.wire.lose(ConnectionError("goes on through the door"))
                 link = local
-                is_local = True
-        if self._rails is not None and not is_local:
-            link.open_rail(self._rails)
-        self._watch(link.wire)
         return link
 
     async def _greet(self, sock: socket.socket, blocks: Blocks | None, *, key: str = "") -> Link:
