@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)  # The first test waits for a compiler, several times.
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "emberline": ROOT / "emberline",

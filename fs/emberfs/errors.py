@@ -230,5 +230,9 @@ class AccessDenied(_OSEmberError, PermissionError):
     errno_default = errno.EACCES
 
 
+class GrantExpired(AccessDenied):
+    """What a reader or writer showed was good, and is not any more: with a new grant it may go on."""
+
+
 class ProtocolError(EmberError, ValueError):
     """A frame that is none of ours, too large, or of a newer protocol. That connection is closed."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -31,11 +31,12 @@ from .hit import GRANT_PAGES, Browsed, Hit
 from .journal import split
 from .keys import KEY_BYTES, ROOT, opaque_keys, page_keys, token_bytes
 from .namespace import Namespace
+from .opening import GrantedSegments, SegmentFiles
 from .page import NO_PLACE, PLACE, places_of
 from .prefetch import Prefetch
 from .putting import Putter
 from .reading import PageReader
-from .writing import PageWriter
+from .writing import Copied, PageWriter
 
 
 class KVCache:
@@ -66,7 +67,7 @@ class KVCache:
         self._store: Client | None = None
         self._readers: list[PageReader] = []
         self._prefetches: set[Prefetch] = set()
-        self._putter = Putter(self._caller, lambda commit: PageWriter(self._files(), self._segments, commit))
+        self._putter = Putter(self._caller, self._page_writer, grants=grants)
         try:
             seat = self._caller.seated()
             self._segments = seat.segments
@@ -362,6 +363,11 @@ class KVCache:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def _page_writer(self, commit: Callable[[Sequence[Copied]], None]) -> PageWriter:
+        store = self._files()
+        segments = GrantedSegments(store) if self._grants else SegmentFiles(store, self._segments)
+        return PageWriter(store, segments, commit)
 
     def _files(self) -> Client:
         if self._store is None or self._caller.is_closed:

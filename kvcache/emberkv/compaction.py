@@ -12,7 +12,9 @@ Does not know: why room is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import heapq
+import itertools
+from collections.abc import Container, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +26,7 @@ from .leases import Leases
 from .page import HEADER_BYTES, PLACE, Header, Place, decode_header, encode_header
 from .segments import SECTOR_BYTES, Segment
 from .survey import bytes_by_segment, oldest_stamps
+from .table import PageTable
 from .wal import Wal
 
 if TYPE_CHECKING:
@@ -39,6 +42,12 @@ GAIN_MIN = 0.05
 """Of a segment: less is not worth its compaction."""
 RANKED = 8
 """So many victims are chosen by one look at all pages."""
+THINNED = 4
+"""So many segments are tried, of which pages go that are not the coldest of all."""
+TURN_PAGES = 50
+"""After so many that went, others have their turn."""
+SEGMENT_BYTES_MAX = 1 << 62
+"""No bound."""
 
 
 class Compaction:
@@ -51,54 +60,79 @@ class Compaction:
         """The next ones, the best at the end."""
         self._cold_s = 0.0
         """What was used before that is evicted."""
+        self._kept: set[int] = set()
+        """Slots that leases kept when victims were chosen: those they hold, and all above."""
 
-    async def compact_one(self) -> bool:
-        """Give back a segment in which little is left that will be asked for again. False: there is none."""
-        victim = self._next_victim()
+    async def compact_one(self, moved_bytes_max: int = SEGMENT_BYTES_MAX) -> bool:
+        """Give back a segment in which little is left that will be asked for again, of those of which no more than so
+        much has to be moved. False: there is none."""
+        table, victim = self._table, self._next_victim(moved_bytes_max)
         if victim is None:
-            return self._evict_coldest_segment()
-        return await self._compact_warm(victim)
-
-    async def compact_within(self, moved_bytes_max: int) -> bool:
-        """The same, of those of which no more than so much has to be moved. False: there is none."""
-        for _ in range(RANKED):
-            victim = self._next_victim()
-            if victim is None:
-                return False
-            if self._warm_bytes(victim) <= moved_bytes_max:
-                return await self._compact_warm(victim)
-        return False
-
-    async def _compact_warm(self, victim: Segment) -> bool:
-        table = self._table
+            return False
         self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < self._cold_s])
         return await self.compact(victim)
 
-    def _next_victim(self) -> Segment | None:
+    def _next_victim(self, moved_bytes_max: int) -> Segment | None:
+        self._table.spread_stamps()  # What hangs on a page that is cold is not warm: it was not used since, either.
         is_ranked = False
         while True:
             while self._victims:
                 victim = self._segments.by_id.get(self._victims.pop())
-                if victim is not None and victim.is_settled and self._is_worth_it(victim, self._warm_bytes(victim)):
-                    return victim
+                if victim is not None and victim.is_settled:
+                    warm_bytes = self._warm_bytes(victim)
+                    if warm_bytes <= moved_bytes_max and self._is_worth_it(victim, warm_bytes):
+                        return victim
             if is_ranked:
                 return None
-            self._rank()
+            self._rank(moved_bytes_max)
             is_ranked = True
 
-    def _rank(self) -> None:
+    def _rank(self, moved_bytes_max: int) -> None:
         """Choose the next victims, by a look at all pages."""
         table, now_s = self._table, self._space.stamp_s()
         is_full = table.live_bytes > NEARLY_FULL * self._space.live_bytes_max(0)
-        table.spread_stamps()
         self._cold_s = oldest_stamps(table, self._space.config.cold_share) if is_full else 0.0
-        warm_bytes = bytes_by_segment(table, self._cold_s, now_s)
-        found = [
-            (warm_bytes.get(each.id, 0) / each.end, each.id)
-            for each in self._segments.sealed()
-            if self._is_worth_it(each, warm_bytes.get(each.id, 0))
-        ]
+        self._kept = table.above(self._leases.slots())
+        warm_bytes = bytes_by_segment(table, self._cold_s, now_s, self._kept)
+        found = []
+        for each in self._segments.sealed():
+            size = warm_bytes.get(each.id, 0)
+            if size <= moved_bytes_max and self._is_worth_it(each, size):
+                found.append((size / each.end, each.id))
         self._victims = [victim for _, victim in sorted(found)[:RANKED][::-1]]
+
+    async def thin_one(self, moved_bytes_max: int) -> bool:
+        """Give back a segment of which too much is alive: leaves in it go, coldest first, until the rest may be moved.
+        Of those that lose least. False: there is none that has enough of what is dead, or of what nobody keeps."""
+        table = self._table
+        table.spread_stamps()
+        wasted = [
+            each
+            for each in self._segments.sealed()
+            if each.live_bytes < (1 - GAIN_MIN) * each.end
+            and self._is_worth_it(each, min(each.live_bytes, moved_bytes_max))
+        ]
+        for victim in heapq.nsmallest(THINNED, wasted, key=lambda each: (each.live_bytes - moved_bytes_max) / each.end):
+            leaves = [self._leaf(slot) for slot in {slot for slot, _ in table.in_segment(victim.id)}]
+            heapq.heapify(leaves)
+            for count in itertools.count(1):
+                if not leaves or victim.live_bytes <= moved_bytes_max:
+                    break
+                _, slot, key = heapq.heappop(leaves)
+                above = table.parent[slot]
+                if table.keys[slot] == key and self._space.evict_leaf(slot) and self._lies_in(above, victim):
+                    heapq.heappush(leaves, self._leaf(above))
+                if count % TURN_PAGES == 0:
+                    await self._space.take_turns()
+            if victim.live_bytes <= moved_bytes_max:
+                return await self.compact(victim)
+        return False
+
+    def _leaf(self, slot: int) -> _Leaf:
+        return _Leaf(self._table.used_s[slot], slot, self._table.keys[slot])
+
+    def _lies_in(self, slot: int, segment: Segment) -> bool:
+        return slot >= 0 and any(places["segment"][slot] == segment.id for places in self._table.places)
 
     def _is_worth_it(self, victim: Segment, warm_bytes: int) -> bool:
         """Else its pages would fill as much elsewhere."""
@@ -109,28 +143,14 @@ class Compaction:
         """What would be moved."""
         table, now_s, size = self._table, self._space.stamp_s(), 0
         for slot, kind in table.in_segment(victim.id):
-            if table.used_s[slot] >= self._cold_s or table.held[slot] or table.pinned_s[slot] > now_s:
+            if table.used_s[slot] >= self._cold_s or slot in self._kept or table.pinned_s[slot] > now_s:
                 size += HEADER_BYTES + int(table.places[kind]["length"][slot])
         return size
 
-    def _evict_coldest_segment(self) -> bool:
-        """Small pages leave much of a segment empty, that no compaction gives back. False: all that is left is held."""
-        coldest = self._space.coldest(self._space.every_tenant)
-        if coldest is None:
-            return False
-        table = self._table
-        places = [place for kind in range(len(table.places)) if (place := table.place(coldest, kind)) is not None]
-        beside = [slot for place in places for slot, _ in table.in_segment(place.segment)]
-        self._evict_cold([coldest, *beside])
-        return True
-
     def _evict_cold(self, slots: Sequence[int]) -> None:
         """They would be among the next to go: to move them first would be in vain. So does what is below them."""
-        table, now_s = self._table, self._space.stamp_s()
-        for slot in table.below(slots):
-            if not table.held[slot] and not table.children[slot] and table.pinned_s[slot] <= now_s:
-                self._space.evict([slot], "evicted")
-                self._space.counts.evicted_pages += 1
+        for slot in self._table.below(slots):
+            self._space.evict_leaf(slot)
 
     async def compact(self, victim: Segment) -> bool:
         """Move what is alive in a segment elsewhere. False: there was no room for all of it."""
@@ -149,9 +169,9 @@ class Compaction:
     async def _move(self, batch: Sequence[_Page]) -> bool:
         """Move pages of one segment: runs that lie side by side in one write."""
         segments = self._segments
-        source = batch[0].place.segment
+        source = segments.by_id[batch[0].place.segment]
         ranges = [(each.place.offset, each.place.end - each.place.offset) for each in batch]
-        data = await self._files.read(self._space.path(source), ranges)
+        data = await self._files.read(self._space.path(source.id), ranges)
         moved: list[tuple[_Page, Place, bytes]] = []
         try:
             has_room = await self._place_anew(zip(batch, data, strict=True), moved)
@@ -166,14 +186,15 @@ class Compaction:
             for _, place, _ in moved:
                 segments.settle([place])
         # A lease protects a slot and all above it: of a page that is neither nobody was told where it lies.
-        leased = self._table.above(self._leases.slots())
+        leased = _at_or_below(self._table, self._leases.slots(), {page.slot for page, _, _ in moved})
+        if leases := self._leases.of_slots(leased, after=source.since_lease):
+            source.leases |= leases
+            source.left_s = self._space.stamp_s()
         for page, place, _ in moved:
             if self._is_there(page):
                 self._wal.note(Moved(self._table.tenant[page.slot], page.kind, page.key, PLACE.pack(*place)))
                 self._space.counts.moved_bytes += place.end - place.offset
-                segments.by_id[source].moved_bytes += place.end - place.offset
-                if page.slot in leased:
-                    segments.by_id[source].gone_after_lease = self._leases.newest
+                source.moved_bytes += place.end - place.offset
         return has_room
 
     async def _place_anew(
@@ -210,6 +231,14 @@ class Compaction:
         return await self._space.add_segment(COMPACTION, size_bytes)
 
 
+class _Leaf(NamedTuple):
+    """A slot that may be one, ordered by its use."""
+
+    used_s: float
+    slot: int
+    key: bytes
+
+
 class _Page(NamedTuple):
     """A page that is being moved."""
 
@@ -217,6 +246,21 @@ class _Page(NamedTuple):
     kind: int
     key: bytes
     place: Place
+
+
+def _at_or_below(table: PageTable, slots: Iterable[int], tops: Container[int]) -> set[int]:
+    """Of `slots` those that are among `tops`, or hang below one of them."""
+    found, is_below = set(), dict[int, bool]()
+    for slot in slots:
+        path, at = [], slot
+        while at >= 0 and at not in is_below and at not in tops:
+            path.append(at)
+            at = table.parent[at]
+        is_so = at in tops or is_below.get(at, False)
+        is_below.update(dict.fromkeys(path, is_so))
+        if is_so:
+            found.add(slot)
+    return found
 
 
 def page_header(page: bytes, place: Place, key: bytes) -> Header | None:

@@ -43,8 +43,8 @@ def connect(
         tls            directory with ca.pem, cert.pem and key.pem
         shares_memory  storage servers of this host fill our buffers in place
         breaker        after how many calls without an answer all are misses for a while
-        grants         hits bring grants, and are read under them: what `credentials` of a reader need, and who hands a
-                       hit to one. The service must have a key
+        grants         pages are read and written under grants: what `credentials` of a reader or writer need, and who
+                       hands a hit to one. The service must have a key
 
     Other settings are those of `emberfs.connect`. The namespace is made if it is new. Raises Unavailable,
     DeadlineExceeded, AccessDenied, NamespaceMismatch.

@@ -1,14 +1,18 @@
-"""Grants for what was matched: a reader shows them to the storage servers, which let it read those pages and no others.
+"""Grants for what was matched, or is put: who shows them to the storage servers reads those pages and no others, or
+writes into those segments and no others.
 
 A place never holds another page (see `segments`), so a grant that outlives its lease gives away nothing of another
 tenant's: what it names is that page or zeros. That it ends is hygiene, and so clocks that differ a little do no harm.
+A segment has one writer for ever, so a grant to write, which is for all of it that was handed out, reaches no page that
+somebody else put: who misuses it damages pages of its own, and whoever reads them sees that. A chunk that was written
+after its file had gone would stay for ever: the file goes after the last grant to write to it.
 
 Does not know: who asks, or whether the lease is still held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from emberfs import NotFound
 from emberfs.errors import AccessDenied
@@ -20,6 +24,12 @@ from .files import Files
 from .hit import GRANT_PAGES
 from .page import HEADER_BYTES, PLACE
 
+WRITE_S = 30
+"""A grant to write is good for so long: a writer gets another one with each put."""
+WRITE_SLACK_S = 15
+"""And for so long behind that, as of readers. Servers' clocks may be behind by as much."""
+WRITTEN_S = WRITE_S + 2 * WRITE_SLACK_S
+"""After so long nobody writes under it, if the clocks are right."""
 SLACK_S = 60
 """A grant is good for so long behind its lease: the clock of a storage server may be ahead."""
 SEGMENTS_MAX = 65_536
@@ -51,15 +61,28 @@ class Granter:
             grants.append(sign(key, tenant=tenant, lease=lease, expires_s=expires_s, files=files, ranges=there))
         return grants
 
+    async def to_write(self, segments: str, ends: Mapping[int, int], *, tenant: str, reservation: int) -> bytes:
+        """A grant to write into segments of one writer, each up to its end. Raises NotFound: one of them is gone."""
+        files = {}
+        for number in ends:
+            file = self._known.get((segments, number)) or await self._locate(segments, number)
+            if file is None:
+                raise NotFound("a segment is not there: put the pages again", f"{segments}/{number:08x}")
+            files[number] = file
+        ranges = [(number, 0, end) for number, end in ends.items()]
+        key, expires_s = self._keys.keys[0], self._expires_s(WRITE_S, WRITE_SLACK_S)
+        return sign(key, tenant=tenant, lease=reservation, expires_s=expires_s, files=files, ranges=ranges, writes=True)
+
     def renewed(self, grants: Sequence[bytes], *, tenant: str, lease: int, lease_s: float) -> list[bytes]:
-        """The same for longer. Raises AccessDenied for what we never gave this tenant with this lease."""
-        for grant in grants:
-            if check_grant(grant, self._keys.keys, tenant=tenant).lease != lease:
+        """The same for longer. Raises AccessDenied for what we never gave this tenant to read with this lease."""
+        for data in grants:
+            grant = check_grant(data, self._keys.keys, tenant=tenant)
+            if grant.lease != lease or grant.writes:
                 raise AccessDenied("the grant is of another lease")
         return [renew(grant, self._keys.keys[0], expires_s=self._expires_s(lease_s)) for grant in grants]
 
-    def _expires_s(self, lease_s: float) -> int:
-        return self._runtime.wall_ns() // 1_000_000_000 + int(lease_s) + SLACK_S
+    def _expires_s(self, for_s: float, slack_s: int = SLACK_S) -> int:
+        return self._runtime.wall_ns() // 1_000_000_000 + int(for_s) + slack_s
 
     async def _locate(self, segments: str, number: int) -> GrantFile | None:
         """None: it is gone, or nothing was ever written to it."""

@@ -15,7 +15,7 @@ from . import journal
 from .journal import AnyEntry, split
 from .keys import KEY_BYTES
 from .page import places_of
-from .segments import Segments, State
+from .segments import Segments
 from .table import PageTable
 
 
@@ -44,14 +44,6 @@ class Index:
         _APPLY[type(entry)](self, entry)
         if self.listener is not None:
             self.listener(entry)
-
-    def seal_all(self) -> None:
-        """Nobody goes on writing to what an earlier process had open. How much of it was handed out it told nobody:
-        all of it may have been."""
-        for segment in self.segments:
-            if segment.state is State.OPEN:
-                segment.end = segment.size_bytes
-                self.segments.seal(segment)
 
     def _tenant_added(self, entry: journal.TenantAdded) -> None:
         self.tenants.append(entry.name)
@@ -101,9 +93,7 @@ class Index:
         self.segments.add(entry.writer, entry.size_bytes)
 
     def _segment_sealed(self, entry: journal.SegmentSealed) -> None:
-        segment = self.segments.by_id[entry.id]
-        segment.end = max(segment.end, entry.end)
-        self.segments.seal(segment)
+        self.segments.seal(self.segments.by_id[entry.id], entry.end)
 
     def _segment_retired(self, entry: journal.SegmentRetired) -> None:
         segment = self.segments.by_id[entry.id]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 LEASE_S_MAX = 3600.0
 _STALE_MAX = 1000
@@ -49,9 +49,15 @@ class Leases:
         """When the next one ends, or ended or was extended: not later. None: there is none."""
         return min(ends[0] for ends in (self._ends, self._early) if ends)[0] if self._held else None
 
-    def are_held_up_to(self, lease: int) -> bool:
-        """One with that number or a smaller one has not ended."""
-        return next(iter(self._held), lease + 1) <= lease
+    def are_held(self, leases: Set[int], *, after: int, up_to: int) -> bool:
+        """One of those has not ended, or one that was taken behind the lease `after` and not behind `up_to`."""
+        if any(lease in self._held for lease in leases):
+            return True
+        return up_to > after and any(after < lease <= up_to for lease in self._held)
+
+    def of_slots(self, slots: Set[int], *, after: int) -> set[int]:
+        """Those that hold one of `slots`, and were taken behind the lease `after`."""
+        return {lease for lease, (_, held, _) in self._held.items() if lease > after and not slots.isdisjoint(held)}
 
     def slots(self) -> set[int]:
         """All that are held."""

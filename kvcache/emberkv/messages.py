@@ -67,6 +67,8 @@ class Reserve(Ask, frozen=True):
     lengths: list[int]
     durable: bool = False
     """Where nothing is to be written: what is known is durable when this is answered."""
+    grant: bool = False
+    """Wanted: a grant to write there."""
 
 
 class Commit(Ask, frozen=True):
@@ -269,6 +271,8 @@ class Reserved(Answer, frozen=True):
     """One each: see `pool.STORED` and so on."""
     places: bytes
     """Of the pages that are to be written only."""
+    grant: bytes = b""
+    """To write into the segments of those places."""
 
 
 class Committed(Answer, frozen=True):

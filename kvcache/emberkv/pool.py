@@ -339,6 +339,8 @@ class Pool:
                 return
             except (EmberError, OSError) as error:
                 log.warning("%s: a round of upkeep failed, the next one tries again: %s", self.directory, error)
+            except Exception:
+                log.exception("%s: a round of upkeep failed, and the next one may", self.directory)
 
     async def keep_up(self) -> None:
         """One round: what is over ends, what is dead goes."""

@@ -16,6 +16,7 @@ import msgspec
 from emberfs import Corruption, NotFound
 from emberfs.errors import LimitExceeded, Unavailable
 from emberfs.runtime import Runtime
+from emberfs.waiting import pause
 
 from .counts import ServiceCounts
 from .errors import NamespaceMismatch
@@ -136,7 +137,9 @@ class Pools:
                 self._events.follow(pool)
             if self._looking is None:
                 self._looking = self._runtime.spawn(self._keep_looking(), "kv-room")
-            await self._look()
+            # Before its first put, unless the store takes its time.
+            looking = self._runtime.spawn(self._look(), "kv-look")
+            await pause(self._runtime, LOOK_S, looking)
             return pool
         except Exception as error:
             failure = error
@@ -157,7 +160,7 @@ class Pools:
     async def _look(self) -> None:
         """How much more the store takes: each namespace may have a share of it."""
         try:
-            free_bytes, used_bytes = await self._files.space()
+            free_bytes, used_bytes = map(int, await self._files.space())
         except Exception as error:  # What was known goes on to count.
             if self._is_told:
                 log.warning("the store does not say how much it has left: %s", error)
@@ -168,7 +171,8 @@ class Pools:
         held = {name: pool.space.held_bytes for name, pool in served.items()}
         limits = self._room.share(free_bytes, used_bytes, held)
         for name, pool in served.items():
-            pool.space.heed(limits[name], free_bytes // (2 * len(served)))
+            movable_bytes = free_bytes // 2 * (held[name] + 1) // (sum(held.values()) + len(held))
+            pool.space.heed(limits[name], movable_bytes)
 
     def _description(self, name: str) -> str:
         return f"{self._root}/{name}/namespace.json"

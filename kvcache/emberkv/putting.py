@@ -12,7 +12,7 @@ from typing import Any
 
 from emberfs import NotFound
 from emberfs.client.buffers import flat_view
-from emberfs.errors import DeadlineExceeded, EmberError
+from emberfs.errors import DeadlineExceeded, EmberError, GrantExpired
 
 from . import messages
 from .caller import Caller
@@ -31,8 +31,9 @@ Commit = Callable[[Sequence[Copied]], None]
 class Putter:
     """Safe to use from many threads. `make_writer` is called at the first put, with what is to commit."""
 
-    def __init__(self, caller: Caller, make_writer: Callable[[Commit], PageWriter]) -> None:
-        self._caller, self._make_writer = caller, make_writer
+    def __init__(self, caller: Caller, make_writer: Callable[[Commit], PageWriter], *, grants: bool = False) -> None:
+        """`grants`: pages are written under grants."""
+        self._caller, self._make_writer, self._grants = caller, make_writer, grants
         self._writer: PageWriter | None = None
         self._putting = threading.Lock()
         """Pages of one writer follow each other."""
@@ -49,7 +50,7 @@ class Putter:
             given = kind, keys[part], parents[part], views[part], durable, tokens[part]
             try:
                 states += self._put(*given)
-            except (NotFound, SeatGone):  # The service, or a segment, is another one by now.
+            except (NotFound, SeatGone, GrantExpired):  # Service or segment are other ones by now, or we were slow.
                 states += self._put(*given)
         return states
 
@@ -74,13 +75,18 @@ class Putter:
             raise DeadlineExceeded(f"other threads' puts took more than {caller.timeout_s:g} s")
         try:
             answer = caller.ask(
-                lambda seat: messages.Reserve(seat, kind, blob, above, lengths, durable), messages.Reserved
+                lambda seat: messages.Reserve(seat, kind, blob, above, lengths, durable, self._grants),
+                messages.Reserved,
             )
             ticket = self._add(answer, kind, keys, parents, views, durable, tokens)
         finally:
             self._putting.release()
         if durable and ticket is not None:
-            ticket.wait(caller.timeout_s)
+            try:
+                ticket.wait(caller.timeout_s)
+            except GrantExpired:  # Nothing of it was written, nor will be.
+                self._give_up(caller.seated().seat, answer.reservation)
+                raise
         return [STATES[state] for state in answer.states]
 
     def _add(
@@ -99,16 +105,19 @@ class Putter:
         part = Part(
             reservation=answer.reservation, seat=seat.seat, keys=pick(keys), parents=pick(parents),
             places=places_of(answer.places), payloads=pick(views), kind=kind, tenant=seat.number, is_durable=durable,
-            tokens=b"".join(pick(tokens)) if tokens and seat.wants_tokens else b"",
+            tokens=b"".join(pick(tokens)) if tokens and seat.wants_tokens else b"", grant=answer.grant,
         )  # fmt: skip
         try:
             if self._writer is None:
                 self._writer = self._make_writer(self._commit)
             return self._writer.add(part, timeout_s=self._caller.timeout_s)
         except BaseException:
-            with contextlib.suppress(EmberError):
-                self._caller.call(messages.GiveUp(seat.seat, answer.reservation), messages.Okay)
+            self._give_up(seat.seat, answer.reservation)
             raise
+
+    def _give_up(self, seat: int, reservation: int) -> None:
+        with contextlib.suppress(EmberError):
+            self._caller.call(messages.GiveUp(seat, reservation), messages.Okay)
 
     def _commit(self, parts: Sequence[Copied]) -> None:
         """Called by the writer's threads."""

@@ -29,7 +29,10 @@ TELLING_SHARE = 1 / 8
 """Of the reserve: when so much was given it is looked whether it is seen."""
 VAIN_MAX = 3
 AGAIN_LOOKS = 12
-"""Who has stopped gives once in so many looks nonetheless: what fills the disk may be no file of the store."""
+"""Who has stopped gives once more after so many looks nonetheless: what fills the disk may be no file of the store.
+Then after twice as many, and so on."""
+GROWS_LOOKS = 12
+"""Who grew is taken for one that grows for so many looks: it may pause, or put as much as it evicts."""
 
 
 class _Look(NamedTuple):
@@ -52,7 +55,9 @@ class Room:
         """So often in a row it was not."""
         self._stopped_bytes: int | None = None
         """What the store had left when giving was given up."""
-        self._stopped_looks = 0
+        self._stopped_looks, self._again_looks = 0, AGAIN_LOOKS
+        self._grew: dict[str, int] = {}
+        """Namespace -> looks since it grew; none for long ones."""
 
     def share(self, free_bytes: int, used_bytes: int, held: Mapping[str, int]) -> Mapping[str, int]:
         """What each namespace may hold, by name, where the store has so much left, and they hold so much of what is
@@ -73,7 +78,9 @@ class Room:
 
     def _grown(self, spare_bytes: int, held: Mapping[str, int]) -> dict[str, int]:
         """Three quarters of it for those that grow, the rest for those that may begin to."""
-        growing = {name for name, size in held.items() if size > self._last.held.get(name, 0)}
+        grew = {name: looks + 1 for name, looks in self._grew.items() if name in held and looks < GROWS_LOOKS}
+        grew |= {name: 0 for name, size in held.items() if size > self._last.held.get(name, size)}
+        self._grew, growing = grew, grew.keys()
         still = held.keys() - growing
         of_growing = spare_bytes if not still else spare_bytes * 3 // 4 if growing else 0
         shares = {name: of_growing // len(growing) for name in growing}
@@ -84,7 +91,10 @@ class Room:
         if self._stopped_bytes is not None:
             if abs(now.free_bytes - self._stopped_bytes) < reserve // 4:
                 self._stopped_looks += 1
-                return self._stopped_looks % AGAIN_LOOKS > 0
+                if self._stopped_looks < self._again_looks:
+                    return True
+                self._stopped_looks, self._again_looks = 0, 2 * self._again_looks
+                return False
             self._since, self._vain, self._stopped_bytes = None, 0, None
         if self._since is None:
             self._since = now
@@ -99,6 +109,6 @@ class Room:
         self._vain = 0 if 2 * (left + taken) >= -given else self._vain + 1
         if self._vain < VAIN_MAX:
             return False
-        self._stopped_bytes, self._stopped_looks = now.free_bytes, 0
+        self._stopped_bytes, self._stopped_looks, self._again_looks = now.free_bytes, 0, AGAIN_LOOKS
         log.warning("the store has %d bytes left, however much the cache gives: it hardly gives more", now.free_bytes)
         return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .page import HEADER_BYTES, PAGE_BYTES_MAX, Place
 
@@ -59,10 +59,20 @@ class Segment:
     """Places that were handed out, and are neither committed nor given up."""
     has_file: bool = True
     """False while it is made: places in it are given to nobody before."""
+    unknown_bytes: int = 0
+    """Before `end`, that an earlier process may have handed out, or not: nobody knows of a page there."""
     moved_bytes: int = 0
     """Pages that compaction has written elsewhere: until its file goes they are there twice."""
+    left_s: float = float("-inf")
+    """When pages that leases reach were moved or taken out of it last."""
+    since_lease: int = 0
+    """This lease and those before it were given when it was not begun: they know no place in it."""
+    leases: set[int] = field(default_factory=set)
+    """Those that may reach a page which was moved out of it."""
     gone_after_lease: int = 0
-    """Leases up to this one may reach a page of it that is dead by now. An evicted page has none; a moved one may."""
+    """Leases up to this one may reach a page that was taken out of it."""
+    granted_until_s: float = float("-inf")
+    """Until then somebody may write to it under a grant, whether or not it may."""
 
     @property
     def is_retired(self) -> bool:
@@ -87,36 +97,48 @@ class Segments:
         self.segment_bytes = segment_bytes
         self.by_id: dict[int, Segment] = {}
         self.next_id = 1
+        self.disk_bytes = 0
+        """What the files take: places that were handed out, also of what is dead by now."""
         self._open: dict[int, Segment] = {}
         """Writer -> the segment that it appends to."""
+        self._dead: dict[int, Segment] = {}
+        """Sealed ones in which nothing is alive, nor may be soon, by their numbers."""
+        self._retired: dict[int, Segment] = {}
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self.by_id.values())
 
-    @property
-    def disk_bytes(self) -> int:
-        """What the files take: places that were handed out, also of what is dead by now."""
-        return sum(segment.end for segment in self)
+    def leaving_bytes(self, since_s: float) -> int:
+        """What retired ones still take for leases on what left them since then."""
+        return sum(each.end for each in self._retired.values() if each.left_s >= since_s)
 
-    @property
-    def leaving_bytes(self) -> int:
-        """What retired ones still take, until the last lease on them ends."""
-        return sum(segment.end for segment in self if segment.is_retired)
+    def granted_bytes(self, now_s: float) -> int:
+        """What retired ones still take for grants to write to them."""
+        return sum(each.end for each in self._retired.values() if each.granted_until_s > now_s)
+
+    def doubled_bytes(self, since_s: float) -> int:
+        """What of that was moved, and is there twice."""
+        return sum(each.moved_bytes for each in self._retired.values() if each.left_s >= since_s)
 
     @property
     def going_bytes(self) -> int:
         """What sealed ones take in which nothing is alive: retired or not yet."""
-        return sum(each.end for each in self if each.state != State.OPEN and not each.live_bytes + each.pending_bytes)
+        return sum(each.end for some in (self._dead, self._retired) for each in some.values())
 
     @property
-    def doubled_bytes(self) -> int:
-        """What is there twice."""
-        return sum(each.moved_bytes for each in self)
+    def unknown_bytes(self) -> int:
+        """What may have been handed out, and is not known to have been."""
+        return sum(each.unknown_bytes for each in self if each.unknown_bytes)
+
+    @property
+    def open_room(self) -> int:
+        """Bytes that can still be handed out of open ones."""
+        return sum(each.room for each in self._open.values())
 
     @property
     def promised_bytes(self) -> int:
-        """The same, with the room that open segments still have."""
-        return sum(segment.end + segment.room for segment in self)
+        """What the files take, with the room that open segments still have."""
+        return self.disk_bytes + self.open_room
 
     def fit(self, limit_bytes: int, capacity_bytes: int) -> None:
         """New ones are as large as is right for a namespace that may hold so much of its capacity now."""
@@ -136,8 +158,9 @@ class Segments:
         return self._open.get(writer)
 
     def idle(self) -> Segment | None:
-        """The open segment that was begun first, of those whose writer is not at it now."""
-        return next((each for each in self._open.values() if not each.pending_bytes), None)
+        """The open segment that was begun first, of those whose writer is not at it now; a client's before ours."""
+        idle = [each for each in self._open.values() if not each.pending_bytes]
+        return min(idle, key=lambda each: (not each.writer, each.id), default=None)
 
     def size_for(self, payload_bytes: int) -> int:
         """How large a new segment has to be."""
@@ -166,13 +189,24 @@ class Segments:
             end += HEADER_BYTES + length
         assert segment.state is State.OPEN and end <= segment.size_bytes
         segment.pending_bytes += end - segment.end
-        segment.end = end
+        self._extend(segment, end)
         return places
+
+    def _extend(self, segment: Segment, end: int) -> None:
+        self.disk_bytes += end - segment.end
+        segment.end = end
+
+    def _look(self, segment: Segment) -> None:
+        """Whether it is dead by now, or not any more."""
+        if segment.state is State.SEALED and not segment.live_bytes and not segment.pending_bytes:
+            self._dead[segment.id] = segment
+        else:
+            self._dead.pop(segment.id, None)
 
     def align(self, segment: Segment) -> None:
         """What is handed out next begins a sector: who writes what was handed out before fills up its last one."""
         if segment.state is State.OPEN:
-            segment.end += -segment.end % SECTOR_BYTES
+            self._extend(segment, segment.end + -segment.end % SECTOR_BYTES)
 
     def settle(self, places: Iterable[Place]) -> None:
         """Of places that were handed out it is known now whether they hold pages."""
@@ -180,6 +214,7 @@ class Segments:
             segment = self.by_id[number]
             segment.pending_bytes -= HEADER_BYTES + length
             assert segment.pending_bytes >= 0
+            self._look(segment)
 
     def revive(self, places: Iterable[Place]) -> None:
         """The index names pages at `places`."""
@@ -187,31 +222,57 @@ class Segments:
             segment, end = self.by_id[number], offset + HEADER_BYTES + length
             segment.live_bytes += end - offset
             if end > segment.end:  # In a replay nothing was handed out.
-                segment.end = end
+                self._extend(segment, end)
+            if not segment.live_bytes - (end - offset):
+                self._look(segment)
 
     def bury(self, place: Place) -> None:
         """The index does not name the page at `place` any more."""
         segment = self.by_id[place.segment]
         segment.live_bytes -= place.end - place.offset
         assert segment.live_bytes >= 0
+        if not segment.live_bytes:
+            self._look(segment)
 
-    def seal(self, segment: Segment) -> None:
-        """Nothing is handed out of it any more."""
+    def seal(self, segment: Segment, end: int = 0) -> None:
+        """Nothing is handed out of it any more; if it was before `end`, by an earlier process, that counts."""
         if segment.state is State.OPEN:
             segment.state = State.SEALED
             if self._open.get(segment.writer) is segment:
                 del self._open[segment.writer]
+        if end > segment.end:
+            self._extend(segment, end)
+        self._look(segment)
+
+    def restore(self, number: int, size_bytes: int, state: State, end: int, live_bytes: int) -> None:
+        """One of a snapshot."""
+        segment = self.by_id[number] = Segment(number, size_bytes, state, end=end, live_bytes=live_bytes)
+        self.disk_bytes += end
+        if segment.is_retired:
+            self._retired[number] = segment
+        self._look(segment)
+
+    def inherit(self) -> None:
+        """Nobody goes on writing to what an earlier process had open. How much of it was handed out it told nobody: all
+        of it may have been."""
+        for segment in self:
+            if segment.state is State.OPEN:
+                segment.unknown_bytes = segment.size_bytes - segment.end
+                self.seal(segment, segment.size_bytes)
 
     def retire(self, segment: Segment) -> None:
         """Nothing in it is alive. Its file may go after the last lease."""
         assert not segment.live_bytes and not segment.pending_bytes
         self.seal(segment)
         segment.state = State.RETIRED
+        self._look(segment)
+        self._retired[segment.id] = segment
 
     def drop(self, segment: Segment) -> None:
         """Its file is gone."""
         assert segment.state is State.RETIRED
-        del self.by_id[segment.id]
+        del self.by_id[segment.id], self._retired[segment.id]
+        self.disk_bytes -= segment.end
 
     def spent(self) -> list[Segment]:
         """Open ones that something was written to, and in which nothing is alive, nor may be soon."""
@@ -219,7 +280,11 @@ class Segments:
 
     def dead(self) -> list[Segment]:
         """Sealed ones in which nothing is alive."""
-        return [each for each in self if each.state is State.SEALED and not each.live_bytes and not each.pending_bytes]
+        return list(self._dead.values())
+
+    def retired(self) -> list[Segment]:
+        """Those of which only the file is left."""
+        return list(self._retired.values())
 
     def sealed(self) -> list[Segment]:
         """Those that nobody writes to, and that can be compacted."""

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from emberfs.transport.grant_keys import GrantKeys
 from .events import EventFeed
 from .figures import Figures
 from .files import StoreFiles
-from .grants import Granter
+from .grants import WRITTEN_S, Granter
 from .metrics import KvCollector
 from .pools import NAMESPACES_MAX
 from .publisher import Publisher
@@ -87,7 +87,7 @@ def run_server(config: ServerConfig) -> None:
         runtime,
         root=config.root,
         store=config.store,
-        config=config.space,
+        config=config.space if keys is None else replace(config.space, granted_s=WRITTEN_S),
         namespaces_max=config.namespaces_max,
         tenants=EVERYBODY if config.tenants is None else read_tenants(config.tenants),
         events=feed,

@@ -213,13 +213,28 @@ class KvService:
                 raise LimitExceeded(f"a page of {length} bytes: at most {PAGE_BYTES_MAX}, and 1/64 of the capacity")
             if fixed not in (0, length):
                 raise LimitExceeded(f"a page of {length} bytes: this kind has pages of {fixed}")
-        number, states, places = await seat.pool.reserve(
+        signer = self._signer() if ask.grant else None
+        number, states, found = await seat.pool.reserve(
             seat.number, seat.tenant, kind, keys, parents, ask.lengths, seat.policy
         )
         if ask.durable and not number:
             await seat.pool.flush()  # It may have come a moment ago.
-        blob = b"".join(PLACE.pack(*place) for place in places if place is not None)
-        return messages.Reserved(number, bytes(states), blob)
+        places = [place for place in found if place is not None]
+        blob, grant = b"".join(PLACE.pack(*place) for place in places), b""
+        if signer is not None and places:
+            grant = await self._grant_to_write(signer, seat, number, [place.segment for place in places])
+        return messages.Reserved(number, bytes(states), blob, grant)
+
+    async def _grant_to_write(self, signer: Granter, seat: Seat, number: int, segments: Sequence[int]) -> bytes:
+        """For a reservation, which is given up where there is none to be had."""
+        pool = seat.pool
+        ends = pool.space.note_granted(segments)
+        directory, tenant = f"{pool.directory}/segments", pool.index.tenants[seat.tenant]
+        try:
+            return await signer.to_write(directory, ends, tenant=tenant, reservation=number)
+        except BaseException:
+            pool.give_up(number, seat.number)
+            raise
 
     async def _commit(self, ask: messages.Commit) -> messages.Answer:
         seat = self._seats.of(ask.seat)

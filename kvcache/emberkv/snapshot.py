@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from .index import Index
 from .journal import FORMAT, encode_frame, frames
 from .keys import KEY_BYTES
 from .page import HEADER_BYTES
-from .segments import Segment, State
+from .segments import State
 from .table import FREE, ORPHAN, PLACES
 
 _BLOCK_BYTES = 64 << 20
@@ -187,13 +188,14 @@ def _count(index: Index) -> None:
 
 def _fill_segments(index: Index, head: _Head) -> None:
     segments, table = index.segments, index.table
-    for id, size_bytes, state, end in head.segments:
-        segments.by_id[id] = Segment(id, size_bytes, state=State(state), end=end)
-    segments.next_id = head.next_segment
+    live_bytes: Counter[int] = Counter()
     for places in table.places:
         there = places[: table.count]
         there = there[there["segment"] != 0]
         ids, where = np.unique(there["segment"], return_inverse=True)
         sums = np.bincount(where, weights=there["length"].astype(np.float64) + HEADER_BYTES)
-        for id, live_bytes in zip(ids.tolist(), sums.tolist(), strict=True):
-            segments.by_id[id].live_bytes += int(live_bytes)
+        live_bytes.update({id: int(size) for id, size in zip(ids.tolist(), sums.tolist(), strict=True)})
+    for id, size_bytes, state, end in head.segments:
+        segments.restore(id, size_bytes, State(state), end, live_bytes.pop(id, 0))
+    segments.next_id = head.next_segment
+    assert not live_bytes, "pages lie in segments"

@@ -25,6 +25,7 @@ Does not know: clients.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -34,24 +35,33 @@ from emberfs import AlreadyExists
 from emberfs.errors import EmberError, LimitExceeded
 from emberfs.runtime import Runtime
 
-from .compaction import Compaction
+from .compaction import COMPACTION, Compaction
 from .counts import Departed
 from .files import Files
 from .index import Index
 from .journal import Evicted, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
 from .leases import Leases
-from .segments import Segment
+from .segments import SECTOR_BYTES, Segment
 from .survey import hollow
+from .table import FREE
 from .wal import Wal
+
+log = logging.getLogger("emberline.kv")
 
 WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
 TURN_PAGES = 50
 """After so many that are looked for in every tenant, others have their turn."""
+AT_ONCE_PAGES = 1000
+"""So many are evicted for one page that is put: where a limit fell, the rest goes by and by."""
+LEAVES_S = 60.0
+"""Leases on what was moved end by themselves, and room is waited for; not for those that are extended longer."""
 CUT_PAGES = 1000
 """After so many that went, others have their turn."""
 NOBODY = -1
 """The writer of a segment that was dead from the beginning."""
+GRANTED_SHARE = 0.25
+"""Of the limit, that files may take which only wait for grants: more are not made to wait."""
 _NAME = re.compile("[0-9a-f]{8}")
 """Of a segment's file. What else lies there is not ours."""
 
@@ -73,6 +83,9 @@ class SpaceConfig:
     """A page whose parent did not come for so long goes."""
     evictions_per_s: float = 20_000.0
     """The pace of removals by age: no burst of tombstones when a whole day expires at once."""
+    granted_s: float = 0.0
+    """A file stays for so long after the last grant to write to it was given, or the end of an owner that may have
+    given some. 0: there are no grants."""
 
     def __post_init__(self) -> None:
         if self.capacity_bytes < 1 << 20:
@@ -131,6 +144,8 @@ class Space:
         self._spare: _Spare | None = None
         self._making: dict[int, asyncio.Task[bool]] = {}
         """Number -> the file that is being made. It is not removed before, or it would come afterwards."""
+        self._stuck: set[int] = set()
+        """Segments whose files could not be removed."""
         self._next_patient_s = 0.0
         """When those are looked at again."""
         self._promised_bytes = 0
@@ -143,6 +158,11 @@ class Space:
         self.compaction = Compaction(self, files, wal, leases)
         self._clock_offset_s = runtime.wall_ns() / 1e9 - runtime.now_s()
         self._began_s = self.stamp_s()
+        self._strangers_until_s = self._began_s + config.granted_s
+        """Then they may go."""
+        if config.granted_s:
+            for segment in wal.index.segments:
+                segment.granted_until_s = self._strangers_until_s
 
     def stamp_s(self) -> float:
         """Now, for stamps that outlive the process: wall clock at the start, and from there on monotonic."""
@@ -165,7 +185,8 @@ class Space:
     @property
     def held_bytes(self) -> int:
         """What the segments take on the store: of what was promised nobody knows whether it is there yet."""
-        return max(self._index.segments.disk_bytes - self._promised_bytes, 0)
+        segments = self._index.segments
+        return max(segments.disk_bytes - segments.unknown_bytes - self._promised_bytes, 0)
 
     def heed(self, limit_bytes: int, movable_bytes: int) -> None:
         """So much of its capacity the namespace may hold; below that, so much may be there twice while it is moved."""
@@ -185,10 +206,12 @@ class Space:
         while quota and table.tenant_bytes[tenant] + self.pending_bytes[tenant] + size > quota:
             if not self._evict_coldest([tenant]):
                 return False
-        while table.live_bytes + self._promised_bytes + size > limit:
+        for _ in range(AT_ONCE_PAGES):
+            if table.live_bytes + self._promised_bytes + size <= limit:
+                return True
             if not self._evict_coldest(self.every_tenant):
                 return False
-        return True
+        return False
 
     def promise(self, tenant: int, size: int) -> None:
         """So many bytes of a tenant are to come."""
@@ -218,6 +241,21 @@ class Space:
             self.counts.evicted_pages += 1
         return slot is not None
 
+    def evict_leaf(self, slot: int) -> bool:
+        """False: others hang below it, or somebody holds or pinned it."""
+        table = self._index.table
+        if table.parent[slot] == FREE or table.held[slot] or table.children[slot]:
+            return False
+        if table.pinned_s[slot] > self.stamp_s():
+            return False
+        self.evict([slot], "evicted")
+        self.counts.evicted_pages += 1
+        return True
+
+    async def take_turns(self) -> None:
+        """Others go on meanwhile."""
+        await self._runtime.sleep(0)
+
     def evict(self, slots: Sequence[int], cause: str) -> None:
         """Tombstones for leaves, in this order; `cause` is what `Departed` remembers of them."""
         table = self._index.table
@@ -234,7 +272,8 @@ class Space:
                 return
             if count % TURN_PAGES == 0:
                 await self._runtime.sleep(0)
-                if segments.promised_bytes - segments.going_bytes <= self.limit_bytes:
+                # What open ones have room for is given back by sealing them.
+                if segments.disk_bytes - segments.going_bytes <= self.limit_bytes:
                     return
             if not self._evict_coldest(self.every_tenant):
                 return
@@ -320,7 +359,8 @@ class Space:
         for kind in range(len(table.places)):
             place = table.place(slot, kind)
             if place is not None:
-                self._index.segments.by_id[place.segment].gone_after_lease = self._leases.newest
+                segment = self._index.segments.by_id[place.segment]
+                segment.gone_after_lease, segment.left_s = self._leases.newest, self.stamp_s()
                 self._wal.note(Unplaced(table.tenant[slot], kind, table.keys[slot]))
         self._hollow[slot, table.keys[slot]] = None
         return False
@@ -377,6 +417,13 @@ class Space:
         for made in self._making.values():
             made.cancel()
 
+    def note_granted(self, numbers: Iterable[int]) -> dict[int, int]:
+        """A grant to write is given for segments: where what was handed out of each ends, with its last sector."""
+        segments, until_s = self._index.segments.by_id, self.stamp_s() + self.config.granted_s
+        for number in numbers:
+            segments[number].granted_until_s = until_s
+        return {number: segments[number].end + -segments[number].end % SECTOR_BYTES for number in numbers}
+
     async def add_segment(self, writer: int, size_bytes: int) -> Segment:
         """An open segment, whether or not there is room for it."""
         segments = self._index.segments
@@ -386,7 +433,7 @@ class Space:
         while True:
             self._wal.note(SegmentAdded(segments.next_id, size_bytes, writer))
             segment = segments.by_id[segments.next_id - 1]
-            segment.has_file = False
+            segment.has_file, segment.since_lease = False, self._leases.newest
             try:
                 if not await self._has_spare(segment.id, size_bytes):
                     await self._files.create(self.path(segment.id), size_bytes)
@@ -412,23 +459,40 @@ class Space:
         """A step towards giving back what segments take above the limit. False: there is none, or leases forbid it."""
         segments = self._index.segments
         await self._runtime.sleep(0)
-        if segments.promised_bytes <= self.limit_bytes:
+        now_s = self.stamp_s()
+        leaving_bytes = segments.leaving_bytes(now_s - LEAVES_S) + segments.granted_bytes(now_s)
+        if segments.promised_bytes - leaving_bytes <= self.limit_bytes:
             return False
-        if (idle := segments.idle()) is not None:
-            self.seal(idle)
+        idle = segments.idle()
+        if (idle is None or idle.writer == COMPACTION) and await self._compact_one():
             return True
-        return await self._compact_one()
+        if idle is not None:
+            self.seal(idle)
+        return idle is not None
+
+    def _has_room_coming(self, size_bytes: int) -> bool:
+        """So much comes by itself: from leases, for which to move more pages would take room and give none; or from
+        grants, and it is a good part of all there is."""
+        segments, now_s = self._index.segments, self.stamp_s()
+        granted_bytes_max = max(size_bytes, int(self.limit_bytes * GRANTED_SHARE))
+        return (
+            segments.leaving_bytes(now_s - LEAVES_S) >= size_bytes or segments.granted_bytes(now_s) >= granted_bytes_max
+        )
 
     async def _compact_one(self) -> bool:
         if self.limit_bytes == self.config.capacity_bytes:
-            return await self.compaction.compact_one()
+            return await self.compaction.compact_one() or await self._evict_a_segments_worth()
         # What is moved is there twice, if leases reach it until they end, and the store has no room for much of that.
-        doubled_bytes = self._index.segments.doubled_bytes
-        if await self.compaction.compact_within(max(self._movable_bytes - doubled_bytes, 0)):
+        doubled_bytes = self._index.segments.doubled_bytes(self.stamp_s() - LEAVES_S)
+        movable_bytes = max(self._movable_bytes - doubled_bytes, 0)
+        if await self.compaction.compact_one(movable_bytes):
             return True
         if doubled_bytes:
             return False  # Room is on its way.
-        # As much as a segment goes, coldest first, until there is less to be moved: to look for that is to look at all.
+        return await self.compaction.thin_one(movable_bytes) or await self._evict_a_segments_worth()
+
+    async def _evict_a_segments_worth(self) -> bool:
+        """Coldest first, until there is less to be moved: to look for that is to look at all. False: all is held."""
         table, count = self._index.table, 0
         goal_bytes = table.live_bytes - self._index.segments.size_for(0)
         while table.live_bytes > goal_bytes and self._evict_coldest(self.every_tenant):
@@ -439,16 +503,17 @@ class Space:
 
     async def _make_disk_room(self, size_bytes: int) -> bool:
         segments = self._index.segments
-        limit = self.limit_bytes - size_bytes  # One more, which compaction needs to give any back.
-        while segments.promised_bytes + size_bytes > limit:
+        while segments.promised_bytes + 2 * size_bytes > self.limit_bytes:  # One more, for compaction to give any back.
             if await self.collect():
                 continue
-            if (idle := segments.idle()) is not None:
-                self.seal(idle)
+            idle, slack_bytes = segments.idle(), self.limit_bytes - self.live_bytes_max(0)
+            # Who finds its segment sealed needs another one: not as long as those that are open take little.
+            may_compact = idle is None or 2 * segments.open_room <= slack_bytes
+            if may_compact and not self._has_room_coming(size_bytes) and await self._compact_one():
                 continue
-            # What leases still hold comes back by itself: to move more pages would take room, not give it.
-            if segments.leaving_bytes >= size_bytes or not await self._compact_one():
+            if idle is None:
                 return False
+            self.seal(idle)
         return True
 
     async def collect(self, *, files_max: int | None = None) -> int:
@@ -459,24 +524,36 @@ class Space:
         if dead := segments.dead():
             self._wal.note(*(SegmentRetired(each.id) for each in dead))
         self._leases.expire(self._runtime.now_s())
-        gone = [
-            each
-            for each in segments
-            if each.is_retired
-            and each.id not in self._making
-            and not self._leases.are_held_up_to(each.gone_after_lease)
-        ][:files_max]
+        gone = [each for each in segments.retired() if each.id not in self._making and not self.is_reached(each)]
         if gone:
             # Whoever retired them: only now it is known that it is durable, and that the namespace is still ours.
             await self._wal.flush()
+        count = 0
         for segment in gone:
-            await self._files.remove(self.path(segment.id))
+            if count == files_max:
+                break
+            try:
+                await self._files.remove(self.path(segment.id))
+            except (EmberError, OSError) as error:  # It is tried again, and the others go.
+                if segment.id not in self._stuck:
+                    log.warning("%s stays for now: %s", self.path(segment.id), error)
+                self._stuck.add(segment.id)
+                continue
+            self._stuck.discard(segment.id)
             segments.drop(segment)
             self.counts.freed_bytes += segment.end
             self.counts.removed_segments += 1
+            count += 1
         if not segments.by_id:
             self.drop_spare()  # Nobody puts, and maybe nobody ever will.
-        return len(gone)
+        return count
+
+    def is_reached(self, segment: Segment) -> bool:
+        """A lease may reach a page that is not in it any more, or a grant may be written under."""
+        if segment.granted_until_s > self.stamp_s():
+            return True
+        up_to = segment.gone_after_lease
+        return self._leases.are_held(segment.leases, after=segment.since_lease, up_to=up_to)
 
     async def look_for_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
         """Once more: an owner that was over and did not know it may have made files since. `check` raises if we are."""
@@ -485,12 +562,14 @@ class Space:
         found = await find_strangers(self._files, self._directory, self._index)
         # Had somebody taken over before we looked, files of theirs would be among them.
         await check()
-        self._strangers += [name for name in found if name not in self._strangers]
+        if new := [name for name in found if name not in self._strangers]:
+            self._strangers += new
+            self._strangers_until_s = self.stamp_s() + self.config.granted_s
 
     async def remove_stranger(self, check: Callable[[], Awaitable[None]]) -> bool:
         """Remove a file that the index did not name when it was looked at: an earlier owner's. False: there is none.
         `check` raises if we are over: the next one may have given one of those names to a segment."""
-        if not self._strangers:
+        if not self._strangers or self.stamp_s() < self._strangers_until_s:
             return False
         await check()
         await self._files.remove(f"{self._directory}/{self._strangers[-1]}")

@@ -6,6 +6,7 @@ Does not know: what it is for.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 
 import numpy as np
 
@@ -26,10 +27,10 @@ def oldest_stamps(table: PageTable, share: float) -> float:
     return float(np.quantile(used_s, share)) if len(used_s) else 0.0
 
 
-def bytes_by_segment(table: PageTable, since_s: float, now_s: float) -> dict[int, int]:
-    """Of each segment the bytes of pages that were used since then, or are held or pinned."""
-    stays = np.asarray(table.used_s) >= since_s
-    stays |= (np.asarray(table.held) > 0) | (np.asarray(table.pinned_s) > now_s)
+def bytes_by_segment(table: PageTable, since_s: float, now_s: float, kept: Set[int]) -> dict[int, int]:
+    """Of each segment the bytes of pages that were used since then, or are pinned, or in slots that are `kept`."""
+    stays = (np.asarray(table.used_s) >= since_s) | (np.asarray(table.pinned_s) > now_s)
+    stays[list(kept)] = True
     found: Counter[int] = Counter()
     for places in table.places:
         there = places[: len(stays)][stays]

@@ -88,7 +88,7 @@ class Wal:
         If it `is_new` they are there first, as are those of every index that has segments: else its loss could not be
         told from its beginning. Raises what the store raises.
         """
-        index.seal_all()
+        index.segments.inherit()
         wal = cls(files, runtime, directory, ownership, index)
         if is_new:
             await wal._write()

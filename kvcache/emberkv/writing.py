@@ -18,14 +18,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from emberfs import Client, StoreClosed
 from emberfs.checksum import crc32c
 from emberfs.errors import DeadlineExceeded
 
 from .files import SEGMENT_CHUNK_BYTES
-from .opening import SegmentFiles
+from .opening import OpenSegments
 from .page import HEADER_BYTES, Place, encode_header
 from .segments import SECTOR_BYTES
 
@@ -73,6 +72,8 @@ class Part:
     is_durable: bool
     tokens: bytes = b""
     """Of its pages; nothing is done with them here."""
+    grant: bytes = b""
+    """To write into their segments, if it takes one."""
 
     @property
     def size_bytes(self) -> int:
@@ -102,6 +103,8 @@ class _Slab:
     """Those that end in it."""
     runs: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(segment, offset there, begin and end here)"""
+    grants: dict[int, bytes] = field(default_factory=dict)
+    """Segment -> the newest grant that there is for it."""
     written: Ticket = field(default_factory=Ticket)
     before: Ticket | None = None
     """Of the slab that has the beginning of our first part."""
@@ -121,6 +124,7 @@ class _Slab:
             self._add_run(place, begin, end)
             self.used = end
         self._fill_up()
+        self.grants.update({place.segment: part.grant for place in part.places if part.grant})
         copied = Copied(part.reservation, part.seat, crcs, part.is_durable, Ticket(), self.used, part.tokens)
         self.parts.append(copied)
         return copied.ticket
@@ -137,6 +141,7 @@ class _Slab:
         cut = end - rest
         following.memory[:rest] = self.memory[cut:end]
         following.runs, following.used = [(segment, offset + cut - begin, 0, rest)], rest
+        following.grants = {number: grant for number, grant in self.grants.items() if number == segment}
         following.parts = [replace(each, end=each.end - cut) for each in self.parts if each.end > cut]
         following.before = self.written
         self.runs[-1], self.used = (segment, offset, begin, cut), cut
@@ -160,7 +165,7 @@ class _Slab:
 
     def empty(self) -> None:
         self.used = 0
-        self.parts, self.runs = [], []
+        self.parts, self.runs, self.grants = [], [], {}
         self.written, self.before = Ticket(), None
 
 
@@ -170,7 +175,7 @@ class PageWriter:
     One thread may `add` at a time; the rest is safe from any.
     """
 
-    def __init__(self, client: Client, segments: str, commit: Callable[[Sequence[Copied]], None]) -> None:
+    def __init__(self, client: Client, segments: OpenSegments, commit: Callable[[Sequence[Copied]], None]) -> None:
         self._client, self._commit = client, commit
         self._changed = threading.Condition()
         self._slabs: list[_Slab] = []
@@ -182,7 +187,7 @@ class PageWriter:
         self._writing: list[_Slab] = []
         self._flushing = 0
         """Threads that wait for all that was added."""
-        self._opened = SegmentFiles(client, segments)
+        self._opened = segments
         self._error: Exception | None = None
         """The first since the last `flush`, of parts that nobody waits for by their tickets."""
         self._is_closed = False
@@ -323,11 +328,8 @@ class PageWriter:
     def _write(self, slab: _Slab) -> None:
         try:
             try:
-                items: list[Any] = [
-                    (self._opened.file(segment), offset, slab.memory[begin:end])
-                    for segment, offset, begin, end in slab.runs
-                ]
-                self._client.batch_write(items, whole_chunks=True)  # The rest of it comes with later pages.
+                pieces = [(segment, offset, slab.memory[begin:end]) for segment, offset, begin, end in slab.runs]
+                self._opened.write(pieces, slab.grants)
             except Exception as error:
                 slab.written.settle(error)
                 raise

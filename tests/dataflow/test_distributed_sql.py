@@ -14,7 +14,8 @@ import duckdb
 import emberflow
 import pyarrow as pa
 import pytest
-from emberflow.job import shares
+from emberflow.job import rendering, shares
+from emberflow.plan import keys
 from emberflow.plan.pipes import ExchangeFeed
 
 from .corpus import STATEMENTS, TABLES, Statement
@@ -29,7 +30,9 @@ def plain() -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
-@pytest.fixture(scope="module", params=["partitions", "broadcast", "large partitions", "small partitions"])
+@pytest.fixture(
+    scope="module", params=["partitions", "broadcast", "large partitions", "small partitions", "key filters"]
+)
 def plan(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -42,6 +45,10 @@ def session(plan: str) -> Iterator[emberflow.Session]:
             # All that are larger than the usual one count as large, whatever their bytes: they are cut.
             patch.setattr(shares, "SKEW", 1)
             patch.setattr(shares, "_SKEW_BYTES_MIN", 0)
+        if plan == "key filters":
+            # Wherever one is right, whether it seems to be worth it or not.
+            patch.setattr(keys, "_pays", lambda keys, large: True)
+            patch.setattr(rendering, "with_cheap_keys", lambda pipe, spec, outputs: pipe.tree)
         yield from opened(broadcast_bytes)
 
 
@@ -84,6 +91,8 @@ def test_the_answer_is_duckdbs(
     if plan == "large partitions" and not can_be_cut(frame):
         return  # As in the first session, too.
     if plan == "small partitions" and not can_be_together(frame):
+        return
+    if plan == "key filters" and "key filter" not in frame.explain():
         return
     computed = session.jobs.compute(frame.query)
     rows = session.jobs.rows_of(frame.query)

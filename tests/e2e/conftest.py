@@ -10,9 +10,17 @@ import pytest
 from emberfs import Client
 from emberfs.cluster.local import LocalCluster, Plan
 
+CHAOS_S = 900.0
+"""For what is harmed under load, beside the time that it was told to take: loads go on until they have done enough."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """fsspec's 98 tests of how it expands patterns ask the same of any store, and take a minute on a cluster."""
+    """Faults under load have more time. fsspec's 98 tests of how it expands patterns are left out: they ask the same of
+    any store, and take a minute on a cluster."""
+    limit = pytest.mark.timeout(CHAOS_S + config.getoption("--chaos-seconds"))
+    for item in items:
+        if item.path.name in {"test_chaos.py", "test_kv_faults.py"}:
+            item.add_marker(limit)
     if not config.getoption("--long"):
         patterns = [item for item in items if "test_cluster_" in item.nodeid and "glob_edge_cases" in item.name]
         config.hook.pytest_deselected(items=patterns)

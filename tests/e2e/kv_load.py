@@ -25,7 +25,7 @@ PAGES = 16
 PAGE_BYTES = (4_000, 60_000)
 READ_MIN, STORED_MIN = 50, 5
 """Pages that are enough."""
-MORE_S = 60.0
+MORE_S = 240.0
 """For so long it goes on at most to have them."""
 
 

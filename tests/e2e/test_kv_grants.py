@@ -1,4 +1,4 @@
-"""Readers of a KV cache on a real cluster: with certificates that read what grants name, and do nothing else.
+"""Readers and writers of a KV cache on a real cluster: their certificates do what grants name, and nothing else.
 
 Run: pytest tests/e2e/test_kv_grants.py
 """
@@ -22,15 +22,22 @@ import pytest
 from emberfs.cluster.joining import join_cluster
 from emberfs.cluster.local import LocalCluster
 from emberfs.cluster.waiting import wait_until
-from emberfs.errors import AccessDenied
+from emberfs.errors import AccessDenied, GrantExpired, ProtocolError
 from emberfs.grants import read_grant, renew, sign
 from emberfs.messages import ListChunks, ReadChunks, RemoveChunks, TruncateChunk, WriteChunks
 from emberfs.striping import chains_of
 from emberfs.transport.certificates import issue
 from emberfs.transport.grant_keys import read_keys
-from emberfs.types import chunk_id
+from emberfs.types import Chunks, chunk_id
+from emberkv import messages
+from emberkv.adapters.door import Door
+from emberkv.adapters.settings import Settings
+from emberkv.grants import WRITE_S, WRITE_SLACK_S
 from emberkv.hit import GRANT_PAGES, Hit
+from emberkv.keys import ROOT
 from emberkv.page import HEADER_BYTES, places_of
+from emberkv.segments import SECTOR_BYTES
+from emberkv.writing import SLAB_BYTES
 from msgspec.structs import replace
 
 from tests.e2e.test_lanes import lane_counts
@@ -73,7 +80,7 @@ class Place:
     def url(self, person: str) -> str:
         """One for each: a process has one connection to a URL, with the certificate of who was first."""
         orders = list(itertools.permutations(self.cluster.url.removeprefix("ember://").split(",")))
-        return "ember://" + ",".join(orders[["client", "acme", "other", "any"].index(person)])
+        return "ember://" + ",".join(orders[["client", "acme", "other", "any", "writer", "stranger"].index(person)])
 
     def key(self) -> bytes:
         return read_keys(self.cluster.directory / "grants.keys")[0]
@@ -83,6 +90,7 @@ class Place:
 def place(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("grants")
     people = {"client": "client", "other": "reader:other", "any": "reader", "service": "kv"}
+    people |= {"writer": "writer:acme", "stranger": "writer:other"}
     for name, role in people.items():
         issue(cluster.directory / "ca", [name, "127.0.0.1"], role=role, into=directory / name, now_s=time.time())
     command = ("cluster", "token", "--role", "reader", "--tenant", "acme", "--dir", cluster.directory)
@@ -93,7 +101,7 @@ def place(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> It
     (directory / "tenants.json").write_text(json.dumps({"operators": [], "tenants": digests}))
     keys = str(cluster.directory / "grants.keys")
     server = Server(
-        cluster.url, tenants=str(directory / "tenants.json"),
+        cluster.url, 256 << 20, tenants=str(directory / "tenants.json"),
         more=("--grants", keys, "--tls", str(directory / "service")),
     )  # fmt: skip
     yield Place(cluster, server.address, directory)
@@ -332,3 +340,225 @@ def test_keys_are_changed_while_everything_runs(place: Place, hit: Hit, reader: 
     finally:
         path.write_text(f"{old.hex()}\n")
         until(lambda: is_signed_with(old) and all(pages(reader, reader.match(hit.keys))))
+
+
+# ---- writers
+
+SLAB_PAGES = SLAB_BYTES // PAGE_BYTES
+TOKENS = NAMESPACE.page_tokens
+
+
+def put(cache: emberkv.KVCache, tokens: range, *, at_once: int, **how: Any) -> list[bytes]:
+    """Keys of a chain of new pages, so many of which are put at a time."""
+    keys = cache.keys(list(tokens))
+    for first in range(0, len(keys), at_once):
+        some, parent = keys[first : first + at_once], keys[first - 1] if first else None
+        assert cache.put(some, [page(key) for key in some], parent=parent, **how) == ["stored"] * len(some)
+    cache.flush()
+    return keys
+
+
+@pytest.mark.parametrize("shares_memory", [True, False], ids=["shm", "tcp"])
+def test_a_writer_puts_and_others_of_its_tenant_read(place: Place, shares_memory: bool) -> None:
+    """More than a slab, in chunks on every chain; and a little at a time."""
+    begin = 100_000 * (1 + shares_memory)
+    with place.connect("acme", "writer", shares_memory=shares_memory) as writer:
+        chains = [
+            put(writer, range(begin, begin + 2 * SLAB_PAGES * TOKENS), at_once=SLAB_PAGES),
+            put(writer, range(begin + 50_000, begin + 50_000 + 90 * TOKENS), at_once=3),
+            put(writer, range(begin + 70_000, begin + 70_000 + 9 * TOKENS), at_once=3, durable="committed"),
+        ]
+        for keys in chains:
+            assert pages(writer, writer.match(keys)) == [True] * len(keys), writer.refusal
+    with place.connect("acme", "acme") as reader, place.connect("other", "stranger") as stranger:
+        for keys in chains:
+            assert pages(reader, reader.match(keys)) == [True] * len(keys), reader.refusal
+            assert stranger.match(keys).pages == 0
+
+
+@pytest.fixture
+def reserved(place: Place) -> Iterator[tuple[emberkv.KVCache, messages.Reserved]]:
+    """A writer, and the place for one page that it asked for."""
+    with place.connect("acme", "writer") as writer:
+        (key,) = writer.keys([next(FRESH)] * TOKENS)
+        answer = writer._caller.ask(
+            lambda seat: messages.Reserve(seat, 0, key, ROOT, [PAGE_BYTES], False, True), messages.Reserved
+        )
+        yield writer, answer
+
+
+FRESH = itertools.count(1_000_000)
+
+
+def test_a_grant_to_write_is_for_the_segment_of_its_writer(
+    place: Place, hit: Hit, reserved: tuple[emberkv.KVCache, messages.Reserved]
+) -> None:
+    _, answer = reserved
+    (mine,), grant = places_of(answer.places), answer.grant
+    with place.store("writer") as store, place.store("stranger") as stranger:
+        store.write_granted([grant], [(mine.segment, mine.offset, b"x" * mine.length)])
+        theirs = places_of(hit.places[0])[0]
+        file = {file.number: file for file in read_grant(hit.grants[0]).files}[theirs.segment]
+        as_mine = {mine.segment: file._replace(number=mine.segment)}
+        to_read = sign(
+            place.key(), tenant="acme", lease=1, expires_s=1 << 40, files=as_mine, ranges=[(mine.segment, 0, 1 << 20)]
+        )
+        for shown, segment, why in (
+            ([grant], theirs.segment, "no grant is for file"),
+            ([to_read], mine.segment, "is to read"),
+            ([grant[:-1] + bytes([grant[-1] ^ 1])], mine.segment, "was not made with a key"),
+            ([renew(grant, place.key(), expires_s=1)], mine.segment, "has expired"),
+            ([], mine.segment, "no grant is for file"),
+        ):
+            with pytest.raises(AccessDenied, match=why):
+                store.write_granted(shown, [(segment, mine.offset, b"overwritten")])
+        with pytest.raises(AccessDenied, match="another tenant's"):
+            stranger.write_granted([grant], [(mine.segment, mine.offset, b"overwritten")])
+        with pytest.raises(AccessDenied, match="is to write"):
+            store.read_granted(grant, [(mine.segment, mine.offset, 9)], [bytearray(9)])
+        end = mine.end + -mine.end % SECTOR_BYTES
+        store.write_granted([grant], [(mine.segment, end - 1, b"x"), (mine.segment, end, b"")])
+        for begin, data in ((end - 1, b"xx"), (end, b"x")):
+            with pytest.raises(AccessDenied, match="other bytes"):
+                store.write_granted([grant], [(mine.segment, begin, data)])
+        assert 0 < read_grant(grant).expires_s - time.time() <= WRITE_S + WRITE_SLACK_S
+    with place.connect("acme", "acme") as reader:
+        assert all(pages(reader, hit)), "nothing was overwritten"
+        with pytest.raises(AccessDenied, match="another lease"):
+            reader.extend(replace(hit, grants=(grant,), lease=answer.reservation))
+
+
+def test_a_writer_that_spoils_its_pages_makes_misses_of_its_own(place: Place, hit: Hit) -> None:
+    """It may write where it has written before; whoever reads there finds out."""
+    with place.connect("acme", "writer") as writer, place.store("writer") as store:
+        keys = put(writer, range(next(FRESH) * TOKENS, next(FRESH) * TOKENS), at_once=1)
+        (spoilt,) = places_of(writer.match(keys).places[0])
+        (key,) = writer.keys([next(FRESH)] * TOKENS)
+        answer = writer._caller.ask(
+            lambda seat: messages.Reserve(seat, 0, key, ROOT, [PAGE_BYTES], False, True), messages.Reserved
+        )
+        assert places_of(answer.places)[0].segment == spoilt.segment
+        store.write_granted([answer.grant], [(spoilt.segment, spoilt.offset + HEADER_BYTES + 9, b"spoilt")])
+        assert pages(writer, writer.match(keys)) == [False]
+        assert pages(writer, hit) == [True] * PAGES
+
+
+def test_a_writer_that_names_its_write_wildly_blocks_no_chunk(
+    place: Place, reserved: tuple[emberkv.KVCache, messages.Reserved]
+) -> None:
+    """A name that no index can hold would leave a version that is never committed."""
+    _, answer = reserved
+    (mine,) = places_of(answer.places)
+    (file,) = read_grant(answer.grant).files
+    index, inside = divmod(mine.offset, file.layout.chunk_size_bytes)
+    chain = chains_of(file.layout)[index % file.layout.stripe]
+    with place.store("writer") as store:
+        core, routes = store._attachment.live(), store._attachment.store.routes
+        write = WriteChunks(
+            routes.client, 0, 1 << 63, [chain], [chunk_id(file.inode, index)], [inside], file.layout.chunk_size_bytes,
+            chain_versions=[routes.chain(chain).version], grants=[answer.grant],
+        )  # fmt: skip
+        head = core._chains[chain]._head(chain)
+
+        def send(message: WriteChunks) -> object:
+            call = store._attachment.store.network.connection(head).call
+            return store._attachment.store.portal.run(call(message, [memoryview(bytearray(b"wild"))], timeout_s=10))
+
+        for wild in (
+            write,
+            replace(write, sequence=-1),
+            replace(write, sequence=1, channel=1 << 20),
+            replace(write, sequence=1, channel=-1),
+            replace(write, sequence=1, slots=[1 << 16]),
+        ):
+            with pytest.raises(ProtocolError, match="no name for an update"):
+                send(wild)
+        send(replace(write, sequence=1))
+        store.write_granted([answer.grant], [(mine.segment, mine.offset, b"and on")])
+
+
+def test_a_put_whose_grant_expired_is_put_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a writer that was slow: it has another place by then."""
+    write, refused = emberfs.Client.write_granted, []
+
+    def once(store: emberfs.Client, *given: Any) -> None:
+        if not refused:
+            refused.append(given)
+            raise GrantExpired("the grant has expired")
+        write(store, *given)
+
+    monkeypatch.setattr(emberfs.Client, "write_granted", once)
+    with place.connect("acme", "writer") as writer:
+        keys = writer.keys([next(FRESH)] * TOKENS)
+        assert writer.put(keys, [page(keys[0])], durable="committed") == ["stored"]
+        assert refused and pages(writer, writer.match(keys)) == [True]
+
+
+def test_a_writer_does_nothing_else(place: Place, reserved: tuple[emberkv.KVCache, messages.Reserved]) -> None:
+    _, answer = reserved
+    (mine,) = places_of(answer.places)
+    layout = read_grant(answer.grant).files[0].layout
+    with place.store("client") as store:
+        store.put("/secret2", b"of the store" * 1000, chunk_size_bytes=1 << 16)
+        inode = store.stat("/secret2")
+    assert isinstance(inode.layout, Chunks)
+    with place.store("writer") as store:
+        core = store._attachment.live()
+        index, inside = divmod(mine.offset, layout.chunk_size_bytes)
+        chunk, chain = (
+            chunk_id(read_grant(answer.grant).files[0].inode, index),
+            chains_of(layout)[index % layout.stripe],
+        )
+        secret, where, size = chunk_id(inode.id, 0), chains_of(inode.layout)[0], layout.chunk_size_bytes
+        grants = [answer.grant]
+        other = next(each for each in core._chains if each != chain)
+
+        def send(message: Any, *buffers: bytes) -> Callable[[], object]:
+            call = functools.partial(
+                core._chains[chain].call, message, [memoryview(bytearray(each)) for each in buffers]
+            )
+            return lambda: store._attachment.store.portal.run(call())
+
+        for attempt in (
+            lambda: store.get("/secret2"),
+            lambda: store.stat("/secret2"),
+            lambda: store.open("/mine", "wb").close(),
+            lambda: store.put("/mine", bytes(100_000)),
+            lambda: store.batch_write([("/secret2", 0, b"overwritten")]),
+            lambda: store.remove("/secret2"),
+            lambda: store.truncate("/secret2", 0),
+            store.space,
+            store.collect_garbage,
+            send(ReadChunks([where], [secret], [0]), bytes(9)),
+            send(WriteChunks(b"", 0, 1, [where], [secret], [0], 1 << 16), b"overwritten"),
+            send(WriteChunks(b"", 0, 1, [where], [secret], [0], 1 << 16, grants=grants), b"overwritten"),
+            send(WriteChunks(b"", 0, 1, [chain], [chunk], [0], size, True, grants=grants), b"replaced"),
+            send(WriteChunks(b"", 0, 1, [chain], [chunk], [inside], size // 2, grants=grants), b"other size"),
+            send(WriteChunks(b"", 0, 1, [other], [chunk], [inside], size, grants=grants), b"other chain"),
+            send(TruncateChunk(chain, chunk, 0)),
+            send(RemoveChunks([chain], [chunk])),
+            send(ListChunks(chain, b"", b"\xff" * 16)),
+        ):
+            with pytest.raises(AccessDenied, match=r"writer|grant"):
+                attempt()
+    with place.store("client") as store:
+        assert store.get("/secret2") == b"of the store" * 1000
+
+
+def test_an_engine_puts_and_loads_as_a_writer(place: Place) -> None:
+    """By the adapters' door, more pages than one grant is for."""
+    names = [f"engine {number}".encode() for number in range(PAGES)]
+    for person, loads in (("writer", True), ("stranger", False)):
+        directory, tenant = str(place.credentials / person), "acme" if loads else "other"
+        settings = Settings(
+            address=place.address, tenant=tenant, token=f"token of {tenant}",
+            store=place.url(person), tls=directory, credentials=directory, grants=True, timeout_s=60.0,
+        )  # fmt: skip
+        door = Door(settings, NAMESPACE)
+        if loads:
+            assert door.put(names, [page(name) for name in names]) == ["stored"] * PAGES
+        buffers = [bytearray(PAGE_BYTES) for _ in names]
+        assert door.load(names, buffers) == [loads] * PAGES
+        assert not loads or [bytes(buffer) for buffer in buffers] == [page(name) for name in names]
+        assert door.counts.failed == 0
+        door.close()

@@ -107,6 +107,7 @@ def test_a_source_without_text(tmp_path: Path) -> None:
     assert "no text" in result.stderr
 
 
+@pytest.mark.timeout(1200)  # A dozen processes, one after the other, most of which import torch.
 def test_the_whole_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On some files of the library: a model is trained, killed, gone on with, and asked twice."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Threads that wait for each other busily, beside others that do.

@@ -23,10 +23,11 @@ from emberfs.grants import (
     renew,
     sign,
 )
-from emberfs.messages import ReadChunks
-from emberfs.messages.base import READER
+from emberfs.messages import ReadChunks, WriteChunks
+from emberfs.messages.base import READER, WRITER
+from emberfs.striping import chains_of
 from emberfs.transport.codec import message_classes
-from emberfs.transport.gate import GRANTS_MAX, Gate
+from emberfs.transport.gate import CHECKS_MAX, GRANTS_MAX, Gate
 from emberfs.transport.grant_keys import GrantKeys, read_keys
 from emberfs.types import Chunks, chunk_id
 from hypothesis import given, settings
@@ -44,8 +45,10 @@ FILES = {3: FILE, 4: NEIGHBOUR}
 FAR_S = 1 << 40
 
 
-def signed(*ranges: tuple[int, int, int], key: bytes = KEY, tenant: str = "acme", expires_s: int = FAR_S) -> bytes:
-    return sign(key, tenant=tenant, lease=5, expires_s=expires_s, files=FILES, ranges=ranges)
+def signed(
+    *ranges: tuple[int, int, int], key: bytes = KEY, tenant: str = "acme", expires_s: int = FAR_S, writes: bool = False
+) -> bytes:
+    return sign(key, tenant=tenant, lease=5, expires_s=expires_s, files=FILES, ranges=ranges, writes=writes)
 
 
 def covers(data: bytes, inode: int, begin: int, length: int) -> bool:
@@ -60,6 +63,9 @@ def test_a_grant_says_what_was_signed() -> None:
     grant = check_grant(signed((3, 100, 200), (4, 0, 96)), [KEY], tenant="acme")
     assert (grant.tenant, grant.lease, grant.expires_s) == ("acme", 5, FAR_S)
     assert grant.files == (FILE, NEIGHBOUR)
+    assert not grant.writes
+    assert read_grant(signed((3, 100, 200), writes=True)).writes
+    assert read_grant(renew(signed((3, 100, 200), writes=True), KEY, expires_s=9)).writes
 
 
 def test_a_grant_covers_its_ranges_to_the_byte() -> None:
@@ -119,6 +125,16 @@ def test_nothing_long_is_even_looked_at() -> None:
     longest = sign(KEY, tenant="t" * TENANT_BYTES_MAX, lease=0, expires_s=FAR_S, files=files, ranges=ranges)
     assert len(longest) == GRANT_BYTES_MAX
     assert check_grant(longest, [KEY], tenant="").covers(FILES_MAX - 1, 0, 20, 9)
+
+
+@needs_native
+def test_a_lane_takes_no_grant_to_write(server: Any, file: File) -> None:
+    lane = lane_of(server)
+    show(lane, signed((3, 100, 200), writes=True))
+    assert read_lane(lane, 100, 10) is None
+    show(lane, signed((3, 100, 200)))
+    assert read_lane(lane, 100, 10) == file.content[100:110]
+    lane.close()
 
 
 @needs_native
@@ -226,7 +242,7 @@ def test_a_reader_reads_what_its_grant_covers(gate: Gate) -> None:
 
 
 def test_a_reader_without_a_grant_reads_nothing(gate: Gate, keys: GrantKeys, clock: Clock) -> None:
-    with pytest.raises(AccessDenied, match="under a grant only"):
+    with pytest.raises(AccessDenied, match="takes a grant"):
         gate.check(read(b""), [1])
     with pytest.raises(AccessDenied, match="no keys"):
         Gate(None, tenant="", wall_ns=clock.wall_ns).check(read(signed((3, 100, 200))), [1])
@@ -257,6 +273,69 @@ def test_a_connection_knows_some_grants_and_learns_the_others_again(gate: Gate) 
     grants = [signed((3, 100, 200), expires_s=FAR_S + each) for each in range(GRANTS_MAX + 5)]
     for grant in [*grants, *grants]:
         gate.check(read(grant), [100])
+
+
+# ---- to write
+
+
+def write(*grants: bytes, index: int = 0, offset: int = 100, inode: int = 7, **more: Any) -> WriteChunks:
+    """Of one item, in a file that is laid out as both are."""
+    layout = {7: FILE, 8: NEIGHBOUR}[inode].layout
+    chains = chains_of(layout)
+    given = {
+        "chains": [chains[index % len(chains)]],
+        "chunks": [chunk_id(inode, index)],
+        "chunk_size_bytes": CHUNK_BYTES,
+    }
+    return WriteChunks(b"c" * 16, 0, 1, offsets=[offset], grants=list(grants), **(given | more))
+
+
+def test_a_writer_writes_what_its_grants_cover(gate: Gate) -> None:
+    grant = signed((3, 100, 200), (3, CHUNK_BYTES, CHUNK_BYTES + 5), writes=True)
+    other = signed((3, 300, 400), (4, 0, 10), writes=True)
+    for _ in range(2):
+        gate.check(write(grant), [100])
+        gate.check(write(grant, index=1, offset=0), [5])
+        gate.check(write(grant, other, offset=300), [100])
+        gate.check(write(grant, other, inode=8, offset=3, whole_chunks=True), [7])
+        gate.check(write(other, grant), [100])
+        gate.check(write(grant, other), [100])
+    wrong_chain = [chain for chain in range(1, 5) if chain != chains_of(FILE.layout)[0]]
+    for request, lengths in (
+        (write(grant), [101]),
+        (write(grant, offset=99), [1]),
+        (write(grant, offset=-1), [1]),
+        (write(grant, index=1, offset=0), [6]),
+        (write(grant, inode=8, offset=0), [5]),
+        (write(grant, other, offset=150), [200]),
+        (write(grant, chunks=[b"short"]), [1]),
+        (write(grant, chunk_size_bytes=2 * CHUNK_BYTES), [1]),
+        *((write(grant, chains=[chain]), [1]) for chain in wrong_chain),
+        (write(grant, chains=[]), [1]),
+        (write(grant), [1, 1]),
+        (write(grant), []),
+        (write(grant, replace=True), [1]),
+        (write(*[grant] * (CHECKS_MAX + 1)), [1]),
+        (write(grant), [0]),
+    ):
+        with pytest.raises(AccessDenied, match="grant"):
+            gate.check(request, lengths)
+
+
+def test_a_writer_shows_grants_to_write_that_are_good(gate: Gate, clock: Clock) -> None:
+    good = signed((3, 100, 200), writes=True)
+    for grants, why in (
+        ((), "takes a grant"),
+        ((good, b""), "takes a grant"),
+        ((signed((3, 100, 200)),), "is to read"),
+        ((good, signed((3, 100, 200), writes=True, key=OTHER_KEY)), "was not made with a key"),
+        ((signed((3, 100, 200), writes=True, tenant="other"),), "another tenant"),
+        ((signed((3, 100, 200), writes=True, expires_s=clock.now_s),), "expired"),
+    ):
+        with pytest.raises(AccessDenied, match=why):
+            gate.check(write(*grants), [1])
+    with pytest.raises(AccessDenied, match="is to write"):
+        gate.check(read(good), [1])
 
 
 # ---- on a lane
@@ -430,4 +509,15 @@ def test_readers_may_send_three_requests() -> None:
         "Foreign",  # A KV-cache service asks for a token of its own.
         "GetRouting",
         "ReadChunks",  # `Gate` looks at each.
+    }
+
+
+def test_writers_may_send_four_more() -> None:
+    """The same: what else they send is a client's."""
+    writers = {kind.__name__ for kind in message_classes() if WRITER in kind.may_send}
+    assert writers - {kind.__name__ for kind in message_classes() if READER in kind.may_send} == {
+        "CloseClient",
+        "ExtendSession",
+        "OpenSession",  # Storage servers know by it whether they have seen a write before.
+        "WriteChunks",  # `Gate` looks at each.
     }

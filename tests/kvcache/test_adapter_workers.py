@@ -47,9 +47,15 @@ def test_a_task_gives_its_result_and_a_failing_one_what_stands_for_none(workers:
 
 def test_a_task_that_waited_for_too_long_is_not_begun(workers: Workers, clock: Clock) -> None:
     results: list[str] = []
-    goes_on = threading.Event()
-    first = workers.load(lambda: str(goes_on.wait(60)), "nothing", results.append)
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def wait() -> str:
+        begun.set()
+        return str(goes_on.wait(60))
+
+    first = workers.load(wait, "nothing", results.append)
     second = workers.load(lambda: "begun", "nothing", results.append)
+    assert begun.wait(60)
     clock.now_s += SETTINGS.timeout_s
     goes_on.set()
     for each in (first, second):

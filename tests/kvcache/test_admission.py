@@ -6,10 +6,11 @@ Run: pytest tests/kvcache/test_admission.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import emberkv
 import pytest
-from emberfs.errors import ProtocolError
+from emberfs.errors import ProtocolError, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv import admission, messages
 from emberkv.adapters.settings import Settings
@@ -162,5 +163,31 @@ def test_a_committed_put_of_what_is_known_is_durable_in_one_request() -> None:
         assert list(answer.states) == [KNOWN] * 2 and not answer.reservation
         bench.kill(pool)
         assert (await service().pools.get(NAMESPACE)).table.count == 2
+
+    run(work)
+
+
+def test_pages_that_no_grant_is_made_for_are_given_up() -> None:
+    """Else they would be somebody's who does not write them."""
+
+    class Away:
+        async def to_write(self, *_: object, **__: object) -> bytes:
+            raise Unavailable("the store is away")
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime)
+        granter: Any = Away()
+        serving = KvService(bench.files, runtime, root="/kv", store="x", config=bench.config, granter=granter)
+
+        async def ask(ask: messages.Ask, answer: type[messages.A]) -> messages.A:
+            return await messages.send(lambda request, timeout_s: serving.handle(request), ask, answer, timeout_s=1)
+
+        seat = (await ask(messages.Open(NAMESPACE, "tenant"), messages.Opened)).seat
+        (key,) = chain(1, 1)
+        with pytest.raises(Unavailable):
+            await ask(messages.Reserve(seat, 0, key, ROOT, [PAGE], grant=True), messages.Reserved)
+        assert not serving.pools.opened[NAMESPACE.name].reservations
+        answer = await ask(messages.Reserve(seat, 0, key, ROOT, [PAGE]), messages.Reserved)
+        assert list(answer.states) == [STORED] and not answer.grant
 
     run(work)

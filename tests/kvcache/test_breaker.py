@@ -110,14 +110,15 @@ def test_a_breaker_that_cannot_be_is_refused() -> None:
             BreakerConfig(**fields)  # type: ignore[arg-type]
 
 
-def test_a_service_that_hangs_costs_a_few_calls(serve: Callable[..., Server]) -> None:
+def test_a_service_that_hangs_costs_a_few_calls(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     service = serve()
     breaker = BreakerConfig(failures=2, wait_s=0.3, wait_s_max=0.6)
-    with emberkv.connect(service.address, NAMESPACE, timeout_s=0.4, breaker=breaker) as cache:
+    with emberkv.connect(service.address, NAMESPACE, timeout_s=60, breaker=breaker) as cache:
         keys = cache.keys([1, 2])
         cache.put(keys, [b"x" * 100] * 2, durable="committed")
         hit = cache.match(keys)
-        with stopped(service.process.pid):
+        with stopped(service.process.pid), monkeypatch.context() as patch:
+            patch.setattr(cache._caller, "timeout_s", 0.4)  # Only a service that does not answer is given so little.
             for _ in range(2):
                 with pytest.raises((Unavailable, DeadlineExceeded)):
                     cache.match(keys)

@@ -491,6 +491,6 @@ def test_the_stamps_of_a_prefix_are_those_of_its_pages_below() -> None:
         pool.table.spread_stamps()
         stamps = {key: pool.table.used_s[pool.table.slot(TENANT, key) or 0] for key in (*old, *new)}
         assert min(stamps[key] for key in old) > max(stamps[key] for key in new)
-        assert bytes_by_segment(pool.table, stamps[old[0]], 0) == {1: 3 * (PAGE + HEADER_BYTES)}
+        assert bytes_by_segment(pool.table, stamps[old[0]], 0, set()) == {1: 3 * (PAGE + HEADER_BYTES)}
 
     run(work)

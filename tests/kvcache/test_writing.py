@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from emberfs import StoreClosed
 from emberfs.errors import Unavailable
 from emberkv.files import SEGMENT_CHUNK_BYTES
+from emberkv.opening import GrantedSegments, SegmentFiles
 from emberkv.page import HEADER_BYTES, Place, decode_header
 from emberkv.segments import SECTOR_BYTES
 from emberkv.writing import Copied, PageWriter, Part
@@ -67,7 +69,7 @@ def part(offset: int, *, pages: int = 1, is_durable: bool = False) -> Part:
 
 def test_parts_that_follow_each_other_are_one_write_of_whole_sectors() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.lets.clear()
     writer.add(part(1 << 20), timeout_s=10)  # It is taken at once, and the others gather behind it.
     assert disk.begun.wait(30)
@@ -86,7 +88,7 @@ def test_parts_that_follow_each_other_are_one_write_of_whole_sectors() -> None:
 
 def test_flush_tells_of_what_nobody_waited_for_and_once() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.fails = Unavailable("no")
     writer.add(part(0), timeout_s=10)
     with pytest.raises(Unavailable):
@@ -103,7 +105,7 @@ def test_flush_tells_of_what_nobody_waited_for_and_once() -> None:
 
 def test_who_waits_is_told_when_all_ends() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.lets.clear()
     first = writer.add(part(0), timeout_s=10)
     assert disk.begun.wait(30)
@@ -120,7 +122,7 @@ def test_who_waits_is_told_when_all_ends() -> None:
 
 def test_the_threads_outlive_an_error_that_nobody_thought_of() -> None:
     disk = Disk()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.fails = MemoryError()
     for _ in range(3):  # There are two threads.
         with pytest.raises(MemoryError):
@@ -149,7 +151,7 @@ def test_a_full_slab_leaves_the_chunk_that_it_would_not_fill_to_the_next_one() -
         done.extend(part.reservation for part in parts)
         committed(parts)
 
-    writer = PageWriter(disk, "/s", commit)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), commit)  # type: ignore[arg-type]
     disk.lets.clear()
     parts = [large(at * STEP, pages=16) for at in range(4)]
     for each in parts:
@@ -181,7 +183,7 @@ def test_a_part_whose_beginning_was_not_written_is_not_committed() -> None:
             super().batch_write(items, whole_chunks=whole_chunks)
 
     disk = Refusing()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     disk.lets.clear()
     first, second, third = [writer.add(large(at * STEP, pages=16), timeout_s=10) for at in range(3)]
     disk.lets.set()
@@ -202,7 +204,7 @@ def test_files_of_full_segments_are_closed_and_those_that_could_not_be_opened_ar
             return super().open(path, mode)
 
     disk = Shut()
-    writer = PageWriter(disk, "/s", committed)  # type: ignore[arg-type]
+    writer = PageWriter(disk, SegmentFiles(disk, "/s"), committed)  # type: ignore[arg-type]
     writer.add(large(0, pages=1), timeout_s=10)
     with pytest.raises(Unavailable):
         writer.flush(10)
@@ -217,3 +219,40 @@ def test_files_of_full_segments_are_closed_and_those_that_could_not_be_opened_ar
     while sorted(disk.closed) != paths:  # The thread that opened the last one closes the one before, and nobody waits.
         assert time.monotonic() < ends_s
         time.sleep(0.001)
+
+
+class Granting(Disk):
+    """Where what is written is shown grants for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[list[bytes], set[int]]] = []
+
+    def write_granted(self, grants: Sequence[bytes], items: Sequence[Any]) -> None:
+        assert self.lets.wait(30)
+        self.shown.append((list(grants), {segment for segment, _, _ in items}))
+
+
+def test_a_slab_is_written_under_the_newest_grant_of_each_of_its_segments() -> None:
+    """Others may have expired, and with them all would be refused."""
+    disk = Granting()
+    writer = PageWriter(disk, GrantedSegments(disk), committed)  # type: ignore[arg-type]
+    disk.lets.clear()
+    for segment in (1, 2, 3):
+        for step in range(4):  # A slab and a bit go on in one segment.
+            given = replace(large(step * STEP // 4, pages=4, segment=segment), grant=f"{segment} {step}".encode())
+            writer.add(given, timeout_s=10)
+            if len(writer._full) == 3:
+                disk.lets.set()
+    disk.lets.set()
+    writer.flush(30)
+    assert len(disk.shown) >= 3
+    for grants, segments in disk.shown:
+        assert {int(grant.split()[0]) for grant in grants} == segments
+        assert len(grants) == len(segments)
+    newest = {
+        segment: max(step for grants, _ in disk.shown for of, step in [g.split() for g in grants] if int(of) == segment)
+        for segment in (1, 2, 3)
+    }
+    assert set(newest.values()) == {b"3"}
+    writer.close(10)

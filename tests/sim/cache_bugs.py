@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
-from unittest.mock import AsyncMock, PropertyMock, patch
+from unittest.mock import AsyncMock, patch
 
 from emberfs.errors import Corruption
 from emberkv import pool as pool_module
@@ -112,11 +112,11 @@ def _removes_files_before_the_index_says_so() -> Patch:
 
 
 def _gives_space_back_under_a_lease() -> Patch:
-    return patch.object(Leases, "are_held_up_to", lambda self, lease: False)
+    return patch.object(Leases, "are_held", lambda self, leases, *, after, up_to: False)
 
 
 def _forgets_who_reads_where_a_page_was() -> Patch:
-    return patch.object(Leases, "newest", PropertyMock(return_value=0))
+    return patch.object(Leases, "of_slots", lambda self, slots, *, after: set())
 
 
 def _hands_numbers_out_again() -> Patch:

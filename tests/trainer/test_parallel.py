@@ -22,7 +22,10 @@ import torch
 from embertrain.optim import OptimConfig
 from embertrain.parallel import ParallelConfig
 
-from tests.trainer.ranks import CUTS, SAMPLES, Run, each, ranks, train
+from tests.trainer.ranks import CUTS, SAMPLES, TIMEOUT_S, Run, each, ranks, train
+
+pytestmark = pytest.mark.timeout(4 * TIMEOUT_S)
+"""The first test also waits for all the runs that the others look at."""
 
 STEPS = 5
 LAYOUTS: dict[int, dict[str, ParallelConfig]] = {

@@ -77,7 +77,7 @@ class Stored:
 
     def cached_in_the_end(self, monkeypatch: pytest.MonkeyPatch, cold: Tensor) -> int:
         """The same, once the service has looked at what was reported, and the pages were put again."""
-        soon = time.monotonic() + 10
+        soon = time.monotonic() + 60
         while (pages := self.cached(monkeypatch, cold)) < PAGES and time.monotonic() < soon:
             pass
         return pages
@@ -178,9 +178,19 @@ def test_a_service_that_is_killed_costs_time_only(
 ) -> None:
     model = model_of("v4")
     with serving(tmp_path) as service:
-        prefixes = Prefixes(service.address, windows=windows, timeout_s=0.5)
+        prefixes = patient(service, windows=windows)
         answers(engine_of(model, prefixes), [PROMPT], monkeypatch)
         engine = engine_of(model, prefixes)
+        assert engine.reuse is not None
+        cache, restore = engine.reuse._door._cache, engine.reuse.restore
+        assert cache is not None
+
+        def restored(*asked: Any) -> Any:
+            trail = restore(*asked)
+            cache._caller.timeout_s = 0.5  # The first one may take its time; who is killed is not waited for.
+            return trail
+
+        monkeypatch.setattr(engine.reuse, "restore", restored)
         with recorded(monkeypatch) as rows:
             first = engine.submit(PROMPT, Sampling(seed=0), max_new_tokens=4)
             other = engine.submit([*PROMPT[:300], *PROMPT[:500]], Sampling(seed=1), max_new_tokens=4)
@@ -259,3 +269,25 @@ def test_pages_there_is_no_room_for_cost_none_of_those_that_wait(
     engine.close()
     (request,), (got,) = answers(engine_of(model, prefixes), [PROMPT], monkeypatch)
     assert request.cached_tokens == 2 * 128 and torch.equal(got, cold)
+
+
+def test_what_cannot_be_put_at_all_is_said_and_nothing_behind_it_is_put(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put, calls = emberkv.KVCache.put, []
+
+    def fail(cache: emberkv.KVCache, *pages: Any, **how: Any) -> list[str]:
+        calls.append(how["kind"])
+        if len(calls) == 3:  # The rows of the second page.
+            raise RuntimeError("a mistake of ours")
+        return put(cache, *pages, **how)
+
+    monkeypatch.setattr(emberkv.KVCache, "put", fail)
+    prefixes = patient(service, salt="a mistake")
+    engine = engine_of(model_of("v4"), prefixes)
+    answers(engine, [PROMPT], monkeypatch)
+    assert calls == ["rows", "states", "rows"]
+    assert [each.message for each in caplog.records] == ["pages 1 to 2 could not be put"]
+    caplog.clear()
+    (request,), _ = answers(engine_of(model_of("v4"), prefixes), [PROMPT], monkeypatch)
+    assert request.cached_tokens == 128

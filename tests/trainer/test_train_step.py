@@ -118,6 +118,7 @@ def test_recomputed_activations_are_the_same(url: str, with_noise: bool) -> None
         assert torch.equal(grads[name], grad), name
 
 
+@pytest.mark.timeout(1200)  # The compiler's own time: it has taken more than 300 s on a busy machine.
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # The compiler sees to it that torch warns of what it does itself.
 def test_compiled_parts_compute_the_same(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

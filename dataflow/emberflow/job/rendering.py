@@ -35,6 +35,7 @@ from ..plan.render import select
 from ..plan.stages import sort_key
 from ..query import Query
 from ..text import written
+from .keys import with_cheap_keys
 from .shares import Exchanged, Spec
 from .steps import Output
 from .task import ExchangeRows, ExchangeSink, Piece, Rows, Run, RunSql, TableRows
@@ -92,7 +93,7 @@ class Rendering:
         pipe = self.stage.pipe
         segments = list(pipe.segments)
         if isinstance(self.stage.partitioning, ByExpression | ByRange):
-            with_partition = self._with_partition(pipe.tree)
+            with_partition = self._with_partition(with_cheap_keys(pipe, spec, self.outputs))
             if isinstance(segments[-1], SqlSegment):
                 segments[-1] = SqlSegment(with_partition)
             else:
@@ -184,13 +185,15 @@ class Rendering:
         whole = Exchanged(tuple(range(exchange.partitions)))
         chosen = spec.exchanges.get(feed_id, whole)
         outputs = self.outputs[exchange.id]
-        positions: Iterable[int] = range(len(outputs)) if chosen.outputs is None else chosen.outputs
-        pieces = tuple(
-            Piece(outputs[p].url, outputs[p].exchange().only(chosen.partitions), outputs[p].attempt) for p in positions
+        read = outputs if chosen.outputs is None else [outputs[p] for p in chosen.outputs]
+        pieces = (Piece(output.url, output.exchange().only(chosen.partitions)) for output in read)
+        return ExchangeRows(
+            # Of no rows, a function without a schema has not said what its columns are.
+            pieces=tuple(piece for piece in pieces if piece.index.num_rows),
+            attempts=tuple(output.attempt for output in read),
+            partitions=chosen.partitions,
+            columns=exchange.columns,
         )
-        # Of no rows, a function without a schema has not said what its columns are.
-        pieces = tuple(piece for piece in pieces if piece.index.num_rows)
-        return ExchangeRows(pieces=pieces, partitions=chosen.partitions, columns=exchange.columns)
 
 
 def _table_rows(feed: TableFeed) -> TableRows:

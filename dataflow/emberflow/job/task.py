@@ -61,7 +61,6 @@ class Piece:
 
     url: str
     index: ExchangeIndex
-    attempt: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +68,9 @@ class ExchangeRows:
     """Partitions of some producers' outputs, read in that order."""
 
     pieces: tuple[Piece, ...]
+    """Those that have rows."""
+    attempts: tuple[str, ...]
+    """Which have made the outputs, also of those without rows."""
     partitions: tuple[int, ...]
     columns: tuple[Column, ...]
 
@@ -180,9 +182,7 @@ class Attempt:
         output.cpu_s = time.process_time() - cpu_s
         output.worker = self.context.worker
         output.spilled_bytes = self._spill.most_bytes
-        output.inputs = sorted(
-            {piece.attempt for rows in self._exchange_inputs() for piece in rows.pieces if piece.attempt}
-        )
+        output.inputs = sorted({attempt for rows in self._exchange_inputs() for attempt in rows.attempts})
         return self.task.place.publish(self.task.index, output)
 
     def _exchange_inputs(self) -> Iterator[ExchangeRows]:

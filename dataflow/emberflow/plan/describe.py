@@ -15,6 +15,7 @@ from .nodes import (
     Fixed,
     Input,
     Join,
+    KeyFilter,
     Limit,
     Node,
     Project,
@@ -57,6 +58,8 @@ def _line(node: Node) -> str:
             return _aggregate(node)
         case Join():
             return _join(node)
+        case KeyFilter():
+            return _key_filter(node)
         case Sort():
             return f"sort by {_keys(node)}"
         case Limit():
@@ -97,6 +100,11 @@ def _join(node: Join) -> str:
     if not on and node.kind == "inner":
         return "cross join"
     return f"{node.kind} join{' of at most one row' if node.single else ''} on {' and '.join(on) or 'anything'}"
+
+
+def _key_filter(node: KeyFilter) -> str:
+    left, right = _namer(node.child), _namer(node.keys)
+    return f"key filter, if cheap: {' and '.join(_condition(c, left, right) for c in node.conditions)}"
 
 
 def _condition(condition: Condition, left: Callable[[int], str], right: Callable[[int], str]) -> str:

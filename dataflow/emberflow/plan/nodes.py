@@ -235,6 +235,15 @@ class Join:
         return (self.left, self.right)
 
     @property
+    def keeps_left(self) -> bool:
+        """Whether rows of the left side that match nothing come out."""
+        return self.kind in ("left", "full", "anti", "mark")
+
+    @property
+    def keeps_right(self) -> bool:
+        return self.kind in ("right", "full", "right_anti")
+
+    @property
     def may_see_right_whole(self) -> bool:
         """Whether parts of the left side may each be joined with all of the right one."""
         return self.kind in ("inner", "left", "semi", "anti", "mark")
@@ -242,6 +251,34 @@ class Join:
     @property
     def may_see_left_whole(self) -> bool:
         return self.kind in ("inner", "right", "right_semi", "right_anti")
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFilter:
+    """Rows of `child` that some row of `keys` equals; or all of them, where that is cheaper. Whoever reads them drops
+    the others."""
+
+    child: Node
+    keys: Node
+    conditions: tuple[Condition, ...]
+    """Comparisons for equality, `child` on the left."""
+    scanned_rows: int | None = None
+    """How many rows there were before filters left those of `keys`, if that is known."""
+    is_for_keys: bool = False
+    """What it leaves is read as keys of another filter."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self.child.columns
+
+    @property
+    def children(self) -> tuple[Node, ...]:
+        return (self.child, self.keys)
+
+    @property
+    def join(self) -> Join:
+        """What it is."""
+        return Join(self.child, self.keys, "semi", self.conditions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +408,7 @@ Node: TypeAlias = (
     | Project
     | Aggregate
     | Join
+    | KeyFilter
     | Sort
     | Limit
     | Distinct

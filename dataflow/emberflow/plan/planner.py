@@ -23,6 +23,7 @@ from .binder import NotPlannable, bind
 from .doubt import doubt
 from .filescans import ResolvedScan
 from .frames import Apply, Computed, Frame, PartialSql, Repartition, Shuffle
+from .keys import with_key_filters
 from .nodes import Column, Expr, Input, Node, Project, Scan, column, walk
 from .partitions import file_positions, lasting_keys, met, of_files, partitions_of, seen_whole, shuffled, value
 from .pipes import (
@@ -99,9 +100,8 @@ class Planner:
         result = None if to_files else _exchange_of(pipes)
         if result is None or not result.producers:
             result = self.builder.exchange(pipes, Whole(), label="result")
-        return Program(
-            tuple(self.builder.stages), result, columns, ordered, tuple(self.builder.notes), partitions, keys
-        )
+        stages = with_key_filters(self.builder.stages, self.builder.met, self.builder.new_feed)
+        return Program(tuple(stages), result, columns, ordered, tuple(self.builder.notes), partitions, keys)
 
     def pipes(self, frame: Frame) -> tuple[Pipes, tuple[Column, ...] | None]:
         """The pipes of a frame, and its columns as the user named them."""

@@ -22,6 +22,7 @@ from .nodes import (
     Fixed,
     Input,
     Join,
+    KeyFilter,
     Limit,
     Node,
     Project,
@@ -38,6 +39,7 @@ Source: TypeAlias = Callable[[Scan | Input], str]
 
 _JOINS = {"inner": "JOIN", "left": "LEFT JOIN", "right": "RIGHT JOIN", "full": "FULL JOIN"}
 _HALVES = {"semi": "SEMI JOIN", "anti": "ANTI JOIN", "right_semi": "SEMI JOIN", "right_anti": "ANTI JOIN"}
+_IN_FROM = Scan | Fixed | Input | Filter | Join | KeyFilter
 _NULL_SAFE = ("IS DISTINCT FROM", "IS NOT DISTINCT FROM")
 
 
@@ -123,7 +125,7 @@ class _Renderer:
                 project, below = below, below.child
         if isinstance(below, Sort):
             sort, below = below, below.child
-        assert below is not node or isinstance(node, Scan | Fixed | Input | Filter | Join), type(node).__name__
+        assert below is not node or isinstance(node, _IN_FROM), type(node).__name__
         block = self._block(below, "t")
         exprs = [expr.sql(block.names) for expr in project.exprs] if project else block.names
         text = _list(exprs, aliases, block.text)
@@ -148,6 +150,8 @@ class _Renderer:
                 return _Block(f"({node.sql}) AS {alias}({columns})", _names(node, alias))
             case Join() if node.kind != "mark" and not node.single:
                 return self._join(node, alias)
+            case KeyFilter():
+                return self._join(node.join, alias)
             case _:
                 return self._subselect(node, alias)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from .aggregates import distinct_first, split
 from .filescans import ResolvedScan
 from .frames import Computed
+from .keys import Met
 from .nodes import (
     Aggregate,
     Column,
@@ -101,6 +102,8 @@ class Builder:
         self.config = config
         self.stages: list[Stage] = []
         self.notes: list[str] = []
+        self.met: list[Met] = []
+        """Joins whose sides meet through exchanges, those below before those above."""
         self._exchanges = 0
         self._feeds = 0
 
@@ -413,10 +416,10 @@ class Builder:
     def _co_partitioned(self, node: Join, lefts: Pipes, rights: Pipes, size_bytes: float) -> Pipes:
         equal = [condition for condition in node.conditions if is_key(condition)]
         count = self.partitions_for(size_bytes)
-        keeps_left = node.kind in ("left", "full", "anti")
-        keeps_right = node.kind in ("right", "full", "right_anti")
-        left = self._side(lefts, [c.left for c in equal], [c.comparison == "=" for c in equal], keeps_left, count)
-        right = self._side(rights, [c.right for c in equal], [c.comparison == "=" for c in equal], keeps_right, count)
+        drops = [c.comparison == "=" for c in equal]
+        left = self._side(lefts, [c.left for c in equal], drops, node.keeps_left, count)
+        right = self._side(rights, [c.right for c in equal], drops, node.keeps_right, count)
+        self.met.append(Met(node, left, right))
         # Where NULL keys are kept they are spread, so equal keys are together only if they are not NULL.
         known: tuple[int, ...] = ()
         if node.kind in ("inner", "semi") and all(c.left.position is not None for c in equal):

@@ -462,20 +462,22 @@ def _read_change(text: str) -> tuple[str, Value]:
 @cluster.command(
     epilog="\b\nExamples:\n  emberline cluster token --role storage --dir /srv/ember\n"
     "  emberline cluster token --role client --hours 1 --authority /etc/emberline/ca\n"
-    "  emberline cluster token --role reader --tenant acme --dir /srv/ember"
+    "  emberline cluster token --role writer --tenant acme --dir /srv/ember"
 )
 @_directory
 @click.option("--authority", type=click.Path(file_okay=False, path_type=Path), help="Where ca.pem and ca.key are.")
 @click.option(
-    "--role", type=click.Choice(["client", "reader", "admin", "kv", "manager", "meta", "storage"]), default="client"
+    "--role",
+    type=click.Choice(["client", "reader", "writer", "admin", "kv", "manager", "meta", "storage"]),
+    default="client",
 )
-@click.option("--tenant", default="", help="Of a reader: whose grants it may use. Without: any that it is given.")
+@click.option("--tenant", default="", help="Of a reader or writer: whose grants it may use. Without: any it is given.")
 @click.option("--hours", type=click.FloatRange(min=0), default=24.0, show_default=True, help="How long it is good for.")
 def token(directory: Path | None, authority: Path | None, role: str, tenant: str, hours: float) -> None:
     """Print a secret with which another machine may `join`: whoever has it gets a certificate of that role.
 
-    A client reads and writes files; a reader only what grants of a KV cache name; an admin also adds, drains and
-    removes nodes; the others are servers.
+    A client reads and writes files; a reader only reads what grants of a KV cache name, and a writer also writes what
+    others name; an admin also adds, drains and removes nodes; the others are servers.
     """
     from ..transport.certificates import make_token
 
@@ -483,8 +485,8 @@ def token(directory: Path | None, authority: Path | None, role: str, tenant: str
         local = _local(directory)
         local.plan()  # Raises NotFound where no cluster is.
         authority = local.directory / "ca"
-    if tenant and role != "reader":
-        raise click.UsageError("--tenant is for readers")
+    if tenant and role not in ("reader", "writer"):
+        raise click.UsageError("--tenant is for readers and writers")
     role += f":{tenant}" if tenant else ""
     click.echo(make_token(authority, role=role, valid_s=hours * 3600, now_s=time.time()))
 

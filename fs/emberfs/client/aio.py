@@ -20,7 +20,7 @@ from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
 from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
-from .granted import GrantedReads
+from .granted import GrantedFiles
 from .handle import AsyncFile, File
 from .namespace import Namespace, page_after
 
@@ -35,7 +35,7 @@ class AsyncClient:
 
     def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)
-        self._granted = GrantedReads()
+        self._granted = GrantedFiles()
 
     def __repr__(self) -> str:
         return f"<emberfs.AsyncClient {self.url}{' closed' if self._attachment.closed else ''}>"
@@ -133,6 +133,14 @@ class AsyncClient:
         never written, or was removed, is zeros. Raises AccessDenied where the grant is not good for it.
         """
         return await self._run(lambda core: self._granted.fetch(core, grant, items, into))
+
+    async def write_granted(self, grants: Sequence[bytes], items: Sequence[tuple[int, int, Any]]) -> None:
+        """Write many (file, offset, data) under grants to write, durably when this returns: all that a writer can do.
+
+        A file is a number that one of the grants has for it; its length stays as it is. Each chunk is written
+        atomically, the batch is not. Raises AccessDenied where no grant is good for it.
+        """
+        await self._change(lambda core: self._granted.write(core, grants, items))
 
     async def batch_write(self, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
         """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.

@@ -436,6 +436,17 @@ class Core:
                     if again is handle:
                         await self.write(handle, offset, payload)
 
+    async def write_ranges(self, ranges: Sequence[Range], grants: Sequence[bytes]) -> None:
+        """Write under grants into files of a known length, without a session on them; a new block has room for a whole
+        chunk. Of a file that is gone nobody hears."""
+        parts: dict[int, list[Part]] = {}
+        for inode, offset, payload, _ in ranges:
+            layout = inode.layout
+            assert type(layout) is Chunks
+            parts.setdefault(layout.chunk_size_bytes, []).extend(self._parts(inode.id, layout, offset, payload))
+        for size, alike in parts.items():
+            await self._write_parts(alike, size, b"", whole_chunks=True, grants=grants)
+
     async def _write_in_chunks(self, handle: WriteHandle, offset: int, payload: memoryview) -> None:
         layout = handle.inode.layout
         assert type(layout) is Chunks
@@ -549,11 +560,14 @@ class Core:
         return parts
 
     async def _write_parts(
-        self, parts: list[Part], chunk_size_bytes: int, client: bytes, *, whole_chunks: bool = False
-    ) -> None:
-        """Write parts of files with one chunk size. Raises SessionExpired when `client` has ended."""
+        self, parts: list[Part], chunk_size_bytes: int, client: bytes, *, whole_chunks: bool = False,
+        grants: Sequence[bytes] = (),
+    ) -> None:  # fmt: skip
+        """Write parts of files with one chunk size. Raises SessionExpired when `client` has ended; b"": no one does."""
         for connection, batch in self._batches(parts):
             _, chains, chunks, offsets, views = map(list, zip(*batch, strict=True))
             # Who may have to send it again names it: see `channels`. In one process nobody has to.
-            request = WriteChunks(client, 0, 0, chains, chunks, offsets, chunk_size_bytes, whole_chunks=whole_chunks)
+            request = WriteChunks(
+                client, 0, 0, chains, chunks, offsets, chunk_size_bytes, whole_chunks=whole_chunks, grants=list(grants)
+            )
             await connection.call(request, views)

@@ -1,4 +1,4 @@
-"""Reads under grants, of a client that knows no names: where the chunks are is in the grant, too.
+"""Reads and writes under grants, of a client that knows no names: where the chunks are is in the grant, too.
 
 Does not know: who made a grant, or whether it is good. The storage servers see to that.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import AccessDenied, EmberError, LimitExceeded
+from ..errors import AccessDenied, EmberError
 from ..grants import GrantFile, read_grant
-from ..types import BATCH_ITEMS_MAX, FILE_BYTES_MAX, Inode, Kind
+from ..types import FILE_BYTES_MAX, Inode, Kind
 from .attachment import Attachment
-from .batch import destinations
-from .core import Core, Range
+from .batch import check_count, destinations
+from .buffers import flat_view
+from .core import Core, Range, check_range
 
 GRANTS_MAX = 256
 FILES_MAX = 1024
@@ -33,8 +34,8 @@ class GrantedFile:
         self.lane_version = (-1, -1)
 
 
-class GrantedReads:
-    """The reads of one client. Safe from many threads: what one of them forgets is read from the grant again."""
+class GrantedFiles:
+    """Those of one client. Safe from many threads: what one of them forgets is read from the grant again."""
 
     def __init__(self) -> None:
         self._grants: dict[bytes, dict[int, GrantedFile]] = {}
@@ -48,7 +49,7 @@ class GrantedReads:
         results: list[Any] | None = None
         if store.lanes is not None:
             files = list(dict.fromkeys([file for file, _, _ in asked]))
-            results = store.lanes.read(files, asked, into, code=GrantedReads.read.__code__, grant=grant)
+            results = store.lanes.read(files, asked, into, code=GrantedFiles.read.__code__, grant=grant)
         if results is None:
             return store.portal.run(self.fetch(core, grant, items, into))
         if -1 in results:
@@ -68,10 +69,23 @@ class GrantedReads:
         ranges = [Range(file.inode_to_read, offset, view, "") for (file, offset, _), view in asked]
         return await core.read_ranges(ranges, grant=grant)
 
+    async def write(self, core: Core, grants: Sequence[bytes], items: Sequence[tuple[int, int, Any]]) -> None:
+        """See `Client.write_granted`."""
+        check_count(items)
+        files = {number: file for grant in grants for number, file in self._files_of(grant).items()}
+        ranges = []
+        for number, offset, data in items:
+            if number not in files:
+                raise AccessDenied(f"no grant is for file {number}")
+            payload = flat_view(data)
+            check_range(offset, len(payload))
+            if payload:
+                ranges.append(Range(files[number].inode_to_read, offset, payload, ""))
+        await core.write_ranges(ranges, grants)
+
     def _asked(self, grant: bytes, items: Sequence[Item]) -> list[tuple[GrantedFile, int, int]]:
         """Raises AccessDenied, LimitExceeded."""
-        if len(items) > BATCH_ITEMS_MAX:
-            raise LimitExceeded(f"a batch of {len(items)} items is over the limit of {BATCH_ITEMS_MAX}")
+        check_count(items)
         files = self._files_of(grant)
         try:
             return [(files[number], offset, length) for number, offset, length in items]

@@ -26,7 +26,7 @@ from .batch import BatchRead, BatchWrite, batch_read, batch_write, destinations,
 from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
-from .granted import GrantedReads
+from .granted import GrantedFiles
 from .handle import File
 from .io_queue import IoQueue
 from .namespace import Namespace, page_after
@@ -39,7 +39,7 @@ class Client:
 
     def __init__(self, url: str | None = None, config: Config | None = None) -> None:
         self._attachment = Attachment(url, config)
-        self._granted = GrantedReads()
+        self._granted = GrantedFiles()
 
     def __repr__(self) -> str:
         return f"<emberfs.Client {self.url}{' closed' if self._attachment.closed else ''}>"
@@ -149,6 +149,14 @@ class Client:
         never written, or was removed, is zeros. Raises AccessDenied where the grant is not good for it.
         """
         return self._granted.read(self._attachment, grant, items, into)
+
+    def write_granted(self, grants: Sequence[bytes], items: Sequence[tuple[int, int, Any]]) -> None:
+        """Write many (file, offset, data) under grants to write, durably when this returns: all that a writer can do.
+
+        A file is a number that one of the grants has for it; its length stays as it is. Each chunk is written
+        atomically, the batch is not. Raises AccessDenied where no grant is good for it.
+        """
+        self._run(lambda core: self._granted.write(core, grants, items))
 
     def batch_write(self, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:
         """Write many (path or File open for writing, offset, data), durably when this returns; one flush for all.

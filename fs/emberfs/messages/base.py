@@ -13,7 +13,11 @@ OPERATORS = SERVERS | {"admin"}
 EVERYBODY = OPERATORS | {"client"}
 READER = "reader"
 """Reads under grants, and nothing else: see `emberfs.grants`."""
-READERS = EVERYBODY | {READER}
+WRITER = "writer"
+"""A reader that also writes under grants."""
+GRANTED = frozenset((READER, WRITER))
+READERS = EVERYBODY | GRANTED
+WRITERS = EVERYBODY | {WRITER}
 """Roles that a certificate may give, in sets of those who may send the same."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from .base import EVERYBODY, READERS, Message
+from .base import EVERYBODY, READERS, WRITERS, Message
 
 
 class ReadChunks(Message):
@@ -25,7 +25,7 @@ class ReadChunks(Message):
     uncommitted: bool = False
     """Take what this replica has written, even if it is never committed."""
     grant: bytes = b""
-    """Of a reader: what it reads under."""
+    """Of a reader or writer: what it reads under."""
 
     @property
     def local(self) -> bool | None:
@@ -44,7 +44,7 @@ class ChunksRead(Message):
 class WriteChunks(Message):
     """Write the buffer of the same index at `offset` of each chunk: each chunk write is atomic, the batch is not."""
 
-    may_send = EVERYBODY
+    may_send = WRITERS
     takes_turns = True
 
     client: bytes
@@ -64,6 +64,8 @@ class WriteChunks(Message):
     (client, channel * BATCH_ITEMS_MAX + slot i, sequence). Empty: 0, 1, 2 and so on."""
     whole_chunks: bool = False
     """The chunks are going to be full: a new block has room for all of `chunk_size_bytes`."""
+    grants: list[bytes] = msgspec.field(default_factory=list)
+    """Of a writer: what it writes under, all of them together."""
 
 
 class TruncateChunk(Message):

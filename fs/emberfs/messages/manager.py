@@ -6,7 +6,7 @@ import msgspec
 
 from ..routing import LocalState, Node, Routing
 from ..settings import Config, Settings, Value
-from .base import EVERYBODY, OPERATORS, READERS, Message
+from .base import EVERYBODY, OPERATORS, READERS, WRITERS, Message
 
 
 class TargetReport(msgspec.Struct, frozen=True, array_like=True):
@@ -71,7 +71,7 @@ class RoutingReply(Message):
 class OpenSession(Message):
     """A client begins: storage nodes take its requests from now on."""
 
-    may_send = EVERYBODY
+    may_send = WRITERS
 
     client: bytes
     description: str = ""
@@ -81,7 +81,7 @@ class OpenSession(Message):
 class ExtendSession(Message):
     """The client is alive. Raises SessionExpired if it was given up meanwhile."""
 
-    may_send = EVERYBODY
+    may_send = WRITERS
 
     client: bytes
 
@@ -89,7 +89,7 @@ class ExtendSession(Message):
 class CloseClient(Message):
     """The client ends: its session and what hangs on it may go."""
 
-    may_send = EVERYBODY
+    may_send = WRITERS
 
     client: bytes
 

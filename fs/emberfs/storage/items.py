@@ -24,6 +24,8 @@ from ..types import BATCH_ITEMS_MAX
 from ..waiting import all_of
 from .service import granule_log2_of, room_of
 
+CHANNELS_MAX = 1 << 20
+"""A client has as many as it has updates in the air."""
 _ACTIONS = {action.value for action in Action}
 
 
@@ -38,8 +40,16 @@ def by_chain(chains: Sequence[int], versions: Sequence[int]) -> dict[tuple[int, 
 
 
 def name_of(request: WriteChunks | TruncateChunk | RemoveChunks, slot: int) -> Request:
-    """Under which the item in `slot` is applied once."""
-    return Request(request.client, request.channel * BATCH_ITEMS_MAX + slot, request.sequence)
+    """Under which the item in `slot` is applied once. Raises ProtocolError: an index has no room for such a name, and a
+    version with it could not be committed."""
+    return checked_name(request.client, request.channel, slot, request.sequence)
+
+
+def checked_name(client: bytes, channel: int, slot: int, sequence: int) -> Request:
+    """See `name_of`."""
+    if not (0 <= channel < CHANNELS_MAX and 0 <= slot < BATCH_ITEMS_MAX and 0 <= sequence < 1 << 63):
+        raise ProtocolError(f"no name for an update: channel {channel}, slot {slot}, sequence {sequence}")
+    return Request(client, channel * BATCH_ITEMS_MAX + slot, sequence)
 
 
 def writes(request: WriteChunks, buffers: Sequence[memoryview]) -> list[tuple[int, Update]]:

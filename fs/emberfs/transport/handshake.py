@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import AccessDenied, ProtocolError
-from ..messages.base import OPERATORS, SERVERS, Message
+from ..messages.base import GRANTED, OPERATORS, SERVERS, Message
 from ..routing import Node
 from .config import CLIENT_ROLE, TcpConfig
 from .frame import HEADER_BYTES_MAX, PAYLOAD_BYTES_MAX, PROTOCOL_MAX, PROTOCOL_MIN
@@ -68,7 +68,7 @@ class Certificate:
     """Of hosts and of nodes; the first is the machine's own."""
     role: str
     tenant: str = ""
-    """Of a reader: whose grants it may show; "": anybody's."""
+    """Of a reader or writer: whose grants it may show; "": anybody's."""
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -168,6 +168,8 @@ def check_sender(request: Message, certificate: Certificate | None) -> None:
             ": it takes a certificate of role admin. Get one with `emberline cluster token --role admin` and "
             "`emberline cluster join`, or name a cluster of this host with --dir or EMBERLINE_CLUSTER"
         )
+    if certificate.role in GRANTED:
+        hint = ": it does what grants name, and nothing else. For a KV cache, connect with grants=True"
     raise AccessDenied(f"a certificate for role {certificate.role!r} may not send {type(request).__name__}{hint}")
 
 

@@ -26,7 +26,7 @@ from msgspec.structs import replace
 from ..errors import AccessDenied, EmberError, LimitExceeded, Overloaded, ProtocolError, Unavailable
 from ..half_run import HalfRun
 from ..messages import Join, Message, ReadChunks
-from ..messages.base import READER
+from ..messages.base import GRANTED
 from ..meter import Meter
 from ..runtime import AsyncioRuntime
 from ..stopwatch import Stopwatch, current
@@ -162,7 +162,7 @@ class Session:
         self._certificate = certificate_of(sock)
         self._grant_keys = grant_keys
         self._gate: Gate | None = None
-        """Of a reader."""
+        """Of a reader or writer."""
         self._on_change = on_change
         self._door = door
         self._regions = ForeignRegions() if is_local else None
@@ -324,7 +324,7 @@ class Session:
             self.wire.send(Outgoing(encode_frame(Kind.ERROR, 0, encode_failure(error, _NOBODY))))
             self.wire.close_when_sent()
             return
-        if self._certificate is not None and self._certificate.role == READER:
+        if self._certificate is not None and self._certificate.role in GRANTED:
             tenant, wall_ns = self._certificate.tenant, self._runtime.wall_ns
             self._gate = Gate(self._grant_keys, tenant=tenant, wall_ns=wall_ns)
         self._is_admitted = True

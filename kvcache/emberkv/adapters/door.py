@@ -30,7 +30,7 @@ from ..admission import ON_EVICT
 from ..client import KVCache
 from ..connect import connect
 from ..errors import InvalidNamespace, NamespaceMismatch
-from ..hit import Hit
+from ..hit import GRANT_PAGES, Hit
 from ..namespace import Namespace
 from ..page import PLACE
 from .settings import Settings
@@ -264,7 +264,10 @@ def open_cache_of(settings: Settings, namespace: Namespace) -> KVCache:
         "timeout_s": settings.timeout_s,
         "store": settings.store,
         "tls": settings.tls,
+        "grants": settings.grants,
     }
+    if settings.credentials is not None:
+        given["credentials"] = settings.credentials
     deadlines: dict[str, Any] = {"deadline_s": settings.timeout_s, "connect_timeout_s": settings.timeout_s}
     try:
         return connect(settings.address, namespace, shares_memory=settings.shares_memory, **given, **deadlines)
@@ -296,13 +299,23 @@ def read_pages(cache: KVCache, hits: Sequence[Hit | None], buffers: Sequence[Any
         if hit is not None and payload_bytes(hit) == memoryview(buffer).nbytes
     ]
     done = [False] * len(buffers)
-    if wanted:
-        chosen = [hit for index in wanted if (hit := hits[index]) is not None]
-        joined = Hit(
-            pages=len(chosen), tokens=sum(hit.tokens for hit in chosen), reason="whole", lease=0,
-            chain=b"".join(hit.chain for hit in chosen), places=(b"".join(hit.places[0] for hit in chosen),),
-            tenant=chosen[0].tenant,
-        )  # fmt: skip
-        for index, good in zip(wanted, cache.get_into(joined, [buffers[index] for index in wanted]), strict=True):
+    together: dict[tuple[bytes, ...], list[tuple[int, Hit]]] = {}
+    """By what they are read under."""
+    for index in wanted:
+        if (hit := hits[index]) is not None:
+            together.setdefault(hit.grants, []).append((index, hit))
+    for grants, chosen in together.items():
+        indices, found = zip(*chosen, strict=True)
+        joined = joined_hit(found, grants * -(-len(found) // GRANT_PAGES))
+        for index, good in zip(indices, cache.get_into(joined, [buffers[index] for index in indices]), strict=True):
             done[index] = good
     return done
+
+
+def joined_hit(hits: Sequence[Hit], grants: tuple[bytes, ...]) -> Hit:
+    """One of all pages of hits of one kind. It has no lease."""
+    return Hit(
+        pages=len(hits), tokens=sum(hit.tokens for hit in hits), reason="whole", lease=0,
+        chain=b"".join(hit.chain for hit in hits), places=(b"".join(hit.places[0] for hit in hits),),
+        tenant=hits[0].tenant, grants=grants,
+    )  # fmt: skip

@@ -46,6 +46,10 @@ class Settings:
     """URL of the store, if it is another one than the service says."""
     tls: str | None = None
     """Directory with ca.pem, and cert.pem and key.pem if the service asks for them."""
+    credentials: str | None = None
+    """Directory with ca.pem, cert.pem and key.pem for the store, if they are elsewhere than `emberfs.connect` looks."""
+    grants: bool = False
+    """Pages are read and written under grants: what credentials of a reader or writer need."""
     shares_memory: bool = True
 
     def __post_init__(self) -> None:

@@ -39,6 +39,13 @@ class Prefixes:
     lease_s: float = 10.0
     """Seconds for which pages that were matched stay, to be read."""
 
+    tls: str | None = None
+    """Directory with ca.pem, and cert.pem and key.pem if the service asks for them."""
+    credentials: str | None = None
+    """Directory with those for the store, if they are elsewhere than `emberfs.connect` looks."""
+    grants: bool = False
+    """Pages are read and written under grants: what credentials of a reader or writer need."""
+
     def __post_init__(self) -> None:
         Windows.read(self.windows)
         self._settings()
@@ -68,4 +75,7 @@ class Prefixes:
             salt=self.salt,
             timeout_s=self.timeout_s,
             lease_s=self.lease_s,
+            tls=self.tls,
+            credentials=self.credentials,
+            grants=self.grants,
         )

@@ -75,11 +75,14 @@ class Writer:
         self._thread.shutdown()
 
     def _put(self, pages: Pages) -> None:
+        count, first = len(pages.payloads), pages.first
+        states = [FAILED] * count
         try:
-            count, first = len(pages.payloads), pages.first
-            states = [FAILED] * count
             if not pages.trail.is_lost:
                 states = self._door.call(lambda kv: _put(kv, pages), states)
+        except Exception:  # Nobody looks at what becomes of the thread's work.
+            log.exception("pages %d to %d could not be put", first, first + count)
+        finally:
             lost = sum(state in (FAILED, "refused") for state in states)
             self.refused_pages += lost
             self.stored_bytes += states.count("stored") * (pages.size_bytes // count)
@@ -87,7 +90,6 @@ class Writer:
             if lost and pages.kind == "rows":
                 pages.trail.is_lost = pages.trail.is_broken = True
             log.debug("pages %d to %d, %s: %s", first, first + count, pages.kind, set(states))
-        finally:
             with self._lock:
                 self._pending_bytes -= pages.size_bytes
 

@@ -1,0 +1,323 @@
+"""A namespace at its limit: what goes, what is moved, and what must not stop it from taking more.
+
+Run: pytest tests/kvcache/test_making_room.py
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from emberfs.errors import EmberError, Unavailable
+from emberfs.testing.sim.loop import SimRuntime
+from emberkv import compaction
+from emberkv.pool import Pool
+from emberkv.pools import LOOK_S
+from emberkv.puts import STORED
+from emberkv.room import AGAIN_LOOKS, GROWS_LOOKS, Room
+from emberkv.segments import SECTOR_BYTES
+
+from tests.kvcache.test_pool import MIB, PAGE, TENANT, Bench, chain, run
+from tests.kvcache.test_room import Lab
+
+
+async def fill(bench: Bench, pool: Pool, share: float, pages: int = 20) -> int:
+    """Chains of so many pages until so much of what may be alive is. How many."""
+    count = 0
+    while pool.table.live_bytes < share * pool.space.live_bytes_max(PAGE):
+        await bench.put(pool, chain(count, pages), durable=False)
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("lease_s", [60.0, 600.0])
+def test_a_lease_that_is_kept_keeps_its_own_pages_and_no_others(lease_s: float) -> None:
+    """One client extends it for ever; others take theirs and let them end."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=8 * MIB)
+        pool = await bench.open()
+        await bench.put(pool, chain(10**6, 2))
+        lease, rolled = pool.match(TENANT, b"".join(chain(10**6, 2)), lease_s)[2], random.Random(2)
+        states: list[int] = []
+        for prompt in range(1200):
+            if prompt % 20 == 0:
+                assert pool.leases.extend(lease, owner=TENANT, duration_s=lease_s, now_s=runtime.now_s())
+            await runtime.sleep(1.0)
+            states += await bench.put(pool, chain(prompt, 3), durable=False)
+            recent = max(0, prompt - int(rolled.expovariate(1 / 100)))
+            pool.match(TENANT, b"".join(chain(recent, 3)), 20.0)
+        assert pool.space.counts.moved_bytes > 0
+        late = states[len(states) // 2 :]
+        assert late.count(STORED) > 0.95 * len(late)
+        assert await bench.readable(pool, chain(10**6, 2)) == 2
+        await pool.close()
+
+    run(work)
+
+
+def test_a_file_stays_for_who_may_read_there_and_goes_with_the_last_of_them() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=16 * MIB)
+        pool = await bench.open()
+        shared, others = chain(1, 2), [chain(number, 20) for number in range(2, 6)]
+        await bench.put(pool, shared)
+        for keys in others:
+            await bench.put(pool, keys)
+        pool.space.end_segment(1)
+        segment = pool.table.place(pool.table.slot(TENANT, shared[0]) or 0, 0)
+        assert segment is not None
+        source = pool.index.segments.by_id[segment.segment]
+        unrelated = pool.match(TENANT, b"".join(others[0]), 100.0)[2]
+        mine = pool.match(TENANT, b"".join(shared), 10.0)[2]
+        moved = [slot for slot, _ in pool.table.in_segment(source.id) if pool.table.keys[slot] in shared]
+        await pool.remove(TENANT, [keys[0] for keys in others[1:]])
+        assert moved and await pool.space.compaction.compact(source)
+        assert source.leases >= {mine}
+        reached = {mine, unrelated} if unrelated in source.leases else {mine}
+        later = pool.match(TENANT, b"".join(shared), 100.0)[2]
+        assert later not in source.leases, "it was told the new place"
+        await pool.space.collect()
+        assert source.id in pool.index.segments.by_id
+        pool.leases.release(reached, owner=TENANT)
+        await pool.space.collect()
+        assert source.id not in pool.index.segments.by_id
+        await pool.close()
+
+    run(work)
+
+
+def test_writers_that_take_turns_fill_their_segments() -> None:
+    """At the limit room is made by compaction, and not by taking a segment from who is about to go on."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=32 * MIB)
+        pool = await bench.open()
+        made, create = [], bench.files.create
+
+        async def note(path: str, size_bytes: int) -> None:
+            made.append(path)
+            await create(path, size_bytes)
+
+        bench.files.create = note  # type: ignore[method-assign]
+        for prompt in range(4000):
+            assert await bench.put(pool, chain(prompt, 2), writer=1 + prompt % 3, durable=False) == [STORED] * 2
+            await runtime.sleep(0.01)
+        assert pool.space.counts.evicted_pages > 0
+        written = 4000 * 2 * PAGE / pool.index.segments.segment_bytes
+        assert len(made) < 2.5 * written, "a put or two each, were they taken away"
+        await pool.close()
+
+    run(work)
+
+
+def test_what_all_share_stays_when_many_writers_begin() -> None:
+    """Each of them opens a segment; no page is cold."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=64 * MIB)
+        pool = await bench.open()
+        shared = chain(10**6, 2)
+        await bench.put(pool, shared, durable=False)
+        for prompt in range(215):
+            await bench.put(pool, chain(prompt, 20), parent=shared[-1], durable=False)
+        pool.space.end_segment(1)
+        await runtime.sleep(10)
+        for prompt in range(1, 215):  # All but one chain: the first segment has what is cold, and what all share.
+            pool.match(TENANT, b"".join([*shared, *chain(prompt, 20)]), 0)
+        await runtime.sleep(10)
+        for writer in range(106):
+            await pool.reserve(100 + writer, TENANT, 0, chain(10**7 + writer, 1), [shared[-1]], [PAGE])
+        assert 0 < pool.space.counts.evicted_pages < 200
+        assert await bench.readable(pool, shared) == 2
+        await pool.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize("moved_bytes_max", [compaction.SEGMENT_BYTES_MAX, 8 * MIB])
+def test_what_was_used_since_victims_were_chosen_is_not_cold(moved_bytes_max: int) -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=16 * MIB)
+        pool = await bench.open()
+        shared = [chain(10**6 + number, 3) for number in range(4)]
+        beside = [chain(5000 + number, 24) for number in range(4)]
+        for prefix, keys in zip(shared, beside, strict=True):
+            await bench.put(pool, prefix, durable=False)
+            await bench.put(pool, keys, durable=False)
+        await runtime.sleep(1)
+        await fill(bench, pool, 0.85)
+        await pool.remove(TENANT, [keys[0] for keys in beside])
+        pool.space.end_segment(1)
+        pool.space.compaction._rank(moved_bytes_max)
+        assert set(pool.space.compaction._victims) & {1, 2, 3, 4}
+        await runtime.sleep(100)
+        for number in range(10):
+            for prefix in shared:
+                again = chain(20_000 + 10 * shared.index(prefix) + number, 3)
+                await bench.put(pool, again, parent=prefix[-1], durable=False)
+                assert len(pool.match(TENANT, b"".join([*prefix, *again]), 0)[0]) == 6
+        before = pool.table.count
+        for _ in range(3):
+            assert await pool.space.compaction.compact_one(moved_bytes_max)
+        assert pool.table.count == before
+        await pool.close()
+
+    run(work)
+
+
+def test_a_compaction_that_was_cut_off_is_no_room_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One write fails in the middle; then others fill the store."""
+    monkeypatch.setattr(compaction, "COMPACT_BYTES", MIB)
+
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=2048 * MIB)
+        pool = await lab.serve()
+        for prompt in range(6000):
+            await lab.put(pool, chain(prompt, 2), durable=False)
+        order = list(range(6000))
+        random.Random(3).shuffle(order)
+        for prompt in order[:2400]:
+            pool.match(TENANT, b"".join(chain(prompt, 2)), 0)
+        await pool.remove(TENANT, [chain(prompt, 2)[0] for prompt in order[2400:4000]])
+        pool.space.end_segment(1)
+        failed = []
+
+        def fails(operation: str, path: str) -> EmberError | None:
+            has_begun = sum(each.moved_bytes for each in pool.index.segments) > 0.9 * MIB
+            if operation == "write" and "/segments/" in path and has_begun and not failed:
+                failed.append(path)
+                return Unavailable("for a moment")
+            return None
+
+        lab.files.fails = fails
+        lab.files.left_bytes -= await lab.left() - 13 * MIB
+        await runtime.sleep(30)
+        assert failed
+        lab.files.left_bytes -= await lab.left() - 5 * MIB // 2
+        for prompt in range(10):
+            await runtime.sleep(30)
+            states = await lab.put(pool, chain(10**6 + prompt, 2), durable=False)
+        assert states == [STORED] * 2
+        assert await lab.left() > 12 * MIB
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_a_file_that_cannot_be_removed_keeps_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=8 * MIB)
+        pool = await bench.open()
+        remove = bench.files.remove
+
+        async def refuse_one(path: str) -> None:
+            if path.endswith("/00000001"):
+                raise Unavailable("its chain is away")
+            await remove(path)
+
+        bench.files.remove = refuse_one  # type: ignore[method-assign]
+        for prompt in range(400):
+            assert await bench.put(pool, chain(prompt, 20), durable=False) == [STORED] * 20
+            await runtime.sleep(0.1)
+        assert pool.space.counts.removed_segments > 100
+        assert [each.id for each in pool.index.segments.retired()] == [1]
+        bench.files.remove = remove  # type: ignore[method-assign]
+        await pool.space.collect()
+        assert not pool.index.segments.retired()
+        assert len([each for each in caplog.records if "00000001 stays for now" in each.message]) == 1
+        await pool.close()
+
+    run(work)
+
+
+def test_who_paused_or_puts_what_it_evicts_grows_for_a_while() -> None:
+    shared, held = Room(), {"busy": 10 * MIB, **{f"idle {number}": MIB for number in range(31)}}
+    shared.share(500 * MIB, 0, held)
+    held["busy"] += MIB
+    for _ in range(GROWS_LOOKS + 1):
+        assert shared.share(500 * MIB, 0, held)["busy"] > 350 * MIB
+        held["busy"] -= 1
+    assert shared.share(500 * MIB, 0, held)["busy"] < 100 * MIB
+
+
+def test_a_figure_that_stays_at_nothing_empties_nobody_in_a_day() -> None:
+    shared, held, given = Room(), 1000 * MIB, 0
+    for _ in range(int(86_400 / LOOK_S)):
+        limit = shared.share(0, held, {"a": held})["a"]
+        given += limit < held
+        held = min(held, limit)
+    assert held > 600 * MIB
+    assert given > math.log2(86_400 / LOOK_S / AGAIN_LOOKS) - 2, "now and then it tries"
+
+
+def test_what_an_owner_before_had_open_is_not_taken_for_full() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=1024 * MIB)
+        pool = await bench.open()
+        for writer in range(8):
+            await bench.put(pool, chain(writer, 20), writer=1 + writer)
+        before = pool.space.held_bytes
+        bench.kill(pool)
+        again = await bench.open()
+        assert before - 8 * SECTOR_BYTES <= again.space.held_bytes <= before < again.index.segments.disk_bytes / 2
+        assert again.index.segments.promised_bytes == again.index.segments.disk_bytes
+        await again.close()
+
+    run(work)
+
+
+def test_a_store_that_takes_its_time_to_say_what_is_left_holds_nobody_up() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=8 * MIB)
+
+        async def space() -> tuple[int, int]:
+            await runtime.sleep(3600)
+            return 1, 1
+
+        lab.files.space = space  # type: ignore[method-assign]
+        began_s = runtime.now_s()
+        pool = await lab.serve()
+        assert runtime.now_s() - began_s < 2 * LOOK_S
+        assert await lab.put(pool, chain(1, 3)) == [STORED] * 3
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_a_file_stays_for_grants_to_write_and_room_is_waited_for() -> None:
+    """What is written under one after the file had gone would stay for ever."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=8 * MIB)
+        bench.config = replace(bench.config, granted_s=60.0)
+        pool = await bench.open()
+        await bench.put(pool, chain(1, 3))
+        assert pool.space.note_granted([1]) == {1: pool.index.segments.by_id[1].end}
+        await pool.remove(TENANT, [chain(1, 3)[0]])
+        pool.space.end_segment(1)
+        await runtime.sleep(55)
+        assert 1 in pool.index.segments.by_id
+        await runtime.sleep(10)
+        assert 1 not in pool.index.segments.by_id
+        states: list[int] = []
+        for prompt in range(400):  # All is written anew in two minutes, then in two seconds.
+            states += await bench.put(pool, chain(10 + prompt, 20), durable=False)
+            if (mine := pool.index.segments.of_writer(1)) is not None:
+                pool.space.note_granted([mine.id])
+            await runtime.sleep(3.0 if prompt < 200 else 0.05)
+            assert pool.index.segments.promised_bytes <= 8 * MIB
+        assert states[: 200 * 20].count(STORED) > 0.95 * 200 * 20
+        assert pool.table.live_bytes > 4 * MIB, "it does not empty itself for what comes by itself"
+        bench.kill(pool)
+        again = await bench.open()
+        await again.remove(TENANT, [key for prompt in range(400) for key in chain(10 + prompt, 20)[:1]])
+        await runtime.sleep(50)
+        assert again.index.segments.retired(), "the owner before may have given some"
+        await runtime.sleep(20)
+        assert not again.index.segments.retired()
+        await again.close()
+
+    run(work)
