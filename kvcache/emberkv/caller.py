@@ -3,15 +3,14 @@
 A *seat* is what the service knows a client by. One that it has forgotten is asked for again; an address that does not
 answer has the next one's turn follow. A service that does not answer several times in a row is left alone for a while.
 
-Who asks often gets a *direct* connection, without an event loop, which takes half the time; while another thread has it
-requests go over the one that all threads share. A service takes so many connections: nobody keeps one that is idle.
+After some requests to an address a *direct* connection goes there (`direct_way`), without an event loop; while another
+thread has it, or a request is large, requests go over the one that all threads share.
 
 Does not know: pages, or what is asked.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -23,10 +22,10 @@ from emberfs.messages import Foreign, Message
 from emberfs.portal import Portal, hold_interrupts, release_interrupts
 from emberfs.runtime import AsyncioRuntime
 from emberfs.transport import TcpConfig, TcpNetwork
-from emberfs.transport.direct import DirectConnection
 
 from . import messages
 from .breaker import Breaker, BreakerConfig
+from .direct_way import DirectWay
 from .errors import BreakerOpen, SeatGone
 from .messages import A
 from .namespace import Namespace
@@ -36,8 +35,6 @@ CLOSE_S = 1.0
 """So long the service is given to hear that we end."""
 TURN_S = 2.0
 """Of several addresses one is given so long before the next has its turn."""
-MISSES_MAX = 8
-"""After so many requests without a direct connection one is opened."""
 DIRECT_BYTES_MAX = 64 << 10
 """Of a request. More than a socket takes at once makes the sender wait for the service to read, piece by piece."""
 
@@ -71,10 +68,7 @@ class Caller:
         self._opening = threading.Lock()
         """Of who asks for a seat."""
         self._seat: messages.Opened | None = None
-        self._direct: DirectConnection | None = None
-        self._missed = 0
-        """Requests since it was lost, or since one was asked for."""
-        self._is_opening = False
+        self._ways = {each: DirectWay(each, self._network, self._portal, self.runtime) for each in self.addresses}
 
     def seated(self) -> messages.Opened:
         """Our seat, asked for if there is none."""
@@ -143,7 +137,7 @@ class Caller:
         connection = self._connection(address)
         held = hold_interrupts()
         try:
-            direct = self._free_direct(address) if len(request.body) <= DIRECT_BYTES_MAX else None
+            direct = self._ways[address].take() if len(request.body) <= DIRECT_BYTES_MAX else None
             if direct is None:
                 return self._portal.run(connection.call(request, timeout_s=timeout_s))  # type: ignore[no-any-return]
             try:
@@ -153,31 +147,6 @@ class Caller:
         finally:
             if held is not None:
                 release_interrupts(held)
-
-    def _free_direct(self, address: str) -> DirectConnection | None:
-        """It is ours until its `end`. None: there is none yet, or another thread has it."""
-        direct = self._direct
-        if direct is not None and direct.address == address and direct.try_begin():
-            return direct
-        with self._lock:
-            is_there = direct is not None and direct.address == address and not direct.is_closed
-            self._missed += not is_there
-            if self._missed < MISSES_MAX or self._is_opening:
-                return None
-            self._missed, self._is_opening = 0, True
-        self._portal.post(self._open_direct(address))
-        return None
-
-    async def _open_direct(self, address: str) -> None:
-        """For later requests: whoever wants it now goes on without."""
-        with contextlib.suppress(EmberError, OSError):
-            made = await self._network.open_direct(address)
-            if made is None:
-                return  # Nor will there be one later.
-            before, self._direct = self._direct, made
-            if before is not None:
-                before.close()
-        self._is_opening = False
 
     def post(self, make: Callable[[int], messages.Ask], *, is_over: Callable[[], None]) -> None:
         """One request of our seat, of which nobody waits for the answer; then `is_over` is called."""
@@ -206,8 +175,11 @@ class Caller:
             self._portal.run(messages.send(call, ask, messages.Okay, timeout_s=CLOSE_S))
 
     def close(self) -> None:
-        """End the connections."""
+        """End the connections, once the calls that have begun have ended."""
         self._portal.drain()
+        ends_s = self.runtime.now_s() + self.timeout_s
+        for way in self._ways.values():
+            way.drain(max(ends_s - self.runtime.now_s(), 0.0))
         try:
             self._portal.run_last(self._network.close())
         finally:

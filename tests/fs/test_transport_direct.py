@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from socket import socket, socketpair
+from socket import SHUT_RD, SO_SNDBUF, SOL_SOCKET, create_connection, socket, socketpair
 
 import pytest
 from emberfs.errors import LimitExceeded, NotFound, ProtocolError, StoreClosed, Unanswered, Unavailable, Unreachable
@@ -164,6 +165,96 @@ def test_a_call_has_its_time_whatever_else_is_said(bare: tuple[DirectConnection,
     assert not direct.try_begin()  # Else the answer might come, and be taken for that to the next request.
 
 
+@pytest.fixture
+def watch(bare: tuple[DirectConnection, socket]) -> Iterator[None]:
+    """Looks after the bare one, as a network does."""
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(0.05):
+            bare[0].keep_alive()
+
+    with ThreadPoolExecutor() as threads:
+        kept = threads.submit(keep)
+        yield
+        ended.set()
+        kept.result()
+
+
+@pytest.mark.usefixtures("watch")
+def test_nor_do_signals_prolong_it(bare: tuple[DirectConnection, socket]) -> None:
+    ends_s = time.monotonic() + SECONDS_MAX
+
+    def interrupt(*_: object) -> None:
+        if time.monotonic() > ends_s:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # It is prolonged: let it end all the same.
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        with pytest.raises(Unanswered):
+            ask(bare[0], timeout_s=0.5)
+        assert time.monotonic() < ends_s
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert bare[0]._sock.fileno() == -1
+
+
+@pytest.mark.usefixtures("watch")
+def test_nor_does_a_server_that_reads_now_and_then(bare: tuple[DirectConnection, socket]) -> None:
+    direct, theirs = bare
+    direct._sock.setsockopt(SOL_SOCKET, SO_SNDBUF, 4096)
+    ended = threading.Event()
+    took = 0
+
+    def read() -> None:
+        nonlocal took
+        while not ended.wait(0.02) and (count := len(theirs.recv(2048))):
+            took += count
+
+    request = Foreign(bytes(1 << 20))
+    with ThreadPoolExecutor() as threads:
+        reading = threads.submit(read)
+        with pytest.raises(Unanswered):
+            ask(direct, request, timeout_s=0.5)
+        ended.set()
+        reading.result()
+    assert took < len(request.body)
+
+
+def test_one_that_cannot_say_that_we_live_is_let_go(bare: tuple[DirectConnection, socket]) -> None:
+    bare[1].shutdown(SHUT_RD)
+    bare[0].keep_alive()
+    assert bare[0]._sock.fileno() == -1
+
+
+def test_whoever_drains_it_waits_for_the_call(make_network: MakeNetwork, run: Run, runtime: AsyncioRuntime) -> None:
+    gated = Gated(runtime)
+    address = run(make_network().serve("127.0.0.1:0", gated)).address
+    direct = run(make_network().open_direct(address))
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(ask, direct, Stat("/"))
+        run(gated.until_began(1))
+        drained = threads.submit(direct.drain, SECONDS_MAX)
+        gated.open()
+        asked.result(SECONDS_MAX)
+        drained.result(SECONDS_MAX)
+    assert direct._sock.fileno() == -1
+
+
+def test_but_no_longer_than_it_wants_to(bare: tuple[DirectConnection, socket]) -> None:
+    direct, theirs = bare
+    direct._dead_s = SECONDS_MAX
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(ask, direct)
+        assert theirs.recv(1 << 16)
+        direct.drain(0.1)
+        with pytest.raises(Unreachable):
+            asked.result(SECONDS_MAX)
+    assert direct._sock.fileno() == -1
+
+
 def test_an_answer_that_nobody_waits_for_ends_it(bare: tuple[DirectConnection, socket]) -> None:
     direct, theirs = bare
     theirs.sendall(encode_frame(Kind.REPLY, 1, encode_message(ASK)))
@@ -235,3 +326,55 @@ def test_there_is_none_where_there_is_no_server(make_network: MakeNetwork, run: 
         taken.bind(("127.0.0.1", 0))
         with pytest.raises((Unavailable, OSError)):
             run(make_network().open_direct(f"127.0.0.1:{taken.getsockname()[1]}"))
+
+
+class Hasty:
+    """Stands before a server, and says `more` right behind its welcome. One connection."""
+
+    def __init__(self, address: str, more: bytes) -> None:
+        self._listening = socket()
+        self._listening.bind(("127.0.0.1", 0))
+        self._listening.listen()
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self._to, self._more = address.rsplit(":", 1), more
+
+    def serve(self) -> bytes:
+        """What the client says once it was let in, to the end of its connection."""
+        with self._listening, self._listening.accept()[0] as client, create_connection(self._to) as server:
+            client.settimeout(SECONDS_MAX)
+            server.sendall(client.recv(1 << 16))
+            client.sendall(server.recv(1 << 16) + self._more)
+            said = b""
+            while more := client.recv(1 << 16):
+                said += more
+            return said
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [(encode_frame(Kind.PING, 0)[:10], ProtocolError), (encode_frame(Kind.GOODBYE, 0), Unreachable)],
+    ids=["the begin of a frame", "goodbye"],
+)
+def test_none_is_made_where_more_came_than_a_welcome(
+    make_network: MakeNetwork, run: Run, more: bytes, error: type[Exception]
+) -> None:
+    config = TcpConfig(shares_memory=False)
+    hasty = Hasty(run(make_network(config).serve("127.0.0.1:0", Echo())).address, more)
+    with ThreadPoolExecutor() as threads:
+        served = threads.submit(hasty.serve)
+        with pytest.raises(error) as raised:
+            run(make_network(config).open_direct(hasty.address))
+        assert served.result(SECONDS_MAX) == b""  # The socket is closed, though what was raised knows it yet.
+    assert raised.value is not None
+
+
+def test_one_that_fails_does_not_end_the_watch_of_the_others(
+    make_network: MakeNetwork, run: Run, monkeypatch: pytest.MonkeyPatch, runtime: AsyncioRuntime
+) -> None:
+    address = run(make_network(HASTY).serve("127.0.0.1:0", Echo())).address
+    network = make_network(HASTY)
+    bad, good = run(network.open_direct(address)), run(network.open_direct(address))
+    monkeypatch.setattr(bad, "keep_alive", lambda: 1 / 0)
+    run(runtime.sleep(3 * HASTY.dead_s))
+    assert ask(good) == ASK
+    assert bad.is_closed

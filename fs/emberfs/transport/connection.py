@@ -151,16 +151,20 @@ class TcpConnection:
             return None
 
     async def open_direct(self) -> socket.socket | None:
-        """The socket of a further connection, for a `DirectConnection`; None: not with TLS. In the loop's thread.
+        """The socket of a further connection, for a `DirectConnection`. In the loop's thread.
 
+        None: not with TLS, where no two threads may read and write at the same time.
         Raises EmberError, OSError (as TimeoutError), where there is none to be had.
         """
         async with asyncio.timeout(self._config.connect_timeout_s):
             link = await self._let_in()
-        if link.wire.is_encrypted:
-            link.wire.lose(ConnectionError("nobody may read and write TLS at the same time"))
-            return None
-        return link.wire.detach()
+        wire = link.wire
+        try:
+            if link.is_draining or wire.is_closed:
+                raise Unreachable(f"{self._address} takes no more calls")
+            return None if wire.is_encrypted else wire.detach()
+        finally:
+            wire.lose(ConnectionError("there is no direct connection"))  # Nothing happens to one that was detached.
 
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""

@@ -8,6 +8,8 @@ Invariants:
   - It is one thread's at a time, from `try_begin` to `end`; another one finds it busy, and goes another way.
   - Whatever goes wrong ends it: an answer that was not waited for is never taken for that to another request.
   - Signs of life go out from the loop's thread, during a call too, and never in the middle of a frame.
+  - A call has its time, and what is left of a tick of the network's watch: a signal gives a system call its time anew,
+    and so does each piece of a request that leaves. Whoever is late is ended from the loop's thread.
   - The socket is closed by whoever uses it last, so that nobody meets another one under its number.
 
 Does not know: how to connect (`connection`); TLS.
@@ -16,6 +18,7 @@ Does not know: how to connect (`connection`); TLS.
 from __future__ import annotations
 
 import contextlib
+import math
 import struct
 import threading
 from collections.abc import Iterable
@@ -40,8 +43,8 @@ class DirectConnection:
     """See the module. Made by `TcpNetwork.open_direct`."""
 
     def __init__(self, sock: socket, *, address: str, dead_s: float) -> None:
-        """Takes `sock`, on which the server has let us in and nothing else was said. `address`: for those who look for
-        one. A server that is silent for `dead_s` is dead."""
+        """Takes `sock`, on which the server has let us in and nothing else was said. `address`: for errors. A server
+        that is silent for `dead_s` is dead."""
         self.address = address
         self.is_closed = False
         """It takes no more calls."""
@@ -51,11 +54,13 @@ class DirectConnection:
         """Of a system call, as the socket was told."""
         self._poll = poll()
         self._poll.register(sock, POLLIN)
-        self._using, self._sending = threading.Lock(), threading.Lock()
+        self._using, self._sending, self._ending = threading.Lock(), threading.Lock(), threading.Lock()
         self._answers = _Answers()
         self._reader = FrameReader(self._answers)
         self._reader.header_bytes_max = HEADER_BYTES_MAX
         self._count = 0
+        self._ends_s = math.inf
+        """The time of the call that is under way."""
         self._used_s = monotonic()
 
     def try_begin(self) -> bool:
@@ -67,15 +72,19 @@ class DirectConnection:
                 self._receive()
         except (OSError, ProtocolError):
             self._fail()
-        if self._answers.is_draining:
+        except BaseException:
             self._fail()
-        if self.is_closed:
+            self.end()
+            raise
+        if self.is_closed or self._answers.is_draining:
             self.end()
             return False
         return True
 
     def end(self) -> None:
         """Others may have it."""
+        if self._answers.is_draining:
+            self._fail()
         self._using.release()
         self._let_go()
 
@@ -91,27 +100,30 @@ class DirectConnection:
             raise LimitExceeded(f"a message of {len(body)} bytes is over the limit of {HEADER_BYTES_MAX}")
         ends_s = monotonic() + timeout_s
         self._count += 1
+        self._ends_s = ends_s
         try:
             self._wait_at_most(timeout_s)
             with self._sending:
                 self._sock.sendall(encode_frame(Kind.REQUEST, self._count, body))
             outcome = self._answer(self._count, ends_s)
-        except BlockingIOError as error:
-            self._fail()
-            kind = Unanswered if monotonic() >= ends_s else Unreachable
-            raise kind(f"{self.address} did not answer in time") from error
         except OSError as error:
             self._fail()
+            if monotonic() >= ends_s:
+                raise Unanswered(f"{self.address} did not answer in time") from error
+            if isinstance(error, BlockingIOError):
+                raise Unreachable(f"{self.address} was silent for {self._dead_s:g} s") from error
             raise Unreachable(f"the connection to {self.address} was lost ({error})") from error
         except BaseException:
             self._fail()
             raise
+        finally:
+            self._ends_s = math.inf
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     def keep_alive(self) -> None:
-        """Take what came while nobody asked, and say that we live, or end it if nobody asks any more.
+        """Take what came while nobody asked, and say that we live; end it if nobody asks any more, or a call is late.
 
         In the loop's thread, as often as a sign of life is due.
         """
@@ -119,17 +131,22 @@ class DirectConnection:
             if monotonic() - self._used_s > IDLE_S:
                 self._fail()
             self.end()
-        if self.is_closed or not self._sending.acquire(blocking=False):
-            return  # It is over, or says something just now.
-        try:
-            if self._sock.send(_PING, MSG_DONTWAIT) < len(_PING):
-                self._fail()
-        except BlockingIOError:
-            pass  # There is enough that the server has not read yet.
-        except OSError:
+        if monotonic() > self._ends_s:
             self._fail()
-        finally:
-            self._sending.release()
+        if not self.is_closed and self._sending.acquire(blocking=False):  # Else it says something just now.
+            try:
+                self._ping()
+            finally:
+                self._sending.release()
+        self._let_go()
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no more calls, and end it when the one that is under way has ended, or after `timeout_s`."""
+        self._answers.is_draining = True
+        if self._using.acquire(timeout=timeout_s):
+            self.end()
+        else:
+            self.close()
 
     def close(self) -> None:
         """End it; who waits for an answer does so no longer. From any thread."""
@@ -164,15 +181,24 @@ class DirectConnection:
             self._sock.setsockopt(SOL_SOCKET, SO_RCVTIMEO, time)
             self._sock.setsockopt(SOL_SOCKET, SO_SNDTIMEO, time)
 
+    def _ping(self) -> None:
+        try:
+            if self._sock.send(_PING, MSG_DONTWAIT) < len(_PING):
+                self._fail()
+        except BlockingIOError:
+            pass  # There is enough that the server has not read yet.
+        except OSError:
+            self._fail()
+
     def _fail(self) -> None:
         self.is_closed = True
-        with contextlib.suppress(OSError):
+        with self._ending, contextlib.suppress(OSError):
             self._sock.shutdown(SHUT_RDWR)
 
     def _let_go(self) -> None:
         """Of the socket, if it is over and nobody uses it: else whoever does comes here next."""
         if self.is_closed and self._using.acquire(blocking=False):
-            with self._sending:  # Nobody is about to send a sign of life.
+            with self._sending, self._ending:  # Nobody is about to send a sign of life, or to shut it down.
                 self._sock.close()
             self._using.release()
 
@@ -185,7 +211,7 @@ class _Answers:
         """Of the call that waits; 0: none does."""
         self.outcome: Message | Exception | None = None
         self.is_draining = False
-        """The server takes no more calls."""
+        """There are no more calls: the server takes none, or this side makes none."""
 
     def begin(self, frame: Frame) -> Iterable[memoryview]:
         kind = frame.kind

@@ -10,6 +10,7 @@ Does not know: what is said.
 from __future__ import annotations
 
 import asyncio
+import logging
 from socket import socket
 
 from ..errors import StoreClosed, Unreachable
@@ -33,6 +34,8 @@ TICKS_PER_PING = 4
 """Silence is looked for this much more often than signs of life are sent."""
 
 _PING = encode_frame(Kind.PING, 0)
+
+log = logging.getLogger("emberline.transport")
 
 
 class TcpNetwork:
@@ -184,7 +187,11 @@ class TcpNetwork:
 
     def _keep_directs(self) -> None:
         for direct in self._directs:
-            direct.keep_alive()
+            try:
+                direct.keep_alive()
+            except Exception:  # The others, and all wires, are watched on.
+                log.exception("a direct connection to %s is given up", direct.address)
+                direct.close()
         self._directs = [direct for direct in self._directs if not direct.is_closed]
 
 
