@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -316,6 +317,7 @@ def test_signals_do_not_prolong_a_call_of_a_service_that_stands_still(serve: Ser
         ask_until(cache, lambda: has_direct(cache))
         before = signal.signal(signal.SIGALRM, interrupt)
         server.process.send_signal(signal.SIGSTOP)
+        os.waitpid(server.process.pid, os.WUNTRACED)  # Until then it may answer.
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
             with pytest.raises(DeadlineExceeded):
