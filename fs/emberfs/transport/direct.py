@@ -8,8 +8,8 @@ Invariants:
   - It is one thread's at a time, from `try_begin` to `end`; another one finds it busy, and goes another way.
   - Whatever goes wrong ends it: an answer that was not waited for is never taken for that to another request.
   - Signs of life go out from the loop's thread, during a call too, and never in the middle of a frame.
-  - A call has its time, and what is left of a tick of the network's watch: a signal gives a system call its time anew,
-    and so does each piece of a request that leaves. Whoever is late is ended from the loop's thread.
+  - A call takes `ping_s` longer than its time at most. A signal gives a system call its time anew, and so does each
+    piece of a request that leaves: what is late is ended from the loop's thread.
   - The socket is closed by whoever uses it last, so that nobody meets another one under its number.
 
 Does not know: how to connect (`connection`); TLS.
