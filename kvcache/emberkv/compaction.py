@@ -25,7 +25,7 @@ from .journal import Moved, Unplaced
 from .leases import Leases
 from .page import HEADER_BYTES, PLACE, Header, Place, decode_header, encode_header
 from .segments import SECTOR_BYTES, Segment
-from .survey import bytes_by_segment, oldest_stamps
+from .survey import bytes_by_segment, oldest_stamps, pinned, segments_of
 from .table import PageTable
 from .wal import Wal
 
@@ -61,18 +61,26 @@ class Compaction:
         self._cold_s = 0.0
         """What was used before that is evicted."""
         self._kept: set[int] = set()
-        """Slots that leases kept when victims were chosen: those they hold, and all above."""
+        """Slots that were held or pinned when victims were chosen, and all above."""
 
-    async def compact_one(self, moved_bytes_max: int = SEGMENT_BYTES_MAX) -> bool:
+    @property
+    def room_bytes(self) -> int:
+        """So much can be moved."""
+        segments = self._segments
+        last, size_bytes = segments.of_writer(COMPACTION), segments.size_for(0)
+        has_more = segments.promised_bytes + size_bytes <= self._space.config.capacity_bytes
+        return (last.room if last is not None else 0) + (size_bytes if has_more else 0)
+
+    async def compact_one(self, moved_bytes_max: int = SEGMENT_BYTES_MAX, *, goes_now: bool = False) -> bool:
         """Give back a segment in which little is left that will be asked for again, of those of which no more than so
-        much has to be moved. False: there is none."""
-        table, victim = self._table, self._next_victim(moved_bytes_max)
+        much has to be moved. `goes_now`: and whose file neither lease nor grant keeps. False: there is none."""
+        table, victim = self._table, self._next_victim(moved_bytes_max, goes_now=goes_now)
         if victim is None:
             return False
         self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < self._cold_s])
         return await self.compact(victim)
 
-    def _next_victim(self, moved_bytes_max: int) -> Segment | None:
+    def _next_victim(self, moved_bytes_max: int, *, goes_now: bool) -> Segment | None:
         self._table.spread_stamps()  # What hangs on a page that is cold is not warm: it was not used since, either.
         is_ranked = False
         while True:
@@ -84,35 +92,43 @@ class Compaction:
                         return victim
             if is_ranked:
                 return None
-            self._rank(moved_bytes_max)
+            self._rank(moved_bytes_max, goes_now=goes_now)
             is_ranked = True
 
-    def _rank(self, moved_bytes_max: int) -> None:
+    def _rank(self, moved_bytes_max: int, *, goes_now: bool = False) -> None:
         """Choose the next victims, by a look at all pages."""
         table, now_s = self._table, self._space.stamp_s()
         is_full = table.live_bytes > NEARLY_FULL * self._space.live_bytes_max(0)
         self._cold_s = oldest_stamps(table, self._space.config.cold_share) if is_full else 0.0
-        self._kept = table.above(self._leases.slots())
+        self._kept = table.above(self._leases.slots() | pinned(table, now_s))
         warm_bytes = bytes_by_segment(table, self._cold_s, now_s, self._kept)
+        reached = self._reached()  # Their files stay for a while: rather others.
         found = []
         for each in self._segments.sealed():
             size = warm_bytes.get(each.id, 0)
-            if size <= moved_bytes_max and self._is_worth_it(each, size):
-                found.append((size / each.end, each.id))
+            if size <= moved_bytes_max and not (goes_now and each.id in reached) and self._is_worth_it(each, size):
+                found.append((size / each.end + (each.id in reached), each.id))
         self._victims = [victim for _, victim in sorted(found)[:RANKED][::-1]]
 
-    async def thin_one(self, moved_bytes_max: int) -> bool:
+    async def thin_one(self, moved_bytes_max: int, *, goes_now: bool = False) -> bool:
         """Give back a segment of which too much is alive: leaves in it go, coldest first, until the rest may be moved.
-        Of those that lose least. False: there is none that has enough of what is dead, or of what nobody keeps."""
+        Of those that lose least; `goes_now` as above. False: there is none that has enough of what is dead, or of what
+        nobody keeps."""
         table = self._table
         table.spread_stamps()
+        reached = self._reached()
         wasted = [
             each
             for each in self._segments.sealed()
-            if each.live_bytes < (1 - GAIN_MIN) * each.end
+            if not (goes_now and each.id in reached)
+            and each.live_bytes < (1 - GAIN_MIN) * each.end
             and self._is_worth_it(each, min(each.live_bytes, moved_bytes_max))
         ]
-        for victim in heapq.nsmallest(THINNED, wasted, key=lambda each: (each.live_bytes - moved_bytes_max) / each.end):
+
+        def loss(each: Segment) -> tuple[bool, float]:
+            return each.id in reached, (each.live_bytes - moved_bytes_max) / each.end
+
+        for victim in heapq.nsmallest(THINNED, wasted, key=loss):
             leaves = [self._leaf(slot) for slot in {slot for slot, _ in table.in_segment(victim.id)}]
             heapq.heapify(leaves)
             for count in itertools.count(1):
@@ -127,6 +143,18 @@ class Compaction:
             if victim.live_bytes <= moved_bytes_max:
                 return await self.compact(victim)
         return False
+
+    def _reached(self) -> set[int]:
+        """Segments whose files stay for leases or grants, whatever is moved."""
+        now_s = self._space.stamp_s()
+        granted = {each.id for each in self._segments if each.granted_until_s > now_s}
+        return granted | segments_of(self._table, self._table.above(self._leases.slots()))
+
+    @property
+    def may_gain(self) -> bool:
+        """There is a segment whose file goes once its pages went."""
+        now_s = self._space.stamp_s()
+        return any(each.granted_until_s <= now_s for each in self._segments.sealed())
 
     def _leaf(self, slot: int) -> _Leaf:
         return _Leaf(self._table.used_s[slot], slot, self._table.keys[slot])

@@ -53,7 +53,10 @@ class Leases:
         """One of those has not ended, or one that was taken behind the lease `after` and not behind `up_to`."""
         if any(lease in self._held for lease in leases):
             return True
-        return up_to > after and any(after < lease <= up_to for lease in self._held)
+        for lease in self._held if up_to > after else ():  # In the order of their numbers.
+            if lease > after:
+                return lease <= up_to
+        return False
 
     def of_slots(self, slots: Set[int], *, after: int) -> set[int]:
         """Those that hold one of `slots`, and were taken behind the lease `after`."""

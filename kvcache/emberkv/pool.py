@@ -31,7 +31,8 @@ from .page import NO_PLACE, PLACE, Place
 from .puts import Puts
 from .recovery import IndexReader
 from .segments import segment_bytes_for
-from .space import Space, SpaceConfig, find_strangers
+from .space import Space, SpaceConfig
+from .strangers import find_strangers
 from .wal import Wal
 
 log = logging.getLogger("emberline.kv")
@@ -96,7 +97,7 @@ class Pool:
                 try:
                     there = await reader.read(ownership.epoch)
                     index = await _nothing(files, directory, make) if there is None else there
-                    strangers = await find_strangers(files, f"{directory}/segments", index)
+                    strangers = await find_strangers(files, f"{directory}/segments", index, is_opening=True)
                 except Exception:
                     await ownership.check()  # What somebody does who has taken over meanwhile is no loss.
                     raise
@@ -356,7 +357,7 @@ class Pool:
         await self.space.evict_above_limit(count_max - self.space.expire(count_max))
         while self._wal.failure is None:  # Else nothing that goes would be known to have gone.
             async with self._making_room:  # For one file: a put that needs a segment has its turn before the next.
-                if await self.space.remove_stranger(self.ownership.check):
+                if await self.space.strangers.remove_one(self.ownership.check):
                     continue
                 if not await self.space.collect(files_max=1) and not await self.space.shrink():
                     return

@@ -57,6 +57,10 @@ class Pools:
         self._is_told = True
         """What the store has left was told when it was asked."""
         self._looking: asyncio.Task[None] | None = None
+        self._looks: set[asyncio.Task[None]] = set()
+        """Those of namespaces that are opened."""
+        self._asked = self._told = 0
+        """How often the store was asked, and by which question is known what is known."""
         self._is_closing = False
 
     @property
@@ -112,7 +116,7 @@ class Pools:
     async def close(self) -> None:
         """Let every namespace go."""
         self._is_closing = True
-        ending = [*self._opening.values(), *([self._looking] if self._looking else [])]
+        ending = [*self._opening.values(), *self._looks, *([self._looking] if self._looking else [])]
         for task in ending:
             task.cancel()
         if ending:
@@ -139,6 +143,8 @@ class Pools:
                 self._looking = self._runtime.spawn(self._keep_looking(), "kv-room")
             # Before its first put, unless the store takes its time.
             looking = self._runtime.spawn(self._look(), "kv-look")
+            self._looks.add(looking)
+            looking.add_done_callback(self._looks.discard)
             await pause(self._runtime, LOOK_S, looking)
             return pool
         except Exception as error:
@@ -159,6 +165,7 @@ class Pools:
 
     async def _look(self) -> None:
         """How much more the store takes: each namespace may have a share of it."""
+        self._asked = number = self._asked + 1
         try:
             free_bytes, used_bytes = map(int, await self._files.space())
         except Exception as error:  # What was known goes on to count.
@@ -167,6 +174,9 @@ class Pools:
             self._is_told = False
             return
         self._is_told = True
+        if number < self._told:
+            return
+        self._told = number
         served = {name: pool for name, pool in self._open.items() if not pool.is_lost}
         held = {name: pool.space.held_bytes for name, pool in served.items()}
         limits = self._room.share(free_bytes, used_bytes, held)

@@ -109,16 +109,17 @@ class Segments:
         return iter(self.by_id.values())
 
     def leaving_bytes(self, since_s: float) -> int:
-        """What retired ones still take for leases on what left them since then."""
+        """What retired ones take for leases on what left them since then."""
         return sum(each.end for each in self._retired.values() if each.left_s >= since_s)
 
     def granted_bytes(self, now_s: float) -> int:
-        """What retired ones still take for grants to write to them."""
+        """What retired ones take for grants to write to them."""
         return sum(each.end for each in self._retired.values() if each.granted_until_s > now_s)
 
-    def doubled_bytes(self, since_s: float) -> int:
-        """What of that was moved, and is there twice."""
-        return sum(each.moved_bytes for each in self._retired.values() if each.left_s >= since_s)
+    def waiting(self, since_s: float, now_s: float) -> list[Segment]:
+        """Retired ones that wait for such leases, or for grants."""
+        retired = self._retired.values()
+        return [each for each in retired if each.left_s >= since_s or each.granted_until_s > now_s]
 
     @property
     def going_bytes(self) -> int:

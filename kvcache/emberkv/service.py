@@ -231,7 +231,9 @@ class KvService:
         ends = pool.space.note_granted(segments)
         directory, tenant = f"{pool.directory}/segments", pool.index.tenants[seat.tenant]
         try:
-            return await signer.to_write(directory, ends, tenant=tenant, reservation=number)
+            grant = await signer.to_write(directory, ends, tenant=tenant, reservation=number)
+            pool.space.note_granted(segments)  # It may have taken a while.
+            return grant
         except BaseException:
             pool.give_up(number, seat.number)
             raise

@@ -22,7 +22,7 @@ from .index import Index
 from .journal import FORMAT, encode_frame, frames
 from .keys import KEY_BYTES
 from .page import HEADER_BYTES
-from .segments import State
+from .segments import Segment, State
 from .table import FREE, ORPHAN, PLACES
 
 _BLOCK_BYTES = 64 << 20
@@ -69,7 +69,7 @@ def image_of(index: Index) -> Image:
         tenants=list(index.tenants),
         quotas=list(index.quotas),
         trailing=list(table.trailing),
-        segments=[(each.id, each.size_bytes, int(each.state), each.end) for each in index.segments],
+        segments=[_segment(each) for each in index.segments],
         next_segment=index.segments.next_id,
         orphans=[(slot, key) for key, waiting in table.waiting() for slot in waiting],
         ttl_s=index.ttl_s,
@@ -103,6 +103,14 @@ def encode_image(image: Image) -> bytes:
 
 def _begins(column: bytes) -> Sequence[int]:
     return range(0, max(len(column), 1), _BLOCK_BYTES)
+
+
+def _segment(segment: Segment) -> tuple[int, int, int, int]:
+    """One whose end nobody knows is as it was found."""
+    state, end = segment.state, segment.end
+    if segment.unknown_bytes and state is State.SEALED:
+        state, end = State.OPEN, end - segment.unknown_bytes
+    return segment.id, segment.size_bytes, int(state), end
 
 
 def decode_snapshot(data: bytes, *, segment_bytes: int) -> Index:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -38,11 +37,11 @@ from emberfs.runtime import Runtime
 from .compaction import COMPACTION, Compaction
 from .counts import Departed
 from .files import Files
-from .index import Index
 from .journal import Evicted, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
 from .leases import Leases
 from .segments import SECTOR_BYTES, Segment
-from .survey import hollow
+from .strangers import STUCK_S, Strangers
+from .survey import hollow, newest_by_segment
 from .table import FREE
 from .wal import Wal
 
@@ -61,9 +60,7 @@ CUT_PAGES = 1000
 NOBODY = -1
 """The writer of a segment that was dead from the beginning."""
 GRANTED_SHARE = 0.25
-"""Of the limit, that files may take which only wait for grants: more are not made to wait."""
-_NAME = re.compile("[0-9a-f]{8}")
-"""Of a segment's file. What else lies there is not ours."""
+"""Of the limit, that files may take which wait for grants, or to be removed: more are not made to wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +128,6 @@ class Space:
         strangers: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.config = config
-        self._strangers = list(strangers)
         self.counts = SpaceCounts()
         self.departed = Departed()
         self.pending_bytes: Counter[int] = Counter()
@@ -144,8 +140,8 @@ class Space:
         self._spare: _Spare | None = None
         self._making: dict[int, asyncio.Task[bool]] = {}
         """Number -> the file that is being made. It is not removed before, or it would come afterwards."""
-        self._stuck: set[int] = set()
-        """Segments whose files could not be removed."""
+        self._stuck: dict[int, float] = {}
+        """Segments whose files could not be removed, and when they are tried again."""
         self._next_patient_s = 0.0
         """When those are looked at again."""
         self._promised_bytes = 0
@@ -158,11 +154,15 @@ class Space:
         self.compaction = Compaction(self, files, wal, leases)
         self._clock_offset_s = runtime.wall_ns() / 1e9 - runtime.now_s()
         self._began_s = self.stamp_s()
-        self._strangers_until_s = self._began_s + config.granted_s
-        """Then they may go."""
+        self.strangers = Strangers(
+            files, directory, wal.index, strangers, stay_s=config.granted_s, stamp_s=self.stamp_s
+        )
         if config.granted_s:
+            newest = newest_by_segment(wal.index.table)
             for segment in wal.index.segments:
-                segment.granted_until_s = self._strangers_until_s
+                # Of one that nothing was put into for longer no grant is left.
+                if segment.is_retired or newest.get(segment.id, self._began_s) > self._began_s - config.granted_s:
+                    segment.granted_until_s = self._began_s + config.granted_s
 
     def stamp_s(self) -> float:
         """Now, for stamps that outlive the process: wall clock at the start, and from there on monotonic."""
@@ -420,9 +420,10 @@ class Space:
     def note_granted(self, numbers: Iterable[int]) -> dict[int, int]:
         """A grant to write is given for segments: where what was handed out of each ends, with its last sector."""
         segments, until_s = self._index.segments.by_id, self.stamp_s() + self.config.granted_s
-        for number in numbers:
-            segments[number].granted_until_s = until_s
-        return {number: segments[number].end + -segments[number].end % SECTOR_BYTES for number in numbers}
+        there = [segments[number] for number in numbers if number in segments]
+        for segment in there:
+            segment.granted_until_s = until_s
+        return {segment.id: segment.end + -segment.end % SECTOR_BYTES for segment in there}
 
     async def add_segment(self, writer: int, size_bytes: int) -> Segment:
         """An open segment, whether or not there is room for it."""
@@ -460,7 +461,7 @@ class Space:
         segments = self._index.segments
         await self._runtime.sleep(0)
         now_s = self.stamp_s()
-        leaving_bytes = segments.leaving_bytes(now_s - LEAVES_S) + segments.granted_bytes(now_s)
+        leaving_bytes = sum(each.end for each in segments.waiting(now_s - LEAVES_S, now_s))
         if segments.promised_bytes - leaving_bytes <= self.limit_bytes:
             return False
         idle = segments.idle()
@@ -471,19 +472,28 @@ class Space:
         return idle is not None
 
     def _has_room_coming(self, size_bytes: int) -> bool:
-        """So much comes by itself: from leases, for which to move more pages would take room and give none; or from
-        grants, and it is a good part of all there is."""
+        """So much comes by itself: from leases, for which to move more pages would take room and give none; or it is a
+        good part of all there is that waits for grants, or for its files to be removed."""
         segments, now_s = self._index.segments, self.stamp_s()
         granted_bytes_max = max(size_bytes, int(self.limit_bytes * GRANTED_SHARE))
         return (
-            segments.leaving_bytes(now_s - LEAVES_S) >= size_bytes or segments.granted_bytes(now_s) >= granted_bytes_max
+            segments.leaving_bytes(now_s - LEAVES_S) >= size_bytes
+            or segments.granted_bytes(now_s) >= granted_bytes_max
+            or sum(segments.by_id[each].end for each in self._stuck) >= granted_bytes_max
         )
 
     async def _compact_one(self) -> bool:
         if self.limit_bytes == self.config.capacity_bytes:
-            return await self.compaction.compact_one() or await self._evict_a_segments_worth()
+            movable_bytes = self.compaction.room_bytes
+            if await self.compaction.compact_one(movable_bytes, goes_now=True):
+                return True
+            is_tight = movable_bytes < self._index.segments.size_for(0)
+            if is_tight and await self.compaction.thin_one(movable_bytes, goes_now=True):
+                return True
+            return self.compaction.may_gain and await self._evict_a_segments_worth()
         # What is moved is there twice, if leases reach it until they end, and the store has no room for much of that.
-        doubled_bytes = self._index.segments.doubled_bytes(self.stamp_s() - LEAVES_S)
+        now_s = self.stamp_s()
+        doubled_bytes = sum(each.moved_bytes for each in self._index.segments.waiting(now_s - LEAVES_S, now_s))
         movable_bytes = max(self._movable_bytes - doubled_bytes, 0)
         if await self.compaction.compact_one(movable_bytes):
             return True
@@ -524,7 +534,12 @@ class Space:
         if dead := segments.dead():
             self._wal.note(*(SegmentRetired(each.id) for each in dead))
         self._leases.expire(self._runtime.now_s())
-        gone = [each for each in segments.retired() if each.id not in self._making and not self.is_reached(each)]
+        now_s = self.stamp_s()
+        gone = [
+            each
+            for each in segments.retired()
+            if each.id not in self._making and self._stuck.get(each.id, now_s) <= now_s and not self.is_reached(each)
+        ]
         if gone:
             # Whoever retired them: only now it is known that it is durable, and that the namespace is still ours.
             await self._wal.flush()
@@ -534,12 +549,11 @@ class Space:
                 break
             try:
                 await self._files.remove(self.path(segment.id))
-            except (EmberError, OSError) as error:  # It is tried again, and the others go.
-                if segment.id not in self._stuck:
-                    log.warning("%s stays for now: %s", self.path(segment.id), error)
-                self._stuck.add(segment.id)
+            except (EmberError, OSError) as error:
+                log.warning("%s stays for now: %s", self.path(segment.id), error)
+                self._stuck[segment.id] = self.stamp_s() + STUCK_S
                 continue
-            self._stuck.discard(segment.id)
+            self._stuck.pop(segment.id, None)
             segments.drop(segment)
             self.counts.freed_bytes += segment.end
             self.counts.removed_segments += 1
@@ -556,30 +570,7 @@ class Space:
         return self._leases.are_held(segment.leases, after=segment.since_lease, up_to=up_to)
 
     async def look_for_strangers(self, check: Callable[[], Awaitable[None]]) -> None:
-        """Once more: an owner that was over and did not know it may have made files since. `check` raises if we are."""
+        """Once more. `check` raises if we are over."""
         await check()
         self.drop_spare()  # It would be one of them.
-        found = await find_strangers(self._files, self._directory, self._index)
-        # Had somebody taken over before we looked, files of theirs would be among them.
-        await check()
-        if new := [name for name in found if name not in self._strangers]:
-            self._strangers += new
-            self._strangers_until_s = self.stamp_s() + self.config.granted_s
-
-    async def remove_stranger(self, check: Callable[[], Awaitable[None]]) -> bool:
-        """Remove a file that the index did not name when it was looked at: an earlier owner's. False: there is none.
-        `check` raises if we are over: the next one may have given one of those names to a segment."""
-        if not self._strangers or self.stamp_s() < self._strangers_until_s:
-            return False
-        await check()
-        await self._files.remove(f"{self._directory}/{self._strangers[-1]}")
-        self._strangers.pop()
-        return True
-
-
-async def find_strangers(files: Files, directory: str, index: Index) -> list[str]:
-    """Files of segments that an index does not name; their numbers are not used again."""
-    names = [name for name in await files.names(directory) if _NAME.fullmatch(name)]
-    segments = index.segments
-    segments.next_id = max([segments.next_id, *(int(name, 16) + 1 for name in names)])
-    return [name for name in names if int(name, 16) not in segments.by_id]
+        await self.strangers.look(check)

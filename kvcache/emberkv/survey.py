@@ -38,3 +38,28 @@ def bytes_by_segment(table: PageTable, since_s: float, now_s: float, kept: Set[i
         sums = np.bincount(there["segment"], weights=sizes)
         found.update({int(segment): int(sums[segment]) for segment in np.flatnonzero(sums)})
     return found
+
+
+def newest_by_segment(table: PageTable) -> dict[int, float]:
+    """Of each segment with pages the newest stamp of one."""
+    found: dict[int, float] = {}
+    used_s = np.asarray(table.used_s)
+    for places in table.places:
+        segments = places["segment"][: len(used_s)]
+        newest = np.full(int(segments.max(initial=0)) + 1, -np.inf)
+        np.maximum.at(newest, segments, used_s)
+        for segment in np.flatnonzero(newest > -np.inf).tolist():
+            found[segment] = max(found.get(segment, -np.inf), float(newest[segment]))
+    found.pop(0, None)
+    return found
+
+
+def segments_of(table: PageTable, slots: Set[int]) -> set[int]:
+    """Those in which their pages lie."""
+    some = list(slots)
+    return {int(each) for places in table.places for each in np.unique(places["segment"][some])} if some else set()
+
+
+def pinned(table: PageTable, now_s: float) -> set[int]:
+    """Slots that are."""
+    return set(np.flatnonzero(np.asarray(table.pinned_s) > now_s).tolist())

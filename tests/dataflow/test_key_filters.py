@@ -434,3 +434,22 @@ def test_any_rows(
         expected = connection.sql(text).to_arrow_table()
         assert got.num_rows == expected.num_rows
         assert connection.sql("FROM got EXCEPT ALL FROM expected").fetchall() == []
+
+
+@pytest.mark.parametrize("kind", ["JOIN", "LEFT JOIN", "SEMI JOIN"])
+def test_keys_are_computed_of_rows_that_the_join_would_see(
+    session: emberflow.Session, tmp_path: Path, kind: str
+) -> None:
+    """Of others it may be an error: those that are no numbers are gone by then."""
+    with duckdb.connect() as connection:
+        texts = "CASE WHEN i % 2 = 1 THEN (i % 500)::VARCHAR ELSE 'x' || i END"
+        connection.execute(f"COPY (SELECT i id, {texts} t FROM range(4000) of(i)) TO '{tmp_path}/texts.parquet'")
+        connection.execute(f"COPY (SELECT i id FROM range(4000) of(i) WHERE i % 2 = 1) TO '{tmp_path}/good.parquet'")
+        connection.execute(f"COPY (SELECT i k, i % 7 g FROM range(500) of(i)) TO '{tmp_path}/few.parquet'")
+        text = (
+            f"SELECT count(*), max(s.k) FROM (SELECT * FROM '{tmp_path}/few.parquet' WHERE g = 3) s {kind} "
+            f"(SELECT a.id, a.t FROM '{tmp_path}/texts.parquet' a JOIN '{tmp_path}/good.parquet' USING (id)) b "
+            "ON CAST(b.t AS BIGINT) = s.k"
+        )
+        expected = connection.execute(text).fetchall()
+    assert [tuple(row.values()) for row in session.sql(text).to_arrow().to_pylist()] == expected

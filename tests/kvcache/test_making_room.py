@@ -13,11 +13,14 @@ import pytest
 from emberfs.errors import EmberError, Unavailable
 from emberfs.testing.sim.loop import SimRuntime
 from emberkv import compaction
+from emberkv.keys import ROOT
+from emberkv.page import HEADER_BYTES
 from emberkv.pool import Pool
 from emberkv.pools import LOOK_S
 from emberkv.puts import STORED
 from emberkv.room import AGAIN_LOOKS, GROWS_LOOKS, Room
 from emberkv.segments import SECTOR_BYTES
+from emberkv.strangers import STUCK_S
 
 from tests.kvcache.test_pool import MIB, PAGE, TENANT, Bench, chain, run
 from tests.kvcache.test_room import Lab
@@ -225,9 +228,9 @@ def test_a_file_that_cannot_be_removed_keeps_no_other(caplog: pytest.LogCaptureF
         assert pool.space.counts.removed_segments > 100
         assert [each.id for each in pool.index.segments.retired()] == [1]
         bench.files.remove = remove  # type: ignore[method-assign]
-        await pool.space.collect()
+        await runtime.sleep(STUCK_S + 2)
         assert not pool.index.segments.retired()
-        assert len([each for each in caplog.records if "00000001 stays for now" in each.message]) == 1
+        assert 0 < len([each for each in caplog.records if "00000001 stays for now" in each.message]) < 3
         await pool.close()
 
     run(work)
@@ -264,7 +267,10 @@ def test_what_an_owner_before_had_open_is_not_taken_for_full() -> None:
         again = await bench.open()
         assert before - 8 * SECTOR_BYTES <= again.space.held_bytes <= before < again.index.segments.disk_bytes / 2
         assert again.index.segments.promised_bytes == again.index.segments.disk_bytes
-        await again.close()
+        await again.close()  # With a snapshot.
+        third = await bench.open()
+        assert third.space.held_bytes == again.space.held_bytes
+        await third.close()
 
     run(work)
 
@@ -319,5 +325,150 @@ def test_a_file_stays_for_grants_to_write_and_room_is_waited_for() -> None:
         await runtime.sleep(20)
         assert not again.index.segments.retired()
         await again.close()
+
+    run(work)
+
+
+async def woven(bench: Bench, pool: Pool, chains: list[int], pages: int) -> random.Random:
+    """Chains whose pages lie among each other's, used in another order than that in which they were written."""
+    rolled = random.Random(1)
+    for at in range(pages):
+        for number in rolled.sample(chains, len(chains)):
+            keys = chain(number, pages)
+            await bench.put(pool, keys[at : at + 1], parent=keys[at - 1] if at else ROOT, durable=False)
+    for number in rolled.sample(chains, len(chains)):
+        await pool._runtime.sleep(0.01)
+        pool.match(TENANT, b"".join(chain(number, pages)), 0)
+    return rolled
+
+
+def test_what_is_above_a_pin_is_not_moved_round_and_round() -> None:
+    """It is cold, and it cannot go."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=16 * MIB)
+        pool = await bench.open()
+        total = int(0.93 * pool.space.live_bytes_max(PAGE) / (PAGE + HEADER_BYTES) / 20)
+        for number in range(total // 5):
+            await bench.put(pool, chain(number, 20), durable=False)
+        pool.pin(TENANT, [chain(number, 20)[-1] for number in range(total // 5)], 86_400.0)
+        await runtime.sleep(100)
+        await woven(bench, pool, list(range(total // 5, total)), 20)
+        before, states = pool.space.counts.moved_bytes, list[int]()
+        for number in range(total, total + 40):
+            putting = runtime.spawn(bench.put(pool, chain(number, 20), durable=False), "put")
+            while not putting.done():
+                await runtime.sleep(0.01)
+                assert pool.space.counts.moved_bytes - before < 64 * MIB
+            states += putting.result()
+        assert states.count(STORED) > 0.95 * len(states)
+        await pool.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize("leased", [10, 60])
+def test_long_leases_on_some_chains_leave_others_to_go(leased: int) -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=16 * MIB)
+        pool = await bench.open()
+        total = int(0.93 * pool.space.live_bytes_max(PAGE) / (PAGE + HEADER_BYTES) / 4)
+        rolled = await woven(bench, pool, list(range(total)), 4)
+        kept = rolled.sample(range(total), leased)
+        leases = [pool.match(TENANT, b"".join(chain(number, 4)), 600.0)[2] for number in kept]
+        states, names = list[int](), list(range(total))
+        for number in range(total, total + 800):
+            await runtime.sleep(0.5)
+            for lease in filter(None, leases if number % 200 == 0 else ()):
+                assert pool.leases.extend(lease, owner=TENANT, duration_s=600.0, now_s=runtime.now_s())
+            evicted = pool.space.counts.evicted_pages
+            states += await bench.put(pool, chain(number, 4), durable=False)
+            assert pool.space.counts.evicted_pages - evicted < 300, "at once"
+            names.append(number)
+            for _ in range(2):
+                pool.match(TENANT, b"".join(chain(rolled.choice(names[-total:]), 4)), 0)
+            assert pool.index.segments.promised_bytes <= 16 * MIB
+        late = states[len(states) // 2 :]
+        assert late.count(STORED) == len(late)
+        await pool.close()
+
+    run(work)
+
+
+def test_a_restart_with_grants_costs_no_pages() -> None:
+    """What was written long ago goes, as ever; the files of the last minute wait."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=16 * MIB)
+        bench.config = replace(bench.config, granted_s=60.0)
+        pool = await bench.open()
+        total = int(0.93 * pool.space.live_bytes_max(PAGE) / (PAGE + HEADER_BYTES) / 4)
+        await woven(bench, pool, list(range(total)), 4)
+        for number in range(total, total + 300):
+            await runtime.sleep(0.5)
+            await bench.put(pool, chain(number, 4), durable=False)
+            if (mine := pool.index.segments.of_writer(1)) is not None:
+                pool.space.note_granted([mine.id])
+        pages = pool.table.count
+        await pool.close()
+        again, states = await bench.open(), list[int]()
+        assert again.index.segments.promised_bytes <= 16 * MIB, "what had gone does not count"
+        for number in range(10**5, 10**5 + 80):
+            await runtime.sleep(0.5)
+            states += await bench.put(again, chain(number, 4), durable=False)
+        assert states.count(STORED) > 0.95 * len(states) and again.table.count > 0.75 * pages
+        await again.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize("left", [3, 6])
+def test_what_grants_keep_is_not_there_twice_on_a_store_that_fills(left: int) -> None:
+    async def work(runtime: SimRuntime) -> None:
+        lab = Lab(runtime, capacity_bytes=256 * MIB)
+        pool = await lab.serve()
+        object.__setattr__(pool.space.config, "granted_s", 60.0)
+        rolled = random.Random(3)
+        for number in range(1000):
+            await lab.put(pool, chain(number, 10), durable=False)
+        for number in rolled.sample(range(1000), 1000):
+            pool.match(TENANT, b"".join(chain(number, 10)), 0)
+        await pool.remove(TENANT, [chain(number, 10)[0] for number in rolled.sample(range(1000), 350)])
+        pool.space.note_granted([each.id for each in pool.index.segments])
+        lab.files.left_bytes -= await lab.left() - left * MIB
+        least = left * MIB
+        for _ in range(100):
+            await runtime.sleep(1.0)
+            least = min(least, await lab.left())
+        assert least > left * MIB / 3 and await lab.left() > 12 * MIB
+        await lab.pools.close()
+
+    run(work)
+
+
+def test_a_file_of_an_owner_before_that_cannot_be_removed_holds_up_nothing() -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=64 * MIB)
+        pool = await bench.open()
+        remove, stranger = bench.files.remove, f"{pool.directory}/segments/000f0001"
+
+        async def refuse(path: str) -> None:
+            if path == stranger:
+                raise Unavailable("its chain is away")
+            await remove(path)
+
+        bench.files.remove = refuse  # type: ignore[method-assign]
+        bench.files.files[stranger] = bytearray(5)
+        await pool.space.look_for_strangers(pool.ownership.check)
+        assert len(pool.space.strangers) == 1
+        await bench.put(pool, chain(1, 20))
+        await pool.remove(TENANT, chain(1, 20)[:1])
+        pool.space.end_segment(1)
+        await runtime.sleep(10)
+        assert not pool.index.segments.by_id
+        bench.files.remove = remove  # type: ignore[method-assign]
+        await runtime.sleep(STUCK_S + 2)
+        assert not len(pool.space.strangers) and stranger not in bench.files.files
+        await pool.close()
 
     run(work)

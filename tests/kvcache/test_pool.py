@@ -374,7 +374,7 @@ def test_compaction_under_leases_stays_within_the_capacity() -> None:
                 pool.match(TENANT, b"".join(chain(prompt, 5)), 600)
             assert pool.index.segments.promised_bytes <= bench.config.capacity_bytes
         assert pool.space.counts.moved_bytes > 0, "there was nothing to compact"
-        assert REFUSED in states, "space that leases hold back cannot be had"
+        assert states.count(STORED) > 0.95 * len(states), "what leases reach is left alone, and others go"
         await runtime.sleep(601)
         assert set(await bench.put(pool, chain(999, 5))) == {STORED}
 

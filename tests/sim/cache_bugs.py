@@ -23,6 +23,7 @@ from emberkv.pool import Pool
 from emberkv.pools import Pools
 from emberkv.puts import Puts
 from emberkv.space import Space
+from emberkv.strangers import Strangers
 from emberkv.wal import Wal
 
 Patch = AbstractContextManager[Any]
@@ -120,14 +121,14 @@ def _forgets_who_reads_where_a_page_was() -> Patch:
 
 
 def _hands_numbers_out_again() -> Patch:
-    async def find(files: Any, directory: str, index: Any) -> list[str]:
+    async def find(files: Any, directory: str, index: Any, *, is_opening: bool) -> list[str]:
         return [name for name in await files.names(directory) if int(name, 16) not in index.segments.by_id]
 
     return patch.object(pool_module, "find_strangers", find)
 
 
 def _leaves_files_of_the_one_before() -> Patch:
-    return patch.object(Space, "remove_stranger", _nothing)
+    return patch.object(Strangers, "remove_one", _nothing)
 
 
 def _looks_for_strangers_once() -> Patch:

@@ -186,7 +186,7 @@ class Ledger:
             "bytes of writers": puts._writers.total(),
             "bytes that were promised": pool.space.pending_bytes.total() + pool.space._promised_bytes,
             "bytes pending in segments": sum(each.pending_bytes for each in index.segments),
-            "strangers": len(pool.space._strangers),
+            "strangers": len(pool.space.strangers),
             "retired segments": sum(each.is_retired for each in index.segments),
             "files that no segment has": len(files - {f"{number:08x}" for number in named}),
             "segments without a file": len({f"{each.id:08x}" for each in index.segments} - files),

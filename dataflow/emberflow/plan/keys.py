@@ -1,13 +1,15 @@
 """Key filters: rows that a join will drop, for want of a match, are not sent to it.
 
 Of two sides that meet through exchanges, one may be few rows after its filters. The stages of the other one then wait
-for it, read its exchange whole and keep, by a semi join over the join's very conditions, what can match; so NULL, NaN,
+for it, read its exchange whole and keep, by a semi join over the join's own equalities, what can match; so NULL, NaN,
 collations and types are as in the join. What a side keeps without a match (outer joins, anti joins) is never filtered.
 
-A filter stands as far down as it can be: below the joins whose rows meet later, before the exchanges on the way. Joins
-take their turns from the top, since a side that was filtered from above can filter the other side of its own join.
+A filter stands as far down as it can be and still has much to leave out: below the joins whose rows meet later, before
+the exchanges on the way. One whose keys are computed stays where the join would compute them: other rows, which a join
+or filter on the way drops, may have no such key, and an error instead. Joins take their turns from the top, since a
+side that was filtered from above can filter the other side of its own join.
 
-All this is done by guesses: the keys' side is less than half as large as the other one, and filters leave only some
+All this is done by guesses: the keys' side is at most half as large as the other one, and filters leave only some
 of its rows, for else its keys are likely to be all that there are. Whether a task applies the filter is decided when
 sizes are known (`job/keys.py`); so nothing that others see, like the number of partitions, depends on it. A side that
 gives something else each time filters nothing: the steps of the other one could not be found again.
@@ -70,24 +72,26 @@ class _KeyFilters:
         equal = tuple(condition for condition in node.conditions if is_key(condition))
         if not node.keeps_right and _pays(left, right) and self._is_same(met.left):
             turned = tuple(Condition(c.right, c.left, c.comparison) for c in equal)
-            self._before(met.right, met.left, turned, left.rows)
+            self._before(met.right, met.left, turned, left)
         elif not node.keeps_left and _pays(right, left) and self._is_same(met.right):
-            self._before(met.left, met.right, equal, right.rows)
+            self._before(met.left, met.right, equal, right)
 
-    def _before(self, exchange: Exchange, keys: Exchange, conditions: tuple[Condition, ...], rows: int | None) -> None:
+    def _before(self, exchange: Exchange, keys: Exchange, conditions: tuple[Condition, ...], guess: Guess) -> None:
         """Has an exchange get only rows that match some of `keys` by the conditions, whose left sides are over the
         exchange's columns."""
         assert keys.columns is not None
         self._keys.add(keys.id)
+        are_columns = all(condition.left.position is not None for condition in conditions)
         for stage in exchange.producers:
-            below = _below(stage.pipe.tree, conditions)
+            below = _below(stage.pipe.tree, conditions) if are_columns else None
             if below is not None and self._is_open(stage.pipe.feeds.get(below[0])):
                 feed = stage.pipe.feeds[below[0]]
                 assert isinstance(feed, ExchangeFeed)
-                self._before(feed.exchange, keys, below[1], rows)
-                continue
+                if _is_large(Guesses().of_exchange(feed.exchange), guess):
+                    self._before(feed.exchange, keys, below[1], guess)
+                    continue
             id = self._new_feed()
-            tree = KeyFilter(stage.pipe.tree, Input(id, keys.columns), conditions, rows)
+            tree = KeyFilter(stage.pipe.tree, Input(id, keys.columns), conditions, guess.rows)
             read: Feed = ExchangeFeed(keys, "all")
             stage.pipe = stage.pipe.then(tree, feeds={**stage.pipe.feeds, id: read})
 
@@ -100,8 +104,10 @@ class _KeyFilters:
 
     def _is_open(self, feed: Feed | None) -> bool:
         """Whether rows may be left out ahead of what a feed reads: nobody else reads them, nor may see by which
-        partition they are in that some are missing."""
-        if not isinstance(feed, ExchangeFeed) or self._readers[feed.exchange.id] != 1 or feed.exchange.fixed:
+        partition they are in that some are missing; and they are not few rows for all."""
+        if not isinstance(feed, ExchangeFeed) or feed.by == "all":
+            return False
+        if self._readers[feed.exchange.id] != 1 or feed.exchange.fixed:
             return False
         makers = feed.exchange.producers
         return bool(makers) and all(isinstance(maker.partitioning, ByExpression | Whole) for maker in makers)
@@ -182,5 +188,8 @@ def _in_order(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _pays(keys: Guess, large: Guess) -> bool:
-    is_worth_it = large.size_bytes >= max(_LARGE_BYTES_MIN, keys.size_bytes / _KEYS_OF_LARGE)
-    return is_worth_it and keys.kept <= _REDUCED
+    return _is_large(large, keys) and keys.kept <= _REDUCED
+
+
+def _is_large(large: Guess, keys: Guess) -> bool:
+    return large.size_bytes >= max(_LARGE_BYTES_MIN, keys.size_bytes / _KEYS_OF_LARGE)
