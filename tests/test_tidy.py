@@ -68,6 +68,7 @@ REACHES_OUT = {
     "kvcache/emberkv/breaker.py": "is the face's: the caller's threads share it",
     "kvcache/emberkv/caller.py": "is the face's: the caller's threads share a connection",
     "kvcache/emberkv/client.py": "is a face: the caller's threads share a cache",
+    "kvcache/emberkv/direct_way.py": "is the face's: the caller's threads take turns with a connection",
     "kvcache/emberkv/prefetch.py": "is the face's: a thread of the caller's process reads while it goes on",
     "kvcache/emberkv/putting.py": "is the face's: the caller's threads put by turns",
     "kvcache/emberkv/server.py": "wires a server together: signals, runtime, network, store",

@@ -3,6 +3,9 @@
 A *seat* is what the service knows a client by. One that it has forgotten is asked for again; an address that does not
 answer has the next one's turn follow. A service that does not answer several times in a row is left alone for a while.
 
+After some requests to an address a *direct* connection goes there (`direct_way`), without an event loop; while another
+thread has it, or a request is large, requests go over the one that all threads share.
+
 Does not know: pages, or what is asked.
 """
 
@@ -15,12 +18,14 @@ from typing import Any
 
 from emberfs import StoreClosed
 from emberfs.errors import DeadlineExceeded, EmberError, Unavailable
-from emberfs.portal import Portal
+from emberfs.messages import Foreign, Message
+from emberfs.portal import Portal, hold_interrupts, release_interrupts
 from emberfs.runtime import AsyncioRuntime
 from emberfs.transport import TcpConfig, TcpNetwork
 
 from . import messages
 from .breaker import Breaker, BreakerConfig
+from .direct_way import DirectWay
 from .errors import BreakerOpen, SeatGone
 from .messages import A
 from .namespace import Namespace
@@ -30,6 +35,8 @@ CLOSE_S = 1.0
 """So long the service is given to hear that we end."""
 TURN_S = 2.0
 """Of several addresses one is given so long before the next has its turn."""
+DIRECT_BYTES_MAX = 64 << 10
+"""Of a request. More than a socket takes at once makes the sender wait for the service to read, piece by piece."""
 
 
 class Caller:
@@ -61,6 +68,7 @@ class Caller:
         self._opening = threading.Lock()
         """Of who asks for a seat."""
         self._seat: messages.Opened | None = None
+        self._ways = {each: DirectWay(each, self._network, self._portal, self.runtime) for each in self.addresses}
 
     def seated(self) -> messages.Opened:
         """Our seat, asked for if there is none."""
@@ -108,12 +116,14 @@ class Caller:
 
     def _call(self, ask: messages.Ask, answer: type[A]) -> A:
         ends_s = self.runtime.now_s() + self.timeout_s
+        request = messages.encode_ask(ask)
         error: EmberError | None = None
         while (left_s := ends_s - self.runtime.now_s()) > 0:
             address = self.addresses[0]
             try:
                 wait_s = left_s if len(self.addresses) == 1 else min(left_s, TURN_S)
-                return self._portal.run(messages.send(self._connection(address).call, ask, answer, timeout_s=wait_s))
+                reply = self._reply(address, request, wait_s)
+                return messages.decode_answer(reply, ask, answer)
             except Unavailable as refused:
                 error = refused
                 with self._lock:
@@ -121,6 +131,22 @@ class Caller:
                         self.addresses = [*self.addresses[1:], address]
                 self._portal.run(self.runtime.sleep(min(RETRY_S, left_s)))
         raise DeadlineExceeded(f"no answer within {self.timeout_s:g} s: {error}") from error
+
+    def _reply(self, address: str, request: Foreign, timeout_s: float) -> Message:
+        """By a direct connection if one is free, else by the connection that all threads share."""
+        connection = self._connection(address)
+        held = hold_interrupts()
+        try:
+            direct = self._ways[address].take() if len(request.body) <= DIRECT_BYTES_MAX else None
+            if direct is None:
+                return self._portal.run(connection.call(request, timeout_s=timeout_s))  # type: ignore[no-any-return]
+            try:
+                return direct.call(request, timeout_s=timeout_s)
+            finally:
+                direct.end()
+        finally:
+            if held is not None:
+                release_interrupts(held)
 
     def post(self, make: Callable[[int], messages.Ask], *, is_over: Callable[[], None]) -> None:
         """One request of our seat, of which nobody waits for the answer; then `is_over` is called."""
@@ -149,8 +175,11 @@ class Caller:
             self._portal.run(messages.send(call, ask, messages.Okay, timeout_s=CLOSE_S))
 
     def close(self) -> None:
-        """End the connections."""
+        """End the connections, once the calls that have begun have ended."""
         self._portal.drain()
+        ends_s = self.runtime.now_s() + self.timeout_s
+        for way in self._ways.values():
+            way.drain(max(ends_s - self.runtime.now_s(), 0.0))
         try:
             self._portal.run_last(self._network.close())
         finally:

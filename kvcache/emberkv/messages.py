@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 from emberfs.errors import ProtocolError
-from emberfs.messages import Foreign
+from emberfs.messages import Foreign, Message
 from emberfs.transport.types import RemoteCall
 
 from . import errors
@@ -327,7 +327,11 @@ def encode_error(error: KvError) -> Foreign:
 
 async def send(call: RemoteCall, ask: Ask, answer: type[A], *, timeout_s: float) -> A:
     """Ask, and return the answer. Raises what the service raised, ProtocolError, Unavailable."""
-    reply = await call(encode_ask(ask), timeout_s=timeout_s)
+    return decode_answer(await call(encode_ask(ask), timeout_s=timeout_s), ask, answer)
+
+
+def decode_answer(reply: Message, ask: Ask, answer: type[A]) -> A:
+    """The answer in a reply. Raises what the service raised, ProtocolError."""
     try:
         said = _answers.decode(reply.body) if isinstance(reply, Foreign) else None
     except (msgspec.MsgspecError, ValueError) as error:

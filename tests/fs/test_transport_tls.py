@@ -107,6 +107,16 @@ def test_a_certificate_of_the_cluster_lets_in(
     assert ask(run, make_network(TcpConfig(tls=client_files)), address) == Usage()
 
 
+def test_a_direct_connection_needs_a_way_without_tls(
+    address: str, client_files: TlsFiles, make_network: MakeNetwork, run: Run
+) -> None:
+    assert run(make_network(TcpConfig(tls=client_files, shares_memory=False)).open_direct(address)) is None
+    direct = run(make_network(TcpConfig(tls=client_files)).open_direct(address))  # Through the door.
+    assert direct.try_begin()
+    assert direct.call(Usage(), timeout_s=20.0) == Usage()
+    direct.end()
+
+
 def test_no_certificate(address: str, server_files: TlsFiles, make_network: MakeNetwork, run: Run) -> None:
     with pytest.raises(AccessDenied, match="certificate"):
         ask(run, make_network(TcpConfig(tls=TlsFiles(ca=server_files.ca))), address)

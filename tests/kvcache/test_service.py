@@ -149,15 +149,14 @@ def test_an_index_survives_the_service(serve: Serve, store: str) -> None:
         assert set(segments) - {"00000002", "00000004", "00000006"} == {"00000001", "00000003", "00000005"}
 
 
-def test_a_client_finds_a_service_that_came_back(serve: Serve) -> None:
-    first = serve()
-    cache = emberkv.connect(first.address, PLAIN, timeout_s=30)
+def test_a_client_finds_a_service_that_came_back(serve: Serve, tmp_path: Path) -> None:
+    first, address = serve(), f"unix:{tmp_path}/second"
+    cache = emberkv.connect(f"{first.address},{address}", PLAIN, timeout_s=30)
     with contextlib.closing(cache):
         keys = cache.keys(tokens(1, 3))
         cache.put(keys, [page(1)] * 3, durable="committed")
         first.end()
-        second = serve()
-        cache._caller.addresses = [first.address, second.address]
+        serve(listen=address)
         assert cache.match(keys).pages == 3
         assert cache.put(keys, [page(1)] * 3) == ["known"] * 3
 

@@ -150,6 +150,22 @@ class TcpConnection:
             log.debug("no lane to %s: %s", self._address, error)
             return None
 
+    async def open_direct(self) -> socket.socket | None:
+        """The socket of a further connection, for a `DirectConnection`. In the loop's thread.
+
+        None: not with TLS, where no two threads may read and write at the same time.
+        Raises EmberError, OSError (as TimeoutError), where there is none to be had.
+        """
+        async with asyncio.timeout(self._config.connect_timeout_s):
+            link = await self._let_in()
+        wire = link.wire
+        try:
+            if link.is_draining or wire.is_closed:
+                raise Unreachable(f"{self._address} takes no more calls")
+            return None if wire.is_encrypted else wire.detach()
+        finally:
+            wire.lose(ConnectionError("there is no direct connection"))  # Nothing happens to one that was detached.
+
     async def close(self) -> None:
         """End the connection; calls in the air raise. In the loop's thread."""
         self._is_closed = True
@@ -247,6 +263,14 @@ class TcpConnection:
             self._changed(self._link)  # It may be gone again.
 
     async def _open(self) -> Link:
+        """A connection that takes calls."""
+        link = await self._let_in()
+        if self._rails is not None and not link.is_local:
+            link.open_rail(self._rails)
+        self._watch(link.wire)
+        return link
+
+    async def _let_in(self) -> Link:
         """A connection that was let in: through the server's door, if that is on this host."""
         sock = await self._connected_socket()
         is_local = bool(self._address.path) and self._blocks is not None
@@ -261,10 +285,6 @@ class TcpConnection:
             else:
                 link.wire.lose(ConnectionError("goes on through the door"))
                 link = local
-                is_local = True
-        if self._rails is not None and not is_local:
-            link.open_rail(self._rails)
-        self._watch(link.wire)
         return link
 
     async def _greet(self, sock: socket.socket, blocks: Blocks | None, *, key: str = "") -> Link:

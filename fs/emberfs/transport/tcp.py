@@ -10,6 +10,7 @@ Does not know: what is said.
 from __future__ import annotations
 
 import asyncio
+import logging
 from socket import socket
 
 from ..errors import StoreClosed, Unreachable
@@ -18,6 +19,7 @@ from ..runtime import AsyncioRuntime
 from .address import parse_address
 from .config import TcpConfig
 from .connection import TcpConnection
+from .direct import DirectConnection
 from .frame import Kind, encode_frame
 from .grant_keys import GrantKeys
 from .listener import TcpListener
@@ -32,6 +34,8 @@ TICKS_PER_PING = 4
 """Silence is looked for this much more often than signs of life are sent."""
 
 _PING = encode_frame(Kind.PING, 0)
+
+log = logging.getLogger("emberline.transport")
 
 
 class TcpNetwork:
@@ -55,6 +59,7 @@ class TcpNetwork:
         self._config = config or TcpConfig()
         self._contexts = TlsContexts(self._config.tls) if self._config.tls is not None else None
         self._connections: dict[str, TcpConnection] = {}
+        self._directs: list[DirectConnection] = []
         self._listeners: list[TcpListener] = []
         self._adopt_lane = adopt_lane
         self._grant_keys = grant_keys
@@ -110,12 +115,30 @@ class TcpNetwork:
             raise Unreachable(f"there is no connection to {address}")
         return await connection.open_lane()
 
+    async def open_direct(self, address: str) -> DirectConnection | None:
+        """A further connection to a server, for a thread that waits itself; None: not with TLS.
+
+        Raises EmberError, OSError (as TimeoutError), where there is none to be had.
+        """
+        await self._runtime.enter_loop()
+        sock = await self.connection(address).open_direct()
+        if sock is None:
+            return None
+        direct = DirectConnection(sock, address=address, dead_s=self._config.dead_s)
+        self._directs.append(direct)
+        self._start_watching()
+        if self._is_closed:  # Meanwhile.
+            direct.close()
+        return direct
+
     async def close(self) -> None:
         """See `types.Network`."""
         await self._runtime.enter_loop()
         self._is_closed = True
         for connection in self._connections.values():
             await connection.close()
+        for direct in self._directs:
+            direct.close()
         for listener in self._listeners:
             await listener.close()
         for wire in list(self._wires):
@@ -133,6 +156,9 @@ class TcpNetwork:
 
     def _watch(self, wire: Wire) -> None:
         self._wires[wire] = _Still()
+        self._start_watching()
+
+    def _start_watching(self) -> None:
         if self._watching is None:
             self._watching = self._runtime.spawn(self._keep_watch(), "transport-watch")
 
@@ -143,6 +169,8 @@ class TcpNetwork:
         while True:
             await self._runtime.sleep(tick_s)
             tick += 1
+            if tick % TICKS_PER_PING == 0:
+                self._keep_directs()
             for wire, still in list(self._wires.items()):
                 if wire.is_closed:
                     del self._wires[wire]
@@ -156,6 +184,15 @@ class TcpNetwork:
                     wire.lose(ConnectionError(f"has not read for {config.stall_s} s"))
                 elif tick % TICKS_PER_PING == 0 and not wire.is_sending:
                     wire.send(Outgoing(_PING))
+
+    def _keep_directs(self) -> None:
+        for direct in self._directs:
+            try:
+                direct.keep_alive()
+            except Exception:  # The others, and all wires, are watched on.
+                log.exception("a direct connection to %s is given up", direct.address)
+                direct.close()
+        self._directs = [direct for direct in self._directs if not direct.is_closed]
 
 
 class _Still:

@@ -113,6 +113,11 @@ class Wire:
         """True while the kernel has not taken everything."""
         return bool(self._queue) or self._piece is not None
 
+    @property
+    def is_encrypted(self) -> bool:
+        """It goes over TLS."""
+        return self._tls is not None
+
     def is_open(self) -> bool:
         """True unless the other side has closed the connection, even if there is more to read from before that."""
         if self.is_closed:
@@ -174,7 +179,7 @@ class Wire:
             raise ProtocolError("more frames after the last one")
         self.is_closed = True
         self.reader.stop()
-        self._peer.lost(ConnectionError("goes on as a lane"))
+        self._peer.lost(ConnectionError("goes on as something else"))
         return self._sock
 
     def forget_after_fork(self) -> None:
