@@ -92,15 +92,14 @@ class Rendering:
         """The task's segments, in order."""
         pipe = self.stage.pipe
         segments = list(pipe.segments)
-        tree = with_cheap_keys(pipe, spec, self.outputs)
         if isinstance(self.stage.partitioning, ByExpression | ByRange):
-            with_partition = self._with_partition(tree)
+            with_partition = self._with_partition(with_cheap_keys(pipe, spec, self.outputs))
             if isinstance(segments[-1], SqlSegment):
                 segments[-1] = SqlSegment(with_partition)
             else:
                 segments.append(SqlSegment(with_partition))
         elif isinstance(segments[-1], SqlSegment):
-            segments[-1] = replace(segments[-1], tree=tree)
+            segments[-1] = replace(segments[-1], tree=with_cheap_keys(pipe, spec, self.outputs))
         runs: list[Run] = []
         for position, segment in enumerate(segments):
             is_last = position == len(segments) - 1
