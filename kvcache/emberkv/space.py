@@ -34,7 +34,7 @@ from emberfs import AlreadyExists
 from emberfs.errors import EmberError, LimitExceeded
 from emberfs.runtime import Runtime
 
-from .compaction import COMPACTION, Compaction
+from .compaction import COMPACTION, TURN_PAGES, Compaction
 from .counts import Departed
 from .files import Files
 from .journal import Evicted, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
@@ -49,8 +49,6 @@ log = logging.getLogger("emberline.kv")
 
 WORKING_SEGMENTS = 4
 """Room for so many is left beside what is alive: one is written to, one is compacted into, some are to go."""
-TURN_PAGES = 50
-"""After so many that are looked for in every tenant, others have their turn."""
 AT_ONCE_PAGES = 1000
 """So many are evicted for one page that is put: where a limit fell, the rest goes by and by."""
 LEAVES_S = 60.0
@@ -275,7 +273,7 @@ class Space:
             if table.live_bytes + self._promised_bytes <= self.live_bytes_max(0):
                 return
             if count % TURN_PAGES == 0:
-                await self._runtime.sleep(0)
+                await self.take_turns()
                 # What open ones have room for is given back by sealing them.
                 if segments.disk_bytes - segments.going_bytes <= self.limit_bytes:
                     return
@@ -510,7 +508,7 @@ class Space:
         while table.live_bytes > goal_bytes and self._evict_coldest(self.every_tenant):
             count += 1
             if count % TURN_PAGES == 0:
-                await self._runtime.sleep(0)
+                await self.take_turns()
         return count > 0
 
     async def _make_disk_room(self, size_bytes: int) -> bool:

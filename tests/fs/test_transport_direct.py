@@ -261,23 +261,15 @@ def test_an_answer_that_nobody_waits_for_ends_it(bare: tuple[DirectConnection, s
     assert not direct.try_begin()
 
 
-def test_one_that_comes_twice_is_not_taken_for_that_to_the_next(bare: tuple[DirectConnection, socket]) -> None:
+@pytest.mark.parametrize("numbers", [(1, 1), (2,)], ids=["twice", "of another"])
+def test_an_answer_to_something_else_is_taken_for_none(
+    bare: tuple[DirectConnection, socket], numbers: tuple[int, ...]
+) -> None:
     direct, theirs = bare
     with ThreadPoolExecutor() as threads:
         asked = threads.submit(ask, direct)
         assert theirs.recv(1 << 16)
-        theirs.sendall(2 * encode_frame(Kind.REPLY, 1, encode_message(ASK)))
-        with pytest.raises(ProtocolError):
-            asked.result(SECONDS_MAX)
-    assert not direct.try_begin()
-
-
-def test_nor_is_that_to_another_one(bare: tuple[DirectConnection, socket]) -> None:
-    direct, theirs = bare
-    with ThreadPoolExecutor() as threads:
-        asked = threads.submit(ask, direct)
-        assert theirs.recv(1 << 16)
-        theirs.sendall(encode_frame(Kind.REPLY, 2, encode_message(ASK)))
+        theirs.sendall(b"".join(encode_frame(Kind.REPLY, number, encode_message(ASK)) for number in numbers))
         with pytest.raises(ProtocolError):
             asked.result(SECONDS_MAX)
     assert not direct.try_begin()

@@ -42,14 +42,10 @@ def by_chain(chains: Sequence[int], versions: Sequence[int]) -> dict[tuple[int, 
 def name_of(request: WriteChunks | TruncateChunk | RemoveChunks, slot: int) -> Request:
     """Under which the item in `slot` is applied once. Raises ProtocolError: an index has no room for such a name, and a
     version with it could not be committed."""
-    return checked_name(request.client, request.channel, slot, request.sequence)
-
-
-def checked_name(client: bytes, channel: int, slot: int, sequence: int) -> Request:
-    """See `name_of`."""
+    channel, sequence = request.channel, request.sequence
     if not (0 <= channel < CHANNELS_MAX and 0 <= slot < BATCH_ITEMS_MAX and 0 <= sequence < 1 << 63):
         raise ProtocolError(f"no name for an update: channel {channel}, slot {slot}, sequence {sequence}")
-    return Request(client, channel * BATCH_ITEMS_MAX + slot, sequence)
+    return Request(request.client, channel * BATCH_ITEMS_MAX + slot, sequence)
 
 
 def writes(request: WriteChunks, buffers: Sequence[memoryview]) -> list[tuple[int, Update]]:
