@@ -516,6 +516,10 @@ class Space:
         while segments.promised_bytes + 2 * size_bytes > self.limit_bytes:  # One more, for compaction to give any back.
             if await self.collect():
                 continue
+            ours = segments.of_writer(COMPACTION)
+            if ours is not None and not ours.pending_bytes:
+                self.seal(ours)  # Nobody waits for it, and what it has room for need not be won by moving pages.
+                continue
             idle, slack_bytes = segments.idle(), self.limit_bytes - self.live_bytes_max(0)
             # Who finds its segment sealed needs another one: not as long as those that are open take little.
             may_compact = idle is None or 2 * segments.open_room <= slack_bytes

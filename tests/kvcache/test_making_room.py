@@ -116,6 +116,35 @@ def test_writers_that_take_turns_fill_their_segments() -> None:
     run(work)
 
 
+@pytest.mark.parametrize("writers", [1, 3])
+def test_what_a_full_namespace_moves_is_a_fraction_of_what_it_is_given(writers: int) -> None:
+    """Chains are asked for as an engine does, some much more often than others; what is missing of them is put."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=128 * MIB)
+        pool = await bench.open()
+        rolled, prompts = random.Random(90), 4000
+        lengths = [rolled.randint(1, 32) for _ in range(prompts)]
+        weights = [1 / rank**0.9 for rank in range(1, prompts + 1)]
+        put_bytes, moved_bytes = 0, list[int]()
+        for prompt in rolled.choices(range(prompts), weights, k=9_000):
+            await runtime.sleep(0.01)
+            keys = chain(prompt, lengths[prompt])
+            if (known := len(pool.match(TENANT, b"".join(keys), 0)[0])) < len(keys):
+                parent, writer = keys[known - 1] if known else ROOT, rolled.randint(1, writers)
+                states = await bench.put(pool, keys[known:], parent=parent, writer=writer, durable=False)
+                assert set(states) == {STORED}
+                put_bytes += len(states) * PAGE
+            if put_bytes > 128 * MIB:
+                moved_bytes.append(pool.space.counts.moved_bytes)
+        assert put_bytes > 384 * MIB
+        assert pool.table.live_bytes > 0.87 * 128 * MIB
+        assert 0 < moved_bytes[-1] - moved_bytes[0] < 0.2 * (put_bytes - 128 * MIB)
+        await pool.close()
+
+    run(work)
+
+
 def test_what_all_share_stays_when_many_writers_begin() -> None:
     """Each of them opens a segment; no page is cold."""
 
