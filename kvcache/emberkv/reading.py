@@ -10,11 +10,11 @@ Source: DESIGN.md, section 4. Does not know: the service.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 from emberfs import Client, File
-from emberfs.checksum import crc32c
 from emberfs.errors import AccessDenied, EmberError
 
 from .page import HEADER_BYTES, MAGIC, PLACE, VERSION
@@ -22,6 +22,8 @@ from .page import HEADER_BYTES, MAGIC, PLACE, VERSION
 OPEN_MAX = 512
 """Segments that are kept open."""
 BATCH_PAGES = 256
+BATCH_BYTES = 32 << 20
+"""A store of this host reads at most 64 MiB at once past its event loop."""
 _FRONT = struct.Struct("<4sHHIIII32s")
 _TENANT = struct.Struct("<I")
 _TENANT_AT = 88
@@ -66,10 +68,20 @@ class PageReader:
             grant = grants[first] if grants else b""
             if grants:  # As many as are read under one.
                 last = next((page for page in range(first, last) if grants[page] != grant), last)
+            last = self._end_of_batch(views, first, last)
             part = list(PLACE.iter_unpack(places[first * PLACE.size : last * PLACE.size]))
             done += self._read_batch(keys[first:last], part, views[first:last], kind, tenant, begin, grant)
             first = last
         return done
+
+    def _end_of_batch(self, views: Sequence[memoryview], first: int, last: int) -> int:
+        """One page, and those after it up to so many bytes."""
+        left = BATCH_BYTES - len(views[first])
+        for page in range(first + 1, last):
+            left -= len(views[page]) + HEADER_BYTES
+            if left < 0:
+                return page
+        return last
 
     def _read_batch(
         self, keys: Sequence[bytes], places: Sequence[tuple[int, int, int, int]], views: Sequence[memoryview],
@@ -92,11 +104,12 @@ class PageReader:
         done = [False] * len(places)
         if not items:
             return done
+        sums = array("I", bytes(array("I").itemsize * len(items)))
         try:
             if grant:
-                counts: Sequence[Any] = self._client.read_granted(grant, items, into)
+                counts: Sequence[Any] = self._client.read_granted(grant, items, into, sums=sums)
             else:
-                counts = self._client.batch_read(items, into, raise_errors=False)
+                counts = self._client.batch_read(items, into, raise_errors=False, sums=sums)
         except EmberError as error:
             if isinstance(error, AccessDenied):
                 self.refusal = str(error)
@@ -109,7 +122,7 @@ class PageReader:
                 continue
             front = _FRONT.pack(MAGIC, VERSION, kind, segment, offset, length, crc, keys[index])
             if self._fronts[index] == front and self._tenants[index] == tail:
-                done[index] = len(view) < length or crc32c(view) == crc
+                done[index] = len(view) < length or sums[2 * at + 1] == crc
         return done
 
     def close(self) -> None:

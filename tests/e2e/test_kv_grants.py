@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import emberfs
 import emberkv
 import pytest
+from emberfs.checksum import crc32c
 from emberfs.cluster.joining import join_cluster
 from emberfs.cluster.local import LocalCluster
 from emberfs.cluster.waiting import wait_until
@@ -242,7 +244,9 @@ def test_a_range_one_byte_too_long_is_refused(place: Place, hit: Hit, shares_mem
         for _ in range(2):  # The second time over a lane, if there are any.
             memory[:] = b"\xee" * len(memory)
             whole = memory[PAGE_BYTES : PAGE_BYTES + end - offset]
-            assert store.read_granted(alone, [(segment, offset, len(whole))], [whole]) == [len(whole)]
+            sums = array("I", [0])
+            assert store.read_granted(alone, [(segment, offset, len(whole))], [whole], sums=sums) == [len(whole)]
+            assert sums[0] == crc32c(whole)
             assert bytes(whole[HEADER_BYTES:]) == page(hit.keys[5])
             assert set(bytes(memory[:PAGE_BYTES]) + bytes(memory[PAGE_BYTES + len(whole) :])) == {0xEE}
             for begin, size in ((offset, end - offset + 1), (offset - 1, 2), (end - 1, 2), (end, 1), (0, 1)):

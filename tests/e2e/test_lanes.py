@@ -13,12 +13,14 @@ import signal
 import threading
 import time
 import urllib.request
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import emberfs
 import pytest
+from emberfs.checksum import crc32c
 from emberfs.cluster.local import LocalCluster, Plan
 from emberfs.errors import Corruption, NotFound
 from emberfs.server import read_config
@@ -120,14 +122,16 @@ def test_fast_and_slow_are_equal(cluster: LocalCluster, client: emberfs.Client, 
                 views.append(memory[begin : begin + length])
                 begin += length
             into: Any = memory if where == "one buffer" else views
-            counts = client.batch_read([(files[at], offset, length) for at, offset, length in picks], into=into)
+            items, sums = [(files[at], offset, length) for at, offset, length in picks], array("I", bytes(80))
+            counts = client.batch_read(items, into=into, sums=sums)
             slow_into = [bytearray(length) for _, _, length in picks]
             slow_counts = slow.batch_read(
                 [(slow_files[at], offset, length) for at, offset, length in picks], into=slow_into
             )
             assert counts == slow_counts
-            for view, other, count in zip(views, slow_into, counts, strict=True):
+            for view, other, count, crc in zip(views, slow_into, counts, sums, strict=True):
                 assert view[:count] == other[:count]
+                assert crc == crc32c(other[:count])
         for file in files + slow_files:
             file.close()
     assert lane_counts(cluster)["emberline_lane_bytes"] > before["emberline_lane_bytes"]

@@ -16,7 +16,7 @@ from emberfs.transport.region import Region
 HEAD = struct.Struct("=IHHQ")
 ITEM = struct.Struct("=QQQQQIIII")
 PART = struct.Struct("=iI")
-MAGIC = 0x314C4D45
+MAGIC = 0x324C4D45
 READ, COUNTS, REGION, FORGET = 1, 2, 3, 4
 DECLINED = -1
 
@@ -32,6 +32,7 @@ class LaneProbe:
         self.memory = self.region.memory()
         self.tell(self.region.number, self.region.fd)
         self.call = 0
+        self.places: list[int] = []
 
     def tell(self, number: int, fd: int) -> None:
         descriptors = array("i", [fd])
@@ -46,6 +47,7 @@ class LaneProbe:
 
     def send(self, *items: bytes) -> None:
         self.call += 1
+        self.places = [ITEM.unpack(item)[4] for item in items]
         self.socket.send(HEAD.pack(MAGIC, READ, len(items), self.call) + b"".join(items))
 
     def receive(self) -> list[int]:
@@ -55,7 +57,13 @@ class LaneProbe:
             raise ConnectionError("the lane is over")
         magic, kind, count, call = HEAD.unpack_from(answer)
         assert (magic, kind, call) == (MAGIC, COUNTS, self.call)
-        return list(struct.unpack_from(f"={count}i", answer, HEAD.size))
+        counts = []
+        for at, (length, crc) in enumerate(PART.iter_unpack(answer[HEAD.size :])):
+            begin = self.places[at]
+            assert crc == (0 if length == DECLINED else crc32c(self.memory[begin : begin + length]))
+            counts.append(length)
+        assert len(counts) == count
+        return counts
 
     def read(self, chunk: bytes, offset: int, length: int, *, chain: int = 1, version: int = 1) -> bytes | None:
         """None: declined."""
@@ -95,7 +103,7 @@ class StreamProbe(LaneProbe):
         self.memory = self.region.memory()
         self.call = 0
         self.lengths: list[int] = []
-        self.places: list[int] = []
+        self.places = []
 
     def send(self, *items: bytes) -> None:
         fields = [ITEM.unpack(item) for item in items]

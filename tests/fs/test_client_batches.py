@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from emberfs import Client
+from emberfs.checksum import crc32c
 from emberfs.errors import InvalidPath, IsADirectory, LimitExceeded, NoSpace, NotFound, StoreClosed
 from emberfs.messages import WriteChunks
 from emberfs.types import BATCH_ITEMS_MAX, FILE_BYTES_MAX
@@ -82,6 +83,17 @@ def test_one_buffer_is_filled_item_after_item(client: Client) -> None:
     assert counts == [20, 6, 5]
     assert buffer[:26] == DATA[:20] + b"456789"
     assert buffer[40:45] == DATA[-5:]
+
+
+def test_what_was_read_comes_with_its_checksum_if_asked(client: Client) -> None:
+    items = [("/large", 100, 5000), ("/none", 0, 4), ("/small", 4, 20), ("/large", 3, 0)]
+    buffers, sums = [bytearray(length) for _, _, length in items], array.array("I", [7] * 4)
+    counts = client.batch_read(items, into=buffers, raise_errors=False, sums=sums)
+    assert [counts[0], counts[2], counts[3]] == [5000, 6, 0]
+    assert [sums[0], sums[2], sums[3]] == [crc32c(DATA[100:5100]), crc32c(b"456789"), 0]
+    for wrong in (array.array("I", [0] * 3), array.array("Q", [0] * 4)):
+        with pytest.raises(ValueError, match="4 items have as many checksums"):
+            client.batch_read(items, into=buffers, raise_errors=False, sums=wrong)
 
 
 def test_ranges_past_the_end_and_empty_ones(client: Client) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import emberfs
 import numpy as np
 import pytest
 from emberfs import Client, File
+from emberfs.checksum import crc32c
 from emberfs.errors import Corruption, NotFound, StoreClosed
 from emberfs.lane import native
 from emberfs.plain_files import read_files, read_files_slowly
@@ -46,8 +48,9 @@ def no_services(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def read(client: Client, file: File, *ranges: tuple[int, int]) -> list[bytes]:
-    buffers = [bytearray(length) for _, length in ranges]
-    counts = client.batch_read([(file, *each) for each in ranges], buffers)
+    buffers, sums = [bytearray(length) for _, length in ranges], array("I", bytes(4 * len(ranges)))
+    counts = client.batch_read([(file, *each) for each in ranges], buffers, sums=sums)
+    assert list(sums) == [crc32c(buffer[:count]) for buffer, count in zip(buffers, counts, strict=True)]
     return [bytes(buffer[:count]) for buffer, count in zip(buffers, counts, strict=True)]
 
 

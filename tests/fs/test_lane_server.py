@@ -73,6 +73,16 @@ def test_the_native_checksum_is_the_one_we_store(data: bytes, start: int) -> Non
     assert native.crc32c(data, start) == crc32c(data, start)
 
 
+@given(st.lists(st.binary(max_size=5000), min_size=1, max_size=5))
+def test_the_checksum_of_pieces_is_that_of_all(pieces: list[bytes]) -> None:
+    joined = 0
+    for piece in pieces:
+        joined = native.crc32c_join(joined, crc32c(piece), len(piece))
+    assert joined == crc32c(b"".join(pieces))
+    before = b"".join(pieces[:-1])
+    assert native.crc32c_join(crc32c(before), joined, len(pieces[-1])) == crc32c(pieces[-1]), "and back again"
+
+
 @pytest.mark.parametrize("size", [4095, 4096, 65_536, 65_537, (1 << 20) + 321])
 def test_long_pieces_too(size: int) -> None:
     data = random.Random(size).randbytes(size + 1)
@@ -212,9 +222,12 @@ class StreamedFile:
         descriptors, streams = array("i", [lane.fileno()]), bytearray([1])
         counts = native.read_ranges(
             *(items, into, "lane_spec", descriptors, streams, bytearray(1), b"", 0, 0, 0, 7, 0, 5 * 10**9),
-            *(0, b"", bytearray(1)),
+            *(0, b"", bytearray(1), sums := array("I", bytes(4 * len(items)))),
         )
-        return counts, [bytes(each) for each in into]
+        found = [bytes(each) for each in into]
+        for count, crc, came in zip(counts, sums, found, strict=True):
+            assert count == -1 or crc == crc32c(came[:count])
+        return counts, found
 
 
 def pages(count: int, size: int, *, begin: int = 0) -> list[tuple[int, int]]:

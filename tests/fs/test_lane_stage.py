@@ -13,11 +13,12 @@ from array import array
 
 import numpy as np
 import pytest
+from emberfs.checksum import crc32c
 from emberfs.lane import native
 from emberfs.transport.region import Region
 from emberfs.types import chunk_id
 
-from tests.fs.lane_probe import COUNTS, HEAD, ITEM, MAGIC
+from tests.fs.lane_probe import COUNTS, HEAD, ITEM, MAGIC, PART
 from tests.fs.stores import needs_native
 
 pytestmark = needs_native
@@ -50,8 +51,8 @@ class Chunk:
             for *_, place, _, offset, length, _ in ITEM.iter_unpack(packet[HEAD.size :]):
                 asked.append((offset, length, place))
                 self.memory[place : place + length] = self.content[offset : offset + length]
-            counts = struct.pack(f"={count}i", *(length for _, length, _ in asked))
-            theirs.send(HEAD.pack(MAGIC, COUNTS, count, call) + counts)
+            parts = b"".join(PART.pack(length, 0) for _, length, _ in asked)  # What is staged is copied once more.
+            theirs.send(HEAD.pack(MAGIC, COUNTS, count, call) + parts)
 
         server = threading.Thread(target=serve)
         server.start()
@@ -59,9 +60,11 @@ class Chunk:
             counts = native.read_ranges(
                 *([(self, *each) for each in ranges], into, "lane_spec", array("i", [ours.fileno()]), bytearray(1)),
                 *(bytearray(1), b"", self.stage.number, self.stage.address, self.stage_bytes, 7, 0, 5 * 10**9),
-                *(0, b"", bytearray(1)),
+                *(0, b"", bytearray(1), sums := array("I", bytes(4 * len(ranges)))),
             )
             server.join()
+        for count, crc, view in zip(counts, sums, into, strict=True):
+            assert count == -1 or crc == crc32c(view[:count])
         return counts, asked
 
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from array import array
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from emberfs.client.aio import AsyncClient
+from emberfs.client.batch import note_sums
 from emberfs.client.core import Core
 from emberfs.client.handle import AsyncFile
 from emberfs.cluster.space import space_of
@@ -345,10 +347,12 @@ class _Blocking:
     def open(self, path: str, mode: str) -> AsyncFile:
         return self._answer(("open", path), lambda store: store.open(path, mode))  # type: ignore[no-any-return]
 
-    def batch_read(self, items: Sequence[Any], into: Any, *, raise_errors: bool) -> list[Any]:
-        return self._answer(  # type: ignore[no-any-return]
+    def batch_read(self, items: Sequence[Any], into: Any, *, raise_errors: bool, sums: array[int]) -> list[Any]:
+        counts: list[Any] = self._answer(
             ("read", ""), lambda store: store.batch_read(items, into, raise_errors=raise_errors)
         )
+        note_sums(sums, range(len(items)), into, counts)
+        return counts
 
     def _answer(self, what: tuple[str, str], call: Callable[[AsyncClient], Coroutine[Any, Any, Any]]) -> Any:
         if what not in self.answers:

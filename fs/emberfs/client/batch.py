@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Union
 
+from ..checksum import crc32c
 from ..errors import EmberError, InvalidPath, LimitExceeded, StoreClosed
 from ..types import BATCH_ITEMS_MAX, Inode
 from ..waiting import all_begun, all_of
@@ -78,6 +80,19 @@ def destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
     if begin > len(whole):
         raise ValueError(f"a buffer of {len(whole)} bytes is too small for {begin}")
     return views
+
+
+def check_sums(sums: array[int] | None, items: Sequence[Any]) -> None:
+    """Raises ValueError, unless there is room for one checksum per item."""
+    if sums is not None and (sums.typecode != "I" or len(sums) != len(items)):
+        raise ValueError(f"{len(items)} items have as many checksums, in an array('I')")
+
+
+def note_sums(sums: array[int], places: Iterable[int], views: Sequence[memoryview], results: Sequence[Any]) -> None:
+    """The CRC32C of what was read at each of the places, `results` and `views` being of these."""
+    for place, view, count in zip(places, views, results, strict=True):
+        if isinstance(count, int):
+            sums[place] = crc32c(view[:count])
 
 
 async def batch_write(core: Core, items: Sequence[BatchWrite], *, whole_chunks: bool = False) -> None:

@@ -5,6 +5,7 @@ Does not know: who made a grant, or whether it is good. The storage servers see 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..errors import AccessDenied, EmberError
 from ..grants import GrantFile, read_grant
 from ..types import FILE_BYTES_MAX, Inode, Kind
 from .attachment import Attachment
-from .batch import check_count, destinations
+from .batch import check_count, destinations, note_sums
 from .buffers import flat_view
 from .core import Core, Range, check_range
 
@@ -42,22 +43,28 @@ class GrantedFiles:
         self._files: dict[GrantFile, GrantedFile] = {}
 
     def read(
-        self, attachment: Attachment, grant: bytes, items: Sequence[Item], into: Sequence[Any]
+        self,
+        attachment: Attachment,
+        grant: bytes,
+        items: Sequence[Item],
+        into: Sequence[Any],
+        sums: array[int] | None,
     ) -> list[int | EmberError]:
         """See `Client.read_granted`: over lanes, and what they do not serve as `fetch` does."""
         core, store, asked = attachment.live(), attachment.store, self._asked(grant, items)
         results: list[Any] | None = None
         if store.lanes is not None:
             files = list(dict.fromkeys([file for file, _, _ in asked]))
-            results = store.lanes.read(files, asked, into, code=GrantedFiles.read.__code__, grant=grant)
+            results = store.lanes.read(files, asked, into, code=GrantedFiles.read.__code__, grant=grant, sums=sums)
         if results is None:
-            return store.portal.run(self.fetch(core, grant, items, into))
-        if -1 in results:
-            left = [place for place, count in enumerate(results) if count == -1]
+            results = [-1] * len(items)
+        if left := [place for place, count in enumerate(results) if count == -1]:
             rest, buffers = [items[place] for place in left], [into[place] for place in left]
             found = store.portal.run(self.fetch(core, grant, rest, buffers))
             for place, result in zip(left, found, strict=True):
                 results[place] = result
+            if sums is not None:
+                note_sums(sums, left, destinations(rest, buffers), found)  # type: ignore[arg-type]
         return results
 
     async def fetch(

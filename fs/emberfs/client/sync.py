@@ -9,6 +9,7 @@ Paths are absolute inside the store ("/corpus/a.parquet"; a missing first slash 
 from __future__ import annotations
 
 import io
+from array import array
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from ..stores import Config, Store
 from ..transport import allocate
 from ..types import BATCH_ITEMS_MAX, CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
-from .batch import BatchRead, BatchWrite, batch_read, batch_write, destinations, open_files
+from .batch import BatchRead, BatchWrite, batch_read, batch_write, check_sums, destinations, note_sums, open_files
 from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
@@ -115,13 +116,18 @@ class Client:
 
         return self._run(fill)
 
-    def batch_read(self, items: Sequence[BatchRead], into: Any, *, raise_errors: bool = True) -> list[Any]:
+    def batch_read(
+        self, items: Sequence[BatchRead], into: Any, *, raise_errors: bool = True, sums: array[int] | None = None
+    ) -> list[Any]:
         """Read many (path or open File, offset, length) in one step, straight into the caller's memory.
 
         `into` is one buffer per item, or one buffer that is filled item after item. Returns the bytes read per item;
         with `raise_errors=False` a failed item's place holds its error instead, else the first error is raised.
+        `sums`: an `array("I")` of one element per item, which gets the CRC32C of what was read of it. Where the bytes
+        were checked after the last copy it comes from there, for nothing.
         """
         self._attachment.live()
+        check_sums(sums, items)
         lanes = self._attachment.store.lanes
         files = open_files(items, self._attachment.store)
         for file in files:
@@ -129,26 +135,37 @@ class Client:
         results: list[Any] | None = None
         if lanes is not None and files and len(items) <= BATCH_ITEMS_MAX:
             ours = [file for file in files if isinstance(file, File)]
-            results = lanes.read(ours, list(items), into, code=batch_read.__code__)
+            results = lanes.read(ours, list(items), into, code=batch_read.__code__, sums=sums)
         if results is None:
-            return self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
-        if left := [place for place, count in enumerate(results) if count < 0]:
+            results = self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
+            if sums is not None:
+                note_sums(sums, range(len(items)), destinations(items, into), results)
+        elif left := [place for place, count in enumerate(results) if count < 0]:
             views = destinations(items, into)
             rest, buffers = [items[place] for place in left], [views[place] for place in left]
             found = self._run(lambda core: batch_read(core, rest, buffers, raise_errors=raise_errors))
             for place, result in zip(left, found, strict=True):
                 results[place] = result
+            if sums is not None:
+                note_sums(sums, left, buffers, found)
         return results
 
     def read_granted(
-        self, grant: bytes, items: Sequence[tuple[int, int, int]], into: Sequence[Any]
+        self,
+        grant: bytes,
+        items: Sequence[tuple[int, int, int]],
+        into: Sequence[Any],
+        *,
+        sums: array[int] | None = None,
     ) -> list[int | EmberError]:
         """Read many (file, offset, length) under a grant, one into each buffer: all that a reader can do.
 
         A file is a number that the grant has for it. Returns the bytes read, or what is wrong, per item; what was
-        never written, or was removed, is zeros. Raises AccessDenied where the grant is not good for it.
+        never written, or was removed, is zeros. `sums` as in `batch_read`. Raises AccessDenied where the grant is not
+        good for it.
         """
-        return self._granted.read(self._attachment, grant, items, into)
+        check_sums(sums, items)
+        return self._granted.read(self._attachment, grant, items, into, sums)
 
     def write_granted(self, grants: Sequence[bytes], items: Sequence[tuple[int, int, Any]]) -> None:
         """Write many (file, offset, data) under grants to write, durably when this returns: all that a writer can do.

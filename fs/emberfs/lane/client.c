@@ -28,17 +28,17 @@ void lane_looked(int has_come) {
 
 struct answer {
     struct lane_head head;
-    int32_t counts[LANE_ITEMS_MAX];
+    struct lane_part parts[LANE_ITEMS_MAX];
 };
 
 /* 1: the answer of lane `at` is there; 0: not yet; -1: the lane is lost. */
-static int take(int fd, const struct lane_head *request, int32_t *counts, struct answer *answer) {
+static int take(int fd, const struct lane_head *request, struct lane_part *parts, struct answer *answer) {
     ssize_t size = recv(fd, answer, sizeof *answer, MSG_DONTWAIT);
     if (size < 0) return errno == EAGAIN || errno == EINTR ? 0 : -1;
-    if ((size_t)size != sizeof answer->head + request->count * sizeof *counts || answer->head.magic != LANE_MAGIC ||
+    if ((size_t)size != sizeof answer->head + request->count * sizeof *parts || answer->head.magic != LANE_MAGIC ||
         answer->head.kind != LANE_COUNTS || answer->head.count != request->count || answer->head.call != request->call)
         return -1;
-    memcpy(counts, answer->counts, request->count * sizeof *counts);
+    memcpy(parts, answer->parts, request->count * sizeof *parts);
     return 1;
 }
 
@@ -78,7 +78,7 @@ static int take_local(struct lane_request *requests, int count, int64_t spin_ns,
         int waiting = 0;
         for (int at = 0; at < count; at++) {
             if (!requests[at].is_pending) continue;
-            int came = take(requests[at].fd, requests[at].head, requests[at].counts, &answer);
+            int came = take(requests[at].fd, requests[at].head, requests[at].parts, &answer);
             if (came < 0) return -1;
             requests[at].is_pending = !came;
             if (!came) waits[waiting++] = (struct pollfd){.fd = requests[at].fd, .events = POLLIN};
@@ -109,7 +109,7 @@ int lane_exchange(struct lane_request *requests, int count, int64_t spin_ns, int
     for (int at = 0; at < count; at++) {
         struct lane_request *request = &requests[at];
         if (request->is_pending && request->is_stream) {
-            if (lane_stream_take(request->fd, request->spans, request->head, request->into, request->counts, until_ns) != 0)
+            if (lane_stream_take(request->fd, request->spans, request->head, request->into, request->parts, until_ns) != 0)
                 return -1;
             request->is_pending = 0;
         }

@@ -69,9 +69,11 @@ _SPEC = struct.Struct("=QQQQ")
 _SLOT = struct.Struct("=QIi")
 _KNOWN = struct.Struct("=QQQ")
 _HEAD = struct.Struct("=IHHQ")
-_MAGIC, _REGION, _FORGET = 0x314C4D45, 3, 4
+_MAGIC, _REGION, _FORGET = 0x324C4D45, 3, 4
 GRANTS_MAX = 64
 """Of a reader, that a lane remembers: LANE_GRANTS_MAX of lane.h."""
+
+NO_SUMS = bytearray()
 
 _calls = itertools.count(1)
 
@@ -216,13 +218,21 @@ class LaneReader:
         self._is_closed = False
 
     def read(
-        self, files: Sequence[LaneFile], items: list[Any], into: Any, *, code: CodeType, grant: bytes = b""
+        self,
+        files: Sequence[LaneFile],
+        items: list[Any],
+        into: Any,
+        *,
+        code: CodeType,
+        grant: bytes = b"",
+        sums: array[int] | None = None,
     ) -> list[int] | None:
         """Read (file, offset, length) items into `into`: buffers, or one that is filled item after item.
 
         `files`: those of the items, each once. `code`: of who would read them otherwise, for the ledger. Returns the
         bytes of each item, -1 where no lane could serve it; None: it was for no lane. What such items' memory holds is
-        nothing to rely on. `grant`: what a reader reads under.
+        nothing to rely on. `grant`: what a reader reads under. `sums`: gets a CRC32C of 4 bytes for each item that was
+        served, of what is in its memory after the last copy.
         """
         if isinstance(into, tuple):
             into = list(into)
@@ -239,7 +249,7 @@ class LaneReader:
         try:
             self._open_missing(lanes, servers)
             if lanes.sockets:
-                counts = self._exchange(lanes, items, into, grant)
+                counts = self._exchange(lanes, items, into, grant, sums)
                 waited_s = lanes.waited_s
             is_whole = True
         except (BufferError, TypeError, ValueError, OverflowError):
@@ -263,7 +273,7 @@ class LaneReader:
             self._portal.ledger.note_lane(code, self._runtime.now_s() - began_s, waited_s, sum(counts))
         return counts
 
-    def _exchange(self, lanes: _Lanes, items: list[Any], into: Any, grant: bytes) -> list[int]:
+    def _exchange(self, lanes: _Lanes, items: list[Any], into: Any, grant: bytes, sums: array[int] | None) -> list[int]:
         if lanes.version != allocated_version() and lanes.tell():
             self._close_idle()  # They hold memory that is gone, and might not be used for long.
         place, unaware = 0, list[int]()
@@ -291,6 +301,7 @@ class LaneReader:
             place,
             grant,
             lanes.shows,
+            NO_SUMS if sums is None else sums,
         )
         for index in unaware:
             if not lanes.shows[index]:

@@ -9,12 +9,14 @@
 
 #include <string.h>
 
+#define POLYNOMIAL 0x82f63b78u /* reflected */
+
 static uint32_t table[256];
 
 static void fill_table(void) {
     for (uint32_t byte = 0; byte < 256; byte++) {
         uint32_t value = byte;
-        for (int bit = 0; bit < 8; bit++) value = value >> 1 ^ (value & 1 ? 0x82f63b78u : 0);
+        for (int bit = 0; bit < 8; bit++) value = value >> 1 ^ (value & 1 ? POLYNOMIAL : 0);
         table[byte] = value;
     }
 }
@@ -124,4 +126,34 @@ uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size) {
     int way = lane_crc32c_way();
     if (way == LANE_CRC_FOLDS && size >= 256) return ~by_folding(~crc, data, size);
     return way == LANE_CRC_TABLE ? ~by_table(~crc, data, size) : ~by_instruction(~crc, data, size);
+}
+
+/* ---- of two pieces
+
+   The CRC of two pieces is that of the first one, times x^(8 * size of the second) mod P, plus that of the second. */
+
+#define POWERS 64 /* x^(8 * 2^k) mod P, reflected: bit 31 is x^0 */
+
+static uint32_t powers[POWERS];
+
+static uint32_t times(uint32_t first, uint32_t second) {
+    uint32_t product = 0;
+    for (; first; first <<= 1) {
+        if (first >> 31) product ^= second;
+        second = second >> 1 ^ (second & 1 ? POLYNOMIAL : 0);
+    }
+    return product;
+}
+
+static void fill_powers(void) {
+    powers[0] = 1u << 23;
+    for (int at = 1; at < POWERS; at++) powers[at] = times(powers[at - 1], powers[at - 1]);
+}
+
+uint32_t lane_crc32c_join(uint32_t first, uint32_t second, uint64_t second_bytes) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, fill_powers);
+    for (int at = 0; second_bytes && first; second_bytes >>= 1, at++)
+        if (second_bytes & 1) first = times(powers[at], first);
+    return first ^ second;
 }

@@ -8,6 +8,7 @@ Does not know: whose store it is. Who gives the store away, or closes it, has ha
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any
@@ -17,7 +18,7 @@ from ..ledger import Ledger
 from ..runtime import Runtime
 from ..striping import chains_of
 from ..types import Chunks
-from .client import LaneFile, packed, slot
+from .client import NO_SUMS, LaneFile, packed, slot
 from .native import native
 from .server import TABLE_BYTES_MAX, TableMirror
 
@@ -43,7 +44,14 @@ class InlineReader:
         return TableMirror(self._table, chain)
 
     def read(
-        self, files: Sequence[LaneFile], items: list[Any], into: Any, *, code: CodeType, grant: bytes = b""
+        self,
+        files: Sequence[LaneFile],
+        items: list[Any],
+        into: Any,
+        *,
+        code: CodeType,
+        grant: bytes = b"",
+        sums: array[int] | None = None,
     ) -> list[int] | None:
         """See `LaneReader.read`. A grant is for others to look at."""
         if grant:
@@ -57,7 +65,8 @@ class InlineReader:
             return None
         began_s = self._runtime.now_s()
         try:
-            counts: list[int] = self._table.read(items, list(into) if isinstance(into, tuple) else into, "lane_spec")
+            buffers = list(into) if isinstance(into, tuple) else into
+            counts: list[int] = self._table.read(items, buffers, "lane_spec", NO_SUMS if sums is None else sums)
         except (BufferError, TypeError, ValueError, OverflowError):
             return None  # Whoever reads it otherwise says what is wrong with the arguments.
         if -1 not in counts:

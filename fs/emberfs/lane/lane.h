@@ -22,7 +22,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#define LANE_MAGIC 0x314c4d45u /* "EML1" */
+#define LANE_MAGIC 0x324c4d45u /* "EML2": its answers have checksums */
 #define LANE_ITEMS_MAX 2048
 #define LANE_BYTES_MAX (64u << 20)
 #define LANE_REGIONS_MAX 1024
@@ -34,7 +34,7 @@
 enum lane_kind {
     LANE_READ = 1,   /* followed by `count` lane_items, and of a reader perhaps by a grant, for the place that the first
                         item names; answered by LANE_COUNTS of the same call */
-    LANE_COUNTS = 2, /* followed by `count` int32: the bytes that were read, or LANE_DECLINED */
+    LANE_COUNTS = 2, /* followed by `count` lane_parts: the bytes that were read, or LANE_DECLINED, and their CRC */
     LANE_REGION = 3, /* `call` names the memory whose descriptor comes along (SCM_RIGHTS) */
     LANE_FORGET = 4, /* `call` names memory that is not used any more */
 };
@@ -57,10 +57,10 @@ struct lane_item {
     uint32_t grant; /* of a reader: the place of the grant that it reads under, of LANE_GRANTS_MAX from 1 on */
 };
 
-/* Of an item whose bytes come in a stream: they are right if their CRC, continued from that of the promise, is that of
-   the verdict. */
+/* What comes of an item. In a stream its bytes are right if their CRC, continued from that of the promise, is that of the
+   verdict. */
 struct lane_part {
-    int32_t count; /* in a verdict LANE_DECLINED: whatever came is worth nothing */
+    int32_t count; /* LANE_DECLINED: whatever came is worth nothing */
     uint32_t crc;
 };
 
@@ -68,6 +68,8 @@ enum lane_crc_way { LANE_CRC_TABLE = 1, LANE_CRC_INSTRUCTION = 2, LANE_CRC_FOLDS
 
 /* The CRC32C (Castagnoli) of `size` bytes, continued from `crc`, which is 0 at the beginning. */
 uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size);
+/* The CRC of two pieces together. `lane_crc32c_join(first, both, second_bytes)`, in turn, is that of the second one. */
+uint32_t lane_crc32c_join(uint32_t first, uint32_t second, uint64_t second_bytes);
 /* How this processor computes it. */
 int lane_crc32c_way(void);
 
@@ -109,9 +111,9 @@ size_t lane_table_count(struct lane_table *table);
 
 /* Look the items up. To be ended by `lane_table_finish`. */
 void lane_table_find(struct lane_table *table, const struct lane_item *items, size_t count, struct lane_found *found);
-/* After the read: set `counts[i]` to LANE_DECLINED where what was found may not be served any more, and let go of it. */
+/* After the read: set the count of `parts[i]` to LANE_DECLINED where what was found may not be served any more, and let go of it. */
 void lane_table_finish(struct lane_table *table, const struct lane_item *items, size_t count,
-                       const struct lane_found *found, int32_t *counts);
+                       const struct lane_found *found, struct lane_part *parts);
 
 /* ---- reads of files that are open in this process (read.c) */
 
@@ -121,10 +123,10 @@ int lane_goes_on(const struct lane_found *found, const struct lane_item *item);
    granules. What preadv2 does not read whole with `flags` is declined, and what has another checksum is damaged as well: of
    several only that which is. */
 void lane_read_items(const struct lane_found *found, const struct lane_item *items, uint8_t *const *into, size_t count,
-                     uint8_t *scratch, uint64_t scratch_bytes, int flags, int32_t *counts, int *is_damaged);
+                     uint8_t *scratch, uint64_t scratch_bytes, int flags, struct lane_part *parts, int *is_damaged);
 /* Read items of the table in this very thread, which may wait for disks; item i goes to into[i]. 0, or -1: no memory. */
 int lane_read_here(struct lane_table *table, const struct lane_item *items, size_t count, uint8_t *const *into,
-                   int32_t *counts);
+                   struct lane_part *parts);
 /* Read ranges of files, unchecked, one after the other into `into`. How many were read whole; the next one met the end of
    its file, or `error`. */
 size_t lane_read_files(const int32_t *fds, const int64_t *offsets, const int64_t *lengths, size_t count, uint8_t *into,
@@ -183,7 +185,7 @@ void lane_server_set_keys(struct lane_server *server, const struct lane_keys *ke
 /* Serve until the client leaves or breaks the rules. */
 void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stats);
 /* Add an answered request to the counters. */
-void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count);
+void lane_count(struct lane_stats *stats, const struct lane_part *parts, size_t count);
 void lane_server_stats(struct lane_server *server, struct lane_stats *stats);
 /* Ends the threads and every lane, and frees it. -1: a thread waits for a disk that does not answer; all is left to it. */
 int lane_server_stop(struct lane_server *server);
@@ -216,7 +218,7 @@ struct lane_spans *lane_stream_spans(const struct lane_head *request);
 /* The answer of a stream to spans that were sent: into[i] gets the bytes of item i of the request. 0, or -1 as
    `lane_exchange`. */
 int lane_stream_take(int fd, const struct lane_spans *spans, const struct lane_head *request, uint8_t *const *into,
-                     int32_t *counts, int64_t until_ns);
+                     struct lane_part *parts, int64_t until_ns);
 /* Who waits asks this now and then, and gives up if it is not 0: a signal has come, and its handler has raised. */
 extern int (*lane_is_interrupted)(void);
 #define LANE_LOOK_NS 100000000
@@ -228,7 +230,7 @@ struct lane_request {
     struct lane_head *head;
     uint8_t **into; /* of a stream: where the bytes of each item go */
     struct lane_spans *spans; /* of a stream, while it is asked: what is sent instead of the head and its items */
-    int32_t *counts; /* what comes of each item */
+    struct lane_part *parts; /* what comes of each item */
     int is_pending;  /* a part of the request was sent, and it was not answered */
 };
 

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANE_INTERFACE 5 /* of what Python calls here: `lane.native` takes no other one */
+#define LANE_INTERFACE 6 /* of what Python calls here: `lane.native` takes no other one */
 
 static PyObject *lane_lost;
 
@@ -26,6 +26,14 @@ static PyObject *crc32c(PyObject *module, PyObject *args) {
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&data);
     return PyLong_FromUnsignedLong(crc);
+}
+
+static PyObject *crc32c_join(PyObject *module, PyObject *args) {
+    unsigned int first, second;
+    unsigned long long second_bytes;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "IIK", &first, &second, &second_bytes)) return NULL;
+    return PyLong_FromUnsignedLong(lane_crc32c_join(first, second, second_bytes));
 }
 
 /* The CRC of everything up to the end of each granule: see `checksum.cumulative_sums`, which says the same in Python. */
@@ -242,7 +250,7 @@ static PyMethodDef server_methods[] = {
      "reader's, who reads under grants of that one only (\"\": of any)."},
     {"set_keys", server_set_keys, METH_VARARGS, "set_keys(packed): those of grants, 32 bytes each"},
     {"read", server_read, METH_VARARGS,
-     "read(items, into, attribute) -> bytes per item as `read_ranges` says, by the caller's own thread; of the packed files\n"
+     "read(items, into, attribute, sums) -> bytes per item as `read_ranges` says, by the caller's own thread; of the packed files\n"
      "all chains are served by the lane of index 0."},
     {"stats", server_stats, METH_NOARGS, "Counters, by name."},
     {"stop", server_stop, METH_NOARGS, "End the threads and the lanes."},
@@ -284,6 +292,7 @@ struct known {
 struct plan {
     Py_ssize_t items_count;
     int64_t *counts;      /* per item: bytes, or -1: not by a lane */
+    uint32_t *sums;       /* the CRC of each item's bytes; NULL: nobody asks for them */
     Py_buffer *buffers;   /* per item that has one */
     uint8_t *has_buffer;
     Py_buffer whole;      /* where all items go one after the other, if they do */
@@ -310,7 +319,7 @@ static void plan_free(struct plan *plan) {
     if (plan->has_whole) PyBuffer_Release(&plan->whole);
     for (int server = 0; server < plan->servers_count; server++) {
         free(plan->servers[server].head);
-        free(plan->servers[server].counts);
+        free(plan->servers[server].parts);
         free(plan->servers[server].into);
         free(plan->servers[server].spans);
     }
@@ -484,9 +493,9 @@ static int finish_requests(struct plan *plan, uint64_t call) {
             server->size += (size_t)plan->grant_size;
             plan->shows[at] = 0;
         }
-        server->counts = malloc(count * sizeof *server->counts);
+        server->parts = malloc(count * sizeof *server->parts);
         server->into = malloc(count * sizeof *server->into);
-        if (server->counts == NULL || server->into == NULL) return -1;
+        if (server->parts == NULL || server->into == NULL) return -1;
     }
     for (size_t at = 0; at < plan->pieces_count; at++)
         plan->servers[plan->pieces[at].server].into[plan->pieces[at].position] = plan->pieces[at].into;
@@ -499,9 +508,16 @@ static void finish_pieces(struct plan *plan) {
         const struct lane_piece *piece = &plan->pieces[at];
         const struct lane_request *server = &plan->servers[piece->server];
         const struct lane_item *items = (const struct lane_item *)(server->head + 1);
-        int32_t count = server->counts[piece->position];
-        if (count < 0 || (uint32_t)count != items[piece->position].length) plan->counts[piece->item] = -1;
-        else if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)count);
+        struct lane_part part = server->parts[piece->position];
+        if (part.count < 0 || (uint32_t)part.count != items[piece->position].length) {
+            plan->counts[piece->item] = -1;
+            continue;
+        }
+        if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)part.count);
+        if (plan->sums == NULL) continue;
+        /* Of what is where it belongs, and so after the last copy. */
+        if (piece->staged != NULL) part.crc = lane_crc32c(0, piece->into, (size_t)part.count);
+        plan->sums[piece->item] = lane_crc32c_join(plan->sums[piece->item], part.crc, (uint64_t)part.count);
     }
 }
 
@@ -559,6 +575,18 @@ static int start_plan(struct plan *plan, PyObject *items, PyObject *into) {
     return 0;
 }
 
+/* Where the checksums go: words of the machine, one for each item, or nowhere. 0, or -1 with an exception. */
+static int take_sums(struct plan *plan, const Py_buffer *sums) {
+    if (sums->len == 0) return 0;
+    if ((size_t)sums->len != (size_t)plan->items_count * sizeof *plan->sums || (uintptr_t)sums->buf % sizeof *plan->sums) {
+        PyErr_SetString(PyExc_ValueError, "a checksum of 4 bytes for each item, aligned");
+        return -1;
+    }
+    plan->sums = sums->buf;
+    memset(plan->sums, 0, (size_t)sums->len); /* Of no bytes. */
+    return 0;
+}
+
 /* The lanes that there are. 0, or -1 with an exception. */
 static int take_lanes(struct plan *plan, const Py_buffer *fds, const Py_buffer *streams, const Py_buffer *pending,
                       const Py_buffer *shows) {
@@ -584,7 +612,7 @@ static int read_here(struct plan *plan, struct lane_table *table) {
     if (outcome == 0) {
         Py_BEGIN_ALLOW_THREADS
         const struct lane_item *items = (const struct lane_item *)(all->head + 1);
-        outcome = lane_read_here(table, items, plan->pieces_count, all->into, all->counts);
+        outcome = lane_read_here(table, items, plan->pieces_count, all->into, all->parts);
         if (outcome == 0) finish_pieces(plan);
         Py_END_ALLOW_THREADS
     }
@@ -595,24 +623,29 @@ static int read_here(struct plan *plan, struct lane_table *table) {
 static PyObject *server_read(PyObject *self, PyObject *args) {
     PyObject *items, *into, *attribute, *result = NULL;
     uint8_t shows = 0;
-    if (!PyArg_ParseTuple(args, "O!OO", &PyList_Type, &items, &into, &attribute) || check_server(self) != 0) return NULL;
+    Py_buffer sums;
+    if (check_server(self) != 0 || !PyArg_ParseTuple(args, "O!OOw*", &PyList_Type, &items, &into, &attribute, &sums)) return NULL;
     struct plan *plan = calloc(1, sizeof *plan);
-    if (plan == NULL) return PyErr_NoMemory();
+    if (plan == NULL) {
+        PyBuffer_Release(&sums);
+        return PyErr_NoMemory();
+    }
     /* As if all of it came by one stream: its bytes land where they belong. */
     plan->servers_count = 1;
     plan->servers[0].is_stream = 1;
     plan->shows = &shows;
-    if (start_plan(plan, items, into) == 0 && plan_items(plan, items, into, attribute) == 0 &&
+    if (start_plan(plan, items, into) == 0 && take_sums(plan, &sums) == 0 && plan_items(plan, items, into, attribute) == 0 &&
         (!plan->pieces_count || read_here(plan, ((struct server *)self)->table) == 0))
         result = counts_list(plan);
     plan_free(plan);
     free(plan);
+    PyBuffer_Release(&sums);
     return result;
 }
 
 static PyObject *read_ranges(PyObject *module, PyObject *args) {
     PyObject *items, *into, *attribute;
-    Py_buffer fds, streams, pending, known, shows;
+    Py_buffer fds, streams, pending, known, shows, sums;
     unsigned long long stage_number, stage_address, call;
     Py_ssize_t stage_bytes;
     long long spin_ns, timeout_ns;
@@ -620,9 +653,9 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
     const char *grant;
     Py_ssize_t grant_size;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOy*y*w*y*KKnKLLIy#w*", &PyList_Type, &items, &into, &attribute, &fds, &streams,
+    if (!PyArg_ParseTuple(args, "O!OOy*y*w*y*KKnKLLIy#w*w*", &PyList_Type, &items, &into, &attribute, &fds, &streams,
                           &pending, &known, &stage_number, &stage_address, &stage_bytes, &call, &spin_ns, &timeout_ns,
-                          &grant_place, &grant, &grant_size, &shows))
+                          &grant_place, &grant, &grant_size, &shows, &sums))
         return NULL;
     PyObject *result = NULL;
     struct plan *plan = calloc(1, sizeof *plan);
@@ -640,7 +673,7 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
     plan->grant_size = grant_size;
     plan->shows = shows.buf;
     if (start_plan(plan, items, into) != 0 || take_lanes(plan, &fds, &streams, &pending, &shows) != 0 ||
-        plan_items(plan, items, into, attribute) != 0)
+        take_sums(plan, &sums) != 0 || plan_items(plan, items, into, attribute) != 0)
         goto out;
     if (plan->pieces_count) {
         if (finish_requests(plan, call) != 0) {
@@ -658,6 +691,7 @@ out:
     PyBuffer_Release(&pending);
     PyBuffer_Release(&known);
     PyBuffer_Release(&shows);
+    PyBuffer_Release(&sums);
     return result;
 }
 
@@ -740,11 +774,13 @@ static PyMethodDef functions[] = {
      "read_files(descriptors, offsets, lengths, into) -> how many ranges were filled, one after the other; the next one is\n"
      "longer than its file. Packed as int32, int64 and int64. Raises OSError."},
     {"crc32c", crc32c, METH_VARARGS, "crc32c(data, crc=0): of what `awscrt` computes, for comparison."},
+    {"crc32c_join", crc32c_join, METH_VARARGS, "crc32c_join(first, second, second_bytes): of two pieces together."},
     {"cumulative_sums", cumulative_sums, METH_VARARGS, "cumulative_sums(data, granule, offset, start) -> packed sums"},
     {"read_ranges", read_ranges, METH_VARARGS,
      "read_ranges(items, into, attribute, fds, streams, pending, known, stage_number, stage_address, stage_bytes, call,\n"
-     "spin_ns, timeout_ns, grant_place, grant, shows) -> bytes per item, -1 where no lane could serve it. A reader's grant\n"
-     "goes to servers whose `shows` is 1, which is 0 then. If it raises, `pending` says which lanes\n"
+     "spin_ns, timeout_ns, grant_place, grant, shows, sums) -> bytes per item, -1 where no lane could serve it. A reader's\n"
+     "grant goes to servers whose `shows` is 1, which is 0 then. `sums` gets a CRC32C per item that was served, of 4 bytes,\n"
+     "unless it is empty. If it raises, `pending` says which lanes\n"
      "were asked and did not answer: LaneLost, or what the handler of a signal raised. What is wrong with the arguments\n"
      "is raised before anything is sent."},
     {NULL, NULL, 0, NULL},

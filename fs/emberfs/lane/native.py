@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-INTERFACE = 5
+INTERFACE = 6
 """What we call there. One that was built from other sources is as good as none."""
 
 try:

@@ -66,7 +66,7 @@ struct worker {
     uint8_t *into[LANE_ITEMS_MAX]; /* where the items of a read go */
     struct {
         struct lane_head head;
-        int32_t counts[LANE_ITEMS_MAX];
+        struct lane_part parts[LANE_ITEMS_MAX];
     } reply;
 };
 
@@ -154,7 +154,7 @@ static int is_granted(const struct lane *lane, const struct lane_item *item, int
 /* Of items from `at` on, those that lie side by side: how many were read, or declined. */
 static int read_run(struct worker *worker, struct lane *lane, const struct lane_item *items, int at, int count, int64_t now_s) {
     int run = 1, is_damaged = 0;
-    worker->reply.counts[at] = LANE_DECLINED;
+    worker->reply.parts[at] = (struct lane_part){LANE_DECLINED, 0};
     if (!is_granted(lane, &items[at], now_s)) return run;
     while (at + run < count && lane_goes_on(&worker->found[at + run - 1], &items[at + run - 1]) &&
            is_granted(lane, &items[at + run], now_s))
@@ -162,16 +162,16 @@ static int read_run(struct worker *worker, struct lane *lane, const struct lane_
     for (int each = at; each < at + run; each++)
         worker->into[each] = region_of(lane, items[each].region)->address + items[each].place;
     lane_read_items(&worker->found[at], &items[at], &worker->into[at], run, worker->scratch, LANE_SCRATCH_BYTES, RWF_NOWAIT,
-                    &worker->reply.counts[at], &is_damaged);
+                    &worker->reply.parts[at], &is_damaged);
     if (is_damaged) __atomic_add_fetch(&worker->server->stats.damaged, 1, __ATOMIC_RELAXED);
     return run;
 }
 
-void lane_count(struct lane_stats *stats, const int32_t *counts, size_t count) {
+void lane_count(struct lane_stats *stats, const struct lane_part *parts, size_t count) {
     uint64_t declined = 0, bytes = 0;
     for (size_t at = 0; at < count; at++) {
-        if (counts[at] == LANE_DECLINED) declined++;
-        else bytes += (uint64_t)counts[at];
+        if (parts[at].count == LANE_DECLINED) declined++;
+        else bytes += (uint64_t)parts[at].count;
     }
     __atomic_add_fetch(&stats->requests, 1, __ATOMIC_RELAXED);
     __atomic_add_fetch(&stats->items, count, __ATOMIC_RELAXED);
@@ -218,7 +218,7 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
         total += items[at].length;
     }
     if (total > LANE_BYTES_MAX) return -1;
-    int32_t *counts = worker->reply.counts;
+    struct lane_part *parts = worker->reply.parts;
     lane_table_find(table, items, head->count, worker->found);
     look_at_keys(worker, lane);
     if (size > plain &&
@@ -226,10 +226,10 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
         return -1;
     int64_t now_s = lane->tenant != NULL ? time(NULL) : 0;
     for (int at = 0; at < head->count;) at += read_run(worker, lane, items, at, head->count, now_s);
-    lane_table_finish(table, items, head->count, worker->found, counts);
-    lane_count(&worker->server->stats, counts, head->count);
+    lane_table_finish(table, items, head->count, worker->found, parts);
+    lane_count(&worker->server->stats, parts, head->count);
     worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
-    size_t answer = sizeof worker->reply.head + head->count * sizeof *counts;
+    size_t answer = sizeof worker->reply.head + head->count * sizeof *parts;
     /* One call is in the air on a lane, so there is room; a client that does not take its answers loses its lane. */
     return send(lane->fd, &worker->reply, answer, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)answer ? 0 : -1;
 }

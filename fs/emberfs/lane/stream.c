@@ -34,7 +34,6 @@ struct stream {
     uint8_t *packet, *out, *scratch;
     size_t out_bytes;
     struct lane_found found[LANE_ITEMS_MAX];
-    int32_t counts[LANE_ITEMS_MAX];
     struct lane_part promises[LANE_ITEMS_MAX], verdicts[LANE_ITEMS_MAX];
 };
 
@@ -208,10 +207,8 @@ static int serve_request(struct stream *stream, const struct lane_head *head, co
         stream->verdicts[at] = (struct lane_part){LANE_DECLINED, 0};
     }
     int failed = send_items(stream, head, items);
-    for (int at = 0; at < head->count; at++) stream->counts[at] = stream->verdicts[at].count;
-    lane_table_finish(stream->table, items, head->count, stream->found, stream->counts);
+    lane_table_finish(stream->table, items, head->count, stream->found, stream->verdicts);
     if (failed) return -1;
-    for (int at = 0; at < head->count; at++) stream->verdicts[at].count = stream->counts[at];
     if (put(stream, stream->verdicts, head->count * sizeof(struct lane_part)) != 0) return -1;
     return flush(stream);
 }
@@ -231,7 +228,7 @@ void lane_stream_serve(struct lane_table *table, int fd, struct lane_stats *stat
             head->count > LANE_ITEMS_MAX || receive_all(fd, items, head->count * sizeof *items) != 0)
             break;
         if (serve_request(stream, head, items) != 0) break;
-        lane_count(stats, stream->counts, head->count);
+        lane_count(stats, stream->verdicts, head->count);
     }
     free(stream->packet);
     free(stream->out);
@@ -354,22 +351,25 @@ static int pass(struct incoming *incoming, size_t size, uint32_t *crc) {
     return take(incoming, bytes, size, crc);
 }
 
-/* The items of a span, and what is around them. */
+/* The items of a span, and what is around them; `parts` get the CRC of each. */
 static int take_span(struct incoming *incoming, const struct lane_item *span, const struct lane_span *part,
-                     const struct lane_item *items, uint8_t *const *into, uint32_t *crc) {
+                     const struct lane_item *items, uint8_t *const *into, struct lane_part *parts, uint32_t *crc) {
     size_t left = span->length - part->before;
     for (uint32_t at = 0; at < part->items; at++) {
         if (items[at].length > left) return -1;
         left -= items[at].length;
     }
     if (left > GRANULE_BYTES || pass(incoming, part->before, crc) != 0) return -1;
-    for (uint32_t at = 0; at < part->items; at++)
+    for (uint32_t at = 0; at < part->items; at++) {
+        uint32_t crc_before = *crc;
         if (take(incoming, into[at], items[at].length, crc) != 0) return -1;
+        parts[at].crc = lane_crc32c_join(crc_before, *crc, items[at].length);
+    }
     return pass(incoming, left, crc);
 }
 
 static int take_answer(struct incoming *incoming, const struct lane_spans *spans, const struct lane_item *items,
-                       uint8_t *const *into, int32_t *counts, struct lane_part *promises, struct lane_part *verdicts) {
+                       uint8_t *const *into, struct lane_part *parts, struct lane_part *promises, struct lane_part *verdicts) {
     size_t parts_bytes = spans->head.count * sizeof *promises;
     struct lane_head head;
     if (take(incoming, (uint8_t *)&head, sizeof head, NULL) != 0 || head.magic != LANE_MAGIC ||
@@ -379,31 +379,31 @@ static int take_answer(struct incoming *incoming, const struct lane_spans *spans
     for (uint32_t at = 0, item = 0; at < head.count; item += spans->parts[at++].items) {
         if (promises[at].count != 0 && promises[at].count != (int32_t)spans->items[at].length) return -1;
         if (promises[at].count && take_span(incoming, &spans->items[at], &spans->parts[at], &items[item], &into[item],
-                                            &promises[at].crc) != 0)
+                                            &parts[item], &promises[at].crc) != 0)
             return -1;
     }
     if (take(incoming, (uint8_t *)verdicts, parts_bytes, NULL) != 0) return -1;
     for (uint32_t at = 0, item = 0; at < head.count; at++) {
         int is_right = promises[at].count && verdicts[at].count == promises[at].count && verdicts[at].crc == promises[at].crc;
         for (uint32_t end = item + spans->parts[at].items; item < end; item++)
-            counts[item] = is_right ? (int32_t)items[item].length : LANE_DECLINED;
+            parts[item].count = is_right ? (int32_t)items[item].length : LANE_DECLINED;
     }
     return incoming->begin == incoming->end ? 0 : -1;
 }
 
 int lane_stream_take(int fd, const struct lane_spans *spans, const struct lane_head *request, uint8_t *const *into,
-                     int32_t *counts, int64_t until_ns) {
+                     struct lane_part *parts, int64_t until_ns) {
     struct incoming *incoming = malloc(sizeof *incoming);
-    struct lane_part *parts = malloc(2 * spans->head.count * sizeof *parts);
+    struct lane_part *told = malloc(2 * spans->head.count * sizeof *told);
     const struct lane_item *items = (const struct lane_item *)(request + 1);
     int outcome = -1;
-    if (incoming != NULL && parts != NULL) {
+    if (incoming != NULL && told != NULL) {
         incoming->fd = fd;
         incoming->until_ns = until_ns;
         incoming->begin = incoming->end = 0;
-        outcome = take_answer(incoming, spans, items, into, counts, parts, parts + spans->head.count);
+        outcome = take_answer(incoming, spans, items, into, parts, told, told + spans->head.count);
     }
     free(incoming);
-    free(parts);
+    free(told);
     return outcome;
 }

@@ -288,7 +288,7 @@ void lane_table_find(struct lane_table *table, const struct lane_item *items, si
 }
 
 void lane_table_finish(struct lane_table *table, const struct lane_item *items, size_t count,
-                       const struct lane_found *found, int32_t *counts) {
+                       const struct lane_found *found, struct lane_part *parts) {
     struct chain *last = NULL;
     pthread_mutex_lock(&table->lock);
     int is_leased = lane_now_ns() < table->lease_until_ns;
@@ -296,7 +296,7 @@ void lane_table_finish(struct lane_table *table, const struct lane_item *items, 
         if (found[at].file == NULL) continue;
         const struct entry *entry = &table->entries[found[at].slot];
         if (!is_leased || !may_serve(table, &items[at], &last) || entry->generation != found[at].generation)
-            counts[at] = LANE_DECLINED;
+            parts[at] = (struct lane_part){LANE_DECLINED, 0};
         let_go(table, found[at].file);
     }
     pthread_mutex_unlock(&table->lock);
