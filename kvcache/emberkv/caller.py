@@ -34,7 +34,9 @@ RETRY_S = 0.05
 CLOSE_S = 1.0
 """So long the service is given to hear that we end."""
 TURN_S = 2.0
-"""Of several addresses one is given so long before the next has its turn."""
+"""Of several addresses one is given so long to give us a seat before the next has its turn. Who gave it is asked for as
+long as it lives: only there our seat is known, and a put that has to be durable takes as long as the store does. The
+transport finds out who is dead."""
 DIRECT_BYTES_MAX = 64 << 10
 """Of a request. More than a socket takes at once makes the sender wait for the service to read, piece by piece."""
 
@@ -121,7 +123,8 @@ class Caller:
         while (left_s := ends_s - self.runtime.now_s()) > 0:
             address = self.addresses[0]
             try:
-                wait_s = left_s if len(self.addresses) == 1 else min(left_s, TURN_S)
+                has_turns = len(self.addresses) > 1 and isinstance(ask, messages.Open)
+                wait_s = min(left_s, TURN_S) if has_turns else left_s
                 reply = self._reply(address, request, wait_s)
                 return messages.decode_answer(reply, ask, answer)
             except Unavailable as refused:

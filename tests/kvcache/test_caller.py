@@ -21,10 +21,12 @@ from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.transport import TcpConfig, TcpNetwork
 from emberfs.transport.direct import DirectConnection
+from emberkv import caller as caller_module
 from emberkv import direct_way, messages
 from emberkv.breaker import BreakerConfig
 from emberkv.caller import Caller
 from emberkv.direct_way import MISSES_MAX
+from emberkv.errors import SeatGone
 
 from tests.kvcache.serving import Server
 
@@ -41,14 +43,21 @@ class Service:
         self.served = Counter[bytes]()
         self.began, self.opened = threading.Event(), threading.Event()
         self.refuses = False
+        self.knows_seats = self.seats = True
+        """It gives some."""
 
     async def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Message:
         assert isinstance(request, Foreign)
         ask = messages.decode_ask(request)
         if isinstance(ask, messages.Open):
+            while not self.seats:
+                self.began.set()
+                await asyncio.sleep(0.01)
             return messages.encode_answer(messages.Opened(1, 1, "store", "root"))
         if not isinstance(ask, messages.Lookup):
             return messages.encode_answer(messages.Okay(0))
+        if not self.knows_seats:
+            return messages.encode_error(SeatGone("it is not taken"))
         if ask.keys == b"refused" and self.refuses:
             self.refuses = False
             raise Unavailable("not now")
@@ -245,6 +254,44 @@ def test_a_call_ends_where_it_began_though_others_go_on_to_the_next_address(
         first.opened.set()
         assert asked.result(SECONDS_MAX) == b"held"
     assert (first.served[b"held"], second.served[b"held"]) == (1, 0)
+
+
+@pytest.mark.parametrize("is_direct", [False, True])
+def test_who_takes_long_is_waited_for_though_there_is_another_address(
+    is_direct: bool,
+    listen: Callable[[], tuple[Service, str]],
+    make_caller: Callable[..., Caller],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A standby knows of no seat of the service's, and so says that there is none."""
+    monkeypatch.setattr(caller_module, "TURN_S", 0.05)
+    (first, address), (second, other) = listen(), listen()
+    second.knows_seats = False
+    caller = make_caller(address, other)
+    if is_direct:
+        look_up_until(caller, lambda: direct_of(caller) is not None)
+    caller.seated()
+    with ThreadPoolExecutor() as threads:
+        asked = threads.submit(look_up, caller, b"held")
+        assert first.began.wait(SECONDS_MAX)
+        wait([asked], timeout=0.5)
+        assert not asked.done()
+        first.opened.set()
+        assert asked.result(SECONDS_MAX) == b"held"
+    assert first.served[b"held"] == 1
+    assert caller.addresses == [address, other]
+
+
+def test_who_gives_no_seat_in_time_is_passed_over(
+    listen: Callable[[], tuple[Service, str]], make_caller: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller_module, "TURN_S", 0.05)
+    (first, address), (_, other) = listen(), listen()
+    first.seats = False
+    caller = make_caller(address, other)
+    assert look_up(caller, b"it") == b"it"
+    assert caller.addresses == [other, address]
+    assert not first.served
 
 
 def test_a_direct_connection_is_for_its_own_address(
