@@ -7,18 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..process import interleave, paired_ratio, wall_s
+from ..process import Job, interleave, paired_ratio, wall_s
 from ..records import RECORD_BYTES, Dataset, make_dataset
 from ..runner import Row
 from .outputs import check_sorted
 from .partition import PARTS
-from .sides import forced, our_job
+from .sides import DUCKDB, command, forced, our_job
 
 if TYPE_CHECKING:
     from .rows import Size
 
 SPEEDUP_GOAL = 1.7
 ONE, TWO = "1 worker", "2 workers"
+STORE, DISK = "store", "directory"
+"""Where the exchange is. The store's server needs some of a core, too; a directory needs none."""
 
 
 def rows(directory: Path, records: Dataset, size: Size) -> list[Row]:
@@ -31,19 +33,23 @@ def rows(directory: Path, records: Dataset, size: Size) -> list[Row]:
 
 
 def _speedup_row(what: str, operation: str, directory: Path, records: Dataset, size: Size) -> Row:
-    """Two workers against one, each with one thread, through the exchange."""
+    """Two workers against one, each with one thread, through the exchange; and two threads of DuckDB's against one."""
     store, output = directory / "store", directory / "by-workers"
     given: dict[str, Any] = {"inputs": records.files, "output": str(output)}
     if operation == "partition":
         given["parts"] = PARTS
     jobs = {}
-    for workers, name in enumerate([ONE, TWO], 1):
-        session = forced(store) | {"workers": workers, "threads": 1}
-        jobs[name] = our_job(operation, session, store, output, **given)
+    for count in (1, 2):
+        session = forced(store) | {"workers": count, "threads": 1}
+        jobs[f"{STORE} {count}"] = our_job(operation, session, store, output, **given)
+        jobs[f"{DISK} {count}"] = our_job(operation, session | {"data_root": str(store)}, store, output, **given)
+        jobs[f"{DUCKDB} {count}"] = Job(command=command(DUCKDB, operation, threads=count, **given), outputs=[output])
     costs = interleave(jobs, size.rounds)
+    speedup = {side: paired_ratio(wall_s, costs[f"{side} 1"], costs[f"{side} 2"]) for side in (STORE, DISK, DUCKDB)}
     return Row(
         row=f"{what}, {TWO} by {ONE}: speedup",
-        ours=paired_ratio(wall_s, costs[ONE], costs[TWO]),
+        ours=speedup.pop(STORE),
+        peers=speedup,
         goal=SPEEDUP_GOAL if size.has_goals else None,
     )
 

@@ -1,4 +1,6 @@
-"""The same in plain DuckDB, with its own settings but for `preserve_insertion_order`, which nobody here asks for."""
+"""The same in plain DuckDB, with its own settings but for `preserve_insertion_order`, which nobody here asks for,
+and the threads where they are given.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,22 @@ import pyarrow.parquet as pq
 Told = dict[str, float]
 
 
-def _open() -> duckdb.DuckDBPyConnection:
-    return duckdb.connect(config={"preserve_insertion_order": False})
+def _open(threads: int | None = None) -> duckdb.DuckDBPyConnection:
+    config = {} if threads is None else {"threads": threads}
+    return duckdb.connect(config={"preserve_insertion_order": False, **config})
 
 
-def sort(*, inputs: list[str], output: str) -> Told:
+def sort(*, inputs: list[str], output: str, threads: int | None = None) -> Told:
     """Into one file."""
-    _open().execute(
+    _open(threads).execute(
         f"COPY (SELECT * FROM read_parquet({inputs!r}) ORDER BY key) TO '{output}' (FORMAT parquet, COMPRESSION snappy)"
     )
     return {}
 
 
-def partition(*, inputs: list[str], parts: int, output: str) -> Told:
+def partition(*, inputs: list[str], parts: int, output: str, threads: int | None = None) -> Told:
     """By PARTITION_BY."""
-    _open().execute(
+    _open(threads).execute(
         f"COPY (SELECT *, hash(key) % {parts} AS part FROM read_parquet({inputs!r})) TO '{output}' "
         "(FORMAT parquet, COMPRESSION snappy, PARTITION_BY part)"
     )
