@@ -48,7 +48,7 @@ def no_services(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def read(client: Client, file: File, *ranges: tuple[int, int]) -> list[bytes]:
-    buffers, sums = [bytearray(length) for _, length in ranges], array("I", bytes(4 * len(ranges)))
+    buffers, sums = [bytearray(length) for _, length in ranges], array("I", [7] * len(ranges))  # Of a read before.
     counts = client.batch_read([(file, *each) for each in ranges], buffers, sums=sums)
     assert list(sums) == [crc32c(buffer[:count]) for buffer, count in zip(buffers, counts, strict=True)]
     return [bytes(buffer[:count]) for buffer, count in zip(buffers, counts, strict=True)]
@@ -78,8 +78,9 @@ def test_any_ranges_are_read_without_the_services(
 def test_what_is_not_in_chunks_or_not_known_is_read_all_the_same(client: Client) -> None:
     client.put("/new", DATA[:CHUNK])
     with client.open("/large") as large, client.open("/small") as small, client.open("/new") as new:
-        into = bytearray(30)
-        assert client.batch_read([(large, 100, 10), (small, 2, 10), (new, 50, 10)], into) == [10, 8, 10]
+        into, sums = bytearray(30), array("I", [7] * 3)
+        assert client.batch_read([(large, 100, 10), (small, 2, 10), (new, 50, 10)], into, sums=sums) == [10, 8, 10]
+        assert list(sums) == [crc32c(part) for part in (into[:10], into[10:18], into[20:])]
         assert (bytes(into[:10]), bytes(into[10:18]), bytes(into[20:])) == (DATA[100:110], b"23456789", DATA[50:60])
 
 

@@ -222,7 +222,7 @@ class StreamedFile:
         descriptors, streams = array("i", [lane.fileno()]), bytearray([1])
         counts = native.read_ranges(
             *(items, into, "lane_spec", descriptors, streams, bytearray(1), b"", 0, 0, 0, 7, 0, 5 * 10**9),
-            *(0, b"", bytearray(1), sums := array("I", bytes(4 * len(items)))),
+            *(0, b"", bytearray(1), sums := array("I", [7] * len(items))),
         )
         found = [bytes(each) for each in into]
         for count, crc, came in zip(counts, sums, found, strict=True):

@@ -60,7 +60,7 @@ class Chunk:
             counts = native.read_ranges(
                 *([(self, *each) for each in ranges], into, "lane_spec", array("i", [ours.fileno()]), bytearray(1)),
                 *(bytearray(1), b"", self.stage.number, self.stage.address, self.stage_bytes, 7, 0, 5 * 10**9),
-                *(0, b"", bytearray(1), sums := array("I", bytes(4 * len(ranges)))),
+                *(0, b"", bytearray(1), sums := array("I", [7] * len(ranges))),
             )
             server.join()
         for count, crc, view in zip(counts, sums, into, strict=True):

@@ -14,16 +14,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import emberfs
 import emberkv
 import pytest
 from emberfs import StoreClosed
+from emberfs.checksum import crc32c
 from emberfs.errors import AccessDenied, EmberError, InvalidPath, LimitExceeded, Unreachable
 from emberkv import messages
 from emberkv.errors import SeatGone
 from emberkv.hit import Hit
 from emberkv.operator import Operator
+from emberkv.page import HEADER_BYTES, NO_PLACE, PLACE, Place, encode_header
+from emberkv.reading import PageReader
 from emberkv.tenants import read_tenants
 
 from tests.fs.cli_run import emberline
@@ -215,6 +219,37 @@ def test_damage_is_a_miss_and_is_told(serve: Serve, store: str) -> None:
         assert cache.put(keys, pages) == ["known"] * 2 + ["stored"] + ["known"] * 3
         cache.flush()
         assert cache.get(cache.match(keys)) == pages
+
+
+def test_a_page_is_compared_with_its_own_checksum_however_it_was_read(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a service: the second read goes past those of the store, if the native part was built."""
+    keys, payloads = [bytes([each]) * 32 for each in range(7)], [page(each) for each in range(7)]
+    segment, places = b"", list[Place]()
+    for key, payload in zip(keys, payloads, strict=True):
+        places.append(Place(1, len(segment), PAGE, crc32c(payload)))
+        segment += encode_header(places[-1], key=key, parent=bytes(32), kind=0, tenant=3) + payload
+    packed = b"".join(NO_PLACE if number == 1 else PLACE.pack(*place) for number, place in enumerate(places))
+    monkeypatch.setattr("emberkv.reading.BATCH_BYTES", 3 * (PAGE + HEADER_BYTES))
+    with emberfs.connect(store) as client:
+        client.put("/00000001", segment, chunk_size_bytes=64 << 10)
+        client.batch_write([("/00000001", places[4].offset + HEADER_BYTES + 50, b"not of this page")])
+        batches, read = list[int](), client.batch_read
+
+        def batch_read(items: Any, into: Any, **more: Any) -> Any:
+            batches.append(len(items) // 2)
+            return read(items, into, **more)
+
+        monkeypatch.setattr(client, "batch_read", batch_read)
+        reader = PageReader(client, "")
+        for _ in range(2):
+            views = [memoryview(bytearray(PAGE)) for _ in keys]
+            done = reader.read(keys, packed, views, kind=0, tenant=3)
+            assert done == [True, False, True, True, False, True, True]
+            assert all(view == payload for view, payload, good in zip(views, payloads, done, strict=True) if good)
+        assert batches == [2, 3, 1] * 2, "as many as have room, one that is not there too"
+        reader.close()
 
 
 def test_tenants_need_their_token_and_see_only_their_own(serve: Serve, tmp_path: Path) -> None:
