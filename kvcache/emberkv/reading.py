@@ -23,7 +23,7 @@ OPEN_MAX = 512
 """Segments that are kept open."""
 BATCH_PAGES = 256
 BATCH_BYTES = 32 << 20
-"""A store of this host reads at most 64 MiB at once past its event loop."""
+"""A storage server reads at most 64 MiB at once past its event loop."""
 _FRONT = struct.Struct("<4sHHIIII32s")
 _TENANT = struct.Struct("<I")
 _TENANT_AT = 88
@@ -68,20 +68,11 @@ class PageReader:
             grant = grants[first] if grants else b""
             if grants:  # As many as are read under one.
                 last = next((page for page in range(first, last) if grants[page] != grant), last)
-            last = self._end_of_batch(views, first, last)
+            last = _end_of_batch(views, first, last)
             part = list(PLACE.iter_unpack(places[first * PLACE.size : last * PLACE.size]))
             done += self._read_batch(keys[first:last], part, views[first:last], kind, tenant, begin, grant)
             first = last
         return done
-
-    def _end_of_batch(self, views: Sequence[memoryview], first: int, last: int) -> int:
-        """One page, and those after it up to so many bytes."""
-        left = BATCH_BYTES - len(views[first])
-        for page in range(first + 1, last):
-            left -= len(views[page]) + HEADER_BYTES
-            if left < 0:
-                return page
-        return last
 
     def _read_batch(
         self, keys: Sequence[bytes], places: Sequence[tuple[int, int, int, int]], views: Sequence[memoryview],
@@ -145,3 +136,13 @@ class PageReader:
                 self._files.pop(oldest).close()
         self._files[segment] = file
         return file
+
+
+def _end_of_batch(views: Sequence[memoryview], first: int, last: int) -> int:
+    """One page, and those after it up to so many bytes."""
+    left = BATCH_BYTES - len(views[first])
+    for page in range(first + 1, last):
+        left -= len(views[page]) + HEADER_BYTES
+        if left < 0:
+            return page
+    return last

@@ -247,6 +247,8 @@ def test_a_range_one_byte_too_long_is_refused(place: Place, hit: Hit, shares_mem
             sums = array("I", [0])
             assert store.read_granted(alone, [(segment, offset, len(whole))], [whole], sums=sums) == [len(whole)]
             assert sums[0] == crc32c(whole)
+            with pytest.raises(ValueError, match="1 items need as many buffers, not 2"):
+                store.read_granted(alone, [(segment, offset, len(whole))], [whole, whole])
             assert bytes(whole[HEADER_BYTES:]) == page(hit.keys[5])
             assert set(bytes(memory[:PAGE_BYTES]) + bytes(memory[PAGE_BYTES + len(whole) :])) == {0xEE}
             for begin, size in ((offset, end - offset + 1), (offset - 1, 2), (end - 1, 2), (end, 1), (0, 1)):

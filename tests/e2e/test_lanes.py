@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import threading
 import time
 import urllib.request
@@ -24,6 +25,7 @@ from emberfs.checksum import crc32c
 from emberfs.cluster.local import LocalCluster, Plan
 from emberfs.errors import Corruption, NotFound
 from emberfs.server import read_config
+from emberfs.transport import TcpNetwork
 
 from tests.fs.sharing_run import stopped
 from tests.fs.stores import needs_native
@@ -135,6 +137,29 @@ def test_fast_and_slow_are_equal(cluster: LocalCluster, client: emberfs.Client, 
         for file in files + slow_files:
             file.close()
     assert lane_counts(cluster)["emberline_lane_bytes"] > before["emberline_lane_bytes"]
+
+
+def test_a_server_that_ends_lanes_at_once_is_not_asked_for_one_each_time(
+    cluster: LocalCluster, client: emberfs.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of another release does."""
+    opened, open_lane = [], TcpNetwork.open_lane
+
+    async def open_bad_one(network: TcpNetwork, address: str) -> socket.socket | None:
+        lane = await open_lane(network, address)
+        opened.append(address)
+        assert lane is not None
+        lane.send(bytes(64))
+        return lane
+
+    data = random.Random(1).randbytes(MIB)
+    client.put("/refused", data, chunk_size_bytes=CHUNK_BYTES)
+    warm(client, "/refused")
+    monkeypatch.setattr(TcpNetwork, "open_lane", open_bad_one)
+    with client.open("/refused", "rb") as file:
+        for at in range(0, MIB, 20_000):
+            assert file.read_at(at, 20_000) == data[at : at + 20_000]
+    assert 0 < len(opened) <= 4, "one to each server, as long as it does not take many seconds"
 
 
 def test_bad_arguments_are_told_as_ever(client: emberfs.Client) -> None:

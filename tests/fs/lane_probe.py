@@ -17,7 +17,7 @@ HEAD = struct.Struct("=IHHQ")
 ITEM = struct.Struct("=QQQQQIIII")
 PART = struct.Struct("=iI")
 MAGIC = 0x324C4D45
-READ, COUNTS, REGION, FORGET = 1, 2, 3, 4
+READ, COUNTS, REGION, FORGET, READ_SUMS = 1, 2, 3, 4, 5
 DECLINED = -1
 
 
@@ -48,7 +48,8 @@ class LaneProbe:
     def send(self, *items: bytes) -> None:
         self.call += 1
         self.places = [ITEM.unpack(item)[4] for item in items]
-        self.socket.send(HEAD.pack(MAGIC, READ, len(items), self.call) + b"".join(items))
+        self.kind = READ_SUMS if self.call % 2 else READ
+        self.socket.send(HEAD.pack(MAGIC, self.kind, len(items), self.call) + b"".join(items))
 
     def receive(self) -> list[int]:
         """Raises ConnectionError if the server has ended the lane."""
@@ -60,7 +61,8 @@ class LaneProbe:
         counts = []
         for at, (length, crc) in enumerate(PART.iter_unpack(answer[HEAD.size :])):
             begin = self.places[at]
-            assert crc == (0 if length == DECLINED else crc32c(self.memory[begin : begin + length]))
+            is_told = length != DECLINED and self.kind == READ_SUMS
+            assert crc == (crc32c(self.memory[begin : begin + length]) if is_told else 0)
             counts.append(length)
         assert len(counts) == count
         return counts

@@ -75,6 +75,17 @@ def test_any_ranges_are_read_without_the_services(
         assert read(client, file, (len(DATA) - 5, 100), (len(DATA) + 7, 3)) == [DATA[-5:], b""]
 
 
+def test_the_checksum_is_of_what_is_in_memory_afterwards(client: Client) -> None:
+    """Also where two ranges were asked for into one place."""
+    memory = memoryview(bytearray(8000))
+    with client.open("/large") as file:
+        for second, beside in ((0, 5000), (0, 9000), (2000, 5000), (3999, 1000), (4000, 5000)):
+            views, sums = [memory[:4000], memory[second : second + 4000]], array("I", [0, 0])
+            counts = client.batch_read([(file, 1000, 4000), (file, beside, 4000)], views, sums=sums)
+            assert counts == [4000, 4000]
+            assert list(sums) == [crc32c(view) for view in views]
+
+
 def test_what_is_not_in_chunks_or_not_known_is_read_all_the_same(client: Client) -> None:
     client.put("/new", DATA[:CHUNK])
     with client.open("/large") as large, client.open("/small") as small, client.open("/new") as new:

@@ -37,6 +37,8 @@ class Chunk:
         self.stage = Region(stage_bytes)
         self.memory = self.stage.memory()
         self.stage_bytes = stage_bytes
+        self.damaged = 0
+        """So many ranges are, once they are in the stage."""
 
     def read(
         self, ranges: list[tuple[int, int]], into: list[memoryview]
@@ -51,7 +53,9 @@ class Chunk:
             for *_, place, _, offset, length, _ in ITEM.iter_unpack(packet[HEAD.size :]):
                 asked.append((offset, length, place))
                 self.memory[place : place + length] = self.content[offset : offset + length]
-            parts = b"".join(PART.pack(length, 0) for _, length, _ in asked)  # What is staged is copied once more.
+            parts = b"".join(PART.pack(length, crc32c(self.content[at : at + length])) for at, length, _ in asked)
+            for _, _, place in asked[: self.damaged]:
+                self.memory[place] ^= 1
             theirs.send(HEAD.pack(MAGIC, COUNTS, count, call) + parts)
 
         server = threading.Thread(target=serve)
@@ -66,6 +70,14 @@ class Chunk:
         for count, crc, view in zip(counts, sums, into, strict=True):
             assert count == -1 or crc == crc32c(view[:count])
         return counts, asked
+
+
+def test_what_is_damaged_in_the_stage_is_for_another_way() -> None:
+    chunk, memory = Chunk(1 << 20), np.empty(4 * 5000, np.uint8)
+    chunk.damaged = 2
+    into = [memory[at * 5000 :][:5000].data for at in range(4)]
+    counts, _ = chunk.read([(at * 6000, 5000) for at in range(4)], into)
+    assert counts == [-1, -1, 5000, 5000]
 
 
 @pytest.mark.parametrize("size", [4097, 16_388, 65_540, 65_536, 100])

@@ -351,7 +351,7 @@ class _Blocking:
         counts: list[Any] = self._answer(
             ("read", ""), lambda store: store.batch_read(items, into, raise_errors=raise_errors)
         )
-        note_sums(sums, range(len(items)), into, counts)
+        note_sums(sums, into, counts)
         return counts
 
     def _answer(self, what: tuple[str, str], call: Callable[[AsyncClient], Coroutine[Any, Any, Any]]) -> Any:

@@ -58,13 +58,12 @@ async def read_found(core: Core, wanted: Sequence[Range | Exception], *, raise_e
     return results
 
 
-def destinations(items: Sequence[BatchRead], into: Any) -> list[memoryview]:
+def destinations(items: Sequence[tuple[Any, int, int]], into: Any) -> list[memoryview]:
     """A view per item: of its own buffer, or of its share of the one buffer."""
     for _, offset, length in items:
         check_range(offset, length)
     if isinstance(into, (list, tuple)):
-        if len(into) != len(items):
-            raise ValueError(f"{len(items)} items need as many buffers, not {len(into)}")
+        check_buffers(items, into)
         views = []
         for (_, _, length), buffer in zip(items, into, strict=True):
             view = writable_view(buffer)
@@ -88,9 +87,9 @@ def check_sums(sums: array[int] | None, items: Sequence[Any]) -> None:
         raise ValueError(f"{len(items)} items have as many checksums, in an array('I')")
 
 
-def note_sums(sums: array[int], places: Iterable[int], views: Sequence[memoryview], results: Sequence[Any]) -> None:
-    """The CRC32C of what was read at each of the places, `results` and `views` being of these."""
-    for place, view, count in zip(places, views, results, strict=True):
+def note_sums(sums: array[int], views: Sequence[memoryview], results: Sequence[Any]) -> None:
+    """The CRC32C of what was read of each item."""
+    for place, (view, count) in enumerate(zip(views, results, strict=True)):
         if isinstance(count, int):
             sums[place] = crc32c(view[:count])
 
@@ -133,6 +132,12 @@ def open_files(items: Sequence[BatchRead] | Sequence[BatchWrite], store: Store) 
         if file._store is not store:
             raise InvalidPath(f"the file {file.name!r} is open in another store")
     return files
+
+
+def check_buffers(items: Sequence[Any], into: Sequence[Any]) -> None:
+    """Raises ValueError, unless there is one for each item."""
+    if len(into) != len(items):
+        raise ValueError(f"{len(items)} items need as many buffers, not {len(into)}")
 
 
 def check_count(items: Sequence[Any]) -> None:

@@ -13,7 +13,7 @@ from ..errors import AccessDenied, EmberError
 from ..grants import GrantFile, read_grant
 from ..types import FILE_BYTES_MAX, Inode, Kind
 from .attachment import Attachment
-from .batch import check_count, destinations, note_sums
+from .batch import check_buffers, check_count, destinations, note_sums
 from .buffers import flat_view
 from .core import Core, Range, check_range
 
@@ -52,6 +52,7 @@ class GrantedFiles:
     ) -> list[int | EmberError]:
         """See `Client.read_granted`: over lanes, and what they do not serve as `fetch` does."""
         core, store, asked = attachment.live(), attachment.store, self._asked(grant, items)
+        check_buffers(items, into)
         results: list[Any] | None = None
         if store.lanes is not None:
             files = list(dict.fromkeys([file for file, _, _ in asked]))
@@ -64,14 +65,14 @@ class GrantedFiles:
             for place, result in zip(left, found, strict=True):
                 results[place] = result
             if sums is not None:
-                note_sums(sums, left, destinations(rest, buffers), found)  # type: ignore[arg-type]
+                note_sums(sums, destinations(items, into), results)
         return results
 
     async def fetch(
         self, core: Core, grant: bytes, items: Sequence[Item], into: Sequence[Any]
     ) -> list[int | EmberError]:
         """See `Client.read_granted`."""
-        views = destinations(items, into)  # type: ignore[arg-type]  # Of them it looks at offsets and lengths only.
+        views = destinations(items, into)
         asked = zip(self._asked(grant, items), views, strict=True)
         ranges = [Range(file.inode_to_read, offset, view, "") for (file, offset, _), view in asked]
         return await core.read_ranges(ranges, grant=grant)

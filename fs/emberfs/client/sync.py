@@ -123,8 +123,10 @@ class Client:
 
         `into` is one buffer per item, or one buffer that is filled item after item. Returns the bytes read per item;
         with `raise_errors=False` a failed item's place holds its error instead, else the first error is raised.
-        `sums`: an `array("I")` of one element per item, which gets the CRC32C of what was read of it. Where the bytes
-        were checked after the last copy it comes from there, for nothing.
+        `sums`: an `array("I")` of one element per item, which gets the CRC32C of what was read of it; that of a failed
+        item is any. Where the bytes were checked after the last copy it comes from there, and costs next to nothing.
+
+        Raises ValueError where buffers or sums are not one per item, or a buffer is too small.
         """
         self._attachment.live()
         check_sums(sums, items)
@@ -136,18 +138,17 @@ class Client:
         if lanes is not None and files and len(items) <= BATCH_ITEMS_MAX:
             ours = [file for file in files if isinstance(file, File)]
             results = lanes.read(ours, list(items), into, code=batch_read.__code__, sums=sums)
+        is_summed = results is not None and -1 not in results
         if results is None:
             results = self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
-            if sums is not None:
-                note_sums(sums, range(len(items)), destinations(items, into), results)
         elif left := [place for place, count in enumerate(results) if count < 0]:
             views = destinations(items, into)
             rest, buffers = [items[place] for place in left], [views[place] for place in left]
             found = self._run(lambda core: batch_read(core, rest, buffers, raise_errors=raise_errors))
             for place, result in zip(left, found, strict=True):
                 results[place] = result
-            if sums is not None:
-                note_sums(sums, left, buffers, found)
+        if sums is not None and not is_summed:
+            note_sums(sums, destinations(items, into), results)
         return results
 
     def read_granted(

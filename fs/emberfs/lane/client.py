@@ -114,6 +114,8 @@ class _Lanes:
         """Those that do not know what is read under now."""
         self.given_s = 0.0
         """When the last read ended."""
+        self.proven: set[int] = set()
+        """Servers that have answered on their lanes."""
         self.may_look = False
         """There are cores enough for this read to look for its answer."""
         self.waited_s = 0.0
@@ -124,6 +126,7 @@ class _Lanes:
         lane.settimeout(TELL_TIMEOUT_S)
         self.sockets[index] = lane
         self.shown[index] = {}
+        self.proven.discard(index)
         self.streams[index] = lane.type == SOCK_STREAM
         if not self.streams[index]:
             for region in (self.stage, *regions):
@@ -212,7 +215,7 @@ class LaneReader:
         self._indices: dict[str, int] = {}
         """Server -> its index in packed files."""
         self._barred: dict[str, float] = {}
-        """Servers that gave no lane, or did not answer on one -> until when."""
+        """Servers that gave no lane, did not answer on one, or ended it at once -> until when."""
         self._generation = 0
         """Grows when who is barred changes: files are packed anew."""
         self._is_closed = False
@@ -308,6 +311,7 @@ class LaneReader:
                 lanes.shown[index][place] = grant
             lanes.shows[index] = 0
         lanes.waited_s = self._runtime.now_s() - sent_s
+        lanes.proven.update(lanes.sockets)
         return counts
 
     def close(self) -> None:
@@ -415,8 +419,10 @@ class LaneReader:
         """A lane is lost, or does not answer. The memory is the caller's again when this returns."""
         with self._lock:
             self._taken.discard(lanes)
+        # Who ends a lane at our first request may be of another release, which does so each time.
+        refused = [index for index in lanes.sockets if lanes.pending[index] and index not in lanes.proven]
         silent = [index for index in list(lanes.sockets) if not lanes.drop(index)]
-        for address in [address for address, index in self._indices.items() if index in silent]:
+        for address in [address for address, index in self._indices.items() if index in (*silent, *refused)]:
             self._bar(address)
         if not silent:
             return

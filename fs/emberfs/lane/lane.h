@@ -34,9 +34,10 @@
 enum lane_kind {
     LANE_READ = 1,   /* followed by `count` lane_items, and of a reader perhaps by a grant, for the place that the first
                         item names; answered by LANE_COUNTS of the same call */
-    LANE_COUNTS = 2, /* followed by `count` lane_parts: the bytes that were read, or LANE_DECLINED, and their CRC */
+    LANE_COUNTS = 2, /* followed by `count` lane_parts: the bytes that were read, or LANE_DECLINED, and their CRC or 0 */
     LANE_REGION = 3, /* `call` names the memory whose descriptor comes along (SCM_RIGHTS) */
     LANE_FORGET = 4, /* `call` names memory that is not used any more */
+    LANE_READ_SUMS = 5, /* as LANE_READ, of a local lane; the answer has CRCs */
 };
 
 #define LANE_DECLINED (-1)
@@ -70,6 +71,8 @@ enum lane_crc_way { LANE_CRC_TABLE = 1, LANE_CRC_INSTRUCTION = 2, LANE_CRC_FOLDS
 uint32_t lane_crc32c(uint32_t crc, const void *data, size_t size);
 /* The CRC of two pieces together. `lane_crc32c_join(first, both, second_bytes)`, in turn, is that of the second one. */
 uint32_t lane_crc32c_join(uint32_t first, uint32_t second, uint64_t second_bytes);
+/* Of `size` bytes at `data`: a CRC was `before`, and is `after`, when continued over them. */
+uint32_t lane_crc32c_own(uint32_t before, uint32_t after, const void *data, size_t size);
 /* How this processor computes it. */
 int lane_crc32c_way(void);
 
@@ -121,12 +124,13 @@ void lane_table_finish(struct lane_table *table, const struct lane_item *items, 
 int lane_goes_on(const struct lane_found *found, const struct lane_item *item);
 /* Read and check items that were found and lie side by side, or one. `scratch`: twice `scratch_bytes`, for the rest of their
    granules. What preadv2 does not read whole with `flags` is declined, and what has another checksum is damaged as well: of
-   several only that which is. */
+   several only that which is. With `wants_sums` the parts get their CRCs. */
 void lane_read_items(const struct lane_found *found, const struct lane_item *items, uint8_t *const *into, size_t count,
-                     uint8_t *scratch, uint64_t scratch_bytes, int flags, struct lane_part *parts, int *is_damaged);
+                     uint8_t *scratch, uint64_t scratch_bytes, int flags, int wants_sums, struct lane_part *parts,
+                     int *is_damaged);
 /* Read items of the table in this very thread, which may wait for disks; item i goes to into[i]. 0, or -1: no memory. */
 int lane_read_here(struct lane_table *table, const struct lane_item *items, size_t count, uint8_t *const *into,
-                   struct lane_part *parts);
+                   int wants_sums, struct lane_part *parts);
 /* Read ranges of files, unchecked, one after the other into `into`. How many were read whole; the next one met the end of
    its file, or `error`. */
 size_t lane_read_files(const int32_t *fds, const int64_t *offsets, const int64_t *lengths, size_t count, uint8_t *into,
@@ -215,8 +219,8 @@ struct lane_spans {
 
 /* Where the chunk of an item ends its `place` says. NULL: no memory. free() lets go of it. */
 struct lane_spans *lane_stream_spans(const struct lane_head *request);
-/* The answer of a stream to spans that were sent: into[i] gets the bytes of item i of the request. 0, or -1 as
-   `lane_exchange`. */
+/* The answer of a stream to spans that were sent: into[i] gets the bytes of item i of the request, which may be
+   LANE_READ_SUMS. 0, or -1 as `lane_exchange`. */
 int lane_stream_take(int fd, const struct lane_spans *spans, const struct lane_head *request, uint8_t *const *into,
                      struct lane_part *parts, int64_t until_ns);
 /* Who waits asks this now and then, and gives up if it is not 0: a signal has come, and its handler has raised. */

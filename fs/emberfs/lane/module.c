@@ -479,11 +479,12 @@ static int plan_items(struct plan *plan, PyObject *items, PyObject *into, PyObje
 
 /* 0; -1: no memory. */
 static int finish_requests(struct plan *plan, uint64_t call) {
+    uint16_t kind = plan->sums == NULL ? LANE_READ : LANE_READ_SUMS;
     for (int at = 0; at < plan->servers_count; at++) {
         struct lane_request *server = &plan->servers[at];
         size_t count = plan->pieces_of[at];
         if (count == 0) continue;
-        *server->head = (struct lane_head){LANE_MAGIC, LANE_READ, (uint16_t)count, call};
+        *server->head = (struct lane_head){LANE_MAGIC, kind, (uint16_t)count, call};
         server->size = sizeof *server->head + count * sizeof(struct lane_item);
         if (plan->shows[at] && !server->is_stream) {
             void *head = realloc(server->head, server->size + (size_t)plan->grant_size);
@@ -502,23 +503,53 @@ static int finish_requests(struct plan *plan, uint64_t call) {
     return 0;
 }
 
+static int compare_pieces(const void *first, const void *second) {
+    const struct lane_piece *one = *(const struct lane_piece *const *)first, *other = *(const struct lane_piece *const *)second;
+    return one->into < other->into ? -1 : one->into > other->into;
+}
+
+static uint32_t length_of(const struct plan *plan, const struct lane_piece *piece) {
+    const struct lane_head *head = plan->servers[piece->server].head;
+    return ((const struct lane_item *)(head + 1))[piece->position].length;
+}
+
+/* Some memory is of two items: the first of them does not have what came of it any more. */
+static int is_overwritten(const struct plan *plan) {
+    const struct lane_piece **sorted = malloc((plan->pieces_count + 1) * sizeof *sorted);
+    int found = sorted == NULL;
+    for (size_t at = 0; !found && at < plan->pieces_count; at++) sorted[at] = &plan->pieces[at];
+    if (!found) qsort(sorted, plan->pieces_count, sizeof *sorted, compare_pieces);
+    for (size_t at = 1; !found && at < plan->pieces_count; at++)
+        found = sorted[at - 1]->into + length_of(plan, sorted[at - 1]) > sorted[at]->into;
+    free(sorted);
+    return found;
+}
+
+/* The CRC of each item, of what is where it belongs. */
+static void sum_pieces(struct plan *plan) {
+    int is_told = plan->has_whole || !is_overwritten(plan);
+    for (size_t at = 0; at < plan->pieces_count; at++) {
+        const struct lane_piece *piece = &plan->pieces[at];
+        struct lane_part part = plan->servers[piece->server].parts[piece->position];
+        if (plan->counts[piece->item] < 0) continue;
+        if (piece->staged != NULL || !is_told) {
+            uint32_t crc = lane_crc32c(0, piece->into, (size_t)part.count);
+            if (is_told && crc != part.crc) plan->counts[piece->item] = -1; /* Damaged on the way through the stage. */
+            part.crc = crc;
+        }
+        plan->sums[piece->item] = lane_crc32c_join(plan->sums[piece->item], part.crc, (uint64_t)part.count);
+    }
+}
+
 /* Bring what came to where it belongs. */
 static void finish_pieces(struct plan *plan) {
     for (size_t at = 0; at < plan->pieces_count; at++) {
         const struct lane_piece *piece = &plan->pieces[at];
-        const struct lane_request *server = &plan->servers[piece->server];
-        const struct lane_item *items = (const struct lane_item *)(server->head + 1);
-        struct lane_part part = server->parts[piece->position];
-        if (part.count < 0 || (uint32_t)part.count != items[piece->position].length) {
-            plan->counts[piece->item] = -1;
-            continue;
-        }
-        if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)part.count);
-        if (plan->sums == NULL) continue;
-        /* Of what is where it belongs, and so after the last copy. */
-        if (piece->staged != NULL) part.crc = lane_crc32c(0, piece->into, (size_t)part.count);
-        plan->sums[piece->item] = lane_crc32c_join(plan->sums[piece->item], part.crc, (uint64_t)part.count);
+        struct lane_part part = plan->servers[piece->server].parts[piece->position];
+        if (part.count < 0 || (uint32_t)part.count != length_of(plan, piece)) plan->counts[piece->item] = -1;
+        else if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)part.count);
     }
+    if (plan->sums != NULL) sum_pieces(plan);
 }
 
 /* Asked by who waits, without the interpreter's lock. */
@@ -612,7 +643,7 @@ static int read_here(struct plan *plan, struct lane_table *table) {
     if (outcome == 0) {
         Py_BEGIN_ALLOW_THREADS
         const struct lane_item *items = (const struct lane_item *)(all->head + 1);
-        outcome = lane_read_here(table, items, plan->pieces_count, all->into, all->parts);
+        outcome = lane_read_here(table, items, plan->pieces_count, all->into, plan->sums != NULL, all->parts);
         if (outcome == 0) finish_pieces(plan);
         Py_END_ALLOW_THREADS
     }

@@ -152,7 +152,9 @@ static int is_granted(const struct lane *lane, const struct lane_item *item, int
 }
 
 /* Of items from `at` on, those that lie side by side: how many were read, or declined. */
-static int read_run(struct worker *worker, struct lane *lane, const struct lane_item *items, int at, int count, int64_t now_s) {
+static int read_run(struct worker *worker, struct lane *lane, const struct lane_head *head, int at, int64_t now_s) {
+    const struct lane_item *items = (const struct lane_item *)(head + 1);
+    int count = head->count;
     int run = 1, is_damaged = 0;
     worker->reply.parts[at] = (struct lane_part){LANE_DECLINED, 0};
     if (!is_granted(lane, &items[at], now_s)) return run;
@@ -162,7 +164,7 @@ static int read_run(struct worker *worker, struct lane *lane, const struct lane_
     for (int each = at; each < at + run; each++)
         worker->into[each] = region_of(lane, items[each].region)->address + items[each].place;
     lane_read_items(&worker->found[at], &items[at], &worker->into[at], run, worker->scratch, LANE_SCRATCH_BYTES, RWF_NOWAIT,
-                    &worker->reply.parts[at], &is_damaged);
+                    head->kind == LANE_READ_SUMS, &worker->reply.parts[at], &is_damaged);
     if (is_damaged) __atomic_add_fetch(&worker->server->stats.damaged, 1, __ATOMIC_RELAXED);
     return run;
 }
@@ -225,7 +227,7 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
         take_grant(worker, lane, items[0].grant, (const uint8_t *)head + plain, size - plain) != 0)
         return -1;
     int64_t now_s = lane->tenant != NULL ? time(NULL) : 0;
-    for (int at = 0; at < head->count;) at += read_run(worker, lane, items, at, head->count, now_s);
+    for (int at = 0; at < head->count;) at += read_run(worker, lane, head, at, now_s);
     lane_table_finish(table, items, head->count, worker->found, parts);
     lane_count(&worker->server->stats, parts, head->count);
     worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
@@ -266,7 +268,8 @@ static int serve_packet(struct worker *worker, struct lane *lane) {
                    !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && descriptors == (head->kind == LANE_REGION);
     if (is_whole && head->kind == LANE_REGION) return add_region(worker->server, lane, head->call, fd) == 0 ? 1 : -1;
     if (fd >= 0) close(fd);
-    if (is_whole && head->kind == LANE_READ) return serve_read(worker, lane, head, (size_t)size) == 0 ? 1 : -1;
+    if (is_whole && (head->kind == LANE_READ || head->kind == LANE_READ_SUMS))
+        return serve_read(worker, lane, head, (size_t)size) == 0 ? 1 : -1;
     if (is_whole && head->kind == LANE_FORGET) {
         forget_region(worker->server, lane, head->call);
         return 1;

@@ -351,9 +351,10 @@ static int pass(struct incoming *incoming, size_t size, uint32_t *crc) {
     return take(incoming, bytes, size, crc);
 }
 
-/* The items of a span, and what is around them; `parts` get the CRC of each. */
+/* The items of a span, and what is around them; `parts` get the CRC of each if somebody `wants_sums`. */
 static int take_span(struct incoming *incoming, const struct lane_item *span, const struct lane_span *part,
-                     const struct lane_item *items, uint8_t *const *into, struct lane_part *parts, uint32_t *crc) {
+                     const struct lane_item *items, uint8_t *const *into, int wants_sums, struct lane_part *parts,
+                     uint32_t *crc) {
     size_t left = span->length - part->before;
     for (uint32_t at = 0; at < part->items; at++) {
         if (items[at].length > left) return -1;
@@ -363,13 +364,14 @@ static int take_span(struct incoming *incoming, const struct lane_item *span, co
     for (uint32_t at = 0; at < part->items; at++) {
         uint32_t crc_before = *crc;
         if (take(incoming, into[at], items[at].length, crc) != 0) return -1;
-        parts[at].crc = lane_crc32c_join(crc_before, *crc, items[at].length);
+        if (wants_sums) parts[at].crc = lane_crc32c_own(crc_before, *crc, into[at], items[at].length);
     }
     return pass(incoming, left, crc);
 }
 
 static int take_answer(struct incoming *incoming, const struct lane_spans *spans, const struct lane_item *items,
-                       uint8_t *const *into, struct lane_part *parts, struct lane_part *promises, struct lane_part *verdicts) {
+                       uint8_t *const *into, int wants_sums, struct lane_part *parts, struct lane_part *promises,
+                       struct lane_part *verdicts) {
     size_t parts_bytes = spans->head.count * sizeof *promises;
     struct lane_head head;
     if (take(incoming, (uint8_t *)&head, sizeof head, NULL) != 0 || head.magic != LANE_MAGIC ||
@@ -379,7 +381,7 @@ static int take_answer(struct incoming *incoming, const struct lane_spans *spans
     for (uint32_t at = 0, item = 0; at < head.count; item += spans->parts[at++].items) {
         if (promises[at].count != 0 && promises[at].count != (int32_t)spans->items[at].length) return -1;
         if (promises[at].count && take_span(incoming, &spans->items[at], &spans->parts[at], &items[item], &into[item],
-                                            &parts[item], &promises[at].crc) != 0)
+                                            wants_sums, &parts[item], &promises[at].crc) != 0)
             return -1;
     }
     if (take(incoming, (uint8_t *)verdicts, parts_bytes, NULL) != 0) return -1;
@@ -401,7 +403,8 @@ int lane_stream_take(int fd, const struct lane_spans *spans, const struct lane_h
         incoming->fd = fd;
         incoming->until_ns = until_ns;
         incoming->begin = incoming->end = 0;
-        outcome = take_answer(incoming, spans, items, into, parts, told, told + spans->head.count);
+        outcome = take_answer(incoming, spans, items, into, request->kind == LANE_READ_SUMS, parts, told,
+                              told + spans->head.count);
     }
     free(incoming);
     free(told);
