@@ -142,6 +142,12 @@ def filtered(session: emberflow.Session) -> list[Filtered]:
     ]
 
 
+def filters(frame: emberflow.DataFrame) -> list[str]:
+    """The stages that have key filters, by what they make and what their tasks read, each as often as it has one."""
+    stages = re.findall(r"^stage \d+ \((.*?)\), a task per (\w+)(.*(?:\n .*)*)", frame.explain(), re.MULTILINE)
+    return [f"{label} of a {read}" for label, read, lines in stages for _ in range(lines.count("key filter"))]
+
+
 @pytest.fixture(scope="module", params=KEYS)
 def keyed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Files, and what a join of them compares."""
@@ -182,22 +188,41 @@ def test_a_small_side_without_rows_and_one_with_all(session: emberflow.Session, 
             assert (stage.applied, stage.rows) == ((0, BIG) if where == "g >= 0" else (stage.tasks, 0))
 
 
-def test_what_is_not_filtered_before_filters_nothing(session: emberflow.Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", ["b.k = s.k", "b.k % 997 = s.k % 997"])
+def test_what_is_not_filtered_before_filters_nothing(session: emberflow.Session, tmp_path: Path, on: str) -> None:
+    """A constant in what is compared leaves all rows in."""
     write(tmp_path, "i % 997")
-    check(session, over(tmp_path, "SELECT b.v, s.w FROM big b JOIN small s ON b.k = s.k"))
+    check(session, over(tmp_path, f"SELECT b.v, s.w FROM big b JOIN small s ON {on}"))
     assert filtered(session) == []
 
 
-def test_what_changes_each_time_filters_nothing(session: emberflow.Session, tmp_path: Path) -> None:
+SIDES = {
+    "a column": "SELECT k, {value} r FROM small WHERE g = 0",
+    "a condition": "SELECT k, w r FROM small WHERE g = 0 AND {value} > 0",
+    "behind GROUP BY": "SELECT k, max({value}) r FROM small WHERE g = 0 GROUP BY k",
+    "of what all tasks read": "SELECT s.k, r FROM small s JOIN (SELECT w x, {value} r FROM small) ON w < x WHERE g = 0",
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_what_changes_each_time_filters_nothing(session: emberflow.Session, tmp_path: Path, side: str) -> None:
     write(tmp_path, "i % 997")
-    text = over(tmp_path, "SELECT b.v, s.r FROM big b JOIN (SELECT k, pi() r FROM small WHERE g = 0) s ON b.k = s.k")
-    assert "key filter" in session.sql(text).explain()
-    assert "key filter" not in session.sql(text.replace("pi()", "random()")).explain()
+    text = over(tmp_path, f"SELECT b.v, s.r FROM big b JOIN ({SIDES[side]}) s ON b.k = s.k")
+    check(session, text.format(value="pi()"))
+    assert filtered(session) != []
+    assert filters(session.sql(text.format(value="random()"))) == []
+    turned = over(tmp_path, f"SELECT b.v, s.r FROM ({SIDES[side]}) s LEFT JOIN big b ON b.k = s.k")
+    assert filters(session.sql(turned.format(value="pi()"))) != []
+    assert filters(session.sql(turned.format(value="random()"))) == []
+
+
+def test_what_a_function_gives_filters_nothing(session: emberflow.Session, tmp_path: Path) -> None:
+    write(tmp_path, "i % 997")
     picked = session.sql(over(tmp_path, "SELECT k, w FROM small")).map_batches(
         lambda table: table, schema={"k": "BIGINT", "w": "BIGINT"}
     )
     text = over(tmp_path, "SELECT b.v FROM big b JOIN (SELECT * FROM p WHERE w = 3) s ON b.k = s.k")
-    assert "key filter" not in session.sql(text, p=picked).explain()
+    assert filters(session.sql(text, p=picked)) == []
 
 
 CHAIN = """
@@ -216,6 +241,35 @@ def test_filters_of_filtered_rows(session: emberflow.Session, tmp_path: Path, ki
     for stage in filtered(session):
         assert stage.applied == stage.tasks > 1
         assert stage.rows < BIG / 2
+
+
+STAR = """
+    SELECT m.v, m.x, s.w FROM (SELECT a.k, a.v, b.k x FROM big a LEFT JOIN big b ON a.v = b.v) m
+    JOIN (SELECT * FROM small WHERE g = 0) s ON m.k = s.k
+"""
+
+
+def test_what_is_filtered_from_above_filters_the_other_side(session: emberflow.Session, tmp_path: Path) -> None:
+    """`a` has no filters of its own, and the join of `s` is above that of `a` and `b`."""
+    write(tmp_path, "i % 997")
+    check(session, over(tmp_path, STAR))
+    (of_a, of_b) = filtered(session)
+    assert of_a.applied == of_a.tasks > 1
+    assert of_b == of_a
+
+
+def test_keys_of_others_are_filtered_however_few_they_are(
+    session: emberflow.Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all filters that they have. Rows that are no keys are sent as they are."""
+    monkeypatch.setattr(job_keys, "_ROWS_BYTES_MIN", 1 << 30)
+    write(tmp_path, "i % 997")
+    check(session, over(tmp_path, STAR + " JOIN (SELECT * FROM small WHERE g = 1) t ON m.v = t.w"))
+    (of_a, of_b) = filtered(session)
+    assert (of_a.applied, of_b.applied) == (of_a.tasks, 0)
+    assert of_b.rows == BIG
+    of_tasks = [e.data["sql"].count("SEMI JOIN") for e in session.jobs.last if e.kind == "task"]
+    assert of_tasks.count(2) == of_a.tasks
 
 
 @pytest.mark.usefixtures("usual_sizes")
@@ -341,6 +395,52 @@ def test_what_two_stages_read_is_not_filtered_for_one(session: emberflow.Session
     """
     check(session, over(tmp_path, text))
     assert len(filtered(session)) == 1
+
+
+PLACES = {
+    "below a join": ("SELECT b.k, o.v FROM big b JOIN big o ON b.v = o.v", "join of a share"),
+    "below what is computed once": ("FROM m", "shared of a share"),
+    "above a group": ("SELECT max(k) k, v FROM big GROUP BY v", "join of a partition"),
+    "above few rows": (
+        "SELECT t.k, b.v FROM big b JOIN (SELECT range k, range w FROM range(400)) t ON b.v % 400 = t.w",
+        "join of a partition",
+    ),
+    "above what all tasks read": (
+        "SELECT o.k, b.v FROM big b JOIN big o ON b.v >= o.v AND b.v <= o.v AND b.k < o.v + 997",
+        "join of a share",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_filter_is_as_far_down_as_it_leaves_much_out(session: emberflow.Session, tmp_path: Path, place: str) -> None:
+    write(tmp_path, "i % 997")
+    large, where = PLACES[place]
+    large = (
+        f"WITH m AS MATERIALIZED (SELECT k, v FROM big) SELECT b.v, s.w FROM ({large}) b JOIN {PICKED} s ON b.k = s.k"
+    )
+    check(session, over(tmp_path, large))
+    assert filters(session.sql(over(tmp_path, large))) == [where]
+    (stage,) = filtered(session)
+    assert stage.applied == stage.tasks > 1
+    assert stage.rows < 0.8 * BIG
+
+
+def test_a_partition_that_was_asked_for_has_all_its_rows(session: emberflow.Session, tmp_path: Path) -> None:
+    """So whoever asks for it again finds it, whatever it is joined with."""
+    write(tmp_path, "i % 997")
+    parted = session.sql(over(tmp_path, "SELECT k, v FROM big")).repartition(5, hash_by="v")
+    text = over(tmp_path, f"SELECT p.v, s.w FROM p JOIN {PICKED} s ON p.k = s.k")
+    assert filters(session.sql(text, p=parted)) == ["join of a partition"]
+    joined = session.sql(text, p=parted).to_arrow()
+    (stage,) = filtered(session)
+    assert (stage.tasks, stage.applied) == (5, 5)
+    (of_parted,) = [e.stage for e in session.jobs.last if e.kind == "stage" and "repartition" in e.data["label"]]
+    assert sum(e.data["rows"] for e in session.jobs.last if e.kind == "finished" and e.stage == of_parted) == BIG
+    with duckdb.connect() as connection:
+        expected = connection.sql(over(tmp_path, JOINS["inner"][0].format(on="b.k = s.k"))).to_arrow_table()
+        assert joined.num_rows == expected.num_rows
+        assert connection.sql("FROM joined EXCEPT ALL FROM expected").fetchall() == []
 
 
 # ---- what is lost is made again

@@ -134,8 +134,9 @@ def _kept_by(node: Filter) -> float:
 
 
 def _comparisons(condition: Expr) -> int:
-    """With how many constants a condition compares; others, like IS NOT NULL, are taken to leave most rows in."""
+    """With how many constants a condition compares; others, like IS NOT NULL, are taken to leave most rows in: also of
+    an expression with constants, as every computed key of a join is asked for."""
     text = condition.sql(lambda _: "c")
-    if _CONSTANT.search(text) is None or " <> " in text:
+    if _CONSTANT.search(text) is None or " <> " in text or text.removesuffix(")").endswith(" IS NOT NULL"):
         return 0
     return 1 if " OR " in text else 1 + text.count(" AND ")
