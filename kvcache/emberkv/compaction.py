@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Container, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,6 +49,12 @@ TURN_PAGES = 50
 """After so many that went, others have their turn."""
 SOON_S = 60.0
 """A lease that ends later keeps a file for long: it is a poor victim that gives nothing back."""
+CLEARED_SHARE = 0.5
+"""Of the pages in files that can go, that are old enough to go where other files cannot."""
+CLEARED_PAGES = 500
+"""So many go at once, wherever they lie: what hangs below an old page is older still."""
+VAIN_S = 1.0
+"""A look at all pages that was in vain is not repeated before: a put that is refused costs nothing."""
 
 
 class Compaction:
@@ -58,6 +65,9 @@ class Compaction:
         self._table, self._segments = wal.index.table, wal.index.segments
         self._victims: list[int] = []
         """The next ones, the best at the end."""
+        self._victims_stay_s = math.inf
+        """They were chosen among those whose files stay no longer."""
+        self._vain_until_s = -math.inf
         self._cold_s = 0.0
         """What was used before that is evicted."""
         self._kept: set[int] = set()
@@ -74,19 +84,21 @@ class Compaction:
         """There is a segment that has no room elsewhere, were all of it to be moved."""
         return any(self.room_for(each) < each.live_bytes for each in self._segments.sealed())
 
-    async def compact_one(self, moved_bytes_max: int | None = None, *, goes_soon: bool = False) -> bool:
+    async def compact_one(self, moved_bytes_max: int | None = None, *, stay_s: float = math.inf) -> bool:
         """Give back a segment in which little is left that will be asked for again, of those of which no more than so
-        much has to be moved (None: as there is room for). `goes_soon`: and whose file neither lease nor grant keeps for
-        long. Those that none keeps go first. False: there is none."""
-        table, victim = self._table, self._next_victim(moved_bytes_max, goes_soon=goes_soon)
+        much has to be moved (None: as there is room for), and whose file leases keep for no longer than `stay_s`, and
+        grants not at all, unless that is inf. Those that none keeps go first. False: there is none."""
+        table, victim = self._table, self._next_victim(moved_bytes_max, stay_s)
         if victim is None:
             return False
         self._evict_cold([slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < self._cold_s])
         return await self.compact(victim)
 
-    def _next_victim(self, moved_bytes_max: int | None, *, goes_soon: bool) -> Segment | None:
+    def _next_victim(self, moved_bytes_max: int | None, stay_s: float) -> Segment | None:
         self._table.spread_stamps()  # What hangs on a page that is cold is not warm: it was not used since, either.
         is_ranked = False
+        if self._victims_stay_s > stay_s:
+            self._victims = []
         while True:
             while self._victims:
                 victim = self._segments.by_id.get(self._victims.pop())
@@ -96,37 +108,37 @@ class Compaction:
                         return victim
             if is_ranked:
                 return None
-            self._rank(moved_bytes_max, goes_soon=goes_soon)
+            self._rank(moved_bytes_max, stay_s)
             is_ranked = True
 
-    def _rank(self, moved_bytes_max: int | None, *, goes_soon: bool = False) -> None:
+    def _rank(self, moved_bytes_max: int | None, stay_s: float = math.inf) -> None:
         """Choose the next victims, by a look at all pages."""
         table, now_s = self._table, self._space.stamp_s()
         is_full = table.live_bytes > NEARLY_FULL * self._space.live_bytes_max(0)
         self._cold_s = oldest_stamps(table, self._space.config.cold_share) if is_full else 0.0
         self._kept = table.above(self._leases.slots() | pinned(table, now_s))
         warm_bytes = bytes_by_segment(table, self._cold_s, now_s, self._kept)
-        reached, long = self._reached()
+        staying, reached = self.staying(stay_s), self.staying(0.0)
         found = []
         for each in self._segments.sealed():
             size = warm_bytes.get(each.id, 0)
-            if goes_soon and each.id in long:
+            if each.id in staying:
                 continue
             if size <= self._most_of(each, moved_bytes_max) and self._is_worth_it(each, size):
                 found.append((size / each.end + (each.id in reached), each.id))
         self._victims = [victim for _, victim in sorted(found)[:RANKED][::-1]]
+        self._victims_stay_s = stay_s
 
-    async def thin_one(self, moved_bytes_max: int | None = None, *, goes_soon: bool = False) -> bool:
+    async def thin_one(self, moved_bytes_max: int | None = None, *, stay_s: float = math.inf) -> bool:
         """Give back a segment of which too much is alive: leaves in it go, coldest first, until the rest may be moved.
-        Of those that lose least; `goes_soon` as above. False: there is none that has enough of what is dead, or of what
+        Of those that lose least; `stay_s` as above. False: there is none that has enough of what is dead, or of what
         nobody keeps."""
-        table = self._table
-        table.spread_stamps()
-        reached, long = self._reached()
+        self._table.spread_stamps()
+        staying, reached = self.staying(stay_s), self.staying(0.0)
         wasted = [
             each
             for each in self._segments.sealed()
-            if not (goes_soon and each.id in long)
+            if each.id not in staying
             and each.live_bytes < (1 - GAIN_MIN) * each.end
             and self._is_worth_it(each, min(each.live_bytes, self._most_of(each, moved_bytes_max)))
         ]
@@ -136,34 +148,68 @@ class Compaction:
 
         for victim in heapq.nsmallest(THINNED, wasted, key=loss):
             most_bytes = self._most_of(victim, moved_bytes_max)
-            leaves = [self._leaf(slot) for slot in {slot for slot, _ in table.in_segment(victim.id)}]
-            heapq.heapify(leaves)
-            for count in itertools.count(1):
-                if not leaves or victim.live_bytes <= most_bytes:
-                    break
-                _, slot, key = heapq.heappop(leaves)
-                above = table.parent[slot]
-                if table.keys[slot] == key and self._space.evict_leaf(slot) and self._lies_in(above, victim):
-                    heapq.heappush(leaves, self._leaf(above))
-                if count % TURN_PAGES == 0:
-                    await self._space.take_turns()
+            await self._thin(victim, most_bytes)
             if victim.live_bytes <= most_bytes:
                 return await self.compact(victim)
         return False
 
-    def _reached(self) -> tuple[set[int], set[int]]:
-        """Segments whose files stay for a lease, and those of them that do for long, or for a grant."""
-        table, space = self._table, self._space
-        reached = segments_of(table, table.above(self._leases.slots()))
-        long = segments_of(table, table.above(self._leases.slots(beyond_s=space.now_s() + SOON_S)))
-        now_s = space.stamp_s()
-        return reached, long | {each.id for each in self._segments if each.granted_until_s > now_s}
-
     @property
-    def may_gain(self) -> bool:
-        """There is a segment whose file goes once its pages went."""
-        now_s = self._space.stamp_s()
-        return any(each.granted_until_s <= now_s for each in self._segments.sealed())
+    def was_in_vain(self) -> bool:
+        """A look for files that can go found none lately."""
+        return self._space.now_s() < self._vain_until_s
+
+    def note_vain(self) -> None:
+        """There was none."""
+        self._vain_until_s = self._space.now_s() + VAIN_S
+
+    async def clear_one(self) -> bool:
+        """Give back a segment whose file nobody keeps, though all in it may be asked for again: what was not used lately
+        goes, beside the rest in such files. What is older, but lies in files that stay, would give no room. False:
+        there is none."""
+        table, now_s = self._table, self._space.stamp_s()
+        table.spread_stamps()
+        staying = self.staying(0.0)
+        free = [each for each in self._segments.sealed() if each.id not in staying]
+        since_s = oldest_stamps(table, CLEARED_SHARE, within={each.id for each in free})
+        since_s = math.nextafter(since_s, math.inf)  # As many may have one stamp.
+        kept = table.above(self._leases.slots() | pinned(table, now_s))
+        warm_bytes = bytes_by_segment(table, since_s, now_s, kept)
+
+        def is_right(each: Segment, moved_bytes: int) -> bool:
+            return moved_bytes <= self.room_for(each) and self._is_worth_it(each, moved_bytes)
+
+        free = [each for each in free if is_right(each, warm_bytes.get(each.id, 0))]
+        if not free:
+            return False
+        victim = min(free, key=lambda each: warm_bytes.get(each.id, 0) / each.end)
+        old = [slot for slot, _ in table.in_segment(victim.id) if table.used_s[slot] < since_s]
+        for slot in itertools.islice(table.below(old), CLEARED_PAGES):
+            self._space.evict_leaf(slot)
+        return is_right(victim, victim.live_bytes) and await self.compact(victim)
+
+    async def _thin(self, victim: Segment, most_bytes: int) -> None:
+        """Have leaves in a segment go, coldest first, until so much is alive in it."""
+        table = self._table
+        leaves = [self._leaf(slot) for slot in {slot for slot, _ in table.in_segment(victim.id)}]
+        heapq.heapify(leaves)
+        for count in itertools.count(1):
+            if not leaves or victim.live_bytes <= most_bytes:
+                return
+            _, slot, key = heapq.heappop(leaves)
+            above = table.parent[slot]
+            if table.keys[slot] == key and self._space.evict_leaf(slot) and self._lies_in(above, victim):
+                heapq.heappush(leaves, self._leaf(above))
+            if count % TURN_PAGES == 0:
+                await self._space.take_turns()
+
+    def staying(self, stay_s: float) -> set[int]:
+        """Segments whose files leases keep for longer, and those that grants keep; none if that is inf."""
+        table, space = self._table, self._space
+        if stay_s == math.inf:
+            return set()
+        held = segments_of(table, table.above(self._leases.slots(beyond_s=space.now_s() + stay_s)))
+        now_s = space.stamp_s()
+        return held | {each.id for each in self._segments if each.granted_until_s > now_s}
 
     def _most_of(self, victim: Segment, moved_bytes_max: int | None) -> int:
         return self.room_for(victim) if moved_bytes_max is None else moved_bytes_max

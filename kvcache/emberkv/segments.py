@@ -132,6 +132,11 @@ class Segments:
         return sum(each.unknown_bytes for each in self if each.unknown_bytes)
 
     @property
+    def are_small(self) -> bool:
+        """On the whole their files are less than half as large as they might be."""
+        return 2 * self.disk_bytes < sum(each.size_bytes for each in self)
+
+    @property
     def open_room(self) -> int:
         """Bytes that can still be handed out of open ones."""
         return sum(each.room for each in self._open.values())

@@ -34,7 +34,7 @@ from emberfs import AlreadyExists
 from emberfs.errors import EmberError, LimitExceeded
 from emberfs.runtime import Runtime
 
-from .compaction import COMPACTION, TURN_PAGES, Compaction
+from .compaction import COMPACTION, SOON_S, TURN_PAGES, Compaction
 from .counts import Departed
 from .files import Files
 from .journal import Evicted, SegmentAdded, SegmentRetired, SegmentSealed, Unplaced
@@ -473,24 +473,33 @@ class Space:
             self.seal(idle)
         return idle is not None
 
-    def _has_room_coming(self, size_bytes: int) -> bool:
-        """So much comes by itself: from leases, for which to move more pages would take room and give none; or it is a
-        good part of all there is that waits for grants, or for its files to be removed."""
-        segments, now_s = self._index.segments, self.stamp_s()
-        granted_bytes_max = max(size_bytes, int(self.limit_bytes * GRANTED_SHARE))
+    def _must_wait(self, size_bytes: int) -> bool:
+        """A good part of all there is waits for grants, or for its files to be removed."""
+        segments = self._index.segments
+        waiting_bytes_max = max(size_bytes, int(self.limit_bytes * GRANTED_SHARE))
         return (
-            segments.leaving_bytes(now_s - LEAVES_S) >= size_bytes
-            or segments.granted_bytes(now_s) >= granted_bytes_max
-            or sum(segments.by_id[each].end for each in self._stuck) >= granted_bytes_max
+            segments.granted_bytes(self.stamp_s()) >= waiting_bytes_max
+            or sum(segments.by_id[each].end for each in self._stuck) >= waiting_bytes_max
         )
 
-    async def _compact_one(self) -> bool:
+    async def _compact_one(self, *, is_patient: bool = False) -> bool:
+        """A step towards giving back a segment. `is_patient`: room comes by itself from leases, so nothing is moved out
+        of files that others keep. False: there is none."""
+        compaction = self.compaction
         if self.limit_bytes == self.config.capacity_bytes:
-            if await self.compaction.compact_one(goes_soon=True):
+            if compaction.was_in_vain:
+                return False
+            if await self._give_back(stay_s=0.0):
                 return True
-            if self.compaction.is_tight and await self.compaction.thin_one(goes_soon=True):
+            sealed, staying = list(self._index.segments.sealed()), compaction.staying(0.0)
+            if not any(each.id in staying for each in sealed):
+                return bool(sealed) and await self._evict_a_segments_worth()
+            if await compaction.clear_one():
                 return True
-            return self.compaction.may_gain and await self._evict_a_segments_worth()
+            if not is_patient and await self._give_back(stay_s=SOON_S):
+                return True
+            compaction.note_vain()
+            return False
         # What is moved is there twice, if leases reach it until they end, and the store has no room for much of that.
         now_s = self.stamp_s()
         doubled_bytes = sum(each.moved_bytes for each in self._index.segments.waiting(now_s - LEAVES_S, now_s))
@@ -500,6 +509,12 @@ class Space:
         if doubled_bytes:
             return False  # Room is on its way.
         return await self.compaction.thin_one(movable_bytes) or await self._evict_a_segments_worth()
+
+    async def _give_back(self, *, stay_s: float) -> bool:
+        """One segment whose file leases keep for no longer, and grants not at all."""
+        if await self.compaction.compact_one(stay_s=stay_s):
+            return True
+        return self.compaction.is_tight and await self.compaction.thin_one(stay_s=stay_s)
 
     async def _evict_a_segments_worth(self) -> bool:
         """Coldest first, until there is less to be moved: to look for that is to look at all. False: all is held."""
@@ -517,13 +532,14 @@ class Space:
             if await self.collect():
                 continue
             ours = segments.of_writer(COMPACTION)
-            if ours is not None and not ours.pending_bytes:
+            if ours is not None and not ours.pending_bytes and not segments.are_small:
                 self.seal(ours)  # Nobody waits for it, and what it has room for need not be won by moving pages.
                 continue
             idle, slack_bytes = segments.idle(), self.limit_bytes - self.live_bytes_max(0)
             # Who finds its segment sealed needs another one: not as long as those that are open take little.
             may_compact = idle is None or 2 * segments.open_room <= slack_bytes
-            if may_compact and not self._has_room_coming(size_bytes) and await self._compact_one():
+            is_patient = segments.leaving_bytes(self.stamp_s() - LEAVES_S) >= size_bytes
+            if may_compact and not self._must_wait(size_bytes) and await self._compact_one(is_patient=is_patient):
                 continue
             if idle is None:
                 return False

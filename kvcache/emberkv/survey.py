@@ -21,9 +21,13 @@ def hollow(table: PageTable) -> list[int]:
     return found
 
 
-def oldest_stamps(table: PageTable, share: float) -> float:
-    """The stamp that so large a share of the slots have not passed."""
-    used_s = np.asarray(table.used_s)[table.slots()]
+def oldest_stamps(table: PageTable, share: float, *, within: Set[int] | None = None) -> float:
+    """The stamp that so large a share of the slots have not passed: of all, or of those with a page in some segments."""
+    slots = table.slots()
+    if within is not None:
+        some = list(within)
+        slots = slots[np.any([np.isin(places["segment"][slots], some) for places in table.places], axis=0)]
+    used_s = np.asarray(table.used_s)[slots]
     return float(np.quantile(used_s, share)) if len(used_s) else 0.0
 
 

@@ -145,6 +145,73 @@ def test_what_a_full_namespace_moves_is_a_fraction_of_what_it_is_given(writers: 
     run(work)
 
 
+@pytest.mark.parametrize("leased_share", [0.1, 1.0])
+def test_short_leases_of_some_are_no_reason_to_refuse_what_others_put(leased_share: float) -> None:
+    """While a cache is rewritten about once in the time of a lease."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=16 * MIB)
+        pool = await bench.open()
+        rolled, states = random.Random(5), list[int]()
+        for number in range(3000):
+            await runtime.sleep(0.02)
+            states += await bench.put(pool, chain(number, 1 + number % 4), durable=False)
+            asked = rolled.randint(max(0, number - 600), number)
+            pool.match(TENANT, b"".join(chain(asked, 4)), 30.0 if rolled.random() < leased_share else 0)
+        late = states[len(states) // 2 :]
+        assert late.count(STORED) > 0.98 * len(late)
+        assert pool.table.live_bytes > 0.8 * 16 * MIB
+        await pool.close()
+
+    run(work)
+
+
+@pytest.mark.parametrize(("leased_share", "stored_share"), [(0.1, 0.9), (0.25, 0.0)])
+def test_no_pages_go_from_files_that_long_leases_keep(leased_share: float, stored_share: float) -> None:
+    """Of chains that are everywhere: with a tenth of them leased some files can go, with a quarter none."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=128 * MIB)
+        pool = await bench.open()
+        total = int(0.93 * pool.space.live_bytes_max(PAGE) / (PAGE + HEADER_BYTES) / 4)
+        rolled = await woven(bench, pool, list(range(total)), 4)
+        for number in rolled.sample(range(total), int(leased_share * total)):
+            pool.match(TENANT, b"".join(chain(number, 4)), 3600.0)
+        states = list[int]()
+        for number in range(total, total + 500):
+            await runtime.sleep(0.5)
+            states += await bench.put(pool, chain(number, 4), durable=False)
+        assert states.count(STORED) >= stored_share * len(states)
+        assert pool.table.live_bytes > 0.6 * 128 * MIB
+        await pool.close()
+
+    run(work)
+
+
+def test_files_do_not_get_smaller_and_smaller() -> None:
+    """Of pages that are used at random whatever is moved is soon torn again."""
+
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=32 * MIB)
+        pool = await bench.open()
+        rolled, lengths, there = random.Random(7), dict[int, int](), list[int]()
+        for number in range(8000):
+            await runtime.sleep(0.01)
+            lengths[number] = rolled.randint(1, 2)
+            await bench.put(pool, chain(number, lengths[number]), durable=False)
+            there.append(number)
+            for _ in range(3):
+                at = rolled.randrange(len(there))
+                if not len(pool.match(TENANT, b"".join(chain(there[at], lengths[there[at]])), 0)[0]):
+                    there[at] = there[-1]
+                    there.pop()
+        segments = pool.index.segments
+        assert segments.disk_bytes > 0.45 * segments.segment_bytes * len(segments.by_id)
+        await pool.close()
+
+    run(work)
+
+
 def test_what_all_share_stays_when_many_writers_begin() -> None:
     """Each of them opens a segment; no page is cold."""
 
