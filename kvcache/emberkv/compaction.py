@@ -163,9 +163,9 @@ class Compaction:
         self._vain_until_s = self._space.now_s() + VAIN_S
 
     async def clear_one(self) -> bool:
-        """Give back a segment whose file nobody keeps, though all in it may be asked for again: what was not used lately
-        goes, beside the rest in such files. What is older, but lies in files that stay, would give no room. False:
-        there is none."""
+        """Give back a segment whose file nobody keeps, though all in it may be asked for again: what was not used
+        lately goes, beside the rest in such files. What is older, but lies in files that stay, would give no room.
+        False: there is none."""
         table, now_s = self._table, self._space.stamp_s()
         table.spread_stamps()
         staying = self.staying(0.0)

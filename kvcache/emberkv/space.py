@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -504,9 +505,9 @@ class Space:
         now_s = self.stamp_s()
         doubled_bytes = sum(each.moved_bytes for each in self._index.segments.waiting(now_s - LEAVES_S, now_s))
         movable_bytes = max(self._movable_bytes - doubled_bytes, 0)
-        if await self.compaction.compact_one(movable_bytes):
+        if await self.compaction.compact_one(movable_bytes, stay_s=0.0 if is_patient else math.inf):
             return True
-        if doubled_bytes:
+        if doubled_bytes or is_patient:
             return False  # Room is on its way.
         return await self.compaction.thin_one(movable_bytes) or await self._evict_a_segments_worth()
 

@@ -22,7 +22,7 @@ def hollow(table: PageTable) -> list[int]:
 
 
 def oldest_stamps(table: PageTable, share: float, *, within: Set[int] | None = None) -> float:
-    """The stamp that so large a share of the slots have not passed: of all, or of those with a page in some segments."""
+    """The stamp that so large a share of the slots have not passed: of all, or of those that lie in some segments."""
     slots = table.slots()
     if within is not None:
         some = list(within)

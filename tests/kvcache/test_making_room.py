@@ -188,6 +188,27 @@ def test_no_pages_go_from_files_that_long_leases_keep(leased_share: float, store
     run(work)
 
 
+@pytest.mark.parametrize("leased_share", [0.05, 0.2])
+def test_nor_do_they_where_the_store_has_less_than_the_capacity(leased_share: float) -> None:
+    async def work(runtime: SimRuntime) -> None:
+        bench = Bench(runtime, capacity_bytes=32 * MIB)
+        pool = await bench.open()
+        limit_bytes = int(0.95 * 32 * MIB)
+        pool.space.heed(limit_bytes, 32 * MIB)
+        total = int(0.93 * pool.space.live_bytes_max(PAGE) / (PAGE + HEADER_BYTES) / 4)
+        rolled = await woven(bench, pool, list(range(total)), 4)
+        for number in rolled.sample(range(total), int(leased_share * total)):
+            pool.match(TENANT, b"".join(chain(number, 4)), 3600.0)
+        for number in range(total, total + 300):
+            await runtime.sleep(0.5)
+            await bench.put(pool, chain(number, 4), durable=False)
+            assert pool.index.segments.promised_bytes < 1.01 * limit_bytes
+        assert pool.table.live_bytes > 0.6 * 32 * MIB
+        await pool.close()
+
+    run(work)
+
+
 def test_files_do_not_get_smaller_and_smaller() -> None:
     """Of pages that are used at random whatever is moved is soon torn again."""
 
