@@ -53,8 +53,8 @@ CLEARED_SHARE = 0.5
 """Of the pages in files that can go, that are old enough to go where other files cannot."""
 CLEARED_PAGES = 500
 """So many go at once, wherever they lie: what hangs below an old page is older still."""
-VAIN_S = 1.0
-"""A look at all pages that was in vain is not repeated before: a put that is refused costs nothing."""
+VAIN_TIMES = 5.0
+"""As long as a look at all pages took that was in vain, none follows: puts that are refused leave time for others."""
 
 
 class Compaction:
@@ -158,9 +158,10 @@ class Compaction:
         """A look for files that can go found none lately."""
         return self._space.now_s() < self._vain_until_s
 
-    def note_vain(self) -> None:
-        """There was none."""
-        self._vain_until_s = self._space.now_s() + VAIN_S
+    def note_vain(self, since_s: float) -> None:
+        """There was none; it was begun then."""
+        now_s = self._space.now_s()
+        self._vain_until_s = now_s + VAIN_TIMES * (now_s - since_s)
 
     async def clear_one(self) -> bool:
         """Give back a segment whose file nobody keeps, though all in it may be asked for again: of what lies in such

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -485,28 +486,31 @@ class Space:
     async def _compact_one(self, *, is_patient: bool = False) -> bool:
         """A step towards giving back a segment. `is_patient`: room comes by itself from leases, so nothing is moved out
         of files that others keep. False: there is none."""
-        compaction = self.compaction
-        if self.limit_bytes == self.config.capacity_bytes:
-            if compaction.was_in_vain:
-                return False
-            if await self._give_back(stay_s=0.0):
-                return True
-            sealed, staying = list(self._index.segments.sealed()), compaction.staying(0.0)
-            if not any(each.id in staying for each in sealed):
-                return bool(sealed) and await self._evict_a_segments_worth()
-            if await compaction.clear_one():
-                return True
-            if not is_patient and await self._give_back(stay_s=SOON_S):
-                return True
-            compaction.note_vain()
+        if self.compaction.was_in_vain:
             return False
-        # What is moved is there twice, if leases reach it until they end, and the store has no room for much of that.
+        began_s = self.now_s()
+        is_limited = self.limit_bytes < self.config.capacity_bytes
+        has_found = await (self._compact_within(is_patient) if is_limited else self._compact_at_all(is_patient))
+        if not has_found:
+            self.compaction.note_vain(began_s)
+        return has_found
+
+    async def _compact_at_all(self, is_patient: bool) -> bool:
+        if await self._give_back(stay_s=0.0):
+            return True
+        sealed, staying = list(self._index.segments.sealed()), self.compaction.staying(0.0)
+        if not any(each.id in staying for each in sealed):
+            return bool(sealed) and await self._evict_a_segments_worth()
+        return await self.compaction.clear_one() or (not is_patient and await self._give_back(stay_s=SOON_S))
+
+    async def _compact_within(self, is_patient: bool) -> bool:
+        """What is moved is there twice if leases reach it, until they end. The store has no room for much of that."""
         now_s = self.stamp_s()
         doubled_bytes = sum(each.moved_bytes for each in self._index.segments.waiting(now_s - LEAVES_S, now_s))
         movable_bytes = max(self._movable_bytes - doubled_bytes, 0)
-        if await self.compaction.compact_one(movable_bytes):
+        if await self.compaction.compact_one(movable_bytes, stay_s=0.0 if is_patient else math.inf):
             return True
-        if doubled_bytes:
+        if doubled_bytes or is_patient:
             return False  # Room is on its way.
         return await self.compaction.thin_one(movable_bytes) or await self._evict_a_segments_worth()
 
