@@ -31,7 +31,7 @@ class LaneProbe:
         self.region = Region(size)
         self.memory = self.region.memory()
         self.tell(self.region.number, self.region.fd)
-        self.call = 0
+        self.call, self.kind = 0, READ
         self.places: list[int] = []
 
     def tell(self, number: int, fd: int) -> None:
@@ -60,9 +60,8 @@ class LaneProbe:
         assert (magic, kind, call) == (MAGIC, COUNTS, self.call)
         counts = []
         for at, (length, crc) in enumerate(PART.iter_unpack(answer[HEAD.size :])):
-            begin = self.places[at]
             is_told = length != DECLINED and self.kind == READ_SUMS
-            assert crc == (crc32c(self.memory[begin : begin + length]) if is_told else 0)
+            assert crc == (crc32c(self.memory[self.places[at] :][:length]) if is_told else 0)
             counts.append(length)
         assert len(counts) == count
         return counts

@@ -233,7 +233,9 @@ def test_awaited_batches(client: Client, store: Path) -> None:
             async with await other.open("/large", "r+b") as file:
                 await file.write(b"held back")
                 buffer = bytearray(9)
-                assert await other.batch_read([(file, 0, 9)], into=buffer) == [9]
+                sums = array.array("I", [0])
+                assert await other.batch_read([(file, 0, 9)], into=buffer, sums=sums) == [9]
+                assert sums[0] == crc32c(buffer[:9])
                 assert buffer == b"held back"
                 await other.batch_write([(file, 5, b"BACK")])
             assert await other.get("/large", 0, 9) == b"held BACK"

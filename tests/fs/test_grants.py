@@ -375,6 +375,7 @@ def show(lane: LaneProbe, grant: bytes, place: int = 1) -> None:
     """With a read, whatever comes of it."""
     item = lane.item(chunk_id(7, 0), 0, 1)[:-4] + place.to_bytes(4, "little")
     lane.call += 1
+    lane.kind = READ
     lane.socket.send(HEAD.pack(MAGIC, READ, 1, lane.call) + item + grant)
     lane.receive()
 

@@ -6,6 +6,7 @@ own loop. A cancelled call leaves only when the store has let go of the caller's
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from ..stores import Config, Store
 from ..transport import allocate
 from ..types import CHUNK_SIZE_BYTES_DEFAULT, Inode
 from .attachment import Attachment
-from .batch import BatchRead, BatchWrite, batch_read, batch_write, open_files
+from .batch import BatchRead, BatchWrite, batch_read, batch_write, check_sums, destinations, note_sums, open_files
 from .buffers import flat_view, writable_view
 from .core import Core, NewFile, Range, check_range
 from .file import open_file
@@ -114,25 +115,45 @@ class AsyncClient:
 
         return await self._run(fill)
 
-    async def batch_read(self, items: Sequence[BatchRead], into: Any, *, raise_errors: bool = True) -> list[Any]:
+    async def batch_read(
+        self, items: Sequence[BatchRead], into: Any, *, raise_errors: bool = True, sums: array[int] | None = None
+    ) -> list[Any]:
         """Read many (path or open File, offset, length) in one step, straight into the caller's memory.
 
         `into` is one buffer per item, or one buffer that is filled item after item. Returns the bytes read per item;
         with `raise_errors=False` a failed item's place holds its error instead, else the first error is raised.
+        `sums`: an `array("I")` of one element per item, which gets the CRC32C of what was read of it; that of a failed
+        item is any.
+
+        Raises ValueError where buffers or sums are not one per item, or a buffer is too small.
         """
+        check_sums(sums, items)
         for file in open_files(items, self._attachment.store):
             await _flushed(file)
-        return await self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
+        results = await self._run(lambda core: batch_read(core, items, into, raise_errors=raise_errors))
+        if sums is not None:
+            note_sums(sums, destinations(items, into), results)
+        return results
 
     async def read_granted(
-        self, grant: bytes, items: Sequence[tuple[int, int, int]], into: Sequence[Any]
+        self,
+        grant: bytes,
+        items: Sequence[tuple[int, int, int]],
+        into: Sequence[Any],
+        *,
+        sums: array[int] | None = None,
     ) -> Sequence[int | EmberError]:
         """Read many (file, offset, length) under a grant, one into each buffer: all that a reader can do.
 
         A file is a number that the grant has for it. Returns the bytes read, or what is wrong, per item; what was
-        never written, or was removed, is zeros. Raises AccessDenied where the grant is not good for it.
+        never written, or was removed, is zeros. `sums` as in `batch_read`. Raises AccessDenied where the grant is not
+        good for it.
         """
-        return await self._run(lambda core: self._granted.fetch(core, grant, items, into))
+        check_sums(sums, items)
+        results = await self._run(lambda core: self._granted.fetch(core, grant, items, into))
+        if sums is not None:
+            note_sums(sums, destinations(items, into), results)
+        return results
 
     async def write_granted(self, grants: Sequence[bytes], items: Sequence[tuple[int, int, Any]]) -> None:
         """Write many (file, offset, data) under grants to write, durably when this returns: all that a writer can do.

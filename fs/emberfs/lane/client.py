@@ -420,7 +420,7 @@ class LaneReader:
         with self._lock:
             self._taken.discard(lanes)
         # Who ends a lane at our first request may be of another release, which does so each time.
-        refused = [index for index in lanes.sockets if lanes.pending[index] and index not in lanes.proven]
+        refused = [index for index in lanes.sockets if index not in lanes.proven]
         silent = [index for index in list(lanes.sockets) if not lanes.drop(index)]
         for address in [address for address, index in self._indices.items() if index in (*silent, *refused)]:
             self._bar(address)
