@@ -54,7 +54,7 @@ CLEARED_SHARE = 0.5
 CLEARED_PAGES = 500
 """So many go at once, wherever they lie: what hangs below an old page is older still."""
 VAIN_TIMES = 5.0
-"""As long as a look at all pages took that was in vain, none follows: puts that are refused leave time for others."""
+"""So many times as long as a look took that was in vain none follows: puts that are refused leave time for others."""
 
 
 class Compaction:
@@ -118,7 +118,8 @@ class Compaction:
         self._cold_s = oldest_stamps(table, self._space.config.cold_share) if is_full else 0.0
         self._kept = table.above(self._leases.slots() | pinned(table, now_s))
         warm_bytes = bytes_by_segment(table, self._cold_s, now_s, self._kept)
-        staying, reached = self.staying(stay_s), self.staying(0.0)
+        staying = self.staying(stay_s)
+        reached = staying if stay_s == 0 else self.staying(0.0)
         found = []
         for each in self._segments.sealed():
             size = warm_bytes.get(each.id, 0)
@@ -134,7 +135,8 @@ class Compaction:
         Of those that lose least; `stay_s` as above. False: there is none that has enough of what is dead, or of what
         nobody keeps."""
         self._table.spread_stamps()
-        staying, reached = self.staying(stay_s), self.staying(0.0)
+        staying = self.staying(stay_s)
+        reached = staying if stay_s == 0 else self.staying(0.0)
         wasted = [
             each
             for each in self._segments.sealed()
