@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from emberflow.errors import InvalidArgument
+from emberflow.errors import CallCancelled, InvalidArgument
 from emberflow.executor import RayExecutor
 
-from tests.dataflow.test_executors import answer
+from tests.dataflow.executor_calls import PATIENCE_S, wait_for
+from tests.dataflow.test_executors import answer, call
 
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """The Ray of a program that initialises it itself."""
+    """The Ray of a program that initialises it itself, with SIGINT ignored as in the background of a shell script."""
     ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    finally:
+        signal.signal(signal.SIGINT, before)
     yield ray
     ray.shutdown()
 
@@ -44,3 +51,16 @@ def test_the_programs_own_ray_is_used_and_left_alone(ray: Any) -> None:
     assert whole.capacity.cpus == 2
     assert whole.capacity.memory_bytes == int(ray.cluster_resources()["memory"])
     whole.close()
+
+
+@pytest.mark.usefixtures("ray")
+def test_cancel_interrupts_where_sigint_is_ignored(tmp_path: Path) -> None:
+    executor = RayExecutor(cpus=1, grace_s=PATIENCE_S)
+    try:
+        handle = executor.submit(call("until_interrupted", str(tmp_path).encode()))
+        wait_for(tmp_path / "running")
+        handle.cancel()
+        wait_for(tmp_path / "interrupted")
+        assert isinstance(handle.future.exception(PATIENCE_S), CallCancelled)
+    finally:
+        executor.close()

@@ -40,8 +40,11 @@ class RayTasks:
 
 def _run_call() -> Callable[[tuple[str, ...], bytes, bytes, float], Iterator[Event]]:
     def run_call(path: tuple[str, ...], run: bytes, payload: bytes, grace_s: float) -> Iterator[Event]:
+        import signal
         import sys
 
+        # Ray cancels by the handler of SIGINT. Where a shell script runs the driver in its background, there is none.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.extend(entry for entry in path if entry not in sys.path)
         from . import ray_call
 
