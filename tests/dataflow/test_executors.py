@@ -274,13 +274,15 @@ def test_cancel_interrupts_a_call_that_runs(kind: str, tmp_path: Path) -> None:
 
 def test_cancel_before_there_is_anything_to_interrupt(kind: str, tmp_path: Path) -> None:
     executor = patient(kind)
-    handle = executor.submit(call("interrupted_late", str(tmp_path).encode()))
-    wait_for(tmp_path / "running")
-    handle.cancel()
-    (tmp_path / "go").touch()
-    assert isinstance(handle.future.exception(PATIENCE_S), CallCancelled)
-    assert (tmp_path / "interrupted").exists()
-    executor.close()
+    try:
+        handle = executor.submit(call("interrupted_late", str(tmp_path).encode()))
+        wait_for(tmp_path / "running")
+        handle.cancel()
+        (tmp_path / "go").touch()
+        assert isinstance(handle.future.exception(PATIENCE_S), CallCancelled)
+        assert (tmp_path / "interrupted").exists()
+    finally:
+        executor.close()
 
 
 @pytest.mark.usefixtures("needs_process")
