@@ -27,7 +27,7 @@ FACTS = (
     "SELECT {key} k, i % 5 small, i v, CAST(i % 100 AS DECIMAL(12, 2)) price, "
     "md5(i::VARCHAR) t FROM range({first}, {last}) of(i)"
 )
-NAMES = f"SELECT i k, 'name ' || i % 50 name FROM range({ROWS // 20}) of(i) UNION ALL SELECT NULL, 'nobody'"
+NAMES = f"SELECT i k, 'name ' || i % 50 AS name FROM range({ROWS // 20}) of(i) UNION ALL SELECT NULL, 'nobody'"
 
 
 @dataclass(frozen=True)

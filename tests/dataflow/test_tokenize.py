@@ -148,10 +148,10 @@ def test_what_is_no_corpus_is_refused_and_leaves_nothing(pages: str, tmp_path: P
 def dying(call: Callable[..., None], steps: Iterator[int], last: int) -> Callable[..., None]:
     """`call`, but no more from the step `last` on."""
 
-    def step(*paths: str) -> None:
+    def step(*paths: str, **options: object) -> None:
         if next(steps) >= last:
             raise KeyboardInterrupt
-        call(*paths)
+        call(*paths, **options)
 
     return step
 

@@ -71,7 +71,8 @@ def test_the_answer_is_duckdbs(
     got = [tuple(row) for batch in frame.to_batches() for row in zip(*batch.to_pydict().values(), strict=True)]
     if session.config.shuffle == "always":
         tasks = [event.data["tasks"] for event in session.jobs.last if event.kind == "stage"]
-        assert number != 3 or (4 in tasks) == (plan != "together")
+        # Of two tables, in few rows: which joins of more tables have large partitions depends on DuckDB's version.
+        assert number != 12 or (4 in tasks) == (plan != "together")
         assert "runs as one task" not in frame.explain()
     assert len(got) == len(rows)
     assert all(map(same_row, got, rows)), (got[:3], rows[:3])
