@@ -25,11 +25,11 @@ from array import array
 from collections.abc import Callable, Sequence
 from socket import SCM_RIGHTS, SHUT_WR, SOCK_STREAM, SOL_SOCKET, socket
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..errors import EmberError, Unreachable
 from ..portal import Portal, hold_interrupts, release_interrupts
-from ..routing import Chain
+from ..routing import Chain, Routing
 from ..runtime import Runtime
 from ..striping import chains_of
 from ..transport import TcpNetwork
@@ -37,17 +37,14 @@ from ..transport.region import REGIONS_MAX, Region, allocated, allocated_version
 from ..types import Chunks, Inode
 from .native import native
 
-if TYPE_CHECKING:
-    from ..client.routes import Routes
-
 log = logging.getLogger("emberline.client")
 
 SERVERS_MAX = 64
 """Of one client, that lanes lead to."""
 IDLE_MAX = 16
 """Threads that read at the same time and keep their lanes afterwards."""
-STAGE_BYTES = 16 << 20
-"""For what lies in memory of the program's own; a longer read goes another way."""
+STAGE_SLOTS = 4
+"""What lies in memory of the program's own is copied out of one of them while servers fill the others."""
 SPIN_NS_MIN = 100_000
 SPIN_BYTES_PER_NS = 4
 """An answer is looked for so long before the thread sleeps: a little longer than the bytes should take."""
@@ -90,6 +87,17 @@ class LaneFile(Protocol):
     lane_version: tuple[int, int]
 
 
+class Routes(Protocol):
+    """What lanes want of a client's routing."""
+
+    @property
+    def routing(self) -> Routing:
+        """The one that it goes by."""
+
+    def chain(self, chain_id: int) -> Chain:
+        """Raises EmberError: there is none."""
+
+
 class _Lanes:
     """One thread's, while it reads."""
 
@@ -100,7 +108,7 @@ class _Lanes:
         self.streams = bytearray(SERVERS_MAX)
         self.pending = bytearray(SERVERS_MAX)
         """Of the last read: those that were asked and did not answer."""
-        self.stage = Region(STAGE_BYTES)
+        self.stage = Region(STAGE_SLOTS * native.STAGE_SLOT_BYTES)
         self.stage_view = self.stage.memory()
         self.version = -1
         """Of the memory that the servers were told of."""
@@ -297,7 +305,7 @@ class LaneReader:
             lanes.known,
             lanes.stage.number,
             lanes.stage.address,
-            STAGE_BYTES,
+            lanes.stage.size,
             next(_calls),
             SPIN_NS_MIN + size // SPIN_BYTES_PER_NS if lanes.may_look else 0,
             TIMEOUT_NS_MIN + int(size / TIMEOUT_BYTES_PER_NS),

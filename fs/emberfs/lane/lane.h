@@ -204,6 +204,20 @@ struct lane_piece {
     uint8_t *into;
 };
 
+/* What is asked of local lanes, in steps: while we copy the bytes of one from the stage, servers read those after it, and
+   what they bring is in the processors' caches still when it is copied. */
+struct lane_steps {
+    const struct lane_piece *pieces;
+    const size_t *ends; /* of each step's pieces */
+    size_t count;
+    size_t ahead; /* so many are under way at most: the stage has no place for more */
+    void (*finish)(void *context, size_t begin, size_t end); /* what was asked for with these pieces has come */
+    void *context;
+};
+
+#define LANE_STAGE_STEP_BYTES (1u << 19)
+#define LANE_STAGE_SLOT_BYTES (LANE_STAGE_STEP_BYTES + 4096) /* pieces do not lie close to each other */
+
 /* What is asked of a stream for the items of a request: those that lie one after the other are one, and a long one has
    whole granules, which a server sends without a look at them. */
 struct lane_span {
@@ -230,12 +244,14 @@ extern int (*lane_is_interrupted)(void);
 struct lane_request {
     int fd;
     int is_stream;
-    size_t size; /* of the head and the items; 0: nothing is asked of this lane */
-    struct lane_head *head;
+    struct lane_head *head; /* and all items; NULL: nothing is asked of this lane */
+    const void *grant; /* shown with the first of them */
+    size_t grant_size; /* 0: none is */
     uint8_t **into; /* of a stream: where the bytes of each item go */
     struct lane_spans *spans; /* of a stream, while it is asked: what is sent instead of the head and its items */
     struct lane_part *parts; /* what comes of each item */
-    int is_pending;  /* a part of the request was sent, and it was not answered */
+    uint32_t asked, answered; /* items */
+    int pending; /* requests of which a part was sent, and that were not answered */
 };
 
 /* Nanoseconds for which this thread should look for an answer before it sleeps: `spin_ns`, or 0 if that was in vain of
@@ -243,7 +259,7 @@ struct lane_request {
 int64_t lane_spin_ns(int64_t spin_ns);
 void lane_looked(int has_come);
 
-/* Exchange one request on each lane. 0, or -1: a lane is lost, or says nothing in time, or a signal came. */
-int lane_exchange(struct lane_request *requests, int count, int64_t spin_ns, int64_t until_ns);
+/* Ask all lanes. 0, or -1: a lane is lost, or says nothing in time, or a signal came. */
+int lane_exchange(struct lane_request *requests, int count, const struct lane_steps *steps, int64_t spin_ns, int64_t until_ns);
 
 #endif

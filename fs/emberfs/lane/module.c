@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANE_INTERFACE 6 /* of what Python calls here: `lane.native` takes no other one */
+#define LANE_INTERFACE 7 /* of what Python calls here: `lane.native` takes no other one */
 
 static PyObject *lane_lost;
 
@@ -299,6 +299,8 @@ struct plan {
     int has_whole;
     struct lane_piece *pieces;
     size_t pieces_count, pieces_room;
+    size_t *ends; /* of the pieces of each step */
+    size_t steps_count, steps_room;
     int servers_count;
     struct lane_request servers[SERVERS_MAX]; /* `fd` -1: no lane leads there */
     size_t pieces_of[SERVERS_MAX], room_of[SERVERS_MAX];
@@ -306,7 +308,9 @@ struct plan {
     size_t known_count, last_known;
     uint64_t stage_number;
     uint8_t *stage;
-    size_t stage_bytes, staged_bytes, total_bytes;
+    size_t slots_count; /* on the stage: as many steps are under way at most */
+    size_t staged_bytes, total_bytes; /* of this step; of all */
+    int is_told; /* what servers say of an item's bytes is true of its memory */
     uint32_t grant_place;
     const char *grant;
     Py_ssize_t grant_size;
@@ -327,6 +331,7 @@ static void plan_free(struct plan *plan) {
     free(plan->buffers);
     free(plan->has_buffer);
     free(plan->pieces);
+    free(plan->ends);
 }
 
 static const struct known *known_at(struct plan *plan, const uint8_t *address, uint64_t size) {
@@ -349,6 +354,10 @@ static void *with_room(void *array, size_t count, size_t *room, size_t head, siz
     return grown;
 }
 
+#define STEPS_LOG2 10 /* each has a call of its own, and two that follow each other have more than LANE_STAGE_STEP_BYTES in sum */
+
+_Static_assert(2 * LANE_BYTES_MAX / LANE_STAGE_STEP_BYTES < 1 << STEPS_LOG2, "steps are too small");
+
 #define PHASE_BYTES 4096
 #define AHEAD_BYTES 32
 
@@ -356,26 +365,45 @@ static void *with_room(void *array, size_t count, size_t *room, size_t head, siz
    on an AMD EPYC of 2024): each load looks like one of bytes that were just stored. */
 static int is_slow_copy(uint64_t from, uint64_t to) { return (to - from) % PHASE_BYTES - 1 < AHEAD_BYTES - 1; }
 
-/* Where bytes are staged, at the earliest from `place` on, that the server copies from `from`, and we copy to `to`. The
-   stage begins with a page, as does a chunk in its file. */
+/* Where bytes are staged, at the earliest from `place` on, that the server copies from `from`, and we copy to `to`. A slot of
+   the stage begins with a page, as does a chunk in its file. */
 static size_t stage_place(size_t place, uint64_t from, uint64_t to) {
     while (is_slow_copy(from, place) || is_slow_copy(place, to)) place += AHEAD_BYTES;
     return place;
 }
 
-/* Add a range of one chunk. 0; 1: no lane for it, or no room; -1: no memory. */
+/* What is added from now on is of another step. 0, or -1: no memory. */
+static int end_step(struct plan *plan) {
+    void *ends = with_room(plan->ends, plan->steps_count, &plan->steps_room, 0, sizeof *plan->ends);
+    if (ends == NULL) return -1;
+    plan->ends = ends;
+    plan->ends[plan->steps_count++] = plan->pieces_count;
+    plan->staged_bytes = 0;
+    return 0;
+}
+
+/* Add a range of one chunk, or as much from its beginning as is staged in one piece. 0; 1: no lane for it, or no room; -1: no
+   memory. */
 static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, uint64_t index, uint32_t offset,
-                     uint32_t length, uint8_t *into) {
+                     uint32_t *length, uint8_t *into) {
     const struct spec_slot *slot = &spec->slots[index % spec->slots_count];
     if (slot->server < 0 || slot->server >= plan->servers_count || plan->servers[slot->server].fd < 0) return 1;
     struct lane_request *server = &plan->servers[slot->server];
     size_t *count = &plan->pieces_of[slot->server];
-    const struct known *known = server->is_stream ? NULL : known_at(plan, into, length);
+    const struct known *known = server->is_stream ? NULL : known_at(plan, into, *length);
     int is_staged = known == NULL && !server->is_stream;
-    size_t place = is_staged ? stage_place(plan->staged_bytes, offset, (uintptr_t)into) : 0;
-    if (place + length > plan->stage_bytes) place = plan->staged_bytes; /* A slow copy is better than none. */
-    if (is_staged && place + length > plan->stage_bytes) return 1;
-    if (*count == LANE_ITEMS_MAX || plan->total_bytes + length > LANE_BYTES_MAX) return 1;
+    size_t place = 0;
+    if (*count == LANE_ITEMS_MAX || (is_staged && !plan->slots_count)) return 1;
+    if (is_staged) {
+        uint32_t rest = LANE_STAGE_STEP_BYTES - offset % LANE_STAGE_STEP_BYTES; /* So that no granule is of two pieces. */
+        if (*length > rest) *length = rest;
+        place = stage_place(plan->staged_bytes, offset, (uintptr_t)into);
+        if (place + *length > LANE_STAGE_SLOT_BYTES) {
+            if (end_step(plan) != 0) return -1;
+            place = stage_place(plan->staged_bytes, offset, (uintptr_t)into);
+        }
+    }
+    if (plan->total_bytes + *length > LANE_BYTES_MAX) return 1;
     void *head = with_room(server->head, *count, &plan->room_of[slot->server], sizeof(struct lane_head), sizeof(struct lane_item));
     if (head == NULL) return -1;
     server->head = head;
@@ -384,23 +412,24 @@ static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, 
     plan->pieces = pieces;
     struct lane_item *items = (struct lane_item *)(server->head + 1);
     items[*count] = (struct lane_item){.inode = spec->inode, .index = index, .chain_version = slot->chain_version,
-                                       .chain = slot->chain, .offset = offset, .length = length,
+                                       .chain = slot->chain, .offset = offset, .length = *length,
                                        .grant = plan->grant_place};
+    size_t begin = is_staged ? plan->steps_count % plan->slots_count * LANE_STAGE_SLOT_BYTES : 0;
     if (known != NULL) {
         items[*count].region = known->number;
         items[*count].place = (uint64_t)(uintptr_t)into - known->address;
     } else if (is_staged) {
         items[*count].region = plan->stage_number;
-        items[*count].place = place;
+        items[*count].place = begin + place;
+        plan->staged_bytes = place + *length;
     } else {
         uint64_t rest = spec->length - index * spec->chunk_size;
         items[*count].place = rest < spec->chunk_size ? rest : spec->chunk_size; /* See `lane_stream_spans`. */
     }
     plan->pieces[plan->pieces_count++] = (struct lane_piece){
         .server = slot->server, .item = item, .position = (uint32_t)*count, .into = into,
-        .staged = is_staged ? plan->stage + place : NULL};
-    if (is_staged) plan->staged_bytes = place + length;
-    plan->total_bytes += length;
+        .staged = is_staged ? plan->stage + begin + place : NULL};
+    plan->total_bytes += *length;
     ++*count;
     return 0;
 }
@@ -416,8 +445,8 @@ static int add_item(struct plan *plan, uint32_t item, const struct spec *spec, u
     }
     for (uint64_t done = 0; done < length;) {
         uint64_t index = (offset + done) / spec->chunk_size, inside = (offset + done) % spec->chunk_size;
-        uint64_t step = spec->chunk_size - inside < length - done ? spec->chunk_size - inside : length - done;
-        int failed = add_piece(plan, item, spec, index, (uint32_t)inside, (uint32_t)step, into + done);
+        uint32_t step = (uint32_t)(spec->chunk_size - inside < length - done ? spec->chunk_size - inside : length - done);
+        int failed = add_piece(plan, item, spec, index, (uint32_t)inside, &step, into + done);
         if (failed < 0) return -1;
         if (failed) {
             plan->counts[item] = -1; /* Pieces that were added before are read in vain. */
@@ -477,32 +506,6 @@ static int plan_items(struct plan *plan, PyObject *items, PyObject *into, PyObje
     return failed;
 }
 
-/* 0; -1: no memory. */
-static int finish_requests(struct plan *plan, uint64_t call) {
-    uint16_t kind = plan->sums == NULL ? LANE_READ : LANE_READ_SUMS;
-    for (int at = 0; at < plan->servers_count; at++) {
-        struct lane_request *server = &plan->servers[at];
-        size_t count = plan->pieces_of[at];
-        if (count == 0) continue;
-        *server->head = (struct lane_head){LANE_MAGIC, kind, (uint16_t)count, call};
-        server->size = sizeof *server->head + count * sizeof(struct lane_item);
-        if (plan->shows[at] && !server->is_stream) {
-            void *head = realloc(server->head, server->size + (size_t)plan->grant_size);
-            if (head == NULL) return -1;
-            server->head = head;
-            memcpy((char *)head + server->size, plan->grant, (size_t)plan->grant_size);
-            server->size += (size_t)plan->grant_size;
-            plan->shows[at] = 0;
-        }
-        server->parts = malloc(count * sizeof *server->parts);
-        server->into = malloc(count * sizeof *server->into);
-        if (server->parts == NULL || server->into == NULL) return -1;
-    }
-    for (size_t at = 0; at < plan->pieces_count; at++)
-        plan->servers[plan->pieces[at].server].into[plan->pieces[at].position] = plan->pieces[at].into;
-    return 0;
-}
-
 static int compare_pieces(const void *first, const void *second) {
     const struct lane_piece *one = *(const struct lane_piece *const *)first, *other = *(const struct lane_piece *const *)second;
     return one->into < other->into ? -1 : one->into > other->into;
@@ -525,31 +528,68 @@ static int is_overwritten(const struct plan *plan) {
     return found;
 }
 
-/* The CRC of each item, of what is where it belongs. */
-static void sum_pieces(struct plan *plan) {
-    int is_told = plan->has_whole || !is_overwritten(plan);
-    for (size_t at = 0; at < plan->pieces_count; at++) {
-        const struct lane_piece *piece = &plan->pieces[at];
-        struct lane_part part = plan->servers[piece->server].parts[piece->position];
-        if (plan->counts[piece->item] < 0) continue;
-        if (piece->staged != NULL || !is_told) {
-            uint32_t crc = lane_crc32c(0, piece->into, (size_t)part.count);
-            if (is_told && crc != part.crc) plan->counts[piece->item] = -1; /* Damaged on the way through the stage. */
-            part.crc = crc;
+/* 0; -1: no memory. */
+static int finish_requests(struct plan *plan, uint64_t call) {
+    uint16_t kind = plan->sums == NULL ? LANE_READ : LANE_READ_SUMS;
+    if (end_step(plan) != 0) return -1;
+    plan->is_told = plan->sums != NULL && (plan->has_whole || !is_overwritten(plan));
+    for (int at = 0; at < plan->servers_count; at++) {
+        struct lane_request *server = &plan->servers[at];
+        size_t count = plan->pieces_of[at];
+        if (count == 0) continue;
+        *server->head = (struct lane_head){LANE_MAGIC, kind, (uint16_t)count, call};
+        if (plan->shows[at] && !server->is_stream) {
+            server->grant = plan->grant;
+            server->grant_size = (size_t)plan->grant_size;
+            plan->shows[at] = 0;
         }
-        plan->sums[piece->item] = lane_crc32c_join(plan->sums[piece->item], part.crc, (uint64_t)part.count);
+        server->parts = malloc(count * sizeof *server->parts);
+        server->into = malloc(count * sizeof *server->into);
+        if (server->parts == NULL || server->into == NULL) return -1;
     }
+    for (size_t at = 0; at < plan->pieces_count; at++)
+        plan->servers[plan->pieces[at].server].into[plan->pieces[at].position] = plan->pieces[at].into;
+    return 0;
+}
+
+#define COPY_BYTES (128u << 10) /* are in the core's cache still when their CRC is computed */
+
+/* Copy from the stage; the CRC of what is there afterwards, of memory that nothing else is copied to. */
+static uint32_t copy_with_sum(uint8_t *into, const uint8_t *staged, size_t size) {
+    uint32_t crc = 0;
+    for (size_t done = 0, step; done < size; done += step) {
+        step = size - done < COPY_BYTES ? size - done : COPY_BYTES;
+        memcpy(into + done, staged + done, step);
+        crc = lane_crc32c(crc, into + done, step);
+    }
+    return crc;
 }
 
 /* Bring what came to where it belongs. */
-static void finish_pieces(struct plan *plan) {
-    for (size_t at = 0; at < plan->pieces_count; at++) {
+static void finish_pieces(void *context, size_t begin, size_t end) {
+    struct plan *plan = context;
+    for (size_t at = begin; at < end; at++) {
         const struct lane_piece *piece = &plan->pieces[at];
         struct lane_part part = plan->servers[piece->server].parts[piece->position];
-        if (part.count < 0 || (uint32_t)part.count != length_of(plan, piece)) plan->counts[piece->item] = -1;
-        else if (piece->staged != NULL) memcpy(piece->into, piece->staged, (size_t)part.count);
+        int64_t *count = &plan->counts[piece->item];
+        if (part.count < 0 || (uint32_t)part.count != length_of(plan, piece)) *count = -1;
+        else if (piece->staged != NULL && !plan->is_told) memcpy(piece->into, piece->staged, (size_t)part.count);
+        else if (piece->staged != NULL && copy_with_sum(piece->into, piece->staged, (size_t)part.count) != part.crc)
+            *count = -1; /* Damaged on the way through the stage. */
+        if (plan->is_told && *count >= 0)
+            plan->sums[piece->item] = lane_crc32c_join(plan->sums[piece->item], part.crc, (uint64_t)part.count);
     }
-    if (plan->sums != NULL) sum_pieces(plan);
+}
+
+/* Some memory is of two items: the CRC of what each has in the end. */
+static void sum_again(struct plan *plan) {
+    for (size_t at = 0; at < plan->pieces_count; at++) {
+        const struct lane_piece *piece = &plan->pieces[at];
+        if (plan->counts[piece->item] < 0) continue;
+        uint64_t size = length_of(plan, piece);
+        uint32_t crc = lane_crc32c(0, piece->into, size);
+        plan->sums[piece->item] = lane_crc32c_join(plan->sums[piece->item], crc, size);
+    }
 }
 
 /* Asked by who waits, without the interpreter's lock. */
@@ -565,10 +605,12 @@ static int exchange(struct plan *plan, int64_t spin_ns, int64_t timeout_ns, uint
     int64_t until_ns = lane_now_ns() + timeout_ns;
     int outcome;
     Py_BEGIN_ALLOW_THREADS
-    outcome = lane_exchange(plan->servers, plan->servers_count, spin_ns, until_ns);
-    if (outcome == 0) finish_pieces(plan);
+    struct lane_steps steps = {.pieces = plan->pieces, .ends = plan->ends, .count = plan->steps_count,
+                               .ahead = plan->slots_count ? plan->slots_count : 1, .finish = finish_pieces, .context = plan};
+    outcome = lane_exchange(plan->servers, plan->servers_count, &steps, spin_ns, until_ns);
+    if (outcome == 0 && plan->sums != NULL && !plan->is_told) sum_again(plan);
     Py_END_ALLOW_THREADS
-    for (int at = 0; at < plan->servers_count; at++) pending[at] = (uint8_t)plan->servers[at].is_pending;
+    for (int at = 0; at < plan->servers_count; at++) pending[at] = plan->servers[at].pending != 0;
     if (outcome == 0) return 0;
     if (!PyErr_Occurred() && PyErr_CheckSignals() == 0)
         PyErr_SetString(lane_lost, "a lane was lost, or its server did not answer in time");
@@ -644,7 +686,8 @@ static int read_here(struct plan *plan, struct lane_table *table) {
         Py_BEGIN_ALLOW_THREADS
         const struct lane_item *items = (const struct lane_item *)(all->head + 1);
         outcome = lane_read_here(table, items, plan->pieces_count, all->into, plan->sums != NULL, all->parts);
-        if (outcome == 0) finish_pieces(plan);
+        if (outcome == 0) finish_pieces(plan, 0, plan->pieces_count);
+        if (outcome == 0 && plan->sums != NULL && !plan->is_told) sum_again(plan);
         Py_END_ALLOW_THREADS
     }
     if (outcome != 0) PyErr_NoMemory();
@@ -698,7 +741,7 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
     plan->known_count = (size_t)known.len / sizeof(struct known);
     plan->stage_number = stage_number;
     plan->stage = (uint8_t *)(uintptr_t)stage_address;
-    plan->stage_bytes = (size_t)stage_bytes;
+    plan->slots_count = (size_t)stage_bytes / LANE_STAGE_SLOT_BYTES;
     plan->grant_place = grant_place;
     plan->grant = grant;
     plan->grant_size = grant_size;
@@ -707,7 +750,7 @@ static PyObject *read_ranges(PyObject *module, PyObject *args) {
         take_sums(plan, &sums) != 0 || plan_items(plan, items, into, attribute) != 0)
         goto out;
     if (plan->pieces_count) {
-        if (finish_requests(plan, call) != 0) {
+        if (finish_requests(plan, call << STEPS_LOG2) != 0) {
             PyErr_NoMemory();
             goto out;
         }
@@ -826,6 +869,8 @@ PyMODINIT_FUNC PyInit__native(void) {
     lane_lost = PyErr_NewException("emberfs.lane._native.LaneLost", PyExc_ConnectionError, NULL);
     lane_is_interrupted = is_interrupted;
     if (server == NULL || lane_lost == NULL || PyModule_AddIntConstant(module, "INTERFACE", LANE_INTERFACE) != 0 ||
+        PyModule_AddIntConstant(module, "STAGE_SLOT_BYTES", LANE_STAGE_SLOT_BYTES) != 0 ||
+        PyModule_AddIntConstant(module, "STAGE_SLOT_BYTES", LANE_STAGE_SLOT_BYTES) != 0 ||
         PyModule_AddIntConstant(module, "CRC32C_WAY", lane_crc32c_way()) != 0 || PyModule_AddObjectRef(module, "Server", server) != 0 ||
         PyModule_AddObjectRef(module, "LaneLost", lane_lost) != 0)
         Py_CLEAR(module);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-INTERFACE = 6
+INTERFACE = 7
 """What we call there. One that was built from other sources is as good as none."""
 
 try:

@@ -232,7 +232,7 @@ static int serve_read(struct worker *worker, struct lane *lane, const struct lan
     lane_count(&worker->server->stats, parts, head->count);
     worker->reply.head = (struct lane_head){LANE_MAGIC, LANE_COUNTS, head->count, head->call};
     size_t answer = sizeof worker->reply.head + head->count * sizeof *parts;
-    /* One call is in the air on a lane, so there is room; a client that does not take its answers loses its lane. */
+    /* A few calls are in the air on a lane, so there is room; a client that does not take its answers loses its lane. */
     return send(lane->fd, &worker->reply, answer, MSG_DONTWAIT | MSG_NOSIGNAL) == (ssize_t)answer ? 0 : -1;
 }
 
