@@ -48,6 +48,7 @@ from .transport import MemoryConnection
 from .urls import SCHEME
 
 if TYPE_CHECKING:
+    from .lane.client import LaneReader
     from .lane.inline import InlineReader
 
 log = logging.getLogger("emberline.sharing")
@@ -164,8 +165,10 @@ class EmbeddedStore:
         self.forked = False
         self.closed = False
         self.url = f"{SCHEME}{directory}"
-        self.lanes: InlineReader | None = None
-        """While we own the store: whoever owns it otherwise serves no lanes."""
+        self.lanes: InlineReader | LaneReader | None = None
+        """While we own the store, our own; else those to its server."""
+        self._lanes_out: LaneReader | None = None
+        """Those to its server."""
         self.services: Services | None = None
         """Ours, while we own the store."""
         self._ownership: Ownership | None = None
@@ -216,6 +219,7 @@ class EmbeddedStore:
                 self.portal.run(self.runtime.sleep(POLL_S))  # It is just leaving.
                 continue
             self._attached = attached
+            self._open_lanes(attached)
             self.portal.ledger.is_close = True
             self.meta, self._storage = MemoryConnection(attached), MemoryConnection(attached)
             break
@@ -238,6 +242,11 @@ class EmbeddedStore:
         for chain, engine in services.engines.items():
             engine.extents.mirror = reader.mirror(chain)
         return reader
+
+    def _open_lanes(self, attached: AttachedConnection) -> None:
+        from .sharing.lanes import lane_reader  # Who owns a store for itself needs none of that.
+
+        self.lanes = self._lanes_out = lane_reader(self.runtime, self.portal, attached.network, attached.address)
 
     # --- moving out ------------------------------------------------------------------------------------------------
 
@@ -283,7 +292,8 @@ class EmbeddedStore:
             await self.runtime.offload(server.close)
             ownership.close()
         finally:
-            self.services = self._ownership = self.lanes = None
+            self.services = self._ownership = None
+            self._open_lanes(attached)
             self.portal.ledger.is_close = True
             attached.start()
             self.meta.call = self._storage.call = attached.handle
@@ -330,6 +340,8 @@ class EmbeddedStore:
         self.closed = True
         self.portal.run(self._stay())
         self.portal.drain()
+        if self._lanes_out is not None:
+            self._lanes_out.close()
         try:
             self.portal.run_last(self._close())
         finally:
@@ -356,6 +368,8 @@ class EmbeddedStore:
     def forget_after_fork(self) -> None:
         """In the child: touch nothing but our copies of file descriptors. The parent goes on as if nothing was."""
         self.forked = True
+        if self._lanes_out is not None:
+            self._lanes_out.close()
         self.lanes = None
         if self._door is not None:
             self._door.forget_after_fork()

@@ -24,6 +24,8 @@ from .server import TABLE_BYTES_MAX, TableMirror
 
 _VERSION = 1
 """Of all chains, each of which is one target and stays so."""
+_LANE_VERSION = _VERSION, -1
+"""That of no `LaneReader`: when a server owns the store, files are packed anew."""
 _FOREVER_NS = (1 << 63) - 1
 
 
@@ -58,8 +60,8 @@ class InlineReader:
             return None
         is_any = False
         for file in files:
-            if file.lane_version != (_VERSION, 0):
-                file.lane_spec, file.lane_version = _spec(file), (_VERSION, 0)
+            if file.lane_version != _LANE_VERSION:
+                file.lane_spec, file.lane_version = _spec(file), _LANE_VERSION
             is_any = is_any or file.lane_spec is not None
         if not is_any:
             return None

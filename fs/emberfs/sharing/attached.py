@@ -90,8 +90,10 @@ class AttachedConnection:
         self._directory = directory
         self._settings = settings
         self._place = SocketPlace(directory)
-        self._network = TcpNetwork(runtime, TcpConfig())
-        self._connection = self._network.connection(f"unix:{self._place.path}")
+        self.network = TcpNetwork(runtime, TcpConfig())
+        self.address = f"unix:{self._place.path}"
+        """Of whoever serves the store."""
+        self._connection = self.network.connection(self.address)
         self._client = _Client(client)
         self._channels = Channels()
         self._is_new = False
@@ -138,12 +140,12 @@ class AttachedConnection:
             detaching = self._runtime.spawn(self._detach(), "sharing-detach")
             await asyncio.wait([detaching], timeout=DETACH_S)
             detaching.cancel()
-        await self._network.close()
+        await self.network.close()
         self._place.close()
 
     def forget_after_fork(self) -> None:
         """In the child: the server must see when the parent ends."""
-        self._network.forget_after_fork()
+        self.network.forget_after_fork()
 
     # --- requests --------------------------------------------------------------------------------------------------
 

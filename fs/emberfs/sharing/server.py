@@ -49,6 +49,7 @@ from ..meta.scan import pages
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork
 from ..transport.types import Listener
+from .lanes import lane_server, serve_lanes
 from .ownership import Mode, Ownership
 from .sessions import Sessions
 from .socket_place import SocketPlace
@@ -96,7 +97,9 @@ class SharingServer:
         self._sessions = Sessions(runtime, grace_s=self._config.grace_s)
         self._place = SocketPlace(ownership.directory)
         # Clients that are stopped (a debugger) keep what they have: a socket of this host tells who has ended.
-        self._network = TcpNetwork(runtime, TcpConfig(dead_s=30.0))
+        self._lanes = lane_server()
+        adopt_lane = None if self._lanes is None else self._lanes.adopt
+        self._network = TcpNetwork(runtime, TcpConfig(dead_s=30.0), adopt_lane=adopt_lane)
         self._listener: Listener | None = None
         self._is_leaving = False
         self._on_idle = on_idle
@@ -114,7 +117,11 @@ class SharingServer:
 
     async def start(self, left: Unwritten | None) -> None:
         """Open the store and serve. Raises what opening it raises."""
-        self._services = await Services.open(self._ownership.directory, self._settings, self._runtime, shared=True)
+        try:
+            self._services = await Services.open(self._ownership.directory, self._settings, self._runtime, shared=True)
+        except BaseException:
+            self._end_lanes()
+            raise
         meta = self._services.meta_service
         try:
             await meta.start()
@@ -127,10 +134,13 @@ class SharingServer:
             await meta.sessions_changed(self._sessions.live)
             for request in (ReadChunks, ListChunks):
                 self._handlers[request] = self._services.storage_service.handle
+            if self._lanes is not None:
+                serve_lanes(self._lanes, self._services.engines)
             self._place.remove()
             self._listener = await self._network.serve(f"unix:{self._place.path}", self)
         except BaseException:
             await self._services.close()
+            self._end_lanes()
             raise
         self._ownership.declare(Mode.SERVER, is_reachable=True)
         self._watching = self._runtime.spawn(self._watch(), "sharing-watch")
@@ -156,8 +166,13 @@ class SharingServer:
             for engine in self._services.engines.values():
                 await engine.drop_requests_except(())
         await self._services.close()
+        self._end_lanes()
         if is_clear:
             self._ownership.clear()
+
+    def _end_lanes(self) -> None:
+        if self._lanes is not None:
+            self._lanes.stop()
 
     def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Awaitable[Message]:
         """Serve one request."""
