@@ -128,13 +128,14 @@ class KVCache:
             )
         except BreakerOpen:
             return [None] * len(keys)
-        hits: list[Hit | None] = []
+        hits: list[Hit | None] = [None] * len(keys)
         tenant, page_tokens = self._caller.seated().number, self.namespace.page_tokens
+        before, after = (NO_PLACE,) * number, (NO_PLACE,) * (len(self._kinds) - number - 1)
         for page, (key, place) in enumerate(zip(keys, split(answer.places, PLACE.size), strict=True)):
-            grants = (answer.grants[page // GRANT_PAGES],) if answer.grants else ()
-            places = tuple(place if each == number else NO_PLACE for each in range(len(self._kinds)))
-            there = Hit(1, page_tokens, "whole", answer.lease, bytes(key), places, tenant, grants=grants)
-            hits.append(None if place == NO_PLACE else there)
+            if place != NO_PLACE:
+                grants = (answer.grants[page // GRANT_PAGES],) if answer.grants else ()
+                places = (*before, place, *after)
+                hits[page] = Hit(1, page_tokens, "whole", answer.lease, bytes(key), places, tenant, grants=grants)
         return hits
 
     def exists(self, keys: Sequence[bytes], *, kind: str | None = None) -> list[bool]:

@@ -22,7 +22,7 @@ from .counts import PoolCounts
 from .errors import StaleOwner
 from .files import Files
 from .index import Index
-from .journal import Pinned, QuotaSet, TenantAdded, TtlSet, Unplaced
+from .journal import Pinned, QuotaSet, TenantAdded, TtlSet, Unplaced, split
 from .keys import KEY_BYTES
 from .leases import Leases
 from .namespace import Namespace
@@ -211,15 +211,16 @@ class Pool:
 
     def lookup(self, tenant: int, kind: int, keys: Sequence[bytes], lease_s: float) -> tuple[list[bytes], int]:
         """(of each key its place, zeros if it is not there; one lease on all that are)."""
-        counts, places, held = self.counts, [], []
+        counts, table, places, held = self.counts, self.table, [], []
         now_s = self.space.stamp_s()
-        for key in keys:
-            slot = self.table.slot(tenant, key)
-            place = None if slot is None else self.table.place(slot, kind)
-            places.append(NO_PLACE if place is None else PLACE.pack(*place))
-            if slot is not None and place is not None:
+        slots = [table.slot(tenant, key) for key in keys]
+        packed = iter(split(table.packed([slot for slot in slots if slot is not None], kind), PLACE.size))
+        for key, slot in zip(keys, slots, strict=True):
+            place = NO_PLACE if slot is None else next(packed)
+            places.append(place)
+            if slot is not None and place != NO_PLACE:
                 held.append(slot)
-                self.table.touch(slot, now_s)
+                table.touch(slot, now_s)
             else:
                 counts.misses[self._why(tenant, key, "miss" if slot is None else "damaged")] += 1
         counts.looked_up_pages += len(keys)
