@@ -75,7 +75,7 @@ class CoreEngine:
         self.allocator = Allocator(disk, reserve_bytes=config.reserve_bytes)
         self._limbo = Limbo(self.allocator.release)
         self.reader = BlockReader(disk, self.allocator)
-        self.extents = Extents(config.extents_bytes_max)
+        self.extents = Extents(config.extents_bytes_max, self.allocator.place)
         self.identity = identity
         self.counters = EngineCounters()
 
@@ -179,9 +179,8 @@ class CoreEngine:
         """Remember where what was read lies."""
         for request, row in zip(requests, rows, strict=True):
             if request.extent is not None and row is not None and request.error is None:
-                file, block = self.allocator.place(request.extent.position)
                 known = Known(row, request.extent, request.granule_log2, request.sums, is_clean(row))
-                self.extents.note(request.chunk, known, file=file, block=block, changes=changes)
+                self.extents.note(request.chunk, known, changes=changes)
 
     async def _read_again(
         self, failed: ReadRequest, row: bytes | None, offset: int, destination: memoryview, is_pending: bool
@@ -578,6 +577,7 @@ class CoreEngine:
             raise
         finally:
             self.extents.end_change()
+        self.extents.note_published(changes)
         self.allocator.adopt(groups)
         for change in changes:
             change.named.clear()

@@ -1,7 +1,7 @@
-"""Where the committed bytes of chunks lie, as reads found out: the next read spares the index and the decoding.
+"""Where the committed bytes of chunks lie, as reads and commits found: the next read spares the index and the decoding.
 
 Invariants:
-  - What is known of a chunk is what its row says, from when a read noted it until a change of that row begins.
+  - What is known of a chunk is what its row says, from when it was noted until a change of that row begins.
   - What a read saw that began before the end of a change is not noted after the change began.
   - A mirror knows only chunks of which nothing is pending: it may be asked by somebody who cannot ask the chain.
 
@@ -10,10 +10,11 @@ Does not know: how rows are read, or who else serves from the mirror.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
-from .record import Extent
+from .record import Extent, Record, sums_bytes
+from .rows import NOTHING, Change
 
 CHANGES_KEPT = 4096
 ENTRY_BYTES = 400
@@ -48,7 +49,8 @@ class Mirror(Protocol):
 class Extents:
     """Of one target. Bounded: what was noted first goes first."""
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, place: Callable[[int], tuple[int, int]]) -> None:
+        """`place`: of an extent's position, the file, and where it begins there."""
         self.mirror: Mirror | None = None
         self.changes = 0
         """How many beginnings and ends of changes there were; a read that begins remembers it."""
@@ -56,7 +58,7 @@ class Extents:
         """Chunks -> the end of their last change (or its beginning, meanwhile), of the newest CHANGES_KEPT."""
         self._forgotten_at = 0
         """A change of any other chunk was no later."""
-        self._bytes_max = bytes_max
+        self._bytes_max, self._place = bytes_max, place
         self._bytes = 0
         self._known: dict[bytes, Known] = {}
         self._changing: frozenset[bytes] = frozenset()
@@ -66,8 +68,8 @@ class Extents:
         """What is known of `chunk`."""
         return self._known.get(chunk)
 
-    def note(self, chunk: bytes, known: Known, *, file: int, block: int, changes: int) -> None:
-        """A read has found this, that began when there had been so many `changes`. It lies at `block` of `file`."""
+    def note(self, chunk: bytes, known: Known, *, changes: int) -> None:
+        """This was found by who began when there had been so many `changes`."""
         last = self._changed_at.get(chunk, self._forgotten_at)
         if last > changes or chunk in self._changing or self._is_stopped:
             return
@@ -77,7 +79,23 @@ class Extents:
         while self._bytes > self._bytes_max:
             self._drop(next(iter(self._known)))
         if self.mirror is not None and known.is_clean:
-            self.mirror.put(chunk, file, block, known)
+            self.mirror.put(chunk, *self._place(known.extent.position), known)
+
+    def note_published(self, changes: Iterable[Change]) -> None:
+        """These were committed just now. Who writes is often read next: the mirror serves the first read as well.
+
+        Not of chunks whose sums lie beside their blocks and were not read.
+        """
+        if self.mirror is None:
+            return
+        last: dict[bytes, tuple[bytes, Record] | None] = {}
+        for change in changes:
+            last.update(change.published)
+        for chunk, there in last.items():
+            row, record = there or (b"", NOTHING)
+            extent, granule_log2 = record.committed, record.granule_log2
+            if extent is not None and extent.length and len(extent.sums) == sums_bytes(extent.length, granule_log2):
+                self.note(chunk, Known(row, extent, granule_log2, extent.sums, is_clean=True), changes=self.changes)
 
     def begin_change(self, chunks: Iterable[bytes]) -> None:
         """The rows of `chunks` are about to change. One change at a time, until `end_change`."""

@@ -45,7 +45,7 @@ def is_named(request: Request) -> bool:
 class Change:
     """What one update wants of the next flush."""
 
-    __slots__ = ("files", "freed", "maxima", "named", "rows")
+    __slots__ = ("files", "freed", "maxima", "named", "published", "rows")
 
     def __init__(self) -> None:
         self.rows: list[tuple[bytes, bytes | None]] = []
@@ -55,11 +55,16 @@ class Change:
         """Blocks that only this change knows of. Emptied once a record names them, or may name them."""
         self.freed: list[int] = []
         self.files: list[int] = []
+        self.published: dict[bytes, tuple[bytes, Record] | None] = {}
+        """Of each chunk its row and what that says; None: something is pending then, or there is nothing to read."""
 
     def put_record(self, chunk: bytes, old: Record | None, new: Record | None) -> None:
         """The record of `chunk` was `old` and becomes `new` (None: no row); what only `old` names is freed."""
-        self.rows.append((CHUNK + chunk, new.encode(chunk) if new is not None else None))
         before, after = old or NOTHING, new or NOTHING
+        row = new.encode(chunk) if new is not None else None
+        self.rows.append((CHUNK + chunk, row))
+        is_read = after.committed is not None and not after.is_pending
+        self.published[chunk] = (row, after) if is_read and row is not None else None
         if before.is_pending != after.is_pending:
             self.rows.append((PENDING + chunk, b"" if after.is_pending else None))
         if before.tombstone != after.tombstone:
@@ -72,6 +77,7 @@ class Change:
     def delete_damaged(self, chunk: bytes) -> None:
         """Delete a row that cannot be read. Which blocks it named is not known: they are free once fsck has looked."""
         self.rows += [(prefix + chunk, None) for prefix in (CHUNK, PENDING, TOMBSTONE)]
+        self.published[chunk] = None
 
     def note_request(self, request: Request) -> None:
         """Its update is published: whoever sends it again is told so."""
