@@ -22,7 +22,7 @@ from .page import HEADER_BYTES, MAGIC, PLACE, VERSION
 OPEN_MAX = 512
 """Segments that are kept open."""
 BATCH_PAGES = 256
-BATCH_BYTES = 32 << 20
+BATCH_BYTES = 48 << 20
 """A storage server reads 64 MiB at once past its event loop."""
 _FRONT = struct.Struct("<4sHHIIII32s")
 _TENANT = struct.Struct("<I")
