@@ -96,6 +96,15 @@ def test_lanes_serve_what_was_read_before(cluster: LocalCluster, client: emberfs
     assert 0 < stats.operations["file.read"].servers_s <= stats.operations["file.read"].total_s
 
 
+def test_lanes_serve_the_first_read_of_what_was_written(cluster: LocalCluster, client: emberfs.Client) -> None:
+    data = random.Random(2).randbytes(MIB + 333)
+    client.put("/fresh", data, chunk_size_bytes=CHUNK_BYTES)
+    before = lane_counts(cluster)["emberline_lane_bytes"]
+    with client.open("/fresh", "rb") as file:
+        assert file.read_at(0, MIB) == data[:MIB]
+    assert lane_counts(cluster)["emberline_lane_bytes"] - before >= MIB
+
+
 @pytest.mark.parametrize("where", ["buffer", "bytearray", "one buffer"])
 def test_fast_and_slow_are_equal(cluster: LocalCluster, client: emberfs.Client, where: str) -> None:
     """Any ranges of several files, holes and ends and nothing too."""

@@ -104,6 +104,20 @@ def test_who_owned_the_store_has_lanes_when_a_server_does(client: Client, store:
                 assert lane_bytes(client) - begun == len(DATA)
 
 
+def test_what_was_written_has_lanes_at_its_first_read(client: Client, store: Path) -> None:
+    with shared(client, store):
+        client.put("/file", DATA, chunk_size_bytes=CHUNK)
+        memory = client.buffer(len(DATA))
+        with client.open("/file", "rb") as file:
+            assert read_all(client, file, memory)
+        assert lane_bytes(client) == len(DATA)
+        with client.open("/file", "r+b") as file:
+            file.write(DATA[::-1])
+        with client.open("/file", "rb") as file:
+            assert file.read_at(0, len(DATA)) == DATA[::-1]
+        assert lane_bytes(client) == 2 * len(DATA)
+
+
 def test_who_comes_later_has_lanes(client: Client, store: Path) -> None:
     client.put("/file", DATA, chunk_size_bytes=CHUNK)
     with shared(client, store), program(READER, url_of(store)) as reader:
