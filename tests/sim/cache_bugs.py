@@ -219,7 +219,7 @@ BUGS = {
         _removes_the_index_before_the_next_one_counts, "is lost", "snapshot", first=15
     ),
     "removes files before the index says so": Bug(
-        _removes_files_before_the_index_says_so, "is not page", "compaction", first=34
+        _removes_files_before_the_index_says_so, "is not page", "compaction", first=29
     ),
     "gives space back under a lease": Bug(_gives_space_back_under_a_lease, "went under a lease", "compaction"),
     "forgets who reads where a page was": Bug(_forgets_who_reads_where_a_page_was, "went under a lease", "compaction"),

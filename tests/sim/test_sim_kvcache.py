@@ -26,7 +26,7 @@ SEEDS_PER_MOMENT = 8
 MOMENTS = 8
 """A planted bug is found within so many, or so many walks."""
 
-WALKED = [("gives space back under a lease", 30), ("leaves files of the one before", 2)]
+WALKED = [("gives space back under a lease", 62), ("leaves files of the one before", 2)]
 """Planted bugs that walks find, too, and a seed that did when this was written."""
 
 rehearsed = cache(rehearse)
