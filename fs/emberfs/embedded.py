@@ -167,8 +167,6 @@ class EmbeddedStore:
         self.url = f"{SCHEME}{directory}"
         self.lanes: InlineReader | LaneReader | None = None
         """While we own the store, our own; else those to its server."""
-        self._lanes_out: LaneReader | None = None
-        """Those to its server."""
         self.services: Services | None = None
         """Ours, while we own the store."""
         self._ownership: Ownership | None = None
@@ -246,7 +244,7 @@ class EmbeddedStore:
     def _open_lanes(self, attached: AttachedConnection) -> None:
         from .sharing.lanes import lane_reader  # Who owns a store for itself needs none of that.
 
-        self.lanes = self._lanes_out = lane_reader(self.runtime, self.portal, attached.network, attached.address)
+        self.lanes = lane_reader(self.runtime, self.portal, attached.network, attached.address)
 
     # --- moving out ------------------------------------------------------------------------------------------------
 
@@ -292,12 +290,12 @@ class EmbeddedStore:
             await self.runtime.offload(server.close)
             ownership.close()
         finally:
-            self.services = self._ownership = None
-            self._open_lanes(attached)
+            self.services = self._ownership = self.lanes = None
             self.portal.ledger.is_close = True
             attached.start()
             self.meta.call = self._storage.call = attached.handle
             self.portal.resume()
+            self._open_lanes(attached)
 
     # --- what clients have of it -----------------------------------------------------------------------------------
 
@@ -340,8 +338,8 @@ class EmbeddedStore:
         self.closed = True
         self.portal.run(self._stay())
         self.portal.drain()
-        if self._lanes_out is not None:
-            self._lanes_out.close()
+        if self.lanes is not None:
+            self.lanes.close()
         try:
             self.portal.run_last(self._close())
         finally:
@@ -368,9 +366,9 @@ class EmbeddedStore:
     def forget_after_fork(self) -> None:
         """In the child: touch nothing but our copies of file descriptors. The parent goes on as if nothing was."""
         self.forked = True
-        if self._lanes_out is not None:
-            self._lanes_out.close()
-        self.lanes = None
+        if self.lanes is not None:
+            self.lanes.forget_after_fork()
+            self.lanes = None
         if self._door is not None:
             self._door.forget_after_fork()
         if self._attached is not None:

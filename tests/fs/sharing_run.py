@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from emberfs.embedded import StoreConfig
+from emberfs.portal import Portal
+from emberfs.runtime import AsyncioRuntime
 from emberfs.sharing.ownership import Mode, Owner, Ownership, read_owner
+from emberfs.sharing.server import ServerConfig, SharingServer
 
 PATIENCE_S = 60.0
 
@@ -78,3 +83,22 @@ def state_of(task: Path) -> str:
         return (task / "stat").read_text().rpartition(") ")[2][0]
     except (FileNotFoundError, ProcessLookupError):
         return "Z"
+
+
+class ServedHere:
+    """A store that this process serves to others."""
+
+    def __init__(self, store: Path, config: ServerConfig) -> None:
+        ownership = Ownership.take(store)
+        assert ownership is not None
+        self.ownership = ownership
+        self.is_idle = threading.Event()
+        self.runtime = AsyncioRuntime()
+        self.portal = Portal(self.runtime)
+        self.server = SharingServer(ownership, self.runtime, StoreConfig(), on_idle=self.is_idle.set, config=config)
+        self.portal.run(self.server.start(None))
+
+    def close(self) -> None:
+        self.portal.run(self.server.close())
+        self.runtime.stop()
+        self.ownership.close()

@@ -10,6 +10,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Callable
 
@@ -50,12 +51,20 @@ class Chunk:
         self.before_answer: Callable[[int], None] = lambda step: None
         self.answers = 1 << 30
         """After so many the lane is over."""
+        self.shorts = 0
+        """Of the first step, so many ranges are told to have a byte less."""
+        self.room_bytes = 1 << 18
+        """In the lane."""
+        self.begin_s = 0.0
+        """So long it takes nothing."""
+        self.calls: set[int] = set()
 
     def read(
-        self, ranges: list[tuple[int, int]], into: list[memoryview], grant: bytes = b""
+        self, ranges: list[tuple[int, int]], into: list[memoryview], grant: bytes = b"", call: int = 7
     ) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Count of each range, and of what was asked for (offset, length, place)."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.room_bytes)
         self.steps.clear()
         sums = array("I", [7] * len(ranges))
         server = threading.Thread(target=self._serve, args=(theirs,))
@@ -63,7 +72,7 @@ class Chunk:
         try:
             counts = native.read_ranges(
                 *([(self, *each) for each in ranges], into, "lane_spec", array("i", [ours.fileno()]), bytearray(1)),
-                *(pending := bytearray(1), b"", self.stage.number, self.stage.address, self.stage.size, 7, 0),
+                *(pending := bytearray(1), b"", self.stage.number, self.stage.address, self.stage.size, call, 0),
                 *(5 * 10**9, 1 if grant else 0, grant, bytearray([bool(grant)]), sums),
             )
         finally:
@@ -75,12 +84,12 @@ class Chunk:
         return counts, [each for step in self.steps for each in step]
 
     def _serve(self, lane: socket.socket) -> None:
-        calls = set()
+        time.sleep(self.begin_s)
         with lane:
             while packet := lane.recv(1 << 18):
                 _, _, count, call = HEAD.unpack_from(packet)
-                assert call not in calls
-                calls.add(call)
+                assert call not in self.calls
+                self.calls.add(call)
                 end = HEAD.size + count * ITEM.size
                 items = ITEM.iter_unpack(packet[HEAD.size : end])
                 step = [(offset, length, place) for *_, place, _, offset, length, _ in items]
@@ -90,7 +99,10 @@ class Chunk:
                     return
                 for offset, length, place in step:
                     self.memory[place : place + length] = self.content[offset : offset + length]
-                parts = b"".join(PART.pack(length, crc32c(self.content[at : at + length])) for at, length, _ in step)
+                parts = b"".join(
+                    PART.pack(length - (index < self.shorts), crc32c(self.content[at : at + length]))
+                    for index, (at, length, _) in enumerate(step)
+                )
                 for _, _, place in step[: self.damaged]:
                     self.memory[place] ^= 1
                 self.before_answer(len(self.steps))
@@ -190,7 +202,7 @@ def test_a_grant_is_shown_once() -> None:
     assert chunk.tails == [b"a grant", b"", b""]
 
 
-@pytest.mark.parametrize("answers", [0, 1, 2])
+@pytest.mark.parametrize("answers", [0, 1, 2, 3, 4])
 def test_a_lane_that_is_lost_on_the_way_is_pending_still(answers: int) -> None:
     chunk = Chunk(2)
     chunk.answers = answers
@@ -198,6 +210,31 @@ def test_a_lane_that_is_lost_on_the_way_is_pending_still(answers: int) -> None:
     with pytest.raises(native.LaneLost):
         chunk.read(ranges, views_of(np.empty(5 * STEP_BYTES, np.uint8), [5 * STEP_BYTES]))
     assert chunk.is_pending
+
+
+def test_two_reads_have_no_call_in_common() -> None:
+    chunk = Chunk(2)
+    for call in (1, 2, 3):
+        chunk.read([(0, 4 * STEP_BYTES)], views_of(np.empty(4 * STEP_BYTES, np.uint8), [4 * STEP_BYTES]), call=call)
+    assert len(chunk.calls) == 3 * 4
+
+
+def test_a_lane_that_is_full_is_waited_for() -> None:
+    chunk = Chunk(4)
+    chunk.room_bytes, chunk.begin_s = 16_384, 0.05
+    sizes = [STEP_BYTES // 100] * 400
+    ranges = list(zip(itertools.accumulate([0, *sizes[1:]]), sizes, strict=True))
+    into = views_of(np.empty(sum(sizes), np.uint8), sizes)
+    counts, _ = chunk.read(ranges, into)
+    assert counts == sizes and chunk.has(ranges, into)
+
+
+def test_who_brings_less_than_was_asked_for_has_brought_nothing() -> None:
+    chunk = Chunk(2)
+    chunk.shorts = 1
+    ranges = [(0, 100), (200, 100)]
+    counts, _ = chunk.read(ranges, views_of(np.empty(200, np.uint8), [100, 100]))
+    assert counts == [-1, 100]
 
 
 def test_what_is_damaged_in_a_later_step_is_for_another_way() -> None:

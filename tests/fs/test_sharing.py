@@ -17,16 +17,13 @@ from typing import Any
 import emberfs
 import pytest
 from emberfs import Client, StoreBusy, embedded
-from emberfs.embedded import StoreConfig
 from emberfs.errors import SessionExpired
 from emberfs.messages import Attach, Detach, Message, ReadChunks, WriteChunks
-from emberfs.portal import Portal
-from emberfs.runtime import AsyncioRuntime
 from emberfs.sharing.ownership import Mode, Ownership
-from emberfs.sharing.server import ServerConfig, SharingServer
+from emberfs.sharing.server import ServerConfig
 from emberfs.types import chunk_id
 
-from tests.fs.sharing_run import is_free, no_server_left, owner_of, server_of, until
+from tests.fs.sharing_run import ServedHere, is_free, no_server_left, owner_of, server_of, until
 from tests.fs.stores import CHUNK, content, line_of, program, url_of
 
 DATA = content(3 * CHUNK + 100)
@@ -294,25 +291,6 @@ file.write(b"flushed"); file.flush(); file.write(b" and not")
 print("open", flush=True)
 if sys.stdin.readline(): file.close()
 """
-
-
-class ServedHere:
-    """A store that this process serves to others."""
-
-    def __init__(self, store: Path, config: ServerConfig) -> None:
-        ownership = Ownership.take(store)
-        assert ownership is not None
-        self.ownership = ownership
-        self.is_idle = threading.Event()
-        self.runtime = AsyncioRuntime()
-        self.portal = Portal(self.runtime)
-        self.server = SharingServer(ownership, self.runtime, StoreConfig(), on_idle=self.is_idle.set, config=config)
-        self.portal.run(self.server.start(None))
-
-    def close(self) -> None:
-        self.portal.run(self.server.close())
-        self.runtime.stop()
-        self.ownership.close()
 
 
 def test_a_server_without_clients_leaves_a_store_that_one_process_may_own(store: Path) -> None:

@@ -6,11 +6,13 @@ Run: pytest tests/fs/test_sharing_lanes.py
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import multiprocessing
 import os
 import random
 import signal
+import socket
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +23,9 @@ import pytest
 from emberfs import Client
 from emberfs.checksum import crc32c
 from emberfs.errors import DeadlineExceeded
+from emberfs.sharing.server import ServerConfig
 
-from tests.fs.sharing_run import no_server_left, server_of, stopped, until
+from tests.fs.sharing_run import ServedHere, no_server_left, server_of, state_of, stopped, until
 from tests.fs.stores import CHUNK, content, line_of, needs_native, program, url_of
 
 pytestmark = needs_native
@@ -228,3 +231,81 @@ def test_nothing_of_lanes_is_left_with_a_closed_client(store: Path) -> None:
     for _ in range(3):
         use()
     assert files() <= before
+
+
+def test_a_fork_waits_for_no_thread(client: Client, store: Path) -> None:
+    """Who reads at the moment of a fork may hold what is not there to be let go in the child."""
+    client.put("/file", DATA, chunk_size_bytes=CHUNK)
+    memory = client.buffer(len(DATA))
+    with shared(client, store), client.open("/file", "rb") as file:
+        assert read_all(client, file, memory)
+        reader = client._attachment.store.lanes  # type: ignore[attr-defined]
+        taken = reader._take()
+        assert taken.sockets
+        with reader._lock:
+            child = os.fork()
+            if not child:
+                os._exit(17 if all(lane.fileno() < 0 for lane in taken.sockets.values()) else 1)
+        until(lambda: state_of(Path(f"/proc/{child}")) == "Z")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+        reader._give(taken)
+        assert read_all(client, file, memory)
+
+
+def test_lanes_end_before_anything_that_can_fail(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a server whose store cannot be closed would serve what was, when another one owns the store."""
+    store.mkdir()
+    served = ServedHere(store, ServerConfig(idle_s=3600.0, grace_s=0.0, look_s=0.01))
+    lanes = served.server._lanes
+    assert lanes is not None
+    adopted, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lanes.adopt(theirs.detach(), False)
+
+    async def fail() -> None:
+        adopted.setblocking(False)
+        assert adopted.recv(1) == b"", "the lane is over"
+        raise OSError("a disk that does not answer")
+
+    close = served.server._services.close
+    monkeypatch.setattr(served.server._services, "close", fail)
+    with adopted, pytest.raises(OSError, match="does not answer"):
+        served.portal.run(served.server.close())
+    served.portal.run(close())
+    served.runtime.stop()
+    served.ownership.close()
+
+
+def test_without_threads_for_lanes_a_store_is_shared_all_the_same(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EAGAIN, "no thread")
+
+    store.mkdir()
+    monkeypatch.setattr("emberfs.sharing.lanes.LaneServer", refuse)
+    served = ServedHere(store, ServerConfig(idle_s=3600.0, grace_s=0.0, look_s=0.01))
+    assert "no lanes" in caplog.text
+    with program(GUEST, url_of(store)) as guest:
+        assert line_of(guest) == "in"
+        guest.communicate("go\n")
+    served.close()
+
+
+@pytest.mark.parametrize("error", [TimeoutError, ValueError, KeyError])
+def test_what_a_signals_handler_raises_is_told(client: Client, store: Path, error: type[Exception]) -> None:
+    client.put("/file", DATA, chunk_size_bytes=CHUNK)
+    memory = client.buffer(len(DATA))
+
+    def ring(*_: Any) -> None:
+        raise error("of the handler")
+
+    with shared(client, store), client.open("/file", "rb") as file:
+        assert read_all(client, file, memory) and read_all(client, file, memory)
+        before = signal.signal(signal.SIGALRM, ring)
+        try:
+            with stopped(server_of(store)), pytest.raises(error, match="of the handler"):
+                signal.setitimer(signal.ITIMER_REAL, 0.3)
+                read_all(client, file, memory)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, before)

@@ -144,7 +144,7 @@ class ClusterStore:
         """In the child: touch nothing. The parent goes on as if nothing was."""
         self.forked = True
         if self.lanes is not None:
-            self.lanes.close()
+            self.lanes.forget_after_fork()
             self.lanes = None
         _inherited.append(self)
 

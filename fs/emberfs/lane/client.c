@@ -105,7 +105,7 @@ static int send_step(struct lane_request *requests, int count, const struct lane
     return 0;
 }
 
-/* Wait for the answers of local lanes. */
+/* Wait for the answers of local lanes. 0; 1: it has slept; -1: as `lane_exchange`. */
 static int take_step(struct lane_request *requests, int count, const struct lane_steps *steps, size_t step, int64_t spin_ns,
                      int64_t until_ns) {
     static __thread struct answer answer;
@@ -128,10 +128,7 @@ static int take_step(struct lane_request *requests, int count, const struct lane
                 counts[at] = 0;
             }
         }
-        if (!waiting) {
-            if (spin_ns) lane_looked(!has_slept);
-            return 0;
-        }
+        if (!waiting) return has_slept;
         int64_t now_ns = lane_now_ns();
         if (now_ns >= until_ns) return -1;
         if (now_ns < spin_until_ns) {
@@ -165,11 +162,16 @@ int lane_exchange(struct lane_request *requests, int count, const struct lane_st
     for (; sent < steps->count && sent < steps->ahead; sent++)
         if (send_step(requests, count, steps, sent, until_ns) != 0) return -1;
     if (take_streams(requests, count, until_ns) != 0) return -1;
-    spin_ns = lane_spin_ns(spin_ns) / (int64_t)steps->count;
+    size_t local = 0, slept = 0;
+    for (int at = 0; at < count; at++) local += requests[at].pending != 0;
+    spin_ns = lane_spin_ns(spin_ns);
     for (size_t step = 0; step < steps->count; step++) {
-        if (take_step(requests, count, steps, step, spin_ns, until_ns) != 0) return -1;
+        int outcome = take_step(requests, count, steps, step, spin_ns / (int64_t)steps->count, until_ns);
+        if (outcome < 0) return -1;
+        slept += (size_t)outcome;
         steps->finish(steps->context, step ? steps->ends[step - 1] : 0, steps->ends[step]);
         if (sent < steps->count && send_step(requests, count, steps, sent++, until_ns) != 0) return -1;
     }
+    if (spin_ns && local) lane_looked(2 * slept < steps->count);
     return 0;
 }

@@ -263,10 +263,14 @@ class LaneReader:
                 counts = self._exchange(lanes, items, into, grant, sums)
                 waited_s = lanes.waited_s
             is_whole = True
-        except (BufferError, TypeError, ValueError, OverflowError):
-            is_whole = True  # Nothing was sent. Whoever reads it otherwise says what is wrong with the arguments.
-        except (native.LaneLost, OSError) as error:
+        except native.LaneLost as error:
             log.debug("lanes are given up: %s", error)
+        except (BufferError, TypeError, ValueError, OverflowError, OSError) as error:
+            if any(lanes.pending):
+                raise  # Of the handler of a signal: nobody else raises any of them once something was sent.
+            is_whole = not isinstance(
+                error, OSError
+            )  # Whoever reads it otherwise says what is wrong with the arguments.
         finally:
             if is_whole:
                 self._give(lanes)
@@ -326,6 +330,12 @@ class LaneReader:
         """Close all lanes; one that is in use is closed at its end."""
         self._is_closed = True
         self._close_idle()
+
+    def forget_after_fork(self) -> None:
+        """In the child: close our copies of all lanes. Threads that are not there may hold the lock."""
+        self._is_closed = True
+        for lanes in [*self._idle, *self._taken]:
+            lanes.close()
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -406,7 +416,9 @@ class LaneReader:
         """For a read that begins now: `_taken` has it until it ends."""
         since_s = self._runtime.now_s() - LATELY_S
         with self._lock:
-            lanes = self._idle.pop() if self._idle else _Lanes()
+            idle = self._idle.pop() if self._idle else None
+        lanes = idle or _Lanes()
+        with self._lock:
             self._taken.add(lanes)
             lately = itertools.takewhile(lambda each: each.given_s > since_s, reversed(self._idle))
             lanes.may_look = (len(self._taken) + len(list(lately))) * CORES_PER_READER <= self._cores

@@ -76,6 +76,12 @@ class InlineReader:
             self._ledger.note(code, self._runtime.now_s() - began_s)
         return counts
 
+    def close(self) -> None:
+        """Nothing is held for readers."""
+
+    def forget_after_fork(self) -> None:
+        """In the child: the same."""
+
 
 def _spec(file: LaneFile) -> bytes | None:
     inode = file.inode_to_read

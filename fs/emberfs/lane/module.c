@@ -403,7 +403,6 @@ static int add_piece(struct plan *plan, uint32_t item, const struct spec *spec, 
             place = stage_place(plan->staged_bytes, offset, (uintptr_t)into);
         }
     }
-    if (plan->total_bytes + *length > LANE_BYTES_MAX) return 1;
     void *head = with_room(server->head, *count, &plan->room_of[slot->server], sizeof(struct lane_head), sizeof(struct lane_item));
     if (head == NULL) return -1;
     server->head = head;
@@ -869,7 +868,6 @@ PyMODINIT_FUNC PyInit__native(void) {
     lane_lost = PyErr_NewException("emberfs.lane._native.LaneLost", PyExc_ConnectionError, NULL);
     lane_is_interrupted = is_interrupted;
     if (server == NULL || lane_lost == NULL || PyModule_AddIntConstant(module, "INTERFACE", LANE_INTERFACE) != 0 ||
-        PyModule_AddIntConstant(module, "STAGE_SLOT_BYTES", LANE_STAGE_SLOT_BYTES) != 0 ||
         PyModule_AddIntConstant(module, "STAGE_SLOT_BYTES", LANE_STAGE_SLOT_BYTES) != 0 ||
         PyModule_AddIntConstant(module, "CRC32C_WAY", lane_crc32c_way()) != 0 || PyModule_AddObjectRef(module, "Server", server) != 0 ||
         PyModule_AddObjectRef(module, "LaneLost", lane_lost) != 0)

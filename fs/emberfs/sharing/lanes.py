@@ -8,6 +8,7 @@ Does not know: how a client is attached.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from ..engine import ChunkEngine
@@ -18,6 +19,8 @@ from ..portal import Portal
 from ..routing import Chain, Routing
 from ..runtime import Runtime
 from ..transport import TcpNetwork
+
+log = logging.getLogger("emberline.sharing")
 
 VERSION = 1
 """Of all chains, and of the routing."""
@@ -36,8 +39,12 @@ class StoreRoutes:
 
 
 def lane_server() -> LaneServer | None:
-    """None: there is no `native` part. Raises OSError."""
-    return None if native is None else LaneServer()
+    """None: there is no `native` part, or its threads cannot be started."""
+    try:
+        return None if native is None else LaneServer()
+    except OSError as error:
+        log.warning("no lanes: %s", error)
+        return None
 
 
 def serve_lanes(server: LaneServer, engines: Mapping[int, ChunkEngine]) -> None:
@@ -46,6 +53,13 @@ def serve_lanes(server: LaneServer, engines: Mapping[int, ChunkEngine]) -> None:
     for chain, engine in engines.items():
         engine.extents.mirror = server.mirror(chain)
         server.allow(chain, VERSION)
+
+
+def end_lanes(server: LaneServer, engines: Mapping[int, ChunkEngine]) -> None:
+    """When this returns nothing is served, and engines tell nobody what changes."""
+    server.stop()
+    for engine in engines.values():
+        engine.extents.mirror = None
 
 
 def lane_reader(runtime: Runtime, portal: Portal, network: TcpNetwork, address: str) -> LaneReader | None:

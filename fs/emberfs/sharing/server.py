@@ -49,7 +49,7 @@ from ..meta.scan import pages
 from ..runtime import AsyncioRuntime
 from ..transport import TcpConfig, TcpNetwork
 from ..transport.types import Listener
-from .lanes import lane_server, serve_lanes
+from .lanes import end_lanes, lane_server, serve_lanes
 from .ownership import Mode, Ownership
 from .sessions import Sessions
 from .socket_place import SocketPlace
@@ -117,11 +117,7 @@ class SharingServer:
 
     async def start(self, left: Unwritten | None) -> None:
         """Open the store and serve. Raises what opening it raises."""
-        try:
-            self._services = await Services.open(self._ownership.directory, self._settings, self._runtime, shared=True)
-        except BaseException:
-            self._end_lanes()
-            raise
+        self._services = await Services.open(self._ownership.directory, self._settings, self._runtime, shared=True)
         meta = self._services.meta_service
         try:
             await meta.start()
@@ -140,7 +136,6 @@ class SharingServer:
             self._listener = await self._network.serve(f"unix:{self._place.path}", self)
         except BaseException:
             await self._services.close()
-            self._end_lanes()
             raise
         self._ownership.declare(Mode.SERVER, is_reachable=True)
         self._watching = self._runtime.spawn(self._watch(), "sharing-watch")
@@ -158,21 +153,21 @@ class SharingServer:
         assert self._listener is not None and self._watching is not None
         self._watching.cancel()
         await asyncio.wait([self._watching])
-        await self._listener.close(drain_s=SETTLE_S)
-        self._place.close()
-        await self._network.close()
+        try:
+            await self._listener.close(drain_s=SETTLE_S)
+            self._place.close()
+            await self._network.close()
+        finally:
+            # Whatever fails: they would serve what was, for as long as this process takes to end.
+            if self._lanes is not None:
+                end_lanes(self._lanes, self._services.engines)
         is_clear = not self._sessions.live and await self._services.meta_service.forget_clients()
         if is_clear:
             for engine in self._services.engines.values():
                 await engine.drop_requests_except(())
         await self._services.close()
-        self._end_lanes()
         if is_clear:
             self._ownership.clear()
-
-    def _end_lanes(self) -> None:
-        if self._lanes is not None:
-            self._lanes.stop()
 
     def handle(self, request: Message, buffers: Sequence[memoryview] = ()) -> Awaitable[Message]:
         """Serve one request."""
