@@ -246,8 +246,12 @@ def test_a_fork_waits_for_no_thread(client: Client, store: Path) -> None:
             child = os.fork()
             if not child:
                 os._exit(17 if all(lane.fileno() < 0 for lane in taken.sockets.values()) else 1)
-        until(lambda: state_of(Path(f"/proc/{child}")) == "Z")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+        try:
+            until(lambda: state_of(Path(f"/proc/{child}")) == "Z")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 17
         reader._give(taken)
         assert read_all(client, file, memory)
 
