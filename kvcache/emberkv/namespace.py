@@ -32,11 +32,17 @@ NAME_MODEL_CHARS = 40
 
 _KIND_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _TRAILING = re.compile(r"trailing:([1-9][0-9]{0,5})")
+_LENGTH = struct.Struct("<I")
 
 
 def fields_bytes(fields: Iterable[bytes]) -> bytes:
     """Fields with their lengths before them: no two lists of fields give the same bytes."""
-    return b"".join(struct.pack("<I", len(field)) + field for field in fields)
+    return b"".join(map(field_bytes, fields))
+
+
+def field_bytes(field: bytes) -> bytes:
+    """A field, its length before it."""
+    return _LENGTH.pack(len(field)) + field
 
 
 class Kind(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from emberfs.errors import EmberError
@@ -30,7 +30,7 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
 
 from ..errors import InvalidNamespace, SeededKeys
-from ..namespace import Kind, Namespace, fields_bytes
+from ..namespace import Kind, Namespace, field_bytes, fields_bytes
 from .door import KEPT, Door
 from .settings import Settings
 from .workers import Workers
@@ -291,8 +291,13 @@ def chains_of(keys: Sequence[Any]) -> list[list[int]]:
 
 def name_of(key: Any) -> bytes:
     """What LMCache's key says about an object beside its model: rank, group, salt and hash."""
-    numbers = struct.pack("<QQ", key.kv_rank, key.object_group_id)
-    return fields_bytes((b"lmcache", numbers, key.cache_salt.encode(), key.chunk_hash))
+    return _name_before(key.kv_rank, key.object_group_id, key.cache_salt) + field_bytes(key.chunk_hash)
+
+
+@lru_cache(maxsize=1024)
+def _name_before(kv_rank: int, object_group_id: int, cache_salt: str) -> bytes:
+    """What the names of all objects of a rank, a group and a salt begin with."""
+    return fields_bytes((b"lmcache", struct.pack("<QQ", kv_rank, object_group_id), cache_salt.encode()))
 
 
 def refuse_seeded(chunk_hash: bytes) -> None:
