@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import sys
-import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from emberfs.cluster.store import tls_files
 from emberfs.portal import Portal
 from emberfs.runtime import AsyncioRuntime
 from emberfs.server.metrics import serve_page
+from emberfs.stop import Stop
 from emberfs.transport import TcpConfig, TcpNetwork
 from emberfs.transport.address import named
 from emberfs.transport.grant_keys import GrantKeys
@@ -72,9 +71,7 @@ class ServerConfig:
 
 def run_server(config: ServerConfig) -> None:
     """Serve until told to stop. Raises what the store or the address raises."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
     runtime = AsyncioRuntime("emberkv")
     portal = Portal(runtime)
     network = TcpNetwork(runtime, TcpConfig(tls=tls_files(config.tls)))
@@ -120,10 +117,9 @@ def run_server(config: ServerConfig) -> None:
 
 
 def _wait_for_end(
-    stop: threading.Event, opened: queue.SimpleQueue[Exception | None], address: str, keys: GrantKeys | None
+    stop: Stop, opened: queue.SimpleQueue[Exception | None], address: str, keys: GrantKeys | None
 ) -> None:
     """Say that we are ready once we are. Raises why the namespaces could not be opened."""
-    # By turns, and never for ever: only the main thread sees a signal, and another one may have been woken by it.
     while not stop.wait(LOOK_S):
         if keys is not None:
             keys.look()

@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ..messages import Message
 from ..portal import Portal
 from ..routing import Role
 from ..runtime import AsyncioRuntime
+from ..stop import Stop
 from ..transport import TcpConfig, TcpNetwork, TlsFiles
 from ..transport.address import named
 from ..transport.grant_keys import GrantKeys
@@ -42,9 +42,7 @@ log = logging.getLogger("emberline.server")
 def run_server(config: ServerConfig) -> None:
     """Serve until told to stop. Raises what opening the role raises."""
     _start_log(config)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
     signal.signal(signal.SIGHUP, lambda *_: None)
     runtime = AsyncioRuntime(config.name)
     portal = Portal(runtime)
@@ -92,9 +90,7 @@ def _renew_keys(keys: GrantKeys | None, lanes: LaneServer | None) -> None:
         lanes.set_keys(keys.keys)
 
 
-def _serve(
-    config: ServerConfig, role: Served, listener: Listener, stop: threading.Event, look: Callable[[], None]
-) -> None:
+def _serve(config: ServerConfig, role: Served, listener: Listener, stop: Stop, look: Callable[[], None]) -> None:
     """Say that we serve, and return when it is time to stop; `look` after what may change meanwhile."""
     log.info("%s %s serves at %s", config.role, config.name, listener.address)
     sys.stdout.write(json.dumps({"ready": True, "address": listener.address, "pid": os.getpid()}) + "\n")

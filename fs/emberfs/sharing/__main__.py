@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import msgspec
@@ -18,6 +16,7 @@ from ..embedded import StoreConfig
 from ..messages import Done
 from ..portal import Portal
 from ..runtime import AsyncioRuntime
+from ..stop import Stop
 from ..transport.codec import encode_failure
 from .ownership import Ownership
 from .server import SharingServer
@@ -50,9 +49,7 @@ def main() -> None:
 
 def _serve(ownership: Ownership, runtime: AsyncioRuntime, order: Order) -> None:
     portal = Portal(runtime)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stop = Stop()
     server = SharingServer(ownership, runtime, msgspec.json.decode(order.settings, type=StoreConfig), on_idle=stop.set)
     try:
         portal.run(server.start(order.left))
@@ -62,7 +59,6 @@ def _serve(ownership: Ownership, runtime: AsyncioRuntime, order: Order) -> None:
     _say(Answer(serves=True))
     _let_go_of_starter()
     log.info("serving %s", ownership.directory)
-    # In steps: a wait without a limit does not see a signal on every system.
     while not stop.wait(3600.0):
         pass
     log.info("leaving %s", ownership.directory)
