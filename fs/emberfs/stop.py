@@ -25,7 +25,7 @@ class Stop:
         """From now on these set it."""
         reads, self._writes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for each in (reads, self._writes):
-            weakref.finalize(self, os.close, each)
+            weakref.finalize(self, os.close, each).atexit = False  # A signal may come later still.
         self._poll = select.poll()
         self._poll.register(reads, select.POLLIN)
         for number in signals:
