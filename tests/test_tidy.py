@@ -71,7 +71,6 @@ REACHES_OUT = {
     "kvcache/emberkv/direct_way.py": "is the face's: the caller's threads take turns with a connection",
     "kvcache/emberkv/prefetch.py": "is the face's: a thread of the caller's process reads while it goes on",
     "kvcache/emberkv/putting.py": "is the face's: the caller's threads put by turns",
-    "kvcache/emberkv/server.py": "wires a server together: signals, runtime, network, store",
     "kvcache/emberkv/opening.py": "is the face's: threads of the caller's process open what they will write to",
     "kvcache/emberkv/writing.py": "is the face's: threads of the caller's process write what it put",
 }

@@ -386,9 +386,9 @@ def _a_lane_serves_what_is_pending() -> Patch:
 def _a_lane_is_told_what_a_read_saw_before_a_change() -> Patch:
     note = extents.Extents.note
 
-    def late(self: extents.Extents, chunk: bytes, known: Any, *, file: int, block: int, changes: int) -> None:
+    def late(self: extents.Extents, chunk: bytes, known: Any, *, changes: int) -> None:
         self._changing = frozenset()
-        note(self, chunk, known, file=file, block=block, changes=self.changes)
+        note(self, chunk, known, changes=self.changes)
 
     return patch.object(extents.Extents, "note", late)
 

@@ -5,6 +5,8 @@ More: `emberline sim --seeds 1000`, or `pytest tests/sim/test_sim_cluster.py --s
 
 from __future__ import annotations
 
+import re
+import traceback
 from collections.abc import Sequence
 
 import pytest
@@ -43,6 +45,8 @@ def test_a_planted_bug_is_found(bug: str) -> None:
         for seed in range(planted.first, planted.first + planted.seeds):
             simulate(seed, config=planted.config())
     assert "seed" in "".join(caught.value.__notes__)
+    story = "".join(traceback.format_exception(caught.value))
+    assert not re.search("TypeError|AttributeError|NameError", story), "it is the plant that is broken"
 
 
 def test_leases_that_become_shorter_harm_nothing() -> None:

@@ -577,7 +577,6 @@ class CoreEngine:
             raise
         finally:
             self.extents.end_change()
-        self.extents.note_published(changes)
         self.allocator.adopt(groups)
         for change in changes:
             change.named.clear()
@@ -587,6 +586,7 @@ class CoreEngine:
         self.counters.flushes += 1
         if freed:
             self._limbo.add(freed)
+        self.extents.note_published(changes)
 
     def _fail(self, reason: str) -> TargetFailed:
         self._failure = reason

@@ -10,14 +10,17 @@ Does not know: how rows are read, or who else serves from the mirror.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from .record import Extent, Record, sums_bytes
 from .rows import NOTHING, Change
 
+log = logging.getLogger("emberline.engine")
+
 CHANGES_KEPT = 4096
-ENTRY_BYTES = 400
+ENTRY_BYTES = 650
 """What an entry takes beside its row: the dictionary, the key, the tuples."""
 
 
@@ -84,10 +87,16 @@ class Extents:
     def note_published(self, changes: Iterable[Change]) -> None:
         """These were committed just now. Who writes is often read next: the mirror serves the first read as well.
 
-        Not of chunks whose sums lie beside their blocks and were not read.
+        Not of chunks whose sums lie beside their blocks and were not read. Raises nothing: what happened has happened.
         """
         if self.mirror is None:
             return
+        try:
+            self._note_published(changes)
+        except Exception:
+            log.exception("not all that was written is served from the table")
+
+    def _note_published(self, changes: Iterable[Change]) -> None:
         last: dict[bytes, tuple[bytes, Record] | None] = {}
         for change in changes:
             last.update(change.published)

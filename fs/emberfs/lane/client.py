@@ -219,6 +219,8 @@ class LaneReader:
         """The ones used last at the end."""
         self._taken = weakref.WeakSet[_Lanes]()
         """Of the threads that read now. Those that an interrupt left behind are not counted for ever."""
+        self._made = weakref.WeakSet[_Lanes]()
+        """All, wherever they are: for a child."""
         self._cores = len(os.sched_getaffinity(0))
         self._indices: dict[str, int] = {}
         """Server -> its index in packed files."""
@@ -254,7 +256,11 @@ class LaneReader:
         if not servers or before is None:
             return None
         began_s = self._runtime.now_s()
-        lanes = self._take()
+        try:
+            lanes = self._take()
+        except OSError as error:
+            log.debug("no memory to stage in: %s", error)
+            return None
         counts: list[int] | None = None
         waited_s, is_whole = 0.0, False
         try:
@@ -334,7 +340,7 @@ class LaneReader:
     def forget_after_fork(self) -> None:
         """In the child: close our copies of all lanes. Threads that are not there may hold the lock."""
         self._is_closed = True
-        for lanes in [*self._idle, *self._taken]:
+        for lanes in list(self._made):
             lanes.close()
 
     # --- files -----------------------------------------------------------------------------------------------------
@@ -418,6 +424,7 @@ class LaneReader:
         with self._lock:
             idle = self._idle.pop() if self._idle else None
         lanes = idle or _Lanes()
+        self._made.add(lanes)
         with self._lock:
             self._taken.add(lanes)
             lately = itertools.takewhile(lambda each: each.given_s > since_s, reversed(self._idle))

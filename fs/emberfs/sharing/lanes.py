@@ -59,7 +59,9 @@ def end_lanes(server: LaneServer, engines: Mapping[int, ChunkEngine]) -> None:
     """When this returns nothing is served, and engines tell nobody what changes."""
     server.stop()
     for engine in engines.values():
-        engine.extents.mirror = None
+        if engine.extents.mirror is not None:
+            engine.extents.mirror.clear()
+            engine.extents.mirror = None
 
 
 def lane_reader(runtime: Runtime, portal: Portal, network: TcpNetwork, address: str) -> LaneReader | None:
