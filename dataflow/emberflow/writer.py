@@ -76,11 +76,11 @@ def write(frame: DataFrame, url: str, options: WriteOptions) -> WriteReport:
     target.check()
     try:
         files = _write_by_job(frame, target) if is_job else _write_here(frame, target)
-    except BaseException:
+        target.discard()
+    except BaseException:  # Ctrl-C while it was discarded, too.
         if not (is_job and frame.session.config.job_id):
             target.discard()
         raise
-    target.discard()
     return report(url, files)
 
 

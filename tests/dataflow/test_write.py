@@ -113,6 +113,25 @@ def test_a_failed_write_leaves_nothing_new(session: Session, numbers: DataFrame,
     assert files(root) == before
 
 
+def test_ctrl_c_while_the_hidden_directory_is_removed_leaves_none(
+    session: Session, numbers: DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filesystem = fsspec.filesystem("file")
+    remove, came = filesystem.rm, list[str]()
+
+    def interrupted(path: str, **options: bool) -> None:
+        if not came:
+            came.append(path)
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr(filesystem, "rm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        numbers.write_parquet(f"{tmp_path}/out")
+    assert came and [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert session.read_parquet(f"{tmp_path}/out").count() == numbers.count()
+
+
 def test_a_failed_move_puts_the_old_files_back(
     session: Session, numbers: DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
