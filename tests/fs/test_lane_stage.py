@@ -56,7 +56,7 @@ class Chunk:
         self.room_bytes = 1 << 18
         """In the lane."""
         self.begin_s = 0.0
-        """So long it takes nothing."""
+        """So long it takes nothing; what comes of it is the same."""
         self.calls: set[int] = set()
 
     def read(

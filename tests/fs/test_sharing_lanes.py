@@ -313,3 +313,16 @@ def test_what_a_signals_handler_raises_is_told(client: Client, store: Path, erro
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, before)
+
+
+def test_without_memory_for_a_stage_it_is_read_another_way(
+    client: Client, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(size: int) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    client.put("/file", DATA, chunk_size_bytes=CHUNK)
+    with shared(client, store), client.open("/file", "rb") as file:
+        monkeypatch.setattr("emberfs.lane.client.Region", refuse)
+        assert file.read_at(0, len(DATA)) == DATA
+        assert lane_bytes(client) == 0

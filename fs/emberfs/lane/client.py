@@ -274,9 +274,8 @@ class LaneReader:
         except (BufferError, TypeError, ValueError, OverflowError, OSError) as error:
             if any(lanes.pending):
                 raise  # Of the handler of a signal: nobody else raises any of them once something was sent.
-            is_whole = not isinstance(
-                error, OSError
-            )  # Whoever reads it otherwise says what is wrong with the arguments.
+            # Whoever reads it otherwise says what is wrong with the arguments.
+            is_whole = not isinstance(error, OSError)
         finally:
             if is_whole:
                 self._give(lanes)
