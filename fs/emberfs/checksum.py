@@ -5,8 +5,10 @@ continued from a running value, so bytes from the end of granule `i` to the end 
 `crc32c(those bytes, sums[i]) == sums[j]`: one call however many granules, and an append goes on from the last value
 without reading what is there.
 
-`awscrt` computes them: with AVX-512 it is three times as fast as the SSE4.2 loops of the packages named for CRC32C
-(65 against 23 GB/s from 64 KiB up, the same for small pieces), and the checksum is half the cost of a warm read.
+The native part computes them, or `awscrt` where that was not built, or the processor has no instructions that it knows:
+with AVX-512 both are three times as fast as the SSE4.2 loops of the packages named for CRC32C (65 against 23 GB/s from
+64 KiB up, the same for small pieces), and the checksum is half the cost of a warm read. `awscrt` is not imported
+before it is needed: that takes as long as all of numpy's core.
 
 Sums are kept packed (little-endian u32): a record is decoded without making an integer per granule.
 """
@@ -14,8 +16,7 @@ Sums are kept packed (little-endian u32): a record is decoded without making an 
 from __future__ import annotations
 
 import struct
-
-from awscrt.checksums import crc32c
+from typing import Any, Protocol
 
 from .lane import native
 
@@ -24,6 +25,21 @@ __all__ = ["crc32c", "cumulative_sums", "cumulative_sums_slowly", "first_bad_gra
 _U32 = struct.Struct("<I")
 HAS_INSTRUCTIONS = native is not None and native.CRC32C_WAY > 1
 """The native part computes CRC32C as quickly as `awscrt` does."""
+
+
+class Crc32c(Protocol):
+    """Of `data`, any buffer, behind bytes whose CRC32C is `crc`."""
+
+    def __call__(self, data: Any, crc: int = 0, /) -> int: ...
+
+
+crc32c: Crc32c
+if HAS_INSTRUCTIONS:
+    crc32c = native.crc32c
+else:
+    import awscrt.checksums
+
+    crc32c = awscrt.checksums.crc32c
 
 
 def cumulative_sums(payload: memoryview, *, granule: int, offset: int = 0, start: int = 0) -> bytes:

@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Union
 
-from .embedded import EmbeddedStore, StoreConfig
 from .errors import InvalidPath, NotFound
 from .sharing.ownership import forget_locks_after_fork
 from .urls import SCHEME, SUPERBLOCK, cluster_addresses
@@ -22,12 +21,13 @@ from .urls import SCHEME, SUPERBLOCK, cluster_addresses
 if TYPE_CHECKING:
     from .client.core import Core
     from .cluster import ClientConfig
+    from .embedded import StoreConfig
     from .lane.client import LaneReader
     from .lane.inline import InlineReader
     from .portal import Portal
     from .runtime import AsyncioRuntime
 
-Config = Union[StoreConfig, "ClientConfig"]
+Config = Union["StoreConfig", "ClientConfig"]
 
 
 class Store(Protocol):
@@ -84,6 +84,9 @@ def acquire(url: str, config: Config | None, *, creates: bool = True) -> Store:
 
 
 def _open(url: str, config: Config | None, creates: bool) -> Store:
+    # Here, since either kind imports what a client of its own is.
+    from .embedded import EmbeddedStore, StoreConfig
+
     if cluster_addresses(url):
         if isinstance(config, StoreConfig):
             raise InvalidPath(f"{url} is a cluster; the settings given are those of an embedded store")

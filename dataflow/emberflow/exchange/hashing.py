@@ -21,13 +21,12 @@ docs/formats.md. Everything runs over whole columns, in pieces that stay in the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from awscrt.checksums import XXHash
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedType
@@ -75,8 +74,15 @@ def hash_columns(columns: Sequence[pa.Array | pa.ChunkedArray]) -> Hashes:
 
 def xxh64(value: bytes) -> int:
     """xxh64 with seed 0 of one value."""
-    digest: bytes = XXHash.compute_xxhash64(value, 0)
+    digest: bytes = _compute_xxh64()(value, 0)
     return int.from_bytes(digest, "big")
+
+
+@functools.cache
+def _compute_xxh64() -> Any:
+    from awscrt.checksums import XXHash  # Takes a fifteenth of the time that the import of all of emberflow does.
+
+    return XXHash.compute_xxhash64
 
 
 def _hash_column(column: pa.Array | pa.ChunkedArray) -> Hashes:
@@ -113,10 +119,10 @@ def _hash_values(array: pa.Array) -> Hashes:
     if pa.types.is_fixed_size_binary(type_):
         return _hash_fixed(_matrix(array, type_.byte_width))
     if pa.types.is_integer(type_) or pa.types.is_boolean(type_):
-        numbers = pc.fill_null(array.cast(pa.uint64() if type_ == pa.uint64() else pa.int64()), 0)
+        numbers = array.cast(pa.uint64() if type_ == pa.uint64() else pa.int64()).fill_null(0)
         return _hash_words(numbers.to_numpy())
     if pa.types.is_floating(type_):
-        return _hash_words(_normal_doubles(pc.fill_null(array.cast(pa.float64()), 0.0).to_numpy()))
+        return _hash_words(_normal_doubles(array.cast(pa.float64()).fill_null(0.0).to_numpy()))
     if pa.types.is_temporal(type_) and not pa.types.is_duration(type_) and type_ != pa.month_day_nano_interval():
         return _hash_words(_micros(array))
     if pa.types.is_string_view(type_) or pa.types.is_binary_view(type_):
@@ -146,7 +152,7 @@ def _micros(array: pa.Array) -> NDArray[np.int64]:
     """Microseconds since the epoch, or since midnight."""
     type_ = array.type
     if pa.types.is_date32(type_):
-        days = pc.fill_null(array.view(pa.int32()), 0).to_numpy()
+        days = array.view(pa.int32()).fill_null(0).to_numpy()
         micros: NDArray[np.int64] = days.astype(np.int64) * np.int64(86_400_000_000)
         # DuckDB's infinite dates.
         micros[days == 2**31 - 1] = _INFINITY
@@ -154,7 +160,7 @@ def _micros(array: pa.Array) -> NDArray[np.int64]:
         return micros
     if pa.types.is_time32(type_):
         array = array.view(pa.int32()).cast(pa.int64())
-    values: NDArray[np.int64] = pc.fill_null(array.view(pa.int64()), 0).to_numpy()
+    values: NDArray[np.int64] = array.view(pa.int64()).fill_null(0).to_numpy()
     unit = "ms" if pa.types.is_date64(type_) else type_.unit
     if unit == "us":
         return values

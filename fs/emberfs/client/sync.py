@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ..embedded import EmbeddedStore
 from ..errors import EmberError
 from ..ledger import ClientStats
 from ..maintenance import Maintenance
@@ -300,6 +299,8 @@ class Client:
     @property
     def maintenance(self) -> Maintenance:
         """fsck, scrub, dump, load, info: what an operator does. Raises UnsupportedOperation for a cluster."""
+        from ..embedded import EmbeddedStore  # It has a client in it.
+
         self._attachment.live()
         store = self._attachment.store
         if not isinstance(store, EmbeddedStore):
