@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Union
 
 from .errors import InvalidPath, NotFound
-from .sharing.ownership import forget_locks_after_fork
 from .urls import SCHEME, SUPERBLOCK, cluster_addresses
 
 if TYPE_CHECKING:
@@ -161,7 +160,6 @@ def _after_fork_in_child() -> None:
         store.forget_after_fork()
     for registry in (_stores, _users, _configs):
         registry.clear()
-    forget_locks_after_fork()
     _registry_lock.release()
 
 

@@ -121,9 +121,12 @@ _files: set[int] = set()
 """Of all stores of this process, those too that are just being opened."""
 
 
-def forget_locks_after_fork() -> None:
+def _forget_locks_after_fork() -> None:
     """In the child: the locks are the parent's."""
     for file in _files:
         # The lock is the open file's, which we share: closing our copy leaves the parent's lock alone.
         os.close(file)
     _files.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks_after_fork)
