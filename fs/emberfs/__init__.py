@@ -6,8 +6,9 @@
 The map of the package is `fs/README.md`.
 """
 
-from typing import TYPE_CHECKING
-
+from .client import AsyncClient, AsyncFile, Client, File
+from .connect import connect, connect_async
+from .embedded import StoreConfig
 from .errors import (
     AlreadyExists,
     Conflict,
@@ -27,13 +28,7 @@ from .errors import (
     TargetFailed,
     UpdateUnknown,
 )
-from .lazy import importing
 from .types import Inode, Kind
-
-if TYPE_CHECKING:
-    from .client import AsyncClient, AsyncFile, Client, File
-    from .embedded import StoreConfig
-    from .opening import connect, connect_async
 
 __all__ = [
     "AlreadyExists",
@@ -63,9 +58,3 @@ __all__ = [
     "connect",
     "connect_async",
 ]
-
-__dir__ = __all__.copy
-__getattr__ = importing(
-    __name__,
-    {"client": "AsyncClient AsyncFile Client File", "embedded": "StoreConfig", "opening": "connect connect_async"},
-)

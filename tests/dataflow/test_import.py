@@ -13,7 +13,7 @@ import json, sys
 import emberflow
 with emberflow.init() as session:
     rows = session.sql("SELECT count(*) FROM range(8)").take_all()
-slow = {"awscrt", "emberfs.client", "pandas", "pyarrow.compute", "pyarrow.dataset", "ray"}
+slow = {"awscrt", "pandas", "pyarrow.compute", "pyarrow.dataset", "ray"}
 print(json.dumps([rows, sorted(slow & sys.modules.keys())]))
 """
 
