@@ -80,7 +80,11 @@ def _reach(figures: dict[str, Any], address: str, token: str, tls: Path | None) 
         took_s = []
         for _ in range(5):
             began_s, before = time.perf_counter(), time.time()
-            told = operator.stat()
+            try:
+                told = operator.stat()
+            except PermissionError as error:
+                yield Line("FAIL", "service", f"{error}", "give an operator's --token, and --tls if it has TLS")
+                return
             took_s.append(time.perf_counter() - began_s)
     figures.update(told)
     yield Line("OK", "service", f"{address} answers within {statistics.median(took_s) * 1000:.1f} ms")

@@ -180,9 +180,10 @@ def quota(namespace: str, tenant: str, limit: str, address: str, token: str, tls
     Example:
       emberline kv quota deepseek-v3-0123456789abcdef acme 500GiB --address 127.0.0.1:7400
     """
+    limit_bytes = size_bytes_of(limit)
     with operator_of(address, token, tls) as operator:
-        operator.set_quota(namespace, tenant, size_bytes_of(limit))
-    note(f"{tenant} may hold {limit} in {namespace}")
+        operator.set_quota(namespace, tenant, limit_bytes)
+    note(f"{tenant} may hold {limit if limit_bytes else 'as much as there is room for'} in {namespace}")
 
 
 @click.command()
@@ -204,9 +205,11 @@ def ttl(namespace: str, time: str, tenant: str, address: str, token: str, tls: P
     """
     from emberfs.cli.find import age_s
 
+    ttl_s = 0.0 if time == "0" else age_s(time)
     with operator_of(address, token, tls) as operator:
-        operator.set_ttl(namespace, 0.0 if time == "0" else age_s(time), tenant=tenant)
-    note(f"pages of {tenant or 'tenants without a time of their own'} stay for {time} in {namespace}")
+        operator.set_ttl(namespace, ttl_s, tenant=tenant)
+    whose = tenant or "tenants without a time of their own"
+    note(f"pages of {whose} stay {f'for {time}' if ttl_s else 'as long as before it was set'} in {namespace}")
 
 
 @click.command()

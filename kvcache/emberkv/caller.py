@@ -166,9 +166,19 @@ class Caller:
 
         self._portal.post(tell())
 
+    @property
+    def is_ours(self) -> bool:
+        """Not in a process that was forked from ours."""
+        return os.getpid() == self._pid
+
+    def forget_after_fork(self) -> None:
+        """In such a process: close its copies of the connections, so that the service learns when ours ends."""
+        self.is_closed = True
+        self._network.forget_after_fork()
+
     def check_process(self) -> None:
         """Raises StoreClosed in a process that was forked from ours."""
-        if os.getpid() != self._pid:
+        if not self.is_ours:
             raise StoreClosed("this KVCache belongs to the process that made it: connect again after a fork")
 
     def leave(self) -> None:

@@ -339,7 +339,13 @@ class KVCache:
     # --- the service -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Write what was put, and end. Leases end by themselves. Closing twice is allowed."""
+        """Write what was put, and end. Leases end by themselves. Closing twice is allowed.
+
+        In a process that was forked from ours it only lets go: the other one goes on, and writes what it put.
+        """
+        if not self._caller.is_ours:  # First of all: another thread may have held the locks when it forked.
+            self._caller.forget_after_fork()
+            return
         with self._lock:
             if self._caller.is_closed:
                 return

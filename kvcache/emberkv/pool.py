@@ -222,7 +222,8 @@ class Pool:
                 held.append(slot)
                 table.touch(slot, now_s)
             else:
-                counts.misses[self._why(tenant, key, "miss" if slot is None else "damaged")] += 1
+                reason = "miss" if slot is None else "damaged" if kind == 0 else f"kind {kind} missing"
+                counts.misses[self._why(tenant, key, reason)] += 1
         counts.looked_up_pages += len(keys)
         counts.found_pages += len(held)
         return places, self.lease(held, tenant, lease_s)

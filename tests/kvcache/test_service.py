@@ -131,6 +131,8 @@ def test_a_state_decides_how_much_of_a_prefix_is_usable(serve: Serve) -> None:
         buffer = bytearray(300)
         assert cache.get_into(hit, [buffer], kind="state", first=5) == [True]
         assert bytes(buffer) == page(99, 300)
+        assert cache.exists(keys[4:6], kind="state") == [False, True]
+        assert cache.stat()["namespaces"][NAMESPACE.name]["counts"]["misses"] == {"kind 1 missing": 1}
 
 
 def test_an_index_survives_the_service(serve: Serve, store: str) -> None:
@@ -268,6 +270,8 @@ def test_tenants_need_their_token_and_see_only_their_own(serve: Serve, tmp_path:
         assert umbrella.keys(tokens(1, 3)) != keys
         assert umbrella.match(keys).pages == 0
         assert list(umbrella.stat()["namespaces"][PLAIN.name]["tenants"]) == ["umbrella"]
+    said = emberline("kv", "doctor", "--address", address, "--token", "acme-token", code=1).stdout
+    assert "give an operator's --token" in said
 
 
 @pytest.mark.parametrize("digest", ["my token", "é" * 64, "A" * 64, ""])
@@ -338,7 +342,8 @@ def test_the_command_line_tells_what_a_service_holds(serve: Serve) -> None:
         report = json.loads(emberline("kv", "erase", "default", "--address", address, "--json").stdout)
         assert report[PLAIN.name]["pages"] == 4
         assert "evicted_pages" in emberline("kv", "gc", PLAIN.name, "--address", address).stdout
-        emberline("kv", "quota", PLAIN.name, "default", "1MiB", "--address", address)
+        assert "may hold 1MiB" in emberline("kv", "quota", PLAIN.name, "default", "1MiB", "--address", address).stderr
+        assert "room for" in emberline("kv", "quota", PLAIN.name, "default", "0", "--address", address).stderr
         assert "no namespace 'nobody'" in emberline("kv", "drop", "nobody", "--address", address, code=1).stderr
 
 
@@ -415,7 +420,17 @@ def test_a_cache_is_closed_twice_and_belongs_to_one_process(serve: Serve) -> Non
         os._exit(0)
     os.waitpid(child, 0)
     assert b"after a fork" in os.read(read, 1000)
-    assert cache.get(hit) == [page(1)]
+    (way,) = cache._caller._ways.values()
+    while way.connection is None:
+        cache.match(keys)
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # Who waits for a lock or a thread of the other process waits for ever.
+        with cache._lock:
+            cache.close()
+        os._exit(17 if way.connection._sock.fileno() < 0 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+    assert cache.get(hit) == [page(1)] and cache.match(keys).pages == 1
     cache.close()
     cache.close()
     with pytest.raises(StoreClosed):

@@ -130,5 +130,7 @@ def test_an_operator_sets_times(serve: Callable[..., Server]) -> None:
         emberline("kv", "ttl", name, "12h", "--address", address)
         numbers = json.loads(emberline("kv", "stat", "--address", address, "--json").stdout)["namespaces"][name]
         assert (numbers["ttl_s"], numbers["tenants"]["acme"]["ttl_s"]) == (12 * HOUR_S, 30 * 24 * HOUR_S)
+        assert "as long as before" in emberline("kv", "ttl", name, "0", "--address", address).stderr
+        assert cache.stat()["namespaces"][name]["ttl_s"] == 48 * HOUR_S
         with pytest.raises(LimitExceeded):
             operator.set_ttl(name, -1.0)

@@ -153,6 +153,10 @@ class DirectConnection:
         self._fail()
         self._let_go()
 
+    def forget_after_fork(self) -> None:
+        """In a forked child: the connection is the parent's, who goes on with it."""
+        self._sock.close()
+
     def _answer(self, number: int, ends_s: float) -> Message | Exception:
         answers = self._answers
         answers.number, answers.outcome = number, None

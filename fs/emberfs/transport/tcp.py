@@ -153,6 +153,8 @@ class TcpNetwork:
         """In a forked child: close our copies of the sockets, so that peers learn when the parent ends."""
         for wire in list(self._wires):
             wire.forget_after_fork()
+        for direct in self._directs:
+            direct.forget_after_fork()
 
     def _watch(self, wire: Wire) -> None:
         self._wires[wire] = _Still()
