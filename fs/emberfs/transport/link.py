@@ -22,7 +22,7 @@ from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
 from typing import NamedTuple
 
 from ..errors import EmberError, ProtocolError, Unreachable, UpdateUnknown
-from ..messages import Message
+from ..messages import Foreign, Message
 from ..runtime import AsyncioRuntime
 from .aside import Aside, is_large
 from .blocks import scratch
@@ -64,7 +64,7 @@ class Call:
     )
 
     def __init__(self, request: Message, body: bytes, buffers: Sequence[memoryview], future: asyncio.Future[Message]):
-        self.name = type(request).__name__
+        self.name = "request" if isinstance(request, Foreign) else type(request).__name__
         self.changes_nothing = request.changes_nothing
         self.fills = request.fills_buffers and bool(buffers)
         self.body = body
