@@ -130,8 +130,10 @@ class DataFrame:
 
     def rename(self, names: Mapping[str, str]) -> DataFrame:
         """Columns under new names: {"old": "new"}."""
+        # RENAME passes by a column that is not there; REPLACE does not.
+        same = ", ".join(f"{quoted(old)} AS {quoted(old)}" for old in names)
         listed = ", ".join(f"{quoted(old)} AS {quoted(new)}" for old, new in names.items())
-        return self._derived(f"SELECT * RENAME ({listed}) FROM")
+        return self._derived(f"SELECT * REPLACE ({same}) FROM")._derived(f"SELECT * RENAME ({listed}) FROM")
 
     def limit(self, limit: int) -> DataFrame:
         """At most the first `limit` rows; which they are is certain only after a sort."""
@@ -415,7 +417,10 @@ class DataFrame:
 
     def _repr_html_(self) -> str:
         rows = self.take(_PREVIEW_ROWS + 1)
-        head = "".join(f"<th>{html.escape(name)}<br><small>{type_}</small></th>" for name, type_ in self.schema.items())
+        head = "".join(
+            f"<th>{html.escape(name)}<br><small>{html.escape(type_)}</small></th>"
+            for name, type_ in self.schema.items()
+        )
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>"
             for row in rows[:_PREVIEW_ROWS]

@@ -196,7 +196,12 @@ def arrow_reader(
             rows = cursor.execute(f"DESCRIBE {text}", values).fetchall()
             text = exported([(str(row[0]), str(row[1])) for row in rows])
         return cursor.execute(text, values).fetch_record_batch(batch_rows)
-    relation = cursor.sql(text, params=values)
+    try:
+        relation = cursor.sql(text, params=values)
+    except (duckdb.BinderException, duckdb.CatalogException):
+        # A relation does not say where in the text; a statement does.
+        cursor.execute(f"EXPLAIN {text}", values)
+        raise
     if exported is not None:
         wanted = exported(list(zip(relation.columns, map(str, relation.types), strict=True)))
         if wanted != text:

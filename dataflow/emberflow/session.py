@@ -231,8 +231,9 @@ class Session:
         options = {
             "columns": "{'line': 'VARCHAR'}",
             "header": "false",
-            # A delimiter that text does not have, and no quotes: the line is the field.
-            "delim": "'\x01'",
+            # A delimiter that text does not have, and no quotes: the line is the field, an empty one too.
+            "delim": "'\x01\x02\x03\x04'",
+            "force_not_null": "['line']",
             "quote": "''",
             "escape": "''",
             "auto_detect": "false",
@@ -253,7 +254,9 @@ class Session:
         rows = [item if isinstance(item, Mapping) else {"item": item} for item in items]
         if not rows:
             raise InvalidArgument("from_items() needs at least one item to know the columns")
-        return self.from_arrow(pa.Table.from_pylist(rows))
+        # pyarrow looks at the first row only.
+        columns = dict.fromkeys(name for row in rows for name in row)
+        return self.from_arrow(pa.table({name: [row.get(name) for row in rows] for name in columns}))
 
     def partial_sql(self, query: str, *frames: DataFrame, udfs: Sequence[Udf] = (), **tables: DataFrame) -> DataFrame:
         """A query over one partition of its inputs at a time: `{0}`, `{1}` are the frames, or names are `tables`.

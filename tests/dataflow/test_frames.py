@@ -41,6 +41,18 @@ def test_columns_come_and_go(people: emberflow.DataFrame) -> None:
     assert frame.columns == ["id", "side", "twice"]
     assert rows(frame)[0] == (1, "x", 2)
     assert rows(people.with_column("id", "id + 10"))[0] == (11, "ann", "x")
+    for unknown in (people.drop("nobody"), people.rename({"id": "number", "nobody": "somebody"})):
+        with pytest.raises(emberflow.QueryError, match="nobody"):
+            unknown.take_all()
+
+
+def test_items_may_differ_in_their_keys(session: emberflow.Session) -> None:
+    frame = session.from_items([{"a": 1}, {"b": "x", "a": 2}, 3])
+    assert frame.take_all() == [
+        {"a": 1, "b": None, "item": None},
+        {"a": 2, "b": "x", "item": None},
+        {"a": None, "b": None, "item": 3},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,10 +138,12 @@ def test_batches_can_be_awaited(people: emberflow.DataFrame) -> None:
 
 def test_text_is_read_by_lines(session: emberflow.Session, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text('one, "two"\n\tthree\n')
-    (tmp_path / "b.txt").write_text("four\n")
+    (tmp_path / "b.txt").write_text("four\n\n\x01\nNULL\n")
     frame = session.read_text(str(tmp_path))
     assert frame.schema == {"line": "VARCHAR"}
-    assert rows(frame) == [("\tthree",), ("four",), ('one, "two"',)]
+    lines = {("",), ("\tthree",), ("\x01",), ("NULL",), ("four",), ('one, "two"',)}
+    assert len(rows(frame)) == len(lines)
+    assert set(rows(frame)) == lines
 
 
 def test_headers_of_csv_are_found_by_the_schema(session: emberflow.Session, tmp_path: Path) -> None:

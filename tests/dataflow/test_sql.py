@@ -72,7 +72,13 @@ def test_compose_select_filter_limit_and_explain(numbers: DataFrame) -> None:
     assert "range" in frame.explain().lower()
     assert "<td>998</td>" not in numbers._repr_html_()
     assert "<td>19</td>" in numbers._repr_html_()
+    assert "<u>" not in numbers.session.sql("select {'<u>': 1} as s")._repr_html_()
     assert "md5" in repr(numbers)
+
+
+def test_an_error_shows_the_place(session: Session) -> None:
+    with pytest.raises(QueryError, match=r"LINE \d+:   nope\n *\^"):
+        session.sql("select\n  nope\nfrom range($n)", {"n": 3}).take_all()
 
 
 def _row(numbers: DataFrame, n: int) -> dict[str, object]:

@@ -14,10 +14,11 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import duckdb
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -193,7 +194,8 @@ class Attempt:
     def _interrupt(self) -> None:
         self.interrupted = True
         for cursor in list(self._cursors):
-            cursor.interrupt()
+            with suppress(duckdb.ConnectionException):  # closed meanwhile
+                cursor.interrupt()
 
     def _explain(self, error: BaseException) -> None:
         """Raises what was the matter, where DuckDB only tells what it was told."""
