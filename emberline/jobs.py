@@ -176,7 +176,8 @@ def _stage_row(stage: StageTally) -> tuple[str, ...]:
 @jobs.command()
 @click.argument("id")
 @_root_option
-def logs(id: str, root: str | None) -> None:
+@json_option
+def logs(id: str, root: str | None, as_json: bool) -> None:
     """Print what the tasks of job ID printed.
 
     \b
@@ -187,13 +188,14 @@ def logs(id: str, root: str | None) -> None:
 
     for text in history.logs(_root(root), id):
         for line in text.splitlines():
-            print_line(line)
+            print_json({"line": line}) if as_json else print_line(line)
 
 
 @jobs.command()
 @click.argument("id")
 @_root_option
-def cancel(id: str, root: str | None) -> None:
+@json_option
+def cancel(id: str, root: str | None, as_json: bool) -> None:
     """Ask job ID to end. What it has done stays, and a later run goes on from there.
 
     Its driver sees the request with its next heartbeat, within some seconds.
@@ -205,7 +207,10 @@ def cancel(id: str, root: str | None) -> None:
     from emberflow.job import history
 
     history.cancel(_root(root), id)
-    note(f"asked job {id} to end")
+    if as_json:
+        print_json({"id": id, "asked_to_end": True})
+    else:
+        note(f"asked job {id} to end")
 
 
 @jobs.command()

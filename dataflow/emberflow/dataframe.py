@@ -187,6 +187,10 @@ class DataFrame:
 
         return Grouped(self, keys)
 
+    def agg(self, *aggregates: str) -> DataFrame:
+        """One row of SQL aggregates over all rows: `agg("count(*) AS n", "sum(x) AS total")`."""
+        return self.group_by().agg(*aggregates)
+
     # ---- rows by Python, and partitions
 
     def map(

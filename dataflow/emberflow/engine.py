@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 _FILES_NOT_FOUND = "No files found that match the pattern"
 
 
+def duckdb_minor() -> str:
+    """The version that results are those of, as "2.0"."""
+    return ".".join(duckdb.__version__.split(".")[:2])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Limits and places of one DuckDB. `None` leaves the choice to it."""

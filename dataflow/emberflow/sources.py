@@ -62,8 +62,12 @@ def protocols_in(query: str, values: Iterable[object] = ()) -> set[str]:
 def open_url(url: str, options: StorageOptions) -> tuple[Any, str]:
     """The fsspec filesystem behind `url` and the path in it. Raises `InvalidArgument` for an unknown protocol."""
     match = _PROTOCOL.match(url)
+    given = options.get(match[1], {}) if match else {}
     try:
-        filesystem, path = url_to_fs(url, **(options.get(match[1], {}) if match else {}))
+        if match and "url" in given:  # url_to_fs has an argument of that name.
+            kind = fsspec.get_filesystem_class(match[1])
+            return kind(**{**given, **kind._get_kwargs_from_urls(url)}), str(kind._strip_protocol(url))
+        filesystem, path = url_to_fs(url, **given)
     except ValueError as error:
         raise InvalidArgument(f"cannot open {url!r}: {error}") from error
     return filesystem, path

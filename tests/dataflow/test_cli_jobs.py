@@ -73,12 +73,13 @@ def test_show(known: str) -> None:
 
 def test_logs(known: str) -> None:
     assert jobs(known, "logs", "old-1").stdout == "[scan 0.1] hello\n"
+    assert jobs(known, "logs", "old-1", "--json").stdout == '{"line": "[scan 0.1] hello"}\n'
 
 
 def test_cancel(known: str) -> None:
     asked: list[str] = []
     with Record(known, JobInfo(id="new-1"), on_cancel=lambda: asked.append("new-1")) as record:
-        jobs(known, "cancel", "new-1")
+        assert json.loads(jobs(known, "cancel", "new-1", "--json").stdout) == {"id": "new-1", "asked_to_end": True}
         record.beat()
     assert asked == ["new-1"]
     assert "it is failed" in jobs(known, "cancel", "old-1", code=1).stderr

@@ -87,7 +87,7 @@ def test_groups(people: emberflow.DataFrame) -> None:
         ("y", 1, 2),
         ("z", 1, 4),
     ]
-    assert rows(people.group_by().agg("sum(id) AS total")) == [(10,)]
+    assert rows(people.group_by().agg("sum(id) AS total")) == rows(people.agg("sum(id) AS total")) == [(10,)]
     assert rows(people.group_by("team").count()) == [("x", 2), ("y", 1), ("z", 1)]
     with pytest.raises(emberflow.InvalidArgument, match="at least one aggregate"):
         people.group_by("team").agg()

@@ -310,3 +310,12 @@ def test_a_bug_of_ours_is_told_as_one(files: str, monkeypatch: pytest.MonkeyPatc
             rows.compute()
     assert not isinstance(caught.value, AssertionError)
     assert isinstance(caught.value.__cause__, AssertionError)
+
+
+def test_workers_with_another_duckdb_are_refused(
+    session: emberflow.Session, files: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = session.read_parquet(files).repartition(2, hash_by="h")
+    monkeypatch.setattr("emberflow.job.job.duckdb_minor", lambda: "0.9")
+    with pytest.raises(emberflow.FlowError, match=r"has DuckDB \d+\.\d+, and the driver 0\.9: install the same one"):
+        frame.partial_sql("select count(*) n from {0}").take_all()

@@ -148,3 +148,14 @@ def test_an_unfinished_write_is_not_read(session: Session, shelves: type[Shelves
 def test_protocols_in() -> None:
     query = """select 'https://x' from "ember://a" join read_csv(['s3://b']) on 'file:///c' and 'd: //e'"""
     assert protocols_in(query, ["hf://f", 1, ["gs://g"], "see ftp://h"]) == {"https", "ember", "s3", "hf", "gs"}
+
+
+def test_options_may_name_the_store(tmp_path: Path) -> None:
+    store, other = f"ember://{tmp_path}/store", f"ember://{tmp_path}/other"
+    with emberflow.init(storage_options={"ember": {"url": store}}) as session:
+        session.sql("SELECT 1 AS x").write_parquet("ember://a.parquet")
+        session.sql("SELECT 2 AS x").write_parquet(f"{other}/!/a.parquet")
+        assert session.read_parquet("ember://a.parquet").take_all() == [{"x": 1}]
+        assert session.read_parquet(f"{other}/!/a.parquet").take_all() == [{"x": 2}]
+    with emberflow.init() as session:
+        assert session.read_parquet(f"{store}/!/a.parquet").take_all() == [{"x": 1}]

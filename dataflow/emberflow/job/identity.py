@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 
+from ..engine import duckdb_minor
 from ..functions import shipping
 from ..functions.identity import identity_of
 from ..functions.udf import Udf
@@ -37,10 +37,6 @@ from .shares import Spec
 _SECRET = re.compile(r"key|secret|token|password|credential|expir|(^|_)(auth|sas)", re.IGNORECASE)
 VERSION = 2
 """Of what steps mean: a change that makes old outputs wrong to use raises it."""
-
-
-def duckdb_minor() -> str:
-    return ".".join(duckdb.__version__.split(".")[:2])
 
 
 def digest(*parts: object) -> str:

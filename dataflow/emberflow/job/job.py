@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from ..engine import duckdb_minor
 from ..errors import (
     CallCancelled,
     CallOutOfMemory,
@@ -285,6 +286,7 @@ class Job:
             runs=runs,
             sink=sink,
             columns=state.stage.exchange.columns,
+            duckdb=duckdb_minor(),
             udfs=self.udfs,
             storage_options=self.storage_options,
             temp_directory=self.temp_directory,

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from ..engine import Engine, EngineConfig, arrow_reader
+from ..engine import Engine, EngineConfig, arrow_reader, duckdb_minor
 from ..errors import CallCancelled, FlowError
 from ..exchange import (
     SETTINGS,
@@ -132,6 +132,8 @@ class Task:
     sink: ExchangeSink | FileSink
     columns: tuple[Column, ...] | None
     """Of its output, if they are known before it runs."""
+    duckdb: str
+    """The minor version of the driver's."""
     udfs: tuple[Udf, ...] = ()
     storage_options: StorageOptions = field(default_factory=dict)
     temp_directory: str | None = None
@@ -143,9 +145,16 @@ class Task:
 
 
 def run(payload: bytes, context: Context) -> bytes:
-    """What executors call: runs a `Task`, publishes its output, and answers with the winner's `Output`."""
+    """What executors call: runs a `Task`, publishes its output, and answers with the winner's `Output`.
+
+    Raises FlowError where another DuckDB is installed than the driver has: rows would be of two kinds.
+    """
     task = shipping.loads(payload)
     assert isinstance(task, Task)
+    if task.duckdb != (here := duckdb_minor()):
+        raise FlowError(
+            f"the worker {context.worker} has DuckDB {here}, and the driver {task.duckdb}: install the same one"
+        )
     attempt = Attempt(task, context)
     return msgspec.msgpack.encode(attempt.run())
 
