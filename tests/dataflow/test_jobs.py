@@ -10,8 +10,10 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import duckdb
 import emberflow
 import pyarrow as pa
 import pytest
@@ -319,3 +321,12 @@ def test_workers_with_another_duckdb_are_refused(
     monkeypatch.setattr("emberflow.job.job.duckdb_minor", lambda: "0.9")
     with pytest.raises(emberflow.FlowError, match=r"has DuckDB \d+\.\d+, and the driver 0\.9: install the same one"):
         frame.partial_sql("select count(*) n from {0}").take_all()
+
+
+def test_a_cancelled_attempt_interrupts_each_cursor_that_is_open() -> None:
+    attempt, interrupted = Attempt(cast(Any, SimpleNamespace(columns=None)), cast(Any, None)), list[str]()
+    closed = duckdb.connect()
+    closed.close()
+    attempt._cursors = [closed, SimpleNamespace(interrupt=lambda: interrupted.append("open"))]
+    attempt._interrupt()
+    assert interrupted == ["open"]

@@ -16,7 +16,7 @@ static PyObject *lane_lost;
 
 /* ---- checksum */
 
-#define SUM_HELD_BYTES_MAX (64 << 10) /* as FIND_HELD_BYTES_MAX; 5 us */
+#define SUM_HELD_BYTES_MAX (64 << 10) /* as FIND_HELD_BYTES_MAX: about 1 us */
 
 static PyObject *crc32c(PyObject *module, PyObject *args) {
     Py_buffer data;
